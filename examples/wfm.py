@@ -1,0 +1,1286 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""wfm.py: an example Margo Workload Fleet Manager (WFM), for development and demonstration.
+
+It is the server side of Margo's Management Interface 1.0.0-rc.3 in one file: enough to try any WFM client, strict about what a
+client may send, and no more than that.  It keeps no users, has no redundancy and is not meant for a plant.
+
+    sh examples/pki.sh pki                                   # certificates for trying things out
+    mkdir -p deployments packages state
+    python3 examples/wfm.py --listen 127.0.0.1:8443 --certificate pki/wfm.pem --key pki/wfm.key --trust-bundle pki/bundle.json \\
+        --deployments deployments --state state \\
+        --registry 127.0.0.1:5000 --packages packages --site-certificate pki/site.pem --site-key pki/site.key
+
+The desired state is a folder of ApplicationDeployment files (*.yaml): those in DEPLOYMENTS/<client id>/ if there is such a folder,
+else those in DEPLOYMENTS itself, for every client.  It is looked at on each request.  A changed set gets the next manifestVersion.  While
+a file in it is not usable, stderr says why and the set served before stays; if there was none before, that file is left out.
+Put files in place by renaming, so that none is read half-written.
+
+Clients prove who they are by mutual TLS 1.3 and are recognised by their SPIFFE ID.  Certificates, keys and the trust bundle are read
+anew for each connection, so they can be replaced at run time.
+
+stdout has one line for each listener and then for each event; the line `listening https://HOST:PORT` comes when all listeners are ready.
+The state directory holds
+    clients/<client id>/       desired.json (the last manifest versions), capabilities.json, statuses.json (the latest ones)
+    statuses.jsonl             every accepted deployment status: time, client, deploymentId, body
+    requests.jsonl             with --log-requests, every request: time, listener, client, method, path, headers, status
+    faults.json                put there by you, read on each request: answers to spoil, to see what a client makes of it
+
+faults.json is a list; the first entry that fits a request and is not used up takes effect:
+    "method", "path", "client"   what it fits; left out: anything.  The path may hold * and is the one on the wire, with any prefix
+    "times"                      how often; left out: always
+    "delay"                      seconds to wait before anything else
+    "status", "headers", "body" (text), "problem" (an object, or the name of a problem type)
+                                 with "status" or "problem" the request is answered so and not carried out; else the true answer is changed
+    "late"                       true: the request is carried out nevertheless, only its answer is replaced
+    "close"                      true: the connection is closed instead of an answer (also with "late")
+    "corrupt"                    true: one bit of the body is flipped
+    "truncate"                   the body is cut after so many bytes and the connection closed, the announced length stays
+    [{"method": "GET", "path": "/api/v1/deployments", "status": 503, "headers": {"Retry-After": "120"}, "times": 2}]
+
+Compose Archives are served (--registry) out of PACKAGES/<name>/<tag>/, where the name may have several parts and the folder holds compose.yaml
+and what belongs to it; the archive is made from it on request.  A file PACKAGES/<name>/<tag>.tar.gz is served as it is.
+The site's certificate is for the registry and for the discovery document and trust bundle (--mis): ordinary server-side TLS, no SPIFFE.
+"""
+import argparse
+import base64
+import collections
+import datetime
+import fnmatch
+import gzip
+import hashlib
+import hmac
+import http.client
+import http.server
+import io
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import socketserver
+import ssl
+import sys
+import tarfile
+import threading
+import time
+import traceback
+import urllib.parse
+
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+try:
+    from margo_agent import YAMLError, load_yaml
+except ImportError:
+    sys.exit("wfm.py reads YAML by margo_agent.load_yaml: put margo_agent.py beside it, into the folder above, or on PYTHONPATH")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 1. Constants
+# ------------------------------------------------------------------------------------------------------------------------------
+
+MANIFEST_TYPE = "application/vnd.margo.manifest.v1+json"
+BUNDLE_TYPE = "application/vnd.margo.bundle.v1+tar+gzip"
+PACKAGE_TYPE = "application/vnd.org.margo.component.compose+json"
+PACKAGE_LAYER_TYPE = "application/vnd.org.margo.component.compose.tar+gzip"
+OCI_MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+OCI_EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
+IMMUTABLE = "private, max-age=31536000, immutable"
+
+MAX_BODY = 1024 * 1024          # bytes that a client may send
+MAX_VERSION = 2 ** 64 - 1       # manifestVersion is an unsigned 64 bit number
+GENERATIONS = 8                 # sets of deployments that stay fetchable, the current one included
+TIMEOUT = 30                    # seconds for a handshake, and for each wait for data
+TOKEN_LIFETIME = 300            # seconds
+PARTIAL_CHAIN = 0x80000         # ssl.VERIFY_X509_PARTIAL_CHAIN, which has that name since Python 3.10
+
+NAME = r"[A-Za-z0-9._-]+"
+UUID = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
+DEVICE_ID = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
+EXTENSION = r"x-[a-z][a-z0-9-]*-extensions"
+REVISION = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
+            r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
+
+STATES = ("failed", "removing", "installing", "pending", "removed", "installed")      # most severe first
+HOSTING = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollector", "supportedRuntimes", "supportedDeploymentTypes")
+PERIPHERALS = ("gpu", "display", "camera", "microphone", "speaker")
+INTERFACES = ("ethernet", "wifi", "cellular", "bluetooth", "usb", "canbus", "rs232")
+GATEWAY_CODES = ("101", "102", "103")
+
+PROBLEM_TYPES = "https://docs.margo.org/specification/problem-types#"
+PROBLEMS = {
+    "invalid-request": (400, "Invalid Request"),
+    "semantic-error": (422, "Semantic Error"),
+    "not-authorized": (403, "Not Authorized"),
+    "gateway-not-found": (404, "Gateway Not Found"),
+    "device-not-found": (404, "Device Not Found"),
+    "deployment-not-found": (404, "Deployment Not Found"),
+    "invalid-bundle": (404, "Invalid Bundle"),
+    "server-cannot-generate-response": (406, "Server Cannot Generate Response"),
+    "discovery-document-not-found": (404, "Discovery Document Not Found"),
+    "spiffe-bundle-not-found": (404, "SPIFFE Bundle Not Found"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 2. Answers and problems
+# ------------------------------------------------------------------------------------------------------------------------------
+
+Request = collections.namedtuple("Request", "method path query headers body client")
+Reply = collections.namedtuple("Reply", "status headers body")
+
+
+class Problem(Exception):
+    """An RFC 9457 problem: `kind` is the name of a Margo problem type, or an HTTP status for about:blank."""
+
+    def __init__(self, kind, detail="", headers=None, **members):
+        super().__init__(detail)
+        status, title = (kind, http.client.responses.get(kind, "Unknown")) if isinstance(kind, int) else PROBLEMS[kind]
+        self.status, self.headers = status, headers or {}
+        self.document = {"type": "about:blank" if isinstance(kind, int) else PROBLEM_TYPES + kind, "title": title, "status": status}
+        if detail:
+            self.document["detail"] = detail
+        self.document.update(retry_advice(status), **members)
+
+    def reply(self):
+        return Reply(self.status, dict({"Content-Type": "application/problem+json"}, **self.headers), make_json(self.document))
+
+
+def retry_advice(status):
+    """What a problem of this status says about trying again."""
+    if status in (429, 500, 503):
+        return {"retryable": True, "retryAfterSeconds": 5, "backoffStrategy": "exponential"}
+    return {"retryable": False, "backoffStrategy": "none"}
+
+
+def make_json(value):
+    """JSON in one stable form, as bytes."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def sha256(data):
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def now_text():
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def printable(text):
+    """Text that came from outside, fit for a line on a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def is_accepted(accept, media_type):
+    """Whether an Accept header (None: there is none) allows a media type."""
+    if accept is None or not accept.strip():
+        return True
+    ranges = {}
+    for item in accept.lower().split(","):
+        name, _, parameters = item.partition(";")
+        quality = re.search(r"(?:^|;)\s*q\s*=\s*([0-9.]+)", parameters)
+        ranges[name.strip()] = not quality or quality.group(1).strip("0.") != ""
+    for name in (media_type, media_type.split("/")[0] + "/*", "*/*"):       # the most specific range decides
+        if name in ranges:
+            return ranges[name]
+    return False
+
+
+def serve_content(request, body, media_type, cache_control):
+    """200 with a strong ETag over the body, 304 if the client has it, 406 if it does not want it."""
+    if not is_accepted(request.headers.get("Accept"), media_type):
+        raise Problem("server-cannot-generate-response", f"this resource is {media_type} only")
+    etag = f'"{sha256(body)}"'
+    headers = {"ETag": etag, "Cache-Control": cache_control}
+    known = [item.strip() for item in (request.headers.get("If-None-Match") or "").split(",")]
+    if "*" in known or etag in [item[2:] if item.startswith("W/") else item for item in known]:
+        return Reply(304, headers, b"")
+    return Reply(200, dict(headers, **{"Content-Type": media_type}), body)
+
+
+def dispatch(site, routes, request, path):
+    """Calls the method of `site` that a table of (pattern, {HTTP method: name of the Python method}) names, with the path's parts."""
+    for pattern, methods in routes:
+        match = re.fullmatch(pattern, path)
+        if match:
+            name = methods.get("GET" if request.method == "HEAD" else request.method)
+            if not name:
+                allowed = sorted(methods) + (["HEAD"] if "GET" in methods else [])
+                raise Problem(405, f"{request.method} is not for this resource", {"Allow": ", ".join(allowed)})
+            return getattr(site, name)(request, *[urllib.parse.unquote(part) for part in match.groups()])
+    raise Problem(404, "there is nothing at this path")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 3. Checking what a client sends
+# ------------------------------------------------------------------------------------------------------------------------------
+
+KINDS = {"string": str, "object": dict, "array": list, "boolean": bool, "number": (int, float), "integer": int}
+
+
+def is_kind(value, kind):
+    return isinstance(value, KINDS[kind]) and (kind == "boolean" or not isinstance(value, bool))
+
+
+def parse_json(body):
+    """One JSON object in UTF-8 without a duplicate member; anything else is #invalid-request."""
+    def make_object(pairs):
+        value = {}
+        for key, item in pairs:
+            if key in value:
+                raise ValueError(f"the member {key!r} occurs twice in one object")
+            value[key] = item
+        return value
+
+    def refuse(text):
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise Problem("invalid-request", f"the body is not one JSON document: {error}") from None
+    if not isinstance(value, dict):
+        raise Problem("invalid-request", "the body is not a JSON object")
+    return value
+
+
+class Inspection:
+    """Goes through a document and collects what is wrong in `errors`, one {field, message} each."""
+
+    def __init__(self):
+        self.errors = []
+
+    def add(self, field, message):
+        self.errors.append({"field": field, "message": message})
+
+    def member(self, parent, where, key, kind, required=True, pattern=None, words=None):
+        """The member `key` of an object if it is there and as it should be, else None; `where` is the object's own field path."""
+        field = f"{where}.{key}" if where else key
+        if key not in parent:
+            if required:
+                self.add(field, "is missing")
+            return None
+        value = parent[key]
+        if not is_kind(value, kind):
+            self.add(field, f"must be of type {kind}")
+        elif pattern and not re.fullmatch(pattern, value):
+            self.add(field, f"does not match ^{pattern}$")
+        elif words and value not in words:
+            self.add(field, "must be one of " + ", ".join(words))
+        else:
+            return value
+        return None
+
+    def items(self, parent, where, key, kind, required=True, least=0, words=None):
+        """The good items of an array member, as (field path, item)."""
+        value = self.member(parent, where, key, "array", required)
+        field = f"{where}.{key}" if where else key
+        if value is None:
+            return []
+        if len(value) < least:
+            self.add(field, f"needs at least {least} item")
+        good = []
+        for index, item in enumerate(value):
+            if not is_kind(item, kind):
+                self.add(f"{field}[{index}]", f"must be of type {kind}")
+            elif words and item not in words:
+                self.add(f"{field}[{index}]", "must be one of " + ", ".join(words))
+            else:
+                good.append((f"{field}[{index}]", item))
+        return good
+
+    def close(self, detail):
+        """Raises #semantic-error if anything was found."""
+        if self.errors:
+            raise Problem("semantic-error", detail, errors=self.errors)
+
+
+def check_capabilities(document, device_id):
+    """A DeviceCapabilitiesManifest; raises #semantic-error."""
+    found = Inspection()
+    properties = found.member(document, "", "properties", "object")
+    labels = found.member(document, "", "labels", "object", required=False)
+    for key in document:
+        if re.fullmatch(EXTENSION, key):
+            found.member(document, "", key, "object")
+        elif key not in ("properties", "labels"):
+            found.add(key, "is not allowed here; extensions are called x-<name>-extensions, in lower case")
+    for key, value in (labels or {}).items():
+        check_label(found, f"labels.{key}", value)
+    if properties is not None:
+        if found.member(properties, "properties", "id", "string", pattern=DEVICE_ID) not in (None, device_id):
+            found.add("properties.id", "differs from the device id in the path")
+        for key in ("vendor", "modelNumber", "serialNumber"):
+            found.member(properties, "properties", key, "string")
+        if any(key in properties for key in HOSTING):           # none of them: a gateway that hosts nothing itself
+            check_hosting(found, properties, labels)
+    found.close("The capabilities were understood but not accepted.")
+
+
+def check_label(found, field, value):
+    if isinstance(value, list):
+        kinds = {kind for item in value for kind in ("string", "number") if is_kind(item, kind)}
+        if len(kinds) > 1 or not all(is_kind(item, "string") or is_kind(item, "number") for item in value):
+            found.add(field, "an array must hold strings only or numbers only")
+    elif not (is_kind(value, "string") or is_kind(value, "number") or is_kind(value, "boolean")):
+        found.add(field, "must be a string, a number, a boolean, or an array of strings or numbers")
+
+
+def check_hosting(found, properties, labels):
+    """The properties of a device that hosts workloads: all of them or none."""
+    where = "properties"
+    for field, item in found.items(properties, where, "cpus", "object", least=1):
+        cores = found.member(item, field, "cores", "number")
+        if cores is not None and not cores > 0:
+            found.add(f"{field}.cores", "must be above 0")
+        found.member(item, field, "architecture", "string", required=False, words=("amd64", "arm64", "arm"))
+    found.member(properties, where, "memory", "string", pattern=r"[0-9]+ ?(Ki|Mi|Gi)")
+    found.member(properties, where, "storage", "string", pattern=r"[0-9]+ ?(Ki|Mi|Gi|Ti|Pi|Ei)")
+    for field, item in found.items(properties, where, "peripherals", "object"):
+        found.member(item, field, "type", "string", words=PERIPHERALS)
+        for key in ("manufacturer", "model"):
+            found.member(item, field, key, "string", required=False)
+    for field, item in found.items(properties, where, "interfaces", "object"):
+        found.member(item, field, "type", "string", words=INTERFACES)
+    if found.member(properties, where, "otelCollector", "boolean") is False:
+        found.add("properties.otelCollector", "must be true for a device that hosts workloads")
+    chosen = [item for key, words in (("supportedRuntimes", ("oci", "custom")), ("supportedDeploymentTypes", ("helm", "compose", "custom")))
+              for _, item in found.items(properties, where, key, "string", least=1, words=words)]
+    if "custom" in chosen and not labels:
+        found.add("labels", "are needed beside `custom`, for applications to select on")
+
+
+def check_status(body, deployment_id, known):
+    """A DeploymentStatusManifest; `known`: the revisions of that deployment that this client was told of (parsed documents, the one of
+    the reported manifest version first), [] if it is not known here.  Raises #semantic-error."""
+    found = Inspection()
+    reported = found.member(body, "", "deploymentId", "string")
+    if reported is not None and reported.lower() != deployment_id.lower():
+        found.add("deploymentId", "differs from the deployment id in the path")
+    device_id = found.member(body, "", "deviceId", "string", required=False, pattern=DEVICE_ID)
+    target = known[0]["metadata"]["deviceId"] if known else ""
+    if "deviceId" not in body and "/" in target:
+        found.add("deviceId", f"is required, the deployment is for a child device ({target})")
+    version = found.member(body, "", "adoptedManifestVersion", "integer")
+    if version is not None and not 1 <= version <= MAX_VERSION:
+        found.add("adoptedManifestVersion", f"must be 1 to {MAX_VERSION}")
+
+    parts = (device_id or "").split("/")
+    gateways = ["/".join(parts[:count]) for count in range(1, len(parts) + 1)] if device_id else []
+    status = found.member(body, "", "status", "object")
+    state = found.member(status, "status", "state", "string", words=STATES) if status is not None else None
+    if status is not None:
+        check_error(found, "status", status, state, {revision["metadata"]["name"] for revision in known}, gateways)
+    states = {}
+    for field, item in found.items(body, "", "components", "object"):
+        name = found.member(item, field, "name", "string") or f"({field})"
+        if name in states:
+            found.add(f"{field}.name", "occurs twice")
+        states[name] = found.member(item, field, "state", "string", words=STATES)
+        check_error(found, field, item, states[name], {name}, gateways)
+    if known:
+        check_components(found, set(states), known)
+    severity = [STATES.index(item) for item in states.values() if item]
+    if state and severity and len(severity) == len(states) and state != STATES[min(severity)]:
+        found.add("status.state", f"must be {STATES[min(severity)]}, the most severe state of the components")
+    found.close("The deployment status was understood but not accepted.")
+
+
+def check_error(found, where, holder, state, sources, gateways):
+    """The `error` object of a status or component; `sources`: who may be named beside a gateway (empty: not known here)."""
+    error = found.member(holder, where, "error", "object", required=state == "failed")
+    if error is None:
+        return
+    field = f"{where}.error"
+    code, source, _ = [found.member(error, field, key, "string", pattern=r"(?s).+") for key in ("code", "source", "message")]
+    if code in GATEWAY_CODES and source not in [None] + gateways:
+        found.add(f"{field}.source", f"code {code} is for gateways, with the gateway's device id as source")
+    elif source and sources and source not in sources and source not in gateways:
+        found.add(f"{field}.source", "must be " + " or ".join(sorted(map(str, sources))) + ", or the id of the gateway that raised it")
+
+
+def check_components(found, reported, known):
+    """One entry for each component of the revision; those of another known revision may be there too, while they are being removed."""
+    names = [{item["name"] for item in revision["spec"]["deploymentProfile"]["components"]} for revision in known]
+    missing = min((wanted - reported for wanted in names[:1] or names), key=len)
+    for name in sorted(missing):
+        found.add("components", f"no entry for the component {name}")
+    for name in sorted(reported.difference(*names)):
+        found.add("components", f"{name} is no component of this deployment")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 4. Deployments
+# ------------------------------------------------------------------------------------------------------------------------------
+
+Document = collections.namedtuple("Document", "deployment_id name text")        # name: of the file; text: str, for JSON
+
+
+def parse_deployment(text):
+    """The text of an ApplicationDeployment to its value; raises ValueError with all that is wrong."""
+    value = load_yaml(text)
+    if not isinstance(value, dict):
+        raise ValueError("it is no YAML mapping")
+    found = Inspection()
+    found.member(value, "", "id", "string", pattern=UUID)
+    metadata = found.member(value, "", "metadata", "object") or {}
+    for key in ("name", "namespace"):
+        found.member(metadata, "metadata", key, "string", pattern="[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+    found.member(metadata, "metadata", "deviceId", "string", pattern=DEVICE_ID + r"(/\*)?")
+    spec = found.member(value, "", "spec", "object") or {}
+    found.member(spec, "spec", "applicationId", "string", pattern="[-a-z0-9]{1,200}")
+    profile = found.member(spec, "spec", "deploymentProfile", "object") or {}
+    where = "spec.deploymentProfile"
+    found.member(profile, where, "type", "string", words=("helm", "compose", "custom"))
+    names = []
+    for field, item in found.items(profile, where, "components", "object", least=1):
+        names.append(found.member(item, field, "name", "string", pattern="[a-z0-9-]+"))
+        properties = found.member(item, field, "properties", "object") or {}
+        found.member(properties, f"{field}.properties", "repository", "string", pattern="oci://.+")
+        found.member(properties, f"{field}.properties", "revision", "string", pattern=REVISION)
+        found.member(properties, f"{field}.properties", "wait", "boolean", required=False)
+        found.member(properties, f"{field}.properties", "timeout", "string", required=False, pattern=r"\d+m\d+s")
+    if len(set(names)) < len(names):
+        found.add(f"{where}.components", "two components have one name")
+    parameters = found.member(spec, "spec", "parameters", "object", required=False) or {}
+    for key in parameters:
+        parameter = found.member(parameters, "spec.parameters", key, "object") or {"targets": [], "value": ""}
+        if "value" not in parameter:
+            found.add(f"spec.parameters.{key}.value", "is missing")
+        for field, item in found.items(parameter, f"spec.parameters.{key}", "targets", "object"):
+            found.member(item, field, "pointer", "string")
+            found.items(item, field, "components", "string")
+    if found.errors:
+        raise ValueError("; ".join(f"{error['field']} {error['message']}" for error in found.errors))
+    return value
+
+
+def read_deployments(folder, lenient):
+    """The *.yaml files of a folder as ([Document] in the order of their ids, [what is wrong with the other files])."""
+    documents, faults = {}, []
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if name.startswith(".") or not name.endswith((".yaml", ".yml")) or not os.path.isfile(path):
+            continue
+        try:
+            with open(path, "rb") as file:
+                text = file.read().decode("utf-8", "surrogateescape" if lenient else "strict")
+            deployment_id = find_id(name, text) if lenient else parse_deployment(text)["id"]
+            if deployment_id.lower() in documents:
+                raise ValueError(f"has the same id as {documents[deployment_id.lower()].name}")
+            documents[deployment_id.lower()] = Document(deployment_id, name, text)
+        except (OSError, ValueError, YAMLError) as error:
+            faults.append(f"{path}: {error}")
+    return [documents[key] for key in sorted(documents)], faults
+
+
+def find_id(name, text):
+    """The deployment id that a file is served under with --lenient: its name if that is a UUID, else its top-level `id`."""
+    stem = name.rpartition(".")[0]
+    match = re.search(rf"^id:[ \t]*[\"']?({UUID})[\"']?[ \t\r]*(#.*)?$", text, re.MULTILINE)
+    if re.fullmatch(UUID, stem):
+        return stem
+    if not match:
+        raise ValueError("neither its name nor a top-level `id` is a UUID")
+    return match.group(1)
+
+
+class Generation:
+    """One set of deployments as it is served under one manifestVersion; made the same way each time, so equal sets are equal bytes."""
+
+    def __init__(self, version, documents):
+        self.version, self.documents = version, documents
+        self.contents = {item.deployment_id.lower(): item.text.encode("utf-8", "surrogateescape") for item in documents}
+        self.bundle = self.make_bundle()
+        self.manifest = make_json(self.make_manifest())
+
+    def make_bundle(self):
+        """gzip(tar) with one <deployment id>.yaml for each deployment, or None if there is none."""
+        if not self.documents:
+            return None
+        buffer = io.BytesIO()
+        with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, filename="") as packed:
+            with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+                for item in self.documents:
+                    content = self.contents[item.deployment_id.lower()]
+                    entry = tarfile.TarInfo(f"{item.deployment_id}.yaml")
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+        return buffer.getvalue()
+
+    def make_manifest(self):
+        deployments = []
+        for item in self.documents:
+            content = self.contents[item.deployment_id.lower()]
+            deployments.append({"deploymentId": item.deployment_id, "digest": sha256(content), "sizeBytes": len(content),
+                                "url": f"/api/v1/deployments/{item.deployment_id}/{sha256(content)}"})
+        bundle = self.bundle and {"mediaType": BUNDLE_TYPE, "digest": sha256(self.bundle), "sizeBytes": len(self.bundle),
+                                  "url": f"/api/v1/bundles/{sha256(self.bundle)}"}
+        return {"manifestVersion": self.version, "bundle": bundle, "deployments": deployments}
+
+
+class DesiredState:
+    """What one client should run: the last generations, the newest last, kept in a file over restarts."""
+
+    def __init__(self, client, folder, path, lenient, log):
+        self.client, self.folder, self.path, self.lenient, self.log = client, folder, path, lenient, log
+        self.seen, self.faults = None, []
+        kept = read_json(path, {"generations": []})["generations"]
+        self.generations = [Generation(item["manifestVersion"], [Document(*entry) for entry in item["documents"]]) for item in kept]
+        self.etag = kept[-1]["etag"] if kept else None
+
+    def current(self):
+        """The newest generation, after a look at the folder."""
+        own = os.path.join(self.folder, self.client)
+        folder = own if os.path.isdir(own) else self.folder
+        look = look_at(folder)
+        if look != self.seen:
+            self.update(folder)
+            self.seen = look
+        return self.generations[-1]
+
+    def update(self, folder):
+        documents, faults = read_deployments(folder, self.lenient)
+        for fault in faults:
+            if fault not in self.faults:
+                outcome = "the set served before stays until this is mended" if self.generations else "left out"
+                print(f"{now_text()} {printable(fault)}; {outcome}", file=sys.stderr, flush=True)
+        self.faults = faults
+        if faults and self.generations:
+            return
+        if self.generations:
+            same = Generation(self.generations[-1].version, documents)
+            if sha256(same.manifest) == self.etag:
+                return
+        newest = Generation(self.generations[-1].version + 1 if self.generations else 1, documents)
+        generations = self.generations[1 - GENERATIONS:] + [newest]
+        write_json(self.path, {"generations": [
+            {"manifestVersion": item.version, "etag": sha256(item.manifest), "documents": item.documents} for item in generations]})
+        self.generations, self.etag = generations, sha256(newest.manifest)
+        self.log(self.client, f"manifest {newest.version}: {len(documents)} deployments")
+
+    def find_document(self, deployment_id, digest):
+        """The bytes of a deployment that is or was lately in the set, or None."""
+        for generation in reversed(self.generations):
+            content = generation.contents.get(deployment_id.lower())
+            if content is not None and sha256(content) == digest:
+                return content
+        return None
+
+    def find_bundle(self, digest):
+        return next((item.bundle for item in reversed(self.generations) if item.bundle and sha256(item.bundle) == digest), None)
+
+    def find_revisions(self, deployment_id, version):
+        """What is known of a deployment: its parsed revisions, that of the given manifest version first; unusable ones left out."""
+        revisions = []
+        for generation in sorted(reversed(self.generations), key=lambda item: item.version != version):
+            content = generation.contents.get(deployment_id.lower())
+            try:
+                if content is not None:
+                    revisions.append(parse_deployment(content.decode("utf-8")))
+            except (ValueError, YAMLError):
+                continue            # with --lenient: served on purpose, so there is nothing to hold a status against
+        return revisions
+
+
+def look_at(folder):
+    """Something that differs once the folder's files do; a file changed within this second may change again unseen, hence the clock."""
+    look, newest = [folder], 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                stat = entry.stat()
+            except FileNotFoundError:
+                continue            # renamed or removed meanwhile: the next look tells
+            look.append((entry.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+            newest = max(newest, stat.st_ctime)
+    now = time.time()
+    return sorted(map(str, look)) + ([str(now)] if now - newest < 1 else [])
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 5. What is kept on the disk
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def read_json(path, default):
+    try:
+        with open(path, "rb") as file:
+            return json.loads(file.read().decode())
+    except FileNotFoundError:
+        return default
+
+
+def write_json(path, value):
+    """Writes a file whole or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+    os.replace(path + ".new", path)
+
+
+def append_json(path, value):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+class Faults:
+    """The spoiled answers that faults.json asks for; how often each was used is counted until the file changes."""
+
+    def __init__(self, path):
+        self.path, self.raw, self.entries, self.used = path, b"", [], []
+        self.lock = threading.Lock()
+
+    def find(self, request):
+        """The entry that fits a request, counted as used, or {}."""
+        with self.lock:
+            self.load()
+            for index, entry in enumerate(self.entries):
+                if (entry.get("method", request.method) == request.method and entry.get("client", request.client) == request.client
+                        and fnmatch.fnmatchcase(request.path, entry.get("path", "*"))
+                        and self.used[index] < entry.get("times", float("inf"))):
+                    self.used[index] += 1
+                    return entry
+        return {}
+
+    def load(self):
+        try:
+            with open(self.path, "rb") as file:
+                raw = file.read()
+        except FileNotFoundError:
+            raw = b"[]"
+        if raw != self.raw:
+            try:
+                entries = json.loads(raw.decode())
+                if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                    raise ValueError("it is no list of objects")
+            except ValueError as error:
+                print(f"{now_text()} {self.path}: {error}; ignored", file=sys.stderr, flush=True)
+                entries = []
+            self.raw, self.entries, self.used = raw, entries, [0] * len(entries)
+
+    @staticmethod
+    def make_reply(entry):
+        """The answer that an entry has ready, or None if it only changes the true one."""
+        problem = entry.get("problem")
+        if isinstance(problem, str):
+            return Problem(problem).reply()
+        if isinstance(problem, dict):
+            status = entry.get("status", problem.get("status", 500))
+            return Reply(status, {"Content-Type": "application/problem+json"}, make_json(problem))
+        if "status" in entry:
+            return Reply(entry["status"], {}, b"") if "body" in entry else Problem(entry["status"]).reply()
+        return None
+
+    @staticmethod
+    def spoil(entry, reply):
+        """A reply with what an entry changes in it."""
+        body = entry["body"].encode() if "body" in entry else reply.body
+        if entry.get("corrupt") and body:
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1:]
+        return Reply(reply.status, dict(reply.headers, **entry.get("headers", {})), body)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 6. The management interface
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class Wfm:
+    """The Management Interface for the clients of one WFM; `answer` takes a Request and returns a Reply or raises a Problem."""
+
+    ROUTES = (
+        (r"/api/v1/capabilities/(.+)", {"PUT": "put_capabilities", "DELETE": "delete_capabilities"}),
+        (r"/api/v1/deployments", {"GET": "get_manifest"}),
+        (r"/api/v1/deployments/([^/]+)/status", {"POST": "post_status"}),
+        (r"/api/v1/deployments/([^/]+)/([^/]+)", {"GET": "get_deployment"}),
+        (r"/api/v1/bundles/([^/]+)", {"GET": "get_bundle"}),
+    )
+
+    def __init__(self, spiffe_id, options, log):
+        self.spiffe_id, self.prefix, self.lenient, self.log = spiffe_id, options.prefix.rstrip("/"), options.lenient, log
+        self.deployments, self.state = options.deployments, options.state
+        self.desired, self.lock = {}, threading.RLock()
+
+    def find_client(self, certificate):
+        """The client id that a verified peer certificate (as from SSLSocket.getpeercert) carries, or None."""
+        uris = [value for kind, value in (certificate or {}).get("subjectAltName", ()) if kind == "URI"]
+        match = re.fullmatch(rf"{re.escape(self.spiffe_id)}/client/({NAME})", uris[0]) if len(uris) == 1 else None
+        return match.group(1) if match and match.group(1) not in (".", "..") else None
+
+    def answer(self, request):
+        if request.client is None:
+            raise Problem("not-authorized", f"only clients of {self.spiffe_id} are served here")
+        if not request.path.startswith(self.prefix + "/"):
+            raise Problem(404, f"the interface is below {self.prefix}/")
+        with self.lock:
+            return dispatch(self, self.ROUTES, request, request.path[len(self.prefix):])
+
+    def kept(self, client, name):
+        return os.path.join(self.state, "clients", client, name)
+
+    def desired_state(self, client):
+        if client not in self.desired:
+            self.desired[client] = DesiredState(client, self.deployments, self.kept(client, "desired.json"), self.lenient, self.log)
+        return self.desired[client]
+
+    def get_manifest(self, request):
+        return serve_content(request, self.desired_state(request.client).current().manifest, MANIFEST_TYPE, "private")
+
+    def get_deployment(self, request, deployment_id, digest):
+        content = self.desired_state(request.client).find_document(deployment_id, digest)
+        if content is None:
+            raise Problem("deployment-not-found", "this revision of the deployment is not, or no longer, available")
+        return serve_content(request, content, "application/yaml", IMMUTABLE)
+
+    def get_bundle(self, request, digest):
+        content = self.desired_state(request.client).find_bundle(digest)
+        if content is None:
+            raise Problem("invalid-bundle", "this bundle is not, or no longer, available")
+        return serve_content(request, content, BUNDLE_TYPE, IMMUTABLE)
+
+    def put_capabilities(self, request, device_id):
+        if not re.fullmatch(DEVICE_ID, device_id):
+            raise Problem("invalid-request", f"the path does not end in a device id (^{DEVICE_ID}$)")
+        document = read_document(request)
+        path = self.kept(request.client, "capabilities.json")
+        devices = read_json(path, {})
+        parent = device_id.rpartition("/")[0]
+        if parent and parent not in devices:
+            raise Problem("gateway-not-found", f"report the capabilities of {parent} first")
+        check_capabilities(document, device_id)
+        verb, status = ("updated", 200) if device_id in devices else ("created", 201)
+        devices[device_id] = document
+        write_json(path, devices)
+        self.log(request.client, f"capabilities of {device_id} {verb}")
+        return Reply(status, {}, b"")
+
+    def delete_capabilities(self, request, device_id):
+        path = self.kept(request.client, "capabilities.json")
+        devices = read_json(path, {})
+        if device_id not in devices:
+            raise Problem("device-not-found", f"no capabilities of {printable(device_id)} were reported")
+        write_json(path, {key: value for key, value in devices.items() if key != device_id and not key.startswith(device_id + "/")})
+        self.log(request.client, f"capabilities of {device_id} removed, with those of its children")
+        return Reply(204, {}, b"")
+
+    def post_status(self, request, deployment_id):
+        if not re.fullmatch(UUID, deployment_id):
+            raise Problem("invalid-request", "the deployment id in the path is not a UUID")
+        body = read_document(request)
+        version = body.get("adoptedManifestVersion")
+        check_status(body, deployment_id, self.desired_state(request.client).find_revisions(deployment_id, version))
+        path, key = self.kept(request.client, "statuses.json"), deployment_id.lower()
+        statuses = read_json(path, {})
+        status = 200 if key in statuses else 201
+        statuses[key] = body
+        write_json(path, statuses)
+        append_json(os.path.join(self.state, "statuses.jsonl"),
+                    {"time": now_text(), "client": request.client, "deploymentId": deployment_id, "body": body})
+        states = [f"{item['name']} {item['state']}" + (f" ({item['error']['code']}: {item['error']['message']})" if "error" in item else "")
+                  for item in body["components"]]
+        self.log(request.client, f"status of {deployment_id} at manifest {version}: {body['status']['state']}; {', '.join(states)}")
+        return Reply(status, {}, b"")
+
+
+def read_document(request):
+    """The JSON object that a request carries."""
+    kind, _, parameters = (request.headers.get("Content-Type") or "").partition(";")
+    charset = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", parameters, re.IGNORECASE)
+    if kind.strip().lower() != "application/json" or charset and charset.group(1).lower() != "utf-8":
+        raise Problem("invalid-request", "Content-Type must be application/json, in UTF-8")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise Problem("invalid-request", "no Content-Encoding is understood here")
+    return parse_json(request.body)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 7. Discovery document and trust bundle
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class Mis:
+    """The two read-only endpoints from which clients learn the trust bundle, which must be a SPIFFE bundle in JSON."""
+
+    BUNDLE_PATH = "/.well-known/spiffe/bundle.json"
+    ROUTES = ((r"/\.well-known/margo", {"GET": "get_discovery"}), (r"/\.well-known/spiffe/bundle\.json", {"GET": "get_bundle"}))
+
+    def __init__(self, trust_domain, bundle_file):
+        self.trust_domain, self.bundle_file = trust_domain, bundle_file
+
+    def answer(self, request):
+        return dispatch(self, self.ROUTES, request, request.path)
+
+    def get_discovery(self, request):
+        host = request.headers.get("Host")
+        if not host:
+            raise Problem("invalid-request", "a Host header is needed")
+        document = {"trustDomain": self.trust_domain, "trustBundleUri": f"https://{host}{self.BUNDLE_PATH}"}
+        return serve_content(request, make_json(document), "application/json", "no-cache")
+
+    def get_bundle(self, request):
+        try:
+            with open(self.bundle_file, "rb") as file:
+                return serve_content(request, file.read(), "application/json", "no-cache")
+        except FileNotFoundError:
+            raise Problem("spiffe-bundle-not-found", "there is no trust bundle at present",
+                          retryable=True, retryAfterSeconds=30, backoffStrategy="exponential") from None
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 8. Registry
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class OciError(Problem):
+    """An error of the OCI distribution API, which has a body of its own."""
+
+    def __init__(self, status, code, message, headers=None):
+        super().__init__(status, message, headers)
+        self.body = make_json({"errors": [{"code": code, "message": message}]})
+
+    def reply(self):
+        return Reply(self.status, dict({"Content-Type": "application/json"}, **self.headers), self.body)
+
+
+class Registry:
+    """A read-only OCI registry of Compose Archives that are made out of plain folders."""
+
+    REPOSITORY = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*"
+    TAG = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
+    ROUTES = (
+        (r"/v2/", {"GET": "get_root"}),
+        (r"/v2/(.+)/manifests/([^/]+)", {"GET": "get_manifest"}),
+        (r"/v2/(.+)/blobs/([^/]+)", {"GET": "get_blob"}),
+        (r"/v2/(.+)/tags/list", {"GET": "get_tags"}),
+        (r"/token", {"GET": "get_token"}),
+    )
+
+    def __init__(self, packages, credentials, anonymous):
+        """credentials: (user, file of the secret) or None for a registry that is open to all."""
+        self.packages, self.credentials, self.anonymous = packages, credentials, anonymous
+        self.tokens, self.content, self.lock = {}, {}, threading.Lock()      # token: (repository, end); (name, digest): bytes
+
+    def answer(self, request):
+        with self.lock:
+            return dispatch(self, self.ROUTES, request, request.path)
+
+    # Access
+
+    def check_access(self, request, name=""):
+        """Raises 401 with a challenge unless the request carries a token for the repository."""
+        if not self.credentials:
+            return
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        repository, end = self.tokens.get(token.strip(), ("", 0)) if scheme.lower() == "bearer" else ("", 0)
+        if end > time.monotonic() and name in ("", repository):
+            return
+        challenge = f'Bearer realm="https://{request.headers.get("Host", "")}/token",service="wfm.py"'
+        if name:
+            challenge += f',scope="repository:{name}:pull"'
+        raise OciError(401, "UNAUTHORIZED", "a token is needed", {"WWW-Authenticate": challenge})
+
+    def get_token(self, request):
+        if not self.credentials:
+            raise OciError(404, "UNSUPPORTED", "this registry is open, there are no tokens")
+        header = request.headers.get("Authorization")
+        if not (self.is_known_user(header) if header else self.anonymous):
+            raise OciError(401, "UNAUTHORIZED", "user or password is wrong or missing", {"WWW-Authenticate": 'Basic realm="wfm.py"'})
+        scope = re.fullmatch(r"repository:([^:]+):(?:[a-z,]*,)?pull(?:,[a-z,]*)?", (request.query.get("scope") or [""])[0])
+        token = secrets.token_urlsafe(24)
+        self.tokens = {key: item for key, item in self.tokens.items() if item[1] > time.monotonic()}
+        self.tokens[token] = (scope.group(1) if scope else "", time.monotonic() + TOKEN_LIFETIME)
+        return Reply(200, {"Content-Type": "application/json", "Cache-Control": "no-store"},
+                     make_json({"token": token, "expires_in": TOKEN_LIFETIME}))
+
+    def is_known_user(self, header):
+        scheme, _, encoded = header.partition(" ")
+        user, secret_file = self.credentials
+        with open(secret_file, "rb") as file:
+            wanted = user.encode() + b":" + file.read().rstrip(b"\r\n")
+        try:
+            given = base64.b64decode(encoded.strip(), validate=True)
+        except ValueError:
+            return False
+        return scheme.lower() == "basic" and hmac.compare_digest(given, wanted)
+
+    # Content
+
+    def get_root(self, request):
+        self.check_access(request)
+        return Reply(200, {"Content-Type": "application/json", "Docker-Distribution-API-Version": "registry/2.0"}, b"{}")
+
+    def get_tags(self, request, name):
+        self.check_access(request, name)
+        return Reply(200, {"Content-Type": "application/json"}, make_json({"name": name, "tags": self.list_tags(name)}))
+
+    def get_manifest(self, request, name, reference):
+        self.check_access(request, name)
+        if reference in self.list_tags(name):
+            return make_content_reply(self.make_package(name, reference), OCI_MANIFEST_TYPE)
+        content = self.find_content(name, reference)
+        if content is None or not content.startswith(b'{"schemaVersion"'):
+            raise OciError(404, "MANIFEST_UNKNOWN", f"{name} has no manifest {reference}")
+        return make_content_reply(content, OCI_MANIFEST_TYPE)
+
+    def get_blob(self, request, name, digest):
+        self.check_access(request, name)
+        content = self.find_content(name, digest)
+        if content is None:
+            raise OciError(404, "BLOB_UNKNOWN", f"{name} has no blob {digest}")
+        return make_content_reply(content, "application/octet-stream")
+
+    def list_tags(self, name):
+        """The tags of a repository; raises NAME_UNKNOWN if it has none."""
+        folder = os.path.join(self.packages, *name.split("/"))
+        tags = set()
+        if re.fullmatch(self.REPOSITORY, name) and os.path.isdir(folder):
+            for entry in os.listdir(folder):
+                if os.path.isfile(os.path.join(folder, entry, "compose.yaml")):
+                    tags.add(entry)
+                elif entry.endswith(".tar.gz"):
+                    tags.add(entry[:-len(".tar.gz")])
+        if not tags:
+            raise OciError(404, "NAME_UNKNOWN", f"there is no repository {printable(name)}")
+        return sorted(tag for tag in tags if re.fullmatch(self.TAG, tag))
+
+    def find_content(self, name, digest):
+        """A blob or manifest by digest; all tags are made if it is not known, for instance after a restart."""
+        if (name, digest) not in self.content:
+            for tag in self.list_tags(name):
+                self.make_package(name, tag)
+        return self.content.get((name, digest))
+
+    def make_package(self, name, tag):
+        """The OCI manifest of a tag; it and its blobs can then be found by digest."""
+        folder = os.path.join(self.packages, *name.split("/"), tag)
+        if os.path.isdir(folder):
+            layer = make_archive(folder, name.rpartition("/")[2])
+        else:
+            with open(folder + ".tar.gz", "rb") as file:
+                layer = file.read()
+        annotations = {"org.margo.component.type": "compose", "org.margo.component.version": tag,
+                       "org.opencontainers.image.title": name.rpartition("/")[2], "org.opencontainers.image.version": tag}
+        manifest = make_json({
+            "schemaVersion": 2, "mediaType": OCI_MANIFEST_TYPE, "artifactType": PACKAGE_TYPE,
+            "config": {"mediaType": OCI_EMPTY_TYPE, "digest": sha256(b"{}"), "size": 2},
+            "layers": [{"mediaType": PACKAGE_LAYER_TYPE, "digest": sha256(layer), "size": len(layer), "annotations": annotations}],
+            "annotations": annotations})
+        for content in (b"{}", layer, manifest):
+            self.content[name, sha256(content)] = content
+        return manifest
+
+
+def make_content_reply(content, media_type):
+    return Reply(200, {"Content-Type": media_type, "Docker-Content-Digest": sha256(content), "ETag": f'"{sha256(content)}"'}, content)
+
+
+def make_archive(folder, top):
+    """A Compose Archive: the folder's content below one directory `top`, the same bytes each time."""
+    def reset(entry):
+        entry.uid = entry.gid = entry.mtime = 0
+        entry.uname = entry.gname = ""
+        entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+        return entry
+
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, filename="") as packed:
+        with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            archive.add(folder, top, recursive=False, filter=reset)
+            for root, folders, files in os.walk(folder):
+                folders.sort()
+                for name in sorted(folders + files):
+                    path = os.path.join(root, name)
+                    archive.add(path, os.path.join(top, os.path.relpath(path, folder)), recursive=False, filter=reset)
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 9. TLS
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def make_wfm_context(certificate, key, trust_bundle, version):
+    """Mutual TLS of one version only: client certificates must lead to an anchor of the trust bundle and to nothing else."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2 if version == "1.2" else ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(certificate, key)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags |= PARTIAL_CHAIN           # an anchor need not be self-signed
+    context.load_verify_locations(cadata=load_anchors(trust_bundle))
+    return context
+
+
+def make_site_context(certificate, key):
+    """Ordinary server-side TLS, as for the registry."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+def load_anchors(path):
+    """The X.509 anchors of a SPIFFE bundle or of a PEM file, as DER; raises ValueError."""
+    with open(path, "rb") as file:
+        text = file.read().decode("utf-8")
+    if "-----BEGIN CERTIFICATE-----" in text:
+        found = re.findall(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", text, re.DOTALL)
+        return b"".join(ssl.PEM_cert_to_DER_cert(item) for item in found)
+    keys = json.loads(text)["keys"]
+    anchors = [base64.b64decode(key["x5c"][0], validate=True) for key in keys if key.get("use") == "x509-svid"]
+    if not anchors:
+        raise ValueError(f"{path} holds no X.509 anchor")
+    return b"".join(anchors)
+
+
+def load_spiffe_id(path):
+    """The SPIFFE ID in the first certificate of a PEM file.
+
+    The ssl module reads no certificate of one's own; in DER a URI name is the tag 0x86, its length and the text, which nothing else in
+    a certificate looks like.
+    """
+    with open(path, encoding="ascii") as file:
+        text = file.read()
+    match = re.search(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", text, re.DOTALL)
+    der = ssl.PEM_cert_to_DER_cert(match.group(0)) if match else b""
+    for found in re.finditer(rb"\x86(?:([\x00-\x7f])|\x81(.))(?=spiffe://)", der, re.DOTALL):
+        size = (found.group(1) or found.group(2))[0]
+        return der[found.end():found.end() + size].decode("ascii")
+    raise ValueError(f"{path} carries no SPIFFE ID")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 10. HTTP
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Turns HTTP into a Request for the listener's site and its Reply, spoiled if a fault wants it, back into HTTP."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "wfm.py", ""
+    timeout = TIMEOUT
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def handle_exchange(self):
+        split = urllib.parse.urlsplit(self.path)
+        client = self.server.site.find_client(self.connection.getpeercert()) if isinstance(self.server.site, Wfm) else None
+        request = Request(self.command, split.path, urllib.parse.parse_qs(split.query), self.headers, b"", client)
+        try:
+            request = request._replace(body=self.read_body())
+            fault = self.server.faults.find(request)
+            time.sleep(fault.get("delay", 0))
+            reply = self.find_reply(request, fault)
+        except Problem as problem:
+            fault, reply = {}, problem.reply()
+        if reply.status >= 400 and isinstance(self.server.site, Wfm):
+            reason = reply.body.decode(errors="replace")
+            self.server.log(client or self.client_address[0], f"{self.command} {self.path}: {reply.status} {reason}")
+        self.server.record(self, client, None if fault.get("close") else reply.status)
+        if fault.get("close"):
+            self.close_connection = True
+        else:
+            self.send_reply(reply, fault.get("truncate"))
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = do_OPTIONS = handle_exchange
+
+    def find_reply(self, request, fault):
+        """The answer to a request, after the fault had its say."""
+        ready = Faults.make_reply(fault)
+        if not ready and not fault.get("close") or fault.get("late"):
+            try:
+                reply = self.server.site.answer(request)
+            except Problem as problem:
+                problem.document.setdefault("instance", request.path)
+                reply = problem.reply()
+            except Exception:               # whatever it is, the client gets an answer and the person at the console the reason
+                traceback.print_exc()
+                reply = Problem(500, "a bug of wfm.py, see its stderr").reply()
+            return Faults.spoil(fault, ready or reply)
+        return Faults.spoil(fault, ready or Reply(0, {}, b""))
+
+    def read_body(self):
+        """The request's body, by Content-Length or chunked; raises a Problem and gives the connection up if it is not to be read."""
+        if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
+            pieces, size = [], -1
+            while size != 0:
+                line = self.rfile.readline(100).split(b";")[0].strip()
+                if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", line):
+                    self.close_connection = True
+                    raise Problem(400, "a chunk without a length")
+                size = int(line, 16)
+                self.check_size(size + sum(map(len, pieces)))
+                pieces.append(self.rfile.read(size))
+                while self.rfile.readline(1000).strip() and size == 0:      # trailers, after the last chunk
+                    pass
+            return b"".join(pieces)
+        length = self.headers.get("Content-Length", "0")
+        if not re.fullmatch("[0-9]{1,15}", length):
+            self.close_connection = True
+            raise Problem(400, "Content-Length is no number")
+        self.check_size(int(length))
+        return self.rfile.read(int(length))
+
+    def check_size(self, size):
+        if size > MAX_BODY:
+            self.close_connection = True
+            for _ in range(16):             # a client that is still sending would not see the answer
+                if not self.rfile.read1(MAX_BODY):
+                    break
+            raise Problem(413, f"a body may have {MAX_BODY} bytes")
+
+    def send_reply(self, reply, cut=None):
+        self.send_response(reply.status)
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        if reply.status not in (204, 304):
+            self.send_header("Content-Length", str(len(reply.body)))
+        if cut is not None:
+            self.close_connection = True
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD" and reply.status not in (204, 304):
+            self.wfile.write(reply.body[:cut])
+
+    def send_error(self, code, message=None, explain=None):
+        """What http.server itself refuses: a broken request line, an unknown method."""
+        self.close_connection = True
+        if not getattr(self, "command", None):
+            self.command = "-"
+        self.send_reply(Problem(int(code), message or "").reply())
+
+    def log_message(self, *_):
+        """The events are printed elsewhere."""
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """A listener with one thread for each connection; the TLS handshake is the thread's business, so nobody can hold up the others."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, name, address, make_context, site, faults, log, requests_file):
+        self.name, self.make_context, self.site, self.faults, self.log = name, make_context, site, faults, log
+        self.requests_file = requests_file
+        host, _, port = address.rpartition(":")
+        host = host.strip("[]")
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, int(port)), Handler)
+        self.url = f"https://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
+
+    def finish_request(self, request, client_address):
+        request.settimeout(TIMEOUT)
+        try:
+            connection = self.make_context().wrap_socket(request, server_side=True)
+        except (OSError, ValueError, KeyError) as error:
+            self.log(client_address[0], f"{self.name}: no TLS connection: {error}")
+            return
+        with connection:
+            self.RequestHandlerClass(connection, client_address, self)
+
+    def record(self, handler, client, status):
+        """Notes a request in requests.jsonl, if it is wanted; status None: the connection was closed instead of an answer."""
+        if self.requests_file:
+            headers = {name: value if name.lower() != "authorization" else value.partition(" ")[0] for name, value in handler.headers.items()}
+            append_json(self.requests_file, {"time": now_text(), "listener": self.name, "client": client, "method": handler.command,
+                                             "path": handler.path, "headers": headers, "status": status})
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError):          # a peer that went away needs no words
+            traceback.print_exc()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 11. Command line
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def make_parser():
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--listen", metavar="HOST:PORT", default="127.0.0.1:8443", help="of the WFM; port 0: any free one (default %(default)s)")
+    add("--certificate", metavar="FILE", required=True, help="the WFM's X.509-SVID, then intermediates, in PEM")
+    add("--key", metavar="FILE", required=True, help="its private key")
+    add("--trust-bundle", metavar="FILE", required=True, help="anchors for client certificates: SPIFFE bundle (JSON) or PEM")
+    add("--deployments", metavar="DIR", required=True, help="the desired state: ApplicationDeployment files")
+    add("--state", metavar="DIR", required=True, help="where versions, capabilities and statuses are kept")
+    add("--prefix", metavar="/PATH", default="", help="path before /api/v1, to try a client with a base URL that has one")
+    add("--id", metavar="SPIFFE-ID", help="the WFM's own SPIFFE ID, to try a client with a certificate that carries a wrong one")
+    add("--tls", choices=("1.3", "1.2"), default="1.3", help="1.2: speak that version only, to see whether a client refuses it")
+    add("--lenient", action="store_true", help="serve files as they are, to see what a client does with bad ones; the deployment id is the file's"
+        " name if that is a UUID, else its top-level id")
+    add("--log-requests", action="store_true", help="keep requests.jsonl in the state directory")
+    add("--mis", metavar="HOST:PORT", help="also serve /.well-known/margo and the trust bundle here")
+    add("--registry", metavar="HOST:PORT", help="also serve the packages here")
+    add("--packages", metavar="DIR", help="the registry's content: <name>/<tag>/compose.yaml and so on")
+    add("--registry-token", metavar="USER:SECRET_FILE", help="the registry demands tokens, given to this user")
+    add("--registry-anonymous", action="store_true", help="with --registry-token: also given to nobody in particular")
+    add("--site-certificate", metavar="FILE", help="server certificate for --mis and --registry")
+    add("--site-key", metavar="FILE", help="its private key")
+    return parser
+
+
+def make_log():
+    """The function that prints an event: who, what."""
+    lock = threading.Lock()
+
+    def log(who, what):
+        with lock:
+            print(f"{now_text()} {printable(who)} {printable(what)}", flush=True)
+    return log
+
+
+def make_servers(options, log):
+    """The listeners that the options ask for, the WFM last; raises OSError or ValueError if something they need is not usable."""
+    spiffe_id = options.id or load_spiffe_id(options.certificate)
+    match = re.fullmatch(rf"spiffe://([a-z0-9._-]+)/margo/wfm/{NAME}", spiffe_id)
+    if not match:
+        raise ValueError(f"{spiffe_id} is not a WFM's SPIFFE ID (spiffe://<trust domain>/margo/wfm/<wfm id>); see --id")
+    common = (Faults(os.path.join(options.state, "faults.json")), log,
+              os.path.join(options.state, "requests.jsonl") if options.log_requests else None)
+    servers = []
+
+    def make_site():
+        return make_site_context(options.site_certificate, options.site_key)
+
+    def make_wfm():
+        return make_wfm_context(options.certificate, options.key, options.trust_bundle, options.tls)
+
+    make_wfm()
+    if options.mis or options.registry:
+        make_site()
+    if options.mis:
+        servers.append(Server("mis", options.mis, make_site, Mis(match.group(1), options.trust_bundle), *common))
+    if options.registry:
+        user, _, secret_file = (options.registry_token or "").partition(":")
+        site = Registry(options.packages, (user, secret_file) if options.registry_token else None, options.registry_anonymous)
+        servers.append(Server("registry", options.registry, make_site, site, *common))
+    servers.append(Server("listening", options.listen, make_wfm, Wfm(spiffe_id, options, log), *common))
+    return servers
+
+
+def main(arguments=None):
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if (options.mis or options.registry) and not (options.site_certificate and options.site_key):
+        parser.error("--mis and --registry need --site-certificate and --site-key")
+    if options.registry and not options.packages:
+        parser.error("--registry needs --packages")
+    if not os.path.isdir(options.deployments):
+        parser.error(f"--deployments {options.deployments}: there is no such folder")
+    os.makedirs(options.state, exist_ok=True)
+    try:
+        servers = make_servers(options, make_log())
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"cannot start: {error}")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        print(f"{server.name} {server.url}", flush=True)
+    stop.wait()
+    with servers[-1].site.lock:             # no file is left half-written
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,4646 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""margo_agent.py: a Margo Workload Fleet Management client for the smallest Linux devices, in one file.
+
+What it is.  A Workload Fleet Manager (WFM) says which applications should run on a device; this agent makes it so.  It proves the
+device's identity by an X.509-SVID, reports what the device can do, polls the desired state, verifies it, compares it with what
+runs, drives container commands to close the gap, and reports how that went.  It never listens; every connection starts here.
+
+Commands.   enroll | run [--once] | plan | status | history | capabilities | csr | doctor | retry [ID] | unenroll [--purge] | version
+Exit codes. 0 as desired, 1 a deployment failed, 2 usage or configuration, 3 unreachable or to be reported later, 4 desired state
+            refused, 5 identity or trust, 6 another instance runs, 70 a bug.
+Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one state directory; see the README.
+
+Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All else may change.
+
+How to read it: from top to bottom.  A section uses only sections above it.
+   1 Constants and errors      8 Identity                 15 Apply
+   2 Records                   9 Desired state            16 Deployment status
+   3 Encodings                10 Desired-state sources    17 Capabilities
+   4 Configuration            11 Eligibility              18 Agent
+   5 Store                    12 Plan                     19 Command line
+   6 Commands                 13 Packages
+   7 Transport                14 Runtimes
+"C-nnn" in comments and docstrings are the client rules of the Margo protocol digest that the tests trace.
+"""
+# Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module that a poll may do
+# without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
+import os
+import re
+import sys
+import time
+from collections import namedtuple
+
+__version__ = "0.1.0"
+__all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError", "PROFILES", "__version__"]
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 1. Constants and errors
+# ------------------------------------------------------------------------------------------------------------------------------
+
+PROFILES = ("mtls",)
+
+KIB, MIB = 1024, 1024 * 1024
+MAX_CERTIFICATES = 1 * MIB          # a trust bundle, a PEM file
+MAX_ANSWER = 256 * KIB              # a problem document, a token, the answer to a report
+MAX_OUTPUT = 32 * MIB               # what a helper program may print
+MAX_DEPLOYMENTS = 10000             # entries of one state manifest
+MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
+
+MANIFEST_TYPE = "application/vnd.margo.manifest.v1+json"
+BUNDLE_TYPE = "application/vnd.margo.bundle.v1+tar+gzip"
+DEPLOYMENT_TYPE = "application/yaml"
+JSON_TYPE = "application/json"
+PROBLEM_ROOT = "https://docs.margo.org/specification/"
+
+CAPABILITIES_PATH = "/api/v1/capabilities/"
+DEPLOYMENTS_PATH = "/api/v1/deployments"
+BUNDLES_PATH = "/api/v1/bundles/"
+
+DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
+UUID_PATTERN = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
+DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
+
+STATES = ("failed", "removing", "installing", "pending", "removed", "installed")     # most severe first (C-133)
+
+RETRY_FIRST, RETRY_CAP = 30, 3600                   # seconds between attempts at a failed deployment
+BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
+COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
+PULL_TIMEOUT = 3600                                 # seconds one image may take: links are slow, and a pull that moves is no fault
+EXPIRY_WARNING = 0.2                                # share of the own SVID's lifetime left at which to warn
+
+
+class MargoError(Exception):
+    """A fault that a person can act upon: `code` is stable text, `message` says what, where and what to do.
+
+    `exit` is the exit code that the fault becomes, in `main` and nowhere else.
+    """
+
+    exit = 70
+    code = "INTERNAL"
+
+    def __init__(self, message, code=None):
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.code
+
+
+class ConfigError(MargoError):
+    """The command line or the configuration is wrong."""
+
+    exit, code = 2, "CONFIGURATION"
+
+
+class Unreachable(MargoError):
+    """The WFM cannot be reached or asks for patience; `retry_after`: seconds it asked for, or None."""
+
+    exit, code = 3, "UNREACHABLE"
+
+    def __init__(self, message, retry_after=None):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class StorageError(MargoError):
+    """The state directory cannot be read or written."""
+
+    exit, code = 3, "STORAGE"
+
+
+class Refused(MargoError):
+    """The desired state is refused as a whole; what runs stays as it is."""
+
+    exit, code = 4, "REFUSED"
+
+
+class Untrusted(MargoError):
+    """Own identity or the peer's cannot be trusted."""
+
+    exit, code = 5, "UNTRUSTED"
+
+
+class Locked(MargoError):
+    """Another instance works on the same state directory."""
+
+    exit, code = 6, "LOCKED"
+
+
+class CommandError(MargoError):
+    """A helper program could not be run to its end."""
+
+    exit, code = 1, "COMMAND"
+
+
+class ComponentError(MargoError):
+    """Fails one component or deployment, never the others; `code` is what the WFM is told (protocol 5.4)."""
+
+    exit = 1
+
+    def __init__(self, code, message):
+        super().__init__(message, code)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 2. Records
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class Certificate(namedtuple("Certificate", "der subject issuer serial not_before not_after spki uris is_ca key_usage")):
+    """What is used of an X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None."""
+
+    __slots__ = ()
+
+
+class SpiffeId(namedtuple("SpiffeId", "text trust_domain path")):
+    """A SPIFFE ID, its trust domain and its path (with leading slash)."""
+
+    __slots__ = ()
+
+
+class Identity(namedtuple("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file")):
+    """The own SVID: SPIFFE ID, the WFM's SPIFFE ID that follows from it (C-009), the leaf Certificate, the two files."""
+
+    __slots__ = ()
+
+
+class TrustBundle(namedtuple("TrustBundle", "anchors sequence refresh_hint")):
+    """Trust anchors (DER), `spiffe_sequence` and `spiffe_refresh_hint` in seconds, each None where the bundle has none."""
+
+    __slots__ = ()
+
+
+class ManifestEntry(namedtuple("ManifestEntry", "deployment_id digest size")):
+    """One line of a state manifest; `size` is advice, never a check (C-110)."""
+
+    __slots__ = ()
+
+
+class Manifest(namedtuple("Manifest", "version bundle_digest bundle_size entries")):
+    """A state manifest that holds to every structural rule of protocol 3.1."""
+
+    __slots__ = ()
+
+
+class Desired(namedtuple("Desired", "version etag digest entries documents")):
+    """A verified desired state: version, ETag as sent, digest of the manifest, ManifestEntry list, {digest: bytes} of new documents."""
+
+    __slots__ = ()
+
+
+class Component(namedtuple("Component", "name repository revision wait timeout")):
+    """A component of a deployment; `timeout` in seconds."""
+
+    __slots__ = ()
+
+
+class Parameter(namedtuple("Parameter", "name value targets")):
+    """A parameter: YAML value and [(pointer, [component names])]."""
+
+    __slots__ = ()
+
+
+class Deployment(namedtuple("Deployment", "deployment_id name namespace device_id type components parameters constraints")):
+    """An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None."""
+
+    __slots__ = ()
+
+
+class Target(namedtuple("Target", "deployment_id digest version deployment error")):
+    """What should run: a Deployment, or the ComponentError for which its document cannot; `version` defined it."""
+
+    __slots__ = ()
+
+
+class Container(namedtuple("Container", "id name deployment_id component service hash state exit_code")):
+    """One container of ours as the engine shows it; `state` is the engine's lower-case word, `hash` our label."""
+
+    __slots__ = ()
+
+
+class Action(namedtuple("Action", "deployment_id action reason")):
+    """One step of a plan: install, update, remove, keep or refuse, and why."""
+
+    __slots__ = ()
+
+
+class Outcome(namedtuple("Outcome", "code result detail delay")):
+    """How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due."""
+
+    __slots__ = ()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 3. Encodings
+# ------------------------------------------------------------------------------------------------------------------------------
+
+# YAML 1.2, one document, core schema.  Parse functions go from coarse to fine; the position moves from token to token, and block
+# functions leave it at the first character of the next line that holds something, its column in `column` (-1 at the end).
+
+MAX_DEPTH, MAX_NODES = 64, 1000000
+
+INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
+FLOAT_PATTERN = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
+             "false": False, "False": False, "FALSE": False}
+ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r", "e": "\x1b", " ": " ",
+           '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
+
+
+class YAMLError(ValueError):
+    """A document that is no YAML 1.2 of one document, or that load_yaml refuses; `line` and `column` count from 1."""
+
+    def __init__(self, message, line, column):
+        super().__init__(f"line {line}, column {column}: {message}")
+        self.line, self.column = line, column
+
+
+class PlainInt(int):
+    """A whole number that keeps its spelling, such as 0x1F or 007, in `source`."""
+
+
+class PlainFloat(float):
+    """A number that keeps its spelling, such as 1.10, in `source`."""
+
+
+def load_yaml(text):
+    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the core schema.
+
+    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser: what it does not
+    support it refuses (duplicate keys, keys that are no scalars, other tags, directives other than %YAML 1.2, a second document).
+    """
+    if isinstance(text, (bytes, bytearray)):
+        try:
+            text = bytes(text).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise YAMLError("not UTF-8", bytes(text[:error.start]).count(b"\n") + 1, 1) from None
+    return YAMLReader(text).read_document()
+
+
+def scalar_text(value):
+    """A scalar as the text an environment variable gets: a plain number as it was spelt, true or false; raises TypeError."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, (str, int, float)):
+        raise TypeError(f"{type(value).__name__} has no text form")
+    return value if isinstance(value, str) else getattr(value, "source", None) or repr(value)
+
+
+class YAMLReader:
+    """The reader of one document; see load_yaml."""
+
+    SPACE = re.compile(r"[ \t]*")
+    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")                                 # empty and comment lines, then indentation
+    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")                                     # nothing more on this line
+    STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))       # of plain scalars: block, flow
+    MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
+    NAME = re.compile(r"[^\s,\[\]{}]+")
+    TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
+    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n])*\"|'(?:[^'\n]|'')*'")
+    KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
+    FORBIDDEN = re.compile("[^\t\n\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+    NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
+
+    def __init__(self, text):
+        text = text[1:] if text.startswith("\ufeff") else text
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        self.text = text if text.endswith("\n") else text + "\n"
+        self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
+        self.anchors = {}
+        bad = self.FORBIDDEN.search(self.text)
+        if bad:
+            self.fail(f"character {bad.group()!r} is not allowed", bad.start())
+
+    def fail(self, message, position=None):
+        """Raises YAMLError for a position, by default the current one."""
+        position = min(self.position if position is None else position, len(self.text))
+        start = self.text.rfind("\n", 0, position) + 1
+        raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
+
+    # Documents and lines
+
+    def read_document(self):
+        """The one document's value."""
+        self.next_line()
+        directive = self.text.startswith("%", self.position) and self.column == 0
+        if directive:
+            if not re.compile(r"%YAML[ \t]+1\.2[ \t]*(?:[ \t]#[^\n]*)?\n").match(self.text, self.position):
+                self.fail("a directive other than %YAML 1.2 is not supported")
+            self.position = self.text.index("\n", self.position)
+            self.next_line()
+        value, marked = None, self.text.startswith("---", self.position) and self.at_marker()
+        if directive and not marked:
+            self.fail("--- is missing after the directive")
+        if marked:
+            self.position += 3
+            value = self.read_block(-1, compact=False)
+        elif self.position < len(self.text) and not self.at_marker():
+            value = self.read_block_at(self.column, -1)
+        if self.text.startswith("...", self.position) and self.at_marker():
+            self.position += 3
+            self.end_line()
+        if self.position < len(self.text):
+            self.fail("a second document" if self.at_marker() else "more than one value, or wrong indentation")
+        return value
+
+    def at_marker(self):
+        """Whether --- or ... stands here, at the start of a line."""
+        return self.MARKER.match(self.text, self.position) and self.text[self.position - 1:self.position] in ("", "\n")
+
+    def next_line(self):
+        """Goes to the next line that holds something."""
+        match = self.NEXT.match(self.text, self.position)
+        self.position, self.column = match.end(), match.end() - match.start(1)
+        if self.position >= len(self.text):
+            self.column = -1
+        elif self.text[self.position] == "\t":
+            after = self.SPACE.match(self.text, self.position).end()
+            if self.text[after] not in "[{":                        # only block structure is made by indentation
+                self.fail("a tab in the indentation")
+            self.position = after
+        elif self.column == 0 and self.text[self.position] in "-." and self.at_marker():
+            self.column = -1
+
+    def end_line(self):
+        """Makes sure that nothing more stands on this line and goes to the next one."""
+        match = self.END.match(self.text, self.position)
+        if not match:
+            self.fail("more on this line than belongs to the value")
+        self.position = match.end()
+        self.next_line()
+
+    def count(self, nodes=1):
+        """Counts nodes, so that aliases cannot make a small document huge."""
+        self.nodes += nodes
+        if self.nodes > MAX_NODES:
+            self.fail(f"more than {MAX_NODES} nodes")
+
+    def enter(self):
+        """One level deeper."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self.fail(f"nested deeper than {MAX_DEPTH} levels")
+
+    # Blocks
+
+    def read_block(self, parent, sequence_at_parent=False, compact=True):
+        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper than `parent`."""
+        start = self.position
+        self.position = self.SPACE.match(self.text, start).end()
+        if self.text[self.position] == "\n" or self.text[self.position] == "#" and self.position > start:
+            return self.read_below(parent, sequence_at_parent, None, None)
+        if "\t" in self.text[start:self.position]:
+            compact = False
+        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent, compact, sequence_at_parent)
+
+    def read_below(self, parent, sequence_at_parent, anchor, tag):
+        """A node that starts on a later line, or an empty one."""
+        self.position = self.text.index("\n", self.position) + 1
+        self.next_line()
+        dash = sequence_at_parent and self.column == parent and self.at_indicator("-")
+        if self.column > parent or dash:
+            return self.read_block_at(self.column, parent, True, sequence_at_parent, anchor, tag)
+        return self.finish(self.make_scalar("", tag, True), anchor)
+
+    def at_indicator(self, character):
+        """Whether an indicator stands here: the character, then white space."""
+        return self.text[self.position] == character and self.text[self.position + 1] in " \t\n"
+
+    def read_block_at(self, column, parent, compact=True, sequence_at_parent=False, anchor=None, tag=None):
+        """The node that starts here; `compact`: a block collection may start on this line."""
+        character = self.text[self.position]
+        if compact and (character == "?" and self.at_indicator("?") or self.is_key()):
+            return self.read_collection(self.read_mapping, column, dict, anchor, tag)
+        if character == "-" and self.at_indicator("-"):
+            if not compact:
+                self.fail("a block sequence cannot start here")
+            return self.read_collection(self.read_sequence, column, list, anchor, tag)
+        if character in "&!":
+            if anchor and character == "&" or tag and character == "!":
+                self.fail("a second anchor or tag for one node")
+            anchor, tag = self.read_properties(anchor, tag)
+            if self.text[self.position] in "#\n":
+                return self.read_below(parent, sequence_at_parent, anchor, tag)
+            return self.read_block_at(column, parent, False, False, anchor, tag)
+        if character in "|>":
+            value = self.make_scalar(self.read_block_scalar(parent), tag, False)
+            return self.finish(value, anchor)
+        value = self.read_flow(parent, 0, anchor, tag)
+        self.end_line()
+        return value
+
+    def read_properties(self, anchor, tag):
+        """Anchor and tag in either order, and the white space after them."""
+        while self.text[self.position] in "&!":
+            if self.text[self.position] == "&":
+                match = self.NAME.match(self.text, self.position + 1)
+                if not match or anchor:
+                    self.fail("an anchor without a name, or a second one")
+                anchor = match.group()
+                self.anchors[anchor] = None                     # open: an alias to it from inside would be endless
+            else:
+                match = self.TAG.match(self.text, self.position)
+                if tag:
+                    self.fail("a second tag for one node")
+                tag = self.check_tag(match.group())
+            end = self.SPACE.match(self.text, match.end()).end()
+            if end == match.end() and self.text[end] not in "\n,]}":
+                self.fail("white space is missing after an anchor or tag", end)
+            self.position = end
+        return anchor, tag
+
+    def check_tag(self, tag):
+        """The core schema's short name of a tag."""
+        if tag == "!":
+            return "!"
+        for prefix in ("!!", "!<tag:yaml.org,2002:"):
+            name = tag[len(prefix):].rstrip(">")
+            if tag.startswith(prefix) and name in ("str", "int", "float", "bool", "null", "map", "seq"):
+                return name
+        self.fail(f"tag {tag} is not supported")
+
+    def is_key(self):
+        """Whether an implicit key of a block mapping starts here; it lies on one line and has at most 1,024 characters."""
+        text, position = self.text, self.position
+        while text[position] in "&!":
+            match = (self.NAME if text[position] == "&" else self.TAG).match(text, position + (text[position] == "&"))
+            end = match.end() if match else position
+            position = self.SPACE.match(text, end).end()
+            if position == end:
+                break
+        character = text[position]
+        if character in "\"'":
+            match = self.QUOTED.match(text, position)
+            return bool(match and match.end() - position <= 1024 and self.KEY_END.match(text, match.end()))
+        if character == "*":
+            match = self.NAME.match(text, position + 1)
+            return bool(match and text[match.end()] in " \t" and self.KEY_END.match(text, match.end()))
+        if character in "[{#|>@`%,]}" or character in "-?" and text[position + 1] in " \t\n":
+            return False
+        stop = self.STOP[0].search(text, position)
+        return text[stop.start()] == ":" and stop.start() - position <= 1024
+
+    def read_collection(self, read, column, kind, anchor, tag):
+        """A block collection with the anchor and tag that stand before it."""
+        if tag not in (None, "!", "map" if kind is dict else "seq"):
+            self.fail(f"tag !!{tag} does not fit a {'mapping' if kind is dict else 'sequence'}")
+        first = self.nodes
+        self.enter()
+        value = read(column)
+        self.depth -= 1
+        return self.finish(value, anchor, first)
+
+    def finish(self, value, anchor, first=None):
+        """Counts a node and keeps it under its anchor."""
+        self.count()
+        if anchor:
+            self.anchors[anchor] = (value, self.nodes - (self.nodes - 1 if first is None else first))
+        return value
+
+    def read_sequence(self, column):
+        """A block sequence whose dashes stand in `column`."""
+        items = []
+        while self.column in (column, -2) or not items:
+            if not self.at_indicator("-"):
+                break
+            self.position += 1
+            items.append(self.read_block(column))
+            if self.column > column:
+                self.fail("wrong indentation")
+            if self.column != column:
+                break
+        return items
+
+    def read_mapping(self, column):
+        """A block mapping whose keys stand in `column`."""
+        pairs = []
+        while True:
+            start = self.position
+            if self.at_indicator("?"):
+                self.position += 1
+                key = self.read_block(column, True), False
+                value = None
+                if self.column == column and self.at_indicator(":"):
+                    self.position += 1
+                    value = self.read_block(column, True)
+                else:
+                    self.count()
+            elif self.is_key() or self.at_indicator(":"):
+                key = self.read_key(0)
+                self.position += 1
+                value = self.read_block(column, True, compact=False)
+            else:
+                self.fail("a key is missing here, or its colon")
+            pairs.append((key, value, start))
+            if self.column > column:
+                self.fail("wrong indentation")
+            if self.column != column:
+                return self.make_mapping(pairs)
+
+    def read_key(self, flow):
+        """An implicit key up to its colon: (key, whether it is the plain <<)."""
+        plain = self.text.startswith("<<", self.position)
+        key = "" if self.at_indicator(":") else self.read_flow(-1, flow, key=True)
+        key = None if key == "" and self.text[self.position - 1] not in "\"'" else key
+        self.position = self.SPACE.match(self.text, self.position).end()
+        return key, plain
+
+    def make_mapping(self, pairs):
+        """A dictionary from ((key, is plain <<), value, position); refuses what is no scalar or occurs twice; merges << last."""
+        mapping, merges = {}, []
+        for (key, plain), value, position in pairs:
+            if plain and key == "<<":
+                merges.append((value, position))
+                if len(merges) > 1:
+                    self.fail("the key << occurs twice", position)
+                continue
+            if isinstance(key, (dict, list)):
+                self.fail("a key that is no scalar is not supported", position)
+            if key in mapping:
+                self.fail(f"the key {str(key)[:60]!r} occurs twice", position)
+            mapping[key] = value
+        for value, position in merges:
+            for source in value if isinstance(value, list) else [value]:
+                if not isinstance(source, dict):
+                    self.fail("<< takes a mapping or a list of mappings", position)
+                self.count(len(source))
+                for key, item in source.items():
+                    mapping.setdefault(key, item)
+        return mapping
+
+    # Scalars
+
+    def read_block_scalar(self, parent):
+        """A literal or folded scalar; the position is at its indicator."""
+        header = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n").match(self.text, self.position)
+        if not header:
+            self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
+        style, chomp, digit = header.group(1), header.group(2) or header.group(5), header.group(3) or header.group(4)
+        indent = max(parent, 0) + int(digit) if digit else None
+        self.position, lines, blank = header.end(), [], 0
+        while self.position < len(self.text):
+            end = self.text.index("\n", self.position)
+            line = self.text[self.position:end]
+            spaces = len(line) - len(line.lstrip(" "))
+            if line[spaces:spaces + 1] == "\t" and spaces <= (parent if indent is None else indent - 1) and spaces <= max(parent, 0):
+                self.fail("a tab in the indentation of a block scalar")
+            if spaces == len(line) and (indent is None or spaces <= indent):
+                blank = max(blank, spaces)
+                lines.append("")
+            elif indent is None and line.strip(" "):
+                indent = spaces
+                if spaces <= parent or parent < 0 and spaces == 0 and self.at_marker():
+                    break
+                if blank > spaces:
+                    self.fail("an empty line is indented deeper than the first line of the block scalar")
+                lines.append(line[spaces:])
+            elif spaces < (indent or 0) or indent == 0 and self.at_marker():
+                break
+            else:
+                lines.append(line[indent:])
+            self.position = end + 1
+        self.next_line()
+        content = "\n".join(lines) + "\n" if lines else ""
+        body = content.rstrip("\n")
+        tail = content[len(body):]
+        if style == ">":
+            body = self.fold_block(body)
+        if not body:
+            return tail if chomp == "+" else ""
+        return body + ("" if chomp == "-" else tail if chomp == "+" else tail[:1])
+
+    @staticmethod
+    def fold_block(body):
+        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are indented further."""
+        lines, result, previous, empties = body.split("\n"), [], None, 0
+        for line in lines:
+            if not line:
+                empties += 1
+                continue
+            deeper = line[0] in " \t"
+            if previous is None:
+                result.append("\n" * empties)
+            elif previous or deeper:
+                result.append("\n" * (empties + 1))
+            else:
+                result.append("\n" * empties if empties else " ")
+            result.append(line)
+            previous, empties = deeper, 0
+        return "".join(result)
+
+    def make_scalar(self, text, tag, plain):
+        """A scalar's text to its value by tag or, for a plain one, by the core schema."""
+        if tag is None:
+            return self.resolve_plain(text) if plain else text
+        if tag in ("str", "!"):
+            return text
+        value = self.resolve_plain(text)
+        if tag == "float" and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if tag in ("map", "seq") or {"int": int, "float": float, "bool": bool, "null": type(None)}[tag] not in type(value).__mro__[:2]:
+            self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
+        return value
+
+    def resolve_plain(self, text):
+        """A plain scalar by the core schema."""
+        if text in CONSTANTS:
+            return CONSTANTS[text]
+        match = self.NUMBER.match(text) if text[0] in "+-.0123456789" else None
+        if not match:
+            return text
+        if match.group(1):
+            if len(text) > 400:
+                self.fail("a number of more than 400 digits")
+            base = 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10
+            number = int(text[2:] if base != 10 else text, base)
+            kind = PlainInt
+        else:
+            kind, number = PlainFloat, float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        if repr(number) == text:
+            return number
+        number = kind(number)
+        number.source = text
+        return number
+
+    # Flow
+
+    def read_flow(self, parent, flow, anchor=None, tag=None, key=False):
+        """A node of flow style, a quoted or plain scalar, or an alias.  `flow`: depth of flow collections around it."""
+        if self.text[self.position] in "&!":
+            anchor, tag = self.read_properties(anchor, tag)
+            if flow and not key:
+                self.skip_flow(parent)
+                if self.text[self.position] in ",]}" or self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}":
+                    return self.finish(self.make_scalar("", tag, True), anchor)
+        character, first = self.text[self.position], self.nodes
+        if character == "*":
+            if anchor or tag:
+                self.fail("an alias has neither anchor nor tag")
+            return self.read_alias()
+        if character in "[{":
+            if key and not flow:
+                self.fail("a key that is no scalar is not supported")
+            if tag not in (None, "!", "seq" if character == "[" else "map"):
+                self.fail(f"tag !!{tag} does not fit this collection")
+            self.enter()
+            self.position += 1
+            value = self.read_flow_sequence(parent, flow + 1) if character == "[" else self.read_flow_mapping(parent, flow + 1)
+            self.depth -= 1
+            return self.finish(value, anchor, first)
+        if character in "\"'":
+            text = self.read_quoted(character, parent, key)
+            return self.finish(self.make_scalar(text, tag, False), anchor)
+        return self.finish(self.make_scalar(self.read_plain(parent, flow, key), tag, True), anchor)
+
+    def read_alias(self):
+        """The value of an anchor that stands before."""
+        match = self.NAME.match(self.text, self.position + 1)
+        known = self.anchors.get(match.group()) if match else None
+        if known is None:
+            self.fail("an alias to nothing before it")
+        self.position = match.end()
+        self.count(known[1])
+        return known[0]
+
+    def skip_flow(self, parent):
+        """White space, line ends and comments between the parts of a flow collection."""
+        while True:
+            start = self.position
+            self.position = self.SPACE.match(self.text, start).end()
+            if self.position >= len(self.text):
+                self.fail("a flow collection is not closed")
+            character = self.text[self.position]
+            if character == "#" and (self.position > start or self.text[start - 1] == "\n"):
+                self.position = self.text.index("\n", self.position)
+            elif character == "\n":
+                self.position = self.NEXT.match(self.text, self.position + 1).end()
+                if self.position >= len(self.text):
+                    self.fail("a flow collection is not closed")
+                indent = self.position - self.text.rfind("\n", 0, self.position) - 1
+                if indent <= parent or indent == 0 and self.at_marker():
+                    self.fail("a flow collection is continued with too little indentation")
+            else:
+                return
+
+    def read_flow_sequence(self, parent, flow):
+        """[ … ]; the position is behind the bracket."""
+        items = []
+        while True:
+            self.skip_flow(parent)
+            if self.text[self.position] == "]":
+                self.position += 1
+                return items
+            if self.text[self.position] == ",":
+                self.fail("a value is missing before the comma")
+            items.append(self.read_flow_item(parent, flow))
+            self.end_flow_item(parent, "]")
+
+    def end_flow_item(self, parent, closing):
+        """The comma after an item, unless the collection ends."""
+        self.skip_flow(parent)
+        if self.text[self.position] == ",":
+            self.position += 1
+        elif self.text[self.position] != closing:
+            self.fail(f"a comma or {closing} is missing")
+
+    def read_flow_item(self, parent, flow):
+        """An item of a flow sequence: a node, or a single pair as a mapping of its own."""
+        start = self.position
+        explicit = self.text[start] == "?" and self.text[start + 1] in " \t\n"
+        if explicit:
+            self.position += 1
+            self.skip_flow(parent)
+        plain = self.text.startswith("<<", self.position)
+        value = self.read_flow_node(parent, flow)
+        end = self.position
+        self.skip_flow(parent)
+        if not self.at_flow_value(end):
+            if explicit:
+                return self.make_mapping([((value, plain), None, start)])
+            return value
+        if not explicit and ("\n" in self.text[start:self.position] or self.position - start > 1024):
+            self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
+        return self.make_mapping([((value, plain), self.read_flow_value(parent, flow), start)])
+
+    def read_flow_node(self, parent, flow):
+        """A node in a flow collection, None where there is nothing before its end."""
+        character = self.text[self.position]
+        if character in ",]}" or character == ":" and self.text[self.position + 1] in " \t\n,[]{}":
+            self.count()
+            return None
+        return self.read_flow(parent, flow)
+
+    def at_flow_value(self, key_end):
+        """Whether a colon here says that what was read is a key; after a quoted one or a collection it may stand close to the value."""
+        if self.text[self.position] != ":":
+            return False
+        return self.text[self.position + 1] in " \t\n,[]{}" or self.text[key_end - 1] in "\"']}"
+
+    def read_flow_value(self, parent, flow):
+        """The value after a colon."""
+        self.position += 1
+        self.skip_flow(parent)
+        return self.read_flow_node(parent, flow)
+
+    def read_flow_mapping(self, parent, flow):
+        """{ … }; the position is behind the brace."""
+        pairs = []
+        while True:
+            self.skip_flow(parent)
+            start = self.position
+            if self.text[start] == "}":
+                self.position += 1
+                return self.make_mapping(pairs)
+            if self.text[start] == "?" and self.text[start + 1] in " \t\n":
+                self.position += 1
+                self.skip_flow(parent)
+            plain = self.text.startswith("<<", self.position)
+            key, value = self.read_flow_node(parent, flow), None
+            end = self.position
+            self.skip_flow(parent)
+            if self.at_flow_value(end):
+                value = self.read_flow_value(parent, flow)
+            elif end == start:
+                self.fail("a key is missing before the comma")
+            pairs.append(((key, plain), value, start))
+            self.end_flow_item(parent, "}")
+
+    def read_plain(self, parent, flow, key):
+        """A plain scalar's text, folded over its lines."""
+        text, position = self.text, self.position
+        character = text[position]
+        if character in "-?:" and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n") or character in ",[]{}#&*!|>'\"%@`":
+            if character == ":" and key:
+                return ""
+            self.fail(f"a value cannot start with {character!r} here")
+        stop = self.STOP[bool(flow)].search(text, position)
+        result = text[position:stop.start()].rstrip(" \t")
+        self.position = position + len(result)
+        while not key and text[stop.start()] == "\n" and stop.start() + 1 < len(text):
+            after = re.compile(r"(?:[ \t]*\n)*( *)[ \t]*").match(text, stop.start() + 1)
+            start, indent = after.end(), after.end(1) - after.start(1)
+            if start >= len(text) or indent <= parent or text[start] == "#" or flow and text[start] in ",[]{}":
+                break
+            if flow and text[start] == ":" and text[start + 1] in " \t\n,[]{}":
+                break
+            if indent == 0 and self.MARKER.match(text, start) and text[start - 1] == "\n":
+                break
+            stop = self.STOP[bool(flow)].search(text, start)
+            if text[stop.start()] == ":" and not flow:
+                self.fail("a key on a line that continues a value; is the indentation right?", start)
+            piece = text[start:stop.start()].rstrip(" \t")
+            empties = after.group().count("\n")
+            result += ("\n" * empties if empties else " ") + piece
+            self.position = start + len(piece)
+        return result
+
+    def read_quoted(self, quote, parent, key):
+        """A quoted scalar's text."""
+        start, chunk = self.position, re.compile(r"[^\"\\\n]+" if quote == '"' else r"[^'\n]+")
+        self.position, pieces = start + 1, []
+        while True:
+            match = chunk.match(self.text, self.position)
+            if match:
+                pieces.append(match.group())
+                self.position = match.end()
+            if self.position >= len(self.text):
+                self.fail("a quoted value is not closed", start)
+            character = self.text[self.position]
+            if character == "\n":
+                if key:
+                    self.fail("a key lies on one line", start)
+                if pieces:
+                    pieces[-1] = pieces[-1].rstrip(" \t") if not pieces[-1].startswith("\\") else pieces[-1]
+                pieces.append(self.fold_line(parent, start))
+            elif character == "\\":
+                pieces.append(self.read_escape(parent, start))
+            elif quote == "'" and self.text.startswith("''", self.position):
+                pieces.append("'")
+                self.position += 2
+            else:
+                self.position += 1
+                return "".join(piece[1:] if piece.startswith("\\") else piece for piece in pieces)
+
+    def fold_line(self, parent, start):
+        """A line end in a quoted scalar and the empty lines after it: a space, or as many line ends."""
+        match = re.compile(r"\n((?:[ \t]*\n)*)( *)[ \t]*").match(self.text, self.position)
+        if match.end() >= len(self.text):
+            self.fail("a quoted value is not closed", start)
+        indent = match.end(2) - match.start(2)
+        self.position = match.end()
+        if indent <= parent or indent == 0 and self.at_marker():
+            self.fail("a quoted value is continued with too little indentation")
+        return "\n" * match.group(1).count("\n") or " "
+
+    def read_escape(self, parent, start):
+        """An escape in a double-quoted scalar, with a mark in front that keeps what it stands for from being folded away."""
+        character = self.text[self.position + 1]
+        if character == "\n":
+            self.position += 1
+            folded = self.fold_line(parent, start)
+            return "\\" + (folded if folded != " " else "")
+        size = {"x": 2, "u": 4, "U": 8}.get(character)
+        if size is None:
+            if character not in ESCAPES:
+                self.fail(f"unknown escape \\{character}")
+            self.position += 2
+            return "\\" + ESCAPES[character]
+        digits = self.text[self.position + 2:self.position + 2 + size]
+        if not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits) or int(digits, 16) > 0x10FFFF or 0xD800 <= int(digits, 16) <= 0xDFFF:
+            self.fail(f"\\{character}{digits} is no character")     # halves of a surrogate pair too: YAML takes each by itself
+        self.position += 2 + size
+        return "\\" + chr(int(digits, 16))
+
+
+def sha256_digest(data):
+    """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
+    import hashlib
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def make_json(value):
+    """JSON as UTF-8 bytes in one stable form, so that equal values are equal bytes."""
+    import json
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def parse_json(data, what):
+    """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN) to a value; raises ValueError naming `what`."""
+    import json
+
+    def make_object(pairs):
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            raise ValueError("a member occurs twice")
+        return value
+
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not usable JSON: {error}") from None
+
+
+def parse_duration(text):
+    """`90`, `30s`, `5m`, `2h`, `1d` to seconds (float); raises ValueError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
+    if not match:
+        raise ValueError("a duration: seconds, or a number with s, m, h or d, such as 30s")
+    return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+
+
+def parse_size(text):
+    """`512`, `512Ki`, `64Mi`, `2Gi` ... to bytes; a space before the unit is read too (protocol 3.5); raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,18}) ?([KMGTPE]i)?", text)
+    if not match:
+        raise ValueError("a size: bytes, or a number with Ki, Mi, Gi, Ti, Pi or Ei, such as 64Mi")
+    return int(match.group(1)) << (10 * (1 + "KMGTPE".index(match.group(2)[0])) if match.group(2) else 0)
+
+
+def make_time(seconds):
+    """Unix seconds to RFC 3339 in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def make_printable(text, limit=500):
+    """Foreign text for a log or a terminal: control characters escaped, cut at `limit` characters."""
+    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return clean + ("..." if len(text) > limit else "")
+
+
+def parse_retry_after(text, now):
+    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is unreadable (C-056)."""
+    if not text:
+        return None
+    if re.fullmatch(r"[0-9]{1,9}", text.strip()):
+        return float(text)
+    from email.utils import mktime_tz, parsedate_tz
+    parts = parsedate_tz(text)
+    return max(0.0, mktime_tz(parts) - now) if parts else None
+
+
+# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was read.
+
+OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME = b"\x55\x1d\x13", b"\x55\x1d\x0f", b"\x55\x1d\x11"
+KEY_CERT_SIGN, CRL_SIGN = 5, 6                      # bits of keyUsage (RFC 5280, 4.2.1.3)
+
+
+def parse_der(data):
+    """The elements in DER bytes as [(tag, value bytes, whole element bytes)]; raises ValueError."""
+    elements, position = [], 0
+    while position < len(data):
+        start = position
+        tag, position = data[position], position + 1
+        if tag & 0x1F == 0x1F or position >= len(data):
+            raise ValueError("DER: a long tag or a missing length")
+        length, position = data[position], position + 1
+        if length & 0x80:
+            size = length & 0x7F
+            if not 1 <= size <= 4 or position + size > len(data):
+                raise ValueError("DER: a bad length")
+            length, position = int.from_bytes(data[position:position + size], "big"), position + size
+        if position + length > len(data):
+            raise ValueError("DER: a value runs past its end")
+        position += length
+        elements.append((tag, data[position - length:position], data[start:position]))
+    return elements
+
+
+def parse_certificate(der):
+    """A DER certificate to a Certificate; raises ValueError (RFC 5280, only the fields in use)."""
+    try:
+        outer, = parse_der(der)
+        fields = parse_der(parse_der(outer[1])[0][1])
+        if fields[0][0] == 0xA0:                    # [0] version
+            fields = fields[1:]
+        serial, _, issuer, validity, subject, spki = fields[:6]
+        not_before, not_after = (parse_der_time(*element[:2]) for element in parse_der(validity[1]))
+        extensions = next((value for tag, value, _ in fields[6:] if tag == 0xA3), b"")
+        uris, is_ca, usage = parse_extensions(extensions)
+    except (IndexError, ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"not a readable X.509 certificate ({error})") from None
+    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2], uris, is_ca, usage)
+
+
+def parse_extensions(data):
+    """The `[3]` extensions of a certificate to (URI SANs, CA flag, set of keyUsage bits or None); raises ValueError, IndexError."""
+    uris, is_ca, usage, seen = [], False, None, set()
+    for _, extension, _ in parse_der(parse_der(data)[0][1]) if data else ():
+        oid, value = parse_der(extension)[0][1], parse_der(extension)[-1][1]
+        if oid in seen:
+            raise ValueError("an extension occurs twice")
+        seen.add(oid)
+        inner = parse_der(value)[0][1] if oid in (OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME) else b""
+        if oid == OID_SUBJECT_ALT_NAME:
+            uris = [name.decode("ascii") for tag, name, _ in parse_der(inner) if tag == 0x86]
+        elif oid == OID_BASIC_CONSTRAINTS:
+            is_ca = any(tag == 0x01 and flag != b"\x00" for tag, flag, _ in parse_der(inner))
+        elif oid == OID_KEY_USAGE:
+            usage = {bit for bit in range(8 * (len(inner) - 1)) if inner[1 + bit // 8] & (0x80 >> bit % 8)}
+    return uris, is_ca, usage
+
+
+def parse_der_time(tag, value):
+    """UTCTime or GeneralizedTime to Unix seconds; raises ValueError."""
+    import calendar
+    text = value.decode("ascii")
+    if tag == 0x17:
+        text = ("19" if text[:2] >= "50" else "20") + text
+    if not re.fullmatch(r"[0-9]{14}Z", text):
+        raise ValueError("a time in an unknown form")
+    return calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ"))
+
+
+def parse_pem(text):
+    """Every certificate of a PEM text as DER bytes, in order; raises ValueError."""
+    import base64
+    blocks = re.findall(r"-----BEGIN CERTIFICATE-----\s*([A-Za-z0-9+/=\s]+?)-----END CERTIFICATE-----", text)
+    return [base64.b64decode("".join(block.split()), validate=True) for block in blocks]
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 4. Configuration
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class Settings(dict):
+    """A part of the configuration: a dictionary whose keys are attributes too."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def read_text(value, base):
+    """A scalar as text; an unquoted number keeps its spelling.  All read_… functions: (YAML value, base folder) or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError("text")
+    return scalar_text(value)
+
+
+def read_path(value, base):
+    """A file name, relative to the configuration file."""
+    return os.path.join(base, read_text(value, base))
+
+
+def read_url(value, base):
+    """An absolute https URL without user, query or fragment."""
+    text = read_text(value, base)
+    if not re.fullmatch(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?(/[^\s?#@]*)?", text):
+        raise ValueError("an absolute https URL")
+    return text.rstrip("/")
+
+
+def read_path_or_url(value, base):
+    """A file name or an https URL."""
+    text = read_text(value, base)
+    return read_url(text, base) if "://" in text else read_path(text, base)
+
+
+def read_duration(value, base):
+    """Seconds as float, greater than zero."""
+    seconds = parse_duration(read_text(value, base))
+    if not seconds:
+        raise ValueError("a duration greater than zero")
+    return seconds
+
+
+def read_pause(value, base):
+    """Seconds as float; zero is allowed."""
+    return parse_duration(read_text(value, base))
+
+
+def read_size(value, base):
+    """Bytes."""
+    return parse_size(read_text(value, base))
+
+
+def read_share(value, base):
+    """`10%` to 0.1."""
+    match = re.fullmatch(r"([0-9]{1,2}|100)%", read_text(value, base))
+    if not match:
+        raise ValueError("a share from 0% to 100%")
+    return int(match.group(1)) / 100
+
+
+def read_flag(value, base):
+    """true or false."""
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def read_mapping(value, base):
+    """A mapping, taken as it is."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError("a mapping")
+    return value
+
+
+def read_environment(value, base):
+    """A mapping of environment variables to text."""
+    for name in read_mapping(value, base):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError("a mapping of variable names to text")
+    return {name: read_text(item, base) for name, item in value.items()}
+
+
+def read_labels(value, base):
+    """Capability labels (C-087)."""
+    for item in read_mapping(value, base).values():
+        items = item if isinstance(item, list) else [item]
+        kinds = {"text" if isinstance(x, str) else "flag" if isinstance(x, bool) else "number" if isinstance(x, (int, float)) else "" for x in items}
+        if "" in kinds or len(kinds) != 1 or (isinstance(item, list) and "flag" in kinds):
+            raise ValueError("a mapping of labels to text, number, boolean, or a list of texts or of numbers")
+    return value
+
+
+def read_device_id(value, base):
+    """A device id of URL-unreserved characters (C-086)."""
+    text = read_text(value, base)
+    if not re.fullmatch(DEVICE_ID_PATTERN, text) or {".", ".."} & set(text.split("/")):
+        raise ValueError("letters, digits and . _ ~ - in segments parted by /")
+    return text
+
+
+def read_paths(value, base):
+    """A list of absolute folders."""
+    if not isinstance(value, list) or not all(isinstance(item, str) and item.startswith("/") for item in value):
+        raise ValueError("a list of absolute paths")
+    return value
+
+
+def read_windows(value, base):
+    """A list of time windows; see parse_window."""
+    if not isinstance(value, list):
+        raise ValueError("a list of windows")
+    return [parse_window(read_text(item, base)) for item in value]
+
+
+def read_choice(*words):
+    """A reader for one of some words."""
+    def read(value, base):
+        text = value if isinstance(value, str) else read_text(value, base)
+        if text not in words:
+            raise ValueError("one of " + ", ".join(words))
+        return text
+    return read
+
+
+def read_planned(*idle):
+    """A reader for a setting of the contract that this version cannot act upon: only its idle values are taken."""
+    def read(value, base):
+        if value not in idle:
+            raise ValueError("not supported by this version; leave it out")
+        return value
+    return read
+
+
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+
+
+def parse_window(text):
+    """A window of device-local time to (days, start, end); raises ValueError.
+
+    `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later than the start.
+    `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
+    """
+    moment = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}"
+    if re.fullmatch(f"{moment}/{moment}", text):
+        start, end = text.split("/")
+        for part in (start, end):
+            time.strptime(part, "%Y-%m-%dT%H:%M")
+        if start < end:
+            return None, start, end
+    day, clock = "(?:" + "|".join(DAYS) + ")", "([0-9]{2}):([0-9]{2})"
+    match = re.fullmatch(f"(?:({day})(?:-({day}))? )?{clock}-{clock}", text)
+    if match:
+        first = DAYS.index(match.group(1)) if match.group(1) else 0
+        last = DAYS.index(match.group(2) or match.group(1)) if match.group(1) else 6
+        days = {(first + step) % 7 for step in range((last - first) % 7 + 1)}
+        hours, minutes = [int(x) for x in match.group(3, 5)], [int(x) for x in match.group(4, 6)]
+        start, end = (60 * hour + minute for hour, minute in zip(hours, minutes))
+        if max(minutes) < 60 and start < 1440 and end <= 1440:
+            return days, start, end
+    raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
+
+
+def is_within(windows, local):
+    """Whether the device-local `local` (struct_time) lies in one of the windows."""
+    now, stamp = 60 * local.tm_hour + local.tm_min, time.strftime("%Y-%m-%dT%H:%M", local)
+    for days, start, end in windows:
+        if days is None:
+            inside = start <= stamp < end
+        elif start < end:
+            inside = local.tm_wday in days and start <= now < end
+        else:
+            inside = local.tm_wday in days and now >= start or (local.tm_wday - 1) % 7 in days and now < end
+        if inside:
+            return True
+    return False
+
+
+# Each setting: its reader and its default in the file's own spelling; None: not set.
+SCHEMA = {
+    "state_dir": (read_path, "/var/lib/margo-agent"),
+    "wfm": {
+        "profile": (read_choice(*PROFILES), "mtls"), "url": (read_url, None), "timeout": (read_duration, "30s"),
+        "min_tls": (read_choice("1.2", "1.3"), "1.3"), "dialect": (read_planned("a"), "a"), "status_url": (read_planned(), None)},
+    "identity": {
+        "certificate": (read_path, None), "key": (read_path, None), "trust_bundle": (read_path_or_url, None),
+        "discovery": (read_url, None), "ca": (read_path, None), "pins": (read_planned([]), []),
+        "enrollment": (read_planned("off"), "off"), "est": (read_planned({}), {}), "revocation": (read_planned("soft", "off"), "soft"),
+        "refresh": (read_duration, "1h"), "algorithm": (read_planned(), None), "signature": (read_planned({}), {})},
+    "device": {
+        "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
+        "properties": (read_mapping, {}), "labels": (read_labels, {}), "children": (read_planned([]), [])},
+    "poll": {
+        "interval": (read_duration, "60s"), "jitter": (read_share, "10%"), "window": (read_windows, []), "downtime": (read_windows, [])},
+    "runtime": {
+        "compose": (read_choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"), "auto"),
+        "engine": (read_choice("auto", "podman", "docker"), "auto"), "helm": (read_planned("auto", "off"), "auto"),
+        "on_failure": (read_planned("keep"), "keep"), "settle": (read_pause, "10s"), "environment": (read_environment, {}),
+        "prune": (read_planned(False), False)},
+    "registries": (read_mapping, {}),
+    "policy": {
+        "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"), "max_unpacked": (read_size, "256Mi"),
+        "privileged": (read_choice("deny", "allow"), "deny"), "host_paths": (read_paths, []), "max_removals": (read_planned(), None)},
+    "git": (read_planned({}), {}),
+    "log": {"level": (read_choice("debug", "info", "warning", "error"), "info")},
+}
+REGISTRY_SCHEMA = {
+    "mirror": (read_text, None), "username": (read_text, None), "password_file": (read_path, None), "ca": (read_path, None),
+    "insecure": (read_flag, False)}
+REQUIRED = ("wfm.url", "identity.certificate", "identity.key")
+
+
+def make_settings(value, schema, base, where, faults):
+    """Reads one mapping of the configuration by its schema; each fault is appended to `faults` with the key it is about."""
+    if value is not None and not isinstance(value, dict):
+        faults.append(f"{where or 'the configuration'}: found {make_printable(str(value), 60)!r}, expected a mapping")
+        value = None
+    value = value or {}
+    for key in value:
+        if key not in schema:
+            import difflib
+            near = difflib.get_close_matches(str(key), list(schema), 1, 0.5)
+            faults.append(f"{where}{key}: unknown key" + (f"; did you mean {where}{near[0]}?" if near else ""))
+    settings = Settings()
+    for key, entry in schema.items():
+        item = value.get(key)
+        if isinstance(entry, dict):
+            settings[key] = make_settings(item, entry, base, f"{where}{key}.", faults)
+            continue
+        reader, default = entry
+        try:
+            item = default if item is None else item
+            settings[key] = None if item is None else reader(item, base)
+        except ValueError as error:
+            faults.append(f"{where}{key}: found {make_printable(str(item), 60)!r}, expected {error}")
+            settings[key] = None
+    return settings
+
+
+def make_config(document, base, environ):
+    """The configuration as Settings from its YAML value, the folder of its file and the environment.
+
+    Raises ConfigError that names every fault: the key, what was found, what is allowed.
+    """
+    faults = []
+    document = expand_environment(document, environ, "", faults)
+    config = make_settings(document, SCHEMA, base, "", faults)
+    config["registries"] = Settings({host: make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
+                                     for host, entry in (config["registries"] or {}).items()})
+    named = {fault.split(":")[0] for fault in faults}
+    for key in REQUIRED:
+        section, name = key.split(".")
+        if config[section][name] is None and key not in named:
+            faults.append(f"{key}: not set, and needed for profile mtls")
+    if not config.identity.trust_bundle and not config.identity.discovery and "identity.trust_bundle" not in named:
+        faults.append("identity.trust_bundle: not set, and no identity.discovery either; one of them says whom to trust")
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return config
+
+
+def expand_environment(value, environ, where, faults):
+    """`${NAME}` in every text of the configuration; an unset name is a fault."""
+    if isinstance(value, dict):
+        return {key: expand_environment(item, environ, f"{where}{key}.", faults) for key, item in value.items()}
+    if isinstance(value, list):
+        return [expand_environment(item, environ, where, faults) for item in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+
+    def expand(match):
+        if match.group(1) not in environ:
+            faults.append(f"{where[:-1]}: the environment variable {match.group(1)!r} is not set")
+        return environ.get(match.group(1), "")
+
+    return re.sub(r"\$\{([^}]*)\}", expand, value)
+
+
+def load_config(path, environ=None):
+    """Reads the configuration file (YAML or JSON) to Settings; raises ConfigError."""
+    try:
+        with open(path, "rb") as file:
+            document = load_yaml(file.read(MIB))
+    except OSError as error:
+        raise ConfigError(f"configuration {path} cannot be read ({error.strerror}); name one by -c or $MARGO_CONFIG") from None
+    except YAMLError as error:
+        raise ConfigError(f"configuration {path}: {error}") from None
+    try:
+        return make_config(document, os.path.dirname(os.path.abspath(path)), os.environ if environ is None else environ)
+    except ConfigError as error:
+        raise ConfigError(f"configuration {path}: {error.message}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 5. Store
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class Log:
+    """One line an event on stderr.  Like stderr itself there is one for the process; `main` sets its level and form."""
+
+    LEVELS = ("debug", "info", "warning", "error")
+
+    def __init__(self):
+        self.level, self.form = "info", "text"
+
+    def __call__(self, level, message, **fields):
+        """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value."""
+        if self.LEVELS.index(level) < self.LEVELS.index(self.level):
+            return
+        if self.form == "json":
+            line = make_json(dict(fields, time=make_time(time.time()), level=level, message=message)).decode()
+        else:
+            facts = "".join(f" {key}={make_printable(str(value), 2000)}" for key, value in fields.items())
+            line = f"{make_time(time.time())} {level:7} {make_printable(message, 4000)}{facts}"
+        try:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass                                    # nobody listens any more; that is no reason to leave workloads alone
+
+
+log = Log()
+
+
+def write_file(path, data, mode=0o600):
+    """The one door for writing: the file holds either its old bytes or all of `data`, whatever happens (D-34).
+
+    Temporary file, fsync, rename, fsync of the folder.  Raises StorageError.
+    """
+    folder, temporary = os.path.dirname(path), f"{path}.tmp"
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            os.fchmod(descriptor, mode)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view):]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+        sync_folder(folder)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written ({error.strerror}); free space or make it writable") from None
+
+
+def sync_folder(folder):
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path, limit):
+    """The bytes of a file, None where there is none; raises StorageError, also where it is longer than `limit`."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror})") from None
+    if len(data) > limit:
+        raise StorageError(f"{path} is longer than {limit} bytes")
+    return data
+
+
+def make_state():
+    """The state of an agent that knows nothing yet; every part is explained here.
+
+    enrollment  {id, url, capabilities: digest of the document the WFM has, children: []} since the first exchange
+    accepted    {version, etag, digest, acceptedAt, deployments: [{deploymentId, digest}]}: the last verified desired state
+    deployments {id in lower case: record}: what this device does, or did, about each deployment (see section 16)
+    outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged
+    reported    {id in lower case: digest of the last acknowledged status}
+    trust       {source, etag, sequence, refreshedAt}: of trust-bundle.json
+    patience    {failures, at, delay}: no request before `at` + `delay`
+    """
+    return {"schema": 1, "enrollment": None, "accepted": None, "deployments": {}, "outbox": {}, "reported": {}, "trust": {},
+            "patience": {}, "lastPoll": None}
+
+
+class Store:
+    """The state directory: state.json, artifacts by digest, one folder a deployment, the lock, the trust bundle."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.saved = None                           # bytes of state.json as they lie on the disk
+        self.locked = None
+
+    def path(self, *names):
+        """A path below the state directory."""
+        return os.path.join(self.folder, *names)
+
+    def create(self):
+        """Makes the directory (mode 0700) and its folders; raises StorageError."""
+        try:
+            for name in ("", "artifacts", "deployments"):
+                if not os.path.isdir(self.path(name)):
+                    os.makedirs(self.path(name), 0o700, exist_ok=True)
+            if os.stat(self.folder).st_mode & 0o077:
+                os.chmod(self.folder, 0o700)
+        except OSError as error:
+            raise StorageError(f"state_dir {self.folder} cannot be made ({error.strerror})") from None
+
+    def lock(self):
+        """Takes the lock or raises Locked; the kernel gives it back when this process ends, however it ends."""
+        import fcntl
+        try:
+            self.locked = os.open(self.path("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.unlock()
+            raise Locked(f"another instance holds {self.path('lock')}; let it finish, or use another state_dir") from None
+        except OSError as error:
+            raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
+
+    def unlock(self):
+        """Gives the lock back."""
+        if self.locked is not None:
+            os.close(self.locked)
+            self.locked = None
+
+    def load_state(self):
+        """The state; a fresh one only where there is none.  Raises StorageError for one that is not ours to read.
+
+        An unreadable state is never started afresh: that would forget the accepted version and open the door to a rollback.
+        """
+        self.saved = read_file(self.path("state.json"), 256 * MIB)
+        if self.saved is None:
+            return make_state()
+        mend = f"restore it, or move it away to start afresh (the WFM's next manifest is then accepted whatever its version)"
+        try:
+            state = parse_json(self.saved, self.path("state.json"))
+        except ValueError as error:
+            raise StorageError(f"{error}; {mend}") from None
+        if not isinstance(state, dict) or not isinstance(state.get("schema"), int):
+            raise StorageError(f"{self.path('state.json')} is not a state of this agent; {mend}")
+        if state["schema"] != 1:
+            raise StorageError(f"{self.path('state.json')} has schema {state['schema']}, this agent knows 1; use the newer agent")
+        return dict(make_state(), **state)
+
+    def save_state(self, state):
+        """Writes the state if it differs from what lies on the disk: a poll that finds nothing new writes nothing (P-16)."""
+        data = make_json(state)
+        if data != self.saved:
+            write_file(self.path("state.json"), data)
+            self.saved = data
+
+    def load_artifact(self, digest):
+        """Verified content by digest, None where there is none; what the disk has spoilt counts as none."""
+        data = read_file(self.path("artifacts", digest.replace(":", "-")), 1024 * MIB)
+        return data if data is not None and sha256_digest(data) == digest else None
+
+    def save_artifact(self, digest, data):
+        """Keeps verified content under its digest."""
+        write_file(self.path("artifacts", digest.replace(":", "-")), data)
+
+    def memo_path(self):
+        """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes nothing to the disk."""
+        folder = os.environ.get("RUNTIME_DIRECTORY", "/run/margo-agent").split(":")[0]
+        return os.path.join(folder, sha256_digest(os.path.abspath(self.folder).encode())[7:23] + ".json")
+
+    def save_memo(self, memo):
+        """Notes the last contact where that can be written."""
+        path = self.memo_path()
+        try:
+            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+            with open(path + ".tmp", "wb") as file:
+                file.write(make_json(memo))
+            os.replace(path + ".tmp", path)
+        except OSError as error:
+            log("debug", "the last contact cannot be noted", path=path, reason=error.strerror)
+
+    def load_memo(self):
+        """What save_memo noted last, or {}."""
+        try:
+            memo = parse_json(read_file(self.memo_path(), MAX_ANSWER) or b"{}", self.memo_path())
+        except (StorageError, ValueError):
+            return {}                               # it is a note, not a state
+        return memo if isinstance(memo, dict) else {}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 6. Commands
+# ------------------------------------------------------------------------------------------------------------------------------
+
+Output = namedtuple("Output", "code stdout stderr")
+
+
+class CommandMissing(CommandError):
+    """The program is not installed."""
+
+
+class CommandTimeout(CommandError):
+    """The program ran out of its time and was ended."""
+
+
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT):
+    """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
+
+    argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after `timeout` seconds or
+    when it prints more than `limit` bytes; it reads nothing.  A non-zero exit code is an answer.  Raises CommandMissing,
+    CommandTimeout, CommandError.
+    """
+    import subprocess
+    try:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+                                   cwd=cwd, start_new_session=True)
+    except FileNotFoundError:
+        raise CommandMissing(f"{argv[0]} is not installed, or not on PATH") from None
+    except OSError as error:
+        raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
+    try:
+        stdout, stderr = read_pipes(process, time.monotonic() + timeout, limit)
+    except subprocess.TimeoutExpired:
+        raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
+    finally:
+        kill_group(process)
+    return Output(process.returncode, stdout, make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
+
+
+def read_pipes(process, deadline, limit):
+    """Reads stdout and stderr until the process has ended; raises subprocess.TimeoutExpired, CommandError.
+
+    A helper may leave something behind that keeps the pipes open, so their end is not waited for once the process itself has ended.
+    """
+    import select
+    import subprocess
+    data = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
+    open_pipes, tick = set(data), 0.2
+    for pipe in data:
+        os.set_blocking(pipe, False)
+    while open_pipes:
+        ready = select.select(list(open_pipes), [], [], max(0.0, min(tick, deadline - time.monotonic())))[0]
+        for pipe in ready:
+            piece = os.read(pipe, 65536)
+            data[pipe] += piece
+            if not piece:
+                open_pipes.discard(pipe)
+        if sum(len(part) for part in data.values()) > limit:
+            raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
+        if not ready and process.poll() is not None:
+            break
+        if time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired(process.args, 0)
+    process.wait(max(0.0, deadline - time.monotonic()))
+    return tuple(bytes(data[pipe.fileno()]) for pipe in (process.stdout, process.stderr))
+
+
+def kill_group(process):
+    """Ends what still runs of a process group and closes its pipes."""
+    import signal
+    if process.returncode is None:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass                                    # it ended by itself just now
+        process.wait()
+    process.stdout.close()
+    process.stderr.close()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 7. Transport
+# ------------------------------------------------------------------------------------------------------------------------------
+
+Response = namedtuple("Response", "status headers body")
+
+
+class Problem(namedtuple("Problem", "type title detail retryable retry_after strategy errors")):
+    """RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7)."""
+
+    __slots__ = ()
+
+
+def make_tls_context(anchors_der=b"", ca_file=None, min_tls="1.3"):
+    """An SSLContext that trusts the given anchors, or those of a PEM file, or (with neither) the system's store.
+
+    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides (C-006).
+    """
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.minimum_version = ssl.TLSVersion.TLSv1_2 if min_tls == "1.2" else ssl.TLSVersion.TLSv1_3
+        if anchors_der:
+            context.check_hostname = False          # an SVID is recognised by its SPIFFE ID alone (C-014)
+            context.verify_flags |= 0x80000         # X509_V_FLAG_PARTIAL_CHAIN: an anchor need not be self-signed
+            context.load_verify_locations(cadata=anchors_der)
+        elif ca_file:
+            context.load_verify_locations(cafile=ca_file)
+        else:
+            context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+    except (OSError, ValueError) as error:
+        raise Untrusted(f"trust anchors {ca_file or 'of the trust bundle'} cannot be used ({error})") from None
+    return context
+
+
+def request(method, url, headers, body, context, timeout, limit, check_peer=None):
+    """The one door to HTTP: one request, one connection, one Response, whatever its status.
+
+    No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the TLS handshake and
+    each wait for data; `limit` bounds the body; `check_peer` gets the peer's certificate (DER) before anything is sent (C-013).
+    Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
+    """
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+    where = f"{method} {url}"
+    message = urllib.request.Request(url, data=body, headers=dict({"User-Agent": f"margo-agent/{__version__}"}, **headers), method=method)
+    try:
+        with make_opener(context, check_peer).open(message, timeout=timeout) as response:
+            return Response(response.status, response.headers, read_body(response, limit, timeout, where))
+    except urllib.error.URLError as error:
+        raise make_network_error(where, error.reason) from None
+    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
+        raise make_network_error(where, error) from None
+
+
+def make_opener(context, check_peer):
+    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no other schemes."""
+    import http.client
+    import urllib.request
+
+    class Connection(http.client.HTTPSConnection):
+        """A TLS connection whose peer is checked before the first byte of a request."""
+
+        def connect(self):
+            super().connect()
+            if check_peer:
+                try:
+                    check_peer(self.sock.getpeercert(binary_form=True))
+                except MargoError:
+                    self.close()
+                    raise
+
+    class Handler(urllib.request.HTTPSHandler):
+        """urllib's own handler, but for the connection."""
+
+        def https_open(self, message):
+            return self.do_open(lambda host, **options: Connection(host, context=context, **options), message)
+
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler() if context is None else Handler(context=context)):
+        opener.add_handler(handler)
+    return opener
+
+
+def read_body(response, limit, timeout, where):
+    """The body of a response; Refused over `limit`, Unreachable when it is cut short or slower than 1 KiB/s over four time-outs."""
+    pieces, size, start = [], 0, time.monotonic()
+    while True:
+        piece = response.read1(65536)
+        if not piece:
+            break
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            raise Refused(f"{where}: the answer is longer than {limit} bytes")
+        elapsed = time.monotonic() - start
+        if elapsed > 4 * timeout and size < KIB * elapsed:
+            raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
+    if response.length:
+        raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
+    return b"".join(pieces)
+
+
+def make_network_error(where, error):
+    """What went wrong on the wire as Untrusted (a verdict of TLS) or Unreachable (everything else)."""
+    import ssl
+    text = make_printable(str(error) or type(error).__name__)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        clock = "; is the clock of this device right?" if error.verify_code in (9, 10) else ""     # not yet valid, expired
+        return Untrusted(f"{where}: the peer's certificate is refused: {error.verify_message}{clock}")
+    if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) and "timed out" not in text:
+        return Untrusted(f"{where}: TLS failed: {text}")
+    return Unreachable(f"{where}: {text}")
+
+
+def parse_problem(body):
+    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only explains one)."""
+    try:
+        value = parse_json(body, "problem")
+    except ValueError:
+        return None
+    if not isinstance(value, dict):
+        return None
+
+    def text(key):
+        return make_printable(value[key]) if isinstance(value.get(key), str) else ""
+
+    kind = text("type")
+    if kind.startswith(PROBLEM_ROOT):
+        kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
+    seconds = value.get("retryAfterSeconds")
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in value.get("errors") or ()
+              if isinstance(item, dict)] if isinstance(value.get("errors"), list) else []
+    return Problem(kind, text("title") or text("error"), text("detail") or text("message"), value.get("retryable"),
+                   float(seconds) if isinstance(seconds, int) and 0 <= seconds < 10 ** 9 else None, text("backoffStrategy"), errors)
+
+
+def check_response(response, where, accepted, now):
+    """Returns the response if its status is one of `accepted`, else raises what it means to a client (protocol 10).
+
+    401 and 403: Untrusted.  What says of itself that it can be retried, or is 408, 429 or 5xx: Unreachable.  Else Refused; its
+    `code` is the problem's type (C-053), or `HTTP <status>` where there is none.
+    """
+    if response.status in accepted:
+        return response
+    problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
+    words = "; ".join(part for part in [problem.title, problem.detail] + problem.errors[:5] if part)
+    message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
+    if response.status in (401, 403) or problem.type == "not-authorized":
+        raise Untrusted(f"{message}; the WFM does not accept this client")
+    retryable = problem.retryable if isinstance(problem.retryable, bool) else response.status in (408, 429) or response.status >= 500
+    if retryable:
+        header = parse_retry_after(response.headers.get("Retry-After"), now)
+        raise Unreachable(message, problem.retry_after if header is None else header)
+    if 300 <= response.status < 400:
+        message += "; redirects are not followed, set wfm.url to the final address"
+    error = Refused(message)
+    error.code = problem.type if problem.type not in ("", "about:blank") else f"HTTP {response.status}"
+    raise error
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 8. Identity
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def parse_spiffe_id(text):
+    """A SPIFFE ID (protocol 1.1) to a SpiffeId; raises ValueError."""
+    match = re.fullmatch(r"spiffe://([a-z0-9._-]+)((?:/[A-Za-z0-9._~-]+)+)", text)
+    if not match or len(text) > 2048 or {".", ".."} & set(match.group(2).split("/")):
+        raise ValueError(f"{make_printable(text, 100)!r} is not a SPIFFE ID with a path")
+    return SpiffeId(text, match.group(1), match.group(2))
+
+
+def check_leaf(certificate):
+    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011)."""
+    if len(certificate.uris) != 1:
+        raise ValueError(f"subjectAltName holds {len(certificate.uris)} URIs, an X.509-SVID has exactly one")
+    if certificate.is_ca:
+        raise ValueError("basicConstraints says CA, an X.509-SVID is a leaf")
+    if certificate.key_usage is not None and certificate.key_usage & {KEY_CERT_SIGN, CRL_SIGN}:
+        raise ValueError("keyUsage allows keyCertSign or cRLSign, an X.509-SVID may not")
+    return parse_spiffe_id(certificate.uris[0])
+
+
+def check_validity(certificate, now):
+    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds), and names the clock where it may be that."""
+    if now < certificate.not_before:
+        raise ValueError(f"not valid before {make_time(certificate.not_before)}, and the clock of this device says {make_time(now)};"
+                         " set the clock")
+    if now > certificate.not_after:
+        raise ValueError(f"expired at {make_time(certificate.not_after)} (the clock of this device says {make_time(now)});"
+                         " have it renewed")
+
+
+def parse_identity(chain, certificate_file, key_file):
+    """The own Identity from the DER chain of identity.certificate; raises ValueError."""
+    if not chain:
+        raise ValueError("it holds no certificate in PEM")
+    leaf = parse_certificate(chain[0])
+    spiffe_id = check_leaf(leaf)
+    match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
+    if not match:
+        raise ValueError(f"{spiffe_id.text} is not a WFM client's id (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
+    wfm = SpiffeId(f"spiffe://{spiffe_id.trust_domain}{match.group(1)}", spiffe_id.trust_domain, match.group(1))
+    return Identity(spiffe_id, wfm, leaf, certificate_file, key_file)
+
+
+def load_identity(config):
+    """Reads identity.certificate; raises Untrusted naming the file and what is wrong with it."""
+    path = config.identity.certificate
+    try:
+        data = read_file(path, MAX_CERTIFICATES)
+        if data is None:
+            raise ValueError("there is no such file; the operator provides the SVID (a CSR for it: margo_agent.py csr)")
+        return parse_identity(parse_pem(data.decode("ascii")), path, config.identity.key)
+    except StorageError as error:
+        raise Untrusted(f"identity.certificate: {error.message}") from None
+    except ValueError as error:
+        raise Untrusted(f"identity.certificate {path}: {error}") from None
+
+
+def check_wfm(der, identity, now):
+    """Raises Untrusted unless the peer's leaf is the SVID of exactly our WFM (C-009 to C-014)."""
+    try:
+        leaf = parse_certificate(der or b"")
+        peer = check_leaf(leaf)
+        check_validity(leaf, now)
+    except ValueError as error:
+        raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
+    if peer.trust_domain != identity.wfm_spiffe_id.trust_domain:
+        raise Untrusted(f"the peer is of trust domain {peer.trust_domain}, this client of {identity.wfm_spiffe_id.trust_domain}")
+    if peer.text != identity.wfm_spiffe_id.text:
+        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {identity.wfm_spiffe_id.text}")
+
+
+def make_wfm_context(identity, bundle, min_tls):
+    """The SSLContext towards the WFM: own SVID chain (C-004), anchors of the bundle and nothing else (C-006)."""
+    context = make_tls_context(b"".join(bundle.anchors), min_tls=min_tls)
+
+    def refuse_password():
+        raise Untrusted(f"identity.key {identity.key_file} is encrypted; nobody can type a password here, store it unencrypted, mode 0600")
+
+    try:
+        context.load_cert_chain(identity.certificate_file, identity.key_file, refuse_password)
+    except FileNotFoundError:
+        raise Untrusted(f"identity.key {identity.key_file}: there is no such file") from None
+    except OSError as error:
+        raise Untrusted(f"identity.key {identity.key_file}: unreadable, or not the key of identity.certificate ({error})") from None
+    return context
+
+
+def parse_trust_bundle(data):
+    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034, C-036, C-037)."""
+    import base64
+    if b"-----BEGIN CERTIFICATE-----" in data:
+        anchors, value = parse_pem(data.decode("ascii")), {}
+    else:
+        value = parse_json(data, "the trust bundle")
+        if not isinstance(value, dict) or not isinstance(value.get("keys"), list):
+            raise ValueError("a trust bundle is a JWK Set with `keys`, or PEM")
+        anchors = []
+        for index, key in enumerate(value["keys"]):
+            if isinstance(key, dict) and key.get("use") == "x509-svid":
+                x5c = key.get("x5c")
+                if not isinstance(x5c, list) or not x5c or not isinstance(x5c[0], str):
+                    raise ValueError(f"keys[{index}] is for x509-svid and has no x5c")
+                anchors.append(base64.b64decode(x5c[0], validate=True))
+    for anchor in anchors:
+        parse_certificate(anchor)
+    if not anchors:
+        raise ValueError("no X.509 anchor in it (no key with use x509-svid)")
+    numbers = [value.get(name) if isinstance(value.get(name), int) and value.get(name) >= 0 else None
+               for name in ("spiffe_sequence", "spiffe_refresh_hint")]
+    return TrustBundle(anchors, *numbers)
+
+
+def parse_discovery(data, document_url, trust_domain, public):
+    """The trustBundleUri of a discovery document; raises ValueError (C-033 to C-035).
+
+    public: whether the document was authenticated by the system's store; the bundle must then have the same origin.
+    """
+    value = parse_json(data, "the discovery document")
+    if not isinstance(value, dict) or not isinstance(value.get("trustDomain"), str):
+        raise ValueError("the discovery document has no trustDomain")
+    try:
+        uri = read_url(value.get("trustBundleUri"), "")
+    except ValueError as error:
+        raise ValueError(f"trustBundleUri: {error}") from None
+    if value["trustDomain"] != trust_domain:
+        raise ValueError(f"it is for trust domain {make_printable(value['trustDomain'], 100)}, the own SVID is of {trust_domain}")
+    if public and url_origin(uri) != url_origin(document_url):
+        raise ValueError(f"trustBundleUri {uri} is of another origin than the document; set identity.ca to allow that")
+    return uri
+
+
+def url_origin(url):
+    """(host, port) of an https URL."""
+    from urllib.parse import urlsplit
+    parts = urlsplit(url)
+    return parts.hostname, parts.port or 443
+
+
+def fetch_from_mis(url, config, etag, where):
+    """GET from the Margo Identity Service: authenticated by identity.ca or the system's store, never by the bundle (C-030, C-044)."""
+    context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
+    headers = {"Accept": JSON_TYPE}                 # C-045
+    if etag:
+        headers["If-None-Match"] = etag
+    return request("GET", url, headers, None, context, config.wfm.timeout, MAX_CERTIFICATES)
+
+
+def fetch_bundle(config, identity, trust, now):
+    """The trust bundle from its URL: (bytes, ETag, URL) or None where it is unchanged; raises Unreachable, Untrusted.
+
+    A 404 of the discovery document falls back to identity.trust_bundle where that is a URL (C-046).
+    """
+    url, where = config.identity.trust_bundle, "identity.trust_bundle"
+    if config.identity.discovery:
+        where = f"identity.discovery {config.identity.discovery}"
+        answer = fetch_from_mis(config.identity.discovery, config, None, where)
+        if answer.status != 404 or not url or "://" not in url:
+            check_response(answer, where, (200,), now)
+            try:
+                url = parse_discovery(answer.body, config.identity.discovery, identity.spiffe_id.trust_domain, not config.identity.ca)
+            except ValueError as error:
+                raise Untrusted(f"{where}: {error}") from None
+    answer = fetch_from_mis(url, config, trust.get("etag") if trust.get("source") == url else None, where)
+    check_response(answer, f"trust bundle {url}", (200, 304), now)
+    return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"), url)
+
+
+def check_bundle(data, trust, trust_domain):
+    """A candidate for the current bundle; raises ValueError also where its sequence went back (C-043)."""
+    bundle = parse_trust_bundle(data)
+    known = trust.get("sequence") if trust.get("trustDomain") == trust_domain else None
+    if known is not None and bundle.sequence is not None and bundle.sequence < known:
+        raise ValueError(f"spiffe_sequence went back from {known} to {bundle.sequence} (a security event, or a rebuilt identity service:"
+                         " then unenroll and enroll again)")
+    return bundle
+
+
+def load_trust_bundle(config, store):
+    """The bundle to validate with now: (bytes, TrustBundle), or None where only a URL is configured and nothing was fetched yet."""
+    source = config.identity.trust_bundle
+    path = store.path("trust-bundle.json") if config.identity.discovery or "://" in (source or "") else source
+    data = read_file(path, MAX_CERTIFICATES)
+    if data is None and path == source:
+        raise Untrusted(f"identity.trust_bundle {path}: there is no such file")
+    try:
+        return data and (data, parse_trust_bundle(data))
+    except ValueError as error:
+        if path == source:
+            raise Untrusted(f"identity.trust_bundle {path}: {error}") from None
+        log("warning", "the cached trust bundle is unusable and is fetched anew", reason=str(error))
+        return None
+
+
+def refresh_trust_bundle(config, store, state, identity, now, keep=True):
+    """The current TrustBundle, fetched when due; a new one replaces all anchors at once (C-038 to C-042).
+
+    Where it cannot be fetched or is refused the current one stays; without any: Unreachable or Untrusted.  keep: store what was fetched.
+    """
+    held = load_trust_bundle(config, store)
+    remote = config.identity.discovery or "://" in (config.identity.trust_bundle or "")
+    trust = state["trust"]
+    memo = store.load_memo().get("trust") or trust.get("refreshedAt") or 0
+    period = (held and held[1].refresh_hint) or config.identity.refresh
+    try:
+        if not remote:
+            return check_bundle(held[0], trust, identity.spiffe_id.trust_domain)
+        if held and memo <= now < memo + period:
+            return held[1]
+        answer = fetch_bundle(config, identity, trust if held else {}, now)
+        trust["checkedAt"] = now
+        if answer is None:
+            return held[1]
+        bundle = check_bundle(answer[0], trust, identity.spiffe_id.trust_domain)
+    except (ValueError, MargoError) as error:
+        reason = getattr(error, "message", str(error))
+        if not held or not remote:
+            raise error if isinstance(error, MargoError) else Untrusted(f"trust bundle: {reason}") from None
+        log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use", reason=reason)
+        return held[1]
+    if keep:
+        write_file(store.path("trust-bundle.json"), answer[0])
+    trust.update(source=answer[2], etag=answer[1], sequence=bundle.sequence, refreshedAt=now, trustDomain=identity.spiffe_id.trust_domain)
+    log("info", "new trust bundle", source=answer[2], anchors=len(bundle.anchors), sequence=bundle.sequence)
+    return bundle
+
+
+def make_private_key(path):
+    """Makes an ECDSA P-256 key (PKCS#8 PEM, mode 0600) by openssl unless there is one; raises CommandError (C-018)."""
+    if os.path.exists(path):
+        return False
+    output = run_command(["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"], 60)
+    if output.code or b"PRIVATE KEY" not in output.stdout:
+        raise CommandError(f"openssl genpkey failed: {output.stderr}")
+    write_file(path, output.stdout)
+    return True
+
+
+def make_csr(path):
+    """A PKCS#10 request (PEM) for the key in `path`; the issuer decides on the names, so it carries none."""
+    output = run_command(["openssl", "req", "-new", "-batch", "-sha256", "-subj", "/", "-key", path], 60)
+    if output.code or b"CERTIFICATE REQUEST" not in output.stdout:
+        raise CommandError(f"openssl req failed: {output.stderr}")
+    return output.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 9. Desired state
+# ------------------------------------------------------------------------------------------------------------------------------
+
+NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
+COMPONENT_PATTERN = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
+                    r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
+                    r"(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
+
+
+def check_member(value, key, where, pattern):
+    """value[key] as text that matches the pattern; raises ValueError."""
+    item = value.get(key)
+    if not isinstance(item, str) or not re.fullmatch(pattern, item, re.ASCII):
+        raise ValueError(f"{where}{key}: found {make_printable(str(item), 80)!r}, expected text of the form {pattern}")
+    return item
+
+
+def parse_manifest(data, base_url):
+    """A state manifest's bytes to a Manifest; raises Refused naming the field (protocol 3.1)."""
+    try:
+        value = parse_json(data, "the state manifest")
+        if not isinstance(value, dict):
+            raise ValueError("the state manifest is not an object")
+        version = parse_version(value.get("manifestVersion"))
+        if not isinstance(value.get("deployments"), list) or len(value["deployments"]) > MAX_DEPLOYMENTS:
+            raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
+        entries, seen = [], set()
+        for index, item in enumerate(value["deployments"]):
+            entry = parse_manifest_entry(item, f"deployments[{index}].", base_url)
+            if entry.deployment_id.lower() in seen:
+                raise ValueError(f"deployments[{index}].deploymentId: {entry.deployment_id} occurs twice")
+            seen.add(entry.deployment_id.lower())
+            entries.append(entry)
+        digest, size = parse_manifest_bundle(value, entries, base_url)
+    except ValueError as error:
+        raise Refused(f"state manifest refused: {error}") from None
+    return Manifest(version, digest, size, entries)
+
+
+def parse_version(value):
+    """manifestVersion in full precision; raises ValueError (D-5)."""
+    if isinstance(value, float) and value.is_integer() and value <= 2 ** 53:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
+        raise ValueError(f"manifestVersion: found {make_printable(repr(value), 40)}, expected a whole number from 1 to 2^64-1")
+    return value
+
+
+def parse_manifest_entry(item, where, base_url):
+    """One element of `deployments`; raises ValueError."""
+    if not isinstance(item, dict):
+        raise ValueError(f"{where[:-1]}: expected an object")
+    deployment_id = check_member(item, "deploymentId", where, UUID_PATTERN)
+    digest = check_member(item, "digest", where, DIGEST_PATTERN)        # another algorithm makes the manifest invalid (C-107)
+    check_artifact_url(item, where, base_url, f"{DEPLOYMENTS_PATH}/{deployment_id}/{digest}")
+    return ManifestEntry(deployment_id, digest, parse_advice(item))
+
+
+def parse_manifest_bundle(value, entries, base_url):
+    """(digest, size) of the bundle, (None, None) where nothing should run; raises ValueError (C-114)."""
+    if "bundle" not in value:
+        raise ValueError("bundle: missing (it is null where there are no deployments)")
+    bundle = value["bundle"]
+    if (bundle is None) != (not entries):
+        raise ValueError("bundle: is null if and only if there are no deployments")
+    if bundle is None:
+        return None, None
+    if not isinstance(bundle, dict):
+        raise ValueError("bundle: expected an object or null")
+    if bundle.get("mediaType") != BUNDLE_TYPE:
+        raise ValueError(f"bundle.mediaType: found {make_printable(str(bundle.get('mediaType')), 80)!r}, expected {BUNDLE_TYPE}")
+    digest = check_member(bundle, "digest", "bundle.", DIGEST_PATTERN)
+    check_artifact_url(bundle, "bundle.", base_url, BUNDLES_PATH + digest)
+    return digest, parse_advice(bundle)
+
+
+def parse_advice(item):
+    """sizeBytes where it is usable; it decides what is cheaper to fetch and nothing else (C-110)."""
+    size = item.get("sizeBytes")
+    return int(size) if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 <= size < 2 ** 53 else None
+
+
+def check_artifact_url(item, where, base_url, path):
+    """The `url` is only held against what id and digest say; nothing is ever fetched from it (C-058, protocol 2.1)."""
+    url = item.get("url")
+    if not isinstance(url, str):
+        raise ValueError(f"{where}url: expected text")
+    from urllib.parse import unquote, urljoin
+    absolute = urljoin(base_url, url)
+    if url_origin(absolute) != url_origin(base_url) or not absolute.startswith("https:"):
+        raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
+    if not unquote(absolute).lower().endswith(path.lower()) or "/.." in unquote(absolute):
+        raise ValueError(f"{where}url: {make_printable(url, 200)!r} does not end with {path}")
+
+
+def check_version(manifest, digest, accepted):
+    """Whether a manifest is new: True, or False for the very one that was accepted before; raises Refused (C-103, C-119)."""
+    if accepted is None or manifest.version > accepted["version"]:
+        return True
+    if manifest.version == accepted["version"] and digest == accepted["digest"]:
+        return False
+    relation = "the same version with other content" if manifest.version == accepted["version"] else "an older version"
+    raise Refused(f"state manifest refused: version {manifest.version} is {relation} (accepted: {accepted['version']}); a replay,"
+                  " or a WFM restored from a backup: then unenroll and enroll again")
+
+
+def parse_deployment(data, deployment_id):
+    """An ApplicationDeployment's bytes to a Deployment; raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
+
+    Unknown members and extensions are ignored wherever they stand (C-116); what is used is checked.
+    """
+    try:
+        value = load_yaml(data)
+        if not isinstance(value, dict):
+            raise ValueError("the document is not a mapping")
+        own_id = check_member(value, "id", "", UUID_PATTERN)
+        if own_id.lower() != deployment_id.lower():
+            raise ValueError(f"id: found {own_id}, but the manifest names it {deployment_id}")      # C-115
+        metadata, spec = (check_mapping(value, key, "") for key in ("metadata", "spec"))
+        check_member(spec, "applicationId", "spec.", r"[-a-z0-9]{1,200}")
+        profile = check_mapping(spec, "deploymentProfile", "spec.")
+        constraints = profile.get("deviceConstraints")
+        check_constraints(constraints)
+        kind, where = profile.get("type"), "spec.deploymentProfile."
+        components = profile.get("components")
+        if kind not in ("compose", "helm"):
+            raise ComponentError("UNSUPPORTED_TYPE", f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs")
+        if not isinstance(components, list) or not components:
+            raise ValueError(f"{where}components: expected a list of at least one component")
+        components = [parse_component(item, f"{where}components[{index}].") for index, item in enumerate(components)]
+        if len({component.name for component in components}) != len(components):
+            raise ValueError(f"{where}components: a name occurs twice")
+        return Deployment(
+            deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
+            check_member(metadata, "namespace", "metadata.", NAME_PATTERN),
+            check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?"),
+            kind, components, parse_parameters(spec.get("parameters")), constraints)
+    except ValueError as error:                     # a YAMLError is one
+        raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
+
+
+def check_mapping(value, key, where):
+    """value[key] as a mapping; raises ValueError."""
+    item = value.get(key)
+    if not isinstance(item, dict):
+        raise ValueError(f"{where}{key}: expected a mapping")
+    return item
+
+
+def check_constraints(constraints):
+    """Raises ValueError for deviceConstraints that cannot be read (protocol 3.2)."""
+    if constraints is None:
+        return
+    where = "spec.deploymentProfile.deviceConstraints"
+    if not isinstance(constraints, dict):
+        raise ValueError(f"{where}: expected a mapping")
+    capacity = constraints.get("capacityRequirements") or {}
+    if not isinstance(capacity, dict):
+        raise ValueError(f"{where}.capacityRequirements: expected a mapping")
+    for key, units in (("memory", "Mi|Gi|Ki"), ("storage", "Mi|Gi|Ki|Ti|Pi|Ei")):
+        if capacity.get(key) is not None:
+            check_member(capacity, key, f"{where}.capacityRequirements.", f"[0-9]+({units})")
+    cpu = capacity.get("cpu")
+    if cpu is not None:
+        cores = cpu.get("cores") if isinstance(cpu, dict) else None
+        if isinstance(cores, bool) or not isinstance(cores, (int, float)):
+            raise ValueError(f"{where}.capacityRequirements.cpu.cores: expected a number")
+
+
+def parse_component(item, where):
+    """One element of `components`; raises ValueError."""
+    if not isinstance(item, dict):
+        raise ValueError(f"{where[:-1]}: expected a mapping")
+    name = check_member(item, "name", where, COMPONENT_PATTERN)
+    properties = check_mapping(item, "properties", where)
+    where += "properties."
+    repository = check_member(properties, "repository", where, r"oci://[^\s]+")
+    revision = check_member(properties, "revision", where, REVISION_PATTERN)
+    wait = properties.get("wait", True)
+    if isinstance(wait, str) and wait.lower() in ("true", "false"):
+        wait = wait.lower() == "true"
+    if not isinstance(wait, bool):
+        raise ValueError(f"{where}wait: found {make_printable(str(wait), 40)!r}, expected true or false")
+    timeout = COMPONENT_TIMEOUT
+    if properties.get("timeout") is not None:
+        minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
+        timeout = 60 * int(minutes) + int(seconds)
+    return Component(name, repository, revision, wait, timeout)
+
+
+def parse_parameters(value):
+    """spec.parameters to a list of Parameter; raises ValueError."""
+    if value is None:
+        return []
+    if not isinstance(value, dict):
+        raise ValueError("spec.parameters: expected a mapping")
+    parameters = []
+    for name, item in value.items():
+        where = f"spec.parameters.{make_printable(str(name), 80)}"
+        targets = item.get("targets") if isinstance(item, dict) else None
+        if not isinstance(targets, list):
+            raise ValueError(f"{where}.targets: expected a list")
+        if isinstance(item.get("value"), dict):
+            raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
+        for target in targets:
+            names = target.get("components") if isinstance(target, dict) else None
+            if not isinstance(names, list) or not isinstance(target.get("pointer"), str):
+                raise ValueError(f"{where}.targets: each has a pointer and a list of components")
+        parameters.append(Parameter(str(name), item.get("value"), [(target["pointer"], target["components"]) for target in targets]))
+    return parameters
+
+
+# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
+TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
+
+
+def make_variables(deployment, component):
+    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID (protocol 7, C-180, C-182).
+
+    A later parameter for the same name wins; null counts as not set; a list becomes JSON text.
+    """
+    variables = {}
+    for parameter in deployment.parameters:
+        for pointer, names in parameter.targets:
+            if component not in names or parameter.value is None:
+                continue
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
+                raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
+                                     f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
+            value = parameter.value
+            text = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
+            if "\0" in text:
+                raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
+            variables[pointer] = text
+    folded = sorted(variables, key=str.lower)
+    for first, second in zip(folded, folded[1:]):
+        if first.lower() == second.lower():
+            raise ComponentError("PARAMETER_INVALID", f"the parameters {first} and {second} differ only in case")
+    return variables
+
+
+def make_project_name(component, deployment_id, limit=63):
+    """`<component>-<deploymentId>` as engines take names; cut to `limit` with a hash of the whole, so that no two can meet (D-19, D-20)."""
+    whole = f"{component}-{deployment_id}"
+    name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
+    if name == whole and len(name) <= limit:
+        return name
+    mark = sha256_digest(whole.lower().encode())[7:17]
+    return name if name == whole.lower() and len(name) <= limit else f"{name[:limit - 11]}-{mark}"
+
+
+def parse_bundle(data, entries, max_unpacked):
+    """A bundle's bytes to {digest: bytes}; raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
+
+    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name of its own.
+    """
+    import io
+    import tarfile
+    import zlib
+    wanted, documents, total = {entry.digest for entry in entries}, {}, 0
+    try:
+        raw = zlib.decompressobj(31)
+        plain = raw.decompress(data, max_unpacked + 1)
+        if len(plain) > max_unpacked:
+            raise Refused(f"bundle refused: it unpacks to more than {max_unpacked} bytes")
+        if not raw.eof or raw.unused_data:
+            raise Refused("bundle refused: it is cut short, or something follows it")
+        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
+            for member in archive:
+                total += 1
+                name = make_printable(member.name, 100)
+                if total > 4 * MAX_DEPLOYMENTS:
+                    raise Refused("bundle refused: too many entries")
+                if member.isdir() and member.name in (".", "./"):
+                    continue
+                if not member.isfile():
+                    raise Refused(f"bundle refused: {name} is not a regular file")
+                content = archive.extractfile(member).read()
+                digest = sha256_digest(content)
+                if digest not in wanted:
+                    raise Refused(f"bundle refused: {name} has digest {digest}, which the manifest does not name")
+                documents[digest] = content
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, OSError) as error:
+        raise Refused(f"bundle refused: not a readable tar+gzip ({error})") from None
+    missing = wanted - set(documents)
+    if missing:
+        raise Refused(f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}")
+    return documents
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 10. Desired-state sources
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class MtlsSource:
+    """The desired state over HTTP with mutual TLS (Management Interface 1.0.0-rc.3), and the sinks for what is reported.
+
+    A source has fetch_desired, put_capabilities, delete_capabilities and post_status; no other section knows which profile it serves.
+    """
+
+    def __init__(self, config, identity, bundle):
+        self.config, self.identity = config, identity
+        self.context = make_wfm_context(identity, bundle, config.wfm.min_tls)
+
+    def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
+        """One request to the WFM; the SVID is all that says who asks (C-020)."""
+        now, body, headers = time.time(), None, dict(headers or {})
+        if document is not None:
+            body, headers["Content-Type"] = make_json(document), JSON_TYPE
+        response = request(method, self.config.wfm.url + path, headers, body, self.context, self.config.wfm.timeout, limit,
+                           lambda der: check_wfm(der, self.identity, now))
+        return check_response(response, f"{method} {path}", accepted, now)
+
+    def fetch_desired(self, accepted, load_artifact):
+        """None where nothing changed, else a Desired whose every byte is verified; raises what `send` raises, and Refused.
+
+        accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at hand.
+        """
+        headers = {"Accept": MANIFEST_TYPE}                                         # C-100
+        if accepted and accepted.get("etag"):
+            headers["If-None-Match"] = accepted["etag"]                             # C-101
+        response = self.send("GET", DEPLOYMENTS_PATH, (200, 304), headers, limit=self.config.policy.max_document)
+        if response.status == 304:                                                  # C-102
+            return None
+        digest, etag = sha256_digest(response.body), response.headers.get("ETag")
+        manifest = parse_manifest(response.body, self.config.wfm.url)
+        if etag and etag != f'"{digest}"':
+            log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag, digest=digest)     # C-118
+        if not check_version(manifest, digest, accepted):
+            return None
+        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
+        return Desired(manifest.version, etag, digest, manifest.entries, self.fetch_documents(manifest, known))
+
+    def fetch_documents(self, manifest, known):
+        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106)."""
+        missing = [entry for entry in manifest.entries if entry.digest not in known]
+        if is_bundle_cheaper(manifest, missing):
+            try:
+                response = self.send("GET", BUNDLES_PATH + manifest.bundle_digest, (200,), limit=self.config.policy.max_artifact)
+            except Refused as error:
+                if error.code not in ("invalid-bundle", "HTTP 404"):
+                    raise
+                log("info", "the bundle cannot be had, documents are fetched one by one", reason=error.message)
+            else:
+                check_digest(response.body, manifest.bundle_digest, "bundle")
+                documents = parse_bundle(response.body, manifest.entries, self.config.policy.max_unpacked)
+                return {entry.digest: documents[entry.digest] for entry in missing}
+        return {entry.digest: self.fetch_document(entry) for entry in missing}
+
+    def fetch_document(self, entry):
+        """One ApplicationDeployment's bytes, verified."""
+        path = f"{DEPLOYMENTS_PATH}/{entry.deployment_id}/{entry.digest}"
+        response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=self.config.policy.max_document)
+        check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
+        return response.body
+
+    def put_capabilities(self, device_id, document):
+        """Reports what a device can do; repeating it is harmless (C-080)."""
+        self.send("PUT", CAPABILITIES_PATH + device_id, (200, 201, 204), document=document)
+
+    def delete_capabilities(self, device_id):
+        """Deregisters a device; one that the WFM does not know is deregistered already."""
+        self.send("DELETE", CAPABILITIES_PATH + device_id, (200, 204, 404))
+
+    def post_status(self, deployment_id, document):
+        """Reports a deployment's status."""
+        self.send("POST", f"{DEPLOYMENTS_PATH}/{deployment_id}/status", (200, 201, 204), document=document)
+
+
+def check_digest(data, digest, what):
+    """Raises Refused unless the bytes have the digest."""
+    found = sha256_digest(data)
+    if found != digest:
+        raise Refused(f"{what}: digest mismatch, the manifest says {digest}, the content has {found}")
+
+
+def is_bundle_cheaper(manifest, missing):
+    """Whether one bundle costs less than the missing documents one by one.
+
+    A request of its own costs a TLS connection, which is worth about 6 KiB on the wire and two more round trips.  Documents compress
+    about four to one in a bundle; where the manifest does not say sizes, more than three missing documents are taken as the point.
+    """
+    sizes = [entry.size for entry in missing]
+    if len(missing) < 2 or None in sizes or manifest.bundle_size is None:
+        return len(missing) > 3
+    return manifest.bundle_size + 6 * KIB < sum(sizes) + 6 * KIB * len(missing)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 12. Plan
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def needs_document(entry, record):
+    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that very revision."""
+    return record is None or record["adopted"]["digest"] != entry.digest or record["state"] not in ("installed", "failed")
+
+
+def make_plan(targets, records, containers, now):
+    """What to do, in order, as [Action]: removals first, to free what they hold, then the manifest's own order.
+
+    targets: [Target], deployment and error both None where needs_document said so.  records: the state's `deployments`.
+    containers: [Container] as observed, None where the engine could not be asked (then nothing is taken for drift).
+    """
+    wanted = {target.deployment_id.lower() for target in targets}
+    orphans = {container.deployment_id.lower(): container.deployment_id for container in containers or ()}
+    orphans.update((key, record["deploymentId"]) for key, record in records.items())
+    plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans) if key not in wanted]
+    for target in targets:
+        plan.append(make_action(target, records.get(target.deployment_id.lower()), containers, now))
+    return plan
+
+
+def make_action(target, record, containers, now):
+    """The Action for one deployment that is wanted."""
+    def act(action, reason):
+        return Action(target.deployment_id, action, reason)
+
+    if target.error:
+        return act("refuse", f"{target.error.code}: {target.error.message}")
+    if record is None:
+        return act("install", "new")
+    change = "update" if record["running"] else "install"
+    if record["adopted"]["digest"] != target.digest:
+        return act(change, "another revision")
+    if record["state"] == "failed":
+        if now < record["retryAt"]:
+            reason = f"failed ({record['error']['code']}); next attempt at {make_time(record['retryAt'])}"
+            return act("refuse" if record["refused"] else "keep", reason)
+        return act(change, f"failed before, attempt {record['failures'] + 1}")
+    if record["state"] != "installed":
+        return act(change, f"was interrupted while {record['state']}")
+    drift = find_drift(record, containers)
+    return act("update", drift) if drift else act("keep", "as desired")
+
+
+def find_drift(record, containers):
+    """What differs between a deployment that is installed and its containers, in words, or "" (P-12, D-23)."""
+    if containers is None:
+        return ""
+    key = record["deploymentId"].lower()
+    seen = {(c.component, c.service): c for c in containers if c.deployment_id.lower() == key}
+    for component in record["components"]:
+        for service, facts in component["services"].items():
+            container = seen.pop((component["name"], service), None)
+            where = f"{component['name']}/{service}"
+            if container is None and not facts["finished"]:
+                return f"drift: {where} has no container"
+            if container is not None and container.hash != facts["hash"]:
+                return f"drift: {where} is not the container that was made for it"
+            if container is not None and container.state != "running" and not facts["finished"]:
+                return f"drift: {where} is {container.state}"
+    return f"drift: {'/'.join(min(seen))} does not belong to it" if seen else ""
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 13. Packages
+# ------------------------------------------------------------------------------------------------------------------------------
+
+COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
+COMPOSE_LAYER = "application/vnd.org.margo.component.compose.tar+gzip"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+MAX_ENTRIES = 10000                                 # files in one archive
+
+
+class Reference(namedtuple("Reference", "host name tag")):
+    """Where a component's package lies: registry host[:port], repository name, tag."""
+
+    __slots__ = ()
+
+
+class Entry(namedtuple("Entry", "path kind mode link offset size")):
+    """One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link target, place of its bytes."""
+
+    __slots__ = ()
+
+
+def parse_reference(repository, revision):
+    """`oci://host[:port]/name` and a tag to a Reference; raises ComponentError (C-153)."""
+    part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+    match = re.fullmatch(rf"oci://([A-Za-z0-9.-]+(?::[0-9]{{1,5}})?|\[[0-9a-fA-F:]+\](?::[0-9]{{1,5}})?)/({part}(?:/{part})*)", repository)
+    if not match or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision):
+        raise ComponentError("INVALID_DEPLOYMENT", f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference")
+    return Reference(match.group(1), match.group(2), revision)
+
+
+def parse_challenge(header):
+    """`WWW-Authenticate` to [(scheme in lower case, {parameter: value})] (RFC 9110, 11.6.1)."""
+    challenges = []
+    for token, name, quoted, plain in re.findall(r'([A-Za-z]+)(?=\s+[A-Za-z]+=|\s*$)|([A-Za-z]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))', header or ""):
+        if token:
+            challenges.append((token.lower(), {}))
+        elif challenges:
+            challenges[-1][1][name.lower()] = re.sub(r"\\(.)", r"\1", quoted) if quoted else plain
+    return challenges
+
+
+class Registry:
+    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never leave their host)."""
+
+    def __init__(self, host, config):
+        self.host, self.timeout = host, config.wfm.timeout
+        self.settings = config.registries.get(host) or make_settings({}, REGISTRY_SCHEMA, "", "", [])
+        self.scheme = "http" if self.settings.insecure else "https"
+        self.context = None if self.settings.insecure else make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
+        self.authorization = None
+
+    def get(self, name, path, accept, limit):
+        """GET below /v2/<name>/, with authentication where asked for and redirects followed; a Response with status 200.
+
+        Raises ComponentError: PULL_UNAUTHORIZED, PULL_FAILED.
+        """
+        url = f"{self.scheme}://{self.host}/v2/{name}/{path}"
+        for attempt in range(2):
+            response = self.fetch(url, accept, limit)
+            if response.status != 401 or attempt:
+                break
+            self.authorization = self.authenticate(parse_challenge(response.headers.get("WWW-Authenticate")), name)
+        if response.status == 200:
+            return response
+        if response.status in (401, 403):
+            raise ComponentError("PULL_UNAUTHORIZED", f"{url}: HTTP {response.status}; set registries.{self.host}.username and password_file")
+        hint = "there is no such package" if response.status == 404 else "the registry cannot serve it now, tried again later"
+        raise ComponentError("PULL_FAILED", f"{url}: HTTP {response.status}; {hint}")
+
+    def fetch(self, url, accept, limit):
+        """One GET that follows at most five redirects; Authorization goes to this registry's own origin only."""
+        from urllib.parse import urljoin, urlsplit
+        origin = urlsplit(url)[:2]
+        for _ in range(6):
+            parts = urlsplit(url)
+            if parts.scheme not in ("https", self.scheme):
+                raise ComponentError("PULL_FAILED", f"{make_printable(url)}: redirected to a scheme that is not allowed")
+            headers = {"Accept": accept}
+            if self.authorization and parts[:2] == origin:
+                headers["Authorization"] = self.authorization
+            context = make_tls_context(min_tls="1.2") if parts.scheme == "https" and self.context is None else self.context
+            try:
+                response = request("GET", url, headers, None, context if parts.scheme == "https" else None, self.timeout, limit)
+            except MargoError as error:
+                raise ComponentError("PULL_FAILED", error.message) from None
+            if response.status not in (301, 302, 303, 307, 308):
+                return response
+            url = urljoin(url, response.headers.get("Location") or "")
+        raise ComponentError("PULL_FAILED", f"{make_printable(url)}: too many redirects")
+
+    def credentials(self):
+        """`Basic …` from the configuration, None where there are no credentials."""
+        import base64
+        if not self.settings.username or not self.settings.password_file:
+            return None
+        secret = read_file(self.settings.password_file, MAX_ANSWER)
+        if secret is None:
+            raise ComponentError("PULL_UNAUTHORIZED", f"registries.{self.host}.password_file {self.settings.password_file}: no such file")
+        return "Basic " + base64.b64encode(f"{self.settings.username}:".encode() + secret.rstrip(b"\r\n")).decode()
+
+    def authenticate(self, challenges, name):
+        """The Authorization that answers a challenge; raises ComponentError PULL_UNAUTHORIZED."""
+        from urllib.parse import urlencode
+        basic = self.credentials()
+        for scheme, facts in challenges:
+            if scheme == "basic" and basic:
+                return basic
+            if scheme == "bearer" and facts.get("realm", "").startswith(("https://", self.scheme + "://")):
+                query = {"service": facts.get("service"), "scope": facts.get("scope") or f"repository:{name}:pull"}
+                url = facts["realm"] + ("&" if "?" in facts["realm"] else "?") + urlencode({key: item for key, item in query.items() if item})
+                headers = {"Authorization": basic} if basic else {}
+                context = self.context if facts["realm"].startswith("https") else None
+                try:
+                    answer = parse_json(request("GET", url, headers, None, context, self.timeout, MAX_ANSWER).body, "the token")
+                    token = answer.get("token") or answer.get("access_token")
+                    if isinstance(token, str) and re.fullmatch(r"[\x21-\x7e]+", token):
+                        return "Bearer " + token
+                except (MargoError, ValueError, AttributeError) as error:
+                    log("warning", "no token from the registry", registry=self.host, reason=str(error))
+        raise ComponentError("PULL_UNAUTHORIZED", f"registry {self.host} asks for a login; set registries.{self.host}.username and password_file")
+
+
+def fetch_package(reference, config, store):
+    """A Compose Archive from its registry or that registry's mirror: (digest, bytes), verified, kept by its digest.
+
+    Raises ComponentError; what is in the store already is not fetched again.
+    """
+    mirror = (config.registries.get(reference.host) or {}).get("mirror")
+    try:
+        if mirror:
+            return fetch_from_registry(reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store)
+    except ComponentError as error:
+        log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror, reason=error.message)
+    return fetch_from_registry(reference, Registry(reference.host, config), config, store)
+
+
+def fetch_from_registry(reference, registry, config, store):
+    """fetch_package from one registry (protocol 6.2)."""
+    where = f"{registry.host}/{reference.name}:{reference.tag}"
+    answer = registry.get(reference.name, f"manifests/{reference.tag}", f"{OCI_MANIFEST}, {OCI_INDEX}", config.policy.max_document)
+    claimed = answer.headers.get("Docker-Content-Digest")
+    if claimed and claimed.startswith("sha256:") and claimed != sha256_digest(answer.body):
+        raise ComponentError("DIGEST_MISMATCH", f"{where}: the registry names {claimed}, the manifest has {sha256_digest(answer.body)}")
+    digest, size = parse_package_manifest(answer.body, where, config.policy.max_artifact)
+    data = store.load_artifact(digest)
+    if data is None:
+        data = registry.get(reference.name, f"blobs/{digest}", "*/*", min(size + 1, config.policy.max_artifact)).body
+        if len(data) != size or sha256_digest(data) != digest:
+            raise ComponentError("DIGEST_MISMATCH", f"{where}: the layer should be {digest} of {size} bytes, it is {sha256_digest(data)} of {len(data)}")
+        store.save_artifact(digest, data)
+    return digest, data
+
+
+def parse_package_manifest(data, where, max_artifact):
+    """An OCI manifest's bytes to (digest, size) of the one layer of a Compose Archive; raises ComponentError (C-155)."""
+    def fault(text):
+        return ComponentError("ARCHIVE_INVALID", f"{where}: {text}")
+
+    try:
+        value = parse_json(data, "the OCI manifest")
+    except ValueError as error:
+        raise fault(str(error)) from None
+    if not isinstance(value, dict) or value.get("schemaVersion") != 2:
+        raise fault("not an OCI image manifest (schemaVersion 2)")
+    if "manifests" in value:
+        raise fault("an index of several images, where one Compose Archive is expected")
+    kind = value.get("artifactType")
+    if kind != COMPOSE_ARTIFACT:
+        hint = "; made by `docker compose publish`, which Margo does not take" if kind == "application/vnd.docker.compose.project" else ""
+        raise fault(f"artifactType is {make_printable(str(kind), 100)}, expected {COMPOSE_ARTIFACT}{hint}")
+    layers = value.get("layers")
+    if not isinstance(layers, list) or len(layers) != 1 or not isinstance(layers[0], dict):
+        raise fault("expected exactly one layer")
+    layer = layers[0]
+    if layer.get("mediaType") != COMPOSE_LAYER:
+        raise fault(f"the layer's mediaType is {make_printable(str(layer.get('mediaType')), 100)}, expected {COMPOSE_LAYER}")
+    digest, size = layer.get("digest"), layer.get("size")
+    if not isinstance(digest, str) or not re.fullmatch(DIGEST_PATTERN, digest) or isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise fault("the layer has no sha256 digest or no size")
+    if size > max_artifact:
+        raise fault(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
+    return digest, size
+
+
+def check_archive(data, max_unpacked):
+    """A Compose Archive's bytes to its tar bytes and [Entry]; raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
+
+    Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that a chain of them cannot
+    leave the top-level folder either.
+    """
+    import io
+    import tarfile
+    import zlib
+    try:
+        stream = zlib.decompressobj(31)
+        plain = stream.decompress(data, max_unpacked + 1)
+        if len(plain) > max_unpacked:
+            raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
+        if not stream.eof or stream.unused_data:
+            raise ValueError("it is cut short, or something follows it")
+        entries, tops = {}, set()
+        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
+            for member in archive:
+                if len(entries) > MAX_ENTRIES:
+                    raise ValueError(f"more than {MAX_ENTRIES} entries")
+                add_entry(member, entries, tops)
+        if not entries and not tops:
+            raise ValueError("it is empty")
+        check_tree(entries)
+        compose = entries.get("compose.yaml")
+        if compose is None or compose.kind != "file":
+            others = sorted({"compose.yml", "docker-compose.yaml", "docker-compose.yml"} & set(entries))
+            raise ValueError("no compose.yaml in the top-level folder" + (f" ({others[0]} is not taken for it)" if others else ""))
+        return plain, list(entries.values())
+    except (ValueError, tarfile.TarError, zlib.error, EOFError, OSError, OverflowError) as error:
+        raise ComponentError("ARCHIVE_INVALID", f"Compose Archive refused: {make_printable(str(error))}") from None
+
+
+def add_entry(member, entries, tops):
+    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder; raises ValueError."""
+    name = member.name[2:] if member.name.startswith("./") else member.name
+    parts = name.rstrip("/").split("/")
+    if name in ("", ".") and member.isdir():
+        return
+    if name.startswith("/") or ".." in parts or "" in parts or "." in parts or len(name) > 1000 or not name.isprintable():
+        raise ValueError(f"{name!r} is not a path inside the archive")
+    tops.add(parts[0])
+    if len(tops) > 1:
+        raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
+    path = "/".join(parts[1:])
+    if member.isdir():
+        entry = Entry(path, "folder", 0o755, None, 0, 0)
+    elif not path:
+        raise ValueError(f"{name!r} stands at the top, where only one folder may stand")
+    elif member.isfile():
+        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data, member.size)
+    elif member.issym():
+        entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
+    elif member.islnk():
+        target = member.linkname[2:] if member.linkname.startswith("./") else member.linkname
+        source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
+        if source is None or source.kind != "file":
+            raise ValueError(f"the hard link {name!r} leads to {member.linkname!r}, which is no earlier file of the archive")
+        entry = source._replace(path=path)
+    else:
+        raise ValueError(f"{name!r} is neither file, folder nor link")
+    if path and entries.get(path, entry) != entry or (path in entries and entry.kind != "folder"):
+        raise ValueError(f"{name!r} occurs twice")
+    if path:
+        entries[path] = entry
+
+
+def check_tree(entries):
+    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of others."""
+    for path, entry in entries.items():
+        parts = path.split("/")
+        for depth in range(1, len(parts)):
+            parent = entries.get("/".join(parts[:depth]))
+            if parent is not None and parent.kind != "folder":
+                raise ValueError(f"{path!r} lies below {parent.path!r}, which is no folder")
+        if entry.kind == "link":
+            resolve_link(path, entries, 40)
+
+
+def resolve_link(path, entries, hops):
+    """The path in the archive that `path` stands for once links are followed; raises ValueError where that is outside."""
+    resolved = []
+    todo = path.split("/")[::-1]
+    while todo:
+        part = todo.pop()
+        if part == "..":
+            if not resolved:
+                raise ValueError(f"the link {path!r} leads out of the top-level folder")
+            resolved.pop()
+            continue
+        if part in ("", "."):
+            continue
+        entry = entries.get("/".join(resolved + [part]))
+        if entry is None or entry.kind != "link":
+            resolved.append(part)
+            continue
+        hops -= 1
+        if hops < 0 or entry.link.startswith("/"):
+            raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
+        todo.extend(entry.link.split("/")[::-1])
+    return "/".join(resolved)
+
+
+def unpack_package(data, digest, parent, max_unpacked):
+    """Unpacks a verified archive to `parent`/<digest> and returns that folder; one that is there already is complete.
+
+    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay for who uses them.
+    """
+    folder = os.path.join(parent, digest.split(":")[1][:16])
+    if os.path.isdir(folder):
+        return folder
+    plain, entries = check_archive(data, max_unpacked)
+    try:
+        remove_folder(folder + ".tmp")
+        os.makedirs(folder + ".tmp", 0o755)
+        for entry in sorted(entries, key=lambda item: item.kind == "link"):
+            path = os.path.join(folder + ".tmp", entry.path)
+            os.makedirs(path if entry.kind == "folder" else os.path.dirname(path), 0o755, exist_ok=True)
+            if entry.kind == "file":
+                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode)
+            elif entry.kind == "link":
+                os.symlink(entry.link, path)
+        os.rename(folder + ".tmp", folder)
+        sync_folder(parent)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be unpacked ({error.strerror}); free space or make it writable") from None
+    return folder
+
+
+def remove_folder(path):
+    """Removes a folder of ours and all below it; links are removed, never followed."""
+    import shutil
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise StorageError(f"{path} cannot be removed ({error.strerror})") from None
+
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 14. Runtimes
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class Workload(namedtuple("Workload", "deployment_id component project folder parameters environment wait")):
+    """One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment."""
+
+    __slots__ = ()
+
+
+class Service(namedtuple("Service", "name image arguments command environment files networks depends_on health pull hash")):
+    """One service as the engine is told of it; see make_service.  networks: [(name, [options])]; health: (interval, retries, start) or None."""
+
+    __slots__ = ()
+
+
+class Project(namedtuple("Project", "services networks volumes document")):
+    """A compose file ready to run: services in starting order, {engine's name: create arguments}, and the resolved document."""
+
+    __slots__ = ()
+
+
+LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
+LABEL_HASH, LABEL_PROJECT = "org.margo.hash", "org.margo.project"
+
+
+def fault(text, code="INVALID_DEPLOYMENT"):
+    """A ComponentError about the compose file."""
+    return ComponentError(code, f"compose.yaml: {text}")
+
+
+def interpolate(text, variables, where):
+    """`$NAME`, `${NAME}`, `${NAME:-default}`, `${NAME-…}`, `${NAME:?message}`, `${NAME?…}`, `${NAME:+…}`, `${NAME+…}`, `$$` in one text.
+
+    An unset name is an empty text, as compose has it.  Raises ComponentError naming the place.
+    """
+    result, position = [], 0
+    while True:
+        dollar = text.find("$", position)
+        if dollar < 0:
+            return "".join(result) + text[position:]
+        result.append(text[position:dollar])
+        match = re.compile(r"\$|\{([A-Za-z_][A-Za-z0-9_]*)(:?[-?+]|\})|([A-Za-z_][A-Za-z0-9_]*)").match(text, dollar + 1)
+        if not match:
+            raise fault(f"{where}: a $ that is neither $NAME, ${{NAME}} nor $$")
+        name, operator, position = match.group(1) or match.group(3), match.group(2) or "}", match.end()
+        if name is None:
+            result.append("$")
+            continue
+        value, found = variables.get(name), name in variables
+        if operator != "}":
+            end = find_brace(text, position, where)
+            rest, position = text[position:end], end + 1
+            given = found and (value or ":" not in operator)
+            if operator[-1] == "?" and not given:
+                raise fault(f"{where}: {name} is needed: {interpolate(rest, variables, where)}", "PARAMETER_INVALID")
+            if (operator[-1] == "-") != bool(given) and operator[-1] != "?":
+                value = interpolate(rest, variables, where)
+            elif operator[-1] == "+":
+                value = ""
+        result.append(value or "")
+
+
+def find_brace(text, position, where):
+    """The closing brace of a `${…` whose inside starts at `position`."""
+    depth = 0
+    for index in range(position, len(text)):
+        if text.startswith("${", index):
+            depth += 1
+        elif text[index] == "}":
+            depth -= 1
+            if depth < 0:
+                return index
+    raise fault(f"{where}: a ${{ that is not closed")
+
+
+def interpolate_all(value, variables, where=""):
+    """Every text below a value interpolated; keys stay as they are."""
+    if isinstance(value, dict):
+        return {key: interpolate_all(item, variables, f"{where}.{key}" if where else str(key)) for key, item in value.items()
+                if not str(key).startswith("x-")}
+    if isinstance(value, list):
+        return [interpolate_all(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
+    return interpolate(value, variables, where) if isinstance(value, str) and "$" in value else value
+
+
+def parse_env_file(text, variables, where):
+    """An env file's lines to {NAME: text}: `NAME=value`, `export` and quotes as compose takes them."""
+    result = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_][\w.-]*)\s*(?:=\s*(?:'([^']*)'|"((?:[^"\\]|\\.)*)"|(.*?)))?(?:\s+#.*)?""", line)
+        if not match:
+            raise fault(f"{where}, line {number}: expected NAME=value")
+        name, single, double, plain = match.groups()
+        if single is not None:
+            result[name] = single
+        elif double is not None or plain is not None:
+            text = re.sub(r"\\(.)", lambda m: {"n": "\n", "t": "\t", "r": "\r"}.get(m.group(1), m.group(1)), double) if plain is None else plain
+            result[name] = interpolate(text, dict(variables, **result), f"{where}, line {number}")
+        elif name in variables:
+            result[name] = variables[name]
+    return result
+
+
+# Readers of compose values: what is meant as text, list, pairs.
+
+def to_text(value, where):
+    """A scalar as text."""
+    if value is None or isinstance(value, (dict, list)):
+        raise fault(f"{where}: expected a single value")
+    return scalar_text(value)
+
+
+def to_flag(value, where):
+    """true or false, also as the text that interpolation leaves."""
+    if isinstance(value, bool) or value in ("true", "false"):
+        return value in (True, "true")
+    raise fault(f"{where}: expected true or false")
+
+
+def to_list(value, where):
+    """A list of texts; a single text is one too."""
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    return [to_text(item, where) for item in items]
+
+
+def to_pairs(value, where, separator="="):
+    """A mapping, or a list of NAME=value, as {NAME: text or None}."""
+    if isinstance(value, dict):
+        return {str(key): None if item is None else to_text(item, f"{where}.{key}") for key, item in value.items()}
+    pairs = [item.partition(separator) for item in to_list(value, where)]
+    return {name: text if mark else None for name, mark, text in pairs}
+
+
+def to_words(value, where):
+    """A command: a list as it is, a text split as a shell splits it."""
+    import shlex
+    if isinstance(value, str):
+        try:
+            return shlex.split(value)
+        except ValueError as error:
+            raise fault(f"{where}: {error}") from None
+    return to_list(value, where)
+
+
+def to_seconds(value, where):
+    """Compose's durations such as 1m30s or 500ms to seconds."""
+    text = to_text(value, where)
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(h|ms|us|m|s)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise fault(f"{where}: {text!r} is not a duration such as 1m30s")
+    return sum(float(number) * {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}[unit] for number, unit in parts)
+
+
+def option(name):
+    """A builder for a setting that is one option of the engine."""
+    return lambda value, where: [f"{name}={to_text(value, where)}"]
+
+
+def options(name):
+    """A builder for a setting that is an option for each item."""
+    return lambda value, where: [f"{name}={item}" for item in to_list(value, where)]
+
+
+def switch(name):
+    """A builder for a setting that is an option without value."""
+    return lambda value, where: [name] if to_flag(value, where) else []
+
+
+def pairs(name, separator="=", join="="):
+    """A builder for a setting of names and values."""
+    return lambda value, where: [f"{name}={key}{join}{item or ''}" for key, item in sorted(to_pairs(value, where, separator).items())]
+
+
+def make_ports(value, where):
+    """`ports` in both syntaxes."""
+    arguments = []
+    for index, item in enumerate(value if isinstance(value, list) else [value]):
+        if isinstance(item, dict):
+            check_keys(item, ("target", "published", "host_ip", "protocol", "mode", "name", "app_protocol"), f"{where}[{index}]")
+            facts = {key: to_text(part, f"{where}[{index}].{key}") for key, part in item.items()}
+            text = ":".join([facts[key] for key in ("host_ip", "published") if key in facts] + [facts.get("target", "")])
+            item = text + ("/" + facts["protocol"] if "protocol" in facts else "")
+        text = to_text(item, f"{where}[{index}]")
+        if not re.fullmatch(r"((([0-9.]+|\[[0-9a-fA-F:]+\]):)?([0-9]+(-[0-9]+)?)?:)?[0-9]+(-[0-9]+)?(/(tcp|udp|sctp))?", text):
+            raise fault(f"{where}[{index}]: {make_printable(text, 60)!r} is not a port")
+        arguments.append(f"--publish={text}")
+    return arguments
+
+
+def make_restart(value, where):
+    """`restart`: the engine's own words."""
+    text = to_text(value, where) if value is not False else "no"
+    if not re.fullmatch(r"no|always|unless-stopped|on-failure(:[0-9]+)?", text):
+        raise fault(f"{where}: {make_printable(text, 40)!r} is not a restart policy")
+    return [f"--restart={text}"]
+
+
+def make_ulimits(value, where):
+    """`ulimits`: one number, or soft and hard."""
+    arguments = []
+    for name, item in sorted(value.items()) if isinstance(value, dict) else ():
+        if isinstance(item, dict):
+            check_keys(item, ("soft", "hard"), f"{where}.{name}")
+            item = f"{to_text(item.get('soft'), where)}:{to_text(item.get('hard'), where)}"
+        arguments.append(f"--ulimit={name}={to_text(item, where)}")
+    return arguments
+
+
+def make_deploy(value, where):
+    """`deploy`: only the limits of resources, and one replica."""
+    check_keys(value, ("resources", "replicas"), where)
+    if to_text(value.get("replicas", 1), where) != "1":
+        raise fault(f"{where}.replicas: only 1 is supported")
+    resources = value.get("resources") or {}
+    check_keys(resources, ("limits",), f"{where}.resources")
+    limits = resources.get("limits") or {}
+    check_keys(limits, ("cpus", "memory", "pids"), f"{where}.resources.limits")
+    names = {"cpus": "--cpus", "memory": "--memory", "pids": "--pids-limit"}
+    return [f"{names[key]}={to_text(item, where)}" for key, item in sorted(limits.items())]
+
+
+def make_logging(value, where):
+    """`logging`: driver and options."""
+    check_keys(value, ("driver", "options"), where)
+    return option("--log-driver")(value["driver"], where) * ("driver" in value) + pairs("--log-opt")(value.get("options"), where)
+
+
+def make_health(value, where, engine):
+    """`healthcheck` to (arguments, (interval, retries, start period) or None)."""
+    check_keys(value, ("test", "interval", "timeout", "retries", "start_period", "start_interval", "disable"), where)
+    test = value.get("test")
+    if to_flag(value.get("disable", False), where) or test in (["NONE"], "NONE"):
+        return ["--no-healthcheck"], None
+    arguments = [f"--health-{key.replace('_', '-')}={to_text(value[key], where)}" for key in ("interval", "timeout", "retries", "start_period")
+                 if key in value]
+    if test is not None:
+        words = [test] if isinstance(test, str) else to_list(test, where)
+        if len(words) > 1 and words[0] in ("CMD", "CMD-SHELL"):
+            shell, words = words[0] == "CMD-SHELL", words[1:]
+        else:
+            shell = isinstance(test, str)
+        import shlex
+        text = words[0] if shell else make_json(words).decode() if engine == "podman" and len(words) > 1 else " ".join(map(shlex.quote, words))
+        arguments.append(f"--health-cmd={text}")
+    seconds = [to_seconds(value.get(key, default), where) for key, default in (("interval", "30s"), ("start_period", "0s"))]
+    return arguments, (seconds[0], int(to_text(value.get("retries", 3), where)), seconds[1])
+
+
+def check_keys(value, known, where):
+    """Raises ComponentError for a value that is no mapping, or for a key in it that is not supported: none is ever ignored."""
+    if not isinstance(value, dict):
+        raise fault(f"{where}: expected a mapping")
+    for key in value:
+        if key not in known:
+            raise fault(f"{where}.{key}: this key is not supported by the builtin driver")
+
+
+SERVICE_OPTIONS = {
+    "user": option("--user"), "hostname": option("--hostname"), "working_dir": option("--workdir"), "stop_signal": option("--stop-signal"),
+    "mem_limit": option("--memory"), "cpus": option("--cpus"), "shm_size": option("--shm-size"), "platform": option("--platform"),
+    "pid": option("--pid"), "ipc": option("--ipc"), "userns_mode": option("--userns"), "pids_limit": option("--pids-limit"),
+    "init": switch("--init"), "read_only": switch("--read-only"), "privileged": switch("--privileged"), "tty": switch("--tty"),
+    "stdin_open": switch("--interactive"), "cap_add": options("--cap-add"), "cap_drop": options("--cap-drop"), "devices": options("--device"),
+    "security_opt": options("--security-opt"), "group_add": options("--group-add"), "dns": options("--dns"), "tmpfs": options("--tmpfs"),
+    "labels": pairs("--label"), "sysctls": pairs("--sysctl"), "extra_hosts": pairs("--add-host", ":", ":"), "ports": make_ports,
+    "restart": make_restart, "ulimits": make_ulimits, "deploy": make_deploy, "logging": make_logging,
+    "stop_grace_period": lambda value, where: [f"--stop-timeout={max(1, round(to_seconds(value, where)))}"]}
+SERVICE_KEYS = tuple(SERVICE_OPTIONS) + ("image", "command", "entrypoint", "environment", "env_file", "volumes", "networks", "network_mode",
+                                         "depends_on", "healthcheck", "configs", "profiles", "pull_policy", "expose")
+PROJECT_KEYS = ("name", "version", "services", "networks", "volumes", "configs")
+# What goes round the checks below, or runs programs on the host itself, is refused for every driver.
+REFUSED_KEYS = ("extends", "build", "provider", "secrets", "container_name", "volumes_from", "post_start", "pre_stop", "develop", "gpus",
+                "device_cgroup_rules", "cgroup", "cgroup_parent", "uts", "runtime", "credential_spec", "use_api_socket", "links")
+ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
+
+
+def check_policy(name, service, folder, policy):
+    """Raises ComponentError POLICY_DENIED for what a service may not ask for (contract, Policy)."""
+    def deny(key, why):
+        raise fault(f"services.{name}.{key}: {why}", "POLICY_DENIED")
+
+    for key in ("pid", "ipc", "userns_mode", "network_mode"):
+        if str(service.get(key)).startswith("container:"):
+            deny(key, "a container of its own choice is not shared")
+    if policy.privileged != "allow":
+        if service.get("privileged") not in (None, False, "false"):
+            deny("privileged", "denied by policy.privileged")
+        for key in ("pid", "ipc", "userns_mode"):
+            if service.get(key) == "host":
+                deny(key, "the host's namespace is denied by policy.privileged")
+        for key in ("cap_add", "devices"):
+            if service.get(key):
+                deny(key, "denied by policy.privileged")
+        for item in to_list(service.get("security_opt"), f"services.{name}.security_opt"):
+            if not re.fullmatch(r"no-new-privileges([:=]true)?", item):
+                deny("security_opt", f"{item!r} is denied by policy.privileged")
+    for source in find_binds(service.get("volumes"), f"services.{name}.volumes"):
+        path = os.path.realpath(os.path.join(folder, source))
+        if os.path.basename(path) in ENGINE_SOCKETS:
+            deny("volumes", f"{source} is an engine's socket, which is never handed out")
+        if not any(is_below(path, os.path.realpath(root)) for root in [folder] + policy.host_paths):
+            deny("volumes", f"{source} (in truth {path}) is outside of policy.host_paths")
+
+
+def find_binds(volumes, where):
+    """The host paths that the `volumes` of a service name."""
+    for index, item in enumerate(volumes or ()):
+        if isinstance(item, dict):
+            if item.get("type") == "bind":
+                yield to_text(item.get("source"), f"{where}[{index}].source")
+        elif re.match(r"[./~]", to_text(item, where)) and ":" in item:
+            yield item.split(":")[0]
+
+
+def is_below(path, root):
+    """Whether a path is `root` or lies below it."""
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+def read_inside(folder, name, where):
+    """The text of a file of the archive; raises ComponentError where it is outside or missing."""
+    path = os.path.realpath(os.path.join(folder, name))
+    if not is_below(path, os.path.realpath(folder)) or not os.path.isfile(path):
+        raise fault(f"{where}: {make_printable(name)!r} is not a file of the archive")
+    return read_file(path, MIB).decode("utf-8", "replace")
+
+
+def make_project(document, workload, policy, engine, strict=True):
+    """A compose file's value to a Project; raises ComponentError.  strict: refuse keys that the builtin driver does not know.
+
+    All that parameters mean is settled here, so that every driver is given the same file and no parameter ever reaches a tool's own
+    environment (C-180, D-18).
+    """
+    if not isinstance(document, dict) or not isinstance(document.get("services"), dict) or not document["services"]:
+        raise fault("no services")
+    variables = dict(parse_env_file(read_inside(workload.folder, ".env", ".env"), {}, ".env")
+                     if os.path.isfile(os.path.join(workload.folder, ".env")) else {}, **workload.parameters)
+    document = interpolate_all(document, variables)
+    if strict or "include" in document or "secrets" in document:
+        check_keys(document, PROJECT_KEYS, "")
+    volumes, networks = make_volumes(document, workload), make_networks(document, workload)
+    services, resolved = {}, {}
+    for name, service in document["services"].items():
+        where = f"services.{name}"
+        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]*", str(name)):
+            raise fault(f"services: {name!r} is not a service name")
+        check_keys(service, SERVICE_KEYS if strict else set(service) - set(REFUSED_KEYS), where)
+        if service.get("profiles"):
+            continue
+        check_policy(name, service, workload.folder, policy)
+        service = dict(service, environment=make_environment(service, workload, variables, where))
+        service.pop("env_file", None)
+        labels = to_pairs(service.get("labels"), f"{where}.labels")
+        if any(key.startswith("org.margo.") for key in labels):
+            raise fault(f"{where}.labels: org.margo.… is the agent's own")
+        services[name] = make_service(name, service, document, workload, engine, volumes, networks) if strict else make_proxy(name, service)
+        service["labels"] = dict(labels, **make_labels(workload, name, services[name].hash))
+        resolved[name] = service
+    order = order_services(services)
+    document = dict(document, services=resolved, networks={key: dict(item or {}, labels={LABEL_PROJECT: workload.project}) for key, item in
+                                                           dict({"default": None}, **document.get("networks") or {}).items()})
+    document.pop("name", None)
+    return Project(order, networks, {name: args for name, args in volumes.values() if args is not None}, document)
+
+
+def make_labels(workload, service, digest):
+    """The labels by which containers are found again."""
+    return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component, LABEL_PROJECT: workload.project,
+            LABEL_SERVICE: service, LABEL_HASH: digest}
+
+
+def make_environment(service, workload, variables, where):
+    """What a container's environment is: env files, then `environment`, then runtime.environment of the device (C-185)."""
+    environment, files = {}, service.get("env_file")
+    for item in files if isinstance(files, list) else [files] if files else []:
+        name, needed = (item.get("path"), item.get("required", True)) if isinstance(item, dict) else (item, True)
+        path = to_text(name, f"{where}.env_file")
+        if needed or os.path.exists(os.path.join(workload.folder, path)):
+            environment.update(parse_env_file(read_inside(workload.folder, path, f"{where}.env_file"), variables, path))
+    for name, text in to_pairs(service.get("environment"), f"{where}.environment").items():
+        if text is None:
+            text = variables.get(name)              # a pass-through entry takes the parameter of its name (contract, Parameters)
+        if text is not None:
+            environment[name] = text
+    environment.update(workload.environment)
+    for name, text in environment.items():
+        if not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
+            raise fault(f"{where}.environment: {make_printable(name)!r} is not a variable name")
+        if "\0" in text:
+            raise fault(f"{where}.environment.{name}: holds a NUL character")
+    return environment
+
+
+def make_proxy(name, service):
+    """What the agent itself needs of a service that a compose provider runs."""
+    digest = sha256_digest(make_json(service))[7:39]
+    health = make_health(service["healthcheck"], name, "docker")[1] if isinstance(service.get("healthcheck"), dict) else None
+    return Service(name, to_text(service.get("image"), f"services.{name}.image"), [], [], {}, {}, [], make_dependencies(service, name), health,
+                   "missing", digest)
+
+
+def make_dependencies(service, name):
+    """`depends_on` as {service: (condition, required)}."""
+    value, where = service.get("depends_on") or {}, f"services.{name}.depends_on"
+    if isinstance(value, list):
+        value = {to_text(item, where): {} for item in value}
+    result = {}
+    for other, facts in value.items():
+        facts = facts or {}
+        check_keys(facts, ("condition", "required", "restart"), f"{where}.{other}")
+        condition = facts.get("condition", "service_started")
+        if condition not in ("service_started", "service_healthy", "service_completed_successfully"):
+            raise fault(f"{where}.{other}.condition: {make_printable(str(condition), 60)!r} is unknown")
+        result[other] = condition, to_flag(facts.get("required", True), where)
+    return result
+
+
+def order_services(services):
+    """The services so that each comes after what it depends on; raises ComponentError for a circle or an unknown name."""
+    order, done = [], set()
+
+    def visit(name, path):
+        if name in done:
+            return
+        if name in path:
+            raise fault(f"depends_on goes in a circle: {' -> '.join(path[path.index(name):] + [name])}")
+        for other, (_, required) in services[name].depends_on.items():
+            if other in services:
+                visit(other, path + [name])
+            elif required:
+                raise fault(f"services.{name}.depends_on: there is no service {make_printable(str(other), 60)!r} that is started")
+        done.add(name)
+        order.append(services[name])
+
+    for name in services:
+        visit(name, [])
+    return order
+
+
+def make_volumes(document, workload):
+    """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
+    volumes = {}
+    for name, value in (document.get("volumes") or {}).items():
+        value, where = value or {}, f"volumes.{name}"
+        check_keys(value, ("name", "external", "labels", "driver"), where)
+        if to_text(value.get("driver", "local"), where) != "local":
+            raise fault(f"{where}.driver: only local is supported")
+        external = to_flag(value.get("external", False), where)
+        own = to_text(value.get("name", name if external else f"{workload.project}_{name}"), where)
+        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", own):
+            raise fault(f"{where}: {own!r} is not a volume name")
+        volumes[name] = own, None if external else pairs("--label")(value.get("labels"), where)
+    return volumes
+
+
+def make_networks(document, workload):
+    """Top-level `networks` as {name: (engine's name, create arguments or None for an external one)}; `default` is always there."""
+    networks = {}
+    for name, value in dict({"default": None}, **document.get("networks") or {}).items():
+        value, where = value or {}, f"networks.{name}"
+        check_keys(value, ("name", "external", "labels", "driver", "internal", "ipam"), where)
+        if to_text(value.get("driver", "bridge"), where) != "bridge":
+            raise fault(f"{where}.driver: only bridge is supported")
+        external = to_flag(value.get("external", False), where)
+        own = to_text(value.get("name", name if external else f"{workload.project}_{name}"), where)
+        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", own):
+            raise fault(f"{where}: {own!r} is not a network name")
+        arguments = pairs("--label")(value.get("labels"), where) + switch("--internal")(value.get("internal", False), where)
+        for item in (value.get("ipam") or {}).get("config") or ():
+            check_keys(item, ("subnet", "gateway"), f"{where}.ipam.config")
+            arguments += [f"--{key}={to_text(item[key], where)}" for key in sorted(item, reverse=True)]
+        networks[name] = own, None if external else arguments + [f"--label={LABEL_PROJECT}={workload.project}"]
+    return networks
+
+
+def make_service(name, service, document, workload, engine, volumes, networks):
+    """A Service from its resolved mapping; `hash` covers all that makes its container what it is."""
+    where = f"services.{name}"
+    arguments = []
+    for key in sorted(set(service) & set(SERVICE_OPTIONS)):
+        if service[key] is not None:
+            arguments += SERVICE_OPTIONS[key](service[key], f"{where}.{key}")
+    command = to_words(service.get("command"), f"{where}.command")
+    if service.get("entrypoint") is not None:
+        words = to_words(service["entrypoint"], f"{where}.entrypoint")
+        arguments.append(f"--entrypoint={words[0] if words else ''}")
+        command = words[1:] + command
+    health = None
+    if service.get("healthcheck") is not None:
+        extra, health = make_health(service["healthcheck"], f"{where}.healthcheck", engine)
+        arguments += extra
+    files = make_configs(service, document, workload, where)
+    arguments += make_mounts(service, workload, volumes, where)
+    joined = make_attachments(service, workload, networks, where)
+    image = to_text(service.get("image"), f"{where}.image")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.:/@-]*", image):
+        raise fault(f"{where}.image: {make_printable(image, 100)!r} is not an image name")
+    pull = to_text(service.get("pull_policy", "missing"), f"{where}.pull_policy")
+    if pull not in ("always", "missing", "if_not_present", "never"):
+        raise fault(f"{where}.pull_policy: {make_printable(pull, 40)!r} is not supported by the builtin driver")
+    digest = sha256_digest(make_json([image, arguments, command, service["environment"], files, joined]))[7:39]
+    return Service(name, image, arguments, command, service["environment"], files, joined, make_dependencies(service, name), health, pull, digest)
+
+
+def make_mounts(service, workload, volumes, where):
+    """`volumes` of a service in both syntaxes as arguments."""
+    arguments = []
+    for index, item in enumerate(service.get("volumes") or ()):
+        place = f"{where}.volumes[{index}]"
+        if isinstance(item, dict):
+            check_keys(item, ("type", "source", "target", "read_only", "tmpfs", "bind", "volume"), place)
+            kind, target = item.get("type"), to_text(item.get("target"), f"{place}.target")
+            if kind == "tmpfs":
+                size = (item.get("tmpfs") or {}).get("size")
+                arguments.append(f"--tmpfs={target}" + (f":size={to_text(size, place)}" if size is not None else ""))
+                continue
+            parts = ([to_text(item["source"], place)] if "source" in item else []) + [target]
+            parts += ["ro"] if to_flag(item.get("read_only", False), place) else []
+        else:
+            parts = to_text(item, place).split(":")
+            kind = "bind" if re.match(r"[./~]", parts[0]) and len(parts) > 1 else "volume"
+        if len(parts) > 1:
+            if kind == "bind":
+                parts[0] = os.path.realpath(os.path.join(workload.folder, parts[0]))
+            elif kind == "volume" and parts[0] in volumes:
+                parts[0] = volumes[parts[0]][0]
+            else:
+                raise fault(f"{place}: {make_printable(str(parts[0]), 60)!r} is not among the top-level volumes")
+        if len(parts) > 3 or any(not part or ":" in part for part in parts) or not parts[min(1, len(parts) - 1)].startswith("/"):
+            raise fault(f"{place}: expected source:target[:options] with an absolute target")
+        arguments.append("--volume=" + ":".join(parts))
+    return arguments
+
+
+def make_configs(service, document, workload, where):
+    """`configs` of a service as {target in the container: text}."""
+    files, known = {}, document.get("configs") or {}
+    for item in service.get("configs") or ():
+        facts = item if isinstance(item, dict) else {"source": item}
+        check_keys(facts, ("source", "target", "mode", "uid", "gid"), f"{where}.configs")
+        name = to_text(facts.get("source"), f"{where}.configs")
+        if name not in known:
+            raise fault(f"{where}.configs: {make_printable(name, 60)!r} is not among the top-level configs")
+        check_keys(known[name], ("file", "content", "name"), f"configs.{name}")
+        text = known[name].get("content")
+        files[to_text(facts.get("target", f"/{name}"), where)] = read_inside(workload.folder, to_text(known[name].get("file"), f"configs.{name}.file"),
+                                                                           f"configs.{name}.file") if text is None else to_text(text, name)
+    return files
+
+
+def make_attachments(service, workload, networks, where):
+    """The networks of a service as [(engine's name, options)]; the first is joined at creation, the others before the start."""
+    mode = service.get("network_mode")
+    if mode is not None:
+        text = to_text(mode, f"{where}.network_mode")
+        if text.startswith("service:"):
+            text = f"container:{workload.project}-{text[8:]}-1"
+        elif text not in ("none", "host", "bridge"):
+            raise fault(f"{where}.network_mode: {make_printable(text, 60)!r} is not supported by the builtin driver")
+        return [(text, None)]
+    wanted = service.get("networks") or ["default"]
+    joined = []
+    for name in wanted:
+        facts = (wanted[name] or {}) if isinstance(wanted, dict) else {}
+        check_keys(facts, ("aliases", "ipv4_address", "ipv6_address"), f"{where}.networks.{name}")
+        if name not in networks:
+            raise fault(f"{where}.networks: {make_printable(str(name), 60)!r} is not among the top-level networks")
+        addresses = [f"--{key.split('_')[0].replace('ipv4', 'ip').replace('ipv6', 'ip6')}={to_text(facts[key], where)}"
+                     for key in ("ipv4_address", "ipv6_address") if key in facts]
+        joined.append((networks[name][0], to_list(facts.get("aliases"), where), addresses))
+    return joined
+
+
+def judge_startup(services, facts, healthy):
+    """Where a start stands: (failure or "", [what is waited for], {finished services}).
+
+    facts: {service: (state, exit code, restarts)} as inspected; healthy: services whose health check has passed (C-163 to C-165).
+    """
+    waiting, finished = [], set()
+    for service in services:
+        state, code, restarts = facts.get(service.name, ("missing", 0, 0))
+        if restarts or state in ("exited", "stopped", "dead") and code != 0:
+            return f"service {service.name} exited with code {code}" + (f" ({restarts} restarts)" if restarts else ""), [], finished
+        if state in ("exited", "stopped"):
+            finished.add(service.name)
+        elif state != "running":
+            waiting.append(f"{service.name} is {state}")
+        elif service.health and service.name not in healthy:
+            waiting.append(f"{service.name} is not healthy yet")
+    return "", waiting, finished
+
+
+def find_engine(setting, environ):
+    """`podman`, `docker` or None: what is installed and looks usable, told without starting anything."""
+    import shutil
+    socket = environ.get("DOCKER_HOST") or os.path.exists("/var/run/docker.sock")
+    for name in ("podman", "docker") if setting == "auto" else (setting,):
+        if shutil.which(name, path=environ.get("PATH")) and (name == "podman" or setting == name or socket):
+            return name
+    return None
+
+
+def find_provider(setting, engine, environ):
+    """The compose provider's command as a list, None for the builtin driver."""
+    import shutil
+    plugins = [os.path.join(folder, "docker-compose") for folder in (
+        os.path.join(environ.get("DOCKER_CONFIG") or os.path.join(environ.get("HOME", "/root"), ".docker"), "cli-plugins"),
+        "/usr/local/lib/docker/cli-plugins", "/usr/local/libexec/docker/cli-plugins", "/usr/lib/docker/cli-plugins",
+        "/usr/libexec/docker/cli-plugins")]
+    if setting == "auto":
+        if engine == "docker" and any(os.path.exists(path) for path in plugins):
+            return ["docker", "compose"]
+        return ["docker-compose"] if engine == "docker" and shutil.which("docker-compose", path=environ.get("PATH")) else None
+    return None if setting == "builtin" else setting.split(" ")
+
+
+def make_compose_driver(config, environ=None):
+    """The ComposeDriver of the configuration, None where nothing on this device runs compose components."""
+    environ = os.environ if environ is None else environ
+    engine = find_engine(config.runtime.engine, environ)
+    if config.runtime.compose == "off" or engine is None:
+        return None
+    return ComposeDriver(engine, find_provider(config.runtime.compose, engine, environ), config)
+
+
+class ComposeDriver:
+    """Runs compose components: by an engine's own commands, or by a compose provider that is given a file with nothing left to settle.
+
+    Either way containers are found by their labels, by one query for all, and judged by what the engine shows of them.
+    """
+
+    def __init__(self, engine, provider, config):
+        self.engine, self.provider, self.config = engine, provider, config
+
+    def run(self, arguments, timeout, code=None, program=None):
+        """The Output of one engine command; with `code` a failure raises ComponentError of that code."""
+        output = run_command((program or [self.engine]) + arguments, max(1.0, timeout))
+        if code and output.code:
+            raise ComponentError(code, f"{' '.join((program or [self.engine])[:2])} {arguments[0]} failed: {output.stderr[-1500:]}")
+        return output
+
+    def observe(self):
+        """Every container of ours in any state, by one query; raises CommandError where the engine does not answer."""
+        facts = "\t".join(["{{.ID}}", "{{.Names}}"] + [f'{{{{.Label "{name}"}}}}' for name in (
+            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH)] + ["{{.State}}"])
+        form = "json" if self.engine == "podman" else facts
+        output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 60)
+        if output.code:
+            raise CommandError(f"{self.engine} ps failed: {output.stderr[-500:]}")
+        return parse_containers(output.stdout, self.engine)
+
+    def prepare(self, workload, timeout):
+        """All that can fail without touching what runs: the compose file read, checked and resolved, the images pulled (C-154, D-11)."""
+        try:
+            document = load_yaml(read_inside(workload.folder, "compose.yaml", "compose.yaml"))
+        except YAMLError as error:
+            raise fault(str(error)) from None
+        project = make_project(document, workload, self.config.policy, self.engine, strict=self.provider is None)
+        for service in project.services:
+            present = service.pull != "always" and self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code == 0
+            if not present and service.pull == "never":
+                raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
+            if not present:
+                platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
+                self.run(["pull", "--quiet"] + platform + [service.image], timeout, "PULL_FAILED")
+        return workload, project
+
+    def apply(self, prepared, containers, known, deadline):
+        """Makes the component's containers as prepared; {service: {hash, finished}} once they run, or ComponentError.
+
+        containers: as observed; known: what an earlier apply returned.  Unchanged services keep their containers; safe to repeat.
+        """
+        workload, project = prepared
+        ours = {}
+        for container in containers:
+            if container.deployment_id.lower() == workload.deployment_id.lower() and container.component == workload.component:
+                ours.setdefault(container.service, []).append(container)
+        folder = os.path.dirname(workload.folder)
+        if self.provider:
+            self.apply_provider(workload, project, folder, deadline)
+        else:
+            self.create_shared(project, deadline)
+            for service in project.services:
+                self.await_dependencies(service, project, workload, deadline)
+                self.apply_service(service, workload, folder, ours.get(service.name, []), known.get(service.name), deadline)
+        gone = [container for name, items in ours.items() for container in items if name not in {s.name for s in project.services}]
+        self.remove_containers(gone, deadline)
+        finished = self.await_startup(project.services, workload, deadline) if workload.wait else set()
+        return {service.name: {"hash": service.hash, "finished": service.name in finished} for service in project.services}
+
+    def create_shared(self, project, deadline):
+        """Networks and volumes that are not there yet; what is there is left as it is."""
+        for kind, items in (("network", project.networks.values()), ("volume", project.volumes.items())):
+            for name, arguments in items:
+                if arguments is not None and self.run([kind, "inspect", name], 60).code:
+                    self.run([kind, "create"] + arguments + [name], deadline - time.monotonic(), "INSTALL_FAILED")
+
+    def apply_service(self, service, workload, folder, present, known, deadline):
+        """One service: kept, started again, or made anew."""
+        same = [container for container in present if container.hash == service.hash]
+        others = [container for container in present if container not in same[:1]]
+        if same and same[0].state in ("running", "exited", "created", "stopped"):
+            self.remove_containers(others, deadline)
+            done = known and known["finished"] and known["hash"] == service.hash
+            if same[0].state != "running" and not done:
+                self.run(["start", same[0].id], deadline - time.monotonic(), "INSTALL_FAILED")
+            return
+        self.remove_containers(present, deadline)
+        name = f"{workload.project}-{service.name}-1"
+        arguments = ["create", f"--name={name}"] + [f"--label={key}={item}" for key, item in make_labels(workload, service.name, service.hash).items()]
+        arguments += self.write_environment(service, folder) + self.write_configs(service, folder) + service.arguments
+        first, rest = service.networks[0], service.networks[1:]
+        arguments += [f"--network={first[0]}"] + ([f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2] if first[1] is not None else [])
+        self.run(["rm", "--force", name], deadline - time.monotonic())       # left by a run that ended between creation and label
+        self.run(arguments + [service.image] + service.command, deadline - time.monotonic(), "INSTALL_FAILED")
+        for network, aliases, addresses in rest:
+            self.run(["network", "connect"] + [f"--alias={alias}" for alias in [service.name] + aliases] + addresses + [network, name],
+                     deadline - time.monotonic(), "INSTALL_FAILED")
+        self.run(["start", name], deadline - time.monotonic(), "INSTALL_FAILED")
+
+    def write_environment(self, service, folder):
+        """The environment by a file of mode 0600: values never stand on a command line."""
+        lines = []
+        for name, text in sorted(service.environment.items()):
+            if "\n" in text or "\r" in text:
+                raise ComponentError("PARAMETER_INVALID", f"services.{service.name}.environment.{name}: holds a line end, which the builtin"
+                                     " driver cannot hand over; use a file from `configs`, or a compose provider")
+            lines.append(f"{name}={text}\n")
+        path = os.path.join(folder, f"{service.name}.env")
+        write_file(path, "".join(lines).encode())
+        return [f"--env-file={path}"]
+
+    def write_configs(self, service, folder):
+        """Files of `configs`, mounted read-only."""
+        arguments = []
+        for target, text in sorted(service.files.items()):
+            path = os.path.join(folder, f"config-{sha256_digest(make_json([service.name, target]))[7:23]}")
+            write_file(path, text.encode(), 0o644)
+            arguments.append(f"--volume={path}:{target}:ro")
+        return arguments
+
+    def apply_provider(self, workload, project, folder, deadline):
+        """Hands the resolved file to the compose provider; its environment holds nothing of the application."""
+        path = os.path.join(folder, "resolved.json")
+        write_file(path, make_json(escape_dollars(project.document)))
+        environ = {key: item for key, item in os.environ.items() if key in (
+            "PATH", "HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONFIG", "CONTAINER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")}
+        argv = self.provider + ["--project-name", workload.project, "--file", path, "--project-directory", workload.folder]
+        if self.provider == ["podman-compose"]:
+            argv = self.provider + ["--project-name", workload.project, "--file", path]
+        output = run_command(argv + ["up", "--detach", "--remove-orphans"], max(1.0, deadline - time.monotonic()), env=environ)
+        if output.code:
+            raise ComponentError("INSTALL_FAILED", f"{' '.join(self.provider)} up failed: {output.stderr[-1500:]}")
+
+    def inspect(self, workload):
+        """{service: (state, exit code, restarts)} and {service: container id} of a component, as they are now."""
+        output = self.run(["ps", "--all", "--quiet", "--no-trunc", f"--filter=label={LABEL_PROJECT}={workload.project}"], 60, "INSTALL_FAILED")
+        ids = output.stdout.decode().split()
+        facts, names, health = {}, {}, {}
+        for item in parse_json(self.run(["inspect", "--type=container"] + ids, 60, "INSTALL_FAILED").stdout, "inspect") if ids else ():
+            service = item["Config"]["Labels"].get(LABEL_SERVICE)
+            state = item["State"]
+            facts[service] = state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0)
+            names[service] = item["Id"]
+            health[service] = (state.get("Health") or state.get("Healthcheck") or {}).get("Status")
+        return facts, names, health
+
+    def await_dependencies(self, service, project, workload, deadline):
+        """Waits until what a service depends on is as its condition says."""
+        by_name = {item.name: item for item in project.services}
+        for condition in ("service_healthy", "service_completed_successfully"):
+            others = [by_name[name] for name, (wanted, _) in service.depends_on.items() if wanted == condition and name in by_name]
+            if others:
+                self.await_startup(others, workload, deadline, settle=0, complete=condition.endswith("successfully"))
+
+    def await_startup(self, services, workload, deadline, settle=None, complete=False):
+        """Waits until all services run, are healthy, and stay so for runtime.settle; the set of those that finished with exit code 0.
+
+        Raises ComponentError at once for one that failed (C-164), or when the time is over.  complete: wait for their end instead.
+        """
+        settle = self.config.runtime.settle if settle is None else settle
+        healthy, misses, calm, start = set(), {}, None, time.monotonic()
+        while True:
+            facts, names, health = self.inspect(workload)
+            self.check_health([s for s in services if s.health and facts.get(s.name, "-")[0] == "running"], names, health, healthy, misses, start)
+            failure, waiting, finished = judge_startup(services, facts, healthy)
+            unwell = [s.name for s in services if s.health and misses.get(s.name, (0, 0))[0] >= s.health[1]]
+            if failure or unwell:
+                name = unwell[0] if unwell else failure.split()[1]
+                text = failure or f"service {name} is unhealthy"
+                raise ComponentError("UNHEALTHY" if unwell else "INSTALL_FAILED", text + self.tail_log(names.get(name), workload))
+            if complete:
+                waiting = [f"{service.name} has not ended" for service in services if service.name not in finished]
+            now = time.monotonic()
+            calm = None if waiting else calm or now
+            restless = any(not service.health and service.name not in finished for service in services)
+            if not waiting and (not restless or now - calm >= settle or now > deadline):
+                return finished
+            if now > deadline:
+                name = waiting[0].split()[0]
+                raise ComponentError("INSTALL_TIMEOUT", f"not up in time: {', '.join(waiting)}" + self.tail_log(names.get(name), workload))
+            time.sleep(min(0.5, max(0.1, settle / 4)))
+
+    def check_health(self, services, names, health, healthy, misses, start):
+        """Runs the health checks that podman may have nobody to run; a miss counts once an interval, after the start period."""
+        for service in services:
+            if self.engine != "podman":
+                passed = health.get(service.name) == "healthy"
+                lost = health.get(service.name) == "unhealthy"
+            else:
+                passed = self.run(["healthcheck", "run", names[service.name]], 120).code == 0
+                lost = False
+            interval, retries, grace = service.health
+            count, last = misses.get(service.name, (0, start + grace))
+            if passed:
+                healthy.add(service.name)
+                misses.pop(service.name, None)
+            elif lost:
+                misses[service.name] = retries, last
+            elif time.monotonic() - last >= interval:
+                misses[service.name] = count + 1, time.monotonic()
+
+    def tail_log(self, container, workload):
+        """The end of a container's log for an error message: 20 lines, 2 KiB, parameter values masked."""
+        if not container:
+            return ""
+        output = run_command([self.engine, "logs", "--tail=20", container], 60)
+        text = (output.stdout.decode("utf-8", "replace").strip() + "\n" + output.stderr).strip()
+        for value in sorted(workload.parameters.values(), key=len, reverse=True):
+            text = text.replace(value, "***") if len(value) > 2 else text
+        return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
+
+    def remove_containers(self, containers, deadline):
+        """Stops containers within their own grace period and removes them."""
+        ids = [container.id for container in containers]
+        if ids:
+            self.run(["stop"] + ids, deadline - time.monotonic())            # what cannot be stopped is removed by force
+            self.run(["rm", "--force"] + ids, deadline - time.monotonic(), "REMOVE_FAILED")
+
+    def remove(self, deployment_id, component, project, containers, deadline):
+        """Removes a component's containers, whatever their state, and its networks; volumes stay.  Needs no compose file.
+
+        Raises ComponentError REMOVE_FAILED unless the engine says that nothing is left (P-11, D-21).
+        """
+        def ours(items):
+            return [c for c in items if c.deployment_id.lower() == deployment_id.lower() and c.component == component]
+
+        self.remove_containers(ours(containers)[::-1], deadline)
+        output = self.run(["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"], 60, "REMOVE_FAILED")
+        for name in output.stdout.decode().split():
+            self.run(["network", "rm", name], 60, "REMOVE_FAILED")
+        left = ours(self.observe())
+        if left:
+            raise ComponentError("REMOVE_FAILED", f"container {left[0].name} is still there")
+
+
+def escape_dollars(value):
+    """A resolved compose value for a provider that would interpolate it again: `$` as `$$`."""
+    if isinstance(value, dict):
+        return {key: escape_dollars(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [escape_dollars(item) for item in value]
+    if isinstance(value, (PlainInt, PlainFloat)) and value.source[:1] == "0" and value.source[:2] not in ("0.", "0x", "0o"):
+        return value.source                         # 0440 is octal to whoever wrote it, decimal to YAML 1.2: compose reads the text
+    return value.replace("$", "$$") if isinstance(value, str) else value
+
+
+def parse_containers(data, engine):
+    """The engine's list of containers to [Container]; raises CommandError for what is not of the expected form."""
+    containers = []
+    try:
+        if engine == "podman":
+            for item in parse_json(data or b"[]", "podman ps") or []:
+                labels = item.get("Labels") or {}
+                containers.append(Container(item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], labels.get(LABEL_COMPONENT, ""),
+                                            labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), item["State"].lower(), item.get("ExitCode", 0)))
+        else:
+            for line in data.decode("utf-8", "replace").splitlines():
+                containers.append(Container(*line.split("\t"), exit_code=None))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
+    return containers
+
+
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 15. Deployment status
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def make_record(target, device_id):
+    """The record of a deployment that was not known before; see begin_record for one that begins a revision."""
+    return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id,
+            "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None, "running": None,
+            "refused": False, "failures": 0, "retryAt": 0, "components": []}
+
+
+def begin_record(record, target, keep_states=False):
+    """The record as work on the target's revision begins: all its components pending, its version adopted (E-112, E-114).
+
+    What an earlier revision left (services, packages) stays known until the new one has replaced it.
+    """
+    old = {component["name"]: component for component in record["components"]}
+    names = [component.name for component in target.deployment.components] if target.deployment else list(old)
+    same = record["adopted"]["digest"] == target.digest
+    components = [dict(old.get(name) or {"name": name, "services": {}, "package": None}, state="pending", error=None) for name in names]
+    return dict(record, name=target.deployment.name if target.deployment else record["name"], state="pending", error=None, refused=False,
+                adopted={"digest": target.digest, "version": target.version}, failures=record["failures"] if same else 0,
+                retryAt=record["retryAt"] if same else 0, components=components)
+
+
+def set_component(record, name, state, error=None, **facts):
+    """The record with one component changed (None: all of them), its overall state following (C-133)."""
+    components = [dict(component, state=state, error=error, **facts) if name in (None, component["name"]) else component
+                  for component in record["components"]]
+    return dict(record, components=components, state=make_overall_state([component["state"] for component in components] or [state]))
+
+
+def fail_record(record, component, error, now, jitter, refused=False):
+    """The record after a ComponentError: the component failed, what comes later stays pending, the next attempt is due with growing delay.
+
+    component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
+    """
+    delay = min(RETRY_CAP, RETRY_FIRST * 2 ** min(record["failures"], 10)) * (0.75 + 0.5 * jitter)
+    error_object = {"code": error.code, "source": component or record["name"], "message": error.message}
+    if component:
+        record = set_component(record, component, "failed", error_object)
+        error_object = dict(error_object, source=record["name"], message=f"component {component} failed: {error.message}")
+    elif record["components"]:
+        record = dict(record, components=[dict(item, state="failed", error=dict(error_object, source=item["name"]))
+                                          for item in record["components"]])
+    return dict(record, state="failed", error=error_object, refused=refused, failures=record["failures"] + 1, retryAt=int(now + delay))
+
+
+def make_overall_state(states):
+    """The most severe of some component states (C-133)."""
+    return min(states, key=STATES.index)
+
+
+def make_status(record, device_id):
+    """A DeploymentStatusManifest (protocol 3.6): one entry a component, `error` only where there is one (C-131 to C-137)."""
+    status = {"state": record["state"]}
+    if record["state"] == "failed" and record["error"]:
+        status["error"] = record["error"]
+    components = []
+    for component in record["components"]:
+        entry = {"name": component["name"], "state": component["state"]}
+        if component["error"]:
+            entry["error"] = component["error"]
+        components.append(entry)
+    return {"deploymentId": record["deploymentId"], "deviceId": record.get("deviceId") or device_id,
+            "adoptedManifestVersion": record["adopted"]["version"], "status": status, "components": components}
+
+
+def enqueue_status(state, record, device_id):
+    """Puts a record's status into the outbox, in place of an older one, unless the WFM has acknowledged the very same (C-139)."""
+    key, status = record["deploymentId"].lower(), make_status(record, device_id)
+    state["outbox"].pop(key, None)
+    if state["reported"].get(key) != sha256_digest(make_json(status)):
+        state["outbox"][key] = status
+
+
+def acknowledge_status(state, key):
+    """The WFM has this status: out of the outbox; a removed deployment is forgotten with its last report."""
+    status = state["outbox"].pop(key)
+    state["reported"][key] = sha256_digest(make_json(status))
+    if status["status"]["state"] == "removed":
+        state["reported"].pop(key)
+        if state["deployments"].get(key, {}).get("state") == "removed":
+            state["deployments"].pop(key)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 16. Apply
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class Tools(namedtuple("Tools", "config store driver clock jitter")):
+    """What applying takes: Settings, Store, the compose driver (None: none), functions for Unix seconds and a number in [0, 1)."""
+
+    __slots__ = ()
+
+
+def apply_target(target, record, containers, tools):
+    """Makes one deployment as its target says; yields the record at each change, for the caller to make durable before the next step.
+
+    Everything is fetched and verified before the running version is touched (D-11, P-20).  A failure ends in a failed record with
+    what ran before running again where runtime.on_failure says so (P-8).
+    """
+    known = {component["name"]: component["services"] for component in record["components"]}
+    record = begin_record(record, target)
+    yield record
+    name = None
+    try:
+        prepared = []
+        for component in target.deployment.components:
+            name = component.name
+            prepared.append(prepare_component(target.deployment, component, record, tools))
+        for component, (workload, package) in zip(target.deployment.components, prepared):
+            name = component.name
+            record = set_component(record, name, "installing")
+            yield record
+            services = tools.driver.apply(workload, containers, known.get(name, {}), time.monotonic() + component.timeout)
+            record = set_component(record, name, "installed", services=services, package=package)
+            yield record
+        name = None
+        remove_dropped(target.deployment_id, {component.name for component in target.deployment.components}, containers, tools)
+        yield dict(record, running=target.digest, failures=0, retryAt=0)
+    except ComponentError as error:
+        log("error", "deployment failed", deployment=target.deployment_id, component=name, code=error.code, reason=error.message)
+        yield fail_record(record, name, error, tools.clock(), tools.jitter())
+    except CommandError as error:
+        log("error", "deployment failed", deployment=target.deployment_id, component=name, reason=error.message)
+        yield fail_record(record, name, ComponentError("INSTALL_FAILED", error.message), tools.clock(), tools.jitter())
+
+
+def prepare_component(deployment, component, record, tools):
+    """Fetches and verifies all that a component needs, touching nothing that runs: (what the driver prepared, package facts)."""
+    if deployment.type != "compose" or tools.driver is None:
+        raise ComponentError("UNSUPPORTED_TYPE", f"nothing on this device runs {deployment.type} components")
+    known = next((item["package"] for item in record["components"] if item["name"] == component.name), None)
+    reference = f"{component.repository}:{component.revision}"
+    data = tools.store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
+    if data is None:
+        digest, data = fetch_package(parse_reference(component.repository, component.revision), tools.config, tools.store)
+    else:
+        digest = known["digest"]                    # the same revision again: what is on the disk serves, network or not (P-1)
+    folder = tools.store.path("deployments", deployment.deployment_id.lower(), component.name)
+    folder = unpack_package(data, digest, folder, tools.config.policy.max_unpacked)
+    workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
+                        make_variables(deployment, component.name), tools.config.runtime.environment, component.wait)
+    return tools.driver.prepare(workload, PULL_TIMEOUT), {"reference": reference, "digest": digest}
+
+
+def remove_dropped(deployment_id, names, containers, tools):
+    """Removes the components of a deployment that its document no longer has (D-19); asks the engine, not the memory."""
+    for component in sorted({c.component for c in containers if c.deployment_id.lower() == deployment_id.lower()} - names):
+        tools.driver.remove(deployment_id, component, make_project_name(component, deployment_id), containers,
+                            time.monotonic() + COMPONENT_TIMEOUT)
+
+
+def apply_removal(record, version, containers, tools):
+    """Removes all of a deployment, last component first; yields the record at each change.  Only an empty engine counts as removed (D-21)."""
+    record = dict(set_component(record, None, "removing"), error=None, adopted=dict(record["adopted"], version=version))
+    yield record
+    names = [component["name"] for component in record["components"]]
+    ours = {c.component for c in containers if c.deployment_id.lower() == record["deploymentId"].lower()}
+    for name in sorted(ours - set(names)) + names[::-1]:
+        try:
+            if tools.driver:
+                tools.driver.remove(record["deploymentId"], name, make_project_name(name, record["deploymentId"]), containers,
+                                    time.monotonic() + COMPONENT_TIMEOUT)
+        except MargoError as error:
+            log("error", "removal failed", deployment=record["deploymentId"], component=name, reason=error.message)
+            yield fail_record(record, name if name in names else None, ComponentError("REMOVE_FAILED", error.message),
+                              tools.clock(), tools.jitter())
+            return
+        if name in names:
+            record = set_component(record, name, "removed")
+            yield record
+    remove_folder(tools.store.path("deployments", record["deploymentId"].lower()))
+    yield dict(record, state="removed", running=None)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 17. Capabilities
+# ------------------------------------------------------------------------------------------------------------------------------
+
+ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
+VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy", "bond", "vlan", "vxlan", "flannel")
+MARGO_PROPERTIES = ("id", "vendor", "modelNumber", "serialNumber")
+HOSTING_PROPERTIES = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollector", "supportedRuntimes", "supportedDeploymentTypes")
+
+
+def read_fact(*path):
+    """The text of a small file of /proc or /sys, "" where there is none."""
+    try:
+        with open(os.path.join(*path), "rb") as file:
+            return file.read(65536).decode("utf-8", "replace").strip("\0 \t\r\n")
+    except OSError:
+        return ""
+
+
+def list_names(*path):
+    """The names in a folder of /sys, [] where there is none."""
+    try:
+        return sorted(os.listdir(os.path.join(*path)))
+    except OSError:
+        return []
+
+
+def detect_properties(state_dir, root="/"):
+    """What the running system says of itself, in rc.3's property names; values that the device keeps from one poll to the next."""
+    cpu = {"cores": len(os.sched_getaffinity(0))}
+    if os.uname().machine in ARCHITECTURES:
+        cpu["architecture"] = ARCHITECTURES[os.uname().machine]
+    memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
+    disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
+    return {
+        "vendor": detect_text(root, "sys_vendor", None) or "unknown", "modelNumber": detect_text(root, "product_name", "model") or "unknown",
+        "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown", "cpus": [cpu],
+        "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi", "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
+        "peripherals": detect_peripherals(root), "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
+
+
+def detect_text(root, dmi, tree):
+    """One fact from the firmware: DMI on a PC, the device tree elsewhere; placeholders of careless makers count as nothing."""
+    text = read_fact(root, "sys/class/dmi/id", dmi) or (tree and read_fact(root, "proc/device-tree", tree)) or ""
+    return "" if re.fullmatch(r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?", text) else make_printable(text, 120)
+
+
+def detect_interfaces(root):
+    """The kinds of interface there are; what comes and goes with containers is left out, so that the document does not change with them."""
+    kinds = set()
+    for name in list_names(root, "sys/class/net"):
+        folder = os.path.join(root, "sys/class/net", name)
+        if os.path.isdir(os.path.join(folder, "wireless")) or os.path.isdir(os.path.join(folder, "phy80211")):
+            kinds.add("wifi")
+        elif name.startswith("wwan") or "DEVTYPE=wwan" in read_fact(folder, "uevent"):
+            kinds.add("cellular")
+        elif read_fact(folder, "type") == "280":
+            kinds.add("canbus")
+        elif read_fact(folder, "type") == "1" and not name.startswith(VIRTUAL_INTERFACES) and not os.path.isdir(os.path.join(folder, "bridge")):
+            kinds.add("ethernet")
+    for kind, path in (("bluetooth", "sys/class/bluetooth"), ("usb", "sys/bus/usb/devices")):
+        if list_names(root, path):
+            kinds.add(kind)
+    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0") for name in list_names(root, "sys/class/tty")):
+        kinds.add("rs232")
+    return kinds
+
+
+def detect_peripherals(root):
+    """Graphics, displays, cameras and sound as /sys shows them."""
+    found = []
+    cards = list_names(root, "sys/class/drm")
+    if any(re.fullmatch(r"card[0-9]+", name) for name in cards):
+        found.append({"type": "gpu"})
+    if any(read_fact(root, "sys/class/drm", name, "status") == "connected" for name in cards):
+        found.append({"type": "display"})
+    cameras = {read_fact(root, "sys/class/video4linux", name, "name") for name in list_names(root, "sys/class/video4linux")}
+    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {})) for model in sorted(cameras)]
+    sound = list_names(root, "sys/class/sound")
+    for kind, end in (("microphone", "c"), ("speaker", "p")):
+        if any(re.fullmatch(rf"pcmC[0-9]+D[0-9]+{end}", name) for name in sound):
+            found.append({"type": kind})
+    return found
+
+
+def get_device_id(device, root="/"):
+    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved characters (C-086)."""
+    found = device.id or device.serialNumber or detect_text(root, "product_serial", "serial-number") or read_fact(root, "etc/machine-id")
+    name = found if device.id else re.sub(r"[^A-Za-z0-9._~-]+", "-", found).strip("-.")
+    if not name:
+        raise ConfigError("device.id: not set, and this hardware has no serial number or machine id to take instead")
+    return name
+
+
+def make_capabilities(detected, device, device_id, deployment_types):
+    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says (C-085).
+
+    A device on which nothing runs workloads says nothing of hosting (C-084).
+    """
+    properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types), otelCollector=True)
+    if not deployment_types:
+        properties = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
+    properties.update({key: device[key] for key in ("vendor", "modelNumber", "serialNumber") if device[key]})
+    properties.update(device.properties)
+    properties["id"] = device_id
+    document = {"properties": properties}
+    if device.labels:
+        document["labels"] = dict(device.labels)
+    return document
+
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 18. Agent
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class Agent:
+    """The client of one WFM.  `Agent(config).cycle()` is all that a supervisor of your own needs to call.
+
+    config: what load_config returns.  stopping: a function that says whether to end after the current step.
+    """
+
+    def __init__(self, config, stopping=lambda: False):
+        self.config, self.stopping = config, stopping
+        self.store = Store(config.state_dir)
+        self.driver = make_compose_driver(config)
+        self.device_id = get_device_id(config.device)
+        self.source = None                          # connected when the WFM is first needed
+        self.state = None
+
+    def cycle(self):
+        """One cycle: flush the outbox, poll, verify, plan, apply, report.  Returns an Outcome.
+
+        Raises Locked where another instance works, StorageError where the state cannot be read; all other faults are in the Outcome.
+        """
+        with self:
+            fault, changed, began = None, False, time.time()
+            try:
+                self.check_patience(began)
+                changed = self.exchange()
+            except MargoError as error:
+                fault = error
+                self.note_fault(error, began)
+            try:
+                changed = self.reconcile() or changed
+                self.flush_outbox()
+            except MargoError as error:
+                fault = fault or error
+                log("error", error.message, code=error.code)
+            return self.conclude(fault, changed, began)
+
+    def __enter__(self):
+        """Takes the state directory for this process and reads the state."""
+        self.store.create()
+        self.store.lock()
+        try:
+            self.state = self.store.load_state()
+        except MargoError:
+            self.store.unlock()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.store.unlock()
+        self.source = None
+
+    def connect(self, keep=True):
+        """The source of the desired state, once everything about identity and trust holds; raises Untrusted, Unreachable."""
+        if self.source is None:
+            now, identity = time.time(), load_identity(self.config)
+            enrolled = self.state["enrollment"]
+            if enrolled and enrolled["id"] != identity.spiffe_id.text:
+                raise Untrusted(f"the own SVID is {identity.spiffe_id.text}, but this device is enrolled as {enrolled['id']};"
+                                " unenroll first (C-052)")
+            try:
+                check_validity(identity.leaf, now)
+            except ValueError as error:
+                raise Untrusted(f"identity.certificate {identity.certificate_file}: {error}") from None
+            self.warn_of_expiry(identity.leaf, now)
+            bundle = refresh_trust_bundle(self.config, self.store, self.state, identity, now, keep)
+            self.source = MtlsSource(self.config, identity, bundle)
+        return self.source
+
+    def warn_of_expiry(self, leaf, now):
+        """Foresees the end of the own SVID: one line a day from a fifth of its lifetime left."""
+        left = leaf.not_after - now
+        memo = self.store.load_memo()
+        if left < EXPIRY_WARNING * (leaf.not_after - leaf.not_before) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+            log("warning", "the own certificate expires soon; have it renewed", notAfter=make_time(leaf.not_after), days=int(left // 86400))
+            self.store.save_memo(dict(memo, warnedAt=now))
+
+    def check_patience(self, now):
+        """Raises Unreachable where the WFM, a back-off or the operator's downtime says not to speak now."""
+        if is_within(self.config.poll.downtime, time.localtime(now)):
+            raise Silence("downtime: no request is made")
+        patience = self.state["patience"]
+        if patience and patience["at"] <= now < patience["at"] + patience["delay"]:
+            raise Silence(f"waiting until {make_time(patience['at'] + patience['delay'])} as the WFM or a back-off asks")
+
+    def note_fault(self, error, now):
+        """Logs why nothing was exchanged, and keeps the back-off that follows from it."""
+        if isinstance(error, Silence):
+            log("debug", error.message)
+            return
+        log("error", error.message, code=error.code)
+        if isinstance(error, (Unreachable, Refused, Untrusted)):
+            failures = min(self.state["patience"].get("failures", 0) + 1, 30)
+            delay = make_backoff(failures, error.retry_after, get_random()) if isinstance(error, Unreachable) else 0
+            self.state["patience"] = {"failures": failures, "at": now, "delay": delay}
+
+    def exchange(self):
+        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.  True where a new one was accepted."""
+        source = self.connect()
+        self.report_capabilities()
+        self.flush_outbox()
+        if self.config.poll.window and not is_within(self.config.poll.window, time.localtime()):
+            return False
+        desired = source.fetch_desired(self.state["accepted"], self.store.load_artifact)
+        self.state["patience"] = {}
+        if desired is None:
+            return False
+        self.accept(desired)
+        return True
+
+    def report_capabilities(self, always=False):
+        """PUTs the capabilities before anything else and when they changed (C-081, C-082)."""
+        document = self.make_capabilities()
+        digest, enrolled = sha256_digest(make_json(document)), self.state["enrollment"]
+        if enrolled and not always and digest in (enrolled["capabilities"], enrolled.get("refused")):
+            return
+        identity = self.source.identity.spiffe_id.text
+        try:
+            self.source.put_capabilities(self.device_id, document)
+            self.state["enrollment"] = {"id": identity, "capabilities": digest, "deviceId": self.device_id}
+            log("info", "capabilities reported", device=self.device_id)
+        except Refused as error:
+            if not enrolled:
+                raise
+            self.state["enrollment"] = dict(enrolled, refused=digest)       # the same document is not sent again (protocol 2.2)
+            log("error", "the WFM refuses the changed capabilities", reason=error.message)
+        self.store.save_state(self.state)
+
+    def make_capabilities(self):
+        """The capabilities document of this device as it is now."""
+        types = ["compose"] if self.driver else []
+        return make_capabilities(detect_properties(self.config.state_dir), self.config.device, self.device_id, types)
+
+    def accept(self, desired):
+        """Makes a verified desired state the accepted one: first its documents, then the state, all durable (C-111)."""
+        for digest, data in desired.documents.items():
+            self.store.save_artifact(digest, data)
+        state = self.state
+        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": make_time(time.time()),
+                             "deployments": [{"deploymentId": e.deployment_id, "digest": e.digest} for e in desired.entries]}
+        for entry in desired.entries:
+            record = state["deployments"].get(entry.deployment_id.lower())
+            if record and record["adopted"]["digest"] == entry.digest:      # held already: the new manifest defines it too (E-113)
+                record["adopted"]["version"] = desired.version
+                enqueue_status(state, record, self.device_id)
+        self.store.save_state(state)
+        log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
+
+    def make_targets(self, accepted, load_document):
+        """[Target] of an accepted desired state; documents are read only where deciding takes them."""
+        targets = []
+        for item in accepted["deployments"] if accepted else ():
+            entry = ManifestEntry(item["deploymentId"], item["digest"], None)
+            target = Target(entry.deployment_id, entry.digest, accepted["version"], None, None)
+            needed = needs_document(entry, self.state["deployments"].get(entry.deployment_id.lower()))
+            targets.append(self.resolve_target(target, load_document) if needed else target)
+        return targets
+
+    def resolve_target(self, target, load_document):
+        """The target with its Deployment, or with the ComponentError for which it cannot be one."""
+        try:
+            data = load_document(target.digest)
+            if data is None:
+                raise ComponentError("INTERNAL", "its document is missing from the state directory; the next manifest brings it anew")
+            deployment = parse_deployment(data, target.deployment_id)
+            check_device(deployment, self.device_id)
+            return target._replace(deployment=deployment)
+        except ComponentError as error:
+            return target._replace(error=error)
+
+    def observe(self):
+        """The containers as they are; None where the engine does not answer, for which nothing is taken as drift (D-16)."""
+        try:
+            return self.driver.observe() if self.driver else []
+        except CommandError as error:
+            log("error", "the container engine does not answer; workloads are left as they are", reason=error.message)
+            return None
+
+    def reconcile(self):
+        """Makes what runs match what was accepted; True where there was something to do."""
+        state, acted = self.state, False
+        if not state["accepted"] and not state["deployments"]:
+            return False
+        containers = self.observe()
+        targets = self.make_targets(state["accepted"], self.store.load_artifact)
+        if not state["accepted"]:
+            return False                            # unenrolled: what runs is left alone until a WFM says what should
+        by_id = {target.deployment_id.lower(): target for target in targets}
+        for action in make_plan(targets, state["deployments"], containers, time.time()):
+            if self.stopping():
+                raise Interrupted("ended before everything was done; the next run goes on from here")
+            if action.action != "keep":
+                acted = self.perform(action, by_id.get(action.deployment_id.lower()), containers) or acted
+        return acted
+
+    def perform(self, action, target, containers):
+        """Carries out one action; each change is durable, and told where the WFM can be told, before the next step."""
+        key = action.deployment_id.lower()
+        record = self.state["deployments"].get(key)
+        if action.action == "refuse" and not target.error:
+            return False                            # refused before, and told so
+        if containers is None and action.action != "refuse":
+            return False                            # nothing is done blindfold
+        log("info" if action.action != "refuse" else "error", action.action, deployment=action.deployment_id, reason=action.reason)
+        record = record or make_record(target or Target(action.deployment_id, "", 0, None, None), self.device_id)
+        tools = Tools(self.config, self.store, self.driver, time.time, get_random)
+        if action.action == "remove":
+            steps = apply_removal(record, self.state["accepted"]["version"], containers, tools)
+        else:
+            if not target.deployment and not target.error:
+                target = self.resolve_target(target, self.store.load_artifact)
+            steps = apply_target(target, record, containers, tools) if target.deployment else [
+                fail_record(begin_record(record, target), None, target.error, time.time(), get_random(), refused=True)]
+        for record in steps:
+            self.state["deployments"][key] = record
+            enqueue_status(self.state, record, self.device_id)
+            self.store.save_state(self.state)
+            self.flush_outbox(quiet=True)
+        log("info", record["state"], deployment=action.deployment_id, name=record["name"])
+        return True
+
+    def purge(self):
+        """Removes every workload and reports it; True where something could not be removed."""
+        containers = self.observe()
+        if containers is None:
+            raise StorageError("the container engine does not answer, so nothing can be removed; nothing was forgotten")
+        if self.state["enrollment"]:
+            self.connect()
+        version = (self.state["accepted"] or {}).get("version", 1)
+        self.state["accepted"] = dict(self.state["accepted"] or {"etag": None, "digest": ""}, version=version, deployments=[])
+        for action in make_plan([], self.state["deployments"], containers, time.time()):
+            self.perform(action, None, containers)
+        return any(record["state"] != "removed" for record in self.state["deployments"].values())
+
+    def flush_outbox(self, quiet=False):
+        """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped with a log line.
+
+        quiet: in the middle of applying; trouble on the wire then only means that it is sent later.
+        """
+        for key in list(self.state["outbox"]):
+            if self.source is None:
+                return
+            status = self.state["outbox"][key]
+            try:
+                self.source.post_status(status["deploymentId"], status)
+            except Refused as error:
+                log("error", "the WFM refuses a status for good; it is dropped", deployment=key, reason=error.message)
+            except (Unreachable, Untrusted) as error:
+                self.source = None                  # one time-out a cycle is enough
+                if quiet:
+                    log("warning", "a status cannot be sent now and waits in the outbox", reason=error.message)
+                    return
+                raise
+            acknowledge_status(self.state, key)
+
+    def conclude(self, fault, changed, now):
+        """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something changed."""
+        state = self.state
+        failed = [record for record in state["deployments"].values() if record["state"] == "failed"]
+        silent = isinstance(fault, Silence) and not state["patience"]
+        codes = [fault.exit if fault and not silent else 0, 3 if state["outbox"] and not silent else 0, 1 if failed else 0]
+        words = {3: "unreachable", 4: "refused", 5: "untrusted"}
+        result = words.get(fault.exit, "failed") if fault else "failed" if failed else "applied" if changed else "unchanged"
+        last = {"at": make_time(now), "result": result, "detail": fault.message if fault else ""}
+        try:
+            if make_json(state) != self.store.saved:
+                state["lastPoll"] = last
+                self.store.save_state(state)
+        except StorageError as error:
+            log("error", error.message, code=error.code)
+            codes.append(error.exit)
+        memo = self.store.load_memo()
+        self.store.save_memo(dict(memo, lastPoll=last, trust=state["trust"].pop("checkedAt", memo.get("trust"))))
+        return Outcome(max(codes), result, last["detail"], make_delay(self.config, state, fault, time.time(), get_random()))
+
+
+class Silence(Unreachable):
+    """No request is made now, by the operator's or the WFM's wish; not a fault."""
+
+
+class Interrupted(MargoError):
+    """The process was asked to end before everything was done."""
+
+    exit, code = 3, "INTERRUPTED"
+
+
+def get_random():
+    """A number in [0, 1) for jitter."""
+    import random
+    return random.random()
+
+
+def check_device(deployment, device_id):
+    """Raises ComponentError for a deployment that is for another device (protocol 9; C-221)."""
+    if deployment.device_id == f"{device_id}/*":
+        raise ComponentError("103", "Autonomous placement not supported")
+    if deployment.device_id != device_id:
+        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {deployment.device_id}, this device is {device_id}")
+
+
+def make_backoff(failures, retry_after, jitter):
+    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, never less than it asked for (C-056)."""
+    return max(retry_after or 0, jitter * min(BACKOFF_CAP, BACKOFF_FIRST * 2 ** failures))
+
+
+def make_delay(config, state, fault, now, jitter):
+    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, no later than the next attempt is due."""
+    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
+    patience = state["patience"]
+    if isinstance(fault, (Refused, Untrusted)):
+        return max(interval, min(BACKOFF_CAP, interval * 2 ** min(patience.get("failures", 1), 10)))
+    if patience:
+        return max(interval if isinstance(fault, Silence) else 1.0, patience["at"] + patience["delay"] - now)
+    attempts = [record["retryAt"] - now for record in state["deployments"].values() if record["state"] == "failed"]
+    return max(1.0, min([interval] + attempts))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 19. Command line
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def command_run(config, options):
+    """`run --once`: one cycle; `run`: one after the other, each in a process of its own."""
+    if "--once" not in options:
+        return start_watch(options)
+    import signal
+    asked = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.append(True))
+    outcome = Agent(config, lambda: bool(asked)).cycle()
+    log("debug", "cycle done", result=outcome.result, code=outcome.code)
+    descriptor = os.environ.pop("MARGO_DELAY_FD", None)
+    if descriptor:
+        os.write(int(descriptor), f"{outcome.delay:.3f}".encode())
+    return outcome.code
+
+
+def start_watch(options):
+    """Turns this process into the parent of the daemon: a bare interpreter that holds `watch` and nothing else of this file.
+
+    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays behind.
+    """
+    import inspect
+    program = f"{inspect.getsource(watch)}\nraise SystemExit(watch({make_child(options)!r}, 60.0))\n"
+    reader, writer = os.pipe()
+    os.write(writer, program.encode())              # a pipe holds 64 KiB, watch is far smaller
+    os.close(writer)
+    os.dup2(reader, 0)
+    os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
+
+
+def make_child(options):
+    """The command line of one cycle: this very file, as a module where it can be, because then its compiled form is kept."""
+    path = os.path.abspath(__file__)
+    folder, name = os.path.split(path)
+    start = [sys.executable, "-I", "-S", path]
+    if name.endswith(".py"):
+        code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); from importlib import import_module; "
+                f"sys.exit(import_module({name[:-3]!r}).main(sys.argv[1:]))")
+        start = [sys.executable, "-I", "-S", "-c", code, folder]
+    return start + options["arguments"] + ["--once"]
+
+
+def watch(child, fallback):
+    """The daemon's parent: runs `child` (an argument list) over and over; self-contained, because only its source is run.
+
+    A child says by a pipe how long to wait, `fallback` seconds count where it could not.  SIGTERM and SIGINT end it after the
+    current step, SIGHUP starts a cycle at once (each reads the configuration anew).  Speaks systemd's notify protocol.
+    """
+    import os
+    import signal
+    import time
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    address, beat = os.environ.get("NOTIFY_SOCKET"), int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
+
+    def notify(text):
+        if address:
+            import socket
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
+                peer.connect("\0" + address[1:] if address.startswith("@") else address)
+                peer.send(text.encode())
+
+    def start():
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+                os.set_inheritable(writer, True)
+                os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
+            finally:
+                os._exit(70)
+        os.close(writer)
+        return pid, reader
+
+    notify("READY=1")
+    pid, reader, due, proven = 0, 0, 0.0, False
+    while True:
+        if not pid and time.monotonic() >= due:
+            (pid, reader), due = start(), None
+        wait = beat if pid else min(beat, max(0.0, due - time.monotonic()))
+        got = signal.sigtimedwait(signals, wait)
+        number = got.si_signo if got else 0
+        notify("WATCHDOG=1")
+        if number in (signal.SIGTERM, signal.SIGINT):
+            notify("STOPPING=1")
+            if pid:
+                os.kill(pid, signal.SIGTERM)
+                os.waitpid(pid, 0)
+            return 0
+        if number == signal.SIGHUP:
+            due = 0.0
+        ended, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
+        if ended:
+            answer = os.read(reader, 64)
+            os.close(reader)
+            if status == 2 << 8 and not proven:     # a configuration that never worked
+                return 2
+            pid, proven = 0, True
+            due = time.monotonic() + float(answer or fallback) if due is None else due
+
+
+def command_enroll(config, options):
+    """Establishes trust and reports capabilities; safe to repeat."""
+    with Agent(config) as agent:
+        source = agent.connect()
+        agent.report_capabilities(always=True)
+        agent.store.save_state(agent.state)
+        print(f"enrolled: {source.identity.spiffe_id.text} with {config.wfm.url} as device {agent.device_id}")
+    return 0
+
+
+def command_unenroll(config, options):
+    """Deregisters at the WFM and forgets the relationship; --purge first removes the workloads."""
+    with Agent(config) as agent:
+        state, failed = agent.state, False
+        if not state["enrollment"] and not state["deployments"]:
+            print("not enrolled")
+            return 0
+        if "--purge" in options:
+            failed = agent.purge()
+        if failed:
+            raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge again")
+        if state["enrollment"]:
+            try:
+                agent.connect().delete_capabilities(state["enrollment"]["deviceId"])
+            except Untrusted as error:
+                log("warning", "the WFM does not know this client any more; the relationship is forgotten here", reason=error.message)
+        kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
+        agent.state = dict(make_state(), deployments=kept)
+        agent.store.save_state(agent.state)
+        print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
+    return 0
+
+
+def command_plan(config, options):
+    """Polls and prints what `run --once` would do; changes nothing, neither here nor at the WFM."""
+    agent = Agent(config)
+    agent.state = agent.store.load_state()
+    agent.check_patience(time.time())
+    desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
+    accepted, documents = agent.state["accepted"], {}
+    if desired:
+        accepted = {"version": desired.version, "deployments": [e._asdict() for e in desired.entries]}
+        accepted["deployments"] = [{"deploymentId": e.deployment_id, "digest": e.digest} for e in desired.entries]
+        documents = desired.documents
+    targets = agent.make_targets(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
+    containers = agent.observe() if accepted else []
+    plan = make_plan(targets, agent.state["deployments"], containers, time.time()) if accepted else []
+    if "--json" in options:
+        actions = [{"deploymentId": a.deployment_id, "action": a.action, "reason": a.reason} for a in plan]
+        print_json({"version": accepted["version"] if accepted else None, "actions": actions})
+        return 0
+    print(f"desired state: version {accepted['version'] if accepted else 'none'}")
+    for action in plan:
+        print(f"{action.action:8}{action.deployment_id}  {make_printable(action.reason)}")
+    return 0
+
+
+def command_status(config, options):
+    """Prints what the device knows, without network."""
+    store = Store(config.state_dir)
+    document = make_status_report(config, store.load_state(), store.load_memo(), time.time())
+    if "--json" in options:
+        print_json(document)
+        return 0
+    identity, desired, last = document["identity"], document["desiredState"], document["lastPoll"]
+    print(f"profile    {document['profile']}, {'enrolled' if document['enrolled'] else 'not enrolled'}")
+    print(f"identity   {identity['id']}, valid until {identity['notAfter']}{identity['warning'] and '  ! ' + identity['warning']}")
+    print(f"desired    version {desired['version']}, accepted {desired['acceptedAt']}" if desired["version"] else "desired    none accepted yet")
+    print(f"last poll  {last['at']} {last['result']} {make_printable(last['detail'])}".rstrip() if last["at"] else "last poll  never")
+    print(f"outbox     {document['outbox']}")
+    for deployment in document["deployments"]:
+        print(f"{deployment['state']:10} {deployment['deploymentId']}  {deployment['name']}")
+        for component in deployment["components"]:
+            reason = f"  {component['error']['code']}: {make_printable(component['error']['message'])}" if component["error"]["code"] else ""
+            print(f"  {component['state']:8} {component['name']}{reason}")
+        if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
+            print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
+    return 0
+
+
+def make_status_report(config, state, memo, now):
+    """The object of `status --json` (contract)."""
+    no_error = {"code": "", "source": "", "message": ""}
+    identity = {"id": (state["enrollment"] or {}).get("id", ""), "notAfter": "", "warning": ""}
+    try:
+        own = load_identity(config)
+        left = own.leaf.not_after - now
+        identity.update(id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after))
+        if left < EXPIRY_WARNING * (own.leaf.not_after - own.leaf.not_before):
+            identity["warning"] = "expired" if left < 0 else f"expires in {int(left // 86400)} days; have it renewed"
+    except Untrusted as error:
+        identity["warning"] = error.message
+    accepted = state["accepted"] or {"version": None, "etag": None, "acceptedAt": None}
+    deployments = [{
+        "deploymentId": record["deploymentId"], "name": record["name"], "state": record["state"], "digest": record["adopted"]["digest"],
+        "error": record["error"] or no_error,
+        "components": [{"name": component["name"], "state": component["state"], "error": component["error"] or no_error}
+                       for component in record["components"]]} for _, record in sorted(state["deployments"].items())]
+    return {"version": __version__, "profile": config.wfm.profile, "enrolled": bool(state["enrollment"]), "identity": identity,
+            "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
+            "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
+            "outbox": len(state["outbox"]), "deployments": deployments}
+
+
+def command_capabilities(config, options):
+    """Prints the capabilities document that would be reported."""
+    print_json(Agent(config).make_capabilities())
+    return 0
+
+
+def command_csr(config, options):
+    """Makes a private key if there is none, and prints a certificate signing request for it."""
+    if make_private_key(config.identity.key):
+        log("info", "new private key", path=config.identity.key)
+    request_pem = make_csr(config.identity.key)
+    if "--out" in options:
+        write_file(os.path.abspath(options["--out"]), request_pem, 0o644)
+    else:
+        sys.stdout.write(request_pem.decode())
+    return 0
+
+
+def command_retry(config, options):
+    """Clears the back-off of failed deployments, so that the next run tries again."""
+    with Agent(config) as agent:
+        wanted = (options["operand"] or "").lower()
+        records = [record for key, record in agent.state["deployments"].items() if record["state"] == "failed" and wanted in ("", key)]
+        for record in records:
+            record.update(retryAt=0, failures=0)
+        agent.store.save_state(agent.state)
+        if wanted and not records:
+            raise ConfigError(f"{options['operand']} is no failed deployment; `status` lists them")
+        print(f"{len(records)} failed deployments will be tried again by the next run")
+    return 0
+
+
+def command_version(config, options):
+    """Prints the version and the supported profiles."""
+    print(f"margo_agent {__version__} (profiles: {', '.join(PROFILES)})")
+    return 0
+
+
+def print_json(value):
+    """One JSON document on stdout, for people and programs alike."""
+    import json
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+# Each command: its function, the options it knows (True: with a value) and whether it takes an operand.
+COMMANDS = {
+    "enroll": (command_enroll, {}, False), "run": (command_run, {"--once": False}, False), "plan": (command_plan, {"--json": False}, False),
+    "status": (command_status, {"--json": False}, False), "capabilities": (command_capabilities, {"--json": False}, False),
+    "csr": (command_csr, {"--out": True}, False), "retry": (command_retry, {}, True), "unenroll": (command_unenroll, {"--purge": False}, False),
+    "version": (command_version, {}, False)}
+GLOBAL_OPTIONS = {"-c": True, "-v": False, "-q": False, "--log-format": True}
+USAGE = "usage: margo_agent.py [-c FILE] [-v|-q] [--log-format text|json] COMMAND\n"
+
+
+def parse_arguments(arguments):
+    """The command line to a dictionary: `command`, `operand`, each option given; raises ConfigError."""
+    options, rest = {"command": None, "operand": None, "arguments": list(arguments)}, list(arguments)
+    while rest:
+        word = rest.pop(0)
+        known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
+        name, equals, value = word.partition("=")
+        if name in known and known[name] and (equals or rest):
+            options[name] = value if equals else rest.pop(0)
+        elif word in known and not known[word]:
+            options[word] = True
+        elif word.startswith("-"):
+            raise ConfigError(f"{make_printable(word)}: " + ("needs a value" if name in known and known[name] else "unknown option")
+                              + f"; this command knows {' '.join(known)}")
+        elif options["command"] is None:
+            if word not in COMMANDS:
+                raise ConfigError(f"{make_printable(word)}: unknown command; one of {', '.join(COMMANDS)}")
+            options["command"] = word
+        elif COMMANDS[options["command"]][2] and options["operand"] is None:
+            options["operand"] = word
+        else:
+            raise ConfigError(f"{make_printable(word)}: {options['command']} takes no such operand")
+    if options.get("--log-format", "text") not in ("text", "json"):
+        raise ConfigError("--log-format: text or json")
+    return options
+
+
+def print_help():
+    """The commands, one line each, from their own docstrings."""
+    print(USAGE)
+    for name, (function, known, _) in COMMANDS.items():
+        print(f"  {name:13} {' '.join(known):10} {function.__doc__}")
+    print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml\n" + __doc__[__doc__.index("Exit codes"):__doc__.index("Files.")])
+
+
+def run_main(arguments):
+    """Reads command line and configuration and runs the command; returns its exit code or raises."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print_help()
+        return 0 if arguments else 2
+    options = parse_arguments(arguments)
+    log.form = options.get("--log-format", "text")
+    if options["command"] is None:
+        raise ConfigError("no command; one of " + ", ".join(COMMANDS))
+    function = COMMANDS[options["command"]][0]
+    if function is command_version:
+        return function(None, options)
+    config = load_config(options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml")
+    log.level = "debug" if "-v" in options else "error" if "-q" in options else config.log.level
+    return function(config, options)
+
+
+def main(arguments=None):
+    """The command line: a list of arguments (default: those of the process) to an exit code; never raises for what went wrong."""
+    try:
+        code = run_main(sys.argv[1:] if arguments is None else list(arguments))
+        sys.stdout.flush()
+        return code
+    except MargoError as error:
+        log("error", error.message, code=error.code)
+        return error.exit
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0                                    # the reader of our output has seen enough
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:                      # a bug: one line for the operator, the rest for whoever mends it
+        import traceback
+        log("error", f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints", code="INTERNAL")
+        log("debug", traceback.format_exc())
+        return 70
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Section 6, Commands: lists only, bounded in time and output, ended with the whole process group."""
+import os
+import sys
+import tempfile
+import time
+import unittest
+
+import margo_agent
+
+
+def python(code, *args):
+    return [sys.executable, "-I", "-S", "-c", code] + list(args)
+
+
+class RunCommand(unittest.TestCase):
+    def test_output_and_exit_code_are_answers(self):
+        output = margo_agent.run_command(python("import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"), 30)
+        self.assertEqual(output, (3, b"out\n", "err"))
+
+    def test_arguments_are_never_seen_by_a_shell(self):
+        output = margo_agent.run_command(python("import sys; print(sys.argv[1])", "$(id); `id` > x | y"), 30)
+        self.assertEqual(output.stdout, b"$(id); `id` > x | y\n")
+
+    def test_it_reads_nothing(self):
+        self.assertEqual(margo_agent.run_command(python("import sys; print(len(sys.stdin.read()))"), 30).stdout, b"0\n")
+
+    def test_a_missing_program_is_named(self):
+        with self.assertRaises(margo_agent.CommandMissing) as caught:
+            margo_agent.run_command(["no-such-program-here"], 30)
+        self.assertIn("no-such-program-here", caught.exception.message)
+
+    def test_a_hung_program_is_ended_with_all_its_children(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "pid")
+            code = ("import os, sys, time\npid = os.fork()\n"
+                    "if pid: open(sys.argv[1], 'w').write(str(pid))\ntime.sleep(600)")
+            with self.assertRaises(margo_agent.CommandTimeout):
+                margo_agent.run_command(python(code, path), 1.5)
+            with open(path) as file:
+                child = int(file.read())
+            for _ in range(100):
+                if not is_alive(child):
+                    break
+                time.sleep(0.05)
+            self.assertFalse(is_alive(child), "a grandchild outlived its time")
+
+    def test_what_a_helper_leaves_behind_does_not_hold_us_up(self):
+        start = time.monotonic()
+        code = "import os, time\nif os.fork() == 0:\n os.setsid()\n time.sleep(20)\nelse:\n print('done', flush=True)"
+        self.assertEqual(margo_agent.run_command(python(code), 15).stdout, b"done\n")
+        self.assertLess(time.monotonic() - start, 14)
+
+    def test_output_is_bounded(self):
+        with self.assertRaises(margo_agent.CommandError) as caught:
+            margo_agent.run_command(python("while True: print('x' * 65536)"), 30, limit=1 << 20)
+        self.assertIn("1048576", caught.exception.message)
+
+    def test_large_output_on_both_pipes_arrives_whole(self):
+        code = "import sys\nfor i in range(40): sys.stdout.write('o' * 65536); sys.stderr.write('e' * 65536)"
+        output = margo_agent.run_command(python(code), 60)
+        self.assertEqual(len(output.stdout), 40 * 65536)
+        self.assertEqual(output.stderr, "e" * 8192)
+
+    def test_stderr_cannot_forge_log_lines(self):
+        output = margo_agent.run_command(python("import sys; sys.stderr.write('a\\nb\\x1b[2J')"), 30)
+        self.assertEqual(output.stderr, "a\\nb\\x1b[2J")
+
+    def test_the_environment_is_the_one_given(self):
+        output = margo_agent.run_command(python("import os; print(sorted(k for k in os.environ if k != 'LC_CTYPE'))"), 30, env={"A": "b"})
+        self.assertEqual(output.stdout, b"['A']\n")
+
+
+def is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

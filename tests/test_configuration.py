@@ -1,0 +1,150 @@
+"""Section 4, Configuration: every fault at once, each with its key, what was found and what is allowed."""
+import os
+import tempfile
+import time
+import unittest
+
+import margo_agent
+
+MINIMAL = {"wfm": {"url": "https://wfm.example"},
+           "identity": {"certificate": "client.pem", "key": "client.key", "trust_bundle": "bundle.json"}}
+
+
+def make(document=None, environ=None, **sections):
+    """A configuration from the minimal one with sections replaced."""
+    return margo_agent.make_config(dict(MINIMAL, **sections) if document is None else document, "/etc/margo", environ or {})
+
+
+def faults(**sections):
+    """The text of the ConfigError that the sections cause."""
+    try:
+        make(**sections)
+    except margo_agent.ConfigError as error:
+        return error.message
+    return ""
+
+
+class Reading(unittest.TestCase):
+    def test_defaults_are_the_contracts(self):
+        config = make()
+        self.assertEqual(config.state_dir, "/var/lib/margo-agent")
+        self.assertEqual(config.wfm.min_tls, "1.3")
+        self.assertEqual(config.wfm.timeout, 30.0)
+        self.assertEqual((config.poll.interval, config.poll.jitter), (60.0, 0.1))
+        self.assertEqual(config.policy.max_document, 8 << 20)
+        self.assertEqual(config.policy.max_artifact, 64 << 20)
+        self.assertEqual(config.policy.privileged, "deny")
+        self.assertEqual(config.identity.refresh, 3600.0)
+
+    def test_relative_paths_are_relative_to_the_file(self):
+        config = make(state_dir="state")
+        self.assertEqual(config.state_dir, "/etc/margo/state")
+        self.assertEqual(config.identity.key, "/etc/margo/client.key")
+
+    def test_urls_stay_urls(self):
+        identity = dict(MINIMAL["identity"], trust_bundle="https://mis.example/bundle")
+        self.assertEqual(make(identity=identity).identity.trust_bundle, "https://mis.example/bundle")
+
+    def test_any_port_and_a_path_prefix_are_accepted(self):
+        """C-051: port 443 is the default, any other is configuration, as is a path prefix."""
+        self.assertEqual(make(wfm={"url": "https://[::1]:8082/v1alpha2/margo/"}).wfm.url, "https://[::1]:8082/v1alpha2/margo")
+
+    def test_numbers_keep_their_spelling_where_text_is_meant(self):
+        document = margo_agent.load_yaml("wfm: {url: 'https://w', min_tls: 1.3}\nidentity: {certificate: c, key: k, trust_bundle: b}\n"
+                                         "device: {serialNumber: 0042, modelNumber: 1.10}\n")
+        config = make(document)
+        self.assertEqual((config.device.serialNumber, config.device.modelNumber), ("0042", "1.10"))
+
+    def test_environment_is_expanded_and_an_unset_name_is_an_error(self):
+        self.assertEqual(make(environ={"HOST": "w"}, wfm={"url": "https://${HOST}.example"}).wfm.url, "https://w.example")
+        self.assertIn("wfm.url: the environment variable 'HOST' is not set", faults(wfm={"url": "https://${HOST}.example"}))
+
+    def test_registries_are_read_per_host(self):
+        config = make(registries={"r.example:5000": {"insecure": True, "password_file": "pw"}})
+        self.assertTrue(config.registries["r.example:5000"].insecure)
+        self.assertEqual(config.registries["r.example:5000"].password_file, "/etc/margo/pw")
+
+    def test_the_file_may_be_json(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "agent.json")
+            with open(path, "wb") as file:
+                file.write(margo_agent.make_json(MINIMAL))
+            self.assertEqual(margo_agent.load_config(path).identity.key, os.path.join(folder, "client.key"))
+
+
+class Refusals(unittest.TestCase):
+    def test_an_unknown_key_names_the_nearest_known_one(self):
+        self.assertIn("poll.intervall: unknown key; did you mean poll.interval?", faults(poll={"intervall": "5s"}))
+        self.assertIn("registries.r.mirorr: unknown key; did you mean registries.r.mirror?", faults(registries={"r": {"mirorr": "x"}}))
+
+    def test_every_fault_is_reported_at_once(self):
+        text = faults(poll={"interval": "soon", "jitter": "much"}, wfm={"url": "http://wfm.example"}, log={"level": "loud"})
+        for part in ("poll.interval: found 'soon', expected a duration", "poll.jitter: found 'much'", "wfm.url: found 'http://wfm.example'",
+                     "log.level: found 'loud', expected one of debug, info, warning, error"):
+            self.assertIn(part, text)
+
+    def test_what_is_needed_and_missing_is_named(self):
+        with self.assertRaises(margo_agent.ConfigError) as caught:
+            make({})
+        for key in ("wfm.url", "identity.certificate", "identity.key", "identity.trust_bundle"):
+            self.assertIn(key, caught.exception.message)
+
+    def test_wrong_shapes_do_not_raise_anything_else(self):
+        for value in (1, "x", [], [1], {"a": {}}, None, True, {"1": None}, 1.5):
+            for section in margo_agent.SCHEMA:
+                try:
+                    make(**{section: value})
+                except margo_agent.ConfigError:
+                    pass
+
+    def test_settings_that_this_version_cannot_act_upon_are_refused(self):
+        self.assertIn("device.children", faults(device={"children": [{"id": "x"}]}))
+        self.assertIn("wfm.profile", faults(wfm=dict(MINIMAL["wfm"], profile="signed")))
+
+    def test_labels_have_the_types_of_the_capabilities(self):
+        """C-087: label values are string, number, boolean, or a list of strings or numbers."""
+        make(device={"labels": {"a": "x", "b": 1, "c": True, "d": ["x"], "e": [1, 2.5]}})
+        for bad in ({"a": {}}, {"a": None}, {"a": [True]}, {"a": [1, "x"]}, {"a": [[1]]}):
+            self.assertIn("device.labels", faults(device={"labels": bad}), bad)
+
+    def test_device_ids_use_unreserved_characters(self):
+        """C-086: device ids use only unreserved characters and `/`."""
+        self.assertEqual(make(device={"id": "gw_1/dev~2.a"}).device.id, "gw_1/dev~2.a")
+        for bad in ("a b", "a//b", "/a", "ä", "a%20", ".."):
+            self.assertIn("device.id", faults(device={"id": bad}), bad)
+
+    def test_a_missing_or_broken_file_is_a_configuration_error(self):
+        with self.assertRaises(margo_agent.ConfigError) as caught:
+            margo_agent.load_config("/nonexistent/agent.yaml")
+        self.assertIn("/nonexistent/agent.yaml", caught.exception.message)
+
+
+class Windows(unittest.TestCase):
+    """Polling windows and downtime, device-local (C-230, C-231)."""
+
+    def inside(self, window, moment):
+        return margo_agent.is_within([margo_agent.parse_window(window)], time.strptime(moment, "%Y-%m-%d %H:%M"))
+
+    def test_weekdays(self):
+        for moment, expected in (("2026-11-23 06:00", True), ("2026-11-23 05:59", False), ("2026-11-27 21:59", True),
+                                 ("2026-11-27 22:00", False), ("2026-11-28 12:00", False)):
+            self.assertEqual(self.inside("Mon-Fri 06:00-22:00", moment), expected, moment)
+
+    def test_over_midnight(self):
+        for moment, expected in (("2026-11-29 23:30", True), ("2026-11-30 01:59", True), ("2026-11-30 02:00", False),
+                                 ("2026-11-29 01:00", False)):
+            self.assertEqual(self.inside("Sun 22:00-02:00", moment), expected, moment)
+
+    def test_weekdays_over_the_end_of_the_week(self):
+        self.assertTrue(self.inside("Sat-Mon 00:00-24:00", "2026-11-23 12:00"))
+        self.assertFalse(self.inside("Sat-Mon 00:00-24:00", "2026-11-24 12:00"))
+
+    def test_absolute(self):
+        for moment, expected in (("2026-12-24 00:00", True), ("2026-12-26 23:59", True), ("2026-12-27 00:00", False)):
+            self.assertEqual(self.inside("2026-12-24T00:00/2026-12-27T00:00", moment), expected, moment)
+
+    def test_what_is_no_window_is_refused(self):
+        for bad in ("", "Mon", "06:00", "06:00-25:00", "Foo 06:00-07:00", "06:61-07:00", "2026-12-24T00:00/2026-12-23T00:00",
+                    "2026-13-24T00:00/2026-14-23T00:00"):
+            with self.assertRaises(ValueError, msg=bad):
+                margo_agent.parse_window(bad)
