@@ -14,8 +14,8 @@ Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one
 Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All else may change.
 
 How to read it: from top to bottom.  A section uses only sections above it.
-   1 Constants and errors      8 Identity                 15 Apply
-   2 Records                   9 Desired state            16 Deployment status
+   1 Constants and errors      8 Identity                 15 Deployment status
+   2 Records                   9 Desired state            16 Apply
    3 Encodings                10 Desired-state sources    17 Capabilities
    4 Configuration            11 Eligibility              18 Agent
    5 Store                    12 Plan                     19 Command line
@@ -60,11 +60,13 @@ BUNDLES_PATH = "/api/v1/bundles/"
 
 DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
 UUID_PATTERN = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
+EXTENSION_PATTERN = r"x-[a-z][a-z0-9-]*-extensions"
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
 STATES = ("failed", "removing", "installing", "pending", "removed", "installed")     # most severe first (C-133)
 
 RETRY_FIRST, RETRY_CAP = 30, 3600                   # seconds between attempts at a failed deployment
+HISTORY = 20                                        # accepted desired states that `history` tells of
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
 PULL_TIMEOUT = 3600                                 # seconds one image may take: links are slow, and a pull that moves is no fault
@@ -145,88 +147,39 @@ class ComponentError(MargoError):
 # 2. Records
 # ------------------------------------------------------------------------------------------------------------------------------
 
-class Certificate(namedtuple("Certificate", "der subject issuer serial not_before not_after spki uris is_ca key_usage")):
-    """What is used of an X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None."""
-
-    __slots__ = ()
-
-
-class SpiffeId(namedtuple("SpiffeId", "text trust_domain path")):
-    """A SPIFFE ID, its trust domain and its path (with leading slash)."""
-
-    __slots__ = ()
+def define(name, fields, meaning):
+    """A record type: a named tuple of `fields`, with its meaning as docstring."""
+    record = namedtuple(name, fields)
+    record.__doc__ = meaning
+    return record
 
 
-class Identity(namedtuple("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file")):
-    """The own SVID: SPIFFE ID, the WFM's SPIFFE ID that follows from it (C-009), the leaf Certificate, the two files."""
-
-    __slots__ = ()
-
-
-class TrustBundle(namedtuple("TrustBundle", "anchors sequence refresh_hint")):
-    """Trust anchors (DER), `spiffe_sequence` and `spiffe_refresh_hint` in seconds, each None where the bundle has none."""
-
-    __slots__ = ()
-
-
-class ManifestEntry(namedtuple("ManifestEntry", "deployment_id digest size")):
-    """One line of a state manifest; `size` is advice, never a check (C-110)."""
-
-    __slots__ = ()
-
-
-class Manifest(namedtuple("Manifest", "version bundle_digest bundle_size entries")):
-    """A state manifest that holds to every structural rule of protocol 3.1."""
-
-    __slots__ = ()
-
-
-class Desired(namedtuple("Desired", "version etag digest entries documents")):
-    """A verified desired state: version, ETag as sent, digest of the manifest, ManifestEntry list, {digest: bytes} of new documents."""
-
-    __slots__ = ()
-
-
-class Component(namedtuple("Component", "name repository revision wait timeout")):
-    """A component of a deployment; `timeout` in seconds."""
-
-    __slots__ = ()
-
-
-class Parameter(namedtuple("Parameter", "name value targets")):
-    """A parameter: YAML value and [(pointer, [component names])]."""
-
-    __slots__ = ()
-
-
-class Deployment(namedtuple("Deployment", "deployment_id name namespace device_id type components parameters constraints")):
-    """An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None."""
-
-    __slots__ = ()
-
-
-class Target(namedtuple("Target", "deployment_id digest version deployment error")):
-    """What should run: a Deployment, or the ComponentError for which its document cannot; `version` defined it."""
-
-    __slots__ = ()
-
-
-class Container(namedtuple("Container", "id name deployment_id component service hash state exit_code")):
-    """One container of ours as the engine shows it; `state` is the engine's lower-case word, `hash` our label."""
-
-    __slots__ = ()
-
-
-class Action(namedtuple("Action", "deployment_id action reason")):
-    """One step of a plan: install, update, remove, keep or refuse, and why."""
-
-    __slots__ = ()
-
-
-class Outcome(namedtuple("Outcome", "code result detail delay")):
-    """How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due."""
-
-    __slots__ = ()
+Certificate = define("Certificate", "der subject issuer serial not_before not_after spki uris is_ca key_usage",
+    "What is used of an X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None.")
+SpiffeId = define("SpiffeId", "text trust_domain path", "A SPIFFE ID, its trust domain and its path (with leading slash).")
+Identity = define("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file",
+    "The own SVID: SPIFFE ID, the WFM's SPIFFE ID that follows from it (C-009), the leaf Certificate, the two files.")
+TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
+    "Trust anchors (DER), `spiffe_sequence` and `spiffe_refresh_hint` in seconds, each None where the bundle has none.")
+ManifestEntry = define("ManifestEntry", "deployment_id digest size",
+    "One line of a state manifest; `size` is advice, never a check (C-110).")
+Manifest = define("Manifest", "version bundle_digest bundle_size entries",
+    "A state manifest that holds to every structural rule of protocol 3.1.")
+Desired = define("Desired", "version etag digest entries documents",
+    "A verified desired state: version, ETag as sent, digest of the manifest, ManifestEntry list, {digest: bytes} of new documents.")
+Component = define("Component", "name repository revision wait timeout",
+    "A component of a deployment; `timeout` in seconds.")
+Parameter = define("Parameter", "name value targets", "A parameter: YAML value and [(pointer, [component names])].")
+Deployment = define("Deployment", "deployment_id name namespace device_id type components parameters constraints",
+    "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None.")
+Target = define("Target", "deployment_id digest version deployment error",
+    "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it.")
+Container = define("Container", "id name deployment_id component service hash state exit_code",
+    "One container of ours as the engine shows it; `state` is the engine's lower-case word, `hash` our label.")
+Action = define("Action", "deployment_id action reason",
+    "One step of a plan: install, update, remove, keep or refuse, and why.")
+Outcome = define("Outcome", "code result detail delay",
+    "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due.")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -252,6 +205,10 @@ class YAMLError(ValueError):
     def __init__(self, message, line, column):
         super().__init__(f"line {line}, column {column}: {message}")
         self.line, self.column = line, column
+
+
+class MergeKey(str):
+    """The plain scalar <<, which merges where it is a key."""
 
 
 class PlainInt(int):
@@ -305,6 +262,7 @@ class YAMLReader:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
+        self.closed = -1                            # where the last quoted scalar or flow collection ended
         self.anchors = {}
         bad = self.FORBIDDEN.search(self.text)
         if bad:
@@ -435,8 +393,8 @@ class YAMLReader:
                 match = self.NAME.match(self.text, self.position + 1)
                 if not match or anchor:
                     self.fail("an anchor without a name, or a second one")
-                anchor = match.group()
-                self.anchors[anchor] = None                     # open: an alias to it from inside would be endless
+                anchor = match.group(), self.position
+                self.anchors[anchor[0]] = self.position         # open: an alias to it from inside would be endless
             else:
                 match = self.TAG.match(self.text, self.position)
                 if tag:
@@ -492,8 +450,8 @@ class YAMLReader:
     def finish(self, value, anchor, first=None):
         """Counts a node and keeps it under its anchor."""
         self.count()
-        if anchor:
-            self.anchors[anchor] = (value, self.nodes - (self.nodes - 1 if first is None else first))
+        if anchor and self.anchors[anchor[0]] == anchor[1]:         # else one that began later has that name now
+            self.anchors[anchor[0]] = (value, self.nodes - (self.nodes - 1 if first is None else first))
         return value
 
     def read_sequence(self, column):
@@ -517,8 +475,7 @@ class YAMLReader:
             start = self.position
             if self.at_indicator("?"):
                 self.position += 1
-                key = self.read_block(column, True), False
-                value = None
+                key, value = self.read_block(column, True), None
                 if self.column == column and self.at_indicator(":"):
                     self.position += 1
                     value = self.read_block(column, True)
@@ -537,25 +494,23 @@ class YAMLReader:
                 return self.make_mapping(pairs)
 
     def read_key(self, flow):
-        """An implicit key up to its colon: (key, whether it is the plain <<)."""
-        plain = self.text.startswith("<<", self.position)
-        key = "" if self.at_indicator(":") else self.read_flow(-1, flow, key=True)
-        key = None if key == "" and self.text[self.position - 1] not in "\"'" else key
+        """An implicit key up to its colon."""
+        key = None if self.at_indicator(":") else self.read_flow(-1, flow, key=True)
         self.position = self.SPACE.match(self.text, self.position).end()
-        return key, plain
+        return key
 
     def make_mapping(self, pairs):
-        """A dictionary from ((key, is plain <<), value, position); refuses what is no scalar or occurs twice; merges << last."""
+        """A dictionary from (key, value, position); refuses what is no scalar or occurs twice; merges << last."""
         mapping, merges = {}, []
-        for (key, plain), value, position in pairs:
-            if plain and key == "<<":
+        for key, value, position in pairs:
+            if isinstance(key, MergeKey):
                 merges.append((value, position))
                 if len(merges) > 1:
                     self.fail("the key << occurs twice", position)
                 continue
             if isinstance(key, (dict, list)):
                 self.fail("a key that is no scalar is not supported", position)
-            if key in mapping:
+            if key in mapping or key != key and any(other != other for other in mapping):          # .nan differs from itself
                 self.fail(f"the key {str(key)[:60]!r} occurs twice", position)
             mapping[key] = value
         for value, position in merges:
@@ -634,9 +589,10 @@ class YAMLReader:
         if tag in ("str", "!"):
             return text
         value = self.resolve_plain(text)
-        if tag == "float" and isinstance(value, int) and not isinstance(value, bool):
+        if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
             value = float(value)
-        if tag in ("map", "seq") or {"int": int, "float": float, "bool": bool, "null": type(None)}[tag] not in type(value).__mro__[:2]:
+        kind = {bool: "bool", int: "int", PlainInt: "int", float: "float", PlainFloat: "float", type(None): "null"}.get(type(value))
+        if tag != kind:
             self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
         return value
 
@@ -646,7 +602,7 @@ class YAMLReader:
             return CONSTANTS[text]
         match = self.NUMBER.match(text) if text[0] in "+-.0123456789" else None
         if not match:
-            return text
+            return MergeKey(text) if text == "<<" else text
         if match.group(1):
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
@@ -685,9 +641,11 @@ class YAMLReader:
             self.position += 1
             value = self.read_flow_sequence(parent, flow + 1) if character == "[" else self.read_flow_mapping(parent, flow + 1)
             self.depth -= 1
+            self.closed = self.position
             return self.finish(value, anchor, first)
         if character in "\"'":
             text = self.read_quoted(character, parent, key)
+            self.closed = self.position
             return self.finish(self.make_scalar(text, tag, False), anchor)
         return self.finish(self.make_scalar(self.read_plain(parent, flow, key), tag, True), anchor)
 
@@ -695,7 +653,7 @@ class YAMLReader:
         """The value of an anchor that stands before."""
         match = self.NAME.match(self.text, self.position + 1)
         known = self.anchors.get(match.group()) if match else None
-        if known is None:
+        if not isinstance(known, tuple):
             self.fail("an alias to nothing before it")
         self.position = match.end()
         self.count(known[1])
@@ -749,17 +707,16 @@ class YAMLReader:
         if explicit:
             self.position += 1
             self.skip_flow(parent)
-        plain = self.text.startswith("<<", self.position)
         value = self.read_flow_node(parent, flow)
         end = self.position
         self.skip_flow(parent)
         if not self.at_flow_value(end):
             if explicit:
-                return self.make_mapping([((value, plain), None, start)])
+                return self.make_mapping([(value, None, start)])
             return value
         if not explicit and ("\n" in self.text[start:self.position] or self.position - start > 1024):
             self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
-        return self.make_mapping([((value, plain), self.read_flow_value(parent, flow), start)])
+        return self.make_mapping([(value, self.read_flow_value(parent, flow), start)])
 
     def read_flow_node(self, parent, flow):
         """A node in a flow collection, None where there is nothing before its end."""
@@ -773,7 +730,7 @@ class YAMLReader:
         """Whether a colon here says that what was read is a key; after a quoted one or a collection it may stand close to the value."""
         if self.text[self.position] != ":":
             return False
-        return self.text[self.position + 1] in " \t\n,[]{}" or self.text[key_end - 1] in "\"']}"
+        return self.text[self.position + 1] in " \t\n,[]{}" or self.closed == key_end
 
     def read_flow_value(self, parent, flow):
         """The value after a colon."""
@@ -793,7 +750,6 @@ class YAMLReader:
             if self.text[start] == "?" and self.text[start + 1] in " \t\n":
                 self.position += 1
                 self.skip_flow(parent)
-            plain = self.text.startswith("<<", self.position)
             key, value = self.read_flow_node(parent, flow), None
             end = self.position
             self.skip_flow(parent)
@@ -801,7 +757,7 @@ class YAMLReader:
                 value = self.read_flow_value(parent, flow)
             elif end == start:
                 self.fail("a key is missing before the comma")
-            pairs.append(((key, plain), value, start))
+            pairs.append((key, value, start))
             self.end_flow_item(parent, "}")
 
     def read_plain(self, parent, flow, key):
@@ -849,7 +805,7 @@ class YAMLReader:
                 if key:
                     self.fail("a key lies on one line", start)
                 if pieces:
-                    pieces[-1] = pieces[-1].rstrip(" \t") if not pieces[-1].startswith("\\") else pieces[-1]
+                    pieces[-1] = pieces[-1].rstrip(" \t") if not pieces[-1].startswith("\0") else pieces[-1]
                 pieces.append(self.fold_line(parent, start))
             elif character == "\\":
                 pieces.append(self.read_escape(parent, start))
@@ -858,7 +814,7 @@ class YAMLReader:
                 self.position += 2
             else:
                 self.position += 1
-                return "".join(piece[1:] if piece.startswith("\\") else piece for piece in pieces)
+                return "".join(piece[1:] if piece.startswith("\0") else piece for piece in pieces)
 
     def fold_line(self, parent, start):
         """A line end in a quoted scalar and the empty lines after it: a space, or as many line ends."""
@@ -872,23 +828,23 @@ class YAMLReader:
         return "\n" * match.group(1).count("\n") or " "
 
     def read_escape(self, parent, start):
-        """An escape in a double-quoted scalar, with a mark in front that keeps what it stands for from being folded away."""
+        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from being folded away."""
         character = self.text[self.position + 1]
         if character == "\n":
             self.position += 1
             folded = self.fold_line(parent, start)
-            return "\\" + (folded if folded != " " else "")
+            return "\0" + (folded if folded != " " else "")
         size = {"x": 2, "u": 4, "U": 8}.get(character)
         if size is None:
             if character not in ESCAPES:
                 self.fail(f"unknown escape \\{character}")
             self.position += 2
-            return "\\" + ESCAPES[character]
+            return "\0" + ESCAPES[character]
         digits = self.text[self.position + 2:self.position + 2 + size]
         if not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits) or int(digits, 16) > 0x10FFFF or 0xD800 <= int(digits, 16) <= 0xDFFF:
             self.fail(f"\\{character}{digits} is no character")     # halves of a surrogate pair too: YAML takes each by itself
         self.position += 2 + size
-        return "\\" + chr(int(digits, 16))
+        return "\0" + chr(int(digits, 16))
 
 
 def sha256_digest(data):
@@ -904,7 +860,10 @@ def make_json(value):
 
 
 def parse_json(data, what):
-    """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN) to a value; raises ValueError naming `what`."""
+    """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character) to a value.
+
+    Raises ValueError naming `what`.
+    """
     import json
 
     def make_object(pairs):
@@ -917,7 +876,9 @@ def parse_json(data, what):
         raise ValueError(f"{word} is not JSON")
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse)
+        make_json(value)                            # what cannot be written again is not taken either
+        return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not usable JSON: {error}") from None
 
@@ -932,7 +893,7 @@ def parse_duration(text):
 
 def parse_size(text):
     """`512`, `512Ki`, `64Mi`, `2Gi` ... to bytes; a space before the unit is read too (protocol 3.5); raises ValueError."""
-    match = re.fullmatch(r"([0-9]{1,18}) ?([KMGTPE]i)?", text)
+    match = re.fullmatch(r"([0-9]{1,18})(?: ?([KMGTPE]i))?", text)
     if not match:
         raise ValueError("a size: bytes, or a number with Ki, Mi, Gi, Ti, Pi or Ei, such as 64Mi")
     return int(match.group(1)) << (10 * (1 + "KMGTPE".index(match.group(2)[0])) if match.group(2) else 0)
@@ -955,9 +916,13 @@ def parse_retry_after(text, now):
         return None
     if re.fullmatch(r"[0-9]{1,9}", text.strip()):
         return float(text)
-    from email.utils import mktime_tz, parsedate_tz
-    parts = parsedate_tz(text)
-    return max(0.0, mktime_tz(parts) - now) if parts else None
+    from datetime import timezone
+    from email.utils import parsedate_to_datetime
+    try:
+        moment = parsedate_to_datetime(text)
+        return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() - now)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
 
 
 # DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was read.
@@ -1035,8 +1000,13 @@ def parse_der_time(tag, value):
 def parse_pem(text):
     """Every certificate of a PEM text as DER bytes, in order; raises ValueError."""
     import base64
-    blocks = re.findall(r"-----BEGIN CERTIFICATE-----\s*([A-Za-z0-9+/=\s]+?)-----END CERTIFICATE-----", text)
-    return [base64.b64decode("".join(block.split()), validate=True) for block in blocks]
+    certificates = []
+    for block in text.split("-----BEGIN CERTIFICATE-----")[1:]:
+        body, end, _ = block.partition("-----END CERTIFICATE-----")
+        if not end or not body.strip():
+            raise ValueError("a certificate in PEM is empty or not closed")
+        certificates.append(base64.b64decode("".join(body.split()), validate=True))
+    return certificates
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -1068,10 +1038,18 @@ def read_path(value, base):
 
 
 def read_url(value, base):
-    """An absolute https URL without user, query or fragment."""
+    """An absolute https URL without user or fragment, as it is."""
     text = read_text(value, base)
-    if not re.fullmatch(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?(/[^\s?#@]*)?", text):
+    if not re.fullmatch(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?([/?][^\s#@]*)?", text):
         raise ValueError("an absolute https URL")
+    return text
+
+
+def read_root_url(value, base):
+    """An absolute https URL without query, to which paths are appended."""
+    text = read_url(value, base)
+    if "?" in text:
+        raise ValueError("an absolute https URL without query")
     return text.rstrip("/")
 
 
@@ -1099,6 +1077,13 @@ def read_size(value, base):
     return parse_size(read_text(value, base))
 
 
+def read_count(value, base):
+    """A whole number, zero or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError("a whole number")
+    return int(value)
+
+
 def read_share(value, base):
     """`10%` to 0.1."""
     match = re.fullmatch(r"([0-9]{1,2}|100)%", read_text(value, base))
@@ -1118,6 +1103,14 @@ def read_mapping(value, base):
     """A mapping, taken as it is."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("a mapping")
+    return value
+
+
+def read_properties(value, base):
+    """Capability properties; a name that begins with x- is an extension, and holds a mapping (C-090)."""
+    for name, item in read_mapping(value, base).items():
+        if name.startswith("x-") and not (re.fullmatch(EXTENSION_PATTERN, name) and isinstance(item, dict)):
+            raise ValueError("a mapping in which x-NAME-extensions holds a mapping")
     return value
 
 
@@ -1228,7 +1221,7 @@ def is_within(windows, local):
 SCHEMA = {
     "state_dir": (read_path, "/var/lib/margo-agent"),
     "wfm": {
-        "profile": (read_choice(*PROFILES), "mtls"), "url": (read_url, None), "timeout": (read_duration, "30s"),
+        "profile": (read_choice(*PROFILES), "mtls"), "url": (read_root_url, None), "timeout": (read_duration, "30s"),
         "min_tls": (read_choice("1.2", "1.3"), "1.3"), "dialect": (read_planned("a"), "a"), "status_url": (read_planned(), None)},
     "identity": {
         "certificate": (read_path, None), "key": (read_path, None), "trust_bundle": (read_path_or_url, None),
@@ -1237,18 +1230,18 @@ SCHEMA = {
         "refresh": (read_duration, "1h"), "algorithm": (read_planned(), None), "signature": (read_planned({}), {})},
     "device": {
         "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
-        "properties": (read_mapping, {}), "labels": (read_labels, {}), "children": (read_planned([]), [])},
+        "properties": (read_properties, {}), "labels": (read_labels, {}), "children": (read_planned([]), [])},
     "poll": {
         "interval": (read_duration, "60s"), "jitter": (read_share, "10%"), "window": (read_windows, []), "downtime": (read_windows, [])},
     "runtime": {
         "compose": (read_choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"), "auto"),
         "engine": (read_choice("auto", "podman", "docker"), "auto"), "helm": (read_planned("auto", "off"), "auto"),
-        "on_failure": (read_planned("keep"), "keep"), "settle": (read_pause, "10s"), "environment": (read_environment, {}),
-        "prune": (read_planned(False), False)},
+        "on_failure": (read_choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"), "environment": (read_environment, {}),
+        "prune": (read_flag, True)},
     "registries": (read_mapping, {}),
     "policy": {
         "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"), "max_unpacked": (read_size, "256Mi"),
-        "privileged": (read_choice("deny", "allow"), "deny"), "host_paths": (read_paths, []), "max_removals": (read_planned(), None)},
+        "privileged": (read_choice("deny", "allow"), "deny"), "host_paths": (read_paths, []), "max_removals": (read_count, None)},
     "git": (read_planned({}), {}),
     "log": {"level": (read_choice("debug", "info", "warning", "error"), "info")},
 }
@@ -1370,12 +1363,12 @@ class Log:
 log = Log()
 
 
-def write_file(path, data, mode=0o600):
+def write_file(path, data, mode=0o600, temporary=None):
     """The one door for writing: the file holds either its old bytes or all of `data`, whatever happens (D-34).
 
-    Temporary file, fsync, rename, fsync of the folder.  Raises StorageError.
+    Temporary file (by default beside it), fsync, rename, fsync of the folder.  Raises StorageError.
     """
-    folder, temporary = os.path.dirname(path), f"{path}.tmp"
+    folder, temporary = os.path.dirname(path), temporary or f"{path}.tmp"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:
@@ -1415,6 +1408,17 @@ def read_file(path, limit):
     return data
 
 
+def remove_folder(path):
+    """Removes a folder of ours and all below it; links are removed, never followed."""
+    import shutil
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise StorageError(f"{path} cannot be removed ({error.strerror})") from None
+
+
 def make_state():
     """The state of an agent that knows nothing yet; every part is explained here.
 
@@ -1425,9 +1429,12 @@ def make_state():
     reported    {id in lower case: digest of the last acknowledged status}
     trust       {source, etag, sequence, refreshedAt}: of trust-bundle.json
     patience    {failures, at, delay}: no request before `at` + `delay`
+    waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
+    pulled      [image]: what the agent pulled, and may prune
+    history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome}
     """
     return {"schema": 1, "enrollment": None, "accepted": None, "deployments": {}, "outbox": {}, "reported": {}, "trust": {},
-            "patience": {}, "lastPoll": None}
+            "patience": {}, "waiting": None, "pulled": [], "history": [], "lastPoll": None}
 
 
 class Store:
@@ -1479,7 +1486,7 @@ class Store:
         self.saved = read_file(self.path("state.json"), 256 * MIB)
         if self.saved is None:
             return make_state()
-        mend = f"restore it, or move it away to start afresh (the WFM's next manifest is then accepted whatever its version)"
+        mend = "restore it, or move it away to start afresh (the WFM's next manifest is then accepted whatever its version)"
         try:
             state = parse_json(self.saved, self.path("state.json"))
         except ValueError as error:
@@ -1505,6 +1512,22 @@ class Store:
     def save_artifact(self, digest, data):
         """Keeps verified content under its digest."""
         write_file(self.path("artifacts", digest.replace(":", "-")), data)
+
+    def prune_artifacts(self, digests):
+        """Removes every artifact, and every unpacked package, whose digest is not among `digests`."""
+        keep = {digest.replace(":", "-") for digest in digests}
+        try:
+            for name in os.listdir(self.path("artifacts")):
+                if name not in keep:
+                    os.remove(self.path("artifacts", name))
+        except OSError as error:
+            raise StorageError(f"{self.path('artifacts')} cannot be pruned ({error.strerror})") from None
+        short = {digest.split(":")[1][:16] for digest in digests}
+        for folder, folders, _ in os.walk(self.path("deployments")):
+            for name in [name for name in folders if re.fullmatch(r"[0-9a-f]{16}(\.tmp)?", name)]:
+                folders.remove(name)
+                if name not in short:
+                    remove_folder(os.path.join(folder, name))
 
     def memo_path(self):
         """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes nothing to the disk."""
@@ -1535,7 +1558,7 @@ class Store:
 # 6. Commands
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Output = namedtuple("Output", "code stdout stderr")
+Output = define("Output", "code stdout stderr", "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
 
 
 class CommandMissing(CommandError):
@@ -1615,17 +1638,15 @@ def kill_group(process):
 # 7. Transport
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Response = namedtuple("Response", "status headers body")
+Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
 
 
-class Problem(namedtuple("Problem", "type title detail retryable retry_after strategy errors")):
-    """RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7)."""
-
-    __slots__ = ()
+Problem = define("Problem", "type title detail retryable retry_after strategy errors",
+    "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
 
 
-def make_tls_context(anchors_der=b"", ca_file=None, min_tls="1.3"):
-    """An SSLContext that trusts the given anchors, or those of a PEM file, or (with neither) the system's store.
+def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
+    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the system's store.
 
     The default loaders are not used: they would let any web certificate through where a Trust Bundle decides (C-006).
     """
@@ -1633,10 +1654,10 @@ def make_tls_context(anchors_der=b"", ca_file=None, min_tls="1.3"):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.minimum_version = ssl.TLSVersion.TLSv1_2 if min_tls == "1.2" else ssl.TLSVersion.TLSv1_3
-        if anchors_der:
+        if anchors:
             context.check_hostname = False          # an SVID is recognised by its SPIFFE ID alone (C-014)
             context.verify_flags |= 0x80000         # X509_V_FLAG_PARTIAL_CHAIN: an anchor need not be self-signed
-            context.load_verify_locations(cadata=anchors_der)
+            context.load_verify_locations(cadata="".join(map(ssl.DER_cert_to_PEM_cert, anchors)))     # 3.7 with OpenSSL 3 takes no DER
         elif ca_file:
             context.load_verify_locations(cafile=ca_file)
         else:
@@ -1768,7 +1789,7 @@ def check_response(response, where, accepted, now):
         header = parse_retry_after(response.headers.get("Retry-After"), now)
         raise Unreachable(message, problem.retry_after if header is None else header)
     if 300 <= response.status < 400:
-        message += "; redirects are not followed, set wfm.url to the final address"
+        message += "; redirects are not followed: set wfm.url, or the setting this address came from, to the final one"
     error = Refused(message)
     error.code = problem.type if problem.type not in ("", "about:blank") else f"HTTP {response.status}"
     raise error
@@ -1850,16 +1871,16 @@ def check_wfm(der, identity, now):
 
 def make_wfm_context(identity, bundle, min_tls):
     """The SSLContext towards the WFM: own SVID chain (C-004), anchors of the bundle and nothing else (C-006)."""
-    context = make_tls_context(b"".join(bundle.anchors), min_tls=min_tls)
+    context = make_tls_context(bundle.anchors, min_tls=min_tls)
 
-    def refuse_password():
-        raise Untrusted(f"identity.key {identity.key_file} is encrypted; nobody can type a password here, store it unencrypted, mode 0600")
-
+    asked = []                                      # nobody can type a password here; to raise in the callback upsets Python 3.7
     try:
-        context.load_cert_chain(identity.certificate_file, identity.key_file, refuse_password)
+        context.load_cert_chain(identity.certificate_file, identity.key_file, lambda: asked.append(True) or "")
     except FileNotFoundError:
         raise Untrusted(f"identity.key {identity.key_file}: there is no such file") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if asked:
+            raise Untrusted(f"identity.key {identity.key_file} is encrypted; store it unencrypted, mode 0600") from None
         raise Untrusted(f"identity.key {identity.key_file}: unreadable, or not the key of identity.certificate ({error})") from None
     return context
 
@@ -1962,7 +1983,7 @@ def load_trust_bundle(config, store):
     if data is None and path == source:
         raise Untrusted(f"identity.trust_bundle {path}: there is no such file")
     try:
-        return data and (data, parse_trust_bundle(data))
+        return None if data is None else (data, parse_trust_bundle(data))
     except ValueError as error:
         if path == source:
             raise Untrusted(f"identity.trust_bundle {path}: {error}") from None
@@ -1986,14 +2007,15 @@ def refresh_trust_bundle(config, store, state, identity, now, keep=True):
         if held and memo <= now < memo + period:
             return held[1]
         answer = fetch_bundle(config, identity, trust if held else {}, now)
-        trust["checkedAt"] = now
+        if keep:
+            store.save_memo(dict(store.load_memo(), trust=now))
         if answer is None:
             return held[1]
         bundle = check_bundle(answer[0], trust, identity.spiffe_id.trust_domain)
     except (ValueError, MargoError) as error:
         reason = getattr(error, "message", str(error))
         if not held or not remote:
-            raise error if isinstance(error, MargoError) else Untrusted(f"trust bundle: {reason}") from None
+            raise error if isinstance(error, Unreachable) else Untrusted(f"no usable trust bundle: {reason}") from None
         log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use", reason=reason)
         return held[1]
     if keep:
@@ -2115,7 +2137,7 @@ def check_artifact_url(item, where, base_url, path):
     absolute = urljoin(base_url, url)
     if url_origin(absolute) != url_origin(base_url) or not absolute.startswith("https:"):
         raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
-    if not unquote(absolute).lower().endswith(path.lower()) or "/.." in unquote(absolute):
+    if not unquote(absolute).lower().endswith(path.lower()) or ".." in unquote(url).split("/"):
         raise ValueError(f"{where}url: {make_printable(url, 200)!r} does not end with {path}")
 
 
@@ -2165,6 +2187,17 @@ def parse_deployment(data, deployment_id):
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
 
 
+def make_outline(data, deployment_id):
+    """Of a document that is refused, what its status needs: a Deployment that holds the names only; None where there are none."""
+    try:
+        value = load_yaml(data)
+        names = [value["metadata"]["name"]] + [item["name"] for item in value["spec"]["deploymentProfile"]["components"]]
+        name, *components = [make_printable(check_member({"name": name}, "name", "", ".+")) for name in names]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return Deployment(deployment_id, name, "", "", "", [Component(item, "", "", True, 0) for item in components], [], None)
+
+
 def check_mapping(value, key, where):
     """value[key] as a mapping; raises ValueError."""
     item = value.get(key)
@@ -2188,9 +2221,13 @@ def check_constraints(constraints):
             check_member(capacity, key, f"{where}.capacityRequirements.", f"[0-9]+({units})")
     cpu = capacity.get("cpu")
     if cpu is not None:
-        cores = cpu.get("cores") if isinstance(cpu, dict) else None
+        cores, kinds = (cpu.get("cores"), cpu.get("architectures") or []) if isinstance(cpu, dict) else (None, None)
         if isinstance(cores, bool) or not isinstance(cores, (int, float)):
             raise ValueError(f"{where}.capacityRequirements.cpu.cores: expected a number")
+        if not isinstance(kinds, list):
+            raise ValueError(f"{where}.capacityRequirements.cpu.architectures: expected a list")
+    if not isinstance(constraints.get("eligibilityRules") or [], list):
+        raise ValueError(f"{where}.eligibilityRules: expected a list")
 
 
 def parse_component(item, where):
@@ -2306,7 +2343,7 @@ def parse_bundle(data, entries, max_unpacked):
                 if digest not in wanted:
                     raise Refused(f"bundle refused: {name} has digest {digest}, which the manifest does not name")
                 documents[digest] = content
-    except (tarfile.TarError, zlib.error, EOFError, ValueError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
         raise Refused(f"bundle refused: not a readable tar+gzip ({error})") from None
     missing = wanted - set(documents)
     if missing:
@@ -2343,7 +2380,8 @@ class MtlsSource:
         accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at hand.
         """
         headers = {"Accept": MANIFEST_TYPE}                                         # C-100
-        if accepted and accepted.get("etag"):
+        incomplete = bool(accepted and accepted.get("incomplete"))                  # a document was lost here: it comes again (D-9)
+        if accepted and accepted.get("etag") and not incomplete:
             headers["If-None-Match"] = accepted["etag"]                             # C-101
         response = self.send("GET", DEPLOYMENTS_PATH, (200, 304), headers, limit=self.config.policy.max_document)
         if response.status == 304:                                                  # C-102
@@ -2352,7 +2390,7 @@ class MtlsSource:
         manifest = parse_manifest(response.body, self.config.wfm.url)
         if etag and etag != f'"{digest}"':
             log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag, digest=digest)     # C-118
-        if not check_version(manifest, digest, accepted):
+        if not check_version(manifest, digest, accepted) and not incomplete:
             return None
         known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
         return Desired(manifest.version, etag, digest, manifest.entries, self.fetch_documents(manifest, known))
@@ -2413,12 +2451,133 @@ def is_bundle_cheaper(manifest, missing):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# 11. Eligibility
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def check_eligibility(constraints, capabilities):
+    """Raises ComponentError INSUFFICIENT_CAPACITY or NOT_ELIGIBLE where a device does not meet `deviceConstraints` (protocol 8).
+
+    capabilities: the document reported for the device; its totals count, not what is free.  Capacity comes first, rules only if it
+    holds (C-202); one rule that matches is enough, no rules are no condition (C-204).
+    """
+    if not constraints:
+        return
+    properties, labels = capabilities["properties"], capabilities.get("labels", {})
+    lack = find_lack(constraints.get("capacityRequirements") or {}, properties)
+    if lack:
+        raise ComponentError("INSUFFICIENT_CAPACITY", lack)
+    reasons = [find_mismatch(rule, properties, labels) for rule in constraints.get("eligibilityRules") or ()]
+    if reasons and all(reasons):
+        raise ComponentError("NOT_ELIGIBLE", "; ".join(f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)))
+
+
+def find_lack(required, properties):
+    """What of `capacityRequirements` the properties of a device do not offer, in words, or ""."""
+    cpu = required.get("cpu")
+    if cpu:
+        wanted, entries = cpu.get("architectures"), properties.get("cpus") or ()
+        cores = [entry.get("cores", 0) for entry in entries if not wanted or entry.get("architecture") in wanted]
+        if max(cores, default=0) < cpu["cores"]:            # one entry must do: cores are never summed (C-203)
+            return f"cpu: {cpu['cores']} cores of {' or '.join(map(str, wanted or ['any architecture']))} are needed, there are {max(cores, default=0)}"
+    for key in ("memory", "storage"):
+        if required.get(key) and parse_size(required[key]) > parse_size(properties.get(key, "0")):
+            return f"{key}: {required[key]} are needed, there are {properties.get(key, 'none')}"
+    return ""
+
+
+def find_mismatch(rule, properties, labels):
+    """Why an eligibility rule does not match, in words, or "": all its selectors and all their expressions have to (C-204)."""
+    looks = {"propertySelector": lambda key: find_pointer(properties, key), "labelSelector": lambda key: (key in labels, labels.get(key))}
+    for name, look in looks.items():                        # label keys are exact, property keys are pointers (C-205)
+        selector = rule.get(name) if isinstance(rule, dict) else {}
+        if selector is None:
+            continue
+        expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
+        if not isinstance(expressions, list) or not expressions:
+            return f"{name} has no matchExpressions"
+        for expression in expressions:
+            try:
+                reason = "" if is_match(expression, look) else "is false"
+            except ValueError as error:                     # an expression that breaks the rules is false (C-212)
+                reason = f"is false, because {error}"
+            if reason:
+                words = [str(expression.get(key)) for key in ("key", "operator", "values") if key in expression] if isinstance(expression, dict) else []
+                return f"{name} {make_printable(' '.join(words), 200)} {reason}"
+    return ""
+
+
+def find_pointer(value, pointer):
+    """(True, what an RFC 6901 JSON Pointer leads to) or (False, None); raises ValueError for what is no pointer."""
+    if not isinstance(pointer, str) or not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
+        raise ValueError("the key is no JSON Pointer")
+    for part in pointer[1:].split("/"):
+        part = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, list) and re.fullmatch(r"0|[1-9][0-9]{0,8}", part) and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        else:
+            return False, None
+    return True, value
+
+
+def is_match(expression, look):
+    """Whether one matchExpression holds; look: key to (present, value).  Raises ValueError for one that breaks the rules."""
+    if not isinstance(expression, dict) or not isinstance(expression.get("key"), str):
+        raise ValueError("it has no key")
+    operator, values = expression.get("operator"), expression.get("values")
+    if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):
+        raise ValueError(f"{operator} " + ("takes no values" if "values" in expression else "takes values"))        # C-208 to C-211
+    present, value = look(expression["key"])
+    if operator in ("Exists", "DoesNotExist"):
+        return present == (operator == "Exists")
+    if operator in ("ContainsAll", "ContainsAny"):
+        return is_contained(expression.get("itemSelector"), value, all if operator == "ContainsAll" else any)
+    if operator in ("Gt", "Lt"):
+        limit = parse_limit(values)
+        return get_kind(value) == "number" and (value > limit if operator == "Gt" else value < limit)
+    if operator not in ("In", "NotIn"):
+        raise ValueError(f"{make_printable(str(operator), 40)} is no operator")
+    kinds = {get_kind(item) for item in values} if isinstance(values, list) else set()
+    if len(kinds) != 1 or None in kinds or ("boolean" in kinds and len(values) > 1):
+        raise ValueError("values must be texts, or numbers, or one boolean")
+    items = value if isinstance(value, list) else [value]
+    if not present or not items or None in {get_kind(item) for item in items}:          # another type is false for both (C-206)
+        return False
+    found = any(get_kind(item) in kinds and item in values for item in items)
+    return found == (operator == "In")
+
+
+def get_kind(value):
+    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
+    return "boolean" if isinstance(value, bool) else "number" if isinstance(value, (int, float)) else "text" if isinstance(value, str) else None
+
+
+def parse_limit(values):
+    """The one number that Gt and Lt compare with; raises ValueError (C-210)."""
+    if not isinstance(values, list) or len(values) != 1 or get_kind(values[0]) not in ("number", "text"):
+        raise ValueError("values must be one number")
+    limit = float(values[0])
+    return values[0] if get_kind(values[0]) == "number" else limit
+
+
+def is_contained(selector, value, combine):
+    """Whether one object of an array meets all, or any, of a selector's expressions, their keys relative to it (C-211)."""
+    expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
+    if not isinstance(expressions, list) or not expressions:
+        raise ValueError("itemSelector has no matchExpressions")
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        return False
+    return any(combine([is_match(expression, lambda key, item=item: find_pointer(item, key)) for expression in expressions]) for item in value)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # 12. Plan
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def needs_document(entry, record):
-    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that very revision."""
-    return record is None or record["adopted"]["digest"] != entry.digest or record["state"] not in ("installed", "failed")
+    """Whether deciding on a manifest entry takes its document: not for what is installed, or was tried and failed, in that revision."""
+    return record is None or record["adopted"]["digest"] != entry.digest or record["refused"] or record["state"] not in ("installed", "failed")
 
 
 def make_plan(targets, records, containers, now):
@@ -2448,11 +2607,14 @@ def make_action(target, record, containers, now):
     change = "update" if record["running"] else "install"
     if record["adopted"]["digest"] != target.digest:
         return act(change, "another revision")
+    if record["refused"]:
+        return act(change, "was refused before, and can be carried out now")
     if record["state"] == "failed":
         if now < record["retryAt"]:
-            reason = f"failed ({record['error']['code']}); next attempt at {make_time(record['retryAt'])}"
-            return act("refuse" if record["refused"] else "keep", reason)
+            return act("keep", f"failed ({record['error']['code']}); next attempt at {make_time(record['retryAt'])}")
         return act(change, f"failed before, attempt {record['failures'] + 1}")
+    if record["state"] == "pending" and not record["running"]:
+        return act("install", "new")
     if record["state"] != "installed":
         return act(change, f"was interrupted while {record['state']}")
     drift = find_drift(record, containers)
@@ -2489,23 +2651,18 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 MAX_ENTRIES = 10000                                 # files in one archive
 
 
-class Reference(namedtuple("Reference", "host name tag")):
-    """Where a component's package lies: registry host[:port], repository name, tag."""
-
-    __slots__ = ()
-
-
-class Entry(namedtuple("Entry", "path kind mode link offset size")):
-    """One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link target, place of its bytes."""
-
-    __slots__ = ()
+Reference = define("Reference", "host name tag",
+    "Where a component's package lies: registry host[:port], repository name, tag.")
+Entry = define("Entry", "path kind mode link offset size",
+    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link target, place of its bytes.")
 
 
 def parse_reference(repository, revision):
     """`oci://host[:port]/name` and a tag to a Reference; raises ComponentError (C-153)."""
     part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
     match = re.fullmatch(rf"oci://([A-Za-z0-9.-]+(?::[0-9]{{1,5}})?|\[[0-9a-fA-F:]+\](?::[0-9]{{1,5}})?)/({part}(?:/{part})*)", repository)
-    if not match or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision):
+    port = match and re.search(r":([0-9]+)\Z", match.group(1))
+    if not match or port and int(port.group(1)) > 65535 or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision):
         raise ComponentError("INVALID_DEPLOYMENT", f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference")
     return Reference(match.group(1), match.group(2), revision)
 
@@ -2513,12 +2670,26 @@ def parse_reference(repository, revision):
 def parse_challenge(header):
     """`WWW-Authenticate` to [(scheme in lower case, {parameter: value})] (RFC 9110, 11.6.1)."""
     challenges = []
-    for token, name, quoted, plain in re.findall(r'([A-Za-z]+)(?=\s+[A-Za-z]+=|\s*$)|([A-Za-z]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))', header or ""):
+    for token, name, quoted, plain in re.findall(r'\b([A-Za-z]+)\b(?=\s+[A-Za-z]+=|\s*$)|\b([A-Za-z]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))', header or ""):
         if token:
             challenges.append((token.lower(), {}))
         elif challenges:
             challenges[-1][1][name.lower()] = re.sub(r"\\(.)", r"\1", quoted) if quoted else plain
     return challenges
+
+
+def load_credentials(host, settings):
+    """User name and password of a registry in base64, as Basic authentication takes them; None where none are configured."""
+    import base64
+    if not settings.username or not settings.password_file:
+        return None
+    try:
+        secret = read_file(settings.password_file, MAX_ANSWER)
+    except StorageError as error:
+        raise ComponentError("PULL_UNAUTHORIZED", f"registries.{host}.password_file: {error.message}") from None
+    if secret is None:
+        raise ComponentError("PULL_UNAUTHORIZED", f"registries.{host}.password_file {settings.password_file}: no such file")
+    return base64.b64encode(f"{settings.username}:".encode() + secret.rstrip(b"\r\n")).decode()
 
 
 class Registry:
@@ -2528,8 +2699,8 @@ class Registry:
         self.host, self.timeout = host, config.wfm.timeout
         self.settings = config.registries.get(host) or make_settings({}, REGISTRY_SCHEMA, "", "", [])
         self.scheme = "http" if self.settings.insecure else "https"
-        self.context = None if self.settings.insecure else make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
         self.authorization = None
+        self.context = None                         # made when TLS is first needed: the system's store takes its time
 
     def get(self, name, path, accept, limit):
         """GET below /v2/<name>/, with authentication where asked for and redirects followed; a Response with status 200.
@@ -2541,7 +2712,9 @@ class Registry:
             response = self.fetch(url, accept, limit)
             if response.status != 401 or attempt:
                 break
-            self.authorization = self.authenticate(parse_challenge(response.headers.get("WWW-Authenticate")), name)
+            self.authorization = self.authenticate(parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name)
+        if response.status == 200 and len(response.body) > limit:
+            raise ComponentError("PULL_FAILED", f"{url}: the answer is longer than {limit} bytes")
         if response.status == 200:
             return response
         if response.status in (401, 403):
@@ -2552,38 +2725,40 @@ class Registry:
     def fetch(self, url, accept, limit):
         """One GET that follows at most five redirects; Authorization goes to this registry's own origin only."""
         from urllib.parse import urljoin, urlsplit
-        origin = urlsplit(url)[:2]
-        for _ in range(6):
-            parts = urlsplit(url)
-            if parts.scheme not in ("https", self.scheme):
-                raise ComponentError("PULL_FAILED", f"{make_printable(url)}: redirected to a scheme that is not allowed")
-            headers = {"Accept": accept}
-            if self.authorization and parts[:2] == origin:
-                headers["Authorization"] = self.authorization
-            context = make_tls_context(min_tls="1.2") if parts.scheme == "https" and self.context is None else self.context
-            try:
-                response = request("GET", url, headers, None, context if parts.scheme == "https" else None, self.timeout, limit)
-            except MargoError as error:
-                raise ComponentError("PULL_FAILED", error.message) from None
-            if response.status not in (301, 302, 303, 307, 308):
-                return response
-            url = urljoin(url, response.headers.get("Location") or "")
+        try:
+            origin = urlsplit(url)[:2]
+            for _ in range(6):
+                parts = urlsplit(url)
+                if parts.scheme not in ("https", self.scheme):
+                    raise ComponentError("PULL_FAILED", f"{make_printable(url)}: redirected to a scheme that is not allowed")
+                own, headers = parts[:2] == origin, {"Accept": accept}
+                if self.authorization and own:
+                    headers["Authorization"] = self.authorization
+                response = self.request(url, headers, max(limit, MAX_ANSWER))
+                if response.status == 401 and not own:
+                    raise ComponentError("PULL_UNAUTHORIZED", f"{make_printable(url)}: HTTP 401 after a redirect; credentials are for {self.host} alone")
+                if response.status not in (301, 302, 303, 307, 308):
+                    return response
+                url = urljoin(url, response.headers.get("Location") or "")
+        except (MargoError, ValueError) as error:
+            raise error if isinstance(error, ComponentError) else ComponentError("PULL_FAILED", f"{make_printable(url)}: {error}") from None
         raise ComponentError("PULL_FAILED", f"{make_printable(url)}: too many redirects")
 
-    def credentials(self):
-        """`Basic …` from the configuration, None where there are no credentials."""
-        import base64
-        if not self.settings.username or not self.settings.password_file:
-            return None
-        secret = read_file(self.settings.password_file, MAX_ANSWER)
-        if secret is None:
-            raise ComponentError("PULL_UNAUTHORIZED", f"registries.{self.host}.password_file {self.settings.password_file}: no such file")
-        return "Basic " + base64.b64encode(f"{self.settings.username}:".encode() + secret.rstrip(b"\r\n")).decode()
+    def request(self, url, headers, limit):
+        """One GET, by TLS where the URL says so."""
+        secure = url.startswith("https:")
+        if secure and self.context is None:
+            try:
+                self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
+            except Untrusted as error:
+                raise ComponentError("PULL_FAILED", f"registries.{self.host}.ca: {error.message}") from None
+        return request("GET", url, headers, None, self.context if secure else None, self.timeout, limit)
 
     def authenticate(self, challenges, name):
         """The Authorization that answers a challenge; raises ComponentError PULL_UNAUTHORIZED."""
         from urllib.parse import urlencode
-        basic = self.credentials()
+        basic = load_credentials(self.host, self.settings)
+        basic = basic and f"Basic {basic}"
         for scheme, facts in challenges:
             if scheme == "basic" and basic:
                 return basic
@@ -2591,9 +2766,8 @@ class Registry:
                 query = {"service": facts.get("service"), "scope": facts.get("scope") or f"repository:{name}:pull"}
                 url = facts["realm"] + ("&" if "?" in facts["realm"] else "?") + urlencode({key: item for key, item in query.items() if item})
                 headers = {"Authorization": basic} if basic else {}
-                context = self.context if facts["realm"].startswith("https") else None
                 try:
-                    answer = parse_json(request("GET", url, headers, None, context, self.timeout, MAX_ANSWER).body, "the token")
+                    answer = parse_json(self.request(url, headers, MAX_ANSWER).body, "the token")
                     token = answer.get("token") or answer.get("access_token")
                     if isinstance(token, str) and re.fullmatch(r"[\x21-\x7e]+", token):
                         return "Bearer " + token
@@ -2682,19 +2856,25 @@ def check_archive(data, max_unpacked):
             raise ValueError("it is cut short, or something follows it")
         entries, tops = {}, set()
         with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
-            for member in archive:
-                if len(entries) > MAX_ENTRIES:
+            for number, member in enumerate(archive):
+                if number >= MAX_ENTRIES:
                     raise ValueError(f"more than {MAX_ENTRIES} entries")
                 add_entry(member, entries, tops)
+            if plain[archive.offset:].strip(b"\0"):
+                raise ValueError(f"it is damaged at byte {archive.offset}")
         if not entries and not tops:
             raise ValueError("it is empty")
+        if sum(entry.size for entry in entries.values()) > max_unpacked:
+            raise ValueError(f"its files have more than {max_unpacked} bytes (policy.max_unpacked)")
         check_tree(entries)
+        if len({path[:match.start()] for path in entries for match in re.finditer("/", path)}) > MAX_ENTRIES:
+            raise ValueError(f"more than {MAX_ENTRIES} folders")
         compose = entries.get("compose.yaml")
         if compose is None or compose.kind != "file":
             others = sorted({"compose.yml", "docker-compose.yaml", "docker-compose.yml"} & set(entries))
             raise ValueError("no compose.yaml in the top-level folder" + (f" ({others[0]} is not taken for it)" if others else ""))
         return plain, list(entries.values())
-    except (ValueError, tarfile.TarError, zlib.error, EOFError, OSError, OverflowError) as error:
+    except (ValueError, tarfile.TarError, zlib.error, EOFError, OSError, OverflowError, RecursionError) as error:
         raise ComponentError("ARCHIVE_INVALID", f"Compose Archive refused: {make_printable(str(error))}") from None
 
 
@@ -2704,8 +2884,8 @@ def add_entry(member, entries, tops):
     parts = name.rstrip("/").split("/")
     if name in ("", ".") and member.isdir():
         return
-    if name.startswith("/") or ".." in parts or "" in parts or "." in parts or len(name) > 1000 or not name.isprintable():
-        raise ValueError(f"{name!r} is not a path inside the archive")
+    if name.startswith("/") or {"..", "", "."} & set(parts) or not is_storable(name):
+        raise ValueError(f"{make_printable(name)!r} is not a path inside the archive")
     tops.add(parts[0])
     if len(tops) > 1:
         raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
@@ -2714,9 +2894,11 @@ def add_entry(member, entries, tops):
         entry = Entry(path, "folder", 0o755, None, 0, 0)
     elif not path:
         raise ValueError(f"{name!r} stands at the top, where only one folder may stand")
-    elif member.isfile():
+    elif member.isfile() and not member.issparse():
         entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data, member.size)
     elif member.issym():
+        if not member.linkname or not is_storable(member.linkname):
+            raise ValueError(f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path")
         entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
     elif member.islnk():
         target = member.linkname[2:] if member.linkname.startswith("./") else member.linkname
@@ -2730,6 +2912,12 @@ def add_entry(member, entries, tops):
         raise ValueError(f"{name!r} occurs twice")
     if path:
         entries[path] = entry
+
+
+def is_storable(path):
+    """Whether any file system takes a path: printable, no part over 255 bytes, not too long as a whole."""
+    data = path.encode("utf-8", "surrogateescape")
+    return path.isprintable() and len(data) <= 1000 and max(map(len, data.split(b"/"))) <= 255
 
 
 def check_tree(entries):
@@ -2777,71 +2965,55 @@ def unpack_package(data, digest, parent, max_unpacked):
     if os.path.isdir(folder):
         return folder
     plain, entries = check_archive(data, max_unpacked)
+    work = folder + ".tmp"
     try:
-        remove_folder(folder + ".tmp")
-        os.makedirs(folder + ".tmp", 0o755)
+        remove_folder(work)
+        os.makedirs(os.path.join(work, "content"))
         for entry in sorted(entries, key=lambda item: item.kind == "link"):
-            path = os.path.join(folder + ".tmp", entry.path)
-            os.makedirs(path if entry.kind == "folder" else os.path.dirname(path), 0o755, exist_ok=True)
+            path = os.path.join(work, "content", entry.path)
+            os.makedirs(path if entry.kind == "folder" else os.path.dirname(path), exist_ok=True)
             if entry.kind == "file":
-                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode)
+                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode, os.path.join(work, "part"))
             elif entry.kind == "link":
                 os.symlink(entry.link, path)
-        os.rename(folder + ".tmp", folder)
+        for path, _, _ in os.walk(os.path.join(work, "content")):
+            os.chmod(path, 0o755)                   # whatever the umask: containers of other users read them (C-161)
+        os.rename(os.path.join(work, "content"), folder)
+        os.rmdir(work)
         sync_folder(parent)
     except OSError as error:
         raise StorageError(f"{folder} cannot be unpacked ({error.strerror}); free space or make it writable") from None
     return folder
 
 
-def remove_folder(path):
-    """Removes a folder of ours and all below it; links are removed, never followed."""
-    import shutil
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise StorageError(f"{path} cannot be removed ({error.strerror})") from None
-
-
-
 # ------------------------------------------------------------------------------------------------------------------------------
 # 14. Runtimes
 # ------------------------------------------------------------------------------------------------------------------------------
 
-class Workload(namedtuple("Workload", "deployment_id component project folder parameters environment wait")):
-    """One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment."""
-
-    __slots__ = ()
-
-
-class Service(namedtuple("Service", "name image arguments command environment files networks depends_on health pull hash")):
-    """One service as the engine is told of it; see make_service.  networks: [(name, [options])]; health: (interval, retries, start) or None."""
-
-    __slots__ = ()
-
-
-class Project(namedtuple("Project", "services networks volumes document")):
-    """A compose file ready to run: services in starting order, {engine's name: create arguments}, and the resolved document."""
-
-    __slots__ = ()
+Workload = define("Workload", "deployment_id component project folder parameters environment wait",
+    "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment.")
+Service = define("Service", "name image arguments command environment files networks depends_on health pull hash",
+    "One service as the engine is told of it; see make_service. networks: [(name, [options])]; health: (interval, retries, start) or None.")
+Project = define("Project", "services networks volumes document",
+    "A compose file ready to run: services in starting order, {engine's name: create arguments}, and the resolved document.")
 
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
 LABEL_HASH, LABEL_PROJECT = "org.margo.hash", "org.margo.project"
 
 
-def fault(text, code="INVALID_DEPLOYMENT"):
+def make_fault(text, code="INVALID_DEPLOYMENT"):
     """A ComponentError about the compose file."""
     return ComponentError(code, f"compose.yaml: {text}")
 
 
-def interpolate(text, variables, where):
+def interpolate(text, variables, where, depth=0):
     """`$NAME`, `${NAME}`, `${NAME:-default}`, `${NAME-…}`, `${NAME:?message}`, `${NAME?…}`, `${NAME:+…}`, `${NAME+…}`, `$$` in one text.
 
     An unset name is an empty text, as compose has it.  Raises ComponentError naming the place.
     """
+    if depth > 32:
+        raise make_fault(f"{where}: a $ in more than 32 others")
     result, position = [], 0
     while True:
         dollar = text.find("$", position)
@@ -2850,7 +3022,7 @@ def interpolate(text, variables, where):
         result.append(text[position:dollar])
         match = re.compile(r"\$|\{([A-Za-z_][A-Za-z0-9_]*)(:?[-?+]|\})|([A-Za-z_][A-Za-z0-9_]*)").match(text, dollar + 1)
         if not match:
-            raise fault(f"{where}: a $ that is neither $NAME, ${{NAME}} nor $$")
+            raise make_fault(f"{where}: a $ that is neither $NAME, ${{NAME}} nor $$")
         name, operator, position = match.group(1) or match.group(3), match.group(2) or "}", match.end()
         if name is None:
             result.append("$")
@@ -2861,9 +3033,9 @@ def interpolate(text, variables, where):
             rest, position = text[position:end], end + 1
             given = found and (value or ":" not in operator)
             if operator[-1] == "?" and not given:
-                raise fault(f"{where}: {name} is needed: {interpolate(rest, variables, where)}", "PARAMETER_INVALID")
+                raise make_fault(f"{where}: {name} is needed: {interpolate(rest, variables, where, depth + 1)}", "PARAMETER_INVALID")
             if (operator[-1] == "-") != bool(given) and operator[-1] != "?":
-                value = interpolate(rest, variables, where)
+                value = interpolate(rest, variables, where, depth + 1)
             elif operator[-1] == "+":
                 value = ""
         result.append(value or "")
@@ -2879,54 +3051,83 @@ def find_brace(text, position, where):
             depth -= 1
             if depth < 0:
                 return index
-    raise fault(f"{where}: a ${{ that is not closed")
+    raise make_fault(f"{where}: a ${{ that is not closed")
+
+
+# Where keys are names of the application's own; everywhere else x-… keys are extensions, which are dropped unread.
+NAMES = re.compile(r"services|networks|volumes|configs|.*\.(environment|labels|sysctls|extra_hosts|ulimits|depends_on|networks|options)")
 
 
 def interpolate_all(value, variables, where=""):
-    """Every text below a value interpolated; keys stay as they are."""
+    """Every text below a value interpolated; keys stay as they are, a number among them as it was spelt."""
     if isinstance(value, dict):
-        return {key: interpolate_all(item, variables, f"{where}.{key}" if where else str(key)) for key, item in value.items()
-                if not str(key).startswith("x-")}
+        result = {}
+        for key, item in value.items():
+            name = to_text(key, f"{where or 'the file'}: a name")
+            if name.startswith("x-") and not NAMES.fullmatch(where):
+                continue
+            if name in result:
+                raise make_fault(f"{where}: {make_printable(name, 60)} occurs twice")
+            result[name] = interpolate_all(item, variables, f"{where}.{name}" if where else name)
+        return result
     if isinstance(value, list):
         return [interpolate_all(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
     return interpolate(value, variables, where) if isinstance(value, str) and "$" in value else value
 
 
 def parse_env_file(text, variables, where):
-    """An env file's lines to {NAME: text}: `NAME=value`, `export` and quotes as compose takes them."""
-    result = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    """An env file's lines to {NAME: text}: `NAME=value`, `export` and quotes as compose takes them; no value over several lines."""
+    result, escapes = {}, {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\", "$": "$$"}
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_][\w.-]*)\s*(?:=\s*(?:'([^']*)'|"((?:[^"\\]|\\.)*)"|(.*?)))?(?:\s+#.*)?""", line)
+        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_][\w.-]*)\s*(?:=\s*(?:'([^'\\]*)'|"((?:[^"\\]|\\.)*)"|(?!['"])(.*?)))?(?:\s+#.*)?""",
+                             line, re.S)
         if not match:
-            raise fault(f"{where}, line {number}: expected NAME=value")
+            raise make_fault(f"{where}, line {number}: expected NAME=value")
         name, single, double, plain = match.groups()
         if single is not None:
             result[name] = single
         elif double is not None or plain is not None:
-            text = re.sub(r"\\(.)", lambda m: {"n": "\n", "t": "\t", "r": "\r"}.get(m.group(1), m.group(1)), double) if plain is None else plain
-            result[name] = interpolate(text, dict(variables, **result), f"{where}, line {number}")
+            raw = plain if double is None else re.sub(r"\\(.)", lambda m: escapes.get(m.group(1), m.group(0)), double)
+            result[name] = interpolate(raw, dict(result, **variables), f"{where}, line {number}")
         elif name in variables:
             result[name] = variables[name]
     return result
 
 
-# Readers of compose values: what is meant as text, list, pairs.
+# Readers of compose values: what is meant as text, list, names and values; each names the place of what is not that.
 
 def to_text(value, where):
     """A scalar as text."""
     if value is None or isinstance(value, (dict, list)):
-        raise fault(f"{where}: expected a single value")
-    return scalar_text(value)
+        raise make_fault(f"{where}: expected a single value")
+    text = scalar_text(value)
+    if "\0" in text:
+        raise make_fault(f"{where}: holds a NUL character")
+    return text
 
 
 def to_flag(value, where):
     """true or false, also as the text that interpolation leaves."""
-    if isinstance(value, bool) or value in ("true", "false"):
+    if isinstance(value, bool) or isinstance(value, str) and value in ("true", "false"):
         return value in (True, "true")
-    raise fault(f"{where}: expected true or false")
+    raise make_fault(f"{where}: expected true or false")
+
+
+def to_items(value, where):
+    """A list as it is, [] for nothing."""
+    if value is not None and not isinstance(value, list):
+        raise make_fault(f"{where}: expected a list")
+    return value or []
+
+
+def to_mapping(value, where):
+    """A mapping as it is, {} for nothing."""
+    if value is not None and not isinstance(value, dict):
+        raise make_fault(f"{where}: expected a mapping")
+    return value or {}
 
 
 def to_list(value, where):
@@ -2948,9 +3149,9 @@ def to_words(value, where):
     import shlex
     if isinstance(value, str):
         try:
-            return shlex.split(value)
+            return shlex.split(to_text(value, where))
         except ValueError as error:
-            raise fault(f"{where}: {error}") from None
+            raise make_fault(f"{where}: {error}") from None
     return to_list(value, where)
 
 
@@ -2959,137 +3160,180 @@ def to_seconds(value, where):
     text = to_text(value, where)
     parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(h|ms|us|m|s)", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise fault(f"{where}: {text!r} is not a duration such as 1m30s")
+        raise make_fault(f"{where}: {make_printable(text, 40)!r} is not a duration such as 1m30s")
     return sum(float(number) * {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}[unit] for number, unit in parts)
 
 
-def option(name):
-    """A builder for a setting that is one option of the engine."""
+def to_count(value, where):
+    """A whole number, zero or more."""
+    text = to_text(value, where)
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise make_fault(f"{where}: {make_printable(text, 40)!r} is not a whole number")
+    return int(text)
+
+
+def make_option(name):
+    """A builder for a setting that is one option of the engine.  All builders: (value, where) to a list of arguments."""
     return lambda value, where: [f"{name}={to_text(value, where)}"]
 
 
-def options(name):
+def make_options(name):
     """A builder for a setting that is an option for each item."""
     return lambda value, where: [f"{name}={item}" for item in to_list(value, where)]
 
 
-def switch(name):
+def make_switch(name):
     """A builder for a setting that is an option without value."""
     return lambda value, where: [name] if to_flag(value, where) else []
 
 
-def pairs(name, separator="=", join="="):
+def make_pairs(name):
     """A builder for a setting of names and values."""
-    return lambda value, where: [f"{name}={key}{join}{item or ''}" for key, item in sorted(to_pairs(value, where, separator).items())]
+    return lambda value, where: [f"{name}={key}={item or ''}" for key, item in sorted(to_pairs(value, where).items())]
+
+
+def make_hosts(value, where):
+    """`extra_hosts`: a mapping, or HOST:ADDRESS and HOST=ADDRESS; a name may have several addresses."""
+    if isinstance(value, dict):
+        return [f"--add-host={name}:{item}" for name in sorted(value) for item in to_list(value[name], f"{where}.{name}")]
+    return [f"--add-host={re.sub('[=:]', ':', item, count=1)}" for item in to_list(value, where)]
 
 
 def make_ports(value, where):
     """`ports` in both syntaxes."""
     arguments = []
     for index, item in enumerate(value if isinstance(value, list) else [value]):
+        place = f"{where}[{index}]"
         if isinstance(item, dict):
-            check_keys(item, ("target", "published", "host_ip", "protocol", "mode", "name", "app_protocol"), f"{where}[{index}]")
-            facts = {key: to_text(part, f"{where}[{index}].{key}") for key, part in item.items()}
-            text = ":".join([facts[key] for key in ("host_ip", "published") if key in facts] + [facts.get("target", "")])
-            item = text + ("/" + facts["protocol"] if "protocol" in facts else "")
-        text = to_text(item, f"{where}[{index}]")
-        if not re.fullmatch(r"((([0-9.]+|\[[0-9a-fA-F:]+\]):)?([0-9]+(-[0-9]+)?)?:)?[0-9]+(-[0-9]+)?(/(tcp|udp|sctp))?", text):
-            raise fault(f"{where}[{index}]: {make_printable(text, 60)!r} is not a port")
+            check_keys(item, ("target", "published", "host_ip", "protocol", "mode", "name", "app_protocol"), place)
+            facts = {key: to_text(part, f"{place}.{key}") for key, part in item.items()}
+            address = facts.get("host_ip", "")
+            parts = [f"[{address}]" if ":" in address else address] if address else []
+            parts += [facts.get("published", "")] if address or "published" in facts else []
+            item = ":".join(parts + [facts.get("target", "")]) + ("/" + facts["protocol"] if "protocol" in facts else "")
+        text = to_text(item, place)
+        if not is_port(text):
+            raise make_fault(f"{place}: {make_printable(text, 60)!r} is not a port")
         arguments.append(f"--publish={text}")
     return arguments
+
+
+def is_port(text):
+    """Whether a text is [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges that fit each other."""
+    import ipaddress
+    match = re.fullmatch(r"(?:(?:([0-9.]+|\[[0-9a-fA-F:.]+\]):)?([0-9]{1,5}(?:-[0-9]{1,5})?)?:)?([0-9]{1,5}(?:-[0-9]{1,5})?)(/(?:tcp|udp|sctp))?", text)
+    if not match:
+        return False
+    ranges = [[int(number) for number in part.split("-")] for part in match.group(2, 3) if part]
+    if not all(1 <= item[0] <= item[-1] <= 65535 for item in ranges):
+        return False
+    sizes = [item[-1] - item[0] for item in ranges]
+    try:
+        return bool(ipaddress.ip_address((match.group(1) or "0.0.0.0").strip("[]"))) and sizes[-1] in (0, sizes[0])
+    except ValueError:
+        return False
 
 
 def make_restart(value, where):
     """`restart`: the engine's own words."""
     text = to_text(value, where) if value is not False else "no"
     if not re.fullmatch(r"no|always|unless-stopped|on-failure(:[0-9]+)?", text):
-        raise fault(f"{where}: {make_printable(text, 40)!r} is not a restart policy")
+        raise make_fault(f"{where}: {make_printable(text, 40)!r} is not a restart policy")
     return [f"--restart={text}"]
 
 
 def make_ulimits(value, where):
     """`ulimits`: one number, or soft and hard."""
     arguments = []
-    for name, item in sorted(value.items()) if isinstance(value, dict) else ():
+    for name, item in sorted(to_mapping(value, where).items()):
         if isinstance(item, dict):
             check_keys(item, ("soft", "hard"), f"{where}.{name}")
-            item = f"{to_text(item.get('soft'), where)}:{to_text(item.get('hard'), where)}"
-        arguments.append(f"--ulimit={name}={to_text(item, where)}")
+            item = f"{to_text(item.get('soft'), f'{where}.{name}.soft')}:{to_text(item.get('hard'), f'{where}.{name}.hard')}"
+        arguments.append(f"--ulimit={name}={to_text(item, f'{where}.{name}')}")
     return arguments
 
 
 def make_deploy(value, where):
     """`deploy`: only the limits of resources, and one replica."""
     check_keys(value, ("resources", "replicas"), where)
-    if to_text(value.get("replicas", 1), where) != "1":
-        raise fault(f"{where}.replicas: only 1 is supported")
-    resources = value.get("resources") or {}
+    if to_text(value.get("replicas", 1), f"{where}.replicas") != "1":
+        raise make_fault(f"{where}.replicas: only 1 is supported")
+    resources = to_mapping(value.get("resources"), f"{where}.resources")
     check_keys(resources, ("limits",), f"{where}.resources")
-    limits = resources.get("limits") or {}
+    limits = to_mapping(resources.get("limits"), f"{where}.resources.limits")
     check_keys(limits, ("cpus", "memory", "pids"), f"{where}.resources.limits")
     names = {"cpus": "--cpus", "memory": "--memory", "pids": "--pids-limit"}
-    return [f"{names[key]}={to_text(item, where)}" for key, item in sorted(limits.items())]
+    return [f"{names[key]}={to_text(item, f'{where}.resources.limits.{key}')}" for key, item in sorted(limits.items())]
 
 
 def make_logging(value, where):
     """`logging`: driver and options."""
     check_keys(value, ("driver", "options"), where)
-    return option("--log-driver")(value["driver"], where) * ("driver" in value) + pairs("--log-opt")(value.get("options"), where)
+    driver = make_option("--log-driver")(value["driver"], f"{where}.driver") if "driver" in value else []
+    return driver + make_pairs("--log-opt")(value.get("options"), f"{where}.options")
 
 
 def make_health(value, where, engine):
     """`healthcheck` to (arguments, (interval, retries, start period) or None)."""
     check_keys(value, ("test", "interval", "timeout", "retries", "start_period", "start_interval", "disable"), where)
     test = value.get("test")
-    if to_flag(value.get("disable", False), where) or test in (["NONE"], "NONE"):
+    if to_flag(value.get("disable", False), f"{where}.disable") or test in (["NONE"], "NONE"):
         return ["--no-healthcheck"], None
-    arguments = [f"--health-{key.replace('_', '-')}={to_text(value[key], where)}" for key in ("interval", "timeout", "retries", "start_period")
-                 if key in value]
+    retries = to_count(value.get("retries", 3), f"{where}.retries")
+    arguments = [f"--health-{key.replace('_', '-')}={to_text(value[key], f'{where}.{key}')}" for key in (
+        "interval", "timeout", "retries", "start_period") if key in value]
+    interval, _, start = [to_seconds(value.get(key, "0s"), f"{where}.{key}") for key in ("interval", "timeout", "start_period")]
     if test is not None:
-        words = [test] if isinstance(test, str) else to_list(test, where)
-        if len(words) > 1 and words[0] in ("CMD", "CMD-SHELL"):
-            shell, words = words[0] == "CMD-SHELL", words[1:]
-        else:
-            shell = isinstance(test, str)
-        import shlex
-        text = words[0] if shell else make_json(words).decode() if engine == "podman" and len(words) > 1 else " ".join(map(shlex.quote, words))
-        arguments.append(f"--health-cmd={text}")
-    seconds = [to_seconds(value.get(key, default), where) for key, default in (("interval", "30s"), ("start_period", "0s"))]
-    return arguments, (seconds[0], int(to_text(value.get("retries", 3), where)), seconds[1])
+        arguments.append(f"--health-cmd={make_health_command(test, where, engine)}")
+    return arguments, (interval or 30.0, retries or 3, start)          # an engine takes zero as not said
+
+
+def make_health_command(test, where, engine):
+    """`test` as --health-cmd takes it: a text is for a shell, a list of words begins with CMD or CMD-SHELL."""
+    import shlex
+    if not isinstance(test, list):
+        return to_text(test, f"{where}.test")
+    kind, words = test[:1], to_list(test[1:], f"{where}.test")
+    if kind == ["CMD-SHELL"] and len(words) == 1:
+        return words[0]
+    if kind != ["CMD"] or not words:
+        raise make_fault(f"{where}.test: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
+    return make_json(words).decode() if engine == "podman" and len(words) > 1 else " ".join(map(shlex.quote, words))
 
 
 def check_keys(value, known, where):
     """Raises ComponentError for a value that is no mapping, or for a key in it that is not supported: none is ever ignored."""
     if not isinstance(value, dict):
-        raise fault(f"{where}: expected a mapping")
+        raise make_fault(f"{where}: expected a mapping")
     for key in value:
         if key not in known:
-            raise fault(f"{where}.{key}: this key is not supported by the builtin driver")
+            raise make_fault(f"{where}.{make_printable(key, 60)}: this key is not supported by the builtin driver")
 
 
 SERVICE_OPTIONS = {
-    "user": option("--user"), "hostname": option("--hostname"), "working_dir": option("--workdir"), "stop_signal": option("--stop-signal"),
-    "mem_limit": option("--memory"), "cpus": option("--cpus"), "shm_size": option("--shm-size"), "platform": option("--platform"),
-    "pid": option("--pid"), "ipc": option("--ipc"), "userns_mode": option("--userns"), "pids_limit": option("--pids-limit"),
-    "init": switch("--init"), "read_only": switch("--read-only"), "privileged": switch("--privileged"), "tty": switch("--tty"),
-    "stdin_open": switch("--interactive"), "cap_add": options("--cap-add"), "cap_drop": options("--cap-drop"), "devices": options("--device"),
-    "security_opt": options("--security-opt"), "group_add": options("--group-add"), "dns": options("--dns"), "tmpfs": options("--tmpfs"),
-    "labels": pairs("--label"), "sysctls": pairs("--sysctl"), "extra_hosts": pairs("--add-host", ":", ":"), "ports": make_ports,
-    "restart": make_restart, "ulimits": make_ulimits, "deploy": make_deploy, "logging": make_logging,
-    "stop_grace_period": lambda value, where: [f"--stop-timeout={max(1, round(to_seconds(value, where)))}"]}
+    "user": make_option("--user"), "hostname": make_option("--hostname"), "working_dir": make_option("--workdir"),
+    "stop_signal": make_option("--stop-signal"), "mem_limit": make_option("--memory"), "cpus": make_option("--cpus"),
+    "shm_size": make_option("--shm-size"), "platform": make_option("--platform"), "pid": make_option("--pid"), "ipc": make_option("--ipc"),
+    "userns_mode": make_option("--userns"), "pids_limit": make_option("--pids-limit"), "init": make_switch("--init"),
+    "read_only": make_switch("--read-only"), "privileged": make_switch("--privileged"), "tty": make_switch("--tty"),
+    "stdin_open": make_switch("--interactive"), "cap_add": make_options("--cap-add"), "cap_drop": make_options("--cap-drop"),
+    "devices": make_options("--device"), "security_opt": make_options("--security-opt"), "group_add": make_options("--group-add"),
+    "dns": make_options("--dns"), "tmpfs": make_options("--tmpfs"), "labels": make_pairs("--label"), "sysctls": make_pairs("--sysctl"),
+    "extra_hosts": make_hosts, "ports": make_ports, "restart": make_restart, "ulimits": make_ulimits, "deploy": make_deploy,
+    "logging": make_logging, "stop_grace_period": lambda value, where: [f"--stop-timeout={max(1, round(to_seconds(value, where)))}"]}
 SERVICE_KEYS = tuple(SERVICE_OPTIONS) + ("image", "command", "entrypoint", "environment", "env_file", "volumes", "networks", "network_mode",
                                          "depends_on", "healthcheck", "configs", "profiles", "pull_policy", "expose")
 PROJECT_KEYS = ("name", "version", "services", "networks", "volumes", "configs")
 # What goes round the checks below, or runs programs on the host itself, is refused for every driver.
 REFUSED_KEYS = ("extends", "build", "provider", "secrets", "container_name", "volumes_from", "post_start", "pre_stop", "develop", "gpus",
-                "device_cgroup_rules", "cgroup", "cgroup_parent", "uts", "runtime", "credential_spec", "use_api_socket", "links")
+                "device_cgroup_rules", "cgroup", "cgroup_parent", "uts", "runtime", "credential_spec", "use_api_socket", "links", "label_file")
 ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
 
 
 def check_policy(name, service, folder, policy):
     """Raises ComponentError POLICY_DENIED for what a service may not ask for (contract, Policy)."""
     def deny(key, why):
-        raise fault(f"services.{name}.{key}: {why}", "POLICY_DENIED")
+        raise make_fault(f"services.{name}.{key}: {why}", "POLICY_DENIED")
 
     for key in ("pid", "ipc", "userns_mode", "network_mode"):
         if str(service.get(key)).startswith("container:"):
@@ -3098,16 +3342,21 @@ def check_policy(name, service, folder, policy):
         if service.get("privileged") not in (None, False, "false"):
             deny("privileged", "denied by policy.privileged")
         for key in ("pid", "ipc", "userns_mode"):
-            if service.get(key) == "host":
+            if service.get(key) == "host" or str(service.get(key)).startswith("ns:"):
                 deny(key, "the host's namespace is denied by policy.privileged")
         for key in ("cap_add", "devices"):
             if service.get(key):
                 deny(key, "denied by policy.privileged")
+        resources = to_mapping(to_mapping(service.get("deploy"), f"services.{name}.deploy").get("resources"), f"services.{name}.deploy.resources")
+        if "devices" in to_mapping(resources.get("reservations"), f"services.{name}.deploy.resources.reservations"):
+            deny("deploy.resources.reservations.devices", "denied by policy.privileged")
         for item in to_list(service.get("security_opt"), f"services.{name}.security_opt"):
             if not re.fullmatch(r"no-new-privileges([:=]true)?", item):
-                deny("security_opt", f"{item!r} is denied by policy.privileged")
+                deny("security_opt", f"{make_printable(item, 80)!r} is denied by policy.privileged")
     for source in find_binds(service.get("volumes"), f"services.{name}.volumes"):
         path = os.path.realpath(os.path.join(folder, source))
+        if source.startswith("~"):
+            deny("volumes", f"{source} is in a home folder; name the path itself")
         if os.path.basename(path) in ENGINE_SOCKETS:
             deny("volumes", f"{source} is an engine's socket, which is never handed out")
         if not any(is_below(path, os.path.realpath(root)) for root in [folder] + policy.host_paths):
@@ -3116,11 +3365,11 @@ def check_policy(name, service, folder, policy):
 
 def find_binds(volumes, where):
     """The host paths that the `volumes` of a service name."""
-    for index, item in enumerate(volumes or ()):
+    for index, item in enumerate(to_items(volumes, where)):
         if isinstance(item, dict):
             if item.get("type") == "bind":
                 yield to_text(item.get("source"), f"{where}[{index}].source")
-        elif re.match(r"[./~]", to_text(item, where)) and ":" in item:
+        elif re.match(r"[./~]", to_text(item, f"{where}[{index}]")) and ":" in item:
             yield item.split(":")[0]
 
 
@@ -3130,11 +3379,14 @@ def is_below(path, root):
 
 
 def read_inside(folder, name, where):
-    """The text of a file of the archive; raises ComponentError where it is outside or missing."""
+    """The text of a file of the archive, bytes that are no UTF-8 escaped; raises ComponentError where it is outside, missing or too long."""
     path = os.path.realpath(os.path.join(folder, name))
     if not is_below(path, os.path.realpath(folder)) or not os.path.isfile(path):
-        raise fault(f"{where}: {make_printable(name)!r} is not a file of the archive")
-    return read_file(path, MIB).decode("utf-8", "replace")
+        raise make_fault(f"{where}: {make_printable(name)!r} is not a file of the archive")
+    try:
+        return read_file(path, MIB).decode("utf-8", "surrogateescape")
+    except StorageError as error:
+        raise make_fault(f"{where}: {error.message}") from None
 
 
 def make_project(document, workload, policy, engine, strict=True):
@@ -3144,35 +3396,78 @@ def make_project(document, workload, policy, engine, strict=True):
     environment (C-180, D-18).
     """
     if not isinstance(document, dict) or not isinstance(document.get("services"), dict) or not document["services"]:
-        raise fault("no services")
-    variables = dict(parse_env_file(read_inside(workload.folder, ".env", ".env"), {}, ".env")
-                     if os.path.isfile(os.path.join(workload.folder, ".env")) else {}, **workload.parameters)
+        raise make_fault("no services")
+    defaults = read_inside(workload.folder, ".env", ".env") if os.path.isfile(os.path.join(workload.folder, ".env")) else ""
+    variables = dict(parse_env_file(defaults, workload.parameters, ".env"), **workload.parameters)
     document = interpolate_all(document, variables)
     if strict or "include" in document or "secrets" in document:
-        check_keys(document, PROJECT_KEYS, "")
+        check_keys(document, PROJECT_KEYS, "the file")
     volumes, networks = make_volumes(document, workload), make_networks(document, workload)
-    services, resolved = {}, {}
+    services, settled = {}, {}
     for name, service in document["services"].items():
         where = f"services.{name}"
-        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]*", str(name)):
-            raise fault(f"services: {name!r} is not a service name")
-        check_keys(service, SERVICE_KEYS if strict else set(service) - set(REFUSED_KEYS), where)
-        if service.get("profiles"):
+        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]*", name):
+            raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
+        check_keys(service, SERVICE_KEYS if strict else set(to_mapping(service, where)) - set(REFUSED_KEYS), where)
+        if to_list(service.get("profiles"), f"{where}.profiles"):
             continue
         check_policy(name, service, workload.folder, policy)
-        service = dict(service, environment=make_environment(service, workload, variables, where))
-        service.pop("env_file", None)
-        labels = to_pairs(service.get("labels"), f"{where}.labels")
-        if any(key.startswith("org.margo.") for key in labels):
-            raise fault(f"{where}.labels: org.margo.… is the agent's own")
-        services[name] = make_service(name, service, document, workload, engine, volumes, networks) if strict else make_proxy(name, service)
-        service["labels"] = dict(labels, **make_labels(workload, name, services[name].hash))
-        resolved[name] = service
-    order = order_services(services)
-    document = dict(document, services=resolved, networks={key: dict(item or {}, labels={LABEL_PROJECT: workload.project}) for key, item in
-                                                           dict({"default": None}, **document.get("networks") or {}).items()})
+        settled[name] = settle_service(service, workload, variables, where)
+        services[name] = make_service(name, settled[name], document, workload, engine, volumes, networks) if strict else make_proxy(
+            name, settled[name])
+    order = settle_hashes(order_services(services), settled)
+    for service in order:
+        facts = settled[service.name]
+        facts["labels"] = dict(to_pairs(facts.get("labels"), "labels"), **make_labels(workload, service.name, service.hash))
+        if isinstance(facts.get("depends_on"), dict):               # what is not required may be a service that is not started
+            facts["depends_on"] = {other: item for other, item in facts["depends_on"].items() if other in services}
+    return Project(order, networks, {name: args for name, args in volumes.values() if args is not None},
+                   make_document(document, settled, workload))
+
+
+def settle_service(service, workload, variables, where):
+    """A service with its environment made and its paths absolute, so that every driver reads the same."""
+    labels = to_pairs(service.get("labels"), f"{where}.labels")
+    if any(key.startswith("org.margo.") for key in labels):
+        raise make_fault(f"{where}.labels: org.margo.… is the agent's own")
+    service = dict(service, environment=make_environment(service, workload, variables, where))
+    service.pop("env_file", None)
+    volumes = []
+    for item in to_items(service.get("volumes"), f"{where}.volumes"):
+        if isinstance(item, dict) and item.get("type") == "bind":
+            item = dict(item, source=os.path.realpath(os.path.join(workload.folder, item["source"])))
+        elif isinstance(item, str) and re.match("[./]", item) and ":" in item:
+            source, _, rest = item.partition(":")
+            item = f"{os.path.realpath(os.path.join(workload.folder, source))}:{rest}"
+        volumes.append(item)
+    return dict(service, volumes=volumes) if volumes else service
+
+
+def settle_hashes(order, settled):
+    """The services with final hashes: who shares another's network is made anew with it."""
+    final = {}
+    for service in order:
+        mode = str(settled[service.name].get("network_mode"))
+        if mode.startswith("service:"):
+            service = service._replace(hash=sha256_digest(f"{service.hash} {final[mode[8:]].hash}".encode())[7:39])
+        final[service.name] = service
+    return list(final.values())
+
+
+def make_document(document, services, workload):
+    """The compose file for a provider: only what is started, nothing left to interpolate, no path that is relative."""
+    networks = dict({"default": None}, **to_mapping(document.get("networks"), "networks"))
+    document = dict(document, services=services, networks={
+        name: dict(item or {}, labels=dict(to_pairs((item or {}).get("labels"), f"networks.{name}.labels"), **{LABEL_PROJECT: workload.project}))
+        for name, item in networks.items()})
+    for name, item in to_mapping(document.get("configs"), "configs").items():
+        facts = to_mapping(item, f"configs.{name}")
+        if facts.get("file") is not None:
+            where = f"configs.{name}.file"
+            read_inside(workload.folder, to_text(facts["file"], where), where)
+            document["configs"] = dict(document["configs"], **{name: dict(facts, file=os.path.realpath(os.path.join(workload.folder, facts["file"])))})
     document.pop("name", None)
-    return Project(order, networks, {name: args for name, args in volumes.values() if args is not None}, document)
+    return document
 
 
 def make_labels(workload, service, digest):
@@ -3187,7 +3482,7 @@ def make_environment(service, workload, variables, where):
     for item in files if isinstance(files, list) else [files] if files else []:
         name, needed = (item.get("path"), item.get("required", True)) if isinstance(item, dict) else (item, True)
         path = to_text(name, f"{where}.env_file")
-        if needed or os.path.exists(os.path.join(workload.folder, path)):
+        if to_flag(needed, f"{where}.env_file.required") or os.path.exists(os.path.join(workload.folder, path)):
             environment.update(parse_env_file(read_inside(workload.folder, path, f"{where}.env_file"), variables, path))
     for name, text in to_pairs(service.get("environment"), f"{where}.environment").items():
         if text is None:
@@ -3197,98 +3492,110 @@ def make_environment(service, workload, variables, where):
     environment.update(workload.environment)
     for name, text in environment.items():
         if not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
-            raise fault(f"{where}.environment: {make_printable(name)!r} is not a variable name")
-        if "\0" in text:
-            raise fault(f"{where}.environment.{name}: holds a NUL character")
+            raise make_fault(f"{where}.environment: {make_printable(name)!r} is not a variable name")
+        if re.search("[\ud800-\udfff]", to_text(text, f"{where}.environment.{name}")):
+            raise make_fault(f"{where}.environment.{name}: holds bytes that are no UTF-8")
     return environment
 
 
 def make_proxy(name, service):
     """What the agent itself needs of a service that a compose provider runs."""
-    digest = sha256_digest(make_json(service))[7:39]
-    health = make_health(service["healthcheck"], name, "docker")[1] if isinstance(service.get("healthcheck"), dict) else None
-    return Service(name, to_text(service.get("image"), f"services.{name}.image"), [], [], {}, {}, [], make_dependencies(service, name), health,
+    where, digest = f"services.{name}", sha256_digest(make_json(service))[7:39]
+    health = make_health(service["healthcheck"], f"{where}.healthcheck", "docker")[1] if service.get("healthcheck") is not None else None
+    return Service(name, to_text(service.get("image"), f"{where}.image"), [], [], {}, {}, [], make_dependencies(service, name), health,
                    "missing", digest)
 
 
 def make_dependencies(service, name):
-    """`depends_on` as {service: (condition, required)}."""
-    value, where = service.get("depends_on") or {}, f"services.{name}.depends_on"
+    """`depends_on` as {service: (condition, required)}; whose network is shared comes first too."""
+    value, where = service.get("depends_on"), f"services.{name}.depends_on"
     if isinstance(value, list):
         value = {to_text(item, where): {} for item in value}
     result = {}
-    for other, facts in value.items():
-        facts = facts or {}
+    for other, facts in to_mapping(value, where).items():
+        facts = to_mapping(facts, f"{where}.{other}")
         check_keys(facts, ("condition", "required", "restart"), f"{where}.{other}")
-        condition = facts.get("condition", "service_started")
+        condition = to_text(facts.get("condition", "service_started"), f"{where}.{other}.condition")
         if condition not in ("service_started", "service_healthy", "service_completed_successfully"):
-            raise fault(f"{where}.{other}.condition: {make_printable(str(condition), 60)!r} is unknown")
+            raise make_fault(f"{where}.{other}.condition: {make_printable(condition, 60)!r} is unknown")
         result[other] = condition, to_flag(facts.get("required", True), where)
+    mode = str(service.get("network_mode"))
+    if mode.startswith("service:"):
+        result.setdefault(mode[8:], ("service_started", True))
     return result
 
 
 def order_services(services):
     """The services so that each comes after what it depends on; raises ComponentError for a circle or an unknown name."""
     order, done = [], set()
-
-    def visit(name, path):
-        if name in done:
-            return
-        if name in path:
-            raise fault(f"depends_on goes in a circle: {' -> '.join(path[path.index(name):] + [name])}")
-        for other, (_, required) in services[name].depends_on.items():
-            if other in services:
-                visit(other, path + [name])
-            elif required:
-                raise fault(f"services.{name}.depends_on: there is no service {make_printable(str(other), 60)!r} that is started")
-        done.add(name)
-        order.append(services[name])
-
-    for name in services:
-        visit(name, [])
+    for root in services:
+        todo, path = [root], []
+        while todo:
+            name = todo[-1]
+            if name in done or path[-1:] == [name]:
+                if name not in done:
+                    done.add(path.pop())
+                    order.append(services[name])
+                todo.pop()
+                continue
+            path.append(name)
+            for other, (_, required) in reversed(list(services[name].depends_on.items())):
+                if other in path:
+                    raise make_fault(f"depends_on goes in a circle: {' -> '.join(path[path.index(other):] + [other])}")
+                if other in services:
+                    todo.append(other)
+                elif required:
+                    raise make_fault(f"services.{name}.depends_on: there is no service {make_printable(other, 60)!r} that is started")
     return order
 
 
 def make_volumes(document, workload):
     """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
     volumes = {}
-    for name, value in (document.get("volumes") or {}).items():
-        value, where = value or {}, f"volumes.{name}"
+    for name, value in to_mapping(document.get("volumes"), "volumes").items():
+        where = f"volumes.{name}"
+        value = to_mapping(value, where)
         check_keys(value, ("name", "external", "labels", "driver"), where)
-        if to_text(value.get("driver", "local"), where) != "local":
-            raise fault(f"{where}.driver: only local is supported")
-        external = to_flag(value.get("external", False), where)
-        own = to_text(value.get("name", name if external else f"{workload.project}_{name}"), where)
-        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", own):
-            raise fault(f"{where}: {own!r} is not a volume name")
-        volumes[name] = own, None if external else pairs("--label")(value.get("labels"), where)
+        if to_text(value.get("driver", "local"), f"{where}.driver") != "local":
+            raise make_fault(f"{where}.driver: only local is supported")
+        own, external = make_shared_name(name, value, workload, where, "volume")
+        volumes[name] = own, None if external else make_pairs("--label")(value.get("labels"), f"{where}.labels")
     return volumes
+
+
+def make_shared_name(name, value, workload, where, kind):
+    """(the engine's name, whether it is external) of a volume or network."""
+    external = to_flag(value.get("external", False), f"{where}.external")
+    own = to_text(value.get("name", name if external else f"{workload.project}_{name}"), f"{where}.name")
+    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", own):
+        raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a {kind} name")
+    return own, external
 
 
 def make_networks(document, workload):
     """Top-level `networks` as {name: (engine's name, create arguments or None for an external one)}; `default` is always there."""
     networks = {}
-    for name, value in dict({"default": None}, **document.get("networks") or {}).items():
-        value, where = value or {}, f"networks.{name}"
+    for name, value in dict({"default": None}, **to_mapping(document.get("networks"), "networks")).items():
+        where = f"networks.{name}"
+        value = to_mapping(value, where)
         check_keys(value, ("name", "external", "labels", "driver", "internal", "ipam"), where)
-        if to_text(value.get("driver", "bridge"), where) != "bridge":
-            raise fault(f"{where}.driver: only bridge is supported")
-        external = to_flag(value.get("external", False), where)
-        own = to_text(value.get("name", name if external else f"{workload.project}_{name}"), where)
-        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", own):
-            raise fault(f"{where}: {own!r} is not a network name")
-        arguments = pairs("--label")(value.get("labels"), where) + switch("--internal")(value.get("internal", False), where)
-        for item in (value.get("ipam") or {}).get("config") or ():
+        if to_text(value.get("driver", "bridge"), f"{where}.driver") != "bridge":
+            raise make_fault(f"{where}.driver: only bridge is supported")
+        own, external = make_shared_name(name, value, workload, where, "network")
+        arguments = make_pairs("--label")(value.get("labels"), f"{where}.labels")
+        arguments += make_switch("--internal")(value.get("internal", False), f"{where}.internal")
+        ipam = to_mapping(value.get("ipam"), f"{where}.ipam")
+        check_keys(ipam, ("config",), f"{where}.ipam")
+        for item in to_items(ipam.get("config"), f"{where}.ipam.config"):
             check_keys(item, ("subnet", "gateway"), f"{where}.ipam.config")
-            arguments += [f"--{key}={to_text(item[key], where)}" for key in sorted(item, reverse=True)]
+            arguments += [f"--{key}={to_text(item[key], f'{where}.ipam.config')}" for key in sorted(item, reverse=True)]
         networks[name] = own, None if external else arguments + [f"--label={LABEL_PROJECT}={workload.project}"]
     return networks
 
 
 def make_service(name, service, document, workload, engine, volumes, networks):
-    """A Service from its resolved mapping; `hash` covers all that makes its container what it is."""
-    where = f"services.{name}"
-    arguments = []
+    """A Service from its settled mapping; `hash` covers all that makes its container what it is."""
+    where, arguments, health = f"services.{name}", [], None
     for key in sorted(set(service) & set(SERVICE_OPTIONS)):
         if service[key] is not None:
             arguments += SERVICE_OPTIONS[key](service[key], f"{where}.{key}")
@@ -3297,89 +3604,97 @@ def make_service(name, service, document, workload, engine, volumes, networks):
         words = to_words(service["entrypoint"], f"{where}.entrypoint")
         arguments.append(f"--entrypoint={words[0] if words else ''}")
         command = words[1:] + command
-    health = None
     if service.get("healthcheck") is not None:
         extra, health = make_health(service["healthcheck"], f"{where}.healthcheck", engine)
         arguments += extra
+    for variable, text in service["environment"].items():
+        if "\n" in text or "\r" in text:
+            raise make_fault(f"{where}.environment.{variable}: holds a line end, which the builtin driver cannot hand over; use a file"
+                             " from `configs`, or a compose provider", "PARAMETER_INVALID")
     files = make_configs(service, document, workload, where)
-    arguments += make_mounts(service, workload, volumes, where)
+    arguments += make_mounts(service, volumes, where)
     joined = make_attachments(service, workload, networks, where)
     image = to_text(service.get("image"), f"{where}.image")
     if not re.fullmatch(r"[A-Za-z0-9][\w.:/@-]*", image):
-        raise fault(f"{where}.image: {make_printable(image, 100)!r} is not an image name")
+        raise make_fault(f"{where}.image: {make_printable(image, 100)!r} is not an image name")
     pull = to_text(service.get("pull_policy", "missing"), f"{where}.pull_policy")
     if pull not in ("always", "missing", "if_not_present", "never"):
-        raise fault(f"{where}.pull_policy: {make_printable(pull, 40)!r} is not supported by the builtin driver")
-    digest = sha256_digest(make_json([image, arguments, command, service["environment"], files, joined]))[7:39]
+        raise make_fault(f"{where}.pull_policy: {make_printable(pull, 40)!r} is not supported by the builtin driver")
+    contents = {target: sha256_digest(text.encode("utf-8", "surrogateescape")) for target, text in files.items()}
+    digest = sha256_digest(make_json([image, arguments, command, service["environment"], contents, joined]))[7:39]
     return Service(name, image, arguments, command, service["environment"], files, joined, make_dependencies(service, name), health, pull, digest)
 
 
-def make_mounts(service, workload, volumes, where):
-    """`volumes` of a service in both syntaxes as arguments."""
+def make_mounts(service, volumes, where):
+    """`volumes` of a service in both syntaxes as arguments; host paths are absolute already."""
     arguments = []
     for index, item in enumerate(service.get("volumes") or ()):
         place = f"{where}.volumes[{index}]"
         if isinstance(item, dict):
             check_keys(item, ("type", "source", "target", "read_only", "tmpfs", "bind", "volume"), place)
-            kind, target = item.get("type"), to_text(item.get("target"), f"{place}.target")
+            kind, target, size = item.get("type"), to_text(item.get("target"), f"{place}.target"), None
+            for key, known in (("tmpfs", ("size",)), ("bind", ()), ("volume", ())):
+                check_keys(to_mapping(item.get(key), f"{place}.{key}"), known, f"{place}.{key}")
             if kind == "tmpfs":
-                size = (item.get("tmpfs") or {}).get("size")
-                arguments.append(f"--tmpfs={target}" + (f":size={to_text(size, place)}" if size is not None else ""))
-                continue
-            parts = ([to_text(item["source"], place)] if "source" in item else []) + [target]
-            parts += ["ro"] if to_flag(item.get("read_only", False), place) else []
+                size = to_mapping(item.get("tmpfs"), place).get("size")
+            parts = ([to_text(item["source"], f"{place}.source")] if "source" in item else []) + [target]
+            parts += ["ro"] if to_flag(item.get("read_only", False), f"{place}.read_only") else []
         else:
             parts = to_text(item, place).split(":")
-            kind = "bind" if re.match(r"[./~]", parts[0]) and len(parts) > 1 else "volume"
-        if len(parts) > 1:
-            if kind == "bind":
-                parts[0] = os.path.realpath(os.path.join(workload.folder, parts[0]))
-            elif kind == "volume" and parts[0] in volumes:
-                parts[0] = volumes[parts[0]][0]
-            else:
-                raise fault(f"{place}: {make_printable(str(parts[0]), 60)!r} is not among the top-level volumes")
+            kind = "bind" if parts[0].startswith("/") and len(parts) > 1 else "volume"
+        if kind not in ("bind", "volume", "tmpfs") or (kind == "bind" and len(parts) < 2):
+            raise make_fault(f"{place}.type: {make_printable(str(kind), 40)!r} is not supported by the builtin driver")
+        if kind == "volume" and len(parts) > 1 and parts[:1] != [""]:
+            if parts[0] not in volumes:
+                raise make_fault(f"{place}: {make_printable(parts[0], 60)!r} is not among the top-level volumes")
+            parts[0] = volumes[parts[0]][0]
         if len(parts) > 3 or any(not part or ":" in part for part in parts) or not parts[min(1, len(parts) - 1)].startswith("/"):
-            raise fault(f"{place}: expected source:target[:options] with an absolute target")
-        arguments.append("--volume=" + ":".join(parts))
+            raise make_fault(f"{place}: expected source:target[:options] with an absolute target")
+        arguments.append(f"--volume={':'.join(parts)}" if kind != "tmpfs" else f"--tmpfs={parts[-1]}" + (
+            f":size={to_text(size, place)}" if size is not None else ""))
     return arguments
 
 
 def make_configs(service, document, workload, where):
     """`configs` of a service as {target in the container: text}."""
-    files, known = {}, document.get("configs") or {}
-    for item in service.get("configs") or ():
+    files, known = {}, to_mapping(document.get("configs"), "configs")
+    for item in to_items(service.get("configs"), f"{where}.configs"):
         facts = item if isinstance(item, dict) else {"source": item}
         check_keys(facts, ("source", "target", "mode", "uid", "gid"), f"{where}.configs")
         name = to_text(facts.get("source"), f"{where}.configs")
         if name not in known:
-            raise fault(f"{where}.configs: {make_printable(name, 60)!r} is not among the top-level configs")
+            raise make_fault(f"{where}.configs: {make_printable(name, 60)!r} is not among the top-level configs")
         check_keys(known[name], ("file", "content", "name"), f"configs.{name}")
+        target = to_text(facts.get("target", f"/{name}"), f"{where}.configs.target")
+        if ":" in target or not target.startswith("/"):
+            raise make_fault(f"{where}.configs: {make_printable(target, 60)!r} is not an absolute path")
         text = known[name].get("content")
-        files[to_text(facts.get("target", f"/{name}"), where)] = read_inside(workload.folder, to_text(known[name].get("file"), f"configs.{name}.file"),
-                                                                           f"configs.{name}.file") if text is None else to_text(text, name)
+        files[target] = to_text(text, f"configs.{name}.content") if text is not None else read_inside(
+            workload.folder, to_text(known[name].get("file"), f"configs.{name}.file"), f"configs.{name}.file")
     return files
 
 
 def make_attachments(service, workload, networks, where):
-    """The networks of a service as [(engine's name, options)]; the first is joined at creation, the others before the start."""
-    mode = service.get("network_mode")
+    """The networks of a service as [(engine's name, aliases or None, options)]; the first is joined at creation, the others before the start."""
+    mode, wanted = service.get("network_mode"), service.get("networks")
     if mode is not None:
         text = to_text(mode, f"{where}.network_mode")
+        if wanted:
+            raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         if text.startswith("service:"):
             text = f"container:{workload.project}-{text[8:]}-1"
         elif text not in ("none", "host", "bridge"):
-            raise fault(f"{where}.network_mode: {make_printable(text, 60)!r} is not supported by the builtin driver")
+            raise make_fault(f"{where}.network_mode: {make_printable(text, 60)!r} is not supported by the builtin driver")
         return [(text, None)]
-    wanted = service.get("networks") or ["default"]
     joined = []
-    for name in wanted:
-        facts = (wanted[name] or {}) if isinstance(wanted, dict) else {}
+    for name in wanted if isinstance(wanted, dict) and wanted else to_list(to_items(wanted, f"{where}.networks"), f"{where}.networks") or ["default"]:
+        facts = to_mapping(wanted[name], f"{where}.networks.{name}") if isinstance(wanted, dict) and wanted else {}
         check_keys(facts, ("aliases", "ipv4_address", "ipv6_address"), f"{where}.networks.{name}")
         if name not in networks:
-            raise fault(f"{where}.networks: {make_printable(str(name), 60)!r} is not among the top-level networks")
-        addresses = [f"--{key.split('_')[0].replace('ipv4', 'ip').replace('ipv6', 'ip6')}={to_text(facts[key], where)}"
-                     for key in ("ipv4_address", "ipv6_address") if key in facts]
-        joined.append((networks[name][0], to_list(facts.get("aliases"), where), addresses))
+            raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level networks")
+        addresses = [f"{option}={to_text(facts[key], f'{where}.networks.{name}.{key}')}"
+                     for key, option in (("ipv4_address", "--ip"), ("ipv6_address", "--ip6")) if key in facts]
+        joined.append((networks[name][0], to_list(facts.get("aliases"), f"{where}.networks.{name}.aliases"), addresses))
     return joined
 
 
@@ -3400,6 +3715,12 @@ def judge_startup(services, facts, healthy):
         elif service.health and service.name not in healthy:
             waiting.append(f"{service.name} is not healthy yet")
     return "", waiting, finished
+
+
+def is_settled(service, containers, known):
+    """Whether a service has exactly the container that it should, running, or finished as it did before."""
+    done = known and known["finished"] and known["hash"] == service.hash
+    return len(containers) == 1 and containers[0].hash == service.hash and (containers[0].state == "running" or bool(done))
 
 
 def find_engine(setting, environ):
@@ -3426,10 +3747,17 @@ def find_provider(setting, engine, environ):
     return None if setting == "builtin" else setting.split(" ")
 
 
+def find_registry(image):
+    """The registry host that an image name begins with; Docker's own where it names none."""
+    first, slash, _ = image.partition("/")
+    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
+
+
 def make_compose_driver(config, environ=None):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components."""
     environ = os.environ if environ is None else environ
-    engine = find_engine(config.runtime.engine, environ)
+    docker = config.runtime.engine == "auto" and config.runtime.compose == "docker compose"        # what docker starts, docker shows
+    engine = find_engine("docker" if docker else config.runtime.engine, environ)
     if config.runtime.compose == "off" or engine is None:
         return None
     return ComposeDriver(engine, find_provider(config.runtime.compose, engine, environ), config)
@@ -3443,6 +3771,7 @@ class ComposeDriver:
 
     def __init__(self, engine, provider, config):
         self.engine, self.provider, self.config = engine, provider, config
+        self.pulled = []                            # images that were not here before
 
     def run(self, arguments, timeout, code=None, program=None):
         """The Output of one engine command; with `code` a failure raises ComponentError of that code."""
@@ -3458,27 +3787,59 @@ class ComposeDriver:
         form = "json" if self.engine == "podman" else facts
         output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 60)
         if output.code:
-            raise CommandError(f"{self.engine} ps failed: {output.stderr[-500:]}")
+            raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
         return parse_containers(output.stdout, self.engine)
 
     def prepare(self, workload, timeout):
         """All that can fail without touching what runs: the compose file read, checked and resolved, the images pulled (C-154, D-11)."""
         try:
-            document = load_yaml(read_inside(workload.folder, "compose.yaml", "compose.yaml"))
+            document = load_yaml(read_inside(workload.folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape"))
         except YAMLError as error:
-            raise fault(str(error)) from None
+            raise make_fault(str(error)) from None
         project = make_project(document, workload, self.config.policy, self.engine, strict=self.provider is None)
         for service in project.services:
-            present = service.pull != "always" and self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code == 0
-            if not present and service.pull == "never":
-                raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
-            if not present:
-                platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
-                self.run(["pull", "--quiet"] + platform + [service.image], timeout, "PULL_FAILED")
+            self.pull(service, timeout)
         return workload, project
 
+    def pull(self, service, timeout):
+        """Has a service's image on the device; one that is there is not asked for again unless pull_policy says so (P-1)."""
+        present = self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code == 0
+        if present and service.pull != "always":
+            return
+        if service.pull == "never":
+            raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
+        arguments = ["--quiet"] + [argument for argument in service.arguments if argument.startswith("--platform=")]
+        program, options = self.make_access(find_registry(service.image))
+        self.run(["pull"] + arguments + options + [service.image], timeout, "PULL_FAILED", program)
+        if not present:
+            self.pulled.append(service.image)
+
+    def make_access(self, host):
+        """(command, options) with which the engine reaches a registry as `registries` says; credentials lie in a file of mode 0600."""
+        settings = self.config.registries.get(host)
+        if not settings:
+            return [self.engine], []
+        folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
+        os.makedirs(folder, 0o700, exist_ok=True)
+        options, program = [], [self.engine]
+        basic = load_credentials(host, settings)
+        if basic:
+            write_file(os.path.join(folder, "config.json"), make_json({"auths": {host: {"auth": basic}}}))
+            options, program = (["--authfile=" + os.path.join(folder, "config.json")], program) if self.engine == "podman" else (
+                [], [self.engine, "--config", folder])
+        if self.engine == "podman" and settings.insecure:
+            options.append("--tls-verify=false")
+        elif self.engine == "podman" and settings.ca:
+            write_file(os.path.join(folder, "ca.crt"), read_file(settings.ca, MAX_CERTIFICATES) or b"")
+            options.append(f"--cert-dir={folder}")
+        return program, options
+
+    def remove_image(self, name):
+        """Removes an image; False where the engine keeps it, because something else uses it."""
+        return self.run(["image", "rm", name], 60).code == 0
+
     def apply(self, prepared, containers, known, deadline):
-        """Makes the component's containers as prepared; {service: {hash, finished}} once they run, or ComponentError.
+        """Makes the component's containers as prepared; {service: {hash, finished, image}} once they run, or ComponentError.
 
         containers: as observed; known: what an earlier apply returned.  Unchanged services keep their containers; safe to repeat.
         """
@@ -3489,7 +3850,7 @@ class ComposeDriver:
                 ours.setdefault(container.service, []).append(container)
         folder = os.path.dirname(workload.folder)
         if self.provider:
-            self.apply_provider(workload, project, folder, deadline)
+            self.apply_provider(prepared, folder, ours, known, deadline)
         else:
             self.create_shared(project, deadline)
             for service in project.services:
@@ -3498,7 +3859,8 @@ class ComposeDriver:
         gone = [container for name, items in ours.items() for container in items if name not in {s.name for s in project.services}]
         self.remove_containers(gone, deadline)
         finished = self.await_startup(project.services, workload, deadline) if workload.wait else set()
-        return {service.name: {"hash": service.hash, "finished": service.name in finished} for service in project.services}
+        return {service.name: {"hash": service.hash, "finished": service.name in finished, "image": service.image}
+                for service in project.services}
 
     def create_shared(self, project, deadline):
         """Networks and volumes that are not there yet; what is there is left as it is."""
@@ -3523,7 +3885,6 @@ class ComposeDriver:
         arguments += self.write_environment(service, folder) + self.write_configs(service, folder) + service.arguments
         first, rest = service.networks[0], service.networks[1:]
         arguments += [f"--network={first[0]}"] + ([f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2] if first[1] is not None else [])
-        self.run(["rm", "--force", name], deadline - time.monotonic())       # left by a run that ended between creation and label
         self.run(arguments + [service.image] + service.command, deadline - time.monotonic(), "INSTALL_FAILED")
         for network, aliases, addresses in rest:
             self.run(["network", "connect"] + [f"--alias={alias}" for alias in [service.name] + aliases] + addresses + [network, name],
@@ -3532,12 +3893,7 @@ class ComposeDriver:
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600: values never stand on a command line."""
-        lines = []
-        for name, text in sorted(service.environment.items()):
-            if "\n" in text or "\r" in text:
-                raise ComponentError("PARAMETER_INVALID", f"services.{service.name}.environment.{name}: holds a line end, which the builtin"
-                                     " driver cannot hand over; use a file from `configs`, or a compose provider")
-            lines.append(f"{name}={text}\n")
+        lines = [f"{name}={text}\n" for name, text in sorted(service.environment.items())]
         path = os.path.join(folder, f"{service.name}.env")
         write_file(path, "".join(lines).encode())
         return [f"--env-file={path}"]
@@ -3547,22 +3903,31 @@ class ComposeDriver:
         arguments = []
         for target, text in sorted(service.files.items()):
             path = os.path.join(folder, f"config-{sha256_digest(make_json([service.name, target]))[7:23]}")
-            write_file(path, text.encode(), 0o644)
+            write_file(path, text.encode("utf-8", "surrogateescape"), 0o644)
             arguments.append(f"--volume={path}:{target}:ro")
         return arguments
 
-    def apply_provider(self, workload, project, folder, deadline):
-        """Hands the resolved file to the compose provider; its environment holds nothing of the application."""
+    def apply_provider(self, prepared, folder, ours, known, deadline):
+        """Hands the resolved file to the compose provider; its environment holds nothing of the application.
+
+        Where some services are as they should be only the others are named to it: left to itself it makes those anew too.
+        """
+        workload, project = prepared
         path = os.path.join(folder, "resolved.json")
         write_file(path, make_json(escape_dollars(project.document)))
         environ = {key: item for key, item in os.environ.items() if key in (
             "PATH", "HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONFIG", "CONTAINER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")}
-        argv = self.provider + ["--project-name", workload.project, "--file", path, "--project-directory", workload.folder]
-        if self.provider == ["podman-compose"]:
-            argv = self.provider + ["--project-name", workload.project, "--file", path]
-        output = run_command(argv + ["up", "--detach", "--remove-orphans"], max(1.0, deadline - time.monotonic()), env=environ)
-        if output.code:
-            raise ComponentError("INSTALL_FAILED", f"{' '.join(self.provider)} up failed: {output.stderr[-1500:]}")
+        argv = self.provider + ["--project-name", workload.project, "--file", path]
+        if self.provider != ["podman-compose"]:
+            argv += ["--project-directory", workload.folder]
+        changed = [service for service in project.services if not is_settled(service, ours.get(service.name, []), known.get(service.name))]
+        for service in [None] if len(changed) == len(project.services) else changed:
+            if service:
+                self.await_dependencies(service, project, workload, deadline)
+            selection = ["--no-deps", service.name] if service else ["--remove-orphans"]
+            output = run_command(argv + ["up", "--detach"] + selection, max(1.0, deadline - time.monotonic()), env=environ)
+            if output.code:
+                raise ComponentError("INSTALL_FAILED", f"{' '.join(self.provider)} up failed: {output.stderr[-1500:]}")
 
     def inspect(self, workload):
         """{service: (state, exit code, restarts)} and {service: container id} of a component, as they are now."""
@@ -3647,7 +4012,13 @@ class ComposeDriver:
         ids = [container.id for container in containers]
         if ids:
             self.run(["stop"] + ids, deadline - time.monotonic())            # what cannot be stopped is removed by force
-            self.run(["rm", "--force"] + ids, deadline - time.monotonic(), "REMOVE_FAILED")
+        if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
+            return
+        for _ in ids:                               # one whose network another one shares goes only after that one, and alone
+            left = [name for name in ids if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
+            if not left:
+                return
+        self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
 
     def remove(self, deployment_id, component, project, containers, deadline):
         """Removes a component's containers, whatever their state, and its networks; volumes stay.  Needs no compose file.
@@ -3682,7 +4053,10 @@ def parse_containers(data, engine):
     containers = []
     try:
         if engine == "podman":
-            for item in parse_json(data or b"[]", "podman ps") or []:
+            items = parse_json(data or b"[]", "podman ps")
+            if items is not None and not isinstance(items, list):
+                raise TypeError("no list")
+            for item in items or ():
                 labels = item.get("Labels") or {}
                 containers.append(Container(item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], labels.get(LABEL_COMPONENT, ""),
                                             labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), item["State"].lower(), item.get("ExitCode", 0)))
@@ -3701,10 +4075,13 @@ def parse_containers(data, engine):
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_record(target, device_id):
-    """The record of a deployment that was not known before; see begin_record for one that begins a revision."""
+    """The record of a deployment that was not known before; see begin_record for one that begins a revision.
+
+    adopted: the revision that is worked on; running, previous: {digest, packages, images} of the last two that were installed.
+    """
     return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id,
             "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None, "running": None,
-            "refused": False, "failures": 0, "retryAt": 0, "components": []}
+            "previous": None, "refused": False, "failures": 0, "retryAt": 0, "components": []}
 
 
 def begin_record(record, target, keep_states=False):
@@ -3742,6 +4119,49 @@ def fail_record(record, component, error, now, jitter, refused=False):
         record = dict(record, components=[dict(item, state="failed", error=dict(error_object, source=item["name"]))
                                           for item in record["components"]])
     return dict(record, state="failed", error=error_object, refused=refused, failures=record["failures"] + 1, retryAt=int(now + delay))
+
+
+def finish_record(record):
+    """The record once all of the revision that was worked on is installed."""
+    running = {"digest": record["adopted"]["digest"], "packages": {item["name"]: item["package"] for item in record["components"]},
+               "images": sorted({facts["image"] for item in record["components"] for facts in item["services"].values()})}
+    before = record["running"]
+    previous = before if before and before["digest"] != running["digest"] else record["previous"]
+    return dict(record, running=running, previous=previous, failures=0, retryAt=0)
+
+
+def make_history(state, entries, version, at):
+    """The history with one more accepted desired state: what it adds, changes and removes against the one before."""
+    old = {item["deploymentId"].lower(): item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
+    new = {entry.deployment_id.lower(): entry.digest for entry in entries}
+    return state["history"][1 - HISTORY:] + [{
+        "version": version, "at": at, "added": sorted(set(new) - set(old)), "removed": sorted(set(old) - set(new)),
+        "changed": sorted(key for key in new if key in old and new[key] != old[key]), "outcome": "pending"}]
+
+
+def make_outcome(state):
+    """How the newest accepted desired state stands: applied, pending, or which deployments failed and why."""
+    records = state["deployments"].values()
+    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records if record["state"] == "failed"]
+    done = len(records) == len(state["accepted"]["deployments"]) and all(record["state"] == "installed" for record in records)
+    return "; ".join(failed) or ("applied" if done else "pending")
+
+
+def find_needed(state):
+    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each deployment need (P-5)."""
+    digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
+    images = set()
+    for record in state["deployments"].values():
+        digests.add(record["adopted"]["digest"])
+        packages = [item["package"] for item in record["components"]]
+        images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
+        for version in (record["running"], record["previous"]):
+            if version:
+                digests.add(version["digest"])
+                packages += version["packages"].values()
+                images.update(version["images"])
+        digests.update(package["digest"] for package in packages if package)
+    return digests, images
 
 
 def make_overall_state(states):
@@ -3786,50 +4206,76 @@ def acknowledge_status(state, key):
 # 16. Apply
 # ------------------------------------------------------------------------------------------------------------------------------
 
-class Tools(namedtuple("Tools", "config store driver clock jitter")):
-    """What applying takes: Settings, Store, the compose driver (None: none), functions for Unix seconds and a number in [0, 1)."""
-
-    __slots__ = ()
+Tools = define("Tools", "config store driver clock jitter",
+    "What applying takes: Settings, Store, the compose driver (None: none), functions for Unix seconds and a number in [0, 1).")
 
 
 def apply_target(target, record, containers, tools):
     """Makes one deployment as its target says; yields the record at each change, for the caller to make durable before the next step.
 
-    Everything is fetched and verified before the running version is touched (D-11, P-20).  A failure ends in a failed record with
-    what ran before running again where runtime.on_failure says so (P-8).
+    Everything is fetched and verified before the running version is touched (D-11, P-20).  A failure ends in a failed record, with
+    the version before running again where runtime.on_failure says so (P-8).
     """
-    known = {component["name"]: component["services"] for component in record["components"]}
-    record = begin_record(record, target)
+    known = {component["name"]: component for component in record["components"]}
+    record, name, touched = begin_record(record, target), None, False
     yield record
-    name = None
     try:
         prepared = []
         for component in target.deployment.components:
             name = component.name
-            prepared.append(prepare_component(target.deployment, component, record, tools))
+            prepared.append(prepare_component(target.deployment, component, known.get(name, {}).get("package"), tools))
         for component, (workload, package) in zip(target.deployment.components, prepared):
-            name = component.name
+            name, touched = component.name, True
             record = set_component(record, name, "installing")
             yield record
-            services = tools.driver.apply(workload, containers, known.get(name, {}), time.monotonic() + component.timeout)
+            services = tools.driver.apply(workload, containers, known.get(name, {}).get("services", {}), time.monotonic() + component.timeout)
             record = set_component(record, name, "installed", services=services, package=package)
-            yield record
+            if record["state"] != "installed":      # that word is the last one, said below once nothing else is left
+                yield record
         name = None
         remove_dropped(target.deployment_id, {component.name for component in target.deployment.components}, containers, tools)
-        yield dict(record, running=target.digest, failures=0, retryAt=0)
-    except ComponentError as error:
+        yield finish_record(record)
+    except (ComponentError, CommandError) as error:
+        error = error if isinstance(error, ComponentError) else ComponentError("INSTALL_FAILED", error.message)
         log("error", "deployment failed", deployment=target.deployment_id, component=name, code=error.code, reason=error.message)
+        before = record["running"]
+        if touched and before and before["digest"] != target.digest and tools.config.runtime.on_failure == "rollback":
+            record, words = roll_back(record, known, tools)
+            error = ComponentError(error.code, f"{error.message}; {words}")
         yield fail_record(record, name, error, tools.clock(), tools.jitter())
-    except CommandError as error:
-        log("error", "deployment failed", deployment=target.deployment_id, component=name, reason=error.message)
-        yield fail_record(record, name, ComponentError("INSTALL_FAILED", error.message), tools.clock(), tools.jitter())
 
 
-def prepare_component(deployment, component, record, tools):
-    """Fetches and verifies all that a component needs, touching nothing that runs: (what the driver prepared, package facts)."""
+def roll_back(record, known, tools):
+    """Brings the version before back after an update that failed: (record, what came of it in words).
+
+    known: {name: component} of the record as it was before the update.  Components that run the version before count as installed.
+    """
+    before = record["running"]
+    try:
+        data = tools.store.load_artifact(before["digest"])
+        if data is None:
+            raise ComponentError("INTERNAL", "its document is not in the state directory any more")
+        deployment, containers = parse_deployment(data, record["deploymentId"]), tools.driver.observe()
+        for component in deployment.components:
+            workload, package = prepare_component(deployment, component, before["packages"].get(component.name), tools)
+            services = tools.driver.apply(workload, containers, known.get(component.name, {}).get("services", {}),
+                                          time.monotonic() + component.timeout)
+            record = set_component(record, component.name, "installed", services=services, package=package)
+        remove_dropped(record["deploymentId"], {component.name for component in deployment.components}, containers, tools)
+    except (ComponentError, CommandError) as error:
+        log("error", "roll-back failed", deployment=record["deploymentId"], reason=error.message)
+        return record, f"bringing the version before back failed too: {error.message}"
+    log("warning", "rolled back; the version before runs again", deployment=record["deploymentId"], digest=before["digest"])
+    return record, "the version before runs again"
+
+
+def prepare_component(deployment, component, known, tools):
+    """Fetches and verifies all that a component needs, touching nothing that runs: (what the driver prepared, package facts).
+
+    known: package facts of an earlier time, or None.
+    """
     if deployment.type != "compose" or tools.driver is None:
         raise ComponentError("UNSUPPORTED_TYPE", f"nothing on this device runs {deployment.type} components")
-    known = next((item["package"] for item in record["components"] if item["name"] == component.name), None)
     reference = f"{component.repository}:{component.revision}"
     data = tools.store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
     if data is None:
@@ -3868,9 +4314,22 @@ def apply_removal(record, version, containers, tools):
             return
         if name in names:
             record = set_component(record, name, "removed")
-            yield record
+            if record["state"] != "removed":        # that word is the last one, said below once nothing is left
+                yield record
     remove_folder(tools.store.path("deployments", record["deploymentId"].lower()))
-    yield dict(record, state="removed", running=None)
+    yield dict(record, state="removed", running=None, previous=None)
+
+
+def prune(state, store, driver):
+    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked packages, images that
+    the agent pulled; nothing else on the device.  Changes state["pulled"].
+    """
+    digests, images = find_needed(state)
+    store.prune_artifacts(digests)
+    for name in state["pulled"]:
+        if name not in images and driver and driver.remove_image(name):
+            log("info", "image pruned", image=name)
+            state["pulled"] = [other for other in state["pulled"] if other != name]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3978,7 +4437,9 @@ def make_capabilities(detected, device, device_id, deployment_types):
     properties.update({key: device[key] for key in ("vendor", "modelNumber", "serialNumber") if device[key]})
     properties.update(device.properties)
     properties["id"] = device_id
-    document = {"properties": properties}
+    extensions = [name for name in properties if name.startswith("x-")]
+    document = {name: properties.pop(name) for name in extensions}          # they stand at the root (protocol 3.5)
+    document["properties"] = properties
     if device.labels:
         document["labels"] = dict(device.labels)
     return document
@@ -4009,20 +4470,14 @@ class Agent:
         Raises Locked where another instance works, StorageError where the state cannot be read; all other faults are in the Outcome.
         """
         with self:
-            fault, changed, began = None, False, time.time()
-            try:
-                self.check_patience(began)
-                changed = self.exchange()
-            except MargoError as error:
-                fault = error
-                self.note_fault(error, began)
-            try:
-                changed = self.reconcile() or changed
-                self.flush_outbox()
-            except MargoError as error:
-                fault = fault or error
-                log("error", error.message, code=error.code)
-            return self.conclude(fault, changed, began)
+            faults, changed, began = [], False, time.time()
+            for step in (self.exchange, self.reconcile, self.flush_outbox):
+                try:
+                    changed = step() or changed
+                except MargoError as error:
+                    faults.append(error)
+                    self.note_fault(error, began)
+            return self.conclude(max(faults, key=lambda fault: fault.exit, default=None), changed, began)
 
     def __enter__(self):
         """Takes the state directory for this process and reads the state."""
@@ -4073,7 +4528,7 @@ class Agent:
             raise Silence(f"waiting until {make_time(patience['at'] + patience['delay'])} as the WFM or a back-off asks")
 
     def note_fault(self, error, now):
-        """Logs why nothing was exchanged, and keeps the back-off that follows from it."""
+        """Logs what went wrong, and keeps the back-off that follows from it."""
         if isinstance(error, Silence):
             log("debug", error.message)
             return
@@ -4082,9 +4537,12 @@ class Agent:
             failures = min(self.state["patience"].get("failures", 0) + 1, 30)
             delay = make_backoff(failures, error.retry_after, get_random()) if isinstance(error, Unreachable) else 0
             self.state["patience"] = {"failures": failures, "at": now, "delay": delay}
+        if isinstance(error, (Unreachable, Untrusted)):
+            self.source = None                      # one time-out a cycle is enough
 
     def exchange(self):
         """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.  True where a new one was accepted."""
+        self.check_patience(time.time())
         source = self.connect()
         self.report_capabilities()
         self.flush_outbox()
@@ -4122,18 +4580,37 @@ class Agent:
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one: first its documents, then the state, all durable (C-111)."""
+        self.check_removals(desired)
+        at = make_time(time.time())
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
         state = self.state
-        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": make_time(time.time()),
+        state["waiting"] = None
+        state["history"] = make_history(state, desired.entries, desired.version, at)
+        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": at,
                              "deployments": [{"deploymentId": e.deployment_id, "digest": e.digest} for e in desired.entries]}
         for entry in desired.entries:
             record = state["deployments"].get(entry.deployment_id.lower())
             if record and record["adopted"]["digest"] == entry.digest:      # held already: the new manifest defines it too (E-113)
                 record["adopted"]["version"] = desired.version
                 enqueue_status(state, record, self.device_id)
+            elif not record:                        # received, not started (protocol 5.1)
+                target = Target(entry.deployment_id, entry.digest, desired.version, None, None)
+                target = self.resolve_target(target, self.store.load_artifact)
+                if not target.error:
+                    record = state["deployments"][entry.deployment_id.lower()] = begin_record(make_record(target, self.device_id), target)
+                    enqueue_status(state, record, self.device_id)
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
+
+    def check_removals(self, desired):
+        """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has confirmed it (contract, Guard)."""
+        limit, wanted = self.config.policy.max_removals, {entry.deployment_id.lower() for entry in desired.entries}
+        gone = [record["deploymentId"] for key, record in self.state["deployments"].items() if key not in wanted]
+        if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
+            self.state["waiting"] = desired.digest
+            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments, policy.max_removals is {limit}; nothing is"
+                          " done until the next poll confirms it")
 
     def make_targets(self, accepted, load_document):
         """[Target] of an accepted desired state; documents are read only where deciding takes them."""
@@ -4150,44 +4627,52 @@ class Agent:
         try:
             data = load_document(target.digest)
             if data is None:
-                raise ComponentError("INTERNAL", "its document is missing from the state directory; the next manifest brings it anew")
-            deployment = parse_deployment(data, target.deployment_id)
-            check_device(deployment, self.device_id)
-            return target._replace(deployment=deployment)
+                if self.state["accepted"]:
+                    self.state["accepted"]["incomplete"] = True
+                raise ComponentError("INTERNAL", "its document is missing from the state directory; the next poll brings it anew")
+            target = target._replace(deployment=parse_deployment(data, target.deployment_id))
+            check_device(target.deployment, self.device_id)
+            if target.deployment.constraints:
+                check_eligibility(target.deployment.constraints, self.make_capabilities())
         except ComponentError as error:
-            return target._replace(error=error)
+            target = target._replace(error=error, deployment=target.deployment or data and make_outline(data, target.deployment_id))
+        return target
 
     def observe(self):
-        """The containers as they are; None where the engine does not answer, for which nothing is taken as drift (D-16)."""
-        try:
-            return self.driver.observe() if self.driver else []
-        except CommandError as error:
-            log("error", "the container engine does not answer; workloads are left as they are", reason=error.message)
-            return None
+        """The containers as they are; raises CommandError where the engine does not answer."""
+        return self.driver.observe() if self.driver else []
 
     def reconcile(self):
-        """Makes what runs match what was accepted; True where there was something to do."""
-        state, acted = self.state, False
-        if not state["accepted"] and not state["deployments"]:
-            return False
-        containers = self.observe()
-        targets = self.make_targets(state["accepted"], self.store.load_artifact)
+        """Makes what runs match what was accepted; True where there was something to do.
+
+        An engine that does not answer is no engine without containers: nothing is done blindfold, and CommandError says so (D-16).
+        """
+        state, acted, deaf = self.state, False, None
         if not state["accepted"]:
-            return False                            # unenrolled: what runs is left alone until a WFM says what should
+            return False                            # what runs is left alone until a WFM says what should
+        try:
+            containers = self.observe()
+        except CommandError as error:
+            containers, deaf = None, CommandError(f"{error.message}; workloads are left as they are")
+        targets = self.make_targets(state["accepted"], self.store.load_artifact)
         by_id = {target.deployment_id.lower(): target for target in targets}
         for action in make_plan(targets, state["deployments"], containers, time.time()):
             if self.stopping():
                 raise Interrupted("ended before everything was done; the next run goes on from here")
             if action.action != "keep":
                 acted = self.perform(action, by_id.get(action.deployment_id.lower()), containers) or acted
+        if acted and self.config.runtime.prune:
+            prune(state, self.store, self.driver)
+        if deaf:
+            raise deaf
         return acted
 
     def perform(self, action, target, containers):
         """Carries out one action; each change is durable, and told where the WFM can be told, before the next step."""
         key = action.deployment_id.lower()
         record = self.state["deployments"].get(key)
-        if action.action == "refuse" and not target.error:
-            return False                            # refused before, and told so
+        if action.action == "refuse" and record and record["refused"] and record["error"]["message"] == target.error.message:
+            return False                            # refused before for the same reason, and told so
         if containers is None and action.action != "refuse":
             return False                            # nothing is done blindfold
         log("info" if action.action != "refuse" else "error", action.action, deployment=action.deployment_id, reason=action.reason)
@@ -4198,10 +4683,13 @@ class Agent:
         else:
             if not target.deployment and not target.error:
                 target = self.resolve_target(target, self.store.load_artifact)
-            steps = apply_target(target, record, containers, tools) if target.deployment else [
+                if target.error:
+                    log("error", "deployment failed", deployment=action.deployment_id, code=target.error.code, reason=target.error.message)
+            steps = apply_target(target, record, containers, tools) if not target.error else [
                 fail_record(begin_record(record, target), None, target.error, time.time(), get_random(), refused=True)]
         for record in steps:
             self.state["deployments"][key] = record
+            self.state["pulled"] = sorted(set(self.state["pulled"]) | set(self.driver.pulled if self.driver else ()))
             enqueue_status(self.state, record, self.device_id)
             self.store.save_state(self.state)
             self.flush_outbox(quiet=True)
@@ -4211,8 +4699,6 @@ class Agent:
     def purge(self):
         """Removes every workload and reports it; True where something could not be removed."""
         containers = self.observe()
-        if containers is None:
-            raise StorageError("the container engine does not answer, so nothing can be removed; nothing was forgotten")
         if self.state["enrollment"]:
             self.connect()
         version = (self.state["accepted"] or {}).get("version", 1)
@@ -4235,11 +4721,11 @@ class Agent:
             except Refused as error:
                 log("error", "the WFM refuses a status for good; it is dropped", deployment=key, reason=error.message)
             except (Unreachable, Untrusted) as error:
-                self.source = None                  # one time-out a cycle is enough
-                if quiet:
-                    log("warning", "a status cannot be sent now and waits in the outbox", reason=error.message)
-                    return
-                raise
+                if not quiet:
+                    raise
+                self.source = None
+                log("warning", "a status cannot be sent now and waits in the outbox", reason=error.message)
+                return
             acknowledge_status(self.state, key)
 
     def conclude(self, fault, changed, now):
@@ -4248,8 +4734,10 @@ class Agent:
         failed = [record for record in state["deployments"].values() if record["state"] == "failed"]
         silent = isinstance(fault, Silence) and not state["patience"]
         codes = [fault.exit if fault and not silent else 0, 3 if state["outbox"] and not silent else 0, 1 if failed else 0]
-        words = {3: "unreachable", 4: "refused", 5: "untrusted"}
-        result = words.get(fault.exit, "failed") if fault else "failed" if failed else "applied" if changed else "unchanged"
+        words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"), (MargoError, "failed"))
+        result = next((word for kind, word in words if isinstance(fault, kind)), "failed" if failed else "applied" if changed else "unchanged")
+        if state["history"] and state["accepted"]:
+            state["history"][-1]["outcome"] = make_outcome(state)
         last = {"at": make_time(now), "result": result, "detail": fault.message if fault else ""}
         try:
             if make_json(state) != self.store.saved:
@@ -4259,12 +4747,18 @@ class Agent:
             log("error", error.message, code=error.code)
             codes.append(error.exit)
         memo = self.store.load_memo()
-        self.store.save_memo(dict(memo, lastPoll=last, trust=state["trust"].pop("checkedAt", memo.get("trust"))))
+        self.store.save_memo(dict(memo, lastPoll=last))
         return Outcome(max(codes), result, last["detail"], make_delay(self.config, state, fault, time.time(), get_random()))
 
 
 class Silence(Unreachable):
     """No request is made now, by the operator's or the WFM's wish; not a fault."""
+
+
+class Waiting(MargoError):
+    """A desired state that removes a lot waits for its confirmation."""
+
+    exit, code = 3, "REMOVALS_UNCONFIRMED"
 
 
 class Interrupted(MargoError):
@@ -4280,9 +4774,7 @@ def get_random():
 
 
 def check_device(deployment, device_id):
-    """Raises ComponentError for a deployment that is for another device (protocol 9; C-221)."""
-    if deployment.device_id == f"{device_id}/*":
-        raise ComponentError("103", "Autonomous placement not supported")
+    """Raises ComponentError for a deployment that is for another device (contract, Rules)."""
     if deployment.device_id != device_id:
         raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {deployment.device_id}, this device is {device_id}")
 
@@ -4300,7 +4792,7 @@ def make_delay(config, state, fault, now, jitter):
         return max(interval, min(BACKOFF_CAP, interval * 2 ** min(patience.get("failures", 1), 10)))
     if patience:
         return max(interval if isinstance(fault, Silence) else 1.0, patience["at"] + patience["delay"] - now)
-    attempts = [record["retryAt"] - now for record in state["deployments"].values() if record["state"] == "failed"]
+    attempts = [record["retryAt"] - now for record in state["deployments"].values() if record["state"] == "failed" and not record["refused"]]
     return max(1.0, min([interval] + attempts))
 
 
@@ -4414,9 +4906,13 @@ def watch(child, fallback):
 def command_enroll(config, options):
     """Establishes trust and reports capabilities; safe to repeat."""
     with Agent(config) as agent:
-        source = agent.connect()
-        agent.report_capabilities(always=True)
-        agent.store.save_state(agent.state)
+        agent.store.save_memo({})                   # the trust bundle is asked for whatever its age
+        agent.state["trust"]["refreshedAt"] = None
+        try:
+            source = agent.connect()
+            agent.report_capabilities(always=True)
+        finally:
+            agent.store.save_state(agent.state)     # also what was learnt of the trust bundle before it failed
         print(f"enrolled: {source.identity.spiffe_id.text} with {config.wfm.url} as device {agent.device_id}")
     return 0
 
@@ -4425,7 +4921,7 @@ def command_unenroll(config, options):
     """Deregisters at the WFM and forgets the relationship; --purge first removes the workloads."""
     with Agent(config) as agent:
         state, failed = agent.state, False
-        if not state["enrollment"] and not state["deployments"]:
+        if not state["enrollment"] and not state["deployments"] and not state["trust"]:
             print("not enrolled")
             return 0
         if "--purge" in options:
@@ -4440,6 +4936,7 @@ def command_unenroll(config, options):
         kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept)
         agent.store.save_state(agent.state)
+        agent.store.save_memo({})
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
     return 0
 
@@ -4515,6 +5012,78 @@ def make_status_report(config, state, memo, now):
             "outbox": len(state["outbox"]), "deployments": deployments}
 
 
+def command_history(config, options):
+    """Prints the last accepted desired states, newest first: when, version, what changed, outcome."""
+    history = Store(config.state_dir).load_state()["history"][::-1]
+    if "--json" in options:
+        print_json({"history": history})
+        return 0
+    for item in history:
+        changes = [f"{len(item[key])} {key}" for key in ("added", "changed", "removed") if item[key]]
+        print(f"{item['at']}  version {item['version']}  {', '.join(changes) or 'nothing changed'}  {make_printable(item['outcome'])}")
+    return 0
+
+
+def command_doctor(config, options):
+    """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
+    agent, failed = Agent(config), False
+    agent.state = make_state()
+    for name, check in (("state", check_storage), ("engine", check_engine), ("identity", check_identity), ("wfm", check_connection)):
+        try:
+            level, words = check(agent)
+        except MargoError as error:
+            level, words, failed = "FAIL", error.message, True
+        print(f"{level:5}{name:9} {make_printable(words)}")
+    return 1 if failed else 0
+
+
+def check_storage(agent):
+    """Whether the state can be read and written, and is not about to fill its disk."""
+    agent.state = agent.store.load_state()
+    folder = agent.store.folder
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder) or "/"
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as its owner")
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
+    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
+    return ("ok", words) if free > need else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
+
+
+def check_engine(agent):
+    """Whether something runs compose components here, and answers."""
+    if agent.driver is None:
+        return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
+    count = len(agent.driver.observe())
+    if agent.driver.provider:
+        run_command(agent.driver.provider + ["version"], 60)
+    return "ok", f"{' '.join(agent.driver.provider or [agent.driver.engine, '(builtin)'])} answers, {count} containers of ours"
+
+
+def check_identity(agent):
+    """Whether the own SVID and its key can be used, and for how long."""
+    own = load_identity(agent.config)
+    try:
+        check_validity(own.leaf, time.time())
+    except ValueError as error:
+        raise Untrusted(f"identity.certificate {own.certificate_file}: {error}") from None
+    make_wfm_context(own, TrustBundle([own.leaf.der], None, None), agent.config.wfm.min_tls)
+    mode, left = os.stat(own.key_file).st_mode & 0o777, own.leaf.not_after - time.time()
+    if mode & 0o077:
+        return "warn", f"identity.key {own.key_file} has mode {mode:04o}; chmod 0600 it"
+    soon = left < EXPIRY_WARNING * (own.leaf.not_after - own.leaf.not_before)
+    return "warn" if soon else "ok", f"{own.spiffe_id.text}, {int(left // 86400)} days left" + ("; have it renewed" if soon else "")
+
+
+def check_connection(agent):
+    """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
+    desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
+    return "ok", f"{agent.config.wfm.url} is {agent.source.identity.wfm_spiffe_id.text}; " + (
+        f"version {desired.version} is there to be accepted" if desired else "nothing new")
+
+
 def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
     print_json(Agent(config).make_capabilities())
@@ -4562,7 +5131,8 @@ def print_json(value):
 # Each command: its function, the options it knows (True: with a value) and whether it takes an operand.
 COMMANDS = {
     "enroll": (command_enroll, {}, False), "run": (command_run, {"--once": False}, False), "plan": (command_plan, {"--json": False}, False),
-    "status": (command_status, {"--json": False}, False), "capabilities": (command_capabilities, {"--json": False}, False),
+    "status": (command_status, {"--json": False}, False), "history": (command_history, {"--json": False}, False),
+    "doctor": (command_doctor, {}, False), "capabilities": (command_capabilities, {"--json": False}, False),
     "csr": (command_csr, {"--out": True}, False), "retry": (command_retry, {}, True), "unenroll": (command_unenroll, {"--purge": False}, False),
     "version": (command_version, {}, False)}
 GLOBAL_OPTIONS = {"-c": True, "-v": False, "-q": False, "--log-format": True}
