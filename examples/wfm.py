@@ -26,7 +26,7 @@ The state directory holds
     requests.jsonl             with --log-requests, every request: time, listener, client, method, path, headers, status
     faults.json                put there by you, read on each request: answers to spoil, to see what a client makes of it
 
-faults.json is a list; the first entry that fits a request and is not used up takes effect:
+faults.json is a list; the first entry that fits a request and is not used up takes effect (a list with a mistake: none, stderr says why):
     "method", "path", "client"   what it fits; left out: anything.  The path may hold * and is the one on the wire, with any prefix
     "times"                      how often; left out: always
     "delay"                      seconds to wait before anything else
@@ -45,6 +45,7 @@ The site's certificate is for the registry and for the discovery document and tr
 import argparse
 import base64
 import collections
+import contextlib
 import datetime
 import fnmatch
 import gzip
@@ -88,9 +89,11 @@ OCI_EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 IMMUTABLE = "private, max-age=31536000, immutable"
 
 MAX_BODY = 1024 * 1024          # bytes that a client may send
+MAX_DEPTH = 64                  # of objects and arrays within each other, that it may send
 MAX_VERSION = 2 ** 64 - 1       # manifestVersion is an unsigned 64 bit number
 GENERATIONS = 8                 # sets of deployments that stay fetchable, the current one included
 TIMEOUT = 30                    # seconds for a handshake, and for each wait for data
+LINGER = 2                      # seconds to wait for each piece of a body that is not wanted, and for the peer's goodbye
 TOKEN_LIFETIME = 300            # seconds
 PARTIAL_CHAIN = 0x80000         # ssl.VERIFY_X509_PARTIAL_CHAIN, which has that name since Python 3.10
 
@@ -235,13 +238,28 @@ def parse_json(body):
     def refuse(text):
         raise ValueError(f"{text} is not JSON")
 
+    def make_float(text):
+        if abs(float(text)) == float("inf"):
+            raise ValueError(f"{text} is too large a number")
+        return float(text)
+
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse)
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_float=make_float)
+        check_depth(value)
     except (ValueError, RecursionError) as error:
         raise Problem("invalid-request", f"the body is not one JSON document: {error}") from None
     if not isinstance(value, dict):
         raise Problem("invalid-request", "the body is not a JSON object")
     return value
+
+
+def check_depth(value):
+    """Raises ValueError if a value is nested too deeply to be written again."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [child for item in level if isinstance(item, (dict, list)) for child in (item.values() if isinstance(item, dict) else item)]
+    if level:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
 class Inspection:
@@ -626,6 +644,9 @@ def append_json(path, value):
 class Faults:
     """The spoiled answers that faults.json asks for; how often each was used is counted until the file changes."""
 
+    MEMBERS = {"method": "string", "path": "string", "client": "string", "times": "number", "delay": "number", "status": "integer",
+               "headers": "object", "body": "string", "late": "boolean", "close": "boolean", "corrupt": "boolean", "truncate": "integer"}
+
     def __init__(self, path):
         self.path, self.raw, self.entries, self.used = path, b"", [], []
         self.lock = threading.Lock()
@@ -650,13 +671,31 @@ class Faults:
             raw = b"[]"
         if raw != self.raw:
             try:
-                entries = json.loads(raw.decode())
-                if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-                    raise ValueError("it is no list of objects")
+                entries = self.check(json.loads(raw.decode()))
             except ValueError as error:
                 print(f"{now_text()} {self.path}: {error}; ignored", file=sys.stderr, flush=True)
                 entries = []
             self.raw, self.entries, self.used = raw, entries, [0] * len(entries)
+
+    def check(self, entries):
+        """The list of entries; raises ValueError with all that is wrong in it."""
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError("it is no list of objects")
+        found = Inspection()
+        for index, entry in enumerate(entries):
+            for key in entry:
+                if key == "problem" and not isinstance(entry[key], dict):
+                    found.member(entry, f"[{index}]", key, "string", words=PROBLEMS)
+                elif key in self.MEMBERS:
+                    found.member(entry, f"[{index}]", key, self.MEMBERS[key])
+                elif key != "problem":
+                    found.add(f"[{index}].{key}", "is not known")
+            headers = entry.get("headers")
+            for name in headers if isinstance(headers, dict) else ():
+                found.member(headers, f"[{index}].headers", name, "string")
+        if found.errors:
+            raise ValueError("; ".join(f"{error['field']} {error['message']}" for error in found.errors))
+        return entries
 
     @staticmethod
     def make_reply(entry):
@@ -665,8 +704,8 @@ class Faults:
         if isinstance(problem, str):
             return Problem(problem).reply()
         if isinstance(problem, dict):
-            status = entry.get("status", problem.get("status", 500))
-            return Reply(status, {"Content-Type": "application/problem+json"}, make_json(problem))
+            status = entry.get("status", problem.get("status"))
+            return Reply(status if is_kind(status, "integer") else 500, {"Content-Type": "application/problem+json"}, make_json(problem))
         if "status" in entry:
             return Reply(entry["status"], {}, b"") if "body" in entry else Problem(entry["status"]).reply()
         return None
@@ -1016,17 +1055,20 @@ def make_site_context(certificate, key):
 
 
 def load_anchors(path):
-    """The X.509 anchors of a SPIFFE bundle or of a PEM file, as DER; raises ValueError."""
+    """The X.509 anchors of a SPIFFE bundle or of a PEM file, as PEM (Python 3.7 with OpenSSL 3 takes no DER); raises ValueError."""
     with open(path, "rb") as file:
         text = file.read().decode("utf-8")
     if "-----BEGIN CERTIFICATE-----" in text:
         found = re.findall(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", text, re.DOTALL)
-        return b"".join(ssl.PEM_cert_to_DER_cert(item) for item in found)
-    keys = json.loads(text)["keys"]
-    anchors = [base64.b64decode(key["x5c"][0], validate=True) for key in keys if key.get("use") == "x509-svid"]
+        return "\n".join(found)
+    try:
+        keys = json.loads(text)["keys"]
+        anchors = [base64.b64decode(key["x5c"][0], validate=True) for key in keys if key.get("use") == "x509-svid"]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no SPIFFE trust bundle: {error!r}") from None
     if not anchors:
         raise ValueError(f"{path} holds no X.509 anchor")
-    return b"".join(anchors)
+    return "".join(map(ssl.DER_cert_to_PEM_cert, anchors))
 
 
 def load_spiffe_id(path):
@@ -1057,9 +1099,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout = TIMEOUT
     disable_nagle_algorithm = True
     wbufsize = -1
+    is_body_left = False            # whether part of the request was not read
 
     def handle_exchange(self):
-        split = urllib.parse.urlsplit(self.path)
+        try:
+            split = urllib.parse.urlsplit(self.path)
+        except ValueError as error:
+            self.send_error(400, f"the request target is no URL: {error}")
+            return
         client = self.server.site.find_client(self.connection.getpeercert()) if isinstance(self.server.site, Wfm) else None
         request = Request(self.command, split.path, urllib.parse.parse_qs(split.query), self.headers, b"", client)
         try:
@@ -1077,6 +1124,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             self.send_reply(reply, fault.get("truncate"))
+        if self.is_body_left:
+            self.drain()
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = do_OPTIONS = handle_exchange
 
@@ -1102,8 +1151,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             while size != 0:
                 line = self.rfile.readline(100).split(b";")[0].strip()
                 if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", line):
-                    self.close_connection = True
-                    raise Problem(400, "a chunk without a length")
+                    self.refuse_body(400, "a chunk without a length")
                 size = int(line, 16)
                 self.check_size(size + sum(map(len, pieces)))
                 pieces.append(self.rfile.read(size))
@@ -1112,18 +1160,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return b"".join(pieces)
         length = self.headers.get("Content-Length", "0")
         if not re.fullmatch("[0-9]{1,15}", length):
-            self.close_connection = True
-            raise Problem(400, "Content-Length is no number")
+            self.refuse_body(400, "Content-Length is no number")
         self.check_size(int(length))
         return self.rfile.read(int(length))
 
     def check_size(self, size):
         if size > MAX_BODY:
-            self.close_connection = True
-            for _ in range(16):             # a client that is still sending would not see the answer
-                if not self.rfile.read1(MAX_BODY):
+            self.refuse_body(413, f"a body may have {MAX_BODY} bytes")
+
+    def refuse_body(self, status, detail):
+        self.close_connection = self.is_body_left = True
+        raise Problem(status, detail)
+
+    def drain(self):
+        """Reads for a while what comes after the answer: a client that is still sending would not see it if the connection closed."""
+        self.connection.settimeout(LINGER)
+        with contextlib.suppress(OSError):
+            self.wfile.flush()
+            for _ in range(1024):           # of at most 16 KiB each
+                if not self.rfile.read1(65536):
                     break
-            raise Problem(413, f"a body may have {MAX_BODY} bytes")
 
     def send_reply(self, reply, cut=None):
         self.send_response(reply.status)
@@ -1175,11 +1231,16 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             return
         with connection:
             self.RequestHandlerClass(connection, client_address, self)
+            with contextlib.suppress(OSError, ValueError):
+                connection.settimeout(LINGER)
+                connection.unwrap()         # TLS has a goodbye, without which a peer may take the end for an attack
 
     def record(self, handler, client, status):
         """Notes a request in requests.jsonl, if it is wanted; status None: the connection was closed instead of an answer."""
         if self.requests_file:
-            headers = {name: value if name.lower() != "authorization" else value.partition(" ")[0] for name, value in handler.headers.items()}
+            headers = dict(handler.headers.items())
+            for name in [name for name in headers if name.lower() == "authorization"]:
+                headers[name] = headers[name].partition(" ")[0] if " " in headers[name] else "(not shown)"
             append_json(self.requests_file, {"time": now_text(), "listener": self.name, "client": client, "method": handler.command,
                                              "path": handler.path, "headers": headers, "status": status})
 

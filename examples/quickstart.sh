@@ -1,0 +1,160 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# The main job on real parts, in under two minutes, leaving nothing behind:
+#
+#   sh examples/quickstart.sh [--no-install]
+#
+# makes certificates, starts the example Workload Fleet Manager, publishes a small web server as a Compose Archive, lets the agent
+# install, update and remove it, and asks the application itself each time.  What is missing (podman, a container runtime, openssl,
+# curl, busybox) is installed by the system's package manager; --no-install only checks.  All else happens in a temporary folder.
+set -eu
+cd "$(dirname "$0")/.."
+repository=$(pwd)
+install=yes
+[ "${1:-}" = --no-install ] && install=no
+
+say() {
+    printf '\n\033[1m== %s\033[0m\n' "$*"
+}
+
+# need COMMAND PACKAGE: adds the package to the list of what is missing
+missing=
+need() {
+    command -v "$1" >/dev/null 2>&1 || [ -x "/usr/sbin/$1" ] || missing="$missing $2"
+}
+
+say "What this needs"
+need python3 python3
+need openssl openssl
+need curl curl
+need podman podman
+if ! command -v runc >/dev/null 2>&1 && ! command -v crun >/dev/null 2>&1 && [ ! -x /usr/sbin/runc ]; then missing="$missing runc"; fi
+[ -x /bin/busybox ] || missing="$missing busybox-static"
+if [ -n "$missing" ]; then
+    echo "missing:$missing"
+    if [ $install = no ]; then
+        echo "install these, or run without --no-install" >&2
+        exit 2
+    fi
+    sudo=
+    [ "$(id -u)" = 0 ] || sudo=sudo
+    if command -v apt-get >/dev/null 2>&1; then
+        echo "installing by apt-get:$missing"
+        $sudo apt-get update -qq
+        # shellcheck disable=SC2086
+        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing ca-certificates \
+            containernetworking-plugins >/dev/null
+    elif command -v dnf >/dev/null 2>&1; then
+        echo "installing by dnf:$missing"
+        # shellcheck disable=SC2086
+        $sudo dnf install -y -q $(echo "$missing" | sed 's/busybox-static/busybox/')
+    elif command -v apk >/dev/null 2>&1; then
+        echo "installing by apk:$missing"
+        # shellcheck disable=SC2086
+        $sudo apk add -q $missing
+    else
+        echo "no apt-get, dnf or apk here; install these by hand" >&2
+        exit 2
+    fi
+else
+    echo "everything is there"
+fi
+
+work=$(mktemp -d)
+wfm=
+finish() {
+    code=$?
+    trap - EXIT INT TERM
+    [ -z "$wfm" ] || kill "$wfm" 2>/dev/null || true
+    if command -v podman >/dev/null 2>&1; then
+        ids=$(podman ps --all --quiet --filter "label=org.margo.deployment=$deployment" 2>/dev/null || true)
+        # shellcheck disable=SC2086
+        [ -z "$ids" ] || podman rm --force $ids >/dev/null 2>&1 || true
+        podman network rm "web-${deployment}_default" >/dev/null 2>&1 || true
+        podman rmi --force localhost/margo-hello:1 >/dev/null 2>&1 || true
+    fi
+    rm -rf "$work"
+    if [ $code = 0 ]; then say "Done, and nothing is left behind"; else say "Failed (exit $code)" >&2; fi
+    exit $code
+}
+deployment=3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10
+trap finish EXIT
+trap 'exit 130' INT TERM
+
+say "A container image from busybox, and a look whether containers run here"
+mkdir -p "$work/image/bin" "$work/image/www" "$work/image/tmp"
+cp /bin/busybox "$work/image/bin/busybox"
+for name in sh echo httpd wget sleep true; do ln -s busybox "$work/image/bin/$name"; done
+tar -C "$work/image" -c . | podman import --quiet - localhost/margo-hello:1 >/dev/null
+if ! podman run --rm --net=none localhost/margo-hello:1 true >/dev/null 2>&1; then
+    # in some virtual machines the default runtime or its limits are refused: runc with smaller ones
+    printf '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]\n[engine]\nruntime = "runc"\n' > "$work/containers.conf"
+    export CONTAINERS_CONF="$work/containers.conf"
+    podman run --rm --net=none localhost/margo-hello:1 true
+fi
+podman --version
+
+say "Certificates: a test trust domain, the WFM's SVID, this device's SVID"
+sh examples/pki.sh "$work/pki"
+openssl x509 -in "$work/pki/client.pem" -noout -ext subjectAltName | tail -n 1
+
+say "The example Workload Fleet Manager, and the application as a Compose Archive in its registry"
+mkdir -p "$work/deployments" "$work/packages/hello/1.0.0" "$work/wfm"
+cp examples/hello/compose.yaml "$work/packages/hello/1.0.0/"
+python3 examples/wfm.py --listen localhost:0 --certificate "$work/pki/wfm.pem" --key "$work/pki/wfm.key" --trust-bundle "$work/pki/bundle.json" \
+    --deployments "$work/deployments" --state "$work/wfm" --registry localhost:0 --packages "$work/packages" \
+    --site-certificate "$work/pki/site.pem" --site-key "$work/pki/site.key" > "$work/wfm.log" 2>&1 &
+wfm=$!
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+    url=$(sed -n 's/^listening //p' "$work/wfm.log")
+    [ -n "$url" ] && break
+    sleep 1
+done
+registry=$(sed -n 's,^registry https://,,p' "$work/wfm.log")
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+cat "$work/wfm.log"
+
+# publish GREETING: the deployment of examples/hello, for this registry and port
+publish() {
+    sed -e "s,localhost:5000,$registry," -e "s,value: 8080,value: $port," -e "s,Hello from the edge,$1," examples/hello/deployment.yaml \
+        > "$work/deployment.new"
+    mv "$work/deployment.new" "$work/deployments/hello.yaml"
+}
+
+cat > "$work/agent.yaml" <<END
+state_dir: $work/state
+wfm: {url: "$url"}
+identity: {certificate: pki/client.pem, key: pki/client.key, trust_bundle: pki/bundle.json}
+device: {id: line-4-cell-2, vendor: Example Industries, modelNumber: EG-100, serialNumber: "0042"}
+runtime: {compose: builtin, engine: podman, settle: 1s}
+registries: {"$registry": {ca: pki/site-ca.pem}}
+END
+agent() {
+    echo "\$ margo_agent.py $*"
+    RUNTIME_DIRECTORY="$work/run" python3 "$repository/margo_agent.py" -c "$work/agent.yaml" "$@"
+}
+page() {
+    echo "\$ curl http://127.0.0.1:$port/"
+    curl --silent --show-error --fail --retry 20 --retry-delay 1 --retry-connrefused "http://127.0.0.1:$port/" | tee "$work/page"
+    grep -q "$1" "$work/page"
+}
+
+say "First poll: the agent enrolls, installs and reports"
+publish "Hello from the edge"
+agent run --once
+agent status
+page "Hello from the edge"
+
+say "A parameter changes at the WFM"
+publish "Good evening from line 4"
+agent plan
+agent run --once
+page "Good evening from line 4"
+
+say "The deployment is withdrawn"
+rm "$work/deployments/hello.yaml"
+agent run --once
+if curl --silent --max-time 2 "http://127.0.0.1:$port/"; then echo "it still answers" >&2; exit 1; fi
+
+say "What the WFM was told"
+grep -E 'capabilities|status' "$work/wfm.log" | cut -c 1-140
