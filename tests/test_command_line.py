@@ -1,0 +1,238 @@
+"""Section 19, Command line: commands, options, exit codes, output for people and for machines."""
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import unittest
+
+import margo_agent
+from tests import support
+from tests.support import HELLO
+
+COMMANDS = ("enroll", "run", "plan", "status", "history", "doctor", "capabilities", "csr", "retry", "unenroll", "version")
+
+
+def run(*arguments, **env):
+    return subprocess.run([sys.executable, support.AGENT] + list(arguments), env=dict({"PATH": os.environ["PATH"]}, **env),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60, stdin=subprocess.DEVNULL)
+
+
+class Arguments(unittest.TestCase):
+    def test_help_names_every_command_and_exit_code(self):
+        done = run("--help")
+        self.assertEqual(done.returncode, 0)
+        for word in COMMANDS + ("-c FILE", "$MARGO_CONFIG", "/etc/margo/agent.yaml", "70 a bug"):
+            self.assertIn(word, done.stdout)
+        self.assertEqual(run().returncode, 2)
+
+    def test_what_is_not_understood_is_named_with_what_would_be(self):
+        """Exit 2"""
+        for arguments, words in ((["fly"], ["fly", "unknown command", "enroll"]), (["run", "--twice"], ["--twice", "--once"]),
+                                 (["plan", "x"], ["x", "no such operand"]), (["-c"], ["-c", "needs a value"]), (["-v"], ["no command"]),
+                                 (["--log-format", "xml", "version"], ["--log-format", "text or json"]), (["csr", "--out"], ["--out", "needs a value"])):
+            with self.subTest(arguments=arguments):
+                done = run(*arguments)
+                self.assertEqual(done.returncode, 2)
+                for word in words:
+                    self.assertIn(word, done.stderr)
+
+    def test_options_may_stand_on_either_side_of_the_command(self):
+        folder = support.make_folder(self)
+        for arguments in (["-c", f"{folder}/none.yaml", "status"], ["status", "-c", f"{folder}/none.yaml"], [f"-c={folder}/none.yaml", "status"]):
+            done = run(*arguments)
+            self.assertEqual(done.returncode, 2)
+            self.assertIn(f"{folder}/none.yaml", done.stderr)
+
+    def test_the_configuration_is_found_by_the_environment(self):
+        done = run("status", MARGO_CONFIG="/nowhere/agent.yaml")
+        self.assertIn("/nowhere/agent.yaml", done.stderr)
+        self.assertIn("/etc/margo/agent.yaml", run("status").stderr)
+
+    def test_version_names_the_profiles(self):
+        self.assertEqual(run("version").stdout, f"margo_agent {margo_agent.__version__} (profiles: {', '.join(margo_agent.PROFILES)})\n")
+
+
+class Output(support.DeviceCase):
+    def setUp(self):
+        super().setUp()
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+
+    def test_status_json_is_the_contract_s_object(self):
+        self.device.cycle()
+        status = self.device.status()
+        self.assertEqual(set(status), {"version", "profile", "enrolled", "identity", "desiredState", "lastPoll", "outbox", "deployments"})
+        self.assertEqual((status["profile"], status["enrolled"], status["identity"]["id"]), ("mtls", True, support.CLIENT_ID))
+        self.assertEqual(status["desiredState"]["version"], 1)
+        for moment in (status["identity"]["notAfter"], status["desiredState"]["acceptedAt"], status["lastPoll"]["at"]):
+            self.assertTrue(re.match(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z", moment), moment)
+        (deployment,) = status["deployments"]
+        self.assertEqual((deployment["deploymentId"], deployment["name"], deployment["state"]), (HELLO, "hello", "installed"))
+        self.assertEqual(deployment["components"], [{"name": "web", "state": "installed", "error": {"code": "", "source": "", "message": ""}}])
+        self.assertTrue(deployment["digest"].startswith("sha256:"))
+
+    def test_status_before_anything_happened(self):
+        status = self.device.status()
+        self.assertEqual((status["enrolled"], status["desiredState"]["version"], status["deployments"], status["outbox"]), (False, None, [], 0))
+        self.assertIn("not enrolled", self.device.run("status").stdout)
+
+    def test_status_and_plan_for_people(self):
+        self.assertRegex(self.device.run("plan").stdout, rf"desired state: version 1\ninstall +{HELLO}  new\n")
+        self.engine.change(exits={"main": 4})
+        self.device.cycle(1)
+        text = self.device.run("status").stdout
+        for words in ("mtls, enrolled", support.CLIENT_ID, "version 1", "failed", "hello", "exited with code 4"):
+            self.assertIn(words, text)
+
+    def test_plan_json_is_the_contract_s_object(self):
+        document = json.loads(self.device.run("plan", "--json").stdout)
+        self.assertEqual(document, {"version": 1, "actions": [{"deploymentId": HELLO, "action": "install", "reason": "new"}]})
+
+    def test_the_log_is_one_line_an_event_in_text_or_json(self):
+        text = self.device.cycle()
+        for line in text.strip().split("\n"):
+            self.assertRegex(line, r"\A20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ (info|warning|error) ")
+        self.device.run("unenroll")
+        lines = [json.loads(line) for line in self.device.cycle(0, "--log-format", "json").strip().split("\n")]
+        self.assertTrue(all({"time", "level", "message"} <= set(line) for line in lines))
+        self.assertIn("desired state accepted", [line["message"] for line in lines])
+
+    def test_quiet_says_only_errors_and_verbose_more(self):
+        self.assertEqual(self.device.cycle(0, "-q"), "")
+        self.assertIn("debug", self.device.cycle(0, "-v"))
+
+    def test_what_a_wfm_says_cannot_write_to_the_terminal(self):
+        """Foreign text is escaped wherever it is shown."""
+        self.wfm.fault({"path": "/api/v1/deployments", "problem": {"type": "about:blank", "title": "\x1b[2Jgone\nfake line", "status": 400},
+                        "status": 400})
+        log = self.device.cycle(4)
+        self.assertNotIn("\x1b", log + self.device.run("status").stdout)
+        self.assertIn("\\x1b[2Jgone", log)
+
+    def test_a_reader_that_has_seen_enough_is_no_fault(self):
+        argv = " ".join(self.device.command("capabilities"))
+        done = subprocess.run(["sh", "-c", f"{argv} | true"], env=self.device.env, stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual(done.stderr, b"")
+
+    def test_retry_of_what_did_not_fail_says_so(self):
+        self.device.cycle()
+        self.assertIn("0 failed", self.device.run("retry").stdout)
+        done = self.device.run("retry", HELLO)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("no failed deployment", done.stderr)
+
+    def test_a_state_of_a_newer_agent_is_refused_untouched(self):
+        self.device.cycle()
+        path = os.path.join(self.device.state_dir, "state.json")
+        support.write(path, json.dumps(dict(self.device.state(), schema=2)))
+        log = self.device.cycle(3)
+        self.assertIn("schema 2", log)
+        self.assertEqual(self.device.state()["schema"], 2)
+
+
+class History(support.DeviceCase):
+    def test_it_tells_what_was_accepted_and_what_came_of_it(self):
+        """When, version, what changed, outcome; newest first, at most twenty."""
+        self.assertEqual(self.device.run("history").stdout, "")
+        text = support.make_deployment(registry=self.wfm.registry)
+        self.wfm.publish(text)
+        self.device.cycle()
+        self.engine.change(exits={"main": 3})
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry, parameters={"GREETING": "other"}))
+        self.device.cycle(1)
+        self.wfm.withdraw()
+        self.device.cycle()
+        newest, second, first = json.loads(self.device.run("history", "--json").stdout)["history"]
+        self.assertEqual((first["version"], first["added"], first["outcome"]), (1, [HELLO], "applied"))
+        self.assertEqual((second["changed"], second["outcome"]), ([HELLO], f"{HELLO} failed (INSTALL_FAILED)"))
+        self.assertEqual((newest["removed"], newest["outcome"]), ([HELLO], "applied"))
+        lines = self.device.run("history").stdout.split("\n")
+        self.assertRegex(lines[0], r"\A20\S+Z  version 3  1 removed  applied")
+
+    def test_it_is_bounded(self):
+        state = margo_agent.make_state()
+        for version in range(50):
+            state["history"] = margo_agent.make_history(state, [], version, "")
+        self.assertEqual([item["version"] for item in state["history"]], list(range(30, 50)))
+
+
+class Doctor(support.DeviceCase):
+    """P-18: everything a run needs, a line a check, and the mend."""
+
+    def check(self, code, *lines):
+        done = self.device.run("doctor")
+        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        for line in lines:
+            self.assertRegex(done.stdout, line)
+        self.assertFalse(os.path.exists(self.device.state_dir))
+
+    def test_all_is_well(self):
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+        self.check(0, r"(?m)^ok   state .*MiB free", r"(?m)^ok   engine    podman \(builtin\) answers", rf"(?m)^ok   identity  {support.CLIENT_ID}, \d+ days",
+                   rf"(?m)^ok   wfm       {self.wfm.url} is {support.WFM_ID}; version 1")
+        self.assertEqual({method for method, _, _ in self.wfm.requests()}, {"GET"})
+
+    def test_each_fault_is_named_and_the_other_checks_go_on(self):
+        self.engine.change(deaf=True)
+        self.wfm.stop()
+        self.check(1, "FAIL engine .*cannot connect to the engine", "ok   identity", "FAIL wfm .*refused")
+
+    def test_a_certificate_that_ends_soon_and_an_open_key_are_warnings(self):
+        os.chmod(self.pki.path("client.key"), 0o644)
+        self.check(0, "warn identity .*mode 0644; chmod 0600")
+        certificate, key = self.pki.issue("soon", [support.CLIENT_ID], start="-9d", end="+1d")
+        os.chmod(key, 0o600)
+        self.device.set("identity.certificate", certificate)
+        self.device.set("identity.key", key)
+        self.check(0, "warn identity .* 0 days left; have it renewed")
+
+    def test_a_state_directory_that_cannot_be_made_fails(self):
+        path = support.write(os.path.join(self.device.folder, "file"), "")
+        self.device.settings["state_dir"] = os.path.join(path, "state")
+        self.device.save()
+        self.check(1, f"FAIL state .*{path}", "ok   identity")
+
+
+class Module(unittest.TestCase):
+    def test_an_import_has_no_side_effect(self):
+        """Contract, As a module: nothing printed, no file touched, no module imported that only a command needs."""
+        code = ("import sys; before = set(sys.modules); import margo_agent; "
+                "print(sorted(m for m in set(sys.modules) - before if m in ('ssl', 'subprocess', 'json', 'socket', 'logging', 'tarfile')))")
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {support.ROOT!r}); {code}"],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+        self.assertEqual(done.stdout, b"[]\n")
+
+    def test_what_is_stable_is_exported(self):
+        self.assertEqual([name for name in margo_agent.__all__ if not hasattr(margo_agent, name)], [])
+
+    def test_main_returns_its_exit_code(self):
+        with open(os.devnull, "w") as nowhere:
+            stdout, sys.stdout = sys.stdout, nowhere
+            try:
+                self.assertEqual(margo_agent.main(["version"]), 0)
+            finally:
+                sys.stdout = stdout
+
+    def test_a_bug_is_one_line_and_seventy(self):
+        """The traceback is for whoever mends it, at debug level."""
+        code = f"import sys; sys.path.insert(0, {support.ROOT!r}); import margo_agent; margo_agent.load_config = None; " \
+               "sys.exit(margo_agent.main(sys.argv[1:]))"
+        for options, lines in (([], 1), (["-v"], None)):
+            done = subprocess.run([sys.executable, "-c", code] + options + ["status"], stderr=subprocess.PIPE, timeout=60)
+            self.assertEqual(done.returncode, 70)
+            self.assertIn(b"bug: TypeError", done.stderr)
+            if lines:
+                self.assertEqual(done.stderr.count(b"\n"), lines)
+
+    def test_it_is_installed_as_a_command(self):
+        with open(os.path.join(support.ROOT, "pyproject.toml")) as file:
+            text = file.read()
+        self.assertIn('margo-agent = "margo_agent:main"', text)
+        self.assertIn("dependencies = []", text)
+        module, function = re.search(r'margo-agent = "(\w+):(\w+)"', text).groups()
+        self.assertTrue(callable(getattr(importlib.import_module(module), function)))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,331 @@
+"""Section 9, Desired state: bytes to manifest and deployments, each rule of the wire checked, each refusal naming the field."""
+import gzip
+import io
+import json
+import tarfile
+import unittest
+
+import margo_agent
+from tests import support
+from tests.support import HELLO, digest
+
+BASE = "https://wfm.example:8443/margo"
+OTHER = "9c1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a11"
+
+
+def make_manifest(**changes):
+    """A valid manifest with one deployment as a value, and some members changed (None as a word: dropped)."""
+    document, bundle = digest(b"document"), digest(b"bundle")
+    manifest = {"manifestVersion": 7,
+                "bundle": {"mediaType": "application/vnd.margo.bundle.v1+tar+gzip", "digest": bundle, "sizeBytes": 900,
+                           "url": f"/api/v1/bundles/{bundle}"},
+                "deployments": [{"deploymentId": HELLO, "digest": document, "sizeBytes": 300,
+                                 "url": f"/api/v1/deployments/{HELLO}/{document}"}]}
+    manifest.update(changes)
+    return {key: value for key, value in manifest.items() if value != "dropped"}
+
+
+def parse(manifest):
+    return margo_agent.parse_manifest(json.dumps(manifest).encode(), BASE)
+
+
+def entry(**changes):
+    return [dict(make_manifest()["deployments"][0], **changes)]
+
+
+def bundle(**changes):
+    return dict(make_manifest()["bundle"], **changes)
+
+
+class Manifest(unittest.TestCase):
+    def test_a_manifest_is_read_whole(self):
+        manifest = parse(make_manifest())
+        self.assertEqual((manifest.version, manifest.bundle_digest, manifest.bundle_size), (7, digest(b"bundle"), 900))
+        self.assertEqual(manifest.entries, [margo_agent.ManifestEntry(HELLO, digest(b"document"), 300)])
+
+    def test_no_deployments_and_no_bundle_mean_that_nothing_should_run(self):
+        """C-114: an empty desired state is a desired state."""
+        manifest = parse(make_manifest(deployments=[], bundle=None))
+        self.assertEqual((manifest.entries, manifest.bundle_digest), ([], None))
+
+    def test_unknown_members_are_ignored(self):
+        """C-116: a newer WFM may say more."""
+        manifest = parse(make_manifest(comment="later", deployments=entry(note=1), bundle=bundle(note=2)))
+        self.assertEqual(len(manifest.entries), 1)
+
+    def test_versions_keep_their_full_precision(self):
+        """D-5: no version passes through a float."""
+        for version in (1, 2 ** 24 + 1, 2 ** 53 + 1, 2 ** 64 - 1):
+            self.assertEqual(parse(make_manifest(manifestVersion=version)).version, version)
+
+    def test_every_fault_of_a_manifest_refuses_it_and_is_named(self):
+        """C-107, C-109, C-058: exit code 4, with the field."""
+        sha512 = "sha512:" + "a" * 128
+        table = (
+            ("manifestVersion", make_manifest(manifestVersion=0)), ("manifestVersion", make_manifest(manifestVersion=-1)),
+            ("manifestVersion", make_manifest(manifestVersion=2 ** 64)), ("manifestVersion", make_manifest(manifestVersion=1.5)),
+            ("manifestVersion", make_manifest(manifestVersion="7")), ("manifestVersion", make_manifest(manifestVersion=True)),
+            ("manifestVersion", make_manifest(manifestVersion="dropped")), ("deployments", make_manifest(deployments="dropped")),
+            ("deployments", make_manifest(deployments={})), ("deployments[0]", make_manifest(deployments=[7])),
+            ("deployments[0].deploymentId", make_manifest(deployments=entry(deploymentId="../../etc"))),
+            ("deployments[0].deploymentId", make_manifest(deployments=entry(deploymentId=None))),
+            ("deployments[0].digest", make_manifest(deployments=entry(digest=sha512))),
+            ("deployments[0].digest", make_manifest(deployments=entry(digest=digest(b"document").upper()))),
+            ("deployments[0].digest", make_manifest(deployments=entry(digest=digest(b"document") + "\n"))),
+            ("deployments[0].digest", make_manifest(deployments=entry(digest=" " + digest(b"document")))),
+            ("occurs twice", make_manifest(deployments=entry() + entry(deploymentId=HELLO.upper()))),
+            ("deployments[0].url", make_manifest(deployments=entry(url=7))),
+            ("another origin", make_manifest(deployments=entry(url="https://evil.example/x"))),
+            ("another origin", make_manifest(deployments=entry(url=f"http://wfm.example:8443/api/v1/deployments/{HELLO}/x"))),
+            ("does not end with", make_manifest(deployments=entry(url=f"/api/v1/deployments/{HELLO}/{digest(b'other')}"))),
+            ("does not end with", make_manifest(deployments=entry(url=f"/../api/v1/deployments/{HELLO}/{digest(b'document')}"))),
+            ("bundle: missing", make_manifest(bundle="dropped")), ("if and only if", make_manifest(bundle=None)),
+            ("if and only if", make_manifest(deployments=[])), ("bundle", make_manifest(bundle=[])),
+            ("bundle.mediaType", make_manifest(bundle=bundle(mediaType="application/gzip"))),
+            ("bundle.digest", make_manifest(bundle=bundle(digest=sha512))),
+            ("bundle.url", make_manifest(bundle=bundle(url="https://wfm.example/api/v1/bundles/" + digest(b"bundle")))))
+        for expected, manifest in table:
+            with self.subTest(expected=expected, manifest=manifest):
+                with self.assertRaises(margo_agent.Refused) as caught:
+                    parse(manifest)
+                self.assertIn(expected, caught.exception.message)
+                self.assertEqual(caught.exception.exit, 4)
+
+    def test_json_that_leaves_doubt_is_refused(self):
+        valid = json.dumps(make_manifest())
+        for text in (b"", b"[]", b"null", b"\xff\xfe", valid.encode("utf-16"), valid.replace("{", '{"manifestVersion": 9, ', 1).encode(),
+                     valid.replace("900", "NaN").encode(), b"[" * 100000, b"<html>Please sign in</html>"):
+            with self.subTest(text=text[:30]):
+                with self.assertRaises(margo_agent.Refused):
+                    margo_agent.parse_manifest(text, BASE)
+
+    def test_sizes_are_advice(self):
+        """C-110: a wrong or odd size never refuses anything."""
+        for size, known in ((None, None), ("many", None), (-1, None), (True, None), (1e9, 10 ** 9), (5, 5)):
+            self.assertEqual(parse(make_manifest(deployments=entry(sizeBytes=size))).entries[0].size, known)
+
+    def test_urls_may_be_absolute_relative_or_escaped(self):
+        document = digest(b"document")
+        for url in (f"{BASE}/api/v1/deployments/{HELLO}/{document}", f"/api/v1/deployments/{HELLO}/{document.replace(':', '%3A')}",
+                    f"/margo/api/v1/deployments/{HELLO}/{document}"):
+            self.assertEqual(len(parse(make_manifest(deployments=entry(url=url))).entries), 1)
+
+
+class Version(unittest.TestCase):
+    ACCEPTED = {"version": 7, "digest": digest(b"seven")}
+
+    def check(self, version, content, accepted=ACCEPTED):
+        return margo_agent.check_version(margo_agent.Manifest(version, None, None, []), digest(content), accepted)
+
+    def test_the_first_and_any_higher_version_is_new(self):
+        self.assertTrue(self.check(1, b"one", None))
+        self.assertTrue(self.check(8, b"eight"))
+
+    def test_the_same_bytes_again_are_no_news(self):
+        """C-119: equal version, equal bytes."""
+        self.assertFalse(self.check(7, b"seven"))
+
+    def test_an_older_version_and_the_same_with_other_content_are_refused(self):
+        """C-103, C-104, D-5: a replay names both versions and what an operator can do."""
+        for version, content in ((6, b"six"), (7, b"other"), (6, b"seven")):
+            with self.assertRaises(margo_agent.Refused) as caught:
+                self.check(version, content)
+            for word in (f"version {version}", "accepted: 7", "unenroll"):
+                self.assertIn(word, caught.exception.message)
+
+
+def load(text):
+    return margo_agent.parse_deployment(text.encode(), HELLO)
+
+
+def change(path, value, text=None):
+    """A valid deployment with the member at a dotted path changed, or dropped where value is `...`."""
+    document = json.loads(text or support.make_deployment(parameters={"GREETING": "hi"}))
+    place, names = document, path.split(".")
+    for name in names[:-1]:
+        place = place[int(name) if name.isdigit() else name]
+    if value is ...:
+        place.pop(names[-1])
+    else:
+        place[int(names[-1]) if names[-1].isdigit() else names[-1]] = value
+    return json.dumps(document)
+
+
+PROFILE = "spec.deploymentProfile"
+FIRST = f"{PROFILE}.components.0"
+
+
+class Deployment(unittest.TestCase):
+    def test_a_deployment_is_read_whole(self):
+        deployment = load(support.make_deployment(parameters={"GREETING": "hi"}, timeout="2m5s", wait=False))
+        self.assertEqual((deployment.name, deployment.namespace, deployment.device_id, deployment.type),
+                         ("hello", "margo-demo", support.DEVICE, "compose"))
+        self.assertEqual(deployment.components, [margo_agent.Component("web", "oci://localhost:5000/web", "1.0.0", False, 125)])
+        self.assertEqual(deployment.parameters, [margo_agent.Parameter("greeting", "hi", [("GREETING", ["web"])])])
+
+    def test_wait_is_true_by_default_and_may_be_spelt_as_text(self):
+        """C-151"""
+        for value, expected in ((..., True), (True, True), ("True", True), ("false", False)):
+            text = support.make_deployment() if value is ... else support.make_deployment(wait=value)
+            self.assertIs(load(text).components[0].wait, expected)
+
+    def test_unknown_members_and_extensions_are_ignored_wherever_they_stand(self):
+        """C-116"""
+        for path in ("x-acme-extensions", "metadata.x-acme-extensions", "spec.x-acme-extensions", f"{PROFILE}.x-acme-extensions",
+                     f"{FIRST}.x-acme-extensions", f"{FIRST}.properties.x-acme-extensions", "spec.parameters.greeting.x-acme-extensions"):
+            self.assertEqual(load(change(path, {"anything": [1, {"b": None}]})).name, "hello")
+
+    def test_a_document_of_another_deployment_is_refused(self):
+        """C-115: a swapped document never runs under another's name."""
+        with self.assertRaises(margo_agent.ComponentError) as caught:
+            load(support.make_deployment(deployment_id=OTHER))
+        self.assertIn(OTHER, caught.exception.message)
+        self.assertEqual(caught.exception.code, "INVALID_DEPLOYMENT")
+
+    def test_every_fault_fails_the_deployment_and_is_named(self):
+        """D-20, D-26: the code is INVALID_DEPLOYMENT, the message names the field."""
+        table = (
+            ("id:", "id", "short"), ("metadata:", "metadata", []), ("spec:", "spec", ...), ("metadata.name", "metadata.name", "Not A Name"),
+            ("metadata.namespace", "metadata.namespace", ...), ("metadata.deviceId", "metadata.deviceId", "a/*/b"),
+            ("spec.applicationId", "spec.applicationId", "Upper"), (f"{PROFILE}:", PROFILE, "compose"),
+            ("components:", f"{PROFILE}.components", []), ("components:", f"{PROFILE}.components", {}), ("components[0]:", FIRST, "web"),
+            ("components[0].name", f"{FIRST}.name", "-web"), ("components[0].properties", f"{FIRST}.properties", ...),
+            ("repository", f"{FIRST}.properties.repository", "https://example.com/web"), ("revision", f"{FIRST}.properties.revision", "v1.0"),
+            ("revision", f"{FIRST}.properties.revision", "1.0.0+build"), ("timeout", f"{FIRST}.properties.timeout", "90s"),
+            ("wait", f"{FIRST}.properties.wait", "perhaps"), ("spec.parameters:", "spec.parameters", []),
+            ("spec.parameters.greeting.targets", "spec.parameters.greeting", {"value": 1}),
+            ("spec.parameters.greeting.value", "spec.parameters.greeting.value", {"a": 1}),
+            ("spec.parameters.greeting.targets", "spec.parameters.greeting.targets.0", {"pointer": "X"}),
+            ("deviceConstraints:", f"{PROFILE}.deviceConstraints", []),
+            ("memory", f"{PROFILE}.deviceConstraints", {"capacityRequirements": {"memory": "1 Gi"}}),
+            ("cpu.cores", f"{PROFILE}.deviceConstraints", {"capacityRequirements": {"cpu": {"cores": "two"}}}))
+        for expected, path, value in table:
+            with self.subTest(path=path, value=value):
+                with self.assertRaises(margo_agent.ComponentError) as caught:
+                    load(change(path, value))
+                self.assertIn(expected, caught.exception.message)
+                self.assertEqual(caught.exception.code, "INVALID_DEPLOYMENT")
+
+    def test_a_type_that_nothing_here_runs_has_a_code_of_its_own(self):
+        """C-168"""
+        with self.assertRaises(margo_agent.ComponentError) as caught:
+            load(change(f"{PROFILE}.type", "wasm"))
+        self.assertEqual(caught.exception.code, "UNSUPPORTED_TYPE")
+        self.assertIn("'wasm'", caught.exception.message)
+
+    def test_two_components_of_one_name_are_refused(self):
+        with self.assertRaises(margo_agent.ComponentError) as caught:
+            load(support.make_deployment(components=(("web", "1.0.0"), ("web", "1.1.0"))))
+        self.assertIn("occurs twice", caught.exception.message)
+
+    def test_yaml_that_is_no_single_document_names_the_line(self):
+        for text, place in (("id: 1\nid: 2\n", "line 2"), ("a: 1\n---\nb: 2\n", "line 2"), ("a: [1\n", "line"), ("- 1\n", "not a mapping")):
+            with self.assertRaises(margo_agent.ComponentError) as caught:
+                load(text)
+            self.assertIn(place, caught.exception.message)
+
+
+def parameters(*items):
+    """A Deployment with (name, value, pointer, components) as its parameters."""
+    return margo_agent.Deployment(HELLO, "hello", "x", support.DEVICE, "compose", [], [
+        margo_agent.Parameter(name, value, [(pointer, list(names))]) for name, value, pointer, names in items], None)
+
+
+class Variables(unittest.TestCase):
+    def test_a_parameter_reaches_the_components_it_names_and_no_other(self):
+        """C-180, C-182"""
+        deployment = parameters(("a", "1", "A", ["web"]), ("b", "2", "B", ["db", "web"]), ("c", "3", "C", ["db"]))
+        self.assertEqual(margo_agent.make_variables(deployment, "web"), {"A": "1", "B": "2"})
+        self.assertEqual(margo_agent.make_variables(deployment, "db"), {"B": "2", "C": "3"})
+
+    def test_values_become_text_as_they_were_spelt(self):
+        """C-183: 1.10 stays 1.10."""
+        for spelt, expected in (("1.10", "1.10"), ("007", "007"), ("0x1F", "0x1F"), ("true", "true"), ("1e3", "1e3"), ("[1, a]", '[1,"a"]'),
+                                ("'quoted'", "quoted"), ('"two\\nlines"', "two\nlines")):
+            value = margo_agent.load_yaml(f"value: {spelt}\n")["value"]
+            self.assertEqual(margo_agent.make_variables(parameters(("p", value, "P", ["web"])), "web"), {"P": expected})
+
+    def test_null_is_not_set_and_the_later_parameter_wins(self):
+        deployment = parameters(("a", None, "A", ["web"]), ("b", "1", "B", ["web"]), ("c", "2", "B", ["web"]))
+        self.assertEqual(margo_agent.make_variables(deployment, "web"), {"B": "2"})
+
+    def test_names_that_would_steer_a_tool_are_refused(self):
+        """C-184, D-18"""
+        for pointer in ("COMPOSE_FILE", "docker_host", "CONTAINERS_CONF", "Podman_X", "CONTAINER_HOST", "A-B", "1A", "", "A=B", "A\nB"):
+            with self.subTest(pointer=pointer):
+                with self.assertRaises(margo_agent.ComponentError) as caught:
+                    margo_agent.make_variables(parameters(("p", "v", pointer, ["web"])), "web")
+                self.assertEqual(caught.exception.code, "PARAMETER_INVALID")
+                self.assertNotIn("'v'", caught.exception.message)
+
+    def test_names_that_differ_only_in_case_are_refused(self):
+        """D-18"""
+        with self.assertRaises(margo_agent.ComponentError) as caught:
+            margo_agent.make_variables(parameters(("a", "1", "Name", ["web"]), ("b", "2", "NAME", ["web"])), "web")
+        self.assertIn("differ only in case", caught.exception.message)
+
+
+class ProjectName(unittest.TestCase):
+    def test_a_name_holds_component_and_deployment(self):
+        self.assertEqual(margo_agent.make_project_name("web", HELLO), f"web-{HELLO}")
+
+    def test_no_two_deployments_meet_in_one_name(self):
+        """D-19, D-20: also where the beginning is equal, or the tool's limit cuts the name."""
+        ids = [HELLO, HELLO[:-1] + "1", HELLO[:-1] + "2", OTHER]
+        names = [margo_agent.make_project_name(component, item) for item in ids for component in ("web", "web-", "w" * 60, "w" * 61, "web.a")]
+        self.assertEqual(len(set(names)), len(names))
+        self.assertTrue(all(len(name) <= 63 and name == name.lower() for name in names))
+
+    def test_the_case_of_an_id_changes_nothing(self):
+        self.assertEqual(margo_agent.make_project_name("web", HELLO.upper()), margo_agent.make_project_name("web", HELLO))
+
+
+def make_bundle(files):
+    """tar+gzip of {name: bytes or TarInfo}."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+            archive.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return buffer.getvalue()
+
+
+ENTRIES = [margo_agent.ManifestEntry(HELLO, digest(b"one"), 3), margo_agent.ManifestEntry(OTHER, digest(b"two"), 3)]
+
+
+class Bundle(unittest.TestCase):
+    def refuse(self, data, expected, limit=10 ** 6):
+        with self.assertRaises(margo_agent.Refused) as caught:
+            margo_agent.parse_bundle(data, ENTRIES, limit)
+        self.assertIn(expected, caught.exception.message)
+
+    def test_entries_are_matched_by_digest_whatever_their_names(self):
+        """C-117"""
+        found = margo_agent.parse_bundle(make_bundle({"x/y": b"two", "../../etc/passwd": b"one"}), ENTRIES, 10 ** 6)
+        self.assertEqual(found, {digest(b"one"): b"one", digest(b"two"): b"two"})
+
+    def test_more_or_less_than_the_manifest_names_is_refused(self):
+        """C-106"""
+        self.refuse(make_bundle({"a": b"one"}), digest(b"two"))
+        self.refuse(make_bundle({"a": b"one", "b": b"two", "c": b"three"}), digest(b"three"))
+
+    def test_odd_entries_are_refused(self):
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        self.refuse(make_bundle({"a": b"one", "b": b"two", "link": link}), "link")
+
+    def test_what_is_no_archive_is_refused(self):
+        whole = make_bundle({"a": b"one", "b": b"two"})
+        for data, words in ((b"", "cut short"), (b"garbage", "tar+gzip"), (whole[:-9], "cut short"), (whole + b"x", "follows"),
+                            (gzip.compress(b"no tar at all" * 100), "")):
+            self.refuse(data, words)
+
+    def test_what_unpacks_to_too_much_is_refused_before_it_is_unpacked(self):
+        """D-8"""
+        self.refuse(gzip.compress(b"\0" * 5000000), "more than 1000000")
+
+
+if __name__ == "__main__":
+    unittest.main()

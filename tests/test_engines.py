@@ -1,0 +1,326 @@
+"""Sections 14 and 16 on real parts: podman by the builtin driver, Docker Compose v2 on podman's API socket, podman-compose.
+
+The agent runs as a process against the example WFM; what is asserted is what the engine shows and what the applications answer.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import unittest
+import urllib.request
+
+from tests import support
+from tests.support import HELLO, IMAGE
+
+SERVE = "mkdir -p /tmp/www && echo \"$$GREETING\" > /tmp/www/index.html && exec httpd -f -p 8080 -h /tmp/www"
+
+
+def service(**members):
+    return dict({"image": IMAGE, "init": True, "command": ["sleep", "100000"]}, **members)
+
+
+def web(port, **members):
+    """A service that answers with its GREETING."""
+    return service(**dict({"command": ["sh", "-c", SERVE], "environment": ["GREETING"], "ports": [f"127.0.0.1:{port}:8080"]}, **members))
+
+
+def fetch(port):
+    """The page that is served on a port of loopback, waiting for it to come up."""
+    def ask():
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                return answer.read().decode().strip()
+        except OSError:
+            return None
+    return support.wait_for(ask, 20, f"an answer on port {port}")
+
+
+class EngineCase(unittest.TestCase):
+    compose, separator = "builtin", "-"
+
+    @classmethod
+    def setUpClass(cls):
+        cls.engine = support.Engine(cls)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.engine.close()
+
+    def setUp(self):
+        self.addCleanup(self.engine.clean)
+        self.pki = support.Pki(self)
+        self.wfm = support.Wfm(self, self.pki)
+        self.device = support.Device(self, self.pki, self.wfm, self.engine, {"runtime.compose": self.compose, "runtime.settle": "1s"})
+
+    def publish(self, services, tag="1.0.0", parameters=None, files=None, members=None, **options):
+        """Makes a compose file of these services the one component `web` of the desired state."""
+        self.wfm.add_package(support.make_compose(services, **(members or {})), tag=tag, **(files or {}))
+        self.wfm.publish(support.make_deployment(components=(("web", tag),), registry=self.wfm.registry, parameters=parameters, **options))
+
+    def name(self, service_name="main"):
+        return self.separator.join((f"web-{HELLO}", service_name, "1"))
+
+    def nothing_is_left(self):
+        networks = [line for line in self.engine.podman("network", "ls", "--format", "{{.Name}}").split() if line != "podman"]
+        return (self.engine.containers(), networks) == ({}, [])
+
+
+class Life(EngineCase):
+    """One application from its first day to its last; run again below on each compose provider."""
+
+    def test_install_unchanged_update_drift_and_removal(self):
+        """C-113, C-130, C-163, C-180, D-3, D-10, D-23"""
+        port = support.free_port()
+        self.publish({"main": web(port), "side": service()}, parameters={"GREETING": "first"})
+        self.device.cycle()
+        self.assertEqual(fetch(port), "first")
+        before = self.engine.containers()
+        self.assertEqual(set(before), {self.name(), self.name("side")})
+        self.device.cycle()
+        self.assertEqual(self.engine.containers(), before)
+
+        self.publish({"main": web(port), "side": service()}, parameters={"GREETING": "$second `two` \"x\""})
+        self.device.cycle()
+        self.assertEqual(fetch(port), "$second `two` \"x\"")
+        after = self.engine.containers()
+        self.assertNotEqual(after[self.name()], before[self.name()])
+        self.assertEqual(after[self.name("side")], before[self.name("side")])
+
+        self.engine.podman("stop", "--time=1", self.name())
+        self.assertIn("drift", self.device.cycle())
+        self.assertEqual(fetch(port), "$second `two` \"x\"")
+        self.engine.podman("rm", "--force", "--time=1", self.name())
+        self.device.cycle()
+        self.assertEqual(fetch(port), "$second `two` \"x\"")
+
+        self.wfm.withdraw()
+        self.device.cycle()
+        self.assertTrue(self.nothing_is_left())
+        self.assertEqual(self.wfm.statuses()[-2:], ["removing", "removed"])
+
+    def test_labels_and_names_are_the_contract_s(self):
+        self.publish({"main": service()})
+        self.device.cycle()
+        (item,) = json.loads(self.engine.podman("ps", "--format", "json"))
+        self.assertEqual((item["Labels"]["org.margo.deployment"], item["Labels"]["org.margo.component"]), (HELLO, "web"))
+        self.assertTrue(item["Names"][0].startswith(f"web-{HELLO}"))
+
+    def test_a_named_volume_keeps_its_data_over_updates(self):
+        """D-10"""
+        for round_number in ("1", "2"):
+            command = f"echo {round_number} >> /data/log; cat /data/log > /data/seen; exec sleep 100000"
+            self.publish({"main": service(command=["sh", "-c", command], volumes=["data:/data"])}, tag=f"{round_number}.0.0",
+                         members={"volumes": {"data": {}}})
+            self.device.cycle()
+        self.assertEqual(self.engine.podman("exec", self.name(), "cat", "/data/seen").split(), ["1", "2"])
+
+    def test_a_crash_is_a_failure_with_the_last_words_and_a_way_back(self):
+        """C-164, D-12, P-6, P-8"""
+        port = support.free_port()
+        self.publish({"main": web(port)}, parameters={"GREETING": "good"})
+        self.device.cycle()
+        crash = service(command=["sh", "-c", "echo cannot find the valve; sleep 0.3; exit 3"], restart="always")
+        self.publish({"main": crash}, tag="2.0.0", parameters={"GREETING": "good"})
+        self.device.cycle(1)
+        error = self.wfm.reports()[-1]["body"]["components"][0]["error"]["message"]
+        for words in ("service main exited with code", "cannot find the valve", "the version before runs again"):
+            self.assertIn(words, error)
+        self.assertEqual(fetch(port), "good")
+
+    def test_a_one_shot_that_ends_well_is_done(self):
+        """P-17"""
+        self.publish({"setup": service(command=["true"], init=False), "main": service(
+            depends_on={"setup": {"condition": "service_completed_successfully"}})})
+        self.device.cycle()
+        before = self.engine.containers()
+        self.device.cycle()
+        self.assertEqual(self.engine.containers(), before)
+
+    def test_parameters_do_not_steer_the_tools(self):
+        """C-184, D-18: PATH and LD_PRELOAD are the container's alone."""
+        self.publish({"main": service(environment=["LD_PRELOAD", "GREETING"])}, parameters={"LD_PRELOAD": "/nowhere.so", "GREETING": "x"})
+        self.device.cycle()
+        self.assertIn("/nowhere.so", json.dumps(json.loads(self.engine.podman("inspect", self.name()))[0]["Config"]["Env"]))
+
+
+class Builtin(EngineCase):
+    def inside(self, *command, service_name="main"):
+        return self.engine.podman("exec", self.name(service_name), *command).strip()
+
+    def test_settings_of_a_service_take_effect_in_the_container(self):
+        main = service(environment={"A": "1.10", "B": "two words", "C": None}, env_file=["more.env"], user="1000:1000", working_dir="/tmp",
+                       hostname="cell", read_only=True, tmpfs=["/scratch"], cap_drop=["ALL"], ulimits={"nofile": {"soft": 100, "hard": 200}, "nproc": 1024},
+                       extra_hosts=["valve:10.1.2.3"], labels={"com.example.x": "y"}, stop_signal="SIGINT", stop_grace_period="3s",
+                       volumes=["./page.html:/page.html:ro", {"type": "tmpfs", "target": "/t2"}], configs=[{"source": "c", "target": "/etc/app.conf"}],
+                       mem_limit="64m", entrypoint=["sh", "-c"], command=["exec sleep 100000"])
+        self.publish({"main": main}, files={"more.env": "D=from file\nE='quoted $x'\n", "page.html": "hi"},
+                     members={"configs": {"c": {"content": "key = value"}}})
+        self.device.cycle()
+        env = dict(line.split("=", 1) for line in self.inside("env").split("\n"))
+        self.assertEqual({key: env.get(key) for key in "ABCDE"}, {"A": "1.10", "B": "two words", "C": None, "D": "from file", "E": "quoted $x"})
+        self.assertEqual(self.inside("sh", "-c", "id -u; id -g; pwd; cat /etc/hostname /page.html /etc/app.conf").split("\n"),
+                         ["1000", "1000", "/tmp", "cellhikey = value"])
+        self.assertEqual(self.inside("sh", "-c", "touch /x 2>/dev/null || echo ro"), "ro")
+        self.assertRegex(self.inside("cat", "/proc/1/limits"), r"Max open files +100 +200")
+        self.assertIn("10.1.2.3", self.inside("cat", "/etc/hosts"))
+        facts = json.loads(self.engine.podman("inspect", self.name()))[0]
+        self.assertEqual((facts["Config"]["Labels"]["com.example.x"], facts["HostConfig"]["Memory"]), ("y", 64 * 1024 * 1024))
+        self.assertEqual(facts["EffectiveCaps"] or [], [])
+        self.assertTrue(facts["HostConfig"]["Init"])
+
+    def test_a_health_check_is_run_although_no_systemd_runs_it(self):
+        """C-165: healthy, and then what waits for it."""
+        check = {"test": ["CMD-SHELL", "test -e /tmp/ready"], "interval": "1s", "retries": 30}
+        self.publish({"main": service(command=["sh", "-c", "sleep 1; touch /tmp/ready; exec sleep 100000"], healthcheck=check),
+                      "after": service(depends_on={"main": {"condition": "service_healthy"}})})
+        self.device.cycle()
+        facts = {name: json.loads(self.engine.podman("inspect", self.name(name)))[0]["State"]["StartedAt"] for name in ("main", "after")}
+        self.assertLess(facts["main"], facts["after"])
+
+    def test_a_service_that_never_gets_well_is_unhealthy(self):
+        check = {"test": ["CMD", "false"], "interval": "1s", "retries": 2}
+        self.publish({"main": service(healthcheck=check)})
+        self.device.cycle(1)
+        error = self.wfm.reports()[-1]["body"]["components"][0]["error"]
+        self.assertEqual(error["code"], "UNHEALTHY")
+        self.assertIn("main is unhealthy", error["message"])
+
+    def test_networks_are_made_joined_and_removed(self):
+        self.publish({"a": service(networks=["front", "back"]), "b": service(networks={"back": {"aliases": ["db"]}}),
+                      "c": service(network_mode="none"), "d": service(network_mode="service:a", depends_on=["a"])},
+                     members={"networks": {"front": {}, "back": {"internal": True}}})
+        self.device.cycle()
+        joined = json.loads(self.engine.podman("inspect", self.name("a")))[0]["NetworkSettings"]["Networks"]
+        self.assertEqual(set(joined), {f"web-{HELLO}_front", f"web-{HELLO}_back"})
+        links = [self.inside("ls", "/sys/class/net", service_name=name).split() for name in "acd"]
+        self.assertEqual((links[1], links[2]), (["lo"], links[0]))
+        self.wfm.withdraw()
+        self.device.cycle()
+        self.assertTrue(self.nothing_is_left())
+
+    def test_what_the_policy_denies_is_never_started(self):
+        for member, value in (("privileged", True), ("pid", "host"), ("cap_add", ["SYS_ADMIN"]), ("devices", ["/dev/null"]),
+                              ("volumes", ["/etc:/host"])):
+            self.publish({"main": service(**{member: value})}, tag="1.0.0" if member == "privileged" else f"1.0.{len(member)}")
+            self.device.cycle(1)
+            self.assertEqual(self.wfm.reports()[-1]["body"]["components"][0]["error"]["code"], "POLICY_DENIED")
+            self.assertEqual(self.engine.containers(), {})
+
+    def test_downtime_of_an_update_is_only_that_of_the_changed_service(self):
+        """P-20: the new image and container are settled before the old one stops; the neighbour never does."""
+        ports = [support.free_port(), support.free_port()]
+        self.publish({"main": web(ports[0]), "neighbour": web(ports[1], environment={"GREETING": "still here"})}, parameters={"GREETING": "a"})
+        self.device.cycle()
+        started = json.loads(self.engine.podman("inspect", self.name("neighbour")))[0]["State"]["StartedAt"]
+        self.publish({"main": web(ports[0]), "neighbour": web(ports[1], environment={"GREETING": "still here"})}, parameters={"GREETING": "b"})
+        self.device.cycle()
+        self.assertEqual((fetch(ports[0]), fetch(ports[1])), ("b", "still here"))
+        self.assertEqual(json.loads(self.engine.podman("inspect", self.name("neighbour")))[0]["State"]["StartedAt"], started)
+
+    def test_secrets_lie_in_files_of_mode_0600(self):
+        """C-018, D-35"""
+        self.publish({"main": service(environment=["GREETING"])}, parameters={"GREETING": "s3cret"})
+        self.device.cycle()
+        found = []
+        for folder, _, names in os.walk(self.device.state_dir):
+            for path in (os.path.join(folder, name) for name in names):
+                with open(path, "rb") as file:
+                    if b"s3cret" in file.read():
+                        found.append((os.path.basename(path), oct(os.stat(path).st_mode & 0o777)))
+        self.assertTrue(found)
+        self.assertEqual({mode for _, mode in found}, {"0o600"})
+
+
+class PrivateImages(EngineCase):
+    """Images from a registry that asks for a name and a password over TLS of its own authority."""
+
+    def test_credentials_and_ca_of_the_configuration_serve_the_engine_too(self):
+        support.require("docker-registry", "openssl")
+        folder, port = support.make_folder(self), support.free_port()
+        host = f"localhost:{port}"
+        support.write(os.path.join(folder, "htpasswd"), "device:$2b$05$t6yDJSrc/1BDmHKYmeLOb.hZocZS1CUEg71V.qXZEjMk5U1QP22W6\n")
+        support.write(os.path.join(folder, "password"), "s3cret\n", 0o600)
+        support.write(os.path.join(folder, "config.yml"), json.dumps({
+            "version": 0.1, "storage": {"filesystem": {"rootdirectory": folder}}, "auth": {"htpasswd": {
+                "realm": "test", "path": os.path.join(folder, "htpasswd")}},
+            "http": {"addr": f"127.0.0.1:{port}", "tls": {"certificate": self.pki.path("site.pem"), "key": self.pki.path("site.key")}}}))
+        registry = support.Service(self, ["docker-registry", "serve", os.path.join(folder, "config.yml")])
+        support.wait_for(lambda: "listening on" in registry.read_output(), what="the registry")
+        os.mkdir(os.path.join(folder, "certs"))
+        shutil.copy(self.pki.path("site-ca.pem"), os.path.join(folder, "certs", "ca.crt"))
+        self.engine.podman("push", "--creds=device:s3cret", f"--cert-dir={folder}/certs", IMAGE, f"{host}/app:1")
+
+        self.publish({"main": service(image=f"{host}/app:1")})
+        self.assertIn("PULL_FAILED", self.device.cycle(1))
+        settings = {"ca": self.pki.path("site-ca.pem"), "username": "device", "password_file": os.path.join(folder, "password")}
+        self.device.settings["registries"] = {self.wfm.registry: {"ca": self.pki.path("site-ca.pem")}, host: settings}
+        self.device.save()
+        self.device.run("retry")
+        self.device.cycle(0)
+        self.assertEqual(len(self.engine.containers()), 1)
+        self.engine.podman("rmi", "--force", f"{host}/app:1", check=False)
+
+
+class DockerCompose(Life):
+    """The same life by Docker Compose v2, which talks to podman's API socket."""
+
+    compose = "docker-compose"
+
+    @classmethod
+    def setUpClass(cls):
+        support.require("docker-compose")
+        super().setUpClass()
+
+    def setUp(self):
+        super().setUp()
+        path = os.path.join(support.make_folder(self), "podman.sock")
+        service_process = support.Service(self, ["podman", "system", "service", "--time=0", f"unix://{path}"], self.engine.env)
+        support.wait_for(lambda: os.path.exists(path) or service_process.process.poll(), what="podman's socket")
+        folder = os.path.dirname(support.find_compose())
+        self.device.env.update(DOCKER_HOST=f"unix://{path}", PATH=f"{folder}:{self.device.env['PATH']}", DOCKER_CONFIG=self.device.folder)
+
+    def test_it_is_called_only_when_something_changed(self):
+        """`up` recreates unchanged containers against podman 4.3.1, so an unchanged poll must not call it."""
+        self.publish({"main": service()})
+        self.device.cycle()
+        before = self.engine.containers()
+        folder = support.make_folder(self)
+        support.write(os.path.join(folder, "docker-compose"), f"#!/bin/sh\ntouch {folder}/called\n", 0o755)
+        self.device.env["PATH"] = f"{folder}:{self.device.env['PATH']}"
+        self.device.cycle()
+        self.assertEqual((os.path.exists(f"{folder}/called"), self.engine.containers()), (False, before))
+
+
+class PodmanCompose(Life):
+    """The same life by podman-compose."""
+
+    compose, separator = "podman-compose", "_"
+
+    @classmethod
+    def setUpClass(cls):
+        support.require("podman-compose")
+        super().setUpClass()
+
+    def setUp(self):
+        super().setUp()
+        folder = os.path.dirname(shutil.which("podman-compose") or os.path.join(os.path.dirname(sys.executable), "podman-compose"))
+        self.device.env["PATH"] = f"{folder}:{self.device.env['PATH']}"
+
+
+class Quickstart(unittest.TestCase):
+    """The README's first command, as a newcomer runs it."""
+
+    def test_it_does_the_main_job_and_leaves_nothing_behind(self):
+        support.require("podman")
+        before = subprocess.run(["podman", "ps", "--all", "--quiet"], stdout=subprocess.PIPE).stdout
+        done = subprocess.run(["sh", os.path.join(support.EXAMPLES, "quickstart.sh"), "--no-install"], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, universal_newlines=True, timeout=300)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        for words in ("\nHello from the edge\n", "\nGood evening from line 4\n", "removed; web removed", "nothing is left behind"):
+            self.assertIn(words, done.stdout)
+        self.assertEqual(subprocess.run(["podman", "ps", "--all", "--quiet"], stdout=subprocess.PIPE).stdout, before)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,132 @@
+"""Section 12, Plan: a pure comparison of what should run, what is known and what is there."""
+import itertools
+import unittest
+
+import margo_agent
+from tests.support import HELLO, digest
+
+OTHER = "9c1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a11"
+NOW = 1000000
+
+
+def make_target(digest_of=b"one", deployment_id=HELLO, error=None):
+    return margo_agent.Target(deployment_id, digest(digest_of), 1, None, error)
+
+
+def make_record(digest_of=b"one", state="installed", deployment_id=HELLO, **changes):
+    record = margo_agent.make_record(make_target(digest_of, deployment_id), "device")
+    services = {"main": {"hash": "h", "finished": False, "image": "i"}}
+    record.update(state=state, running={"digest": digest(digest_of), "packages": {}, "images": []},
+                  components=[{"name": "web", "state": state, "error": None, "services": services, "package": None}])
+    record.update(changes)
+    return record
+
+
+def make_container(deployment_id=HELLO, component="web", service="main", label="h", state="running"):
+    return margo_agent.Container("id", "name", deployment_id, component, service, label, state, 0)
+
+
+def plan(targets, records, containers, now=NOW):
+    actions = margo_agent.make_plan(targets, {record["deploymentId"].lower(): record for record in records}, containers, now)
+    return [(action.deployment_id, action.action) for action in actions], [action.reason for action in actions]
+
+
+class Actions(unittest.TestCase):
+    def one(self, target, record, containers):
+        steps, (reason,) = plan([target], [record] if record else [], containers)
+        return steps[0][1], reason
+
+    def test_new_same_and_other_revision(self):
+        """D-3: a changed digest under the same id is an update."""
+        self.assertEqual(self.one(make_target(), None, []), ("install", "new"))
+        self.assertEqual(self.one(make_target(), make_record(), [make_container()]), ("keep", "as desired"))
+        self.assertEqual(self.one(make_target(b"two"), make_record(), [make_container()]), ("update", "another revision"))
+        self.assertEqual(self.one(make_target(b"two"), make_record(running=None), [])[0], "install")
+
+    def test_what_is_not_desired_is_removed_and_removals_come_first(self):
+        """C-113, P-11: also containers that no record knows, whatever their state."""
+        steps, _ = plan([make_target()], [make_record(deployment_id=OTHER)], [make_container("aaaaaaaa-0000-4000-8000-000000000000", state="exited")])
+        self.assertEqual(steps, [(OTHER, "remove"), ("aaaaaaaa-0000-4000-8000-000000000000", "remove"), (HELLO, "install")])
+
+    def test_drift_is_an_update_with_its_reason(self):
+        """P-12, D-23: a container that is gone, stopped, foreign or left over."""
+        for containers, word in (([], "no container"), ([make_container(state="exited")], "exited"), ([make_container(label="x")], "not the container"),
+                                 ([make_container(), make_container(service="old")], "does not belong"),
+                                 ([make_container(state="paused")], "paused")):
+            action, reason = self.one(make_target(), make_record(), containers)
+            self.assertEqual(action, "update")
+            self.assertIn(word, reason)
+
+    def test_a_finished_one_shot_is_no_drift_and_a_changed_one_is(self):
+        """P-17: exit 0 at install is done, not broken."""
+        record = make_record()
+        record["components"][0]["services"]["main"]["finished"] = True
+        for containers in ([], [make_container(state="exited")]):
+            self.assertEqual(self.one(make_target(), record, containers)[0], "keep")
+        self.assertEqual(self.one(make_target(), record, [make_container(label="x", state="exited")])[0], "update")
+
+    def test_an_engine_that_does_not_answer_is_no_drift(self):
+        """D-16"""
+        self.assertEqual(self.one(make_target(), make_record(), None)[0], "keep")
+
+    def test_ids_are_compared_without_regard_to_case(self):
+        self.assertEqual(self.one(make_target(deployment_id=HELLO.upper()), make_record(), [make_container(HELLO.upper())])[0], "keep")
+
+    def test_a_failed_revision_waits_for_its_time_and_another_does_not(self):
+        """D-13, P-15: no hot loop; a new digest is tried at once."""
+        record = make_record(state="failed", error={"code": "X", "source": "", "message": ""}, retryAt=NOW + 60, failures=2)
+        action, reason = self.one(make_target(), record, [])
+        self.assertEqual(action, "keep")
+        self.assertIn("X", reason)
+        self.assertIn(margo_agent.make_time(NOW + 60), reason)
+        self.assertEqual(self.one(make_target(), dict(record, retryAt=NOW), [])[0], "update")
+        self.assertIn("attempt 3", self.one(make_target(), dict(record, retryAt=NOW), [])[1])
+        self.assertEqual(self.one(make_target(b"two"), record, [])[0], "update")
+
+    def test_what_was_interrupted_goes_on(self):
+        """P-9: every phase that is not an end is taken up again."""
+        for state in ("pending", "installing", "removing", "removed"):
+            action, reason = self.one(make_target(), make_record(state=state), [make_container()])
+            self.assertEqual(action, "update")
+            self.assertIn(state, reason)
+
+    def test_what_cannot_be_carried_out_is_refused_with_its_reason(self):
+        error = margo_agent.ComponentError("INVALID_DEPLOYMENT", "spec: expected a mapping")
+        self.assertEqual(self.one(make_target(error=error), None, []), ("refuse", "INVALID_DEPLOYMENT: spec: expected a mapping"))
+
+    def test_documents_are_read_only_where_deciding_takes_them(self):
+        entry = margo_agent.ManifestEntry(HELLO, digest(b"one"), None)
+        for record, expected in ((None, True), (make_record(), False), (make_record(b"two"), True), (make_record(state="failed"), False),
+                                 (make_record(state="installing"), True)):
+            self.assertIs(margo_agent.needs_document(entry, record), expected)
+
+
+class Convergence(unittest.TestCase):
+    def test_every_combination_has_exactly_one_action_a_deployment_and_a_reason(self):
+        """P-12: whatever was interrupted, nothing wanted is left out and nothing unwanted kept."""
+        records = [None] + [make_record(content, state, retryAt=at, error={"code": "X"}) for content in (b"one", b"two")
+                            for state in margo_agent.STATES for at in (0, NOW + 1)]
+        observed = [None, [], [make_container()], [make_container(state="exited")], [make_container(), make_container(OTHER)]]
+        count = 0
+        for target, record, containers in itertools.product([None, make_target(), make_target(error=margo_agent.ComponentError("E", "m"))],
+                                                            records, observed):
+            steps, reasons = plan([target] if target else [], [record] if record else [], containers)
+            found = dict(steps)
+            self.assertEqual(len(found), len(steps))
+            self.assertTrue(all(reasons))
+            if target:
+                self.assertIn(found[HELLO], ("install", "update", "keep", "refuse"))
+            elif record or containers:
+                self.assertEqual(found.get(HELLO), "remove" if record or any(c.deployment_id == HELLO for c in containers) else None)
+            if containers and any(c.deployment_id == OTHER for c in containers):
+                self.assertEqual(found[OTHER], "remove")
+            count += 1
+        self.assertEqual(count, 3 * 25 * 5)
+
+    def test_what_is_as_desired_stays_so(self):
+        """P-7: the plan for what the plan has made is to keep it."""
+        self.assertEqual(plan([make_target()], [make_record()], [make_container()])[0], [(HELLO, "keep")])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,297 @@
+"""Section 10, Desired-state sources: the agent as a process against the example WFM; what is fetched, what is refused, what is kept."""
+import json
+import os
+import unittest
+
+import margo_agent
+from tests import support
+from tests.support import DEVICE, HELLO, digest
+
+IDS = [HELLO[:-2] + f"{number:02d}" for number in range(40)]
+MANIFEST = ("GET", "/api/v1/deployments")
+
+
+class SourceCase(support.DeviceCase):
+    def publish(self, count=1, **options):
+        for index, item in enumerate(IDS[:count]):
+            self.wfm.publish(support.make_deployment(item, f"app-{index}", registry=self.wfm.registry, **options), item)
+
+    def fetched(self):
+        """The GET requests of the last cycle, without the manifest's."""
+        return [path for method, path, _ in self.wfm.requests() if method == "GET" and path != MANIFEST[1]]
+
+
+class Poll(SourceCase):
+    def test_capabilities_come_first_then_the_manifest_and_its_documents(self):
+        """C-050, C-080, C-081, C-100: the order of the first exchange."""
+        self.publish()
+        self.device.cycle()
+        requests = self.wfm.requests()
+        self.assertEqual(requests[0][:2], ("PUT", f"/api/v1/capabilities/{DEVICE}"))
+        self.assertEqual(requests[1][:2], MANIFEST)
+        self.assertTrue(requests[2][1].startswith(f"/api/v1/deployments/{HELLO[:-2]}00/sha256:"))
+        headers = self.wfm.lines("requests.jsonl")[1]["headers"]
+        self.assertEqual(headers["Accept"], "application/vnd.margo.manifest.v1+json")
+        self.assertFalse([name for name in headers if name.lower() in ("authorization", "client-cert", "x-client-id")])
+
+    def test_an_unchanged_poll_is_one_request_and_writes_nothing(self):
+        """C-020, C-101, C-102, P-16, P-19: one GET with the ETag, no file touched, one engine query."""
+        self.publish()
+        self.device.cycle()
+        before = self.snapshot()
+        self.engine.forget_calls()
+        count = len(self.wfm.lines("requests.jsonl"))
+        self.device.cycle()
+        new = self.wfm.lines("requests.jsonl")[count:]
+        self.assertEqual([(item["method"], item["status"]) for item in new], [("GET", 304)])
+        self.assertEqual(new[0]["headers"]["If-None-Match"], self.device.state()["accepted"]["etag"])
+        self.assertEqual([call[0] for call in self.engine.calls()], ["ps"])
+        self.assertEqual(self.snapshot(), before)
+        self.assertEqual(self.device.status()["lastPoll"]["result"], "unchanged")
+
+    def snapshot(self):
+        """{path: (inode, size, mtime)} of the state directory."""
+        found = {}
+        for folder, _, names in os.walk(self.device.state_dir):
+            for name in [""] + names:
+                facts = os.stat(os.path.join(folder, name))
+                found[os.path.join(folder, name)] = facts.st_ino, facts.st_size, facts.st_mtime_ns
+        return found
+
+    def test_only_what_changed_is_fetched(self):
+        """C-105"""
+        self.publish(3)
+        self.device.cycle()
+        count = len(self.fetched())
+        self.wfm.publish(support.make_deployment(IDS[1], "app-1", registry=self.wfm.registry, parameters={"GREETING": "x"}), IDS[1])
+        self.device.cycle()
+        new = self.fetched()[count:]
+        self.assertEqual(len(new), 1)
+        self.assertIn(IDS[1], new[0])
+
+    def test_many_documents_come_as_one_bundle(self):
+        self.publish(12)
+        self.device.cycle()
+        self.assertEqual([path.split("/")[3] for path in self.fetched()], ["bundles"])
+        self.assertEqual(len(self.device.status()["deployments"]), 12)
+
+    def test_a_bundle_that_is_not_there_is_replaced_by_single_documents(self):
+        """C-112: a 404 means neither deletion nor refusal."""
+        self.publish(8)
+        self.wfm.fault({"path": "/api/v1/bundles/*", "problem": "invalid-bundle"})
+        self.device.cycle()
+        self.assertEqual(len(self.fetched()), 9)
+
+    def test_a_document_that_the_disk_lost_is_fetched_again(self):
+        """D-9: unchanged at the WFM is no reason to leave it missing here."""
+        self.publish()
+        self.device.cycle()
+        folder = os.path.join(self.device.state_dir, "artifacts")
+        for name in os.listdir(folder):
+            os.remove(os.path.join(folder, name))
+        with self.engine.open() as held:
+            held["containers"] = {}
+        self.assertIn("its document is missing", self.device.cycle(1))
+        self.device.cycle(0)
+        self.assertEqual(len(self.engine.containers()), 1)
+        self.assertEqual(self.wfm.requests()[-1][0], "POST")
+        self.device.cycle(0)
+        self.assertEqual(self.wfm.requests()[-1][2], 304)
+
+    def test_a_wfm_below_a_path_is_asked_below_it(self):
+        """C-051: any port, any prefix."""
+        wfm = support.Wfm(self, self.pki, "--prefix", "/site/margo")
+        device = support.Device(self, self.pki, wfm, self.engine, url=wfm.url.split("/site")[0] + "/site/margo")
+        device.cycle()
+        self.assertEqual([status for _, _, status in wfm.requests()], [201, 200])
+
+
+class Refusal(SourceCase):
+    """What does not verify refuses the whole manifest, keeps the previous state, and is asked for again."""
+
+    def setUp(self):
+        super().setUp()
+        self.publish()
+        self.device.cycle()
+        self.wfm.publish(support.make_deployment(IDS[0], "app-0", registry=self.wfm.registry, parameters={"GREETING": "new"}), IDS[0])
+
+    def check(self, code, words, *faults):
+        """One cycle under faults ends with `code` and words, changes nothing that runs; without the faults the next one does it all."""
+        before, containers = self.device.state(), self.engine.containers()
+        self.wfm.fault(*faults)
+        log = self.device.cycle(code)
+        for word in words:
+            self.assertIn(word, log)
+        state = self.device.state()
+        for part in ("accepted", "deployments", "outbox"):
+            self.assertEqual(state[part], before[part])
+        self.assertEqual(self.engine.containers(), containers)
+        self.wfm.fault()
+        state["patience"] = {}
+        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(state))
+        self.device.cycle(0)
+        (container,) = self.engine.containers().values()
+        self.assertEqual(container["env"], ["GREETING=new"])
+
+    def test_a_flipped_bit_in_a_document(self):
+        """C-105, C-106, C-108, D-1: never half an update, and never lost for good."""
+        self.check(4, ["digest mismatch", IDS[0]], {"method": "GET", "path": f"/api/v1/deployments/{IDS[0]}/*", "corrupt": True})
+
+    def test_a_document_that_is_not_there(self):
+        """C-112, D-1"""
+        self.check(4, ["HTTP 404", IDS[0]], {"method": "GET", "path": f"/api/v1/deployments/{IDS[0]}/*", "status": 404})
+
+    def test_a_flipped_bit_in_a_bundle(self):
+        for index in range(1, 9):
+            self.wfm.publish(support.make_deployment(IDS[index], f"app-{index}", registry=self.wfm.registry), IDS[index])
+        self.wfm.fault({"path": "/api/v1/bundles/*", "corrupt": True})
+        self.assertIn("bundle: digest mismatch", self.device.cycle(4))
+        self.assertEqual(len(self.engine.containers()), 1)
+        self.wfm.fault()
+        self.device.cycle(0)
+        self.assertEqual(len(self.engine.containers()), 9)
+
+    def test_a_document_cut_short(self):
+        self.check(3, ["cut short"], {"method": "GET", "path": f"/api/v1/deployments/{IDS[0]}/*", "truncate": 10})
+
+    def test_a_connection_closed_in_the_middle(self):
+        self.check(3, ["GET"], {"method": "GET", "path": f"/api/v1/deployments/{IDS[0]}/*", "close": True})
+
+    def test_a_manifest_that_is_no_json(self):
+        """Captive portals answer 200 with HTML."""
+        self.check(4, ["state manifest refused"], {"path": MANIFEST[1], "status": 200, "body": "<html>Please sign in</html>"})
+
+    def test_an_answer_over_the_limit(self):
+        """D-8"""
+        self.check(4, ["longer than"], {"path": MANIFEST[1], "status": 200, "body": "x" * (9 * 1024 * 1024)})
+
+    def test_an_older_manifest_is_a_rollback(self):
+        """C-103, C-104, D-5"""
+        old = json.dumps({"manifestVersion": 1, "deployments": [], "bundle": None})
+        self.check(4, ["older version", "accepted: 1"] if self.device.state()["accepted"]["version"] > 1 else ["other content"],
+                   {"path": MANIFEST[1], "status": 200, "body": old})
+
+    def test_a_redirect_is_not_followed(self):
+        """C-058"""
+        self.check(4, ["HTTP 302", "redirects are not followed"],
+                   {"path": MANIFEST[1], "status": 302, "headers": {"Location": "https://localhost:1/"}})
+
+    def test_refused_access_leaves_everything_running(self):
+        """Protocol 2.2: a retired relationship."""
+        self.check(5, ["does not accept this client"], {"path": MANIFEST[1], "problem": "not-authorized"})
+
+    def test_an_empty_manifest_that_does_not_verify_removes_nothing(self):
+        """D-4: nothing is removed before all was verified."""
+        self.check(4, ["if and only if"], {"path": MANIFEST[1], "status": 200, "body": json.dumps(
+            {"manifestVersion": 99, "deployments": [], "bundle": {"mediaType": "x"}})})
+
+
+class Patience(SourceCase):
+    def test_retry_after_is_obeyed_by_the_next_run_too(self):
+        """C-056, C-057, D-7: cron every minute does not hammer a WFM that asked for an hour."""
+        self.device.cycle()
+        self.wfm.fault({"path": MANIFEST[1], "status": 503, "headers": {"Retry-After": "3600"}})
+        self.assertIn("HTTP 503", self.device.cycle(3))
+        count = len(self.wfm.requests())
+        self.device.cycle(3)
+        self.device.cycle(3)
+        self.assertEqual(len(self.wfm.requests()), count)
+        patience = self.device.state()["patience"]
+        self.assertGreaterEqual(patience["delay"], 3600)
+
+    def test_a_refused_manifest_is_asked_for_again_by_each_run(self):
+        self.wfm.fault({"path": MANIFEST[1], "problem": "invalid-request", "times": 3})
+        for _ in range(3):
+            self.device.cycle(4)
+        self.device.cycle(0)
+
+    def test_downtime_is_silent_and_no_fault(self):
+        """C-230"""
+        self.device.set("poll.downtime", ["2000-01-01T00:00/2100-01-01T00:00"])
+        self.publish()
+        self.device.cycle(0)
+        self.assertEqual(self.wfm.requests(), [])
+
+    def test_outside_of_the_polling_window_nothing_is_polled(self):
+        """C-231: capabilities and waiting reports still go out."""
+        self.device.set("poll.window", ["2000-01-01T00:00/2000-01-02T00:00"])
+        self.publish()
+        self.device.cycle(0)
+        self.assertEqual([method for method, _, _ in self.wfm.requests()], ["PUT"])
+
+
+class Sinks(SourceCase):
+    def test_capabilities_are_reported_when_they_change_and_not_again(self):
+        """C-082"""
+        self.device.cycle()
+        self.device.cycle()
+        self.device.set("device.labels", {"hall": 4})
+        self.device.cycle()
+        self.device.cycle()
+        puts = [request for request in self.wfm.requests() if request[0] == "PUT"]
+        self.assertEqual([status for _, _, status in puts], [201, 200])
+        held = support.read_json(self.wfm.path("state", "clients", DEVICE, "capabilities.json"))
+        self.assertIn({"hall": 4}, [document.get("labels") for document in held.values()])
+
+    def test_refused_capabilities_end_the_first_exchange(self):
+        self.wfm.fault({"method": "PUT", "problem": "semantic-error"})
+        self.device.cycle(4)
+        self.assertEqual(len(self.wfm.requests()), 1)
+
+    def test_changed_capabilities_that_are_refused_are_not_sent_again_and_polling_goes_on(self):
+        """Protocol 2.2: do not retry unchanged."""
+        self.device.cycle()
+        self.wfm.fault({"method": "PUT", "problem": "semantic-error"})
+        self.device.set("device.labels", {"hall": 5})
+        self.device.cycle()
+        self.device.cycle()
+        self.assertEqual([method for method, _, _ in self.wfm.requests()].count("PUT"), 2)
+
+    def test_a_status_waits_until_the_wfm_has_taken_it(self):
+        """C-130, C-139, D-26, P-9: the last status of each deployment is never lost; exit 3 says that one waits."""
+        self.publish()
+        self.wfm.fault({"method": "POST", "status": 503})
+        self.device.cycle(3)
+        self.assertEqual(self.device.status()["outbox"], 1)
+        self.assertEqual(self.wfm.statuses(IDS[0]), [])
+        self.wfm.fault()
+        state = self.device.state()
+        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(state, patience={})))
+        self.device.cycle(0)
+        self.assertEqual(self.wfm.statuses(IDS[0]), ["installed"])
+        self.assertEqual(self.device.status()["outbox"], 0)
+
+    def test_a_status_that_is_refused_for_good_is_dropped_and_logged(self):
+        self.publish()
+        self.wfm.fault({"method": "POST", "problem": "semantic-error"})
+        self.assertIn("refuses a status for good", self.device.cycle())
+        self.assertEqual(self.device.status()["outbox"], 0)
+
+    def test_the_answer_that_was_lost_is_asked_for_again(self):
+        """C-140: a status that arrived although its answer did not is repeated, which is harmless."""
+        self.publish()
+        self.wfm.fault({"method": "POST", "late": True, "close": True, "times": 1})
+        self.device.cycle(3)
+        state = self.device.state()
+        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(state, patience={})))
+        self.device.cycle(0)
+        self.assertEqual(self.wfm.statuses(IDS[0])[-1], "installed")
+
+
+class Cost(unittest.TestCase):
+    def test_the_bundle_is_taken_where_it_costs_less(self):
+        def cheaper(sizes, bundle_size, missing):
+            entries = [margo_agent.ManifestEntry(item, digest(item.encode()), size) for item, size in zip(IDS, sizes)]
+            manifest = margo_agent.Manifest(1, digest(b""), bundle_size, entries)
+            return margo_agent.is_bundle_cheaper(manifest, entries[:missing])
+
+        self.assertFalse(cheaper([1000], 500, 1))
+        self.assertTrue(cheaper([1000] * 10, 2500, 10))
+        self.assertFalse(cheaper([1000] * 40, 100000, 2))
+        self.assertTrue(cheaper([None] * 9, None, 4))
+        self.assertFalse(cheaper([None] * 9, None, 3))
+        self.assertFalse(cheaper([1000] * 9, 500, 0))
+
+
+if __name__ == "__main__":
+    unittest.main()
