@@ -174,10 +174,15 @@ Deployment = define("Deployment", "deployment_id name namespace device_id type c
     "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None.")
 Target = define("Target", "deployment_id digest version deployment error",
     "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it.")
-Container = define("Container", "id name deployment_id component service hash state exit_code",
-    "One container of ours as the engine shows it; `state` is the engine's lower-case word, `hash` our label.")
+Container = define("Container", "id name deployment_id component service hash state exit_code type",
+    "One container of ours (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, `hash` our mark,"
+    " `type` the deployment type whose driver showed it.")
 Action = define("Action", "deployment_id action reason",
     "One step of a plan: install, update, remove, keep or refuse, and why.")
+Place = define("Place", "device_id device drivers",
+    "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}.")
+Profile = define("Profile", "connect describe check",
+    "How a profile is served: functions that connect its source, tell `status` of its identity, and check that for `doctor`.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due.")
 
@@ -2358,11 +2363,13 @@ def parse_bundle(data, entries, max_unpacked):
 class MtlsSource:
     """The desired state over HTTP with mutual TLS (Management Interface 1.0.0-rc.3), and the sinks for what is reported.
 
-    A source has fetch_desired, put_capabilities, delete_capabilities and post_status; no other section knows which profile it serves.
+    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in the shape of rc.3, and
+    says who it speaks as (`client_id`) and with (`peer`).  No other section knows which profile it serves.
     """
 
     def __init__(self, config, identity, bundle):
         self.config, self.identity = config, identity
+        self.client_id, self.peer = identity.spiffe_id.text, identity.wfm_spiffe_id.text
         self.context = make_wfm_context(identity, bundle, config.wfm.min_tls)
 
     def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
@@ -2431,6 +2438,64 @@ class MtlsSource:
         self.send("POST", f"{DEPLOYMENTS_PATH}/{deployment_id}/status", (200, 201, 204), document=document)
 
 
+def connect_mtls(config, store, state, keep):
+    """The MtlsSource, once everything about identity and trust holds; keep: what was learnt is stored."""
+    now, identity = time.time(), load_identity(config)
+    check_enrollment(state, identity.spiffe_id.text)
+    try:
+        check_validity(identity.leaf, now)
+    except ValueError as error:
+        raise Untrusted(f"identity.certificate {identity.certificate_file}: {error}") from None
+    warn_of_expiry(identity.leaf, store, now)
+    return MtlsSource(config, identity, refresh_trust_bundle(config, store, state, identity, now, keep))
+
+
+def check_enrollment(state, client_id):
+    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM at a time (C-052)."""
+    if state["enrollment"] and state["enrollment"]["id"] != client_id:
+        raise Untrusted(f"the own identity is {client_id}, but this device is enrolled as {state['enrollment']['id']}; unenroll first")
+
+
+def is_expiring(leaf, now):
+    """Whether less than a fifth of a certificate's lifetime is left."""
+    return leaf.not_after - now < EXPIRY_WARNING * (leaf.not_after - leaf.not_before)
+
+
+def warn_of_expiry(leaf, store, now):
+    """Foresees the end of the own certificate: one line a day."""
+    memo = store.load_memo()
+    if is_expiring(leaf, now) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        log("warning", "the own certificate expires soon; have it renewed", notAfter=make_time(leaf.not_after),
+            days=int((leaf.not_after - now) // 86400))
+        store.save_memo(dict(memo, warnedAt=now))
+
+
+def describe_mtls(config, state, now):
+    """What `status` says of the own identity: {id, notAfter, warning}; never raises."""
+    try:
+        own = load_identity(config)
+    except Untrusted as error:
+        return {"id": (state["enrollment"] or {}).get("id", ""), "notAfter": "", "warning": error.message}
+    days = int((own.leaf.not_after - now) // 86400)
+    warning = "expired" if days < 0 else f"expires in {days} days; have it renewed" if is_expiring(own.leaf, now) else ""
+    return {"id": own.spiffe_id.text, "notAfter": make_time(own.leaf.not_after), "warning": warning}
+
+
+def check_mtls(config, now):
+    """Whether the own SVID and its key can be used, and for how long: (ok or warn, words); raises Untrusted."""
+    own = load_identity(config)
+    try:
+        check_validity(own.leaf, now)
+    except ValueError as error:
+        raise Untrusted(f"identity.certificate {own.certificate_file}: {error}") from None
+    make_wfm_context(own, TrustBundle([own.leaf.der], None, None), config.wfm.min_tls)
+    mode, soon = os.stat(own.key_file).st_mode & 0o777, is_expiring(own.leaf, now)
+    if mode & 0o077:
+        return "warn", f"identity.key {own.key_file} has mode {mode:04o}; chmod 0600 it"
+    words = f"{own.spiffe_id.text}, {int((own.leaf.not_after - now) // 86400)} days left"
+    return ("warn", f"{words}; have it renewed") if soon else ("ok", words)
+
+
 def check_digest(data, digest, what):
     """Raises Refused unless the bytes have the digest."""
     found = sha256_digest(data)
@@ -2448,6 +2513,14 @@ def is_bundle_cheaper(manifest, missing):
     if len(missing) < 2 or None in sizes or manifest.bundle_size is None:
         return len(missing) > 3
     return manifest.bundle_size + 6 * KIB < sum(sizes) + 6 * KIB * len(missing)
+
+
+SERVED = {"mtls": Profile(connect_mtls, describe_mtls, check_mtls)}
+
+
+def connect_source(config, store, state, keep=True):
+    """The source of the desired state, and the sink of reports, for wfm.profile; raises Untrusted, Unreachable."""
+    return SERVED[config.wfm.profile].connect(config, store, state, keep)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3780,8 +3853,11 @@ class ComposeDriver:
             raise ComponentError(code, f"{' '.join((program or [self.engine])[:2])} {arguments[0]} failed: {output.stderr[-1500:]}")
         return output
 
-    def observe(self):
-        """Every container of ours in any state, by one query; raises CommandError where the engine does not answer."""
+    def observe(self, used=True):
+        """Every container of ours in any state, by one query; raises CommandError where the engine does not answer.
+
+        used: whether any deployment is known to need this driver; a leftover is looked for all the same (P-11).
+        """
         facts = "\t".join(["{{.ID}}", "{{.Names}}"] + [f'{{{{.Label "{name}"}}}}' for name in (
             LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH)] + ["{{.State}}"])
         form = "json" if self.engine == "podman" else facts
@@ -3790,8 +3866,32 @@ class ComposeDriver:
             raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
         return parse_containers(output.stdout, self.engine)
 
-    def prepare(self, workload, timeout):
-        """All that can fail without touching what runs: the compose file read, checked and resolved, the images pulled (C-154, D-11)."""
+    def prepare(self, deployment, component, known, store):
+        """Fetches and verifies all that a component needs, touching nothing that runs: (what `apply` takes, package facts).
+
+        known: package facts of an earlier time, or None; the same revision again is taken from the disk, network or not (P-1).
+        """
+        reference = f"{component.repository}:{component.revision}"
+        data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
+        if data is None:
+            digest, data = fetch_package(parse_reference(component.repository, component.revision), self.config, store)
+        else:
+            digest = known["digest"]
+        folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
+        folder = unpack_package(data, digest, folder, self.config.policy.max_unpacked)
+        workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
+                            make_variables(deployment, component.name), self.config.runtime.environment, component.wait)
+        return self.resolve(workload, PULL_TIMEOUT), {"reference": reference, "digest": digest}
+
+    def check(self):
+        """What `doctor` says of this driver; raises CommandError."""
+        count = len(self.observe())
+        if self.provider:
+            run_command(self.provider + ["version"], 60)
+        return f"{' '.join(self.provider or [self.engine, '(builtin)'])} answers, {count} containers of ours"
+
+    def resolve(self, workload, timeout):
+        """The compose file read, checked and resolved, the images pulled: all that can fail without touching what runs (C-154, D-11)."""
         try:
             document = load_yaml(read_inside(workload.folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape"))
         except YAMLError as error:
@@ -4020,7 +4120,7 @@ class ComposeDriver:
                 return
         self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
 
-    def remove(self, deployment_id, component, project, containers, deadline):
+    def remove(self, deployment_id, component, containers, deadline):
         """Removes a component's containers, whatever their state, and its networks; volumes stay.  Needs no compose file.
 
         Raises ComponentError REMOVE_FAILED unless the engine says that nothing is left (P-11, D-21).
@@ -4028,6 +4128,7 @@ class ComposeDriver:
         def ours(items):
             return [c for c in items if c.deployment_id.lower() == deployment_id.lower() and c.component == component]
 
+        project = make_project_name(component, deployment_id)
         self.remove_containers(ours(containers)[::-1], deadline)
         output = self.run(["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"], 60, "REMOVE_FAILED")
         for name in output.stdout.decode().split():
@@ -4059,15 +4160,29 @@ def parse_containers(data, engine):
             for item in items or ():
                 labels = item.get("Labels") or {}
                 containers.append(Container(item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], labels.get(LABEL_COMPONENT, ""),
-                                            labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), item["State"].lower(), item.get("ExitCode", 0)))
+                                            labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), item["State"].lower(), item.get("ExitCode", 0),
+                                            "compose"))
         else:
             for line in data.decode("utf-8", "replace").splitlines():
-                containers.append(Container(*line.split("\t"), exit_code=None))
+                containers.append(Container(*line.split("\t"), exit_code=None, type="compose"))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return containers
 
 
+def make_drivers(config):
+    """{deployment type: driver} of what this device can run.
+
+    A driver has observe, prepare, apply, remove, remove_image and `pulled`; no other section knows what it drives.
+    """
+    compose = make_compose_driver(config)
+    return {"compose": compose} if compose else {}
+
+
+def observe_all(drivers, records):
+    """Every container of ours on one device; raises CommandError where something does not answer."""
+    used = {record["type"] for record in records.values()}
+    return [container for kind, driver in drivers.items() for container in driver.observe(kind in used)]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -4079,7 +4194,7 @@ def make_record(target, device_id):
 
     adopted: the revision that is worked on; running, previous: {digest, packages, images} of the last two that were installed.
     """
-    return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id,
+    return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id, "type": "compose",
             "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None, "running": None,
             "previous": None, "refused": False, "failures": 0, "retryAt": 0, "components": []}
 
@@ -4093,7 +4208,8 @@ def begin_record(record, target, keep_states=False):
     names = [component.name for component in target.deployment.components] if target.deployment else list(old)
     same = record["adopted"]["digest"] == target.digest
     components = [dict(old.get(name) or {"name": name, "services": {}, "package": None}, state="pending", error=None) for name in names]
-    return dict(record, name=target.deployment.name if target.deployment else record["name"], state="pending", error=None, refused=False,
+    facts = {"name": target.deployment.name, "type": target.deployment.type or record["type"]} if target.deployment else {}
+    return dict(record, **facts, state="pending", error=None, refused=False,
                 adopted={"digest": target.digest, "version": target.version}, failures=record["failures"] if same else 0,
                 retryAt=record["retryAt"] if same else 0, components=components)
 
@@ -4206,8 +4322,8 @@ def acknowledge_status(state, key):
 # 16. Apply
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Tools = define("Tools", "config store driver clock jitter",
-    "What applying takes: Settings, Store, the compose driver (None: none), functions for Unix seconds and a number in [0, 1).")
+Tools = define("Tools", "config store drivers clock jitter",
+    "What applying takes: Settings, Store, {deployment type: driver}, functions for Unix seconds and a number in [0, 1).")
 
 
 def apply_target(target, record, containers, tools):
@@ -4223,17 +4339,18 @@ def apply_target(target, record, containers, tools):
         prepared = []
         for component in target.deployment.components:
             name = component.name
-            prepared.append(prepare_component(target.deployment, component, known.get(name, {}).get("package"), tools))
+            driver = get_driver(target.deployment.type, tools)
+            prepared.append(driver.prepare(target.deployment, component, known.get(name, {}).get("package"), tools.store))
         for component, (workload, package) in zip(target.deployment.components, prepared):
             name, touched = component.name, True
             record = set_component(record, name, "installing")
             yield record
-            services = tools.driver.apply(workload, containers, known.get(name, {}).get("services", {}), time.monotonic() + component.timeout)
+            services = driver.apply(workload, containers, known.get(name, {}).get("services", {}), time.monotonic() + component.timeout)
             record = set_component(record, name, "installed", services=services, package=package)
             if record["state"] != "installed":      # that word is the last one, said below once nothing else is left
                 yield record
         name = None
-        remove_dropped(target.deployment_id, {component.name for component in target.deployment.components}, containers, tools)
+        remove_dropped(target.deployment, containers, tools)
         yield finish_record(record)
     except (ComponentError, CommandError) as error:
         error = error if isinstance(error, ComponentError) else ComponentError("INSTALL_FAILED", error.message)
@@ -4255,13 +4372,14 @@ def roll_back(record, known, tools):
         data = tools.store.load_artifact(before["digest"])
         if data is None:
             raise ComponentError("INTERNAL", "its document is not in the state directory any more")
-        deployment, containers = parse_deployment(data, record["deploymentId"]), tools.driver.observe()
+        deployment = parse_deployment(data, record["deploymentId"])
+        driver, containers = get_driver(deployment.type, tools), observe_all(tools.drivers, {"": record})
         for component in deployment.components:
-            workload, package = prepare_component(deployment, component, before["packages"].get(component.name), tools)
-            services = tools.driver.apply(workload, containers, known.get(component.name, {}).get("services", {}),
+            workload, package = driver.prepare(deployment, component, before["packages"].get(component.name), tools.store)
+            services = driver.apply(workload, containers, known.get(component.name, {}).get("services", {}),
                                           time.monotonic() + component.timeout)
             record = set_component(record, component.name, "installed", services=services, package=package)
-        remove_dropped(record["deploymentId"], {component.name for component in deployment.components}, containers, tools)
+        remove_dropped(deployment, containers, tools)
     except (ComponentError, CommandError) as error:
         log("error", "roll-back failed", deployment=record["deploymentId"], reason=error.message)
         return record, f"bringing the version before back failed too: {error.message}"
@@ -4269,31 +4387,24 @@ def roll_back(record, known, tools):
     return record, "the version before runs again"
 
 
-def prepare_component(deployment, component, known, tools):
-    """Fetches and verifies all that a component needs, touching nothing that runs: (what the driver prepared, package facts).
-
-    known: package facts of an earlier time, or None.
-    """
-    if deployment.type != "compose" or tools.driver is None:
-        raise ComponentError("UNSUPPORTED_TYPE", f"nothing on this device runs {deployment.type} components")
-    reference = f"{component.repository}:{component.revision}"
-    data = tools.store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
-    if data is None:
-        digest, data = fetch_package(parse_reference(component.repository, component.revision), tools.config, tools.store)
-    else:
-        digest = known["digest"]                    # the same revision again: what is on the disk serves, network or not (P-1)
-    folder = tools.store.path("deployments", deployment.deployment_id.lower(), component.name)
-    folder = unpack_package(data, digest, folder, tools.config.policy.max_unpacked)
-    workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
-                        make_variables(deployment, component.name), tools.config.runtime.environment, component.wait)
-    return tools.driver.prepare(workload, PULL_TIMEOUT), {"reference": reference, "digest": digest}
+def get_driver(kind, tools):
+    """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
+    if kind not in tools.drivers:
+        raise ComponentError("UNSUPPORTED_TYPE", f"nothing on this device runs {kind} components")
+    return tools.drivers[kind]
 
 
-def remove_dropped(deployment_id, names, containers, tools):
-    """Removes the components of a deployment that its document no longer has (D-19); asks the engine, not the memory."""
-    for component in sorted({c.component for c in containers if c.deployment_id.lower() == deployment_id.lower()} - names):
-        tools.driver.remove(deployment_id, component, make_project_name(component, deployment_id), containers,
-                            time.monotonic() + COMPONENT_TIMEOUT)
+def find_components(deployment_id, containers):
+    """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
+    return sorted({(c.component, c.type) for c in containers if c.deployment_id.lower() == deployment_id.lower()})
+
+
+def remove_dropped(deployment, containers, tools):
+    """Removes the components of a deployment that its document no longer has (D-19)."""
+    wanted = {(component.name, deployment.type) for component in deployment.components}
+    for name, kind in find_components(deployment.deployment_id, containers):
+        if (name, kind) not in wanted:
+            tools.drivers[kind].remove(deployment.deployment_id, name, containers, time.monotonic() + COMPONENT_TIMEOUT)
 
 
 def apply_removal(record, version, containers, tools):
@@ -4301,18 +4412,17 @@ def apply_removal(record, version, containers, tools):
     record = dict(set_component(record, None, "removing"), error=None, adopted=dict(record["adopted"], version=version))
     yield record
     names = [component["name"] for component in record["components"]]
-    ours = {c.component for c in containers if c.deployment_id.lower() == record["deploymentId"].lower()}
-    for name in sorted(ours - set(names)) + names[::-1]:
+    known = [(name, record["type"]) for name in names[::-1]]
+    for name, kind in [found for found in find_components(record["deploymentId"], containers) if found not in known] + known:
         try:
-            if tools.driver:
-                tools.driver.remove(record["deploymentId"], name, make_project_name(name, record["deploymentId"]), containers,
-                                    time.monotonic() + COMPONENT_TIMEOUT)
+            if kind in tools.drivers:
+                tools.drivers[kind].remove(record["deploymentId"], name, containers, time.monotonic() + COMPONENT_TIMEOUT)
         except MargoError as error:
             log("error", "removal failed", deployment=record["deploymentId"], component=name, reason=error.message)
             yield fail_record(record, name if name in names else None, ComponentError("REMOVE_FAILED", error.message),
                               tools.clock(), tools.jitter())
             return
-        if name in names:
+        if (name, kind) in known:
             record = set_component(record, name, "removed")
             if record["state"] != "removed":        # that word is the last one, said below once nothing is left
                 yield record
@@ -4320,14 +4430,14 @@ def apply_removal(record, version, containers, tools):
     yield dict(record, state="removed", running=None, previous=None)
 
 
-def prune(state, store, driver):
+def prune(state, store, drivers):
     """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked packages, images that
     the agent pulled; nothing else on the device.  Changes state["pulled"].
     """
     digests, images = find_needed(state)
     store.prune_artifacts(digests)
     for name in state["pulled"]:
-        if name not in images and driver and driver.remove_image(name):
+        if name not in images and any(driver.remove_image(name) for driver in drivers.values()):
             log("info", "image pruned", image=name)
             state["pulled"] = [other for other in state["pulled"] if other != name]
 
@@ -4459,8 +4569,8 @@ class Agent:
     def __init__(self, config, stopping=lambda: False):
         self.config, self.stopping = config, stopping
         self.store = Store(config.state_dir)
-        self.driver = make_compose_driver(config)
         self.device_id = get_device_id(config.device)
+        self.places = [Place(self.device_id, config.device, make_drivers(config))]
         self.source = None                          # connected when the WFM is first needed
         self.state = None
 
@@ -4495,29 +4605,10 @@ class Agent:
         self.source = None
 
     def connect(self, keep=True):
-        """The source of the desired state, once everything about identity and trust holds; raises Untrusted, Unreachable."""
+        """The source of the desired state, connected when it is first needed; raises Untrusted, Unreachable."""
         if self.source is None:
-            now, identity = time.time(), load_identity(self.config)
-            enrolled = self.state["enrollment"]
-            if enrolled and enrolled["id"] != identity.spiffe_id.text:
-                raise Untrusted(f"the own SVID is {identity.spiffe_id.text}, but this device is enrolled as {enrolled['id']};"
-                                " unenroll first (C-052)")
-            try:
-                check_validity(identity.leaf, now)
-            except ValueError as error:
-                raise Untrusted(f"identity.certificate {identity.certificate_file}: {error}") from None
-            self.warn_of_expiry(identity.leaf, now)
-            bundle = refresh_trust_bundle(self.config, self.store, self.state, identity, now, keep)
-            self.source = MtlsSource(self.config, identity, bundle)
+            self.source = connect_source(self.config, self.store, self.state, keep)
         return self.source
-
-    def warn_of_expiry(self, leaf, now):
-        """Foresees the end of the own SVID: one line a day from a fifth of its lifetime left."""
-        left = leaf.not_after - now
-        memo = self.store.load_memo()
-        if left < EXPIRY_WARNING * (leaf.not_after - leaf.not_before) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-            log("warning", "the own certificate expires soon; have it renewed", notAfter=make_time(leaf.not_after), days=int(left // 86400))
-            self.store.save_memo(dict(memo, warnedAt=now))
 
     def check_patience(self, now):
         """Raises Unreachable where the WFM, a back-off or the operator's downtime says not to speak now."""
@@ -4557,14 +4648,13 @@ class Agent:
 
     def report_capabilities(self, always=False):
         """PUTs the capabilities before anything else and when they changed (C-081, C-082)."""
-        document = self.make_capabilities()
+        document = self.make_capabilities(self.places[0])
         digest, enrolled = sha256_digest(make_json(document)), self.state["enrollment"]
         if enrolled and not always and digest in (enrolled["capabilities"], enrolled.get("refused")):
             return
-        identity = self.source.identity.spiffe_id.text
         try:
             self.source.put_capabilities(self.device_id, document)
-            self.state["enrollment"] = {"id": identity, "capabilities": digest, "deviceId": self.device_id}
+            self.state["enrollment"] = {"id": self.source.client_id, "capabilities": digest, "deviceId": self.device_id}
             log("info", "capabilities reported", device=self.device_id)
         except Refused as error:
             if not enrolled:
@@ -4573,10 +4663,9 @@ class Agent:
             log("error", "the WFM refuses the changed capabilities", reason=error.message)
         self.store.save_state(self.state)
 
-    def make_capabilities(self):
-        """The capabilities document of this device as it is now."""
-        types = ["compose"] if self.driver else []
-        return make_capabilities(detect_properties(self.config.state_dir), self.config.device, self.device_id, types)
+    def make_capabilities(self, place):
+        """The capabilities document of a device as it is now."""
+        return make_capabilities(detect_properties(self.config.state_dir), place.device, place.device_id, sorted(place.drivers))
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one: first its documents, then the state, all durable (C-111)."""
@@ -4633,14 +4722,10 @@ class Agent:
             target = target._replace(deployment=parse_deployment(data, target.deployment_id))
             check_device(target.deployment, self.device_id)
             if target.deployment.constraints:
-                check_eligibility(target.deployment.constraints, self.make_capabilities())
+                check_eligibility(target.deployment.constraints, self.make_capabilities(self.places[0]))
         except ComponentError as error:
             target = target._replace(error=error, deployment=target.deployment or data and make_outline(data, target.deployment_id))
         return target
-
-    def observe(self):
-        """The containers as they are; raises CommandError where the engine does not answer."""
-        return self.driver.observe() if self.driver else []
 
     def reconcile(self):
         """Makes what runs match what was accepted; True where there was something to do.
@@ -4650,24 +4735,30 @@ class Agent:
         state, acted, deaf = self.state, False, None
         if not state["accepted"]:
             return False                            # what runs is left alone until a WFM says what should
-        try:
-            containers = self.observe()
-        except CommandError as error:
-            containers, deaf = None, CommandError(f"{error.message}; workloads are left as they are")
         targets = self.make_targets(state["accepted"], self.store.load_artifact)
-        by_id = {target.deployment_id.lower(): target for target in targets}
-        for action in make_plan(targets, state["deployments"], containers, time.time()):
-            if self.stopping():
-                raise Interrupted("ended before everything was done; the next run goes on from here")
-            if action.action != "keep":
-                acted = self.perform(action, by_id.get(action.deployment_id.lower()), containers) or acted
+        for place in self.places:
+            try:
+                containers = observe_all(place.drivers, state["deployments"])
+            except CommandError as error:
+                containers, deaf = None, CommandError(f"{error.message}; workloads are left as they are")
+            acted = self.reconcile_place(place, targets, containers) or acted
         if acted and self.config.runtime.prune:
-            prune(state, self.store, self.driver)
+            prune(state, self.store, self.places[0].drivers)
         if deaf:
             raise deaf
         return acted
 
-    def perform(self, action, target, containers):
+    def reconcile_place(self, place, targets, containers):
+        """Makes one device match its targets; containers: as observed, None where its engine does not answer."""
+        acted, by_id = False, {target.deployment_id.lower(): target for target in targets}
+        for action in make_plan(targets, self.state["deployments"], containers, time.time()):
+            if self.stopping():
+                raise Interrupted("ended before everything was done; the next run goes on from here")
+            if action.action != "keep":
+                acted = self.perform(place, action, by_id.get(action.deployment_id.lower()), containers) or acted
+        return acted
+
+    def perform(self, place, action, target, containers):
         """Carries out one action; each change is durable, and told where the WFM can be told, before the next step."""
         key = action.deployment_id.lower()
         record = self.state["deployments"].get(key)
@@ -4676,8 +4767,8 @@ class Agent:
         if containers is None and action.action != "refuse":
             return False                            # nothing is done blindfold
         log("info" if action.action != "refuse" else "error", action.action, deployment=action.deployment_id, reason=action.reason)
-        record = record or make_record(target or Target(action.deployment_id, "", 0, None, None), self.device_id)
-        tools = Tools(self.config, self.store, self.driver, time.time, get_random)
+        record = record or make_record(target or Target(action.deployment_id, "", 0, None, None), place.device_id)
+        tools = Tools(self.config, self.store, place.drivers, time.time, get_random)
         if action.action == "remove":
             steps = apply_removal(record, self.state["accepted"]["version"], containers, tools)
         else:
@@ -4689,7 +4780,7 @@ class Agent:
                 fail_record(begin_record(record, target), None, target.error, time.time(), get_random(), refused=True)]
         for record in steps:
             self.state["deployments"][key] = record
-            self.state["pulled"] = sorted(set(self.state["pulled"]) | set(self.driver.pulled if self.driver else ()))
+            self.state["pulled"] = sorted(set(self.state["pulled"]).union(*(driver.pulled for driver in place.drivers.values())))
             enqueue_status(self.state, record, self.device_id)
             self.store.save_state(self.state)
             self.flush_outbox(quiet=True)
@@ -4698,13 +4789,12 @@ class Agent:
 
     def purge(self):
         """Removes every workload and reports it; True where something could not be removed."""
-        containers = self.observe()
         if self.state["enrollment"]:
             self.connect()
         version = (self.state["accepted"] or {}).get("version", 1)
         self.state["accepted"] = dict(self.state["accepted"] or {"etag": None, "digest": ""}, version=version, deployments=[])
-        for action in make_plan([], self.state["deployments"], containers, time.time()):
-            self.perform(action, None, containers)
+        for place in self.places:
+            self.reconcile_place(place, [], observe_all(place.drivers, self.state["deployments"]))
         return any(record["state"] != "removed" for record in self.state["deployments"].values())
 
     def flush_outbox(self, quiet=False):
@@ -4913,7 +5003,7 @@ def command_enroll(config, options):
             agent.report_capabilities(always=True)
         finally:
             agent.store.save_state(agent.state)     # also what was learnt of the trust bundle before it failed
-        print(f"enrolled: {source.identity.spiffe_id.text} with {config.wfm.url} as device {agent.device_id}")
+        print(f"enrolled: {source.client_id} with {config.wfm.url} as device {agent.device_id}")
     return 0
 
 
@@ -4953,8 +5043,8 @@ def command_plan(config, options):
         accepted["deployments"] = [{"deploymentId": e.deployment_id, "digest": e.digest} for e in desired.entries]
         documents = desired.documents
     targets = agent.make_targets(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
-    containers = agent.observe() if accepted else []
-    plan = make_plan(targets, agent.state["deployments"], containers, time.time()) if accepted else []
+    plan = [action for place in agent.places if accepted for action in make_plan(
+        targets, agent.state["deployments"], observe_all(place.drivers, agent.state["deployments"]), time.time())]
     if "--json" in options:
         actions = [{"deploymentId": a.deployment_id, "action": a.action, "reason": a.reason} for a in plan]
         print_json({"version": accepted["version"] if accepted else None, "actions": actions})
@@ -4991,22 +5081,14 @@ def command_status(config, options):
 def make_status_report(config, state, memo, now):
     """The object of `status --json` (contract)."""
     no_error = {"code": "", "source": "", "message": ""}
-    identity = {"id": (state["enrollment"] or {}).get("id", ""), "notAfter": "", "warning": ""}
-    try:
-        own = load_identity(config)
-        left = own.leaf.not_after - now
-        identity.update(id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after))
-        if left < EXPIRY_WARNING * (own.leaf.not_after - own.leaf.not_before):
-            identity["warning"] = "expired" if left < 0 else f"expires in {int(left // 86400)} days; have it renewed"
-    except Untrusted as error:
-        identity["warning"] = error.message
     accepted = state["accepted"] or {"version": None, "etag": None, "acceptedAt": None}
     deployments = [{
         "deploymentId": record["deploymentId"], "name": record["name"], "state": record["state"], "digest": record["adopted"]["digest"],
         "error": record["error"] or no_error,
         "components": [{"name": component["name"], "state": component["state"], "error": component["error"] or no_error}
                        for component in record["components"]]} for _, record in sorted(state["deployments"].items())]
-    return {"version": __version__, "profile": config.wfm.profile, "enrolled": bool(state["enrollment"]), "identity": identity,
+    return {"version": __version__, "profile": config.wfm.profile, "enrolled": bool(state["enrollment"]),
+            "identity": SERVED[config.wfm.profile].describe(config, state, now),
             "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
             "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
             "outbox": len(state["outbox"]), "deployments": deployments}
@@ -5053,40 +5135,29 @@ def check_storage(agent):
 
 
 def check_engine(agent):
-    """Whether something runs compose components here, and answers."""
-    if agent.driver is None:
+    """Whether something runs workloads here, and answers."""
+    drivers = agent.places[0].drivers
+    if not drivers:
         return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
-    count = len(agent.driver.observe())
-    if agent.driver.provider:
-        run_command(agent.driver.provider + ["version"], 60)
-    return "ok", f"{' '.join(agent.driver.provider or [agent.driver.engine, '(builtin)'])} answers, {count} containers of ours"
+    return "ok", "; ".join(driver.check() for driver in drivers.values())
 
 
 def check_identity(agent):
-    """Whether the own SVID and its key can be used, and for how long."""
-    own = load_identity(agent.config)
-    try:
-        check_validity(own.leaf, time.time())
-    except ValueError as error:
-        raise Untrusted(f"identity.certificate {own.certificate_file}: {error}") from None
-    make_wfm_context(own, TrustBundle([own.leaf.der], None, None), agent.config.wfm.min_tls)
-    mode, left = os.stat(own.key_file).st_mode & 0o777, own.leaf.not_after - time.time()
-    if mode & 0o077:
-        return "warn", f"identity.key {own.key_file} has mode {mode:04o}; chmod 0600 it"
-    soon = left < EXPIRY_WARNING * (own.leaf.not_after - own.leaf.not_before)
-    return "warn" if soon else "ok", f"{own.spiffe_id.text}, {int(left // 86400)} days left" + ("; have it renewed" if soon else "")
+    """Whether the own identity can be used, and for how long."""
+    return SERVED[agent.config.wfm.profile].check(agent.config, time.time())
 
 
 def check_connection(agent):
     """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
     desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
-    return "ok", f"{agent.config.wfm.url} is {agent.source.identity.wfm_spiffe_id.text}; " + (
+    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; " + (
         f"version {desired.version} is there to be accepted" if desired else "nothing new")
 
 
 def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
-    print_json(Agent(config).make_capabilities())
+    agent = Agent(config)
+    print_json(agent.make_capabilities(agent.places[0]))
     return 0
 
 

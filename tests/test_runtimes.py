@@ -25,7 +25,7 @@ import margo_agent
 from tests import support
 
 CORPUS = os.path.join(support.DATA, "compose")
-PROJECT = "web-project"
+PROJECT = f"web-{support.HELLO}"
 IMAGE = support.IMAGE
 MARGO_LABELS = ("org.margo.deployment", "org.margo.component", "org.margo.project", "org.margo.service",
                 "org.margo.hash")
@@ -560,7 +560,7 @@ class InvalidCorpus(RuntimeCase):
                 code, _, words = head["expected"].partition(" ")
                 driver = margo_agent.ComposeDriver("no-engine-is-asked", None, self.config)
                 with self.assertRaises(margo_agent.ComponentError) as caught:
-                    driver.prepare(self.make_workload(), 60)
+                    driver.resolve(self.make_workload(), 60)
                 self.assertIn(words, caught.exception.message)
                 self.assertEqual(caught.exception.code, code, caught.exception.message)
 
@@ -1071,7 +1071,7 @@ class InsideTheArchive(RuntimeCase):
         """Contract, As a module: bytes that are no text are refused, never read as something else."""
         self.add_file("compose.yaml", b"services: {main: {image: localhost/x:1, command: [\"\xff\"]}}\n")
         with self.assertRaises(margo_agent.ComponentError) as caught:
-            margo_agent.ComposeDriver("no-engine-is-asked", None, self.config).prepare(self.make_workload(), 60)
+            margo_agent.ComposeDriver("no-engine-is-asked", None, self.config).resolve(self.make_workload(), 60)
         self.assertIn("compose.yaml: ", caught.exception.message)
         self.assertIn("UTF-8", caught.exception.message)
 
@@ -1481,7 +1481,7 @@ class IsSettled(unittest.TestCase):
             ([("h", "exited")], dict(done, finished=False), False),
                 ([("h", "running"), ("h", "running")], None, False), ([("g", "exited")], done, False)):
             with self.subTest(containers=containers, known=known):
-                items = [margo_agent.Container("i", "n", "d", "c", "a", digest, state, 0) for digest,
+                items = [margo_agent.Container("i", "n", "d", "c", "a", digest, state, 0, "compose") for digest,
                          state in containers]
                 self.assertIs(margo_agent.is_settled(service, items, known), expected)
 
@@ -1550,7 +1550,7 @@ class ParseContainers(unittest.TestCase):
                        "org.margo.hash": "h"}}
 
     def test_what_podman_shows(self):
-        expected = margo_agent.Container("abc", "web-1", "d", "c", "s", "h", "running", 3)
+        expected = margo_agent.Container("abc", "web-1", "d", "c", "s", "h", "running", 3, "compose")
         self.assertEqual(margo_agent.parse_containers(json.dumps([self.GOOD]).encode(), "podman"), [expected])
         for data in (b"", b"[]", b"null", b"[]\n"):
             self.assertEqual(margo_agent.parse_containers(data, "podman"), [])
@@ -1559,11 +1559,11 @@ class ParseContainers(unittest.TestCase):
         """P-11: what an older version left is found too, and can be removed."""
         item = dict(self.GOOD, Labels={"org.margo.deployment": "d"})
         self.assertEqual(margo_agent.parse_containers(json.dumps([item]).encode(), "podman"),
-                         [margo_agent.Container("abc", "web-1", "d", "", "", "", "running", 3)])
+                         [margo_agent.Container("abc", "web-1", "d", "", "", "", "running", 3, "compose")])
 
     def test_what_docker_shows(self):
         line = "\t".join(["abc", "web-1", "d", "c", "s", "h", "exited"])
-        expected = margo_agent.Container("abc", "web-1", "d", "c", "s", "h", "exited", None)
+        expected = margo_agent.Container("abc", "web-1", "d", "c", "s", "h", "exited", None, "compose")
         self.assertEqual(margo_agent.parse_containers(f"{line}\n{line}\n".encode(), "docker"), [expected, expected])
         self.assertEqual(margo_agent.parse_containers(b"", "docker"), [])
 
@@ -1623,7 +1623,7 @@ class DriverCase(RuntimeCase):
 
     def prepare(self, document, **options):
         self.add_file("compose.yaml", document if isinstance(document, str) else json.dumps(document))
-        return self.driver.prepare(self.make_workload(**options), 60)
+        return self.driver.resolve(self.make_workload(**options), 60)
 
     def apply(self, document, known=None, **options):
         """One apply as the agent does it; what it returns."""
@@ -1772,7 +1772,7 @@ class Preparation(DriverCase):
     def test_a_file_that_is_no_yaml_names_its_line(self):
         self.assertFails("INVALID_DEPLOYMENT", lambda: self.prepare("services:\n  main: [\n"), "compose.yaml: line 3")
         os.remove(os.path.join(self.archive, "compose.yaml"))
-        self.assertFails("INVALID_DEPLOYMENT", lambda: self.driver.prepare(self.make_workload(), 60), "compose.yaml",
+        self.assertFails("INVALID_DEPLOYMENT", lambda: self.driver.resolve(self.make_workload(), 60), "compose.yaml",
                          "is not a file of the archive")
 
     def test_a_file_that_is_too_long_fails_its_component_alone(self):
@@ -1934,7 +1934,7 @@ class Updates(DriverCase):
 
 class Removal(DriverCase):
     def remove(self, component="web"):
-        self.driver.remove(support.HELLO, component, PROJECT, self.driver.observe(), time.monotonic() + 60)
+        self.driver.remove(support.HELLO, component, self.driver.observe(), time.monotonic() + 60)
 
     def test_containers_in_any_state_and_networks_go_and_volumes_stay(self):
         """P-11, D-10: needs no compose file."""
@@ -1954,13 +1954,13 @@ class Removal(DriverCase):
         self.apply(make_document({}))
         before = self.engine.containers()
         self.engine.forget_calls()
-        self.driver.remove(support.HELLO, "other", "other-project", self.driver.observe(), time.monotonic() + 60)
+        self.driver.remove(support.HELLO, "other", self.driver.observe(), time.monotonic() + 60)
         self.assertEqual(self.engine.containers(), before)
         self.assertEqual([call for call in self.changes() if call[:2] != ["network", "ls"]], [])
 
     def test_the_id_of_a_deployment_has_no_case(self):
         self.apply(make_document({}))
-        self.driver.remove(support.HELLO.upper(), "web", PROJECT, self.driver.observe(), time.monotonic() + 60)
+        self.driver.remove(support.HELLO.upper(), "web", self.driver.observe(), time.monotonic() + 60)
         self.assertEqual(self.engine.containers(), {})
 
     def test_a_container_that_stays_is_a_failed_removal(self):
