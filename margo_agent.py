@@ -1574,23 +1574,23 @@ class CommandTimeout(CommandError):
     """The program ran out of its time and was ended."""
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after `timeout` seconds or
-    when it prints more than `limit` bytes; it reads nothing.  A non-zero exit code is an answer.  Raises CommandMissing,
+    when it prints more than `limit` bytes; `data` is all that it reads.  A non-zero exit code is an answer.  Raises CommandMissing,
     CommandTimeout, CommandError.
     """
     import subprocess
     try:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
-                                   cwd=cwd, start_new_session=True)
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, env=env, cwd=cwd, start_new_session=True)
     except FileNotFoundError:
         raise CommandMissing(f"{argv[0]} is not installed, or not on PATH") from None
     except OSError as error:
         raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
     try:
-        stdout, stderr = read_pipes(process, time.monotonic() + timeout, limit)
+        stdout, stderr = serve_pipes(process, memoryview(data), time.monotonic() + timeout, limit)
     except subprocess.TimeoutExpired:
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
@@ -1598,32 +1598,39 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT):
     return Output(process.returncode, stdout, make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
 
 
-def read_pipes(process, deadline, limit):
-    """Reads stdout and stderr until the process has ended; raises subprocess.TimeoutExpired, CommandError.
+def serve_pipes(process, data, deadline, limit):
+    """Writes `data` to stdin, reads stdout and stderr until the process has ended; raises subprocess.TimeoutExpired, CommandError.
 
     A helper may leave something behind that keeps the pipes open, so their end is not waited for once the process itself has ended.
     """
     import select
     import subprocess
-    data = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
-    open_pipes, tick = set(data), 0.2
-    for pipe in data:
+    heard = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
+    open_pipes, tick, stdin = set(heard), 0.2, [process.stdin.fileno()] if data else []
+    for pipe in list(heard) + stdin:
         os.set_blocking(pipe, False)
-    while open_pipes:
-        ready = select.select(list(open_pipes), [], [], max(0.0, min(tick, deadline - time.monotonic())))[0]
+    while open_pipes or stdin:
+        ready, writable, _ = select.select(list(open_pipes), stdin, [], max(0.0, min(tick, deadline - time.monotonic())))
+        if writable:
+            try:
+                data = data[os.write(stdin[0], data):]
+            except BrokenPipeError:
+                data = b""                          # it has read as much as it cares for
+            if not data:
+                stdin = process.stdin.close() or []
         for pipe in ready:
             piece = os.read(pipe, 65536)
-            data[pipe] += piece
+            heard[pipe] += piece
             if not piece:
                 open_pipes.discard(pipe)
-        if sum(len(part) for part in data.values()) > limit:
+        if sum(len(part) for part in heard.values()) > limit:
             raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
         if not ready and process.poll() is not None:
             break
         if time.monotonic() > deadline:
             raise subprocess.TimeoutExpired(process.args, 0)
     process.wait(max(0.0, deadline - time.monotonic()))
-    return tuple(bytes(data[pipe.fileno()]) for pipe in (process.stdout, process.stderr))
+    return tuple(bytes(heard[pipe.fileno()]) for pipe in (process.stdout, process.stderr))
 
 
 def kill_group(process):
@@ -1635,8 +1642,8 @@ def kill_group(process):
         except ProcessLookupError:
             pass                                    # it ended by itself just now
         process.wait()
-    process.stdout.close()
-    process.stderr.close()
+    for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
+        pipe.close()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,19 @@ class RunCommand(unittest.TestCase):
     def test_it_reads_nothing(self):
         self.assertEqual(margo_agent.run_command(python("import sys; print(len(sys.stdin.read()))"), 30).stdout, b"0\n")
 
+    def test_it_reads_what_it_is_given_however_much_and_no_more(self):
+        data = os.urandom(1 << 20)
+        self.assertEqual(margo_agent.run_command(python("import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"), 30, data=data).stdout, data)
+
+    def test_a_program_that_does_not_care_to_read_is_no_fault(self):
+        for code in ("", "import os; os.close(0); print('done')", "import os; os.close(1); os.close(2); os.read(0, 9)"):
+            output = margo_agent.run_command(python(code), 30, data=bytes(1 << 20))
+            self.assertEqual(output.code, 0, output.stderr)
+
+    def test_one_that_closes_its_output_is_still_given_its_time_and_no_more(self):
+        with self.assertRaises(margo_agent.CommandTimeout):
+            margo_agent.run_command(python("import os, time; os.close(1); os.close(2); time.sleep(60)"), 1, data=bytes(1 << 20))
+
     def test_a_missing_program_is_named(self):
         with self.assertRaises(margo_agent.CommandMissing) as caught:
             margo_agent.run_command(["no-such-program-here"], 30)
