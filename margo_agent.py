@@ -147,9 +147,9 @@ class ComponentError(MargoError):
 # 2. Records
 # ------------------------------------------------------------------------------------------------------------------------------
 
-def define(name, fields, meaning):
-    """A record type: a named tuple of `fields`, with its meaning as docstring."""
-    record = namedtuple(name, fields)
+def define(name, fields, meaning, *defaults):
+    """A record type: a named tuple of `fields`, with its meaning as docstring; `defaults` are those of the last fields."""
+    record = namedtuple(name, fields, defaults=defaults)
     record.__doc__ = meaning
     return record
 
@@ -167,11 +167,11 @@ Manifest = define("Manifest", "version bundle_digest bundle_size entries",
     "A state manifest that holds to every structural rule of protocol 3.1.")
 Desired = define("Desired", "version etag digest entries documents",
     "A verified desired state: version, ETag as sent, digest of the manifest, ManifestEntry list, {digest: bytes} of new documents.")
-Component = define("Component", "name repository revision wait timeout",
-    "A component of a deployment; `timeout` in seconds.")
+Component = define("Component", "name repository revision wait timeout extensions",
+    "A component of a deployment; `timeout` in seconds; `extensions`: {x-…-extensions: mapping} as read.", {})
 Parameter = define("Parameter", "name value targets", "A parameter: YAML value and [(pointer, [component names])].")
-Deployment = define("Deployment", "deployment_id name namespace device_id type components parameters constraints",
-    "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None.")
+Deployment = define("Deployment", "deployment_id name namespace device_id type components parameters constraints extensions",
+    "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None; `extensions`: those of {spec, deploymentProfile}.", {})
 Target = define("Target", "deployment_id digest version deployment error",
     "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it.")
 Container = define("Container", "id name deployment_id component service hash state exit_code type",
@@ -1152,6 +1152,13 @@ def read_paths(value, base):
     return value
 
 
+def read_programs(value, base):
+    """A list of executables."""
+    if not isinstance(value, list):
+        raise ValueError("a list of file names")
+    return [read_path(item, base) for item in value]
+
+
 def read_windows(value, base):
     """A list of time windows; see parse_window."""
     if not isinstance(value, list):
@@ -1247,6 +1254,7 @@ SCHEMA = {
     "policy": {
         "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"), "max_unpacked": (read_size, "256Mi"),
         "privileged": (read_choice("deny", "allow"), "deny"), "host_paths": (read_paths, []), "max_removals": (read_count, None)},
+    "hooks": {"run": (read_programs, []), "timeout": (read_duration, "60s")},
     "git": (read_planned({}), {}),
     "log": {"level": (read_choice("debug", "info", "warning", "error"), "info")},
 }
@@ -2194,7 +2202,8 @@ def parse_deployment(data, deployment_id):
             deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
             check_member(metadata, "namespace", "metadata.", NAME_PATTERN),
             check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?"),
-            kind, components, parse_parameters(spec.get("parameters")), constraints)
+            kind, components, parse_parameters(spec.get("parameters")), constraints,
+            {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
 
@@ -2260,7 +2269,20 @@ def parse_component(item, where):
     if properties.get("timeout") is not None:
         minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
         timeout = 60 * int(minutes) + int(seconds)
-    return Component(name, repository, revision, wait, timeout)
+    return Component(name, repository, revision, wait, timeout, find_extensions(item))
+
+
+def find_extensions(value):
+    """The specification extensions of a mapping, for hooks alone; what JSON has no words for is left out: no extension ever fails (C-116)."""
+    found = {}
+    for key, item in value.items():
+        if isinstance(key, str) and re.fullmatch(EXTENSION_PATTERN, key) and isinstance(item, dict):
+            try:
+                make_json(item)
+            except (TypeError, ValueError):
+                continue
+            found[key] = item
+    return found
 
 
 def parse_parameters(value):
@@ -4331,6 +4353,8 @@ def acknowledge_status(state, key):
 
 Tools = define("Tools", "config store drivers clock jitter",
     "What applying takes: Settings, Store, {deployment type: driver}, functions for Unix seconds and a number in [0, 1).")
+Change = define("Change", "event name record deployment rollback",
+    "What hooks are told of: install, update or removal of the component `name`; rollback: on the way back to the version before.")
 
 
 def apply_target(target, record, containers, tools):
@@ -4349,15 +4373,19 @@ def apply_target(target, record, containers, tools):
             driver = get_driver(target.deployment.type, tools)
             prepared.append(driver.prepare(target.deployment, component, known.get(name, {}).get("package"), tools.store))
         for component, (workload, package) in zip(target.deployment.components, prepared):
-            name, touched = component.name, True
+            name, earlier = component.name, known.get(component.name, {})
             record = set_component(record, name, "installing")
             yield record
-            services = driver.apply(workload, containers, known.get(name, {}).get("services", {}), time.monotonic() + component.timeout)
+            change = Change("update" if earlier.get("package") else "install", name, record, target.deployment, False)
+            run_hooks("before", change, tools)
+            touched = True
+            services = carry_out(change, tools, lambda: driver.apply(
+                workload, containers, earlier.get("services", {}), time.monotonic() + component.timeout))
             record = set_component(record, name, "installed", services=services, package=package)
             if record["state"] != "installed":      # that word is the last one, said below once nothing else is left
                 yield record
         name = None
-        remove_dropped(target.deployment, containers, tools)
+        remove_dropped(record, target.deployment, containers, tools)
         yield finish_record(record)
     except (ComponentError, CommandError) as error:
         error = error if isinstance(error, ComponentError) else ComponentError("INSTALL_FAILED", error.message)
@@ -4383,10 +4411,12 @@ def roll_back(record, known, tools):
         driver, containers = get_driver(deployment.type, tools), observe_all(tools.drivers, {"": record})
         for component in deployment.components:
             workload, package = driver.prepare(deployment, component, before["packages"].get(component.name), tools.store)
-            services = driver.apply(workload, containers, known.get(component.name, {}).get("services", {}),
-                                          time.monotonic() + component.timeout)
+            change = Change("update", component.name, record, deployment, True)
+            run_hooks("before", change, tools)
+            services = carry_out(change, tools, lambda: driver.apply(
+                workload, containers, known.get(component.name, {}).get("services", {}), time.monotonic() + component.timeout))
             record = set_component(record, component.name, "installed", services=services, package=package)
-        remove_dropped(deployment, containers, tools)
+        remove_dropped(record, deployment, containers, tools, True)
     except (ComponentError, CommandError) as error:
         log("error", "roll-back failed", deployment=record["deploymentId"], reason=error.message)
         return record, f"bringing the version before back failed too: {error.message}"
@@ -4406,28 +4436,89 @@ def find_components(deployment_id, containers):
     return sorted({(c.component, c.type) for c in containers if c.deployment_id.lower() == deployment_id.lower()})
 
 
-def remove_dropped(deployment, containers, tools):
+def remove_dropped(record, deployment, containers, tools, rollback=False):
     """Removes the components of a deployment that its document no longer has (D-19)."""
     wanted = {(component.name, deployment.type) for component in deployment.components}
     for name, kind in find_components(deployment.deployment_id, containers):
         if (name, kind) not in wanted:
-            tools.drivers[kind].remove(deployment.deployment_id, name, containers, time.monotonic() + COMPONENT_TIMEOUT)
+            remove_component(Change("removal", name, record, deployment, rollback), kind, containers, tools)
+
+
+def remove_component(change, kind, containers, tools):
+    """Removes all of one component, between its hooks."""
+    run_hooks("before", change, tools)
+    carry_out(change, tools, lambda: tools.drivers[kind].remove(
+        change.record["deploymentId"], change.name, containers, time.monotonic() + COMPONENT_TIMEOUT))
+
+
+def carry_out(change, tools, act):
+    """What `act` returns or raises, once the hooks have been told what came of it."""
+    try:
+        result = act()
+    except MargoError as error:
+        run_hooks("after", change, tools, error)
+        raise
+    run_hooks("after", change, tools)
+    return result
+
+
+def run_hooks(moment, change, tools, error=None):
+    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the facts as JSON on stdin.
+
+    Raises ComponentError HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way back to the version
+    before, that is only logged.  Values of parameters are not among the facts: no process but the application gets them.
+    """
+    facts, event = {}, f"{moment}-{change.event}"
+    for path in tools.config.hooks.run:
+        facts = facts or make_facts(change, event, error)
+        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
+        try:
+            output = run_command([path, event], tools.config.hooks.timeout, env=environ, data=make_json(facts))
+            words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
+        except CommandError as fault:
+            words = fault.message
+        if words and moment == "before" and not change.rollback:
+            raise ComponentError("HOOK_FAILED", f"hook {path} {event} {words}")
+        if words:
+            log("error", "a hook failed; the change stands", hook=path, hookEvent=event, deployment=facts["deploymentId"], reason=words)
+
+
+def make_facts(change, event, error):
+    """What a hook is told of the change of a component."""
+    record, deployment = change.record, change.deployment
+    component = next((item for item in deployment.components if item.name == change.name), Component(change.name, "", "", True, 0))
+    done = "removed" if change.event == "removal" else "installed"
+    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"], "name": record["name"],
+            "namespace": deployment.namespace, "deviceId": record["deviceId"], "type": deployment.type, "component": change.name,
+            "repository": component.repository, "revision": component.revision,
+            "extensions": dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions, component=component.extensions),
+            "outcome": None if event.startswith("before") else {"state": "failed", "code": error.code, "message": error.message}
+            if error else {"state": done, "code": "", "message": ""}}
+
+
+def load_deployment(record, store):
+    """The Deployment that a record tells of, as far as the state directory still has its document."""
+    digest = (record["running"] or record["adopted"])["digest"]
+    try:
+        return parse_deployment(digest and store.load_artifact(digest) or b"", record["deploymentId"])
+    except MargoError:
+        return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
 
 
 def apply_removal(record, version, containers, tools):
     """Removes all of a deployment, last component first; yields the record at each change.  Only an empty engine counts as removed (D-21)."""
     record = dict(set_component(record, None, "removing"), error=None, adopted=dict(record["adopted"], version=version))
     yield record
-    names = [component["name"] for component in record["components"]]
+    names, deployment = [component["name"] for component in record["components"]], load_deployment(record, tools.store)
     known = [(name, record["type"]) for name in names[::-1]]
     for name, kind in [found for found in find_components(record["deploymentId"], containers) if found not in known] + known:
         try:
             if kind in tools.drivers:
-                tools.drivers[kind].remove(record["deploymentId"], name, containers, time.monotonic() + COMPONENT_TIMEOUT)
+                remove_component(Change("removal", name, record, deployment, False), kind, containers, tools)
         except MargoError as error:
             log("error", "removal failed", deployment=record["deploymentId"], component=name, reason=error.message)
-            yield fail_record(record, name if name in names else None, ComponentError("REMOVE_FAILED", error.message),
-                              tools.clock(), tools.jitter())
+            code = error.code if error.code == "HOOK_FAILED" else "REMOVE_FAILED"
+            yield fail_record(record, name if name in names else None, ComponentError(code, error.message), tools.clock(), tools.jitter())
             return
         if (name, kind) in known:
             record = set_component(record, name, "removed")
@@ -5117,7 +5208,7 @@ def command_doctor(config, options):
     """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
     agent, failed = Agent(config), False
     agent.state = make_state()
-    for name, check in (("state", check_storage), ("engine", check_engine), ("identity", check_identity), ("wfm", check_connection)):
+    for name, check in (("state", check_storage), ("engine", check_engine), ("hooks", check_hooks), ("identity", check_identity), ("wfm", check_connection)):
         try:
             level, words = check(agent)
         except MargoError as error:
@@ -5147,6 +5238,14 @@ def check_engine(agent):
     if not drivers:
         return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
     return "ok", "; ".join(driver.check() for driver in drivers.values())
+
+
+def check_hooks(agent):
+    """Whether every hook can be run."""
+    broken = [path for path in agent.config.hooks.run if not os.path.isfile(path) or not os.access(path, os.X_OK)]
+    if broken:
+        raise ConfigError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
+    return "ok", f"{len(agent.config.hooks.run)} to be run around changes"
 
 
 def check_identity(agent):
