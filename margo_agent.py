@@ -3429,6 +3429,10 @@ PROJECT_KEYS = ("name", "version", "services", "networks", "volumes", "configs")
 # What goes round the checks below, or runs programs on the host itself, is refused for every driver.
 REFUSED_KEYS = ("extends", "build", "provider", "secrets", "container_name", "volumes_from", "post_start", "pre_stop", "develop", "gpus",
                 "device_cgroup_rules", "cgroup", "cgroup_parent", "uts", "runtime", "credential_spec", "use_api_socket", "links", "label_file")
+# An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`), so only these are taken.
+MOUNT_OPTIONS = {"ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec", "noexec", "nosuid", "nodev", "private",
+                 "rprivate", "slave", "rslave"}
+LOG_OPTIONS = {"max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex", "env", "env-regex"}
 ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
 
 
@@ -3455,6 +3459,15 @@ def check_policy(name, service, folder, policy):
         for item in to_list(service.get("security_opt"), f"services.{name}.security_opt"):
             if not re.fullmatch(r"no-new-privileges([:=]true)?", item):
                 deny("security_opt", f"{make_printable(item, 80)!r} is denied by policy.privileged")
+    if re.match(r"[^/]*:(?![0-9]+/)[^/]*/", str(service.get("image"))):
+        deny("image", f"{make_printable(str(service['image']), 80)!r} is read from this device's own files; an image comes from a registry")
+    logging = to_mapping(service.get("logging"), f"services.{name}.logging")
+    odd = set(to_mapping(logging.get("options"), f"services.{name}.logging.options")) - LOG_OPTIONS
+    if odd:
+        deny(f"logging.options.{min(odd)}", f"only {', '.join(sorted(LOG_OPTIONS))} are allowed")
+    for place, option in find_mount_options(service.get("volumes"), f"services.{name}.volumes"):
+        if option not in MOUNT_OPTIONS:
+            deny(place, f"the mount option {make_printable(option, 80)!r} is not allowed")
     for source in find_binds(service.get("volumes"), f"services.{name}.volumes"):
         path = os.path.realpath(os.path.join(folder, source))
         if source.startswith("~"):
@@ -3473,6 +3486,19 @@ def find_binds(volumes, where):
                 yield to_text(item.get("source"), f"{where}[{index}].source")
         elif re.match(r"[./~]", to_text(item, f"{where}[{index}]")) and ":" in item:
             yield item.split(":")[0]
+
+
+def find_mount_options(volumes, where):
+    """(place, option) of each option of the mounts in the `volumes` of a service."""
+    for index, item in enumerate(to_items(volumes, where)):
+        if isinstance(item, dict):
+            facts = to_mapping(item.get("bind"), f"{where}[{index}].bind")
+            yield from ((f"volumes[{index}].bind.{key}", to_text(facts[key], f"{where}[{index}].bind")) for key in ("propagation", "selinux")
+                        if key in facts)
+            continue
+        parts = to_text(item, f"{where}[{index}]").split(":")
+        if len(parts) == 3 and parts[1]:
+            yield from ((f"volumes[{index}]", option) for option in parts[2].split(","))
 
 
 def is_below(path, root):
@@ -3534,15 +3560,27 @@ def settle_service(service, workload, variables, where):
         raise make_fault(f"{where}.labels: org.margo.… is the agent's own")
     service = dict(service, environment=make_environment(service, workload, variables, where))
     service.pop("env_file", None)
-    volumes = []
-    for item in to_items(service.get("volumes"), f"{where}.volumes"):
-        if isinstance(item, dict) and item.get("type") == "bind":
-            item = dict(item, source=os.path.realpath(os.path.join(workload.folder, item["source"])))
-        elif isinstance(item, str) and re.match("[./]", item) and ":" in item:
-            source, _, rest = item.partition(":")
-            item = f"{os.path.realpath(os.path.join(workload.folder, source))}:{rest}"
-        volumes.append(item)
+    volumes = [settle_mount(item, workload.folder) for item in to_items(service.get("volumes"), f"{where}.volumes")]
     return dict(service, volumes=volumes) if volumes else service
+
+
+def settle_mount(item, folder):
+    """An element of `volumes` with its host path absolute; what lies in the package is mounted read-only.
+
+    What was verified stays as it is, and no container can put a link where the next start would follow it out of the package.
+    """
+    short = isinstance(item, str)
+    if short and not (re.match("[./]", item) and ":" in item) or not short and item.get("type") != "bind":
+        return item
+    source, _, rest = item.partition(":") if short else (item["source"], "", "")
+    path = os.path.realpath(os.path.join(folder, source))
+    own = is_below(path, os.path.realpath(folder))
+    if not short:
+        return dict(item, source=path, read_only=True) if own else dict(item, source=path)
+    target, _, options = rest.partition(":")
+    if own:
+        options = ",".join(["ro"] + [option for option in options.split(",") if option not in ("", "ro", "rw")])
+    return ":".join(filter(None, (path, target, options)))
 
 
 def settle_hashes(order, settled):

@@ -606,8 +606,8 @@ class ServiceKeys(RuntimeCase):
         ("deploy", {"replicas": 1, "resources": {"limits": {"memory": "64M", "cpus": "0.5", "pids": 5}}},
          ["--cpus=0.5", "--memory=64M", "--pids-limit=5"]), ("deploy", {}, []),
         ("logging", {"driver": "journald"}, ["--log-driver=journald"]),
-        ("logging", {"driver": "k8s-file", "options": {"max-size": "10m", "a": 1}},
-         ["--log-driver=k8s-file", "--log-opt=a=1", "--log-opt=max-size=10m"]),
+        ("logging", {"driver": "k8s-file", "options": {"max-size": "10m", "mode": "x", "tag": 1}},
+         ["--log-driver=k8s-file", "--log-opt=max-size=10m", "--log-opt=mode=x", "--log-opt=tag=1"]),
         ("logging", {"options": {"max-size": "10m"}}, ["--log-opt=max-size=10m"]),
         ("stop_grace_period", "1m30s", ["--stop-timeout=90"]), ("stop_grace_period", "500ms", ["--stop-timeout=1"])]
     ALLOWED = [
@@ -971,11 +971,13 @@ class Policy(RuntimeCase):
                        "./sub/../other"):
             with self.subTest(source=source):
                 real = os.path.realpath(os.path.join(self.archive, source))
-                self.assertEqual(self.settle_service({"volumes": [f"{source}:/x:ro"]}).arguments,
-                                 [f"--volume={real}:/x:ro"])
+                own = ":ro" if margo_agent.is_below(real, self.archive) else ""         # what was verified is never written to
+                for options in ("", ":ro", ":rw,z"):
+                    found = self.settle_service({"volumes": [f"{source}:/x{options}"]}).arguments
+                    self.assertEqual(found, [f"--volume={real}:/x" + (own + options[3:] if own else options)])
                 self.assertEqual(self.settle_service({"volumes": [{"type": "bind", "source": source,
                     "target": "/x"}]}).arguments,
-                                 [f"--volume={real}:/x"])
+                                 [f"--volume={real}:/x{own}"])
         for source in (secret, "/", "/etc", allowed + "-not", allowed + "/../secret", allowed + "/link", "./link",
                        "./link/deeper", "..",
                        "./../secret", "./sub/../../secret", os.path.dirname(allowed)):
@@ -994,6 +996,24 @@ class Policy(RuntimeCase):
         """Docker Compose mounts $HOME for `~`, so it is never taken for a folder of that name in the archive."""
         for item in ("~/.ssh:/keys", "~:/home", {"type": "bind", "source": "~/.ssh", "target": "/keys"}):
             self.assertDenied({"volumes": [item]}, "volumes")
+
+    def test_an_engines_own_options_do_not_go_round_the_policy(self):
+        """podman mounts over any folder of the host by `O,upperdir=`, and writes a log to any `path` of it."""
+        for self.config in (make_config(policy__host_paths=["/srv"]), make_config(policy__privileged="allow", policy__host_paths=["/srv"])):
+            for strict in (True, False):
+                for source in ("data", "/srv/x", "./a"):
+                    for options in ("O,upperdir=/etc/cron.d,workdir=/var/tmp", "ro,U", "shared", "rshared", "suid", "dev", "idmap"):
+                        self.assertRefused(make_document({"volumes": [f"{source}:/x:{options}"]}, volumes={"data": None}),
+                                           "services.main.volumes[0]: the mount option", code="POLICY_DENIED", strict=strict)
+                self.assertRefused(make_document({"volumes": [{"type": "bind", "source": "/srv", "target": "/x", "bind": {
+                    "propagation": "rshared"}}]}), "the mount option 'rshared'", code="POLICY_DENIED", strict=strict)
+                for name in ("path", "syslog-address"):
+                    self.assertRefused(make_document({"logging": {"driver": "k8s-file", "options": {name: "/etc/cron.d/x"}}}),
+                                       f"services.main.logging.options.{name}", code="POLICY_DENIED", strict=strict)
+                for image in ("dir:/etc/images", "docker-archive:/srv/other.tar", "oci:x/y:tag", "containers-storage:[vfs@/x]a"):
+                    self.assertRefused(make_document({"image": image}), "services.main.image", code="POLICY_DENIED", strict=strict)
+        for image in ("localhost:5000/a/b:1", "a:1", "docker.io/library/a@sha256:" + "0" * 64, "host.example/a:1.0-x"):
+            self.assertEqual(self.settle_service({"image": image}).image, image)
 
     def test_find_binds_sees_every_spelling(self):
         volumes = ["./a:/x", "/b:/x:ro", "../c:/x", "data:/x", "/anonymous",
@@ -1263,7 +1283,7 @@ class Shared(RuntimeCase):
         cases = [
             ("data:/d", f"--volume={PROJECT}_data:/d"), ("data:/d:ro", f"--volume={PROJECT}_data:/d:ro"),
             ("data:/d:ro,z", f"--volume={PROJECT}_data:/d:ro,z"),
-            ("/d", "--volume=/d"), ("./a:/d", f"--volume={self.archive}/a:/d"),
+            ("/d", "--volume=/d"), ("./a:/d", f"--volume={self.archive}/a:/d:ro"),
             ({"type": "volume", "source": "data", "target": "/d"}, f"--volume={PROJECT}_data:/d"),
             ({"type": "volume", "target": "/d"}, "--volume=/d"),
             ({"type": "volume", "source": "data", "target": "/d", "read_only": True}, f"--volume={PROJECT}_data:/d:ro"),
@@ -1387,7 +1407,7 @@ class Hashes(RuntimeCase):
             {"environment": {"A": "2"}},
             {"environment": {"A": "1", "B": ""}}, {"environment": {}}, {"ports": ["81:80"]}, {"ports": ["80:80/udp"]},
             {"volumes": ["data:/e", "./a:/a"]},
-            {"volumes": ["data:/d", "./b:/a"]}, {"volumes": ["data:/d", "./a:/a:ro"]}, {"labels": {"l": "2"}},
+            {"volumes": ["data:/d", "./b:/a"]}, {"volumes": ["data:/d:ro", "./a:/a"]}, {"labels": {"l": "2"}},
             {"networks": ["back"]},
             {"networks": ["front", "back"]}, {"networks": {"front": {"aliases": ["x"]}}},
             {"healthcheck": {"test": "false"}},
