@@ -5,8 +5,8 @@
 #   sh examples/quickstart.sh [--no-install]
 #
 # makes certificates, starts the example Workload Fleet Manager, publishes a small web server as a Compose Archive, lets the agent
-# install, update and remove it, and asks the application itself each time.  What is missing (podman, a container runtime, openssl,
-# curl, busybox) is installed by the system's package manager; --no-install only checks.  All else happens in a temporary folder.
+# install, update and remove it, and asks the application itself each time.  What is missing (podman, a container runtime and
+# network, openssl, curl, busybox) is installed by the system's package manager; --no-install only checks.  All else happens in a temporary folder.
 set -eu
 cd "$(dirname "$0")/.."
 repository=$(pwd)
@@ -30,6 +30,15 @@ need curl curl
 need podman podman
 if ! command -v runc >/dev/null 2>&1 && ! command -v crun >/dev/null 2>&1 && [ ! -x /usr/sbin/runc ]; then missing="$missing runc"; fi
 [ -x /bin/busybox ] || missing="$missing busybox-static"
+# Containers are joined by netavark, or by CNI plugins where podman was set up with those; aardvark-dns lets them find each other by name.
+if command -v podman >/dev/null 2>&1 && backend=$(podman info --format '{{.Host.NetworkBackend}}' 2>/dev/null); then
+    if [ "$backend" = cni ] && [ -z "$(ls /usr/lib/cni/bridge /usr/libexec/cni/bridge /opt/cni/bin/bridge 2>/dev/null)" ]; then
+        missing="$missing containernetworking-plugins"
+    fi
+else
+    missing="$missing netavark aardvark-dns"
+fi
+command -v iptables >/dev/null 2>&1 || [ -x /usr/sbin/iptables ] || missing="$missing iptables"
 if [ -n "$missing" ]; then
     echo "missing:$missing"
     if [ $install = no ]; then
@@ -42,8 +51,7 @@ if [ -n "$missing" ]; then
         echo "installing by apt-get:$missing"
         $sudo apt-get update -qq
         # shellcheck disable=SC2086
-        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing ca-certificates \
-            containernetworking-plugins >/dev/null
+        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing ca-certificates >/dev/null
     elif command -v dnf >/dev/null 2>&1; then
         echo "installing by dnf:$missing"
         # shellcheck disable=SC2086

@@ -40,6 +40,12 @@ def find_compose():
     return shutil.which("docker-compose") or shutil.which("docker-compose", path=os.path.dirname(sys.executable))
 
 
+def find_netavark():
+    """podman's network program with the one that answers for names, where podman looks for them."""
+    folders = ("/usr/libexec/podman", "/usr/lib/podman", "/usr/local/libexec/podman", "/usr/local/lib/podman")
+    return all(any(os.path.exists(os.path.join(folder, name)) for folder in folders) for name in ("netavark", "aardvark-dns"))
+
+
 def is_importable(name):
     """Whether a library can be imported."""
     import importlib.util
@@ -54,6 +60,7 @@ CHECKS = {
     "podman": lambda: shutil.which("podman") and os.geteuid() == 0 and os.path.exists("/bin/busybox"),
     "docker-compose": find_compose,
     "podman-compose": lambda: shutil.which("podman-compose") or shutil.which("podman-compose", path=os.path.dirname(sys.executable)),
+    "netavark": find_netavark,
     "docker-registry": lambda: shutil.which("docker-registry"),
     "skopeo": lambda: shutil.which("skopeo"),
     "strace": lambda: shutil.which("strace"),
@@ -448,7 +455,8 @@ class Engine:
         require("podman")
         self.folder = tempfile.mkdtemp(prefix="margo-engine-")
         write(os.path.join(self.folder, "containers.conf"), "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n"
-              f"[engine]\nruntime = \"{'runc' if shutil.which('runc') else 'crun'}\"\nevents_logger = \"file\"\ncgroup_manager = \"cgroupfs\"\n")
+              f"[engine]\nruntime = \"{'runc' if shutil.which('runc') else 'crun'}\"\nevents_logger = \"file\"\ncgroup_manager = \"cgroupfs\"\n"
+              + ("[network]\nnetwork_backend = \"netavark\"\n" if find_netavark() else ""))
         write(os.path.join(self.folder, "storage.conf"), f"[storage]\ndriver = \"vfs\"\ngraphroot = \"{self.folder}/graph\"\n"
               f"runroot = \"{self.folder}/run\"\n")
         self.env = {"CONTAINERS_CONF": os.path.join(self.folder, "containers.conf"),

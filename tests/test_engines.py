@@ -199,6 +199,17 @@ class Builtin(EngineCase):
         self.device.cycle()
         self.assertTrue(self.nothing_is_left())
 
+    def test_services_find_each_other_by_name(self):
+        """What everybody expects of a compose file: the name of a service, and its aliases, are host names for the others."""
+        support.require("netavark")
+        port = support.free_port()
+        self.publish({"api": web(port, networks={"default": {"aliases": ["backend"]}}), "asks": service(depends_on=["api"])},
+                     parameters={"GREETING": "found"})
+        self.device.cycle()
+        fetch(port)
+        for name in ("api", "backend"):
+            self.assertEqual(self.inside("wget", "-q", "-O", "-", f"http://{name}:8080/", service_name="asks"), "found")
+
     def test_what_the_policy_denies_is_never_started(self):
         for member, value in (("privileged", True), ("pid", "host"), ("cap_add", ["SYS_ADMIN"]), ("devices", ["/dev/null"]),
                               ("volumes", ["/etc:/host"])):
