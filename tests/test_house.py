@@ -134,7 +134,7 @@ class Walls(unittest.TestCase):
 
     def test_pyflakes_finds_nothing(self):
         support.require("pyflakes")
-        files = [support.AGENT, os.path.join(support.EXAMPLES, "wfm.py")] + [
+        files = [support.AGENT, os.path.join(support.EXAMPLES, "wfm.py"), os.path.join(support.EXAMPLES, "mis.py")] + [
             os.path.join(folder, name) for folder, _, names in os.walk(os.path.join(support.ROOT, "tests")) for name in names if name.endswith(".py")]
         done = subprocess.run([sys.executable, "-m", "pyflakes"] + files, stdout=subprocess.PIPE, universal_newlines=True)
         self.assertEqual(done.stdout, "")
