@@ -139,8 +139,18 @@ class ComponentError(MargoError):
 
     exit = 1
 
+    source = None                                   # who raised it, where that is not the deployment or component itself
+
     def __init__(self, code, message):
         super().__init__(message, code)
+
+
+class GatewayError(ComponentError):
+    """Raised by a gateway: `source` is its device id, `code` may be 101 (unknown child), 102 (child unreachable), 103 (no placement)."""
+
+    def __init__(self, code, gateway, message):
+        super().__init__(code, message)
+        self.source = gateway
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -172,11 +182,11 @@ Component = define("Component", "name repository revision wait timeout extension
 Parameter = define("Parameter", "name value targets", "A parameter: YAML value and [(pointer, [component names])].")
 Deployment = define("Deployment", "deployment_id name namespace device_id type components parameters constraints extensions",
     "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None; `extensions`: those of {spec, deploymentProfile}.", {})
-Target = define("Target", "deployment_id digest version deployment error",
-    "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it.")
-Container = define("Container", "id name deployment_id component service hash state exit_code type",
+Target = define("Target", "deployment_id digest version deployment error device_id",
+    "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it; `device_id`: where it is at home.", None)
+Container = define("Container", "id name deployment_id component service hash state exit_code type device_id",
     "One container of ours (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, `hash` our mark,"
-    " `type` the deployment type whose driver showed it.")
+    " `type` the deployment type whose driver showed it, `device_id` the child device it was made for.", "")
 Action = define("Action", "deployment_id action reason",
     "One step of a plan: install, update, remove, keep or refuse, and why.")
 Place = define("Place", "device_id device drivers",
@@ -1116,6 +1126,11 @@ def read_properties(value, base):
     for name, item in read_mapping(value, base).items():
         if name.startswith("x-") and not (re.fullmatch(EXTENSION_PATTERN, name) and isinstance(item, dict)):
             raise ValueError("a mapping in which x-NAME-extensions holds a mapping")
+        if name in ("memory", "storage") and not re.fullmatch(r"[0-9]+[KMGTPE]i", str(item)):
+            raise ValueError(f"a mapping in which {name} is a size such as 512Mi")
+        if name == "cpus" and not (isinstance(item, list) and item and all(
+                isinstance(cpu, dict) and isinstance(cpu.get("cores"), (int, float)) for cpu in item)):
+            raise ValueError("a mapping in which cpus is a list of {cores: number, architecture: text}")
     return value
 
 
@@ -1149,6 +1164,13 @@ def read_paths(value, base):
     """A list of absolute folders."""
     if not isinstance(value, list) or not all(isinstance(item, str) and item.startswith("/") for item in value):
         raise ValueError("a list of absolute paths")
+    return value
+
+
+def read_list(value, base):
+    """A list, taken as it is."""
+    if not isinstance(value, list):
+        raise ValueError("a list")
     return value
 
 
@@ -1229,6 +1251,14 @@ def is_within(windows, local):
     return False
 
 
+# What leads an engine's command to an engine elsewhere, and which engine that is; a child device is reached by one of them.
+CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman", "DOCKER_HOST": "docker",
+               "DOCKER_CONTEXT": "docker"}
+CHILD_SCHEMA = {
+    "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
+    "properties": (read_properties, {}), "labels": (read_labels, {}), "connection": (read_environment, {})}
+HOSTING = ("cpus", "memory", "storage")             # what a child device has to say of itself, because only what is here can be detected
+
 # Each setting: its reader and its default in the file's own spelling; None: not set.
 SCHEMA = {
     "state_dir": (read_path, "/var/lib/margo-agent"),
@@ -1242,7 +1272,7 @@ SCHEMA = {
         "refresh": (read_duration, "1h"), "algorithm": (read_planned(), None), "signature": (read_planned({}), {})},
     "device": {
         "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
-        "properties": (read_properties, {}), "labels": (read_labels, {}), "children": (read_planned([]), [])},
+        "properties": (read_properties, {}), "labels": (read_labels, {}), "children": (read_list, [])},
     "poll": {
         "interval": (read_duration, "60s"), "jitter": (read_share, "10%"), "window": (read_windows, []), "downtime": (read_windows, [])},
     "runtime": {
@@ -1267,7 +1297,7 @@ REQUIRED = ("wfm.url", "identity.certificate", "identity.key")
 def make_settings(value, schema, base, where, faults):
     """Reads one mapping of the configuration by its schema; each fault is appended to `faults` with the key it is about."""
     if value is not None and not isinstance(value, dict):
-        faults.append(f"{where or 'the configuration'}: found {make_printable(str(value), 60)!r}, expected a mapping")
+        faults.append(f"{where[:-1] or 'the configuration'}: found {make_printable(str(value), 60)!r}, expected a mapping")
         value = None
     value = value or {}
     for key in value:
@@ -1291,6 +1321,23 @@ def make_settings(value, schema, base, where, faults):
     return settings
 
 
+def make_children(items, base, faults):
+    """The child devices of a see-thru gateway as a list of Settings; faults as make_settings tells them."""
+    children = []
+    for index, item in enumerate(items or ()):
+        where, known = f"device.children[{index}].", len(faults)
+        child = make_settings(item, CHILD_SCHEMA, base, where, faults)
+        named = " ".join(fault.split(" ")[0] for fault in faults[known:])
+        needed = [key for key in CHILD_SCHEMA if child[key] is None] + [f"properties.{key}" for key in HOSTING if key not in (child.properties or {})]
+        faults += [f"{where}{key}: not set, and nothing else knows it" for key in needed if f"{where}{key.split('.')[0]}:" not in named]
+        if child.connection is not None and not set(child.connection) & set(CONNECTIONS):
+            faults.append(f"{where}connection: names no engine; expected one of {', '.join(CONNECTIONS)}")
+        faults += [f"{where}{key}: another child has the same" for key in ("id", "connection")
+                   if child[key] and child[key] in [other[key] for other in children]]
+        children.append(child)
+    return children
+
+
 def make_config(document, base, environ):
     """The configuration as Settings from its YAML value, the folder of its file and the environment.
 
@@ -1301,6 +1348,9 @@ def make_config(document, base, environ):
     config = make_settings(document, SCHEMA, base, "", faults)
     config["registries"] = Settings({host: make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
                                      for host, entry in (config["registries"] or {}).items()})
+    config.device["children"] = make_children(config.device.children, base, faults)
+    if config.device.children and (config.wfm.profile, config.wfm.dialect) not in (("mtls", "a"), ("signed", "b")):
+        faults.append("device.children: the protocol of this wfm.profile and wfm.dialect knows no child devices")
     named = {fault.split(":")[0] for fault in faults}
     for key in REQUIRED:
         section, name = key.split(".")
@@ -1435,7 +1485,7 @@ def remove_folder(path):
 def make_state():
     """The state of an agent that knows nothing yet; every part is explained here.
 
-    enrollment  {id, url, capabilities: digest of the document the WFM has, children: []} since the first exchange
+    enrollment  {id, deviceId, capabilities: digest of the document the WFM has, children: {device id: digest}} since the first exchange
     accepted    {version, etag, digest, acceptedAt, deployments: [{deploymentId, digest}]}: the last verified desired state
     deployments {id in lower case: record}: what this device does, or did, about each deployment (see section 16)
     outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged
@@ -1443,7 +1493,7 @@ def make_state():
     trust       {source, etag, sequence, refreshedAt}: of trust-bundle.json
     patience    {failures, at, delay}: no request before `at` + `delay`
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
-    pulled      [image]: what the agent pulled, and may prune
+    pulled      [image, after a child device's id and a space where it is there]: what the agent pulled, and may prune
     history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome}
     """
     return {"schema": 1, "enrollment": None, "accepted": None, "deployments": {}, "outbox": {}, "reported": {}, "trust": {},
@@ -2677,6 +2727,36 @@ def is_contained(selector, value, combine):
 # 12. Plan
 # ------------------------------------------------------------------------------------------------------------------------------
 
+def find_place(deployment, held, own_id, children, find_reason, loads):
+    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, or GatewayError 101, 102, 103 (protocol 9).
+
+    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device id to why it cannot run
+    there, or "".  loads: {device id: deployments that are there}.  A free choice falls on the least loaded child that answers, and
+    stays; a document that names no device is for this one.
+    """
+    wanted = deployment.device_id or own_id
+    if wanted == own_id or wanted in children:
+        return wanted
+    if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
+        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
+    if wanted != f"{own_id}/*":
+        parent = wanted[:-2] if wanted.endswith("/*") else None
+        if parent in children:
+            raise GatewayError("103", own_id, f"child device {parent} is no gateway to others")
+        raise GatewayError("101", own_id, f"child device {parent or wanted} is not known; known are {', '.join(children)}")
+    reasons = {child: find_reason(child) for child in children}
+    fit = [child for child in children if not reasons[child]]
+    if held in fit:
+        return held
+    if not fit:
+        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items()) or "this device is no gateway"
+        raise GatewayError("103", own_id, f"no child device can take it: {words}")
+    there = [child for child in fit if children[child]]
+    if not there:
+        raise GatewayError("102", own_id, f"none of the child devices that could take it answers: {', '.join(fit)}")
+    return min(there, key=lambda child: loads.get(child, 0))
+
+
 def needs_document(entry, record):
     """Whether deciding on a manifest entry takes its document: not for what is installed, or was tried and failed, in that revision."""
     return record is None or record["adopted"]["digest"] != entry.digest or record["refused"] or record["state"] not in ("installed", "failed")
@@ -3092,8 +3172,9 @@ def unpack_package(data, digest, parent, max_unpacked):
 # 14. Runtimes
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Workload = define("Workload", "deployment_id component project folder parameters environment wait",
-    "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment.")
+Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id",
+    "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment, the"
+    " child device it is for.", "")
 Service = define("Service", "name image arguments command environment files networks depends_on health pull hash",
     "One service as the engine is told of it; see make_service. networks: [(name, [options])]; health: (interval, retries, start) or None.")
 Project = define("Project", "services networks volumes document",
@@ -3101,7 +3182,7 @@ Project = define("Project", "services networks volumes document",
 
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
-LABEL_HASH, LABEL_PROJECT = "org.margo.hash", "org.margo.project"
+LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -3613,7 +3694,7 @@ def make_document(document, services, workload):
 def make_labels(workload, service, digest):
     """The labels by which containers are found again."""
     return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component, LABEL_PROJECT: workload.project,
-            LABEL_SERVICE: service, LABEL_HASH: digest}
+            LABEL_SERVICE: service, LABEL_HASH: digest, **({LABEL_DEVICE: workload.device_id} if workload.device_id else {})}
 
 
 def make_environment(service, workload, variables, where):
@@ -3893,14 +3974,23 @@ def find_registry(image):
     return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
 
 
-def make_compose_driver(config, environ=None):
-    """The ComposeDriver of the configuration, None where nothing on this device runs compose components."""
+def make_compose_driver(config, environ=None, child=None, others=()):
+    """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
+
+    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all other devices.
+    """
     environ = os.environ if environ is None else environ
+    if child:
+        device_id, connection = child
+        environ = dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
+        kind = "podman" if "podman" in {CONNECTIONS.get(key) for key in connection} else "docker"
+        engine, compose = find_engine(kind, environ), config.runtime.compose if config.runtime.compose != "off" else "auto"
+        return ComposeDriver(engine, find_provider(compose, engine, environ), config, environ, child, ["", *others]) if engine else None
     docker = config.runtime.engine == "auto" and config.runtime.compose == "docker compose"        # what docker starts, docker shows
     engine = find_engine("docker" if docker else config.runtime.engine, environ)
     if config.runtime.compose == "off" or engine is None:
         return None
-    return ComposeDriver(engine, find_provider(config.runtime.compose, engine, environ), config)
+    return ComposeDriver(engine, find_provider(config.runtime.compose, engine, environ), config, others=others)
 
 
 class ComposeDriver:
@@ -3909,13 +3999,16 @@ class ComposeDriver:
     Either way containers are found by their labels, by one query for all, and judged by what the engine shows of them.
     """
 
-    def __init__(self, engine, provider, config):
-        self.engine, self.provider, self.config = engine, provider, config
+    def __init__(self, engine, provider, config, environ=None, child=("", {}), others=()):
+        self.engine, self.provider, self.config, self.environ = engine, provider, config, environ
+        self.device_id, self.connection = child
+        self.others = frozenset(others)             # devices whose containers are not ours, even where they share the engine
+        self.remote = bool(set(self.connection) - {"CONTAINERS_STORAGE_CONF"} & set(CONNECTIONS))
         self.pulled = []                            # images that were not here before
 
     def run(self, arguments, timeout, code=None, program=None):
         """The Output of one engine command; with `code` a failure raises ComponentError of that code."""
-        output = run_command((program or [self.engine]) + arguments, max(1.0, timeout))
+        output = run_command((program or [self.engine]) + arguments, max(1.0, timeout), env=self.environ)
         if code and output.code:
             raise ComponentError(code, f"{' '.join((program or [self.engine])[:2])} {arguments[0]} failed: {output.stderr[-1500:]}")
         return output
@@ -3926,12 +4019,12 @@ class ComposeDriver:
         used: whether any deployment is known to need this driver; a leftover is looked for all the same (P-11).
         """
         facts = "\t".join(["{{.ID}}", "{{.Names}}"] + [f'{{{{.Label "{name}"}}}}' for name in (
-            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH)] + ["{{.State}}"])
+            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE)] + ["{{.State}}"])
         form = "json" if self.engine == "podman" else facts
-        output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 60)
+        output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 20 if self.remote else 60)
         if output.code:
             raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
-        return parse_containers(output.stdout, self.engine)
+        return [container for container in parse_containers(output.stdout, self.engine) if container.device_id not in self.others]
 
     def prepare(self, deployment, component, known, store):
         """Fetches and verifies all that a component needs, touching nothing that runs: (what `apply` takes, package facts).
@@ -3947,14 +4040,14 @@ class ComposeDriver:
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         folder = unpack_package(data, digest, folder, self.config.policy.max_unpacked)
         workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
-                            make_variables(deployment, component.name), self.config.runtime.environment, component.wait)
+                            make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id)
         return self.resolve(workload, PULL_TIMEOUT), {"reference": reference, "digest": digest}
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
         count = len(self.observe())
         if self.provider:
-            run_command(self.provider + ["version"], 60)
+            run_command(self.provider + ["version"], 60, env=self.environ)
         return f"{' '.join(self.provider or [self.engine, '(builtin)'])} answers, {count} containers of ours"
 
     def resolve(self, workload, timeout):
@@ -3965,6 +4058,8 @@ class ComposeDriver:
             raise make_fault(str(error)) from None
         project = make_project(document, workload, self.config.policy, self.engine, strict=self.provider is None)
         for service in project.services:
+            if self.remote and (service.files or list(find_binds(project.document["services"][service.name].get("volumes"), "volumes"))):
+                raise make_fault(f"services.{service.name}: configs and bind mounts are files of the gateway, which a child device does not see")
             self.pull(service, timeout)
         return workload, project
 
@@ -3996,7 +4091,7 @@ class ComposeDriver:
                 [], [self.engine, "--config", folder])
         if self.engine == "podman" and settings.insecure:
             options.append("--tls-verify=false")
-        elif self.engine == "podman" and settings.ca:
+        elif self.engine == "podman" and settings.ca and not self.remote:       # elsewhere it takes the CA that is installed there
             write_file(os.path.join(folder, "ca.crt"), read_file(settings.ca, MAX_CERTIFICATES) or b"")
             options.append(f"--cert-dir={folder}")
         return program, options
@@ -4082,7 +4177,7 @@ class ComposeDriver:
         workload, project = prepared
         path = os.path.join(folder, "resolved.json")
         write_file(path, make_json(escape_dollars(project.document)))
-        environ = {key: item for key, item in os.environ.items() if key in (
+        environ = {key: item for key, item in (self.environ or os.environ).items() if key in self.connection or key in (
             "PATH", "HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONFIG", "CONTAINER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")}
         argv = self.provider + ["--project-name", workload.project, "--file", path]
         if self.provider != ["podman-compose"]:
@@ -4168,7 +4263,7 @@ class ComposeDriver:
         """The end of a container's log for an error message: 20 lines, 2 KiB, parameter values masked."""
         if not container:
             return ""
-        output = run_command([self.engine, "logs", "--tail=20", container], 60)
+        output = self.run(["logs", "--tail=20", container], 60)
         text = (output.stdout.decode("utf-8", "replace").strip() + "\n" + output.stderr).strip()
         for value in sorted(workload.parameters.values(), key=len, reverse=True):
             text = text.replace(value, "***") if len(value) > 2 else text
@@ -4228,22 +4323,33 @@ def parse_containers(data, engine):
                 labels = item.get("Labels") or {}
                 containers.append(Container(item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], labels.get(LABEL_COMPONENT, ""),
                                             labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), item["State"].lower(), item.get("ExitCode", 0),
-                                            "compose"))
+                                            "compose", labels.get(LABEL_DEVICE, "")))
         else:
             for line in data.decode("utf-8", "replace").splitlines():
-                containers.append(Container(*line.split("\t"), exit_code=None, type="compose"))
+                *marks, device_id, state = line.split("\t")
+                containers.append(Container(*marks, state=state, exit_code=None, type="compose", device_id=device_id))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return containers
 
 
-def make_drivers(config):
-    """{deployment type: driver} of what this device can run.
+def make_drivers(config, child=None, others=()):
+    """{deployment type: driver} of what a device can run; `child` and `others` as make_compose_driver takes them.
 
     A driver has observe, prepare, apply, remove, remove_image and `pulled`; no other section knows what it drives.
     """
-    compose = make_compose_driver(config)
+    compose = make_compose_driver(config, child=child, others=others)
     return {"compose": compose} if compose else {}
+
+
+def make_places(config, own_id):
+    """[Place] of this device and of each child, in this order."""
+    ids = [f"{own_id}/{child.id}" for child in config.device.children]
+    places = [Place(own_id, config.device, make_drivers(config, others=ids))]
+    for device_id, child in zip(ids, config.device.children):
+        others = [other for other in ids if other != device_id]
+        places.append(Place(device_id, child, make_drivers(config, (device_id, child.connection), others)))
+    return places
 
 
 def observe_all(drivers, records):
@@ -4294,12 +4400,12 @@ def fail_record(record, component, error, now, jitter, refused=False):
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
     delay = min(RETRY_CAP, RETRY_FIRST * 2 ** min(record["failures"], 10)) * (0.75 + 0.5 * jitter)
-    error_object = {"code": error.code, "source": component or record["name"], "message": error.message}
+    error_object = {"code": error.code, "source": error.source or component or record["name"], "message": error.message}
     if component:
         record = set_component(record, component, "failed", error_object)
         error_object = dict(error_object, source=record["name"], message=f"component {component} failed: {error.message}")
     elif record["components"]:
-        record = dict(record, components=[dict(item, state="failed", error=dict(error_object, source=item["name"]))
+        record = dict(record, components=[dict(item, state="failed", error=dict(error_object, source=error.source or item["name"]))
                                           for item in record["components"]])
     return dict(record, state="failed", error=error_object, refused=refused, failures=record["failures"] + 1, retryAt=int(now + delay))
 
@@ -4566,16 +4672,18 @@ def apply_removal(record, version, containers, tools):
     yield dict(record, state="removed", running=None, previous=None)
 
 
-def prune(state, store, drivers):
+def prune(state, store, places):
     """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked packages, images that
-    the agent pulled; nothing else on the device.  Changes state["pulled"].
+    the agent pulled; nothing else on the device.  Changes state["pulled"].  places: {"" or child device id: Place} of what answers.
     """
     digests, images = find_needed(state)
     store.prune_artifacts(digests)
-    for name in state["pulled"]:
+    for entry in state["pulled"]:
+        device_id, _, name = entry.rpartition(" ")
+        drivers = places[device_id].drivers if device_id in places else {}
         if name not in images and any(driver.remove_image(name) for driver in drivers.values()):
-            log("info", "image pruned", image=name)
-            state["pulled"] = [other for other in state["pulled"] if other != name]
+            log("info", "image pruned", image=entry)
+            state["pulled"] = [other for other in state["pulled"] if other != entry]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -4678,10 +4786,10 @@ def make_capabilities(detected, device, device_id, deployment_types):
     A device on which nothing runs workloads says nothing of hosting (C-084).
     """
     properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types), otelCollector=True)
-    if not deployment_types:
-        properties = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
     properties.update({key: device[key] for key in ("vendor", "modelNumber", "serialNumber") if device[key]})
     properties.update(device.properties)
+    if not deployment_types:
+        properties = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
     properties["id"] = device_id
     extensions = [name for name in properties if name.startswith("x-")]
     document = {name: properties.pop(name) for name in extensions}          # they stand at the root (protocol 3.5)
@@ -4706,7 +4814,9 @@ class Agent:
         self.config, self.stopping = config, stopping
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
-        self.places = [Place(self.device_id, config.device, make_drivers(config))]
+        self.places = make_places(config, self.device_id)
+        self.observed = {}                          # {device id: [Container], None where it does not answer}, of this cycle
+        self.placed = {}                            # {deployment id in lower case: device id} that was chosen in this cycle
         self.source = None                          # connected when the WFM is first needed
         self.state = None
 
@@ -4783,14 +4893,50 @@ class Agent:
         return True
 
     def report_capabilities(self, always=False):
-        """PUTs the capabilities before anything else and when they changed (C-081, C-082)."""
+        """PUTs the capabilities before anything else and when they changed, a gateway's own first; DELETEs those of a child that has
+        gone (C-081, C-082, C-220, C-223).
+        """
+        self.report_device(always)
+        for place in self.places[1:]:
+            self.report_child(place, always)
+        reported = self.state["enrollment"].get("children", {})
+        for device_id in sorted(set(reported) - {place.device_id for place in self.places}):
+            try:
+                self.source.delete_capabilities(device_id)
+                log("info", "a child device has gone; its capabilities are withdrawn", device=device_id)
+            except Refused as error:
+                log("error", "the WFM refuses to forget a child device", device=device_id, reason=error.message)
+            reported.pop(device_id)
+            self.store.save_state(self.state)
+
+    def report_child(self, place, always, again=True):
+        """PUTs a child's capabilities; a WFM that does not know the gateway is told of it first (protocol 2.2)."""
+        document, reported = self.make_capabilities(place), self.state["enrollment"].setdefault("children", {})
+        digest = sha256_digest(make_json(document))
+        if reported.get(place.device_id) == digest and not always:
+            return
+        try:
+            self.source.put_capabilities(place.device_id, document)
+            log("info", "capabilities reported", device=place.device_id)
+        except Refused as error:
+            if again and error.code in ("gateway-not-found", "HTTP 404"):
+                self.report_device(True)
+                self.report_child(place, True, again=False)
+                return
+            log("error", "the WFM refuses the capabilities of a child device", device=place.device_id, reason=error.message)
+        self.state["enrollment"]["children"][place.device_id] = digest      # also what was refused: it is not sent again unchanged
+        self.store.save_state(self.state)
+
+    def report_device(self, always):
+        """PUTs the own capabilities."""
         document = self.make_capabilities(self.places[0])
         digest, enrolled = sha256_digest(make_json(document)), self.state["enrollment"]
         if enrolled and not always and digest in (enrolled["capabilities"], enrolled.get("refused")):
             return
         try:
             self.source.put_capabilities(self.device_id, document)
-            self.state["enrollment"] = {"id": self.source.client_id, "capabilities": digest, "deviceId": self.device_id}
+            self.state["enrollment"] = {"id": self.source.client_id, "capabilities": digest, "deviceId": self.device_id,
+                                        "children": (enrolled or {}).get("children", {})}
             log("info", "capabilities reported", device=self.device_id)
         except Refused as error:
             if not enrolled:
@@ -4800,8 +4946,9 @@ class Agent:
         self.store.save_state(self.state)
 
     def make_capabilities(self, place):
-        """The capabilities document of a device as it is now."""
-        return make_capabilities(detect_properties(self.config.state_dir), place.device, place.device_id, sorted(place.drivers))
+        """The capabilities document of a device as it is now; a child is what the configuration says of it."""
+        detected = detect_properties(self.config.state_dir) if place is self.places[0] else {"peripherals": [], "interfaces": []}
+        return make_capabilities(detected, place.device, place.device_id, sorted(place.drivers))
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one: first its documents, then the state, all durable (C-111)."""
@@ -4823,7 +4970,8 @@ class Agent:
                 target = Target(entry.deployment_id, entry.digest, desired.version, None, None)
                 target = self.resolve_target(target, self.store.load_artifact)
                 if not target.error:
-                    record = state["deployments"][entry.deployment_id.lower()] = begin_record(make_record(target, self.device_id), target)
+                    home = self.device_id if target.deployment.device_id != target.device_id else target.device_id      # `*`: not yet placed
+                    record = state["deployments"][entry.deployment_id.lower()] = begin_record(make_record(target, home), target)
                     enqueue_status(state, record, self.device_id)
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
@@ -4839,16 +4987,24 @@ class Agent:
 
     def make_targets(self, accepted, load_document):
         """[Target] of an accepted desired state; documents are read only where deciding takes them."""
-        targets = []
+        targets, self.placed = [], {}
         for item in accepted["deployments"] if accepted else ():
             entry = ManifestEntry(item["deploymentId"], item["digest"], None)
-            target = Target(entry.deployment_id, entry.digest, accepted["version"], None, None)
-            needed = needs_document(entry, self.state["deployments"].get(entry.deployment_id.lower()))
+            record = self.state["deployments"].get(entry.deployment_id.lower())
+            target = Target(entry.deployment_id, entry.digest, accepted["version"], None, None, record and record["deviceId"])
+            needed = needs_document(entry, record) or self.find_home(record) != record["deviceId"]
             targets.append(self.resolve_target(target, load_document) if needed else target)
         return targets
 
+    def find_home(self, record):
+        """The device that answers for a record: where the deployment is, or this one where that has gone from the configuration."""
+        return record["deviceId"] if record["deviceId"] in {place.device_id for place in self.places} else self.device_id
+
     def resolve_target(self, target, load_document):
-        """The target with its Deployment, or with the ComponentError for which it cannot be one."""
+        """The target with its Deployment and its device, or with the ComponentError for which it cannot be one."""
+        key = target.deployment_id.lower()
+        record = self.state["deployments"].get(key)
+        home = self.find_home(record) if record else self.device_id
         try:
             data = load_document(target.digest)
             if data is None:
@@ -4856,55 +5012,124 @@ class Agent:
                     self.state["accepted"]["incomplete"] = True
                 raise ComponentError("INTERNAL", "its document is missing from the state directory; the next poll brings it anew")
             target = target._replace(deployment=parse_deployment(data, target.deployment_id))
-            check_device(target.deployment, self.device_id)
-            if target.deployment.constraints:
-                check_eligibility(target.deployment.constraints, self.make_capabilities(self.places[0]))
+            home = self.place(target.deployment, key, home)
+            reason = self.find_reason(target.deployment, home)
+            if reason:
+                raise reason
         except ComponentError as error:
             target = target._replace(error=error, deployment=target.deployment or data and make_outline(data, target.deployment_id))
-        return target
+        return target._replace(device_id=home)
+
+    def place(self, deployment, key, held):
+        """The id of the device that a deployment is for; raises ComponentError."""
+        homes = dict({key: record["deviceId"] for key, record in self.state["deployments"].items()}, **self.placed)
+        homes.pop(key, None)
+        loads = list(homes.values())
+        children = {place.device_id: self.observed.get(place.device_id, ()) is not None for place in self.places[1:]}
+        found = find_place(deployment, self.placed.get(key, held), self.device_id, children, lambda child: self.find_reason(deployment, child),
+                           {child: loads.count(child) for child in children})
+        self.placed[key] = found
+        return found
+
+    def find_reason(self, deployment, device_id):
+        """The ComponentError for which a deployment cannot run on a device, or None."""
+        place = next(place for place in self.places if place.device_id == device_id)
+        try:
+            if place is not self.places[0] and deployment.type not in place.drivers:
+                raise ComponentError("UNSUPPORTED_TYPE", f"nothing there runs {deployment.type} components")
+            if deployment.constraints:
+                check_eligibility(deployment.constraints, self.make_capabilities(place))
+        except ComponentError as error:
+            return error
+        return None
+
+    def observe(self):
+        """Looks at every device, all at once; {device id: CommandError} of those that do not answer."""
+        def look(place):
+            records = {key: record for key, record in self.state["deployments"].items() if record["deviceId"] == place.device_id}
+            try:
+                if place is not self.places[0] and not place.drivers:
+                    raise CommandError("the engine's command that its connection needs is not installed here")
+                return observe_all(place.drivers, records)
+            except CommandError as error:
+                return error
+
+        if len(self.places) == 1:
+            seen = [look(self.places[0])]
+        else:
+            from multiprocessing.pool import ThreadPool
+            with ThreadPool(min(len(self.places), 8)) as pool:
+                seen = pool.map(look, self.places)
+        answers = {place.device_id: answer for place, answer in zip(self.places, seen)}
+        self.observed = {key: None if isinstance(answer, CommandError) else answer for key, answer in answers.items()}
+        return {key: answer for key, answer in answers.items() if isinstance(answer, CommandError)}
+
+    def plan(self, targets):
+        """[(Place, Action, Target or None)] of all devices, in order; removals first, also those of a deployment that moves.
+
+        What a child device needs that does not answer is refused by 102, what it has is left alone.
+        """
+        steps, by_id = [], {target.deployment_id.lower(): target for target in targets}
+        for place in self.places:
+            containers = self.observed[place.device_id]
+            mine = [target for target in targets if target.device_id == place.device_id]
+            records = {key: record for key, record in self.state["deployments"].items()
+                       if self.find_home(record) == place.device_id and (key not in by_id or by_id[key].device_id == place.device_id)}
+            for action in make_plan(mine, records, containers, time.time()):
+                key = action.deployment_id.lower()
+                target = by_id.get(key)
+                if action.action == "remove" and target:
+                    action = action._replace(reason=f"belongs on {target.device_id}")
+                elif containers is None and place is not self.places[0] and action.action not in ("keep", "refuse"):
+                    error = GatewayError("102", self.device_id, f"child device {place.device_id} does not answer")
+                    target = target or Target(action.deployment_id, records[key]["adopted"]["digest"], records[key]["adopted"]["version"],
+                                              None, None, place.device_id)
+                    target, action = target._replace(error=error), action._replace(action="refuse", reason=f"102: {error.message}")
+                steps.append((place, action, target))
+        return sorted(steps, key=lambda step: step[1].action != "remove")
 
     def reconcile(self):
         """Makes what runs match what was accepted; True where there was something to do.
 
         An engine that does not answer is no engine without containers: nothing is done blindfold, and CommandError says so (D-16).
         """
-        state, acted, deaf = self.state, False, None
+        state, acted = self.state, False
         if not state["accepted"]:
             return False                            # what runs is left alone until a WFM says what should
-        targets = self.make_targets(state["accepted"], self.store.load_artifact)
-        for place in self.places:
-            try:
-                containers = observe_all(place.drivers, state["deployments"])
-            except CommandError as error:
-                containers, deaf = None, CommandError(f"{error.message}; workloads are left as they are")
-            acted = self.reconcile_place(place, targets, containers) or acted
-        if acted and self.config.runtime.prune:
-            prune(state, self.store, self.places[0].drivers)
-        if deaf:
-            raise deaf
-        return acted
-
-    def reconcile_place(self, place, targets, containers):
-        """Makes one device match its targets; containers: as observed, None where its engine does not answer."""
-        acted, by_id = False, {target.deployment_id.lower(): target for target in targets}
-        for action in make_plan(targets, self.state["deployments"], containers, time.time()):
+        deaf = self.observe()
+        for place, action, target in self.plan(self.make_targets(state["accepted"], self.store.load_artifact)):
             if self.stopping():
                 raise Interrupted("ended before everything was done; the next run goes on from here")
-            if action.action != "keep":
-                acted = self.perform(place, action, by_id.get(action.deployment_id.lower()), containers) or acted
+            try:
+                acted = action.action != "keep" and self.perform(place, action, target, self.observed[place.device_id]) or acted
+            except CommandError as error:
+                deaf[place.device_id] = error
+        if acted and self.config.runtime.prune:
+            prune(state, self.store, {place.device_id if place is not self.places[0] else "": place for place in self.places
+                                      if place.device_id not in deaf})
+        if deaf:
+            words = [error.message if key == self.device_id else f"child device {key}: {error.message}" for key, error in deaf.items()]
+            raise CommandError(f"{'; '.join(words)}; workloads are left as they are")
         return acted
 
     def perform(self, place, action, target, containers):
         """Carries out one action; each change is durable, and told where the WFM can be told, before the next step."""
-        key = action.deployment_id.lower()
+        key, tools = action.deployment_id.lower(), Tools(self.config, self.store, place.drivers, time.time, get_random)
         record = self.state["deployments"].get(key)
         if action.action == "refuse" and record and record["refused"] and record["error"]["message"] == target.error.message:
             return False                            # refused before for the same reason, and told so
         if containers is None and action.action != "refuse":
             return False                            # nothing is done blindfold
         log("info" if action.action != "refuse" else "error", action.action, deployment=action.deployment_id, reason=action.reason)
-        record = record or make_record(target or Target(action.deployment_id, "", 0, None, None), place.device_id)
-        tools = Tools(self.config, self.store, place.drivers, time.time, get_random)
+        if action.action == "remove" and record and (target or self.find_home(record) != place.device_id):
+            stray = Deployment(action.deployment_id, record["name"], "", "", "", [], [], None)
+            remove_dropped(dict(record, deviceId=place.device_id), stray, containers, tools)
+            return True                             # the record tells of the device where it belongs
+        if record and record["deviceId"] not in self.observed:
+            log("warning", "its child device is no longer configured; what runs there is forgotten", deployment=action.deployment_id,
+                device=record["deviceId"])
+        if not record or target and record["deviceId"] != place.device_id:          # new here: what it was elsewhere is removed there
+            record = make_record(target or Target(action.deployment_id, "", 0, None, None), place.device_id)
         if action.action == "remove":
             steps = apply_removal(record, self.state["accepted"]["version"], containers, tools)
         else:
@@ -4912,11 +5137,16 @@ class Agent:
                 target = self.resolve_target(target, self.store.load_artifact)
                 if target.error:
                     log("error", "deployment failed", deployment=action.deployment_id, code=target.error.code, reason=target.error.message)
+                elif target.device_id != place.device_id:                           # it no longer fits where it is
+                    place = next(other for other in self.places if other.device_id == target.device_id)
+                    return self.perform(place, action, target, self.observed[place.device_id])
             steps = apply_target(target, record, containers, tools) if not target.error else [
                 fail_record(begin_record(record, target), None, target.error, time.time(), get_random(), refused=True)]
         for record in steps:
             self.state["deployments"][key] = record
-            self.state["pulled"] = sorted(set(self.state["pulled"]).union(*(driver.pulled for driver in place.drivers.values())))
+            there = "" if place is self.places[0] else place.device_id + " "
+            self.state["pulled"] = sorted(set(self.state["pulled"]).union(
+                there + name for driver in place.drivers.values() for name in driver.pulled))
             enqueue_status(self.state, record, self.device_id)
             self.store.save_state(self.state)
             self.flush_outbox(quiet=True)
@@ -4929,8 +5159,7 @@ class Agent:
             self.connect()
         version = (self.state["accepted"] or {}).get("version", 1)
         self.state["accepted"] = dict(self.state["accepted"] or {"etag": None, "digest": ""}, version=version, deployments=[])
-        for place in self.places:
-            self.reconcile_place(place, [], observe_all(place.drivers, self.state["deployments"]))
+        self.reconcile()
         return any(record["state"] != "removed" for record in self.state["deployments"].values())
 
     def flush_outbox(self, quiet=False):
@@ -4997,12 +5226,6 @@ def get_random():
     """A number in [0, 1) for jitter."""
     import random
     return random.random()
-
-
-def check_device(deployment, device_id):
-    """Raises ComponentError for a deployment that is for another device (contract, Rules)."""
-    if deployment.device_id != device_id:
-        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {deployment.device_id}, this device is {device_id}")
 
 
 def make_backoff(failures, retry_after, jitter):
@@ -5156,7 +5379,8 @@ def command_unenroll(config, options):
             raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge again")
         if state["enrollment"]:
             try:
-                agent.connect().delete_capabilities(state["enrollment"]["deviceId"])
+                for device_id in [*sorted(state["enrollment"].get("children", {})), state["enrollment"]["deviceId"]]:
+                    agent.connect().delete_capabilities(device_id)
             except Untrusted as error:
                 log("warning", "the WFM does not know this client any more; the relationship is forgotten here", reason=error.message)
         kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
@@ -5178,16 +5402,19 @@ def command_plan(config, options):
         accepted = {"version": desired.version, "deployments": [e._asdict() for e in desired.entries]}
         accepted["deployments"] = [{"deploymentId": e.deployment_id, "digest": e.digest} for e in desired.entries]
         documents = desired.documents
+    deaf = agent.observe() if accepted else {}
+    if agent.device_id in deaf:
+        raise deaf[agent.device_id]
     targets = agent.make_targets(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
-    plan = [action for place in agent.places if accepted for action in make_plan(
-        targets, agent.state["deployments"], observe_all(place.drivers, agent.state["deployments"]), time.time())]
+    plan = agent.plan(targets) if accepted else []
     if "--json" in options:
-        actions = [{"deploymentId": a.deployment_id, "action": a.action, "reason": a.reason} for a in plan]
+        actions = [{"deploymentId": a.deployment_id, "action": a.action, "reason": a.reason, "deviceId": p.device_id} for p, a, _ in plan]
         print_json({"version": accepted["version"] if accepted else None, "actions": actions})
         return 0
     print(f"desired state: version {accepted['version'] if accepted else 'none'}")
-    for action in plan:
-        print(f"{action.action:8}{action.deployment_id}  {make_printable(action.reason)}")
+    for place, action, _ in plan:
+        where = f"on {place.device_id}: " if len(agent.places) > 1 else ""
+        print(f"{action.action:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
     return 0
 
 
@@ -5205,7 +5432,8 @@ def command_status(config, options):
     print(f"last poll  {last['at']} {last['result']} {make_printable(last['detail'])}".rstrip() if last["at"] else "last poll  never")
     print(f"outbox     {document['outbox']}")
     for deployment in document["deployments"]:
-        print(f"{deployment['state']:10} {deployment['deploymentId']}  {deployment['name']}")
+        where = f"  on {deployment['deviceId']}" if config.device.children else ""
+        print(f"{deployment['state']:10} {deployment['deploymentId']}  {deployment['name']}{where}")
         for component in deployment["components"]:
             reason = f"  {component['error']['code']}: {make_printable(component['error']['message'])}" if component["error"]["code"] else ""
             print(f"  {component['state']:8} {component['name']}{reason}")
@@ -5220,6 +5448,7 @@ def make_status_report(config, state, memo, now):
     accepted = state["accepted"] or {"version": None, "etag": None, "acceptedAt": None}
     deployments = [{
         "deploymentId": record["deploymentId"], "name": record["name"], "state": record["state"], "digest": record["adopted"]["digest"],
+        "deviceId": record["deviceId"],
         "error": record["error"] or no_error,
         "components": [{"name": component["name"], "state": component["state"], "error": component["error"] or no_error}
                        for component in record["components"]]} for _, record in sorted(state["deployments"].items())]
@@ -5246,12 +5475,14 @@ def command_doctor(config, options):
     """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
     agent, failed = Agent(config), False
     agent.state = make_state()
-    for name, check in (("state", check_storage), ("engine", check_engine), ("hooks", check_hooks), ("identity", check_identity), ("wfm", check_connection)):
+    for name, check in (("state", check_storage), ("engine", check_engine), ("children", check_children), ("hooks", check_hooks),
+                        ("identity", check_identity), ("wfm", check_connection)):
         try:
             level, words = check(agent)
         except MargoError as error:
             level, words, failed = "FAIL", error.message, True
-        print(f"{level:5}{name:9} {make_printable(words)}")
+        if words:
+            print(f"{level:5}{name:9} {make_printable(words)}")
     return 1 if failed else 0
 
 
@@ -5273,9 +5504,20 @@ def check_storage(agent):
 def check_engine(agent):
     """Whether something runs workloads here, and answers."""
     drivers = agent.places[0].drivers
+    if not drivers and agent.places[1:]:
+        return "ok", "nothing here runs workloads; they run on child devices"
     if not drivers:
         return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
     return "ok", "; ".join(driver.check() for driver in drivers.values())
+
+
+def check_children(agent):
+    """Whether every child device answers."""
+    deaf = agent.observe() if agent.places[1:] else {}
+    words = [f"{key} does not answer ({error.message}); see its connection in device.children" for key, error in deaf.items() if key != agent.device_id]
+    if words:
+        raise CommandError("; ".join(words))
+    return "ok", f"{len(agent.places) - 1} answer" if agent.places[1:] else ""
 
 
 def check_hooks(agent):
@@ -5283,7 +5525,7 @@ def check_hooks(agent):
     broken = [path for path in agent.config.hooks.run if not os.path.isfile(path) or not os.access(path, os.X_OK)]
     if broken:
         raise ConfigError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
-    return "ok", f"{len(agent.config.hooks.run)} to be run around changes"
+    return "ok", f"{len(agent.config.hooks.run)} to be run around changes" if agent.config.hooks.run else ""
 
 
 def check_identity(agent):
@@ -5301,7 +5543,8 @@ def check_connection(agent):
 def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
     agent = Agent(config)
-    print_json(agent.make_capabilities(agent.places[0]))
+    documents = [agent.make_capabilities(place) for place in agent.places]
+    print_json(documents if documents[1:] else documents[0])
     return 0
 
 

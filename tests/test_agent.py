@@ -132,13 +132,13 @@ class Cycle(AgentCase):
         self.assertIn("state_dir /proc/margo", log)
 
     def test_a_deployment_for_another_device_is_not_started(self):
-        """Contract, Rules; C-138: the codes of gateways come from gateways alone."""
-        for device in ("line-5", f"{DEVICE}/*"):
+        """Contract, Rules; C-138: WRONG_DEVICE, whose source is the deployment; the codes of gateways are not for others."""
+        for device in ("line-5", f"{DEVICE}/cell", f"{DEVICE}-2", "line-5/*"):
             self.publish(device=device)
             self.assertEqual(self.device.plan()[HELLO][0], "refuse")
             self.device.cycle(1)
             error = self.wfm.reports()[-1]["body"]["status"]["error"]
-            self.assertEqual(error["code"], "WRONG_DEVICE")
+            self.assertEqual((error["code"], error["source"]), ("WRONG_DEVICE", "hello"))
             self.assertIn(f"{device}, this device is {DEVICE}", error["message"])
         self.assertEqual(self.engine.containers(), {})
         self.assertFalse(self.wfm.requests("registry"))

@@ -87,7 +87,8 @@ class Output(support.DeviceCase):
 
     def test_plan_json_is_the_contract_s_object(self):
         document = json.loads(self.device.run("plan", "--json").stdout)
-        self.assertEqual(document, {"version": 1, "actions": [{"deploymentId": HELLO, "action": "install", "reason": "new"}]})
+        self.assertEqual(document, {"version": 1, "actions": [{"deploymentId": HELLO, "action": "install", "reason": "new",
+                                                                "deviceId": support.DEVICE}]})
 
     def test_the_log_is_one_line_an_event_in_text_or_json(self):
         text = self.device.cycle()

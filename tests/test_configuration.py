@@ -98,7 +98,6 @@ class Refusals(unittest.TestCase):
                     pass
 
     def test_settings_that_this_version_cannot_act_upon_are_refused(self):
-        self.assertIn("device.children", faults(device={"children": [{"id": "x"}]}))
         self.assertIn("wfm.profile", faults(wfm=dict(MINIMAL["wfm"], profile="signed")))
 
     def test_labels_have_the_types_of_the_capabilities(self):

@@ -257,7 +257,7 @@ class Settings(unittest.TestCase):
 
     def test_everything_else_is_refused_by_name(self):
         for hooks, words in (({"run": "hook"}, "hooks.run: found 'hook', expected a list of file names"), ({"run": [{}]}, "hooks.run"),
-                             ({"before": []}, "hooks.before: unknown key"), (["hook"], "hooks.: found")):
+                             ({"before": []}, "hooks.before: unknown key"), (["hook"], "hooks: found")):
             with self.subTest(hooks=hooks), self.assertRaises(margo_agent.ConfigError) as caught:
                 self.make(hooks)
             self.assertIn(words, caught.exception.message)

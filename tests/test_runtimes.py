@@ -1582,8 +1582,8 @@ class ParseContainers(unittest.TestCase):
                          [margo_agent.Container("abc", "web-1", "d", "", "", "", "running", 3, "compose")])
 
     def test_what_docker_shows(self):
-        line = "\t".join(["abc", "web-1", "d", "c", "s", "h", "exited"])
-        expected = margo_agent.Container("abc", "web-1", "d", "c", "s", "h", "exited", None, "compose")
+        line = "\t".join(["abc", "web-1", "d", "c", "s", "h", "gw/a", "exited"])
+        expected = margo_agent.Container("abc", "web-1", "d", "c", "s", "h", "exited", None, "compose", "gw/a")
         self.assertEqual(margo_agent.parse_containers(f"{line}\n{line}\n".encode(), "docker"), [expected, expected])
         self.assertEqual(margo_agent.parse_containers(b"", "docker"), [])
 
@@ -1601,7 +1601,7 @@ class ParseContainers(unittest.TestCase):
                 with self.assertRaises(margo_agent.CommandError) as caught:
                     margo_agent.parse_containers(data, "podman")
                 self.assertIn("podman ps answered in an unknown form", caught.exception.message)
-        for data in (b"abc\n", b"a\tb\tc\td\te\tf\n", b"a\tb\tc\td\te\tf\tg\th\n", b"\n", b"Error: no\n"):
+        for data in (b"abc\n", b"a\tb\tc\td\te\tf\tg\n", b"a\tb\tc\td\te\tf\tg\th\ti\n", b"\n", b"Error: no\n"):
             with self.subTest(data=data):
                 with self.assertRaises(margo_agent.CommandError) as caught:
                     margo_agent.parse_containers(data, "docker")
@@ -1626,7 +1626,7 @@ class DriverCase(RuntimeCase):
         patch.start()
         self.addCleanup(patch.stop)
 
-    def run_here(self, argv, timeout):
+    def run_here(self, argv, timeout, env=None):
         """The engine of files in this process: a process for each of hundreds of commands would take too long."""
         from tests import fake_podman as engine     # it asks for FAKE_PODMAN as it is imported
         for argument in argv:
