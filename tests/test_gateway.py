@@ -591,5 +591,130 @@ class Housekeeping(GatewayCase):
             self.assertEqual([json.loads(line)["deviceId"] for line in file], [A, A])
 
 
+class RealChildren(unittest.TestCase):
+    """Two podmans with storages of their own behind API sockets, as `podman system service` serves them on child devices."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.engines = {A: support.Engine(cls), B: support.Engine(cls)}
+
+    @classmethod
+    def tearDownClass(cls):
+        for engine in cls.engines.values():
+            engine.close()
+
+    def setUp(self):
+        self.pki = support.Pki(self)
+        self.wfm = support.Wfm(self, self.pki)
+        self.sockets = {device: os.path.join(support.make_folder(self), "podman.sock") for device in self.engines}
+        for engine in self.engines.values():
+            self.addCleanup(engine.clean)
+        self.services = {device: self.serve(device) for device in self.engines}
+        children = [make_child(device.split("/")[1], {"CONTAINER_HOST": f"unix://{path}", "DOCKER_HOST": f"unix://{path}"})
+                    for device, path in self.sockets.items()]
+        self.device = support.Device(self, self.pki, self.wfm, None, {"runtime.compose": "off", "runtime.settle": "1s", "device.children": children})
+
+    def serve(self, device):
+        """The engine's API on its socket."""
+        service = support.Service(self, ["podman", "system", "service", "--time=0", f"unix://{self.sockets[device]}"], self.engines[device].env)
+        support.wait_for(lambda: os.path.exists(self.sockets[device]), what="the socket")
+        return service
+
+    def publish(self, greeting, device=A, deployment_id=HELLO, tag="1.0.0", **options):
+        script = "echo $$GREETING; exec sleep 100000"
+        check = {"test": ["CMD", "true"], "interval": "1s"}
+        self.wfm.add_package(support.make_compose({"main": {"image": IMAGE, "init": True, "command": ["sh", "-c", script], "environment": ["GREETING"],
+                                                           "volumes": ["data:/data"], "healthcheck": check}}, volumes={"data": None}), tag=tag)
+        self.wfm.publish(support.make_deployment(deployment_id, device=device, registry=self.wfm.registry, components=(("web", tag),),
+                                                 parameters={"GREETING": greeting}, **options), deployment_id)
+
+    def logs(self, device, deployment_id=HELLO):
+        return self.engines[device].podman("logs", "--tail=1", f"web-{deployment_id}-main-1").strip()
+
+    def holds(self):
+        return {device: len(engine.containers()) for device, engine in self.engines.items()}
+
+    def test_the_life_of_a_deployment_on_children(self):
+        """Issue 3, item 4, on real engines: install, update, drift, a dead link, a move, removal, nothing left on either."""
+        self.publish("first")
+        self.publish("side", f"{DEVICE}/*", SECOND)
+        self.device.cycle()
+        self.assertEqual((self.logs(A), self.logs(B, SECOND)), ("first", "side"))
+        before = self.engines[A].containers()
+        self.device.cycle()
+        self.assertEqual(self.engines[A].containers(), before)
+        self.publish("second")
+        self.device.cycle()
+        self.assertEqual(self.logs(A), "second")
+        self.engines[A].podman("stop", "--time=0", CONTAINER)
+        self.device.cycle()
+        self.assertEqual(self.engines[A].containers()[CONTAINER][1], "running")
+        self.services[A].stop()
+        self.publish("third")
+        self.publish("aside", f"{DEVICE}/*", SECOND)
+        self.assertIn(f"child device {A}: the container engine does not answer", self.device.cycle(1))
+        self.assertEqual((self.logs(A), self.logs(B, SECOND)), ("second", "aside"))
+        self.assertEqual(self.wfm.reports()[-1]["body"]["status"]["error"]["code"], "102")
+        self.services[A] = self.serve(A)
+        self.device.cycle()
+        self.assertEqual(self.logs(A), "third")
+        self.publish("moved", B)
+        self.device.cycle()
+        self.assertEqual((self.holds(), self.logs(B)), ({A: 0, B: 2}, "moved"))
+        self.assertEqual(self.device.run("doctor").returncode, 0)
+        self.assertEqual(self.device.run("unenroll", "--purge").returncode, 0)
+        self.assertEqual(self.holds(), {A: 0, B: 0})
+
+    def test_a_failed_update_goes_back_on_the_child(self):
+        """P-8: with the end of the log that was fetched over the wire."""
+        self.publish("first")
+        self.device.cycle()
+        self.wfm.add_package(support.make_compose({"main": {"image": IMAGE, "command": ["sh", "-c", "echo broken by design; exit 3"]}}), tag="2.0.0")
+        self.wfm.publish(support.make_deployment(device=A, registry=self.wfm.registry, components=(("web", "2.0.0"),)))
+        self.device.cycle(1)
+        message = self.wfm.reports()[-1]["body"]["components"][0]["error"]["message"]
+        for words in ("broken by design", "the version before runs again"):
+            self.assertIn(words, message)
+        self.assertEqual(self.logs(A), "first")
+
+    def test_the_child_pulls_with_the_gateways_credentials(self):
+        """What `registries` says goes over the wire, but for the CA, which podman only takes from the child's own disk."""
+        support.require("docker-registry")
+        folder, port = support.make_folder(self), support.free_port()
+        image = f"localhost:{port}/app:1"
+        support.write(os.path.join(folder, "htpasswd"), "device:$2b$05$t6yDJSrc/1BDmHKYmeLOb.hZocZS1CUEg71V.qXZEjMk5U1QP22W6\n")
+        support.write(os.path.join(folder, "password"), "s3cret\n", 0o600)
+        support.write(os.path.join(folder, "config.yml"), json.dumps({
+            "version": 0.1, "storage": {"filesystem": {"rootdirectory": folder}}, "http": {"addr": f"127.0.0.1:{port}"},
+            "auth": {"htpasswd": {"realm": "test", "path": os.path.join(folder, "htpasswd")}}}))
+        registry = support.Service(self, ["docker-registry", "serve", os.path.join(folder, "config.yml")])
+        support.wait_for(lambda: "listening on" in registry.read_output(), what="the registry")
+        self.engines[B].podman("push", "--creds=device:s3cret", "--tls-verify=false", IMAGE, image)
+        self.wfm.add_package(support.make_compose({"main": {"image": image, "init": True, "command": ["sleep", "100000"]}}))
+        self.wfm.publish(support.make_deployment(device=A, registry=self.wfm.registry))
+        self.device.settings["registries"][f"localhost:{port}"] = {"insecure": True}
+        self.device.save()
+        self.assertIn("PULL_FAILED", self.device.cycle(1))
+        self.device.settings["registries"][f"localhost:{port}"].update(username="device", password_file=os.path.join(folder, "password"))
+        self.device.save()
+        self.device.run("retry")
+        self.device.cycle()
+        self.assertEqual(self.holds(), {A: 1, B: 0})
+        self.wfm.withdraw()
+        self.device.cycle()
+        self.assertNotIn(image, self.engines[A].podman("images", "--format", "{{.Repository}}:{{.Tag}}"))
+
+    def test_a_compose_provider_works_on_a_child(self):
+        support.require("docker-compose")
+        self.device.set("runtime.compose", "docker-compose")
+        self.device.env["PATH"] = os.path.dirname(support.find_compose()) + ":" + self.device.env["PATH"]
+        self.publish("provided")
+        self.device.cycle()
+        self.assertEqual(self.logs(A), "provided")
+        self.wfm.withdraw()
+        self.device.cycle()
+        self.assertEqual(self.holds(), {A: 0, B: 0})
+
+
 if __name__ == "__main__":
     unittest.main()
