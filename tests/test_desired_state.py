@@ -2,6 +2,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 import unittest
 
@@ -223,6 +224,71 @@ class Deployment(unittest.TestCase):
             with self.assertRaises(margo_agent.ComponentError) as caught:
                 load(text)
             self.assertIn(place, caught.exception.message)
+
+
+def read_example(*path):
+    """The text of an example document of another generation."""
+    with open(os.path.join(support.DATA, "dialects", *path)) as file:
+        return file.read()
+
+
+class Dialects(unittest.TestCase):
+    """Every generation's spelling of the same (protocol 0 and 3.3); tests/data/dialects has a document of each."""
+
+    TABLE = {
+        "mtls.yaml": ("monitor", "plant-7", "press-12", "compose", "oci://registry.plant.example/collector", "2.4.0"),
+        "signed-b.yaml": ("monitor", "plant-7", "press-12", "compose", "https://files.plant.example/collector-2.4.0.tar.gz", ""),
+        "signed-a-late.yaml": ("monitor", "plant-7", "", "compose", "https://files.plant.example/collector-2.4.0.tar.gz", ""),
+        "signed-a-early.yaml": ("monitor", "plant-7", "", "helm", "oci://registry.plant.example/collector", "2.4.0"),
+        "git-october-2024.yaml": ("monitor", "plant-7", "", "compose", "https://files.plant.example/collector-2.4.0.tar.gz", ""),
+        "git-mid-2024.yaml": ("line-monitor", "default", "", "helm", "oci://registry.plant.example/collector", "2.4.0")}
+
+    def test_each_generation_is_read_into_one_form(self):
+        self.assertEqual(sorted(os.listdir(os.path.join(support.DATA, "dialects"))), sorted(self.TABLE))
+        for name, expected in self.TABLE.items():
+            with self.subTest(name):
+                deployment = load(read_example(name))
+                component, = deployment.components
+                self.assertEqual((deployment.name, deployment.namespace, deployment.device_id, deployment.type, component.repository,
+                                  component.revision), expected)
+                self.assertEqual((component.name, component.wait, component.timeout), ("collector", True, 510))
+                self.assertEqual(deployment.parameters, [margo_agent.Parameter("sampleSeconds", "15", [
+                    ("SAMPLE_SECONDS" if deployment.type == "compose" else "sample.seconds", ["collector"])])])
+
+    def test_the_current_form_is_left_as_it_is(self):
+        value = json.loads(support.make_deployment())
+        self.assertIs(margo_agent.normalise_document(value), value)
+
+    def test_what_older_generations_may_leave_out_the_current_one_may_not(self):
+        for path in ("metadata.deviceId", "metadata.namespace", "metadata.name", "spec.applicationId"):
+            with self.assertRaises(margo_agent.ComponentError) as caught:
+                load(change(path, ...))
+            self.assertIn(path, caught.exception.message)
+
+    def test_a_key_and_a_prefix_are_read_only_where_they_mean_something(self):
+        text = read_example("signed-b.yaml")
+        self.assertEqual(load(text).components[0].key_location, "https://files.plant.example/collector.asc")
+        self.assertIsNone(load(read_example("signed-a-late.yaml")).components[0].key_location)
+        current = load(change("spec.parameters.greeting.targets.0.pointer", "ENV.GREETING"))
+        self.assertEqual(current.parameters[0].targets, [("ENV.GREETING", ["web"])])
+
+    def test_every_fault_of_an_older_document_is_named(self):
+        text = read_example("git-october-2024.yaml")
+        for old, new, words in (("kind: ApplicationDeployment", "kind: Application", "kind: found 'Application'"),
+                                (f"id: {HELLO}", "id: 7", "id: found '7'"), (f"    id: {HELLO}\n", "", "id: found 'None'"),
+                                ("applicationId: line-monitor", "applicationId: Line", "spec.applicationId"),
+                                ("https://files", "http://files", "packageLocation"), ("https://files", "file://files", "packageLocation"),
+                                ("https://files", "https://user:secret@files", "packageLocation"), ("metadata:", "meta:", "metadata: expected")):
+            with self.subTest(new=new):
+                self.assertIn(old, text)
+                with self.assertRaises(margo_agent.ComponentError) as caught:
+                    load(text.replace(old, new))
+                self.assertIn(words, caught.exception.message)
+                self.assertEqual(caught.exception.code, "INVALID_DEPLOYMENT")
+
+    def test_the_names_of_a_refused_document_are_known_all_the_same(self):
+        outline = margo_agent.make_outline(read_example("git-mid-2024.yaml").encode(), HELLO)
+        self.assertEqual((outline.name, [component.name for component in outline.components]), ("line-monitor", ["collector"]))
 
 
 def parameters(*items):

@@ -32,6 +32,7 @@ MIB = 1024 * 1024
 COMPOSE = '{"services": {"main": {"image": "localhost/margo-test:1"}}}'
 PACKAGE = make_archive({"compose.yaml": COMPOSE, "conf/settings.ini": "[a]\nb = 1\n"})
 SECRET = "open sesame"
+COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1362,6 +1363,124 @@ class Redirects(RegistryCase):
 
 # the bcrypt hash of "open sesame", as htpasswd -B makes it
 HTPASSWD = "line4:$2y$04$abcdefghijklmnopqrstuu/LVz6MZlItEy42I2juLihZ66HnQx/cy\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packages of older generations, by URL
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Located(RegistryCase):
+    """packageLocation and keyLocation (protocol 6.5): https, the host's own trust and credentials, a gpg signature where there is one."""
+
+    def setUp(self):
+        super().setUp()
+        self.pki = support.Pki(self)
+        self.site = Site(self, {"/web.tar.gz": (200, {}, PACKAGE)}, self.pki)
+
+    def fetch_located(self, key=None, path="/web.tar.gz", profile="signed", **entry):
+        config = make_config({self.site.host: dict({"ca": self.pki.path("site-ca.pem")}, **entry)}, self.folder)
+        config.wfm["profile"] = profile
+        output = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(output):
+                return margo_agent.fetch_located(self.site.url + path, key and self.site.url + key, config, self.store)
+        finally:
+            self.log = output.getvalue()
+
+    def refuse_located(self, code, **options):
+        with self.assertRaises(ComponentError) as caught:
+            self.fetch_located(**options)
+        self.assertEqual(caught.exception.code, code, caught.exception.message)
+        self.assertEqual(os.listdir(self.store.path("artifacts")), [])
+        return caught.exception.message
+
+    def test_it_is_fetched_by_the_trust_of_its_host_and_kept_by_its_digest(self):
+        self.assertEqual(self.fetch_located(), (digest(PACKAGE), PACKAGE))
+        self.assertEqual(self.store.load_artifact(digest(PACKAGE)), PACKAGE)
+
+    def test_whom_nobody_vouches_for_is_not_asked(self):
+        self.assertIn("certificate", self.refuse_located("PULL_FAILED", ca=self.pki.path("ca.pem")))
+        self.assertEqual(self.site.seen, [])
+
+    def test_the_current_generation_takes_none(self):
+        """C-153: from OCI registries only."""
+        self.assertIn("OCI registries only", self.refuse_located("INVALID_DEPLOYMENT", profile="mtls"))
+        self.assertEqual(self.site.seen, [])
+
+    def test_credentials_go_to_their_host_and_not_on(self):
+        """C-169"""
+        other = Site(self, {"/web.tar.gz": (200, {}, PACKAGE)}, self.pki)
+        self.site.answers = {"/web.tar.gz": (302, {"Location": f"{other.url}/web.tar.gz"}, b"")}
+        config = dict(self.login)
+        self.fetch_located(**config)
+        self.assertEqual((self.site.authorizations(), other.authorizations()), ([basic()], [None]))
+
+    def test_what_is_not_there_or_too_long_fails_the_component(self):
+        self.assertIn("HTTP 404", self.refuse_located("PULL_FAILED", path="/no.tar.gz"))
+        self.site.answers = {"/web.tar.gz": (403, {}, b"")}
+        self.assertIn("password_file", self.refuse_located("PULL_UNAUTHORIZED"))
+
+    def test_a_key_without_a_signature_is_a_warning(self):
+        self.site.answers["/key.asc"] = (200, {}, b"a key")
+        self.fetch_located(key="/key.asc")
+        self.assertIn("there is no signature", self.log)
+
+    def test_a_signature_counts_where_there_is_one(self):
+        require("gpg")
+        home = os.path.join(self.folder, "gpg")
+        os.makedirs(home, 0o700)
+
+        def gpg(*arguments, data=None):
+            done = subprocess.run(["gpg", "--batch", "--homedir", home, "--passphrase", "", "--pinentry-mode", "loopback"] + list(arguments),
+                                  input=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return done.stdout
+
+        self.addCleanup(subprocess.run, ["gpgconf", "--homedir", home, "--kill", "all"])
+        for name in ("vendor", "other"):
+            gpg("--quick-generate-key", f"{name}@example.com", "ed25519", "sign", "never")
+        keys = {name: gpg("--armor", "--export", f"{name}@example.com") for name in ("vendor", "other")}
+        signature = gpg("--armor", "--detach-sign", "--local-user", "vendor@example.com", data=PACKAGE)
+        self.site.answers.update({"/vendor.asc": (200, {}, keys["vendor"]), "/other.asc": (200, {}, keys["other"]),
+                                  "/web.tar.gz.asc": (200, {}, signature)})
+        self.assertEqual(self.fetch_located(key="/vendor.asc")[0], digest(PACKAGE))
+        self.forget()
+        self.assertIn("did not sign this package", self.refuse_located("DIGEST_MISMATCH", key="/other.asc"))
+        self.site.answers["/web.tar.gz"] = (200, {}, PACKAGE[:-1] + b"!")
+        self.assertIn("did not sign this package", self.refuse_located("DIGEST_MISMATCH", key="/vendor.asc"))
+
+
+class LooseArchives(ArchiveCase):
+    """How older generations packed: no folder at the top, other names of the compose file; all else is as strict."""
+
+    def unpack(self, data, limit=MIB):
+        return margo_agent.unpack_package(data, digest(data), self.parent, limit, relaxed=True)
+
+    def test_any_name_of_the_compose_file_with_or_without_a_folder(self):
+        for top in ("app", ""):
+            for name in COMPOSE_NAMES:
+                with self.subTest(top=top, name=name):
+                    folder = self.unpack(make_archive({name: COMPOSE, "conf/a": "1"}, top))
+                    for path, content in (("compose.yaml", COMPOSE), (name, COMPOSE), ("conf/a", "1")):
+                        with open(os.path.join(folder, path)) as file:
+                            self.assertEqual(file.read(), content)
+
+    def test_the_proper_name_wins(self):
+        folder = self.unpack(make_archive({"docker-compose.yml": "old", "compose.yaml": COMPOSE}, ""))
+        with open(os.path.join(folder, "compose.yaml")) as file:
+            self.assertEqual(file.read(), COMPOSE)
+
+    def test_it_is_as_strict_about_everything_else(self):
+        """C-158, C-159, C-162"""
+        for name, data, reason in HOSTILE:
+            if name not in COMPOSE_NAMES and not any(words in reason for words in ("top-level entry", "compose.yaml", "at the top")):
+                with self.subTest(name):
+                    self.refuse(data)
+        for name in ("../compose.yaml", "/compose.yaml"):
+            self.assertIn("not a path inside", self.refuse(make_archive({"compose.yaml": COMPOSE, name: "x"}, "")))
+        link = tarfile.TarInfo()
+        link.type, link.linkname = tarfile.SYMTYPE, "../outside"
+        self.assertIn("leads out", self.refuse(make_archive({"compose.yaml": COMPOSE, "l": link}, "")))
 
 
 class DockerRegistry(support.Service):
