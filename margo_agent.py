@@ -1350,7 +1350,7 @@ def make_config(document, base, environ):
     config["registries"] = Settings({host: make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
                                      for host, entry in (config["registries"] or {}).items()})
     config.device["children"] = make_children(config.device.children, base, faults)
-    if config.device.children and (config.wfm.profile, config.wfm.dialect) not in (("mtls", "a"), ("signed", "b")):
+    if config.device.children and config.wfm.profile != "mtls" and (config.wfm.profile, config.wfm.dialect) != ("signed", "b"):
         faults.append("device.children: the protocol of this wfm.profile and wfm.dialect knows no child devices")
     named = {fault.split(":")[0] for fault in faults}
     for key in REQUIRED:
@@ -1486,7 +1486,7 @@ def remove_folder(path):
 def make_state():
     """The state of an agent that knows nothing yet; every part is explained here.
 
-    enrollment  {id, deviceId, capabilities: digest of the document the WFM has, children: {device id: digest}} since the first exchange
+    enrollment  {id, devices: {device id: digest of the capabilities that were sent}} since the first exchange
     accepted    {version, etag, digest, acceptedAt, deployments: [{deploymentId, digest}]}: the last verified desired state
     deployments {id in lower case: record}: what this device does, or did, about each deployment (see section 16)
     outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged
@@ -4988,57 +4988,40 @@ class Agent:
         return True
 
     def report_capabilities(self, always=False):
-        """PUTs the capabilities before anything else and when they changed, a gateway's own first; DELETEs those of a child that has
-        gone (C-081, C-082, C-220, C-223).
+        """PUTs the capabilities before anything else and where they changed, a gateway's own before its children's; DELETEs those of a
+        device that has gone (C-081, C-082, C-220, C-223).
         """
-        self.report_device(always)
-        for place in self.places[1:]:
-            self.report_child(place, always)
-        reported = self.state["enrollment"].get("children", {})
-        for device_id in sorted(set(reported) - {place.device_id for place in self.places}):
+        for place in self.places:
+            self.report_device(place, always)
+        devices = self.state["enrollment"]["devices"]
+        for device_id in sorted(set(devices) - {place.device_id for place in self.places}, reverse=True):
             try:
                 self.source.delete_capabilities(device_id)
-                log("info", "a child device has gone; its capabilities are withdrawn", device=device_id)
+                log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
             except Refused as error:
-                log("error", "the WFM refuses to forget a child device", device=device_id, reason=error.message)
-            reported.pop(device_id)
+                log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
+            devices.pop(device_id)
             self.store.save_state(self.state)
 
-    def report_child(self, place, always, again=True):
-        """PUTs a child's capabilities; a WFM that does not know the gateway is told of it first (protocol 2.2)."""
-        document, reported = self.make_capabilities(place), self.state["enrollment"].setdefault("children", {})
-        digest = sha256_digest(make_json(document))
-        if reported.get(place.device_id) == digest and not always:
+    def report_device(self, place, always, again=True):
+        """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
+        document, enrolled = self.make_capabilities(place), self.state["enrollment"]
+        digest, devices = sha256_digest(make_json(document)), (enrolled or {}).get("devices", {})
+        if devices.get(place.device_id) == digest and not always:
             return
         try:
             self.source.put_capabilities(place.device_id, document)
             log("info", "capabilities reported", device=place.device_id)
         except Refused as error:
-            if again and error.code in ("gateway-not-found", "HTTP 404"):
-                self.report_device(True)
-                self.report_child(place, True, again=False)
-                return
-            log("error", "the WFM refuses the capabilities of a child device", device=place.device_id, reason=error.message)
-        self.state["enrollment"]["children"][place.device_id] = digest      # also what was refused: it is not sent again unchanged
-        self.store.save_state(self.state)
-
-    def report_device(self, always):
-        """PUTs the own capabilities."""
-        document = self.make_capabilities(self.places[0])
-        digest, enrolled = sha256_digest(make_json(document)), self.state["enrollment"]
-        if enrolled and not always and digest in (enrolled["capabilities"], enrolled.get("refused")):
-            return
-        try:
-            self.source.put_capabilities(self.device_id, document)
-            self.state["enrollment"] = {"id": self.source.client_id, "capabilities": digest, "deviceId": self.device_id,
-                                        "children": (enrolled or {}).get("children", {})}
-            log("info", "capabilities reported", device=self.device_id)
-        except Refused as error:
             if not enrolled:
                 raise
-            self.state["enrollment"] = dict(enrolled, refused=digest)       # the same document is not sent again (protocol 2.2)
-            log("error", "the WFM refuses the changed capabilities", reason=error.message)
-        self.store.save_state(self.state)
+            if again and place is not self.places[0] and error.code in ("gateway-not-found", "HTTP 404"):
+                self.report_device(self.places[0], True)
+                self.report_device(place, True, again=False)
+                return
+            log("error", "the WFM refuses the capabilities", device=place.device_id, reason=error.message)
+        self.state["enrollment"] = {"id": self.source.client_id, "devices": dict(devices, **{place.device_id: digest})}     # also what was
+        self.store.save_state(self.state)                                                   # refused: it is not sent again unchanged
 
     def make_capabilities(self, place):
         """The capabilities document of a device as it is now; a child is what the configuration says of it."""
@@ -5107,7 +5090,7 @@ class Agent:
                     self.state["accepted"]["incomplete"] = True
                 raise ComponentError("INTERNAL", "its document is missing from the state directory; the next poll brings it anew")
             target = target._replace(deployment=parse_deployment(data, target.deployment_id))
-            home = self.place(target.deployment, key, home)
+            home = self.find_device(target.deployment, key, home)
             reason = self.find_reason(target.deployment, home)
             if reason:
                 raise reason
@@ -5115,7 +5098,7 @@ class Agent:
             target = target._replace(error=error, deployment=target.deployment or data and make_outline(data, target.deployment_id))
         return target._replace(device_id=home)
 
-    def place(self, deployment, key, held):
+    def find_device(self, deployment, key, held):
         """The id of the device that a deployment is for; raises ComponentError."""
         homes = dict({key: record["deviceId"] for key, record in self.state["deployments"].items()}, **self.placed)
         homes.pop(key, None)
@@ -5152,9 +5135,9 @@ class Agent:
         if len(self.places) == 1:
             seen = [look(self.places[0])]
         else:
-            from multiprocessing.pool import ThreadPool
-            with ThreadPool(min(len(self.places), 8)) as pool:
-                seen = pool.map(look, self.places)
+            from concurrent.futures import ThreadPoolExecutor
+            with ThreadPoolExecutor(8) as pool:
+                seen = list(pool.map(look, self.places))
         answers = {place.device_id: answer for place, answer in zip(self.places, seen)}
         self.observed = {key: None if isinstance(answer, CommandError) else answer for key, answer in answers.items()}
         return {key: answer for key, answer in answers.items() if isinstance(answer, CommandError)}
@@ -5174,6 +5157,8 @@ class Agent:
                 key = action.deployment_id.lower()
                 target = by_id.get(key)
                 if action.action == "remove" and target:
+                    if target.error:
+                        continue                    # what is refused is nowhere else at home: it stays as it is
                     action = action._replace(reason=f"belongs on {target.device_id}")
                 elif containers is None and place is not self.places[0] and action.action not in ("keep", "refuse"):
                     error = GatewayError("102", self.device_id, f"child device {place.device_id} does not answer")
@@ -5197,21 +5182,22 @@ class Agent:
                 raise Interrupted("ended before everything was done; the next run goes on from here")
             try:
                 acted = action.action != "keep" and self.perform(place, action, target, self.observed[place.device_id]) or acted
-            except CommandError as error:
-                deaf[place.device_id] = error
+            except (CommandError, ComponentError) as error:
+                deaf[place.device_id] = error       # a leftover that cannot be removed: no deployment's failure, but not as it should be
         if acted and self.config.runtime.prune:
             prune(state, self.store, {place.device_id if place is not self.places[0] else "": place for place in self.places
                                       if place.device_id not in deaf})
         if deaf:
             words = [error.message if key == self.device_id else f"child device {key}: {error.message}" for key, error in deaf.items()]
-            raise CommandError(f"{'; '.join(words)}; workloads are left as they are")
+            raise CommandError(f"{'; '.join(words)}; what runs there is left as it is")
         return acted
 
     def perform(self, place, action, target, containers):
         """Carries out one action; each change is durable, and told where the WFM can be told, before the next step."""
         key, tools = action.deployment_id.lower(), Tools(self.config, self.store, place.drivers, time.time, get_random)
         record = self.state["deployments"].get(key)
-        if action.action == "refuse" and record and record["refused"] and record["error"]["message"] == target.error.message:
+        if action.action == "refuse" and record and record["refused"] and (
+                record["error"]["message"], record["adopted"]["digest"]) == (target.error.message, target.digest):
             return False                            # refused before for the same reason, and told so
         if containers is None and action.action != "refuse":
             return False                            # nothing is done blindfold
@@ -5221,7 +5207,7 @@ class Agent:
             remove_dropped(dict(record, deviceId=place.device_id), stray, containers, tools)
             return True                             # the record tells of the device where it belongs
         if record and record["deviceId"] not in self.observed:
-            log("warning", "its child device is no longer configured; what runs there is forgotten", deployment=action.deployment_id,
+            log("warning", "its device is no longer configured; what runs there is forgotten", deployment=action.deployment_id,
                 device=record["deviceId"])
         if not record or target and record["deviceId"] != place.device_id:          # new here: what it was elsewhere is removed there
             record = make_record(target or Target(action.deployment_id, "", 0, None, None), place.device_id)
@@ -5474,7 +5460,7 @@ def command_unenroll(config, options):
             raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge again")
         if state["enrollment"]:
             try:
-                for device_id in [*sorted(state["enrollment"].get("children", {})), state["enrollment"]["deviceId"]]:
+                for device_id in sorted(state["enrollment"].get("devices") or [agent.device_id], reverse=True):
                     agent.connect().delete_capabilities(device_id)
             except Untrusted as error:
                 log("warning", "the WFM does not know this client any more; the relationship is forgotten here", reason=error.message)

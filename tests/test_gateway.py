@@ -5,6 +5,7 @@ One agent, one engine of files for itself and one for each child; a connection i
 import json
 import os
 import unittest
+import unittest.mock
 
 import margo_agent
 from tests import support
@@ -105,6 +106,15 @@ class Settings(unittest.TestCase):
             self.assertIn(fault, words)
         self.assertNotIn("children[1]", words)
         self.assertEqual(words.count("device.children[0].id"), 1)
+
+    def test_a_protocol_without_child_devices_is_said(self):
+        """Protocol 3.5: one document for one client in the earlier generations."""
+        config = margo_agent.SCHEMA["wfm"]
+        with unittest.mock.patch.dict(config, profile=(margo_agent.read_text, "mtls"), dialect=(margo_agent.read_text, "a")):
+            child = make_child("a", {"DOCKER_HOST": "x"})
+            for profile, dialect, fine in (("mtls", "a", True), ("signed", "b", True), ("signed", "a", False), ("git", "a", False)):
+                words = self.faults(child, wfm={"url": "https://w", "profile": profile, "dialect": dialect})
+                self.assertEqual("knows no child devices" not in words, fine, (profile, words))
 
     def test_what_is_no_list_is_refused(self):
         from tests.test_configuration import faults
@@ -361,6 +371,10 @@ class Routing(GatewayCase):
                          {HELLO: None, SECOND: B, THIRD: B})
         self.without("b")
         self.device.cycle(1)
+        self.assertEqual((len(self.engine.containers()), self.report(SECOND)[2]), (3, "101"))
+        self.wfm.withdraw(SECOND)
+        self.wfm.withdraw(THIRD)
+        self.device.cycle(0)
         self.assertEqual(len(self.engine.containers()), 1)
 
 
@@ -503,6 +517,20 @@ class Unreachable(GatewayCase):
         self.device.cycle(0)
         self.assertEqual(self.engines[B].containers()[CONTAINER]["state"], "running")
 
+    def test_a_leftover_that_cannot_be_removed_fails_nobody_but_is_said(self):
+        """D-21: the deployment is installed where it belongs; the run ends with 1 until nothing is left where it was."""
+        self.publish(A)
+        self.device.cycle()
+        self.engines[A].change(stubborn=True)
+        self.publish(B, greeting="two")
+        self.publish(B, SECOND)
+        for _ in range(2):
+            self.assertIn("busy", self.device.cycle(1))
+        self.assertEqual((self.where(), self.where(SECOND), self.report()[:2]), ({A: "one", B: "two"}, {B: "one"}, (B, "installed")))
+        self.engines[A].change(stubborn=False)
+        self.device.cycle(0)
+        self.assertEqual(self.where(), {B: "two"})
+
     def test_an_own_engine_that_is_deaf_does_not_hold_the_children_up(self):
         self.lose(DEVICE)
         self.publish(DEVICE)
@@ -531,7 +559,7 @@ class Unreachable(GatewayCase):
         done = self.device.run("unenroll", "--purge")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual((self.where(), self.where(SECOND)), ({}, {}))
-        self.assertEqual(self.exchanges()[3:], [("DELETE", A), ("DELETE", B), ("DELETE", DEVICE)])
+        self.assertEqual(self.exchanges()[3:], [("DELETE", B), ("DELETE", A), ("DELETE", DEVICE)])
 
 
 class Gone(GatewayCase):
@@ -551,6 +579,27 @@ class Gone(GatewayCase):
         self.device.set("device.children", children)
         self.device.cycle(0)
         self.assertEqual((self.engines[A].containers(), self.report()[:2]), (before, (A, "installed")))
+
+    def test_new_names_for_gateway_and_child_remove_nothing(self):
+        """Bad input never changes what runs: the old names are refused until the WFM uses the new ones, then containers are adopted."""
+        self.publish(A)
+        self.publish(DEVICE, SECOND)
+        self.device.cycle()
+        before = {device: engine.containers() for device, engine in self.engines.items()}
+        self.device.set("device.id", "line-9")
+        self.device.settings["device"]["children"][0]["id"] = "press"
+        self.device.save()
+        for _ in range(2):
+            self.device.cycle(1)
+        self.assertEqual((self.report()[2], self.report(SECOND)[2]), ("WRONG_DEVICE", "WRONG_DEVICE"))
+        self.assertEqual({device: engine.containers() for device, engine in self.engines.items()}, before)
+        self.assertEqual(self.exchanges()[3:], [("PUT", "line-9"), ("PUT", "line-9/press"), ("PUT", "line-9/b"),
+                                                ("DELETE", B), ("DELETE", A), ("DELETE", DEVICE)])
+        self.publish("line-9/press")
+        self.publish("line-9", SECOND)
+        self.device.cycle(0)
+        self.assertEqual((self.report()[:2], self.report(SECOND)[:2]), (("line-9/press", "installed"), ("line-9", "installed")))
+        self.assertEqual({device: engine.containers() for device, engine in self.engines.items()}, before)
 
     def test_a_free_choice_is_made_anew(self):
         self.publish(f"{DEVICE}/*")
