@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """wfm.py: an example Margo Workload Fleet Manager (WFM), for development and demonstration.
 
-It is the server side of Margo's Management Interface 1.0.0-rc.3 in one file: enough to try any WFM client, strict about what a
-client may send, and no more than that.  It keeps no users, has no redundancy and is not meant for a plant.
+It is the server side of Margo's Management Interface 1.0.0-rc.3 in one file, and with --profile signed that of the first preview
+release: enough to try any WFM client, strict about what a client may send, and no more than that.  It keeps no users, has no redundancy
+and is not meant for a plant.
 
     sh examples/pki.sh pki                                   # certificates for trying things out
     mkdir -p deployments packages state
@@ -19,9 +20,17 @@ Put files in place by renaming, so that none is read half-written.
 Clients prove who they are by mutual TLS 1.3 and are recognised by their SPIFFE ID.  Certificates, keys and the trust bundle are read
 anew for each connection, so they can be replaced at run time.
 
+With --profile signed the server alone has a certificate in TLS, an ordinary one.  A client onboards with a certificate of its own, which
+must lead to an anchor of the trust bundle, and is given a client id; from then on every request carries an RFC 9421 signature by that
+certificate's key, below /api/v1/clients/<client id>/.  Signatures are verified by the openssl command; each counts once and for five minutes.
+
+    python3 examples/wfm.py --profile signed --dialect a --certificate pki/site.pem --key pki/site.key --trust-bundle pki/ca.pem \\
+        --root-ca pki/site-ca.pem --deployments deployments --state state
+
 stdout has one line for each listener and then for each event; the line `listening https://HOST:PORT` comes when all listeners are ready.
 The state directory holds
     clients/<client id>/       desired.json (the last manifest versions), capabilities.json, statuses.json (the latest ones)
+    onboarded.json             with --profile signed: the certificate of each client id
     statuses.jsonl             every accepted deployment status: time, client, deploymentId, body
     requests.jsonl             with --log-requests, every request: time, listener, client, method, path, headers, status
     faults.json                put there by you, read on each request: answers to spoil, to see what a client makes of it
@@ -39,7 +48,8 @@ faults.json is a list; the first entry that fits a request and is not used up ta
     [{"method": "GET", "path": "/api/v1/deployments", "status": 503, "headers": {"Retry-After": "120"}, "times": 2}]
 
 Compose Archives are served (--registry) out of PACKAGES/<name>/<tag>/, where the name may have several parts and the folder holds compose.yaml
-and what belongs to it; the archive is made from it on request.  A file PACKAGES/<name>/<tag>.tar.gz is served as it is.
+and what belongs to it; the archive is made from it on request.  A file PACKAGES/<name>/<tag>.tar.gz is served as it is.  The archives are also
+there as plain files, /files/<name>/<tag>.tar.gz, for deployments of the time before packages came from registries.
 The site's certificate is for the registry and for the discovery document and trust bundle (--mis): ordinary server-side TLS, no SPIFFE.
 """
 import argparse
@@ -62,8 +72,10 @@ import signal
 import socket
 import socketserver
 import ssl
+import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import traceback
@@ -95,6 +107,7 @@ GENERATIONS = 8                 # sets of deployments that stay fetchable, the c
 TIMEOUT = 30                    # seconds for a handshake, and for each wait for data
 LINGER = 2                      # seconds to wait for each piece of a body that is not wanted, and for the peer's goodbye
 TOKEN_LIFETIME = 300            # seconds
+SIGNATURE_AGE, SIGNATURE_SKEW = 300, 30     # seconds that a signature counts, and that it may come from the future
 PARTIAL_CHAIN = 0x80000         # ssl.VERIFY_X509_PARTIAL_CHAIN, which has that name since Python 3.10
 
 NAME = r"[A-Za-z0-9._-]+"
@@ -109,6 +122,7 @@ HOSTING = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollec
 PERIPHERALS = ("gpu", "display", "camera", "microphone", "speaker")
 INTERFACES = ("ethernet", "wifi", "cellular", "bluetooth", "usb", "canbus", "rs232")
 GATEWAY_CODES = ("101", "102", "103")
+ROLES = ("Standalone Cluster", "Cluster Leader", "Standalone Device", "Gateway")
 
 PROBLEM_TYPES = "https://docs.margo.org/specification/problem-types#"
 PROBLEMS = {
@@ -129,7 +143,7 @@ PROBLEMS = {
 # 2. Answers and problems
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Request = collections.namedtuple("Request", "method path query headers body client")
+Request = collections.namedtuple("Request", "method path query headers body client target")     # target: path and query as on the wire
 Reply = collections.namedtuple("Reply", "status headers body")
 
 
@@ -313,8 +327,11 @@ class Inspection:
             raise Problem("semantic-error", detail, errors=self.errors)
 
 
-def check_capabilities(document, device_id):
+def check_capabilities(document, device_id, dialect):
     """A DeviceCapabilitiesManifest; raises #semantic-error."""
+    if dialect:
+        check_older_capabilities(document, device_id, dialect)
+        return
     found = Inspection()
     properties = found.member(document, "", "properties", "object")
     labels = found.member(document, "", "labels", "object", required=False)
@@ -335,6 +352,50 @@ def check_capabilities(document, device_id):
     found.close("The capabilities were understood but not accepted.")
 
 
+def check_older_capabilities(document, device_id, dialect):
+    """The capabilities of the `signed` profile: dialect a with roles and resources, b flat; device_id: None where the path has none."""
+    found = Inspection()
+    check_heading(found, document, "device.margo.org/v1alpha1", "DeviceCapabilitiesManifest")
+    properties = found.member(document, "", "properties", "object")
+    for key in set(document) - {"apiVersion", "kind", "properties"}:
+        if dialect == "a" or not re.fullmatch(EXTENSION, key):
+            found.add(key, "is not allowed here")
+    if properties is not None:
+        if found.member(properties, "properties", "id", "string", pattern=DEVICE_ID) not in (None, device_id) and device_id is not None:
+            found.add("properties.id", "differs from the device id in the path")
+        for key in ("vendor", "modelNumber", "serialNumber"):
+            found.member(properties, "properties", key, "string")
+        if dialect == "b":
+            if "cpus" in properties:
+                found.add("properties.cpus", "is called cpu in this generation")
+            if any(key in properties for key in ("cpu",) + HOSTING):
+                check_hosting(found, properties, None, "properties", "cpu", ("oci",), ("helm", "compose"))
+        else:
+            check_roles(found, properties)
+    found.close("The capabilities were understood but not accepted.")
+
+
+def check_roles(found, properties):
+    """Roles and resources of dialect a; a device that is a gateway and nothing else has no resources."""
+    roles = [role for _, role in found.items(properties, "properties", "roles", "string", least=1, words=ROLES)]
+    for key in ("cpu", "supportedRuntimes", "supportedDeploymentTypes", "otelCollector") + HOSTING[:5]:
+        if key in properties:
+            found.add(f"properties.{key}", "is not allowed here in this dialect")
+    resources = found.member(properties, "properties", "resources", "object", required=roles != ["Gateway"])
+    if resources is not None:
+        where = "properties.resources"
+        cpu = found.member(resources, where, "cpu", "object")
+        if cpu is not None:
+            check_cpu(found, f"{where}.cpu", cpu)
+        check_equipment(found, resources, where)
+
+
+def check_heading(found, document, version, kind):
+    """The apiVersion and kind that every document of the `signed` profile begins with."""
+    found.member(document, "", "apiVersion", "string", words=(version,))
+    found.member(document, "", "kind", "string", words=(kind,))
+
+
 def check_label(found, field, value):
     if isinstance(value, list):
         kinds = {kind for item in value for kind in ("string", "number") if is_kind(item, kind)}
@@ -344,14 +405,27 @@ def check_label(found, field, value):
         found.add(field, "must be a string, a number, a boolean, or an array of strings or numbers")
 
 
-def check_hosting(found, properties, labels):
+def check_hosting(found, properties, labels, where="properties", cpus="cpus", runtimes=("oci", "custom"), types=("helm", "compose", "custom")):
     """The properties of a device that hosts workloads: all of them or none."""
-    where = "properties"
-    for field, item in found.items(properties, where, "cpus", "object", least=1):
-        cores = found.member(item, field, "cores", "number")
-        if cores is not None and not cores > 0:
-            found.add(f"{field}.cores", "must be above 0")
-        found.member(item, field, "architecture", "string", required=False, words=("amd64", "arm64", "arm"))
+    for field, item in found.items(properties, where, cpus, "object", least=1):
+        check_cpu(found, field, item)
+    check_equipment(found, properties, where)
+    if found.member(properties, where, "otelCollector", "boolean") is False:
+        found.add("properties.otelCollector", "must be true for a device that hosts workloads")
+    chosen = [item for key, words in (("supportedRuntimes", runtimes), ("supportedDeploymentTypes", types))
+              for _, item in found.items(properties, where, key, "string", least=1, words=words)]
+    if "custom" in chosen and not labels:
+        found.add("labels", "are needed beside `custom`, for applications to select on")
+
+
+def check_cpu(found, field, item):
+    cores = found.member(item, field, "cores", "number")
+    if cores is not None and not cores > 0:
+        found.add(f"{field}.cores", "must be above 0")
+    found.member(item, field, "architecture", "string", required=False, words=("amd64", "arm64", "arm"))
+
+
+def check_equipment(found, properties, where):
     found.member(properties, where, "memory", "string", pattern=r"[0-9]+ ?(Ki|Mi|Gi)")
     found.member(properties, where, "storage", "string", pattern=r"[0-9]+ ?(Ki|Mi|Gi|Ti|Pi|Ei)")
     for field, item in found.items(properties, where, "peripherals", "object"):
@@ -360,26 +434,25 @@ def check_hosting(found, properties, labels):
             found.member(item, field, key, "string", required=False)
     for field, item in found.items(properties, where, "interfaces", "object"):
         found.member(item, field, "type", "string", words=INTERFACES)
-    if found.member(properties, where, "otelCollector", "boolean") is False:
-        found.add("properties.otelCollector", "must be true for a device that hosts workloads")
-    chosen = [item for key, words in (("supportedRuntimes", ("oci", "custom")), ("supportedDeploymentTypes", ("helm", "compose", "custom")))
-              for _, item in found.items(properties, where, key, "string", least=1, words=words)]
-    if "custom" in chosen and not labels:
-        found.add("labels", "are needed beside `custom`, for applications to select on")
 
 
-def check_status(body, deployment_id, known):
+def check_status(body, deployment_id, known, dialect):
     """A DeploymentStatusManifest; `known`: the revisions of that deployment that this client was told of (parsed documents, the one of
     the reported manifest version first), [] if it is not known here.  Raises #semantic-error."""
     found = Inspection()
+    if dialect:
+        check_heading(found, body, "deployment.margo.org/v1alpha1", "DeploymentStatusManifest")
+        for key in ("adoptedManifestVersion",) + (("deviceId",) if dialect == "a" else ()):
+            if key in body:
+                found.add(key, "is not allowed here in this generation")
     reported = found.member(body, "", "deploymentId", "string")
     if reported is not None and reported.lower() != deployment_id.lower():
         found.add("deploymentId", "differs from the deployment id in the path")
     device_id = found.member(body, "", "deviceId", "string", required=False, pattern=DEVICE_ID)
-    target = known[0]["metadata"]["deviceId"] if known else ""
+    target = known[0]["metadata"].get("deviceId", "") if known else ""
     if "deviceId" not in body and "/" in target:
         found.add("deviceId", f"is required, the deployment is for a child device ({target})")
-    version = found.member(body, "", "adoptedManifestVersion", "integer")
+    version = None if dialect else found.member(body, "", "adoptedManifestVersion", "integer")
     if version is not None and not 1 <= version <= MAX_VERSION:
         found.add("adoptedManifestVersion", f"must be 1 to {MAX_VERSION}")
 
@@ -388,14 +461,14 @@ def check_status(body, deployment_id, known):
     status = found.member(body, "", "status", "object")
     state = found.member(status, "status", "state", "string", words=STATES) if status is not None else None
     if status is not None:
-        check_error(found, "status", status, state, {revision["metadata"]["name"] for revision in known}, gateways)
+        check_error(found, "status", status, state, {revision["metadata"]["name"] for revision in known}, gateways, dialect)
     states = {}
     for field, item in found.items(body, "", "components", "object"):
         name = found.member(item, field, "name", "string") or f"({field})"
         if name in states:
             found.add(f"{field}.name", "occurs twice")
         states[name] = found.member(item, field, "state", "string", words=STATES)
-        check_error(found, field, item, states[name], {name}, gateways)
+        check_error(found, field, item, states[name], {name}, gateways, dialect)
     if known:
         check_components(found, set(states), known)
     severity = [STATES.index(item) for item in states.values() if item]
@@ -404,12 +477,18 @@ def check_status(body, deployment_id, known):
     found.close("The deployment status was understood but not accepted.")
 
 
-def check_error(found, where, holder, state, sources, gateways):
+def check_error(found, where, holder, state, sources, gateways, dialect):
     """The `error` object of a status or component; `sources`: who may be named beside a gateway (empty: not known here)."""
     error = found.member(holder, where, "error", "object", required=state == "failed")
     if error is None:
         return
     field = f"{where}.error"
+    if dialect == "a":                      # it knows no source
+        for key in ("code", "message"):
+            found.member(error, field, key, "string", pattern=r"(?s).+")
+        if "source" in error:
+            found.add(f"{field}.source", "is not allowed here in this dialect")
+        return
     code, source, _ = [found.member(error, field, key, "string", pattern=r"(?s).+") for key in ("code", "source", "message")]
     if code in GATEWAY_CODES and source not in [None] + gateways:
         found.add(f"{field}.source", f"code {code} is for gateways, with the gateway's device id as source")
@@ -434,29 +513,42 @@ def check_components(found, reported, known):
 Document = collections.namedtuple("Document", "deployment_id name text")        # name: of the file; text: str, for JSON
 
 
-def parse_deployment(text):
-    """The text of an ApplicationDeployment to its value; raises ValueError with all that is wrong."""
+def parse_deployment(text, dialect=None):
+    """The text of an ApplicationDeployment to its value; raises ValueError with all that is wrong.  dialect: of the `signed` profile."""
     value = load_yaml(text)
     if not isinstance(value, dict):
         raise ValueError("it is no YAML mapping")
     found = Inspection()
-    found.member(value, "", "id", "string", pattern=UUID)
     metadata = found.member(value, "", "metadata", "object") or {}
+    notes = metadata.get("annotations") if dialect == "a" and isinstance(metadata.get("annotations"), dict) else {}
+    if dialect:
+        check_heading(found, value, "application.margo.org/v1alpha1", "ApplicationDeployment")
+    if "id" in notes:
+        value.setdefault("id", notes["id"])
+    found.member(value, "", "id", "string", pattern=UUID)
     for key in ("name", "namespace"):
         found.member(metadata, "metadata", key, "string", pattern="[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
-    found.member(metadata, "metadata", "deviceId", "string", pattern=DEVICE_ID + r"(/\*)?")
+    if dialect != "a":
+        found.member(metadata, "metadata", "deviceId", "string", pattern=DEVICE_ID + r"(/\*)?")
     spec = found.member(value, "", "spec", "object") or {}
-    found.member(spec, "spec", "applicationId", "string", pattern="[-a-z0-9]{1,200}")
+    holder, field = (notes, "metadata.annotations") if "applicationId" in notes else (spec, "spec")
+    found.member(holder, field, "applicationId", "string", pattern="[-a-z0-9]{1,200}")
     profile = found.member(spec, "spec", "deploymentProfile", "object") or {}
     where = "spec.deploymentProfile"
-    found.member(profile, where, "type", "string", words=("helm", "compose", "custom"))
+    words = ("helm", "compose", "helm.v3") if dialect else ("helm", "compose", "custom")
+    kind = found.member(profile, where, "type", "string", words=words)
     names = []
     for field, item in found.items(profile, where, "components", "object", least=1):
         names.append(found.member(item, field, "name", "string", pattern="[a-z0-9-]+"))
         properties = found.member(item, field, "properties", "object") or {}
-        found.member(properties, f"{field}.properties", "repository", "string", pattern="oci://.+")
-        found.member(properties, f"{field}.properties", "revision", "string", pattern=REVISION)
-        found.member(properties, f"{field}.properties", "wait", "boolean", required=False)
+        if dialect and kind == "compose":
+            found.member(properties, f"{field}.properties", "packageLocation", "string", pattern="https://.+")
+            found.member(properties, f"{field}.properties", "keyLocation", "string", required=False, pattern="https://.+")
+        else:
+            found.member(properties, f"{field}.properties", "repository", "string", pattern="oci://.+")
+            found.member(properties, f"{field}.properties", "revision", "string", required=not dialect, pattern=REVISION)
+        if not (dialect and properties.get("wait") in ("true", "false")):
+            found.member(properties, f"{field}.properties", "wait", "boolean", required=False)
         found.member(properties, f"{field}.properties", "timeout", "string", required=False, pattern=r"\d+m\d+s")
     if len(set(names)) < len(names):
         found.add(f"{where}.components", "two components have one name")
@@ -473,7 +565,7 @@ def parse_deployment(text):
     return value
 
 
-def read_deployments(folder, lenient):
+def read_deployments(folder, lenient, dialect):
     """The *.yaml files of a folder as ([Document] in the order of their ids, [what is wrong with the other files])."""
     documents, faults = {}, []
     for name in sorted(os.listdir(folder)):
@@ -483,7 +575,7 @@ def read_deployments(folder, lenient):
         try:
             with open(path, "rb") as file:
                 text = file.read().decode("utf-8", "surrogateescape" if lenient else "strict")
-            deployment_id = find_id(name, text) if lenient else parse_deployment(text)["id"]
+            deployment_id = find_id(name, text) if lenient else parse_deployment(text, dialect)["id"]
             if deployment_id.lower() in documents:
                 raise ValueError(f"has the same id as {documents[deployment_id.lower()].name}")
             documents[deployment_id.lower()] = Document(deployment_id, name, text)
@@ -506,8 +598,8 @@ def find_id(name, text):
 class Generation:
     """One set of deployments as it is served under one manifestVersion; made the same way each time, so equal sets are equal bytes."""
 
-    def __init__(self, version, documents):
-        self.version, self.documents = version, documents
+    def __init__(self, version, documents, root):
+        self.version, self.documents, self.root = version, documents, root
         self.contents = {item.deployment_id.lower(): item.text.encode("utf-8", "surrogateescape") for item in documents}
         self.bundle = self.make_bundle()
         self.manifest = make_json(self.make_manifest())
@@ -531,20 +623,22 @@ class Generation:
         for item in self.documents:
             content = self.contents[item.deployment_id.lower()]
             deployments.append({"deploymentId": item.deployment_id, "digest": sha256(content), "sizeBytes": len(content),
-                                "url": f"/api/v1/deployments/{item.deployment_id}/{sha256(content)}"})
+                                "url": f"{self.root}/deployments/{item.deployment_id}/{sha256(content)}"})
         bundle = self.bundle and {"mediaType": BUNDLE_TYPE, "digest": sha256(self.bundle), "sizeBytes": len(self.bundle),
-                                  "url": f"/api/v1/bundles/{sha256(self.bundle)}"}
+                                  "url": f"{self.root}/bundles/{sha256(self.bundle)}"}
         return {"manifestVersion": self.version, "bundle": bundle, "deployments": deployments}
 
 
 class DesiredState:
     """What one client should run: the last generations, the newest last, kept in a file over restarts."""
 
-    def __init__(self, client, folder, path, lenient, log):
-        self.client, self.folder, self.path, self.lenient, self.log = client, folder, path, lenient, log
+    def __init__(self, client, folder, path, options, root, log):
+        """root: what the manifest's URLs begin with."""
+        self.client, self.folder, self.path, self.root, self.log = client, folder, path, root, log
+        self.lenient, self.dialect = options.lenient, options.dialect
         self.seen, self.faults = None, []
         kept = read_json(path, {"generations": []})["generations"]
-        self.generations = [Generation(item["manifestVersion"], [Document(*entry) for entry in item["documents"]]) for item in kept]
+        self.generations = [Generation(item["manifestVersion"], [Document(*entry) for entry in item["documents"]], root) for item in kept]
         self.etag = kept[-1]["etag"] if kept else None
 
     def current(self):
@@ -558,7 +652,7 @@ class DesiredState:
         return self.generations[-1]
 
     def update(self, folder):
-        documents, faults = read_deployments(folder, self.lenient)
+        documents, faults = read_deployments(folder, self.lenient, self.dialect)
         for fault in faults:
             if fault not in self.faults:
                 outcome = "the set served before stays until this is mended" if self.generations else "left out"
@@ -567,10 +661,10 @@ class DesiredState:
         if faults and self.generations:
             return
         if self.generations:
-            same = Generation(self.generations[-1].version, documents)
+            same = Generation(self.generations[-1].version, documents, self.root)
             if sha256(same.manifest) == self.etag:
                 return
-        newest = Generation(self.generations[-1].version + 1 if self.generations else 1, documents)
+        newest = Generation(self.generations[-1].version + 1 if self.generations else 1, documents, self.root)
         generations = self.generations[1 - GENERATIONS:] + [newest]
         write_json(self.path, {"generations": [
             {"manifestVersion": item.version, "etag": sha256(item.manifest), "documents": item.documents} for item in generations]})
@@ -595,7 +689,7 @@ class DesiredState:
             content = generation.contents.get(deployment_id.lower())
             try:
                 if content is not None:
-                    revisions.append(parse_deployment(content.decode("utf-8")))
+                    revisions.append(parse_deployment(content.decode("utf-8"), self.dialect))
             except (ValueError, YAMLError):
                 continue            # with --lenient: served on purpose, so there is nothing to hold a status against
         return revisions
@@ -736,11 +830,11 @@ class Wfm:
     )
 
     def __init__(self, spiffe_id, options, log):
-        self.spiffe_id, self.prefix, self.lenient, self.log = spiffe_id, options.prefix.rstrip("/"), options.lenient, log
-        self.deployments, self.state = options.deployments, options.state
+        self.spiffe_id, self.prefix, self.options, self.log = spiffe_id, options.prefix.rstrip("/"), options, log
+        self.deployments, self.state, self.dialect = options.deployments, options.state, options.dialect
         self.desired, self.lock = {}, threading.RLock()
 
-    def find_client(self, certificate):
+    def find_client(self, certificate, _):
         """The client id that a verified peer certificate (as from SSLSocket.getpeercert) carries, or None."""
         uris = [value for kind, value in (certificate or {}).get("subjectAltName", ()) if kind == "URI"]
         match = re.fullmatch(rf"{re.escape(self.spiffe_id)}/client/({NAME})", uris[0]) if len(uris) == 1 else None
@@ -757,9 +851,13 @@ class Wfm:
     def kept(self, client, name):
         return os.path.join(self.state, "clients", client, name)
 
+    def root(self, client):
+        """What the paths of a client's manifest begin with."""
+        return "/api/v1"
+
     def desired_state(self, client):
         if client not in self.desired:
-            self.desired[client] = DesiredState(client, self.deployments, self.kept(client, "desired.json"), self.lenient, self.log)
+            self.desired[client] = DesiredState(client, self.deployments, self.kept(client, "desired.json"), self.options, self.root(client), self.log)
         return self.desired[client]
 
     def get_manifest(self, request):
@@ -778,20 +876,21 @@ class Wfm:
         return serve_content(request, content, BUNDLE_TYPE, IMMUTABLE)
 
     def put_capabilities(self, request, device_id):
+        devices = read_json(self.kept(request.client, "capabilities.json"), {})
+        return Reply(200 if self.take_capabilities(request, device_id, read_document(request), devices) else 201, {}, b"")
+
+    def take_capabilities(self, request, device_id, document, devices):
+        """Keeps the capabilities of a device beside those at hand; whether there were some before."""
         if not re.fullmatch(DEVICE_ID, device_id):
             raise Problem("invalid-request", f"the path does not end in a device id (^{DEVICE_ID}$)")
-        document = read_document(request)
-        path = self.kept(request.client, "capabilities.json")
-        devices = read_json(path, {})
         parent = device_id.rpartition("/")[0]
         if parent and parent not in devices:
             raise Problem("gateway-not-found", f"report the capabilities of {parent} first")
-        check_capabilities(document, device_id)
-        verb, status = ("updated", 200) if device_id in devices else ("created", 201)
-        devices[device_id] = document
-        write_json(path, devices)
-        self.log(request.client, f"capabilities of {device_id} {verb}")
-        return Reply(status, {}, b"")
+        check_capabilities(document, device_id, self.dialect)
+        known = device_id in devices
+        write_json(self.kept(request.client, "capabilities.json"), dict(devices, **{device_id: document}))
+        self.log(request.client, f"capabilities of {device_id} {'updated' if known else 'created'}")
+        return known
 
     def delete_capabilities(self, request, device_id):
         path = self.kept(request.client, "capabilities.json")
@@ -807,7 +906,7 @@ class Wfm:
             raise Problem("invalid-request", "the deployment id in the path is not a UUID")
         body = read_document(request)
         version = body.get("adoptedManifestVersion")
-        check_status(body, deployment_id, self.desired_state(request.client).find_revisions(deployment_id, version))
+        check_status(body, deployment_id, self.desired_state(request.client).find_revisions(deployment_id, version), self.dialect)
         path, key = self.kept(request.client, "statuses.json"), deployment_id.lower()
         statuses = read_json(path, {})
         status = 200 if key in statuses else 201
@@ -817,7 +916,7 @@ class Wfm:
                     {"time": now_text(), "client": request.client, "deploymentId": deployment_id, "body": body})
         states = [f"{item['name']} {item['state']}" + (f" ({item['error']['code']}: {item['error']['message']})" if "error" in item else "")
                   for item in body["components"]]
-        self.log(request.client, f"status of {deployment_id} at manifest {version}: {body['status']['state']}; {', '.join(states)}")
+        self.log(request.client, f"status of {deployment_id}{'' if self.dialect else f' at manifest {version}'}: {body['status']['state']}; {', '.join(states)}")
         return Reply(status, {}, b"")
 
 
@@ -833,7 +932,277 @@ def read_document(request):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 7. Discovery document and trust bundle
+# 7. Signed requests
+# ------------------------------------------------------------------------------------------------------------------------------
+
+EC_OID, RSA_OID, PSS_OID, ED25519_OID = (bytes.fromhex(text) for text in ("06072a8648ce3d0201", "06092a864886f70d010101", "06092a864886f70d01010a", "06032b6570"))
+CURVES = {bytes.fromhex("06082a8648ce3d030107"): "ecdsa-p256-sha256", bytes.fromhex("06052b81040022"): "ecdsa-p384-sha384"}
+PSS = ["-sigopt", "rsa_padding_mode:pss", "-sigopt"]
+ALGORITHMS = {                  # RFC 9421's name: arguments of `openssl dgst`, bytes of r and of s (0: not ECDSA)
+    "ecdsa-p256-sha256": (["-sha256"], 32),
+    "ecdsa-p384-sha384": (["-sha384"], 48),
+    "rsa-v1_5-sha256": (["-sha256"], 0),
+    "rsa-pss-sha256": (["-sha256"] + PSS + ["rsa_pss_saltlen:32"], 0),
+    "rsa-pss-sha512": (["-sha512"] + PSS + ["rsa_pss_saltlen:64"], 0),
+    "ed25519": (None, 0),
+}
+Key = collections.namedtuple("Key", "pem id algorithms")                    # algorithms: that may be used with it, the default first
+SignatureInput = collections.namedtuple("SignatureInput", "label components parameters text")
+
+
+class Unsigned(Problem):
+    """A request whose signature does not count: 400 where the digest is at fault, else 401."""
+
+    def __init__(self, detail, status=401):
+        super().__init__(status, detail)
+
+
+def run_openssl(arguments, data=b""):
+    """The output of an openssl command, or None if it says no."""
+    done = subprocess.run(["openssl"] + arguments, input=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT)
+    return None if done.returncode else done.stdout
+
+
+def load_key(certificate):
+    """The public Key in a PEM certificate; raises ValueError."""
+    pem = run_openssl(["x509", "-pubkey", "-noout"], certificate.encode())
+    der = pem and run_openssl(["pkey", "-pubin", "-outform", "DER"], pem)
+    if not der:
+        raise ValueError("not a readable X.509 certificate")
+    head = der[:40]
+    if EC_OID in head:
+        algorithms = [name for oid, name in CURVES.items() if oid in head]
+    else:
+        pss = ["rsa-pss-sha512", "rsa-pss-sha256"]
+        algorithms = (["ed25519"] if ED25519_OID in head else pss + ["rsa-v1_5-sha256"] if RSA_OID in head else pss if PSS_OID in head else [])
+    if not algorithms:
+        raise ValueError("its key is of no kind that may sign here")
+    return Key(pem, hashlib.sha256(der).hexdigest(), algorithms)
+
+
+def decode_certificate(text):
+    """A certificate in base64 of DER or of PEM, or plain PEM, as PEM; raises ValueError."""
+    data = text.encode("ascii")
+    if not data.lstrip().startswith(b"-----BEGIN"):
+        data = base64.b64decode(data, validate=True)
+    if data.lstrip().startswith(b"-----BEGIN"):
+        return data.decode("ascii")
+    return ssl.DER_cert_to_PEM_cert(data)
+
+
+def parse_signature_input(header):
+    """`Signature-Input` with exactly one signature; raises Unsigned.  Of RFC 8941 only what such a header needs is taken."""
+    item, value = r'"[a-z0-9@-]+"', r'(?:[0-9]+|"[^"\\]*")'
+    match = re.fullmatch(rf'\s*([a-z*][a-z0-9_.*-]*)=(\(((?:{item}(?: {item})*)?)\)((?:;[a-z][a-z0-9_]*={value})*))\s*', header)
+    if not match:
+        raise Unsigned("Signature-Input is not one signature of quoted lower-case components with created and keyid")
+    parameters = dict(part.split("=", 1) for part in re.findall(rf";([a-z0-9_]+={value})", match.group(4)))
+    components = [text.strip('"') for text in match.group(3).split()]
+    if len(set(components)) < len(components) or len(parameters) < match.group(4).count(";"):
+        raise Unsigned("Signature-Input names something twice")
+    return SignatureInput(match.group(1), components, parameters, match.group(2))
+
+
+def check_signature_input(found, body, now):
+    """What has to be covered and said, whatever the signature is; raises Unsigned."""
+    wanted = {"@method", "@target-uri"} | ({"content-digest"} if body else set())
+    if not wanted <= set(found.components):
+        raise Unsigned("the signature does not cover " + " and ".join(sorted(wanted - set(found.components))))
+    if len(found.parameters.get("keyid", '""')) < 3:
+        raise Unsigned("the signature has no keyid")
+    if not re.fullmatch("[0-9]{1,15}", found.parameters.get("created", "")):
+        raise Unsigned("the signature does not say when it was created")
+    age = now - int(found.parameters["created"])
+    if not -SIGNATURE_SKEW <= age <= SIGNATURE_AGE:
+        raise Unsigned(f"the signature was created {abs(int(age))} s {'ago' if age > 0 else 'in the future'}")
+
+
+def check_content_digest(header, body):
+    """RFC 9530, with sha-256; raises Unsigned."""
+    if header is None:
+        if body:
+            raise Unsigned("Content-Digest is missing", 400)
+        return
+    match = re.search(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]*):\s*(?:,|$)", header)
+    if not match or base64.b64encode(hashlib.sha256(body).digest()).decode() != match.group(1):
+        raise Unsigned("Content-Digest is not the sha-256 digest of the content", 400)
+
+
+def make_signature_base(request, found, authority):
+    """The bytes that were signed (RFC 9421, 2.5)."""
+    path = request.target.partition("?")[0]
+    derived = {"@method": request.method, "@target-uri": f"https://{authority}{request.target}", "@authority": authority, "@scheme": "https",
+               "@path": path, "@request-target": request.target}
+    lines = []
+    for name in found.components:
+        values = [derived[name]] if name in derived else request.headers.get_all(name)
+        if not values or name.startswith("@") and name not in derived:
+            raise Unsigned(f"the signature covers {name}, which is not there")
+        lines.append(f'"{name}": {", ".join(" ".join(value.split()) for value in values)}')
+    return "\n".join(lines + [f'"@signature-params": {found.text}']).encode("latin-1")
+
+
+def encode_ecdsa(raw, size):
+    """r and s side by side, as RFC 9421 has them, in DER, as openssl takes them; raises Unsigned."""
+    if len(raw) != 2 * size:
+        raise Unsigned(f"an ECDSA signature has {2 * size} bytes here: r and s")
+    numbers = b""
+    for half in (raw[:size], raw[size:]):
+        value = half.lstrip(b"\0") or b"\0"
+        value = b"\0" + value if value[0] & 0x80 else value
+        numbers += bytes([2, len(value)]) + value
+    return (b"\x30" if len(numbers) < 128 else b"\x30\x81") + bytes([len(numbers)]) + numbers
+
+
+def is_signed(base, signature, key, algorithm):
+    """Whether the key made the signature."""
+    options, size = ALGORITHMS[algorithm]
+    with tempfile.TemporaryDirectory(prefix="wfm-") as folder:
+        files = {"key": key.pem, "signature": encode_ecdsa(signature, size) if size else signature, "base": base}
+        for name, content in files.items():
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(content)
+        key_file, signature_file, base_file = (os.path.join(folder, name) for name in files)
+        if options is None:
+            return run_openssl(["pkeyutl", "-verify", "-pubin", "-inkey", key_file, "-rawin", "-in", base_file, "-sigfile", signature_file]) is not None
+        return run_openssl(["dgst"] + options + ["-verify", key_file, "-signature", signature_file, base_file]) is not None
+
+
+class SignedWfm(Wfm):
+    """The interface of the first preview release, in either dialect: onboarding, client ids, a signature on every request."""
+
+    CLIENT = r"/api/v1/clients/([^/]+)"
+    ROUTES = (
+        (r"/api/v1/onboarding", {"POST": "onboard"}),
+        (r"/api/v1/clients/[^/]+/deployments", {"GET": "get_manifest"}),
+        (r"/api/v1/clients/[^/]+/deployments/([^/]+)/status", {"POST": "post_status"}),
+        (r"/api/v1/clients/[^/]+/deployments/([^/]+)/([^/]+)", {"GET": "get_deployment"}),
+        (r"/api/v1/clients/[^/]+/bundles/([^/]+)", {"GET": "get_bundle"}),
+    )
+    CAPABILITIES = {
+        "a": ((r"/api/v1/clients/[^/]+/capabilities", {"POST": "put_capabilities", "PUT": "put_capabilities"}),),
+        "b": ((r"/api/v1/clients/[^/]+/capabilities/(.+)", {"POST": "put_capabilities", "PUT": "put_capabilities", "DELETE": "delete_capabilities"}),),
+    }
+
+    def __init__(self, options, log):
+        super().__init__("", options, log)
+        self.onboarded = read_json(os.path.join(self.state, "onboarded.json"), {})
+        self.routes = self.ROUTES + self.CAPABILITIES[self.dialect]
+        self.keys, self.seen = {}, {}               # client id: Key; what marks a signature: when it ceases to count
+        self.host, _, port = options.listen.rpartition(":")
+
+    def root(self, client):
+        return f"/api/v1/clients/{client}"
+
+    def find_client(self, _, path):
+        """The client id in a path, if it is one of ours; that it is the client who asks, its signature has to prove."""
+        match = re.match(re.escape(self.prefix) + self.CLIENT + "/", path)
+        client = urllib.parse.unquote(match.group(1)) if match else None
+        return client if client in self.onboarded else None
+
+    def answer(self, request):
+        try:
+            if not request.path.startswith(self.prefix + "/"):
+                raise Problem(404, f"the interface is below {self.prefix}/")
+            path = request.path[len(self.prefix):]
+            if path == "/api/v1/onboarding/certificate" and request.method in ("GET", "HEAD"):
+                return self.get_certificate(request)
+            if path != "/api/v1/onboarding":
+                if request.client is None:
+                    raise Problem(404 if self.dialect == "b" else 403, "this client was not onboarded here")
+                self.check_signature(request, self.find_key(request.client))
+            with self.lock:
+                return dispatch(self, self.routes, request, path)
+        except Problem as problem:
+            errors = "; ".join(f"{error['field']} {error['message']}" for error in problem.document.get("errors", ()))
+            body = {"error": problem.document["title"], "message": "; ".join(filter(None, [problem.document.get("detail"), errors]))}
+            return Reply(problem.status, dict({"Content-Type": "application/json"}, **problem.headers), make_json(body))
+
+    def find_key(self, client):
+        if client not in self.keys:
+            self.keys[client] = load_key(self.onboarded[client])
+        return self.keys[client]
+
+    def check_signature(self, request, key):
+        """Raises Unsigned unless the key signed this very request, lately, and for the first time."""
+        now = time.time()
+        check_content_digest(request.headers.get("Content-Digest"), request.body)
+        found = parse_signature_input(", ".join(request.headers.get_all("Signature-Input") or ()))
+        check_signature_input(found, request.body, now)
+        match = re.fullmatch(r"\s*([a-z*][a-z0-9_.*-]*)=:([A-Za-z0-9+/=]*):\s*", ", ".join(request.headers.get_all("Signature") or ()))
+        if not match or match.group(1) != found.label:
+            raise Unsigned(f"Signature does not hold exactly the signature {found.label}")
+        algorithm = found.parameters.get("alg", f'"{key.algorithms[0]}"').strip('"')
+        if algorithm not in key.algorithms:
+            raise Unsigned(f"alg {algorithm} does not go with this client's key")
+        try:
+            signature = base64.b64decode(match.group(2), validate=True)
+        except ValueError:
+            raise Unsigned("Signature is not base64") from None
+        base = make_signature_base(request, found, self.find_authority(request))
+        if not is_signed(base, signature, key, algorithm):
+            raise Unsigned(f"the signature does not verify; signed should have been {base.decode('latin-1')!r}")
+        with self.lock:
+            self.seen = {old: end for old, end in self.seen.items() if end > now}
+            mark = signature[:ALGORITHMS[algorithm][1] or None]         # of ECDSA r alone: whoever sees r and s can make another s that fits
+            if mark in self.seen:
+                raise Unsigned("this signature was used before")
+            self.seen[mark] = now + SIGNATURE_AGE + SIGNATURE_SKEW
+
+    def find_authority(self, request):
+        """Host and port as the client has to have signed them: those of this server, so that a signature for another does not count here."""
+        authority = re.sub(":443$", "", request.headers.get("Host", "").lower())
+        if self.host not in ("", "0.0.0.0", "[::]") and re.sub(r":[0-9]+$", "", authority) not in (self.host, "localhost"):
+            raise Unsigned(f"this server is not {authority}")
+        return authority
+
+    def get_certificate(self, request):
+        if not self.options.root_ca:
+            raise Problem(404, "no root CA is given out here")
+        with open(self.options.root_ca, "rb") as file:
+            body = make_json({"certificate": base64.b64encode(file.read()).decode()})
+        return serve_content(request, body, "application/json", "no-cache")
+
+    def onboard(self, request):
+        """Gives a client its id: the same one each time, as it follows from the key."""
+        body, found = read_document(request), Inspection()
+        check_heading(found, body, "onboarding.margo.org/v1alpha1", "OnboardingRequest")
+        text = found.member(body, "", "certificate", "string")
+        found.close("The onboarding request was understood but not accepted.")
+        try:
+            certificate = decode_certificate(text)
+            key = load_key(certificate)
+        except ValueError as error:
+            raise Problem(400, f"Invalid certificate: {error}") from None
+        self.check_signature(request, key)
+        with tempfile.NamedTemporaryFile(mode="w") as anchors:
+            anchors.write(load_anchors(self.options.trust_bundle))
+            anchors.flush()
+            if run_openssl(["verify", "-partial_chain", "-CAfile", anchors.name], certificate.encode()) is None:
+                raise Problem(403, "Client rejected: its certificate leads to no anchor of the trust bundle, or is not valid now")
+        client = f"c-{key.id[:16]}"
+        self.onboarded[client] = certificate
+        self.keys.pop(client, None)
+        write_json(os.path.join(self.state, "onboarded.json"), self.onboarded)
+        self.log(client, "onboarded")
+        return Reply(201, {"Content-Type": "application/json"}, make_json({"clientId": client}))
+
+    def put_capabilities(self, request, device_id=None):
+        """POST the first time, PUT afterwards; dialect a has one document for the whole client."""
+        document, devices = read_document(request), read_json(self.kept(request.client, "capabilities.json"), {})
+        if request.method == "PUT" and (device_id not in devices if device_id else not devices):
+            raise Problem(404, "nothing was reported yet: POST it")
+        if device_id is None:
+            check_capabilities(document, None, "a")
+            write_json(self.kept(request.client, "capabilities.json"), {document["properties"]["id"]: document})
+            self.log(request.client, f"capabilities {'updated' if devices else 'created'}")
+        else:
+            self.take_capabilities(request, device_id, document, devices)
+        return Reply(201, {}, b"")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 8. Discovery document and trust bundle
 # ------------------------------------------------------------------------------------------------------------------------------
 
 class Mis:
@@ -865,7 +1234,7 @@ class Mis:
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 8. Registry
+# 9. Registry
 # ------------------------------------------------------------------------------------------------------------------------------
 
 class OciError(Problem):
@@ -890,6 +1259,7 @@ class Registry:
         (r"/v2/(.+)/blobs/([^/]+)", {"GET": "get_blob"}),
         (r"/v2/(.+)/tags/list", {"GET": "get_tags"}),
         (r"/token", {"GET": "get_token"}),
+        (r"/files/(.+)/([^/]+)\.tar\.gz", {"GET": "get_file"}),
     )
 
     def __init__(self, packages, credentials, anonymous):
@@ -966,6 +1336,13 @@ class Registry:
             raise OciError(404, "BLOB_UNKNOWN", f"{name} has no blob {digest}")
         return make_content_reply(content, "application/octet-stream")
 
+    def get_file(self, request, name, tag):
+        """A package as a plain file; open to all."""
+        if tag not in self.list_tags(name):
+            raise OciError(404, "MANIFEST_UNKNOWN", f"{name} has no version {tag}")
+        layer = json.loads(self.make_package(name, tag).decode())["layers"][0]["digest"]
+        return Reply(200, {"Content-Type": "application/gzip"}, self.content[name, layer])
+
     def list_tags(self, name):
         """The tags of a repository; raises NAME_UNKNOWN if it has none."""
         folder = os.path.join(self.packages, *name.split("/"))
@@ -1032,7 +1409,7 @@ def make_archive(folder, top):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 9. TLS
+# 10. TLS
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_wfm_context(certificate, key, trust_bundle, version):
@@ -1046,10 +1423,12 @@ def make_wfm_context(certificate, key, trust_bundle, version):
     return context
 
 
-def make_site_context(certificate, key):
-    """Ordinary server-side TLS, as for the registry."""
+def make_site_context(certificate, key, version=None):
+    """Ordinary server-side TLS, as for the registry; with a version: that one only."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if version:
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2 if version == "1.2" else ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(certificate, key)
     return context
 
@@ -1088,7 +1467,7 @@ def load_spiffe_id(path):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 10. HTTP
+# 11. HTTP
 # ------------------------------------------------------------------------------------------------------------------------------
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1107,8 +1486,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             self.send_error(400, f"the request target is no URL: {error}")
             return
-        client = self.server.site.find_client(self.connection.getpeercert()) if isinstance(self.server.site, Wfm) else None
-        request = Request(self.command, split.path, urllib.parse.parse_qs(split.query), self.headers, b"", client)
+        client = self.server.site.find_client(self.connection.getpeercert(), split.path) if isinstance(self.server.site, Wfm) else None
+        request = Request(self.command, split.path, urllib.parse.parse_qs(split.query), self.headers, b"", client, self.path)
         try:
             request = request._replace(body=self.read_body())
             fault = self.server.faults.find(request)
@@ -1250,7 +1629,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 11. Command line
+# 12. Command line
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_parser():
@@ -1258,12 +1637,15 @@ def make_parser():
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--listen", metavar="HOST:PORT", default="127.0.0.1:8443", help="of the WFM; port 0: any free one (default %(default)s)")
-    add("--certificate", metavar="FILE", required=True, help="the WFM's X.509-SVID, then intermediates, in PEM")
+    add("--profile", choices=("mtls", "signed"), default="mtls", help="mutual TLS, or requests signed by RFC 9421 (default %(default)s)")
+    add("--dialect", choices=("a", "b"), help="of the profile signed: a (roles and resources, the default) or b (per device, flat)")
+    add("--certificate", metavar="FILE", required=True, help="the WFM's X.509-SVID (signed: an ordinary server certificate), then intermediates, in PEM")
     add("--key", metavar="FILE", required=True, help="its private key")
     add("--trust-bundle", metavar="FILE", required=True, help="anchors for client certificates: SPIFFE bundle (JSON) or PEM")
     add("--deployments", metavar="DIR", required=True, help="the desired state: ApplicationDeployment files")
     add("--state", metavar="DIR", required=True, help="where versions, capabilities and statuses are kept")
     add("--prefix", metavar="/PATH", default="", help="path before /api/v1, to try a client with a base URL that has one")
+    add("--root-ca", metavar="FILE", help="signed: what GET /api/v1/onboarding/certificate gives out")
     add("--id", metavar="SPIFFE-ID", help="the WFM's own SPIFFE ID, to try a client with a certificate that carries a wrong one")
     add("--tls", choices=("1.3", "1.2"), default="1.3", help="1.2: speak that version only, to see whether a client refuses it")
     add("--lenient", action="store_true", help="serve files as they are, to see what a client does with bad ones; the deployment id is the file's"
@@ -1291,10 +1673,12 @@ def make_log():
 
 def make_servers(options, log):
     """The listeners that the options ask for, the WFM last; raises OSError or ValueError if something they need is not usable."""
-    spiffe_id = options.id or load_spiffe_id(options.certificate)
-    match = re.fullmatch(rf"spiffe://([a-z0-9._-]+)/margo/wfm/{NAME}", spiffe_id)
-    if not match:
-        raise ValueError(f"{spiffe_id} is not a WFM's SPIFFE ID (spiffe://<trust domain>/margo/wfm/<wfm id>); see --id")
+    match = None
+    if options.profile == "mtls":
+        spiffe_id = options.id or load_spiffe_id(options.certificate)
+        match = re.fullmatch(rf"spiffe://([a-z0-9._-]+)/margo/wfm/{NAME}", spiffe_id)
+        if not match:
+            raise ValueError(f"{spiffe_id} is not a WFM's SPIFFE ID (spiffe://<trust domain>/margo/wfm/<wfm id>); see --id")
     common = (Faults(os.path.join(options.state, "faults.json")), log,
               os.path.join(options.state, "requests.jsonl") if options.log_requests else None)
     servers = []
@@ -1303,6 +1687,9 @@ def make_servers(options, log):
         return make_site_context(options.site_certificate, options.site_key)
 
     def make_wfm():
+        if options.profile == "signed":
+            load_anchors(options.trust_bundle)
+            return make_site_context(options.certificate, options.key, options.tls)
         return make_wfm_context(options.certificate, options.key, options.trust_bundle, options.tls)
 
     make_wfm()
@@ -1314,7 +1701,8 @@ def make_servers(options, log):
         user, _, secret_file = (options.registry_token or "").partition(":")
         site = Registry(options.packages, (user, secret_file) if options.registry_token else None, options.registry_anonymous)
         servers.append(Server("registry", options.registry, make_site, site, *common))
-    servers.append(Server("listening", options.listen, make_wfm, Wfm(spiffe_id, options, log), *common))
+    site = Wfm(spiffe_id, options, log) if options.profile == "mtls" else SignedWfm(options, log)
+    servers.append(Server("listening", options.listen, make_wfm, site, *common))
     return servers
 
 
@@ -1323,6 +1711,12 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if (options.mis or options.registry) and not (options.site_certificate and options.site_key):
         parser.error("--mis and --registry need --site-certificate and --site-key")
+    if options.profile == "signed":
+        options.dialect = options.dialect or "a"
+        if options.mis:
+            parser.error("--mis is of the profile mtls")
+    elif options.dialect or options.root_ca:
+        parser.error("--dialect and --root-ca are of the profile signed")
     if options.registry and not options.packages:
         parser.error("--registry needs --packages")
     if not os.path.isdir(options.deployments):

@@ -213,6 +213,24 @@ def make_deployment(deployment_id=HELLO, name="hello", components=(("web", "1.0.
                            for key, value in (parameters or {}).items()}}}, indent=1)
 
 
+def make_signed_deployment(dialect, deployment_id=HELLO, name="hello", components=(("web", "1.0.0"),), parameters=None, device=DEVICE,
+                           registry="localhost:5000", **properties):
+    """The same in the spelling of the first preview release, with packages by URL as examples/wfm.py serves them; dialect: a or b."""
+    value = json.loads(make_deployment(deployment_id, name, components, parameters, device, registry, **properties))
+    for component, (package, revision) in zip(value["spec"]["deploymentProfile"]["components"], components):
+        location = {"packageLocation": f"https://{registry}/files/{package}/{revision}.tar.gz"}
+        component["properties"] = dict(location, **properties)
+    value = dict(value, apiVersion="application.margo.org/v1alpha1", kind="ApplicationDeployment")
+    if dialect == "a":
+        value["metadata"] = {"name": name, "namespace": "margo-demo", "annotations": {"applicationId": value["spec"].pop("applicationId")}}
+    return json.dumps(value, indent=1)
+
+
+def read_example(path):
+    """The JSON value of a document under tests/data."""
+    return read_json(os.path.join(DATA, *path.split("/")))
+
+
 def make_compose(services=None, **members):
     """A compose file as JSON text; one service `main` by default, that runs until it is stopped."""
     service = {"image": IMAGE, "init": True, "command": ["sleep", "100000"], "environment": ["GREETING"]}
@@ -272,14 +290,18 @@ class Service:
 
 
 class Wfm(Service):
-    """examples/wfm.py with its folders; `url` and `registry` (host:port) are where it listens."""
+    """examples/wfm.py with its folders; `url` and `registry` (host:port) are where it listens; profile: mtls, signed-a or signed-b."""
 
-    def __init__(self, test, pki, *options, folder=None):
+    def __init__(self, test, pki, *options, folder=None, profile="mtls"):
         self.folder = folder or make_folder(test)
         for name in ("deployments", "packages", "state"):
             os.makedirs(os.path.join(self.folder, name), exist_ok=True)
-        argv = [sys.executable, os.path.join(EXAMPLES, "wfm.py"), "--listen", "127.0.0.1:0", "--certificate", pki.path("wfm.pem"), "--key",
-                pki.path("wfm.key"), "--trust-bundle", pki.path("bundle.json"), "--deployments", self.path("deployments"), "--state",
+        name, _, self.dialect = profile.partition("-")
+        own = "site" if self.dialect else "wfm"
+        if self.dialect:
+            options += ("--profile", name, "--dialect", self.dialect, "--root-ca", pki.path("site-ca.pem"))
+        argv = [sys.executable, os.path.join(EXAMPLES, "wfm.py"), "--listen", "127.0.0.1:0", "--certificate", pki.path(f"{own}.pem"), "--key",
+                pki.path(f"{own}.key"), "--trust-bundle", pki.path("bundle.json"), "--deployments", self.path("deployments"), "--state",
                 self.path("state"), "--registry", "127.0.0.1:0", "--packages", self.path("packages"), "--site-certificate", pki.path("site.pem"),
                 "--site-key", pki.path("site.key"), "--log-requests"]
         super().__init__(test, argv + list(options))
