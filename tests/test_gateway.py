@@ -107,6 +107,12 @@ class Settings(unittest.TestCase):
         self.assertNotIn("children[1]", words)
         self.assertEqual(words.count("device.children[0].id"), 1)
 
+    def test_the_readmes_example_is_one(self):
+        with open(os.path.join(support.ROOT, "README.md"), encoding="utf-8") as file:
+            text = file.read().split("## A gateway with child devices")[1].split("```yaml\n")[1].split("```")[0]
+        from tests.test_configuration import make
+        self.assertEqual(make(**margo_agent.load_yaml(text)).device.children[0].id, "press")
+
     def test_a_protocol_without_child_devices_is_said(self):
         """Protocol 3.5: one document for one client in the earlier generations."""
         config = margo_agent.SCHEMA["wfm"]
@@ -285,14 +291,17 @@ class Routing(GatewayCase):
         self.assertIn(f"hello  on {A}", self.device.run("status").stdout)
 
     def test_an_unchanged_poll_asks_each_engine_once(self):
-        """Issue 3, figures: one engine query per place."""
+        """Issue 3, figures, P-16: one engine query per place, one request, nothing written."""
         for device, deployment_id in ((DEVICE, HELLO), (A, SECOND)):
             self.publish(device, deployment_id)
         self.device.cycle()
         for engine in self.engines.values():
             engine.forget_calls()
+        before, count = os.stat(os.path.join(self.device.state_dir, "state.json")), len(self.wfm.requests())
         self.device.cycle()
         self.assertEqual([self.calls(engine) for engine in self.engines.values()], [["ps"]] * 3)
+        self.assertEqual(os.stat(os.path.join(self.device.state_dir, "state.json")), before)
+        self.assertEqual(len(self.wfm.requests()), count + 1)
 
     def test_updates_drift_and_removal_reach_the_child(self):
         """C-113, D-23: what holds for a device holds for a child."""
@@ -386,7 +395,7 @@ class Placement(GatewayCase):
         for deployment_id in (HELLO, SECOND, THIRD):
             self.publish(self.ANY, deployment_id)
         planned = json.loads(self.device.run("plan", "--json").stdout)["actions"]
-        self.device.cycle()
+        self.assertNotIn("remove", self.device.cycle())
         self.assertEqual({item["deploymentId"]: {item["deviceId"]: "one"} for item in planned}, {key: self.where(key) for key in (HELLO, SECOND, THIRD)})
         places = [list(self.where(key)) for key in (HELLO, SECOND, THIRD)]
         self.assertEqual(sorted(places), [[A], [A], [B]])
@@ -516,6 +525,20 @@ class Unreachable(GatewayCase):
         self.assertEqual((self.where(), self.report()[:2]), ({B: "two"}, (B, "installed")))
         self.device.cycle(0)
         self.assertEqual(self.engines[B].containers()[CONTAINER]["state"], "running")
+
+    def test_what_is_withdrawn_when_it_is_back_is_removed_in_both_places_and_said_once(self):
+        self.publish(A)
+        self.device.cycle()
+        self.lose(A)
+        self.publish(B, greeting="two")
+        self.device.cycle(1)
+        self.lose(A, False)
+        self.wfm.withdraw()
+        count = len(self.wfm.reports())
+        self.assertNotIn("error", self.device.cycle(0))
+        self.assertEqual(self.where(), {})
+        self.assertEqual([(item["body"]["deviceId"], item["body"]["status"]["state"]) for item in self.wfm.reports()[count:]],
+                         [(B, "removing"), (B, "removed")])
 
     def test_a_leftover_that_cannot_be_removed_fails_nobody_but_is_said(self):
         """D-21: the deployment is installed where it belongs; the run ends with 1 until nothing is left where it was."""
