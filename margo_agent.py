@@ -1669,7 +1669,8 @@ def serve_pipes(process, data, deadline, limit):
     for pipe in list(heard) + stdin:
         os.set_blocking(pipe, False)
     while open_pipes or stdin:
-        ready, writable, _ = select.select(list(open_pipes), stdin, [], max(0.0, min(tick, deadline - time.monotonic())))
+        ended = process.poll() is not None          # asked before looking: what it wrote last is then in the pipes
+        ready, writable, _ = select.select(list(open_pipes), stdin, [], 0 if ended else max(0.0, min(tick, deadline - time.monotonic())))
         if writable:
             try:
                 data = data[os.write(stdin[0], data):]
@@ -1684,7 +1685,7 @@ def serve_pipes(process, data, deadline, limit):
                 open_pipes.discard(pipe)
         if sum(len(part) for part in heard.values()) > limit:
             raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
-        if not ready and process.poll() is not None:
+        if ended and not ready:
             break
         if time.monotonic() > deadline:
             raise subprocess.TimeoutExpired(process.args, 0)

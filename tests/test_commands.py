@@ -82,6 +82,22 @@ class RunCommand(unittest.TestCase):
         output = margo_agent.run_command(python("import os; print(sorted(k for k in os.environ if k != 'LC_CTYPE'))"), 30, env={"A": "b"})
         self.assertEqual(output.stdout, b"['A']\n")
 
+    def test_the_last_words_of_a_program_are_heard_however_the_two_are_scheduled(self):
+        """It writes and ends just after a look at its pipes, and leaves something behind that keeps them open."""
+        import select
+        look = select.select
+
+        def slow(*arguments):
+            found = look(*arguments)
+            if not any(found):
+                time.sleep(0.4)
+            return found
+
+        select.select = slow
+        self.addCleanup(setattr, select, "select", look)
+        done = margo_agent.run_command(["sh", "-c", "sleep 3 & sleep 0.4; echo last"], 20)
+        self.assertEqual(done.stdout, b"last\n")
+
 
 def is_alive(pid):
     try:
