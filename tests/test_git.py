@@ -3,7 +3,6 @@ import getpass
 import json
 import os
 import shutil
-import signal
 import subprocess
 import types
 import unittest
