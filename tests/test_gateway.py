@@ -210,6 +210,11 @@ class GatewayCase(support.DeviceCase):
         """The children of the configuration without some."""
         self.device.set("device.children", [child for child in self.device.settings["device"]["children"] if child["id"] not in names])
 
+    def written(self):
+        """When the state was written last, and as which file."""
+        facts = os.stat(os.path.join(self.device.state_dir, "state.json"))
+        return facts.st_ino, facts.st_mtime_ns
+
     def calls(self, engine):
         calls = [call[0] for call in engine.calls()]
         engine.forget_calls()
@@ -297,10 +302,10 @@ class Routing(GatewayCase):
         self.device.cycle()
         for engine in self.engines.values():
             engine.forget_calls()
-        before, count = os.stat(os.path.join(self.device.state_dir, "state.json")), len(self.wfm.requests())
+        before, count = self.written(), len(self.wfm.requests())
         self.device.cycle()
         self.assertEqual([self.calls(engine) for engine in self.engines.values()], [["ps"]] * 3)
-        self.assertEqual(os.stat(os.path.join(self.device.state_dir, "state.json")), before)
+        self.assertEqual(self.written(), before)
         self.assertEqual(len(self.wfm.requests()), count + 1)
 
     def test_updates_drift_and_removal_reach_the_child(self):
