@@ -39,7 +39,7 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 # 1. Constants and errors
 # ------------------------------------------------------------------------------------------------------------------------------
 
-PROFILES = ("mtls", "git")
+PROFILES = ("mtls", "signed", "git")
 
 KIB, MIB = 1024, 1024 * 1024
 MAX_CERTIFICATES = 1 * MIB          # a trust bundle, a PEM file
@@ -54,14 +54,12 @@ DEPLOYMENT_TYPE = "application/yaml"
 JSON_TYPE = "application/json"
 PROBLEM_ROOT = "https://docs.margo.org/specification/"
 
-CAPABILITIES_PATH = "/api/v1/capabilities/"
-DEPLOYMENTS_PATH = "/api/v1/deployments"
-BUNDLES_PATH = "/api/v1/bundles/"
-
 DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
 UUID_PATTERN = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
 EXTENSION_PATTERN = r"x-[a-z][a-z0-9-]*-extensions"
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
+
+ALGORITHMS = ("ecdsa-p256-sha256", "ecdsa-p384-sha384", "rsa-v1_5-sha256", "rsa-pss-sha256", "rsa-pss-sha512", "ed25519")      # of signatures (C-065)
 
 STATES = ("failed", "removing", "installing", "pending", "removed", "installed")     # most severe first (C-133)
 
@@ -171,6 +169,9 @@ Certificate = define("Certificate", "der subject issuer serial not_before not_af
 SpiffeId = define("SpiffeId", "text trust_domain path", "A SPIFFE ID, its trust domain and its path (with leading slash).")
 Identity = define("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file",
     "The own SVID: SPIFFE ID, the WFM's SPIFFE ID that follows from it (C-009), the leaf Certificate, the two files.")
+Signer = define("Signer", "leaf key algorithm label components keyid alg",
+    "What signs requests: the own leaf Certificate, its key (a file or a URI that openssl knows), the algorithm, and how RFC 9421 is spoken:"
+    " label, components to cover, keyid, `alg` parameter (empty: not sent).")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence` and `spiffe_refresh_hint` in seconds, each None where the bundle has none.")
 ManifestEntry = define("ManifestEntry", "deployment_id digest size",
@@ -1055,6 +1056,29 @@ def read_path(value, base):
     return os.path.join(base, read_text(value, base))
 
 
+def read_key(value, base):
+    """A file name, or a URI such as pkcs11:… by which openssl finds a key."""
+    text = read_text(value, base)
+    return text if re.match(r"[a-z][a-z0-9+.-]+:", text) else read_path(text, base)
+
+
+def read_word(value, base):
+    """Text that fits between quotes in an HTTP header."""
+    text = read_text(value, base)
+    if not re.fullmatch(r'[ !#-\[\]-~]*', text):
+        raise ValueError("printable ASCII without \" and \\")
+    return text
+
+
+def read_components(value, base):
+    """What a request signature covers; without method, target and content digest it would be a signature for any request (C-062, C-063)."""
+    names = [read_word(item, base) for item in value] if isinstance(value, list) else []
+    lower = [name.lower() for name in names]
+    if not {"@method", "@target-uri", "content-digest"} <= set(lower) or len(set(lower)) < len(lower):
+        raise ValueError("a list of components, @method, @target-uri and content-digest among them")
+    return names
+
+
 def read_url(value, base):
     """An absolute https URL without user or fragment, as it is."""
     text = read_text(value, base)
@@ -1294,12 +1318,14 @@ SCHEMA = {
     "state_dir": (read_path, "/var/lib/margo-agent"),
     "wfm": {
         "profile": (read_choice(*PROFILES), "mtls"), "url": (read_address, None), "timeout": (read_duration, "30s"),
-        "min_tls": (read_choice("1.2", "1.3"), "1.3"), "dialect": (read_planned("a"), "a"), "status_url": (read_root_url, None)},
+        "min_tls": (read_choice("1.2", "1.3"), "1.3"), "dialect": (read_choice("a", "b"), "a"), "status_url": (read_root_url, None)},
     "identity": {
-        "certificate": (read_path, None), "key": (read_path, None), "trust_bundle": (read_path_or_url, None),
+        "certificate": (read_path, None), "key": (read_key, None), "trust_bundle": (read_path_or_url, None),
         "discovery": (read_url, None), "ca": (read_path, None), "pins": (read_planned([]), []),
         "enrollment": (read_planned("off"), "off"), "est": (read_planned({}), {}), "revocation": (read_planned("soft", "off"), "soft"),
-        "refresh": (read_duration, "1h"), "algorithm": (read_planned(), None), "signature": (read_planned({}), {})},
+        "refresh": (read_duration, "1h"), "algorithm": (read_choice(*ALGORITHMS), None),
+        "signature": {"label": (read_word, "sig1"), "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"]),
+                      "keyid": (read_word, None), "alg": (read_word, None)}},
     "device": {
         "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
         "properties": (read_properties, {}), "labels": (read_labels, {}), "children": (read_list, [])},
@@ -1324,7 +1350,8 @@ SCHEMA = {
 REGISTRY_SCHEMA = {
     "mirror": (read_text, None), "username": (read_text, None), "password_file": (read_path, None), "ca": (read_path, None),
     "insecure": (read_flag, False)}
-REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key"), "git": ("wfm.url",)}
+REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key"), "git": ("wfm.url",),
+            "signed": ("wfm.url", "identity.certificate", "identity.key", "identity.ca")}
 
 
 def make_settings(value, schema, base, where, faults):
@@ -1537,6 +1564,7 @@ def make_state():
     """The state of an agent that knows nothing yet; every part is explained here.
 
     enrollment  {id, devices: {device id: digest of the capabilities that were sent}} since the first exchange
+    client      {id, key: digest of the public key}: what onboarding gave (profile signed)
     accepted    {version, etag, digest, acceptedAt, deployments: [{deploymentId, digest}]}: the last verified desired state
     deployments {id in lower case: record}: what this device does, or did, about each deployment (see section 16)
     outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged
@@ -1547,7 +1575,7 @@ def make_state():
     pulled      [image, after a child device's id and a space where it is there]: what the agent pulled, and may prune
     history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome}
     """
-    return {"schema": 1, "enrollment": None, "accepted": None, "deployments": {}, "outbox": {}, "reported": {}, "trust": {},
+    return {"schema": 1, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "reported": {}, "trust": {},
             "patience": {}, "waiting": None, "pulled": [], "history": [], "lastPoll": None}
 
 
@@ -1972,13 +2000,18 @@ def parse_identity(chain, certificate_file, key_file):
 
 
 def load_identity(config):
-    """Reads identity.certificate; raises Untrusted naming the file and what is wrong with it."""
+    """The own SVID; raises Untrusted."""
+    return load_own(config, lambda chain: parse_identity(chain, config.identity.certificate, config.identity.key))
+
+
+def load_own(config, parse):
+    """What `parse` makes of the DER chain in identity.certificate; raises Untrusted naming the file and what is wrong with it."""
     path = config.identity.certificate
     try:
         data = read_file(path, MAX_CERTIFICATES)
         if data is None:
-            raise ValueError("there is no such file; the operator provides the SVID (a CSR for it: margo_agent.py csr)")
-        return parse_identity(parse_pem(data.decode("ascii")), path, config.identity.key)
+            raise ValueError("there is no such file; the operator provides the certificate (a CSR for it: margo_agent.py csr)")
+        return parse(parse_pem(data.decode("ascii")))
     except StorageError as error:
         raise Untrusted(f"identity.certificate: {error.message}") from None
     except ValueError as error:
@@ -2155,11 +2188,120 @@ def refresh_trust_bundle(config, store, state, identity, now, keep=True):
     return bundle
 
 
-def make_private_key(path):
-    """Makes an ECDSA P-256 key (PKCS#8 PEM, mode 0600) by openssl unless there is one; raises CommandError (C-018)."""
-    if os.path.exists(path):
+# Request signatures (RFC 9421).  What a public key is, by the object identifiers in it, and what it may sign by, the default first;
+# then openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
+KEY_ALGORITHMS = {
+    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",), "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
+    "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"), "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"),
+    "2b6570": ("ed25519",)}
+SIGNING = {
+    "ecdsa-p256-sha256": (["-sha256"], 32), "ecdsa-p384-sha384": (["-sha384"], 48), "rsa-v1_5-sha256": (["-sha256"], 0),
+    "rsa-pss-sha256": (["-sha256", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:32"], 0),
+    "rsa-pss-sha512": (["-sha512", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:64"], 0), "ed25519": (None, 0)}
+NEW_KEYS = {"ecdsa-p384-sha384": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384"], "ed25519": ["ED25519"], "ecdsa-p256-sha256":
+            ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"]}
+
+
+def choose_algorithm(spki, wanted):
+    """The algorithm that the key of a public key (DER) signs by: the wanted one or the default of its kind; raises ValueError."""
+    kind = " ".join(value.hex() for tag, value, _ in parse_der(parse_der(parse_der(spki)[0][1])[0][1]) if tag == 0x06)
+    known = KEY_ALGORITHMS.get(kind)
+    if not known:
+        raise ValueError("its key is of no kind that signs requests: ECDSA P-256 or P-384, RSA, or Ed25519")
+    if wanted and wanted not in known:
+        raise ValueError(f"its key cannot sign by identity.algorithm {wanted}, only by {', '.join(known)}")
+    return wanted or known[0]
+
+
+def make_signer(chain, config):
+    """The Signer of a DER chain and the configuration; raises ValueError."""
+    if not chain:
+        raise ValueError("it holds no certificate in PEM")
+    leaf, wish = parse_certificate(chain[0]), config.identity.signature
+    algorithm = choose_algorithm(leaf.spki, config.identity.algorithm)
+    alg = wish.alg if wish.alg is not None else algorithm if algorithm in ("rsa-v1_5-sha256", "rsa-pss-sha256") else ""
+    return Signer(leaf, config.identity.key, algorithm, wish.label, wish.components, wish.keyid or sha256_digest(leaf.spki)[7:], alg)
+
+
+def make_signature_base(method, url, headers, signer, created):
+    """(signature parameters as text, bytes to sign) of a request (protocol 2.9, C-063, C-064); what it does not carry is not covered."""
+    from urllib.parse import urlsplit
+    parts = urlsplit(url)
+    values = {name.lower(): value for name, value in headers.items()}
+    values.update({"@method": method, "@target-uri": url, "@authority": parts.netloc, "@scheme": parts.scheme, "@path": parts.path})
+    covered = [name for name in signer.components if name.lower() in values]
+    alg = f';alg="{signer.alg}"' if signer.alg else ""
+    parameters = "({});created={};keyid=\"{}\"{}".format(" ".join(f'"{name}"' for name in covered), created, signer.keyid, alg)
+    lines = [f'"{name}": {values[name.lower()]}' for name in covered] + [f'"@signature-params": {parameters}']
+    return parameters, "\n".join(lines).encode("latin-1")
+
+
+def parse_ecdsa(der, size):
+    """An ECDSA signature as openssl makes it to r and s side by side, as RFC 9421 has them (C-066); raises ValueError, OverflowError."""
+    (_, body, _), = parse_der(der)
+    r, s = (int.from_bytes(value, "big") for _, value, _ in parse_der(body))
+    return r.to_bytes(size, "big") + s.to_bytes(size, "big")
+
+
+def run_signature(data, signer):
+    """The signature over bytes, made by openssl, which alone sees the key; raises Untrusted, ConfigError where there is no openssl."""
+    import tempfile
+    arguments, size = SIGNING[signer.algorithm]
+    try:
+        if arguments is None:                       # Ed25519 takes a file that it can measure: in memory, so that nothing is written
+            with tempfile.TemporaryDirectory(prefix="margo-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+                path = os.path.join(folder, "base")
+                write_file(path, data)
+                output = run_command(["openssl", "pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", path], 60)
+        else:
+            output = run_command(["openssl", "dgst"] + arguments + ["-sign", signer.key], 60, data=data)
+        if output.code or not output.stdout:
+            raise ValueError(output.stderr)
+        return parse_ecdsa(output.stdout, size) if size else output.stdout
+    except CommandMissing as error:
+        raise ConfigError(f"{error.message}; profile signed has every request signed by it") from None
+    except (ValueError, OverflowError, CommandError) as error:
+        raise Untrusted(f"identity.key {signer.key}: openssl cannot sign by it: {make_printable(str(error), 300)}") from None
+
+
+def parse_ca(text):
+    """Certificates in base64 of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
+    import base64
+    data = text.encode("ascii")
+    if b"-----BEGIN" not in data:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
+    for anchor in anchors:
+        parse_certificate(anchor)
+    if not anchors:
+        raise ValueError("it holds no certificate")
+    return anchors
+
+
+def fetch_ca(config, path):
+    """The WFM's root CA into a file, over a channel that the system's store vouches for and never on first use (C-069); returns [DER]."""
+    import ssl
+    where = f"{config.wfm.url}/api/v1/onboarding/certificate"
+    response = request("GET", where, {"Accept": JSON_TYPE}, None, make_tls_context(min_tls=config.wfm.min_tls), config.wfm.timeout, MAX_CERTIFICATES)
+    check_response(response, where, (200,), time.time())
+    try:
+        value = parse_json(response.body, "the answer")
+        anchors = parse_ca(value["certificate"] if isinstance(value, dict) else "")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise Untrusted(f"{where}: no usable certificate ({error})") from None
+    pem = "".join(map(ssl.DER_cert_to_PEM_cert, anchors)).encode()
+    if read_file(path, MAX_CERTIFICATES) not in (None, pem):
+        raise Untrusted(f"{path} holds another CA than {where} gives out; if that is meant to be, move it away first")
+    write_file(path, pem, 0o644)
+    return anchors
+
+
+def make_private_key(path, algorithm=None):
+    """Makes a key (PKCS#8 PEM, mode 0600; by default ECDSA P-256) by openssl unless there is one; raises CommandError (C-018)."""
+    if os.path.exists(path) or re.match(r"[a-z][a-z0-9+.-]+:", path):       # a URI: whoever made the token made its key
         return False
-    output = run_command(["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"], 60)
+    kind = NEW_KEYS.get(algorithm or ALGORITHMS[0]) or ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"]
+    output = run_command(["openssl", "genpkey", "-algorithm"] + kind, 60)
     if output.code or b"PRIVATE KEY" not in output.stdout:
         raise CommandError(f"openssl genpkey failed: {output.stderr}")
     write_file(path, output.stdout)
@@ -2528,26 +2670,25 @@ def parse_bundle(data, entries, max_unpacked):
 # 10. Desired-state sources
 # ------------------------------------------------------------------------------------------------------------------------------
 
-class MtlsSource:
-    """The desired state over HTTP with mutual TLS (Management Interface 1.0.0-rc.3), and the sinks for what is reported.
+class HttpSource:
+    """The desired state over HTTP, and the sinks for what is reported: what the generations have in common.
 
     A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in the shape of rc.3, and
-    says who it speaks as (`client_id`) and with (`peer`).  No other section knows which profile it serves.
+    says who it speaks as (`client_id`) and with (`peer`).  No other section knows which profile it serves.  Of this one the profiles
+    say how a request is made (`ask`) and below which `root` of `url` everything lies.
     """
 
-    def __init__(self, config, identity, bundle):
-        self.config, self.identity = config, identity
-        self.client_id, self.peer = identity.spiffe_id.text, identity.wfm_spiffe_id.text
-        self.context = make_wfm_context(identity, bundle, config.wfm.min_tls)
+    root = "/api/v1"
+
+    def __init__(self, config):
+        self.config, self.url = config, config.wfm.url
 
     def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
-        """One request to the WFM; the SVID is all that says who asks (C-020)."""
-        now, body, headers = time.time(), None, dict(headers or {})
+        """One request to the WFM; raises what check_response raises."""
+        now, body, headers, path = time.time(), None, dict(headers or {}), self.root + path
         if document is not None:
             body, headers["Content-Type"] = make_json(document), JSON_TYPE
-        response = request(method, self.config.wfm.url + path, headers, body, self.context, self.config.wfm.timeout, limit,
-                           lambda der: check_wfm(der, self.identity, now))
-        return check_response(response, f"{method} {path}", accepted, now)
+        return check_response(self.ask(method, self.url + path, headers, body, limit), f"{method} {path}", accepted, now)
 
     def fetch_desired(self, accepted, load_artifact):
         """None where nothing changed, else a Desired whose every byte is verified; raises what `send` raises, and Refused.
@@ -2558,7 +2699,7 @@ class MtlsSource:
         incomplete = bool(accepted and accepted.get("incomplete"))                  # a document was lost here: it comes again (D-9)
         if accepted and accepted.get("etag") and not incomplete:
             headers["If-None-Match"] = accepted["etag"]                             # C-101
-        response = self.send("GET", DEPLOYMENTS_PATH, (200, 304), headers, limit=self.config.policy.max_document)
+        response = self.send("GET", "/deployments", (200, 304), headers, limit=self.config.policy.max_document)
         if response.status == 304:                                                  # C-102
             return None
         digest, etag = sha256_digest(response.body), response.headers.get("ETag")
@@ -2575,7 +2716,7 @@ class MtlsSource:
         missing = [entry for entry in manifest.entries if entry.digest not in known]
         if is_bundle_cheaper(manifest, missing):
             try:
-                response = self.send("GET", BUNDLES_PATH + manifest.bundle_digest, (200,), limit=self.config.policy.max_artifact)
+                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,), limit=self.config.policy.max_artifact)
             except Refused as error:
                 if error.code not in ("invalid-bundle", "HTTP 404"):
                     raise
@@ -2588,22 +2729,144 @@ class MtlsSource:
 
     def fetch_document(self, entry):
         """One ApplicationDeployment's bytes, verified."""
-        path = f"{DEPLOYMENTS_PATH}/{entry.deployment_id}/{entry.digest}"
+        path = f"/deployments/{entry.deployment_id}/{entry.digest}"
         response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=self.config.policy.max_document)
         check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
         return response.body
 
+    def post_status(self, deployment_id, document):
+        """Reports a deployment's status."""
+        self.send("POST", f"/deployments/{deployment_id}/status", (200, 201, 204), document=document)
+
+
+class MtlsSource(HttpSource):
+    """Management Interface 1.0.0-rc.3: mutual TLS; the SVID is all that says who asks (C-020)."""
+
+    def __init__(self, config, identity, bundle):
+        super().__init__(config)
+        self.identity, self.client_id, self.peer = identity, identity.spiffe_id.text, identity.wfm_spiffe_id.text
+        self.context = make_wfm_context(identity, bundle, config.wfm.min_tls)
+
+    def ask(self, method, url, headers, body, limit):
+        """One request, sent once the peer is known to be our WFM."""
+        now = time.time()
+        return request(method, url, headers, body, self.context, self.config.wfm.timeout, limit, lambda der: check_wfm(der, self.identity, now))
+
     def put_capabilities(self, device_id, document):
         """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send("PUT", CAPABILITIES_PATH + device_id, (200, 201, 204), document=document)
+        self.send("PUT", f"/capabilities/{device_id}", (200, 201, 204), document=document)
 
     def delete_capabilities(self, device_id):
         """Deregisters a device; one that the WFM does not know is deregistered already."""
-        self.send("DELETE", CAPABILITIES_PATH + device_id, (200, 204, 404))
+        self.send("DELETE", f"/capabilities/{device_id}", (200, 204, 404))
+
+
+class SignedSource(HttpSource):
+    """API 1.0.0 of the first preview release, in either dialect: server-side TLS, a client id, every request signed (C-060 to C-068)."""
+
+    def __init__(self, config, signer, state):
+        super().__init__(config)
+        from urllib.parse import urlsplit
+        self.url = self.url.replace(urlsplit(self.url).netloc, re.sub(":443$", "", urlsplit(self.url).netloc.lower()), 1)      # as it is signed
+        self.signer, self.state, self.peer = signer, state, "the one that identity.ca vouches for"
+        self.context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
+        if state["client"]:
+            self.adopt(state["client"]["id"])
+
+    def adopt(self, client_id):
+        """Speaks as this client from now on."""
+        from urllib.parse import quote
+        self.client_id, self.root = client_id, f"/api/v1/clients/{quote(client_id, safe='')}"
+
+    def ask(self, method, url, headers, body, limit):
+        """One request with a signature of its own, also where it is repeated (C-062, C-067); one that is not accepted is explained in the log."""
+        import base64
+        import hashlib
+        if body is not None:
+            headers["Content-Digest"] = f"sha-256=:{base64.b64encode(hashlib.sha256(body).digest()).decode()}:"
+        parameters, base = make_signature_base(method, url, headers, self.signer, int(time.time()))
+        headers["Signature-Input"] = f"{self.signer.label}={parameters}"
+        headers["Signature"] = f"{self.signer.label}=:{base64.b64encode(run_signature(base, self.signer)).decode()}:"
+        response = request(method, url, headers, body, self.context, self.config.wfm.timeout, limit)
+        if response.status == 401:
+            ahead = parse_retry_after(response.headers.get("Date"), 0)
+            log("error", "the WFM does not accept a signature", method=method, target=url, algorithm=self.signer.algorithm,
+                base=base.decode("latin-1"), clockOffset="unknown" if ahead is None else f"{time.time() - ahead:+.0f} s")
+        return response
+
+    def onboard(self):
+        """The client id that the WFM gives to the own certificate; raises Untrusted, Unreachable (protocol 2.7, C-068)."""
+        import base64
+        document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest",
+                    "certificate": base64.b64encode(self.signer.leaf.der).decode()}
+        self.root = HttpSource.root
+        try:
+            value = parse_json(self.send("POST", "/onboarding", (200, 201), document=document).body, "the answer")
+            client_id = value.get("clientId") if isinstance(value, dict) else None
+            if not isinstance(client_id, str) or not re.fullmatch(r"[^/\\]{1,200}", client_id) or not client_id.isprintable() or client_id in (".", ".."):
+                raise ValueError(f"clientId {make_printable(str(client_id), 100)!r} cannot be one segment of a path")
+        except (Untrusted, Refused, ValueError) as error:
+            raise Untrusted(f"onboarding refused: {getattr(error, 'message', error)}; it may wait for somebody's approval at the WFM") from None
+        log("info", "onboarded", client=client_id)
+        return client_id
+
+    def put_capabilities(self, device_id, document):
+        """Reports what a device can do: by POST the first time, by PUT afterwards, by the other where the WFM remembers otherwise."""
+        if self.config.wfm.dialect == "b":
+            path = f"/capabilities/{device_id}"
+        elif "/" not in device_id:
+            path = "/capabilities"
+        else:
+            raise Refused(f"dialect a knows no child devices such as {device_id}; see wfm.dialect")
+        methods = ["PUT", "POST"] if device_id in (self.state["enrollment"] or {}).get("devices", {}) else ["POST", "PUT"]
+        document = make_older_capabilities(document, self.config.wfm.dialect)
+        try:
+            self.send(methods[0], path, (200, 201, 204), document=document)
+        except Refused as error:
+            if error.code not in ("HTTP 404", "HTTP 405", "HTTP 409"):
+                raise
+            self.send(methods[1], path, (200, 201, 204), document=document)
+
+    def delete_capabilities(self, device_id):
+        """Deregisters a device; dialect a has nothing of the kind."""
+        if self.config.wfm.dialect == "b":
+            self.send("DELETE", f"/capabilities/{device_id}", (200, 204, 404))
 
     def post_status(self, deployment_id, document):
-        """Reports a deployment's status."""
-        self.send("POST", f"{DEPLOYMENTS_PATH}/{deployment_id}/status", (200, 201, 204), document=document)
+        """Reports a deployment's status with that generation's fields."""
+        super().post_status(deployment_id, make_older_status(document, self.config.wfm.dialect))
+
+
+HOSTING_PROPERTIES = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollector", "supportedRuntimes", "supportedDeploymentTypes")
+ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
+
+
+def make_older_capabilities(document, dialect):
+    """Capabilities of rc.3 as the first preview release has them (protocol 3.5): b flat, a with roles and resources; neither has labels."""
+    properties = dict(document["properties"])
+    hosting = {key: properties.pop(key) for key in HOSTING_PROPERTIES if key in properties}
+    cpus, types = hosting.pop("cpus", None), hosting.get("supportedDeploymentTypes", ())
+    heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
+    if dialect == "b":
+        extensions = {key: value for key, value in document.items() if key not in ("properties", "labels")}
+        return dict(extensions, properties=dict(properties, **hosting, **({"cpu": cpus} if cpus else {})), **heading)
+    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+    if hosting:
+        resources = {key: hosting[key] for key in ("memory", "storage", "peripherals", "interfaces") if key in hosting}
+        properties["resources"] = dict(resources, **({"cpu": max(cpus, key=lambda cpu: cpu["cores"])} if cpus else {}))      # never summed (C-203)
+    return dict(heading, properties=properties)
+
+
+def make_older_status(document, dialect):
+    """A status of rc.3 as the first preview release has it (protocol 3.6): no manifest version; a also without deviceId and error source."""
+    without = ("adoptedManifestVersion", "deviceId", "source") if dialect == "a" else ("adoptedManifestVersion",)
+
+    def strip(value):
+        if isinstance(value, list):
+            return [strip(item) for item in value]
+        return {key: strip(item) for key, item in value.items() if key not in without} if isinstance(value, dict) else value
+
+    return dict(strip(document), apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
 
 
 def connect_mtls(config, store, state, keep, client_id=None):
@@ -2613,12 +2876,33 @@ def connect_mtls(config, store, state, keep, client_id=None):
     """
     now, identity = time.time(), load_identity(config)
     check_enrollment(state, client_id or identity.spiffe_id.text)
-    try:
-        check_validity(identity.leaf, now)
-    except ValueError as error:
-        raise Untrusted(f"identity.certificate {identity.certificate_file}: {error}") from None
+    check_own(identity.leaf, config, now)
     warn_of_expiry(identity.leaf, store, now)
     return MtlsSource(config, identity, refresh_trust_bundle(config, store, state, identity, now, keep))
+
+
+def connect_signed(config, store, state, keep):
+    """The SignedSource, onboarded; keep: that may be done now, and the client id is stored before anything else."""
+    now, signer = time.time(), load_own(config, lambda chain: make_signer(chain, config))
+    check_own(signer.leaf, config, now)
+    warn_of_expiry(signer.leaf, store, now)
+    source, key = SignedSource(config, signer, state), sha256_digest(signer.leaf.spki)
+    if not state["client"] or state["client"]["key"] != key:
+        if not keep:
+            raise Untrusted("this device is not onboarded with its key yet, and that is not done in passing; see `enroll`")
+        state["client"] = {"id": source.onboard(), "key": key}
+        store.save_state(state)
+    check_enrollment(state, state["client"]["id"])
+    source.adopt(state["client"]["id"])
+    return source
+
+
+def check_own(leaf, config, now):
+    """Raises Untrusted unless the own certificate is valid now."""
+    try:
+        check_validity(leaf, now)
+    except ValueError as error:
+        raise Untrusted(f"identity.certificate {config.identity.certificate}: {error}") from None
 
 
 def check_enrollment(state, client_id):
@@ -2643,28 +2927,52 @@ def warn_of_expiry(leaf, store, now):
 
 def describe_mtls(config, state, now):
     """What `status` says of the own identity: {id, notAfter, warning}; never raises."""
+    return describe_own(config, (state["enrollment"] or {}).get("id", ""), now, lambda chain: parse_identity(chain, "", ""))
+
+
+def describe_signed(config, state, now):
+    """The same for a client id."""
+    return describe_own(config, (state["client"] or {}).get("id", ""), now, lambda chain: make_signer(chain, config))
+
+
+def describe_own(config, known_id, now, parse):
+    """{id, notAfter, warning} of the own certificate, whose SPIFFE ID is the id where it has one."""
     try:
-        own = load_identity(config)
+        own = load_own(config, parse)
     except Untrusted as error:
-        return {"id": (state["enrollment"] or {}).get("id", ""), "notAfter": "", "warning": error.message}
+        return {"id": known_id, "notAfter": "", "warning": error.message}
     days = int((own.leaf.not_after - now) // 86400)
     warning = "expired" if days < 0 else f"expires in {days} days; have it renewed" if is_expiring(own.leaf, now) else ""
-    return {"id": own.spiffe_id.text, "notAfter": make_time(own.leaf.not_after), "warning": warning}
+    return {"id": own.spiffe_id.text if isinstance(own, Identity) else known_id, "notAfter": make_time(own.leaf.not_after), "warning": warning}
 
 
 def check_mtls(config, now):
     """Whether the own SVID and its key can be used, and for how long: (ok or warn, words); raises Untrusted."""
     own = load_identity(config)
-    try:
-        check_validity(own.leaf, now)
-    except ValueError as error:
-        raise Untrusted(f"identity.certificate {own.certificate_file}: {error}") from None
+    check_own(own.leaf, config, now)
     make_wfm_context(own, TrustBundle([own.leaf.der], None, None), config.wfm.min_tls)
-    mode, soon = os.stat(own.key_file).st_mode & 0o777, is_expiring(own.leaf, now)
+    return judge_own(own.leaf, own.spiffe_id.text, config, now)
+
+
+def check_signed(config, now):
+    """Whether the own key signs, is that of the certificate, and for how long: (ok or warn, words); raises Untrusted."""
+    signer = load_own(config, lambda chain: make_signer(chain, config))
+    check_own(signer.leaf, config, now)
+    run_signature(b"a test of this device's own", signer)
+    public = run_command(["openssl", "pkey", "-in", signer.key, "-pubout", "-outform", "DER"], 60)
+    if public.code or public.stdout != signer.leaf.spki:
+        raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate {public.stderr[-200:]}")
+    return judge_own(signer.leaf, f"signs by {signer.algorithm}", config, now)
+
+
+def judge_own(leaf, words, config, now):
+    """(ok or warn, words) of an own certificate that can be used."""
+    key, days = config.identity.key, int((leaf.not_after - now) // 86400)
+    mode = os.stat(key).st_mode & 0o777 if os.path.isfile(key) else 0
     if mode & 0o077:
-        return "warn", f"identity.key {own.key_file} has mode {mode:04o}; chmod 0600 it"
-    words = f"{own.spiffe_id.text}, {int((own.leaf.not_after - now) // 86400)} days left"
-    return ("warn", f"{words}; have it renewed") if soon else ("ok", words)
+        return "warn", f"identity.key {key} has mode {mode:04o}; chmod 0600 it"
+    words = f"{words}, {days} days left"
+    return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now) else ("ok", words)
 
 
 class GitSource:
@@ -3057,7 +3365,8 @@ def is_bundle_cheaper(manifest, missing):
     return manifest.bundle_size + 6 * KIB < sum(sizes) + 6 * KIB * len(missing)
 
 
-SERVED = {"mtls": Profile(connect_mtls, describe_mtls, check_mtls), "git": Profile(connect_git, describe_git, check_git)}
+SERVED = {"mtls": Profile(connect_mtls, describe_mtls, check_mtls), "signed": Profile(connect_signed, describe_signed, check_signed),
+          "git": Profile(connect_git, describe_git, check_git)}
 
 
 def connect_source(config, store, state, keep=True):
@@ -5221,7 +5530,6 @@ def prune(state, store, places):
 ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
 VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy", "bond", "vlan", "vxlan", "flannel")
 MARGO_PROPERTIES = ("id", "vendor", "modelNumber", "serialNumber")
-HOSTING_PROPERTIES = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollector", "supportedRuntimes", "supportedDeploymentTypes")
 
 
 def read_fact(*path):
@@ -5872,7 +6180,13 @@ def watch(child, fallback):
 
 
 def command_enroll(config, options):
-    """Establishes trust and reports capabilities; safe to repeat."""
+    """Establishes trust and reports capabilities; safe to repeat.  --fetch-ca: first gets the WFM's root CA (profile signed)."""
+    if "--fetch-ca" in options:
+        if config.wfm.profile != "signed":
+            raise ConfigError("--fetch-ca is for profile signed; others have a trust bundle")
+        path = os.path.abspath(options["--fetch-ca"])
+        for anchor in fetch_ca(config, path):
+            print(f"{path}: compare its SHA-256 fingerprint {sha256_digest(anchor)[7:]}")
     with Agent(config) as agent:
         agent.store.save_memo({})                   # the trust bundle is asked for whatever its age
         agent.state["trust"]["refreshedAt"] = None
@@ -5889,7 +6203,7 @@ def command_unenroll(config, options):
     """Deregisters at the WFM and forgets the relationship; --purge first removes the workloads."""
     with Agent(config) as agent:
         state, failed = agent.state, False
-        if not state["enrollment"] and not state["deployments"] and not state["trust"]:
+        if not any(state[part] for part in ("enrollment", "client", "deployments", "trust")):
             print("not enrolled")
             return 0
         if "--purge" in options:
@@ -6075,7 +6389,7 @@ def command_csr(config, options):
     """Makes a private key if there is none, and prints a certificate signing request for it."""
     if not config.identity.key:
         raise ConfigError("identity.key: not set; it says where the key is kept")
-    if make_private_key(config.identity.key):
+    if make_private_key(config.identity.key, config.identity.algorithm):
         log("info", "new private key", path=config.identity.key)
     request_pem = make_csr(config.identity.key)
     if "--out" in options:
@@ -6113,7 +6427,7 @@ def print_json(value):
 
 # Each command: its function, the options it knows (True: with a value) and whether it takes an operand.
 COMMANDS = {
-    "enroll": (command_enroll, {}, False), "run": (command_run, {"--once": False}, False), "plan": (command_plan, {"--json": False}, False),
+    "enroll": (command_enroll, {"--fetch-ca": True}, False), "run": (command_run, {"--once": False}, False), "plan": (command_plan, {"--json": False}, False),
     "status": (command_status, {"--json": False}, False), "history": (command_history, {"--json": False}, False),
     "doctor": (command_doctor, {}, False), "capabilities": (command_capabilities, {"--json": False}, False),
     "csr": (command_csr, {"--out": True}, False), "retry": (command_retry, {}, True), "unenroll": (command_unenroll, {"--purge": False}, False),

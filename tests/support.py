@@ -419,9 +419,14 @@ class Device:
         self.settings = {
             "state_dir": self.state_dir,
             "wfm": {"url": url or wfm.url, "timeout": "10s"},
-            "identity": {"certificate": pki.path("client.pem"), "key": pki.path("client.key"), "trust_bundle": pki.path("bundle.json")},
+            "identity": {"certificate": pki.path("client.pem"), "key": pki.path("client.key")},
             "device": {"id": DEVICE, "vendor": "Example Industries", "modelNumber": "EG-100", "serialNumber": "0042"},
             "runtime": {"engine": "podman", "settle": "0s"}}
+        if wfm and wfm.dialect:
+            self.settings["wfm"].update(profile="signed", dialect=wfm.dialect)
+            self.settings["identity"]["ca"] = pki.path("site-ca.pem")
+        else:
+            self.settings["identity"]["trust_bundle"] = pki.path("bundle.json")
         if wfm:
             self.settings["registries"] = {wfm.registry: {"ca": pki.path("site-ca.pem")}}
         for key, value in (settings or {}).items():

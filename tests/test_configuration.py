@@ -98,7 +98,7 @@ class Refusals(unittest.TestCase):
                     pass
 
     def test_settings_that_this_version_cannot_act_upon_are_refused(self):
-        self.assertIn("wfm.profile", faults(wfm=dict(MINIMAL["wfm"], profile="signed")))
+        self.assertIn("runtime.helm", faults(runtime={"helm": "/usr/bin/helm"}))
 
     def test_labels_have_the_types_of_the_capabilities(self):
         """C-087: label values are string, number, boolean, or a list of strings or numbers."""
