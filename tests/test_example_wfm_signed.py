@@ -10,7 +10,6 @@ import http.client
 import json
 import os
 import ssl
-import time
 import unittest
 import urllib.parse
 from types import SimpleNamespace
@@ -24,15 +23,9 @@ COVERED = ("@method", "@target-uri", "@authority")
 SHARED = {}
 
 
-class Lifetime(contextlib.ExitStack):
-    """Stands for a test in the helpers of support.py where something lives as long as this module's run."""
-
-    addCleanup = contextlib.ExitStack.callback
-
-
 def setUpModule():
     support.require("openssl", "http_message_signatures", "cryptography")
-    life = SHARED["life"] = Lifetime()
+    life = SHARED["life"] = support.Lifetime()
     try:
         SHARED["pki"] = support.Pki(life)
         for dialect in "ab":
