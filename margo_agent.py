@@ -66,6 +66,8 @@ STATES = ("failed", "removing", "installing", "pending", "removed", "installed")
 RETRY_FIRST, RETRY_CAP = 30, 3600                   # seconds between attempts at a failed deployment
 HISTORY = 20                                        # accepted desired states that `history` tells of
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
+START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
+RESERVE = 256 * KIB                                 # kept in the state directory, to be given up for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
 PULL_TIMEOUT = 3600                                 # seconds one image may take: links are slow, and a pull that moves is no fault
 PUSH_ATTEMPTS = 5                                   # how often a status is put on top of what others pushed meanwhile
@@ -76,11 +78,13 @@ EXPIRY_WARNING = 0.2                                # share of the own SVID's li
 class MargoError(Exception):
     """A fault that a person can act upon: `code` is stable text, `message` says what, where and what to do.
 
-    `exit` is the exit code that the fault becomes, in `main` and nowhere else.
+    `exit` is the exit code that the fault becomes, in `main` and nowhere else.  Of an answer of the WFM: its HTTP `status`, the
+    seconds it asked to be left alone, and its `backoffStrategy`.
     """
 
     exit = 70
     code = "INTERNAL"
+    status, retry_after, strategy = 0, None, ""
 
     def __init__(self, message, code=None):
         super().__init__(message)
@@ -95,13 +99,9 @@ class ConfigError(MargoError):
 
 
 class Unreachable(MargoError):
-    """The WFM cannot be reached or asks for patience; `retry_after`: seconds it asked for, or None."""
+    """The WFM cannot be reached or asks for patience."""
 
     exit, code = 3, "UNREACHABLE"
-
-    def __init__(self, message, retry_after=None):
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class StorageError(MargoError):
@@ -1523,7 +1523,22 @@ def write_file(path, data, mode=0o600, temporary=None):
         os.replace(temporary, path)
         sync_folder(folder)
     except OSError as error:
+        remove_file(temporary)                      # on a full disk half a file is what keeps it full
         raise StorageError(f"{path} cannot be written ({error.strerror}); free space or make it writable") from None
+
+
+def remove_file(path):
+    """Removes a file, as far as that goes; whether it went."""
+    try:
+        os.remove(path)
+    except OSError:
+        return False
+    return True
+
+
+def get_uptime():
+    """(id of this boot, seconds since it): a clock that nobody sets and every process shares."""
+    return (read_file("/proc/sys/kernel/random/boot_id", KIB) or b"").decode().strip(), time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def sync_folder(folder):
@@ -1567,16 +1582,55 @@ def make_state():
     client      {id, key: digest of the public key}: what onboarding gave (profile signed)
     accepted    {version, etag, digest, acceptedAt, deployments: [{deploymentId, digest}]}: the last verified desired state
     deployments {id in lower case: record}: what this device does, or did, about each deployment (see section 16)
-    outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged
+    outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged, oldest first
+    dropped     {id in lower case: {state, at, reason}}: the last statuses that the WFM refused for good
     reported    {id in lower case: digest of the last acknowledged status}
     trust       {source, etag, sequence, refreshedAt}: of trust-bundle.json
-    patience    {failures, at, delay}: no request before `at` + `delay`
+    patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
     pulled      [image, after a child device's id and a space where it is there]: what the agent pulled, and may prune
     history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome}
     """
-    return {"schema": 1, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "reported": {}, "trust": {},
-            "patience": {}, "waiting": None, "pulled": [], "history": [], "lastPoll": None}
+    return {"schema": 1, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "dropped": {}, "reported": {},
+            "trust": {}, "patience": {}, "waiting": None, "pulled": [], "history": [], "lastPoll": None}
+
+
+def make_state_data(state):
+    """The bytes of state.json: JSON that ends with the digest of the rest; the outbox is a list there, because its order counts."""
+    data = make_json(dict(state, outbox=list(state["outbox"].values())))
+    return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
+
+
+def parse_state(data, path):
+    """The state in the bytes of state.json; raises ValueError for what is damaged or foreign, StorageError for a newer agent's.
+
+    One without a digest was written by an older agent, or by hand.
+    """
+    head, mark, digest = data.rpartition(b',"sum":"')
+    if mark and digest != sha256_digest(head + b"}").encode() + b'"}':
+        raise ValueError(f"{path} is damaged: its bytes do not have the digest at its end")
+    state, blank = parse_json(data, path), make_state()
+    if not isinstance(state, dict) or type(state.get("schema")) is not int or state["schema"] < 1:
+        raise ValueError(f"{path} is not a state of this agent")
+    if state["schema"] > blank["schema"]:
+        raise StorageError(f"{path} has schema {state['schema']}, this agent knows {blank['schema']}; use the newer agent")
+    state = dict(blank, **state)
+    state.pop("sum", None)
+    outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
+    try:
+        state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
+        wrong = [key for key, value in blank.items() if value is not None and type(state[key]) is not type(value)]
+        wrong += [key for key, record in state["deployments"].items() if "adopted" not in record]
+    except (TypeError, KeyError, AttributeError):
+        wrong = ["outbox or deployments"]
+    if wrong:
+        raise ValueError(f"{path} is not a state of this agent ({', '.join(wrong)})")
+    return state
+
+
+def make_core(state):
+    """What must never become older, as bytes: whose device this is, what it accepted, whom it trusts."""
+    return make_json([state["enrollment"], state["client"], state["accepted"], state["trust"]])
 
 
 class Store:
@@ -1584,7 +1638,7 @@ class Store:
 
     def __init__(self, folder):
         self.folder = folder
-        self.saved = None                           # bytes of state.json as they lie on the disk
+        self.saved = self.core = None               # bytes of state.json as they lie on the disk, and of what its copy is kept for
         self.locked = None
 
     def path(self, *names):
@@ -1599,6 +1653,10 @@ class Store:
                     os.makedirs(self.path(name), 0o700, exist_ok=True)
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
+            if not os.path.exists(self.path("reserve")):
+                write_file(self.path("reserve"), bytes(RESERVE))
+        except StorageError as error:
+            log("warning", "no space can be kept in reserve", reason=error.message)
         except OSError as error:
             raise StorageError(f"state_dir {self.folder} cannot be made ({error.strerror})") from None
 
@@ -1623,28 +1681,43 @@ class Store:
     def load_state(self):
         """The state; a fresh one only where there is none.  Raises StorageError for one that is not ours to read.
 
-        An unreadable state is never started afresh: that would forget the accepted version and open the door to a rollback.
+        An unreadable state is never started afresh: that would forget the accepted version and open the door to a rollback.  Its copy
+        may be older, but never in what was accepted (see save_state); what it does not know of workloads the engine tells (P-13).
         """
-        self.saved = read_file(self.path("state.json"), 256 * MIB)
-        if self.saved is None:
-            return make_state()
-        mend = "restore it, or move it away to start afresh (the WFM's next manifest is then accepted whatever its version)"
-        try:
-            state = parse_json(self.saved, self.path("state.json"))
-        except ValueError as error:
-            raise StorageError(f"{error}; {mend}") from None
-        if not isinstance(state, dict) or not isinstance(state.get("schema"), int):
-            raise StorageError(f"{self.path('state.json')} is not a state of this agent; {mend}")
-        if state["schema"] != 1:
-            raise StorageError(f"{self.path('state.json')} has schema {state['schema']}, this agent knows 1; use the newer agent")
-        return dict(make_state(), **state)
+        fault, path = None, self.path("state.json")
+        for name in (path, path + ".old"):
+            data = read_file(name, 256 * MIB)
+            try:
+                state = None if data is None else parse_state(data, name)
+            except ValueError as error:
+                fault = fault or error
+                continue
+            if state is not None:
+                self.saved, self.core = data if name == path else None, make_core(state)
+                if self.saved is None:
+                    log("error", "the state is taken from its copy", reason=str(fault or f"{path} is missing"))
+                return state
+        if fault:
+            raise StorageError(f"{fault}; restore it, or move it and its copy {path}.old away to start afresh (the WFM's next manifest is"
+                               " then accepted whatever its version)")
+        return make_state()
 
     def save_state(self, state):
-        """Writes the state if it differs from what lies on the disk: a poll that finds nothing new writes nothing (P-16)."""
-        data = make_json(state)
-        if data != self.saved:
-            write_file(self.path("state.json"), data)
-            self.saved = data
+        """Writes the state if it differs from what lies on the disk: a poll that finds nothing new writes nothing (P-16).
+
+        First its copy, where that would otherwise be older in what no damage may bring back.  A full disk is given the reserve (P-4).
+        """
+        data, core = make_state_data(state), make_core(state)
+        if data == self.saved:
+            return
+        for path in [self.path("state.json.old")] * (core != self.core) + [self.path("state.json")]:
+            try:
+                write_file(path, data)
+            except StorageError:
+                if not remove_file(self.path("reserve")):
+                    raise
+                write_file(path, data)
+        self.saved, self.core = data, core
 
     def load_artifact(self, digest):
         """Verified content by digest, None where there is none; what the disk has spoilt counts as none."""
@@ -1677,15 +1750,17 @@ class Store:
         return os.path.join(folder, sha256_digest(os.path.abspath(self.folder).encode())[7:23] + ".json")
 
     def save_memo(self, memo):
-        """Notes the last contact where that can be written."""
+        """Notes the last contact; whether that could be written."""
         path = self.memo_path()
         try:
             os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
             with open(path + ".tmp", "wb") as file:
                 file.write(make_json(memo))
             os.replace(path + ".tmp", path)
+            return True
         except OSError as error:
             log("debug", "the last contact cannot be noted", path=path, reason=error.strerror)
+            return False
 
     def load_memo(self):
         """What save_memo noted last, or {}."""
@@ -1940,16 +2015,18 @@ def check_response(response, where, accepted, now):
     problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
     words = "; ".join(part for part in [problem.title, problem.detail] + problem.errors[:5] if part)
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
+    header = parse_retry_after(response.headers.get("Retry-After"), now)
+    retryable = problem.retryable if isinstance(problem.retryable, bool) else problem.strategy != "none" and (
+        response.status in (408, 429) or response.status >= 500)
     if response.status in (401, 403) or problem.type == "not-authorized":
-        raise Untrusted(f"{message}; the WFM does not accept this client")
-    retryable = problem.retryable if isinstance(problem.retryable, bool) else response.status in (408, 429) or response.status >= 500
-    if retryable:
-        header = parse_retry_after(response.headers.get("Retry-After"), now)
-        raise Unreachable(message, problem.retry_after if header is None else header)
-    if 300 <= response.status < 400:
-        message += "; redirects are not followed: set wfm.url, or the setting this address came from, to the final one"
-    error = Refused(message)
-    error.code = problem.type if problem.type not in ("", "about:blank") else f"HTTP {response.status}"
+        error = Untrusted(f"{message}; the WFM does not accept this client")
+    elif retryable:
+        error = Unreachable(message)
+    else:
+        moved = "; redirects are not followed: set wfm.url, or the setting this address came from, to the final one"
+        error = Refused(message + (moved if 300 <= response.status < 400 else ""))
+        error.code = problem.type if problem.type not in ("", "about:blank") else f"HTTP {response.status}"
+    error.status, error.strategy, error.retry_after = response.status, problem.strategy, problem.retry_after if header is None else header
     raise error
 
 
@@ -3542,7 +3619,7 @@ def make_plan(targets, records, containers, now):
     """
     wanted = {target.deployment_id.lower() for target in targets}
     orphans = {container.deployment_id.lower(): container.deployment_id for container in containers or ()}
-    orphans.update((key, record["deploymentId"]) for key, record in records.items())
+    orphans.update((key, record["deploymentId"]) for key, record in records.items() if record["state"] != "removed")
     plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans) if key not in wanted]
     for target in targets:
         plan.append(make_action(target, records.get(target.deployment_id.lower()), containers, now))
@@ -3564,10 +3641,10 @@ def make_action(target, record, containers, now):
     if record["refused"]:
         return act(change, "was refused before, and can be carried out now")
     if record["state"] == "failed":
-        if now < record["retryAt"]:
+        if now < record["retryAt"] < now + 2 * RETRY_CAP:       # later than that only a clock that was set back can make it
             return act("keep", f"failed ({record['error']['code']}); next attempt at {make_time(record['retryAt'])}")
         return act(change, f"failed before, attempt {record['failures'] + 1}")
-    if record["state"] == "pending" and not record["running"]:
+    if record["state"] in ("pending", "removed") and not record["running"]:
         return act("install", "new")
     if record["state"] != "installed":
         return act(change, f"was interrupted while {record['state']}")
@@ -5318,9 +5395,14 @@ def enqueue_status(state, record, device_id):
         state["outbox"][key] = status
 
 
-def acknowledge_status(state, key):
-    """The WFM has this status: out of the outbox; a removed deployment is forgotten with its last report."""
+def acknowledge_status(state, key, refused=None):
+    """The WFM has this status (or will never take it; `refused` says why): out of the outbox; a removed deployment is forgotten with
+    its last report.
+    """
     status = state["outbox"].pop(key)
+    state["dropped"].pop(key, None)
+    if refused:
+        state["dropped"] = dict(list(state["dropped"].items())[1 - HISTORY:], **{key: refused})
     state["reported"][key] = sha256_digest(make_json(status))
     if status["status"]["state"] == "removed":
         state["reported"].pop(key)
@@ -5654,6 +5736,7 @@ class Agent:
         self.observed = {}                          # {device id: [Container], None where it does not answer}, of this cycle
         self.placed = {}                            # {deployment id in lower case: device id} that was chosen in this cycle
         self.source = None                          # connected when the WFM is first needed
+        self.starting = 0                           # seconds until the first contact since the device started
         self.state = None
 
     def cycle(self):
@@ -5694,11 +5777,32 @@ class Agent:
 
     def check_patience(self, now):
         """Raises Unreachable where the WFM, a back-off or the operator's downtime says not to speak now."""
-        if is_within(self.config.poll.downtime, time.localtime(now)):
-            raise Silence("downtime: no request is made")
-        patience = self.state["patience"]
-        if patience and patience["at"] <= now < patience["at"] + patience["delay"]:
-            raise Silence(f"waiting until {make_time(patience['at'] + patience['delay'])} as the WFM or a back-off asks")
+        boot, uptime = get_uptime()
+        if self.is_downtime():
+            silence = Silence("downtime: no request is made")
+            silence.exit = 0                        # the operator's own wish
+            raise silence
+        left, why = find_patience(self.state["patience"], now, boot, uptime), "the WFM or a back-off asks"
+        if not left and boot and uptime < START_WINDOW:
+            left, why = self.spread_start(boot, uptime), "a fleet that has just started does not arrive at once"
+            self.starting = max(0, left)
+        if left > 0:
+            silence = Silence(f"waiting until {make_time(now + left)}: {why}")
+            silence.retry_after = left
+            raise silence
+
+    def spread_start(self, boot, uptime):
+        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because then each run would wait anew."""
+        memo = self.store.load_memo()
+        if memo.get("boot") != boot:
+            memo = dict(memo, boot=boot, start=make_start(uptime, self.config.poll, self.state["accepted"], get_random()))
+            if not self.store.save_memo(memo):
+                return 0
+        return memo["start"] - uptime
+
+    def is_downtime(self):
+        """Whether the operator wants no communication now."""
+        return is_within(self.config.poll.downtime, time.localtime())
 
     def note_fault(self, error, now):
         """Logs what went wrong, and keeps the back-off that follows from it."""
@@ -5707,26 +5811,36 @@ class Agent:
             return
         log("error", error.message, code=error.code)
         if isinstance(error, (Unreachable, Refused, Untrusted)):
-            failures = min(self.state["patience"].get("failures", 0) + 1, 30)
-            delay = make_backoff(failures, error.retry_after, get_random()) if isinstance(error, Unreachable) else 0
-            self.state["patience"] = {"failures": failures, "at": now, "delay": delay}
-        if isinstance(error, (Unreachable, Untrusted)):
+            failures, (boot, uptime) = min(self.state["patience"].get("failures", 0) + 1, 30), get_uptime()
+            delay = (make_backoff(failures, error.retry_after, error.strategy, get_random()) if isinstance(error, Unreachable)
+                     else error.retry_after or 0)
+            self.state["patience"] = {"failures": failures, "at": now, "delay": delay, "boot": boot, "uptime": uptime}
+        if isinstance(error, (Unreachable, Untrusted)) or error.retry_after:
             self.source = None                      # one time-out a cycle is enough
 
     def exchange(self):
-        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.  True where a new one was accepted."""
+        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.  True where a new one was accepted.
+
+        A WFM that answers, and does not take a status, is polled all the same (P-9).
+        """
         self.check_patience(time.time())
-        source = self.connect()
+        source, fault = self.connect(), None
         self.report_capabilities()
-        self.flush_outbox()
-        if self.config.poll.window and not is_within(self.config.poll.window, time.localtime()):
-            return False
-        desired = source.fetch_desired(self.state["accepted"], self.store.load_artifact)
-        self.state["patience"] = {}
-        if desired is None:
-            return False
-        self.accept(desired)
-        return True
+        try:
+            self.flush_outbox()
+        except MargoError as error:
+            if not error.status:
+                raise
+            fault = error
+        desired = None
+        if not self.config.poll.window or is_within(self.config.poll.window, time.localtime()):
+            desired = source.fetch_desired(self.state["accepted"], self.store.load_artifact)
+            self.state["patience"] = self.state["patience"] if fault else {}
+        if desired:
+            self.accept(desired)
+        if fault:
+            raise fault
+        return bool(desired)
 
     def report_capabilities(self, always=False):
         """PUTs the capabilities before anything else and where they changed, a gateway's own before its children's; DELETEs those of a
@@ -5942,6 +6056,8 @@ class Agent:
             return False                            # refused before for the same reason, and told so
         if containers is None and action.action != "refuse":
             return False                            # nothing is done blindfold
+        if action.action in ("install", "update") and self.is_downtime() and not is_at_hand(record, target):
+            return False                            # a package or an image would have to be fetched (protocol 10)
         log("info" if action.action != "refuse" else "error", action.action, deployment=action.deployment_id, reason=action.reason)
         if action.action == "remove" and record and (target or self.find_home(record) != place.device_id):
             stray = Deployment(action.deployment_id, record["name"], "", "", "", [], [], None)
@@ -5979,40 +6095,42 @@ class Agent:
         """Removes every workload and reports it; True where something could not be removed."""
         if self.state["enrollment"]:
             self.connect()
-        version = (self.state["accepted"] or {}).get("version", 1)
-        self.state["accepted"] = dict(self.state["accepted"] or {"etag": None, "digest": ""}, version=version, deployments=[])
+        self.state["accepted"] = dict(self.state["accepted"] or {"etag": None, "digest": "", "version": 0}, deployments=[], incomplete=True)
         self.reconcile()
         return any(record["state"] != "removed" for record in self.state["deployments"].values())
 
     def flush_outbox(self, quiet=False):
-        """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped with a log line.
+        """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and `status` says so.
 
-        quiet: in the middle of applying; trouble on the wire then only means that it is sent later.
+        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of applying; trouble on the wire
+        then only means that it is sent later.
         """
         for key in list(self.state["outbox"]):
             if self.source is None:
                 return
-            status = self.state["outbox"][key]
+            status, refused = self.state["outbox"][key], None
             try:
                 self.source.post_status(status["deploymentId"], status)
-            except Refused as error:
+            except (Refused, Unreachable, Untrusted) as error:
+                if not isinstance(error, Refused) or error.status < 400:
+                    self.state["outbox"][key] = self.state["outbox"].pop(key)
+                    if not quiet:
+                        raise
+                    self.note_fault(error, time.time())
+                    log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
+                    return
+                refused = {"state": status["status"]["state"], "at": make_time(time.time()), "reason": error.message}
                 log("error", "the WFM refuses a status for good; it is dropped", deployment=key, reason=error.message)
-            except (Unreachable, Untrusted) as error:
-                if not quiet:
-                    raise
-                self.source = None
-                log("warning", "a status cannot be sent now and waits in the outbox", reason=error.message)
-                return
-            acknowledge_status(self.state, key)
+            acknowledge_status(self.state, key, refused)
 
     def conclude(self, fault, changed, now):
         """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something changed."""
         state = self.state
         failed = [record for record in state["deployments"].values() if record["state"] == "failed"]
-        silent = isinstance(fault, Silence) and not state["patience"]
+        silent = isinstance(fault, Silence) and not fault.exit
         codes = [fault.exit if fault and not silent else 0, 3 if state["outbox"] and not silent else 0, 1 if failed else 0]
         words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"), (MargoError, "failed"))
-        result = next((word for kind, word in words if isinstance(fault, kind)), "failed" if failed else "applied" if changed else "unchanged")
+        result = next((word for kind, word in words if isinstance(fault, kind) and not silent), "failed" if failed else "applied" if changed else "unchanged")
         if state["history"] and state["accepted"]:
             newest = state["history"][-1]
             newest["outcome"] = make_outcome(state)
@@ -6022,7 +6140,7 @@ class Agent:
                 newest.pop("refused", None)
         last = {"at": make_time(now), "result": result, "detail": fault.message if fault else ""}
         try:
-            if make_json(state) != self.store.saved:
+            if make_state_data(state) != self.store.saved:
                 state["lastPoll"] = last
                 self.store.save_state(state)
         except StorageError as error:
@@ -6055,19 +6173,46 @@ def get_random():
     return random.random()
 
 
-def make_backoff(failures, retry_after, jitter):
-    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, never less than it asked for (C-056)."""
-    return max(retry_after or 0, jitter * min(BACKOFF_CAP, BACKOFF_FIRST * 2 ** failures))
+def is_at_hand(record, target):
+    """Whether all that a target takes was on the device before."""
+    return bool(record and target.digest in [version["digest"] for version in (record["running"], record["previous"]) if version])
+
+
+def make_backoff(failures, asked, strategy, jitter):
+    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at what it asked for and never
+    less (C-056); exactly that where it says `fixed` or `none` (C-057).
+    """
+    asked = asked or 0
+    top = 0 if asked and strategy in ("fixed", "none") else min(BACKOFF_CAP, (asked or 2 * BACKOFF_FIRST) * 2 ** (failures - 1))
+    return asked + jitter * max(0, top - asked)
+
+
+def find_patience(patience, now, boot, uptime):
+    """Seconds for which the WFM still wants to be left alone: by the clock that nobody sets where this is the same boot, else by the
+    wall clock, which may have jumped: no jump makes the wait longer than it was.
+    """
+    if not patience.get("delay"):
+        return 0
+    passed = uptime - patience["uptime"] if patience.get("boot") == boot else now - patience["at"]
+    return patience["delay"] - passed if 0 <= passed < patience["delay"] else 0
+
+
+def make_start(uptime, poll, known, jitter):
+    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power arrives spread over one
+    interval (P-19).  One that never had a desired state asks at once.
+    """
+    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
 
 
 def make_delay(config, state, fault, now, jitter):
-    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, no later than the next attempt is due."""
+    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where an attempt is due before."""
     interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
     patience = state["patience"]
     if isinstance(fault, (Refused, Untrusted)):
-        return max(interval, min(BACKOFF_CAP, interval * 2 ** min(patience.get("failures", 1), 10)))
-    if patience:
-        return max(interval if isinstance(fault, Silence) else 1.0, patience["at"] + patience["delay"] - now)
+        return max(interval, patience.get("delay", 0), min(BACKOFF_CAP, interval * 2 ** min(patience.get("failures", 1), 10)))
+    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
+    if left:
+        return max(1.0, min(interval, left))        # waiting for the WFM is no reason to leave workloads unwatched
     attempts = [record["retryAt"] - now for record in state["deployments"].values() if record["state"] == "failed" and not record["refused"]]
     return max(1.0, min([interval] + attempts))
 
@@ -6084,9 +6229,13 @@ def command_run(config, options):
     asked = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.append(True))
-    outcome = Agent(config, lambda: bool(asked)).cycle()
+    descriptor, agent = os.environ.pop("MARGO_DELAY_FD", None), Agent(config, lambda: bool(asked))
+    outcome, end = agent.cycle(), time.monotonic() + agent.starting
+    if agent.starting and not descriptor:           # workloads are up; nobody else waits for this run's turn
+        while time.monotonic() < end and not asked:
+            time.sleep(0.2)
+        outcome = agent.cycle()
     log("debug", "cycle done", result=outcome.result, code=outcome.code)
-    descriptor = os.environ.pop("MARGO_DELAY_FD", None)
     if descriptor:
         os.write(int(descriptor), f"{outcome.delay:.3f}".encode())
     return outcome.code
@@ -6266,6 +6415,8 @@ def command_status(config, options):
     print(f"desired    version {desired['version']}, accepted {desired['acceptedAt']}" if desired["version"] else "desired    none accepted yet")
     print(f"last poll  {last['at']} {last['result']} {make_printable(last['detail'])}".rstrip() if last["at"] else "last poll  never")
     print(f"outbox     {document['outbox']}")
+    for item in document["dropped"]:
+        print(f"dropped    {item['deploymentId']} {item['state']} at {item['at']}: {make_printable(item['reason'])}")
     for deployment in document["deployments"]:
         where = f"  on {deployment['deviceId']}" if config.device.children else ""
         print(f"{deployment['state']:10} {deployment['deploymentId']}  {deployment['name']}{where}")
@@ -6291,7 +6442,8 @@ def make_status_report(config, state, memo, now):
             "identity": SERVED[config.wfm.profile].describe(config, state, now),
             "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
             "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
-            "outbox": len(state["outbox"]), "deployments": deployments}
+            "outbox": len(state["outbox"]), "deployments": deployments,
+            "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()]}
 
 
 def command_history(config, options):

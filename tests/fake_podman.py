@@ -2,7 +2,8 @@
 
 held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes [name], images [name],
            exits {service: code}: such a service has ended with this code as soon as it is started,
-           unhealthy [service], unpullable [image], deaf (true: every command fails), stubborn (true: nothing can be removed).
+           unhealthy [service], unpullable [image], deaf (true: every command fails), stubborn (true: nothing can be removed),
+           cut (n: the n-th command from now fails before its work, -n: after it), history (true: past.jsonl gets all after each command).
 """
 import fcntl
 import json
@@ -154,12 +155,22 @@ def main():
         held = json.load(open(path)) if os.path.exists(path) else {}
         if held.get("deaf"):
             fail("cannot connect to the engine")
+        cut = held.pop("cut", None) or 0
+        if abs(cut) > 1:
+            held["cut"] = cut - 1 if cut > 0 else cut + 1
         try:
+            if cut == 1:
+                fail("the engine has gone")
             getattr(Engine(held), arguments[0])(arguments[1:])
+            if cut == -1:
+                fail("the engine has gone")
         finally:
             with open(path + ".tmp", "w") as file:
                 json.dump(held, file)
             os.rename(path + ".tmp", path)
+            if held.get("history"):
+                with open(os.path.join(FOLDER, "past.jsonl"), "a") as file:
+                    file.write(json.dumps(held) + "\n")
 
 
 if __name__ == "__main__":

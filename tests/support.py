@@ -473,8 +473,9 @@ class Device:
         return done.stderr
 
     def state(self):
-        """What lies in state.json."""
-        return read_json(os.path.join(self.state_dir, "state.json"))
+        """What lies in state.json, without the digest at its end, so that it can be changed and put back."""
+        state = read_json(os.path.join(self.state_dir, "state.json"))
+        return state and {key: value for key, value in state.items() if key != "sum"}
 
     def status(self):
         """`status --json`."""
@@ -522,6 +523,12 @@ class FakeEngine:
                 return [json.loads(line) for line in file]
         except FileNotFoundError:
             return []
+
+    def past(self, count):
+        """held.json as it was after so many commands, since `history` was switched on."""
+        with open(os.path.join(self.folder, "past.jsonl")) as file:
+            lines = file.readlines()
+        return lines[min(count, len(lines)) - 1] if count else lines[0]
 
     def forget_calls(self):
         """Starts the list of command lines anew."""

@@ -173,7 +173,7 @@ class Cycle(AgentCase):
         self.assertEqual(self.device.plan(), {HELLO: ("install", "new")})
         self.assertFalse(os.path.exists(self.device.state_dir))
         self.device.cycle()
-        before = support.read_json(os.path.join(self.device.state_dir, "state.json"))
+        before = self.device.state()
         self.publish(parameters={"GREETING": "x"})
         self.engine.forget_calls()
         count = len(self.wfm.requests())
@@ -228,15 +228,47 @@ class Times(unittest.TestCase):
     def test_patience_and_refusals_slow_the_daemon_down(self):
         """C-056, C-057"""
         patience = {"failures": 3, "at": 1000, "delay": 500}
-        self.assertEqual(self.delay(margo_agent.Unreachable("x"), patience=patience), 500)
+        self.assertEqual(self.delay(margo_agent.Unreachable("x"), patience=patience), 60)
+        self.assertEqual(self.delay(margo_agent.Unreachable("x"), patience=dict(patience, delay=20)), 20)
         self.assertEqual(self.delay(margo_agent.Refused("x"), patience={"failures": 2, "at": 1000, "delay": 0}), 240)
         self.assertLessEqual(self.delay(margo_agent.Untrusted("x"), patience={"failures": 30, "at": 1000, "delay": 0}), 900)
 
     def test_back_off_is_exponential_with_full_jitter_and_never_less_than_asked(self):
-        """C-056, C-057"""
-        self.assertEqual([margo_agent.make_backoff(n, None, 1) for n in (1, 2, 3, 20)], [2, 4, 8, 900])
-        self.assertEqual(margo_agent.make_backoff(5, None, 0), 0)
-        self.assertEqual(margo_agent.make_backoff(1, 3600, 0.1), 3600)
+        """C-056, C-057: also exponential where it was asked for a time to start at, exactly that where it is to be fixed."""
+        def backoff(failures, asked, strategy, jitter):
+            return margo_agent.make_backoff(failures, asked, strategy, jitter)
+
+        self.assertEqual([backoff(n, None, "", 1) for n in (1, 2, 3, 20)], [2, 4, 8, 900])
+        self.assertEqual(backoff(5, None, "", 0), 0)
+        self.assertEqual([backoff(n, 3600, "exponential", 0.9) for n in (1, 9)], [3600, 3600])
+        self.assertEqual([backoff(n, 10, "exponential", 1) for n in (1, 2, 3, 9)], [10, 20, 40, 900])
+        self.assertEqual([backoff(n, 10, "exponential", 0) for n in (1, 2, 3, 9)], [10] * 4)
+        self.assertEqual([backoff(n, 10, "fixed", 1) for n in (1, 5)], [10, 10])
+        self.assertEqual(backoff(3, 7, "none", 1), 7)
+        self.assertEqual(backoff(2, None, "fixed", 1), 4)
+
+    def test_patience_goes_by_the_clock_that_nobody_sets(self):
+        """P-2, C-056: a jump of the wall clock neither cuts an hour short nor makes it a year."""
+        patience = {"failures": 1, "at": 1000, "delay": 3600, "boot": "a", "uptime": 50}
+
+        def left(now, boot="a", uptime=60):
+            return margo_agent.find_patience(patience, now, boot, uptime)
+
+        self.assertEqual([left(1010), left(10 ** 9), left(-10 ** 9)], [3590] * 3)
+        self.assertEqual(left(1010, uptime=3650), 0)
+        self.assertEqual(left(1010, boot="b", uptime=1), 3590)
+        self.assertEqual([left(10 ** 9, boot="b"), left(0, boot="b")], [0, 0])
+        self.assertEqual(margo_agent.find_patience({}, 0, "", 0), 0)
+        self.assertEqual(margo_agent.find_patience({"failures": 1, "at": 1000, "delay": 60}, 1010, "a", 1), 50)
+
+    def test_a_fleet_that_regains_power_arrives_spread_over_one_interval(self):
+        """P-19; 100,000 devices are simulated by tests/bench/fleet.py."""
+        def start(uptime, known=True, jitter=0.5):
+            return margo_agent.make_start(uptime, self.CONFIG.poll, known, jitter)
+
+        self.assertEqual([start(20, jitter=jitter) for jitter in (0, 0.25, 0.75)], [20, 35, 65])
+        self.assertEqual([start(20, known=False), start(margo_agent.START_WINDOW)], [0, 0])
+        self.assertEqual(margo_agent.make_start(20, margo_agent.Settings({"interval": 60, "jitter": 0}), True, 0.5), 0)
 
 
 class Daemon(AgentCase):

@@ -62,7 +62,7 @@ class Output(support.DeviceCase):
     def test_status_json_is_the_contract_s_object(self):
         self.device.cycle()
         status = self.device.status()
-        self.assertEqual(set(status), {"version", "profile", "enrolled", "identity", "desiredState", "lastPoll", "outbox", "deployments"})
+        self.assertEqual(set(status), {"version", "profile", "enrolled", "identity", "desiredState", "lastPoll", "outbox", "deployments", "dropped"})
         self.assertEqual((status["profile"], status["enrolled"], status["identity"]["id"]), ("mtls", True, support.CLIENT_ID))
         self.assertEqual(status["desiredState"]["version"], 1)
         for moment in (status["identity"]["notAfter"], status["desiredState"]["acceptedAt"], status["lastPoll"]["at"]):

@@ -1,7 +1,9 @@
 """Section 10, Desired-state sources: the agent as a process against the example WFM; what is fetched, what is refused, what is kept."""
 import json
 import os
+import time
 import unittest
+from email.utils import formatdate
 
 import margo_agent
 from tests import support
@@ -199,6 +201,70 @@ class Patience(SourceCase):
         patience = self.device.state()["patience"]
         self.assertGreaterEqual(patience["delay"], 3600)
 
+    def test_every_form_of_asking_for_patience_is_obeyed_over_runs(self):
+        """C-056, C-057: seconds, date, the problem's own members; also beside a refusal; the header beats the body."""
+        self.device.cycle()
+        late = formatdate(time.time() + 7000, usegmt=True)
+        problem = {"type": "about:blank", "title": "t", "status": 503, "retryable": True, "retryAfterSeconds": 5000}
+        for code, fault, least, most in (
+                (3, {"status": 429, "headers": {"Retry-After": "4000"}}, 4000, 4000),
+                (3, {"status": 503, "headers": {"Retry-After": late}}, 6900, 7001),
+                (3, {"problem": dict(problem, backoffStrategy="fixed")}, 5000, 5000),
+                (3, {"problem": dict(problem, backoffStrategy="exponential")}, 5000, 5000),
+                (3, {"problem": problem, "headers": {"Retry-After": "6000"}}, 6000, 6000),
+                (3, {"problem": dict(problem, status=404), "headers": {"Retry-After": "6000"}}, 6000, 6000),
+                (5, {"status": 403, "headers": {"Retry-After": "900"}}, 900, 900),
+                (4, {"status": 400, "headers": {"Retry-After": "800"}}, 800, 800)):
+            self.wfm.fault(dict(fault, path=MANIFEST[1]))
+            self.device.cycle(code)
+            count = len(self.wfm.requests())
+            self.assertTrue(least <= self.device.state()["patience"]["delay"] <= most, (fault, self.device.state()["patience"]))
+            self.assertIn("waiting until", self.device.cycle(3, "-v"))
+            self.assertEqual(len(self.wfm.requests()), count)
+            self.be_patient()
+
+    def be_patient(self):
+        """As if the time had passed."""
+        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(self.device.state(), patience={})))
+
+    def test_a_clock_that_jumps_changes_nothing_about_patience(self):
+        """P-2, C-056: the wall clock is set back and forth between two runs of one boot."""
+        self.device.cycle()
+        self.wfm.fault({"path": MANIFEST[1], "status": 503, "headers": {"Retry-After": "3600"}})
+        self.device.cycle(3)
+        count, state = len(self.wfm.requests()), self.device.state()
+        for at in (0, 4 * 10 ** 9):                 # as if the clock had said so then
+            support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(state, patience=dict(state["patience"], at=at))))
+            self.device.cycle(3)
+        self.assertEqual(len(self.wfm.requests()), count)
+
+    def test_downtime_waits_with_what_would_have_to_be_fetched_and_mends_the_rest(self):
+        """C-230, protocol 10: pulls are communication; drift is mended all the same."""
+        self.publish(1)
+        self.wfm.fault({"path": "/v2/*", "status": 503})
+        self.device.cycle(1)
+        self.wfm.fault()
+        self.device.run("retry")
+        count = len(self.wfm.requests("registry"))
+        self.device.set("poll.downtime", ["2000-01-01T00:00/2100-01-01T00:00"])
+        self.device.cycle(1)
+        self.assertEqual((len(self.wfm.requests("registry")), self.engine.containers()), (count, {}))
+        self.device.set("poll.downtime", [])
+        self.device.cycle(0)
+        self.device.set("poll.downtime", ["2000-01-01T00:00/2100-01-01T00:00"])
+        with self.engine.open() as held:
+            held["containers"] = {}
+        self.device.cycle(0)
+        self.assertEqual(len(self.engine.containers()), 1)
+
+    def test_errors_do_not_count_in_downtime(self):
+        """C-230: an unreachable WFM, a status that waits, a back-off: downtime is 0 all the same."""
+        self.publish()
+        self.wfm.fault({"method": "POST", "status": 503, "headers": {"Retry-After": "600"}})
+        self.device.cycle(3)
+        self.device.set("poll.downtime", ["2000-01-01T00:00/2100-01-01T00:00"])
+        self.device.cycle(0)
+
     def test_a_refused_manifest_is_asked_for_again_by_each_run(self):
         self.wfm.fault({"path": MANIFEST[1], "problem": "invalid-request", "times": 3})
         for _ in range(3):
@@ -265,7 +331,54 @@ class Sinks(SourceCase):
         self.publish()
         self.wfm.fault({"method": "POST", "problem": "semantic-error"})
         self.assertIn("refuses a status for good", self.device.cycle())
-        self.assertEqual(self.device.status()["outbox"], 0)
+        status = self.device.status()
+        self.assertEqual((status["outbox"], [item["deploymentId"] for item in status["dropped"]]), (0, [IDS[0]]))
+        self.assertIn("dropped", self.device.run("status").stdout)
+        self.wfm.fault()
+        self.publish(1, parameters={"GREETING": "x"})
+        self.device.cycle()
+        self.assertEqual(self.device.status()["dropped"], [])
+
+    def test_a_status_that_meets_a_redirect_is_kept(self):
+        """P-9: only 400 and above is a verdict on the status itself."""
+        self.publish()
+        self.wfm.fault({"method": "POST", "status": 302, "headers": {"Location": "https://localhost:1/"}})
+        self.device.cycle(4)
+        self.assertEqual(self.device.status()["outbox"], 1)
+        self.wfm.fault()
+        self.device.cycle(0)
+        self.assertEqual(self.wfm.statuses(IDS[0])[-1], "installed")
+
+    def test_a_wfm_that_takes_no_status_is_polled_all_the_same(self):
+        """P-9, D-1: one report that cannot be delivered blocks neither the next desired state nor the other reports for ever."""
+        self.publish()
+        self.wfm.fault({"method": "POST", "path": f"/api/v1/deployments/{IDS[0]}/status", "status": 500})
+        for count in (1, 2, 3, 3, 3):
+            self.publish(count)
+            self.device.cycle(3)
+            state = self.device.state()
+            support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(state, patience={})))
+        self.assertEqual(len(self.engine.containers()), 3)
+        self.assertIn("installed", self.wfm.statuses(IDS[1]))
+        self.wfm.fault()
+        self.device.cycle(0)
+        self.assertEqual([self.wfm.statuses(item)[-1] for item in IDS[:3]], ["installed"] * 3)
+
+    def test_a_removal_that_waits_to_be_told_is_not_done_again(self):
+        """P-16, P-9: the link is down for long; each run leaves the engine and the disk alone, the last word is told when it is back."""
+        self.publish()
+        self.device.cycle()
+        self.wfm.withdraw(IDS[0])
+        self.wfm.fault({"method": "POST", "close": True})
+        self.device.cycle(3)
+        self.engine.forget_calls()
+        self.device.cycle(3)
+        self.assertEqual([call[0] for call in self.engine.calls()], ["ps"])
+        self.wfm.fault()
+        state = self.device.state()
+        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(state, patience={})))
+        self.device.cycle(0)
+        self.assertEqual((self.wfm.statuses(IDS[0])[-1], self.device.state()["deployments"]), ("removed", {}))
 
     def test_the_answer_that_was_lost_is_asked_for_again(self):
         """C-140: a status that arrived although its answer did not is repeated, which is harmless."""

@@ -103,6 +103,113 @@ class State(StoreCase):
         self.assertFalse(os.path.exists(self.store.path("full")))
 
 
+class Copy(StoreCase):
+    """The previous good copy: what is accepted is never older there, so that no damage opens the door to a rollback (P-13, D-5)."""
+
+    def make(self, version, **members):
+        accepted = {"version": version, "etag": None, "digest": "d", "acceptedAt": "t", "deployments": []}
+        return dict(margo_agent.make_state(), accepted=accepted, **members)
+
+    def save(self, *states):
+        for state in states:
+            self.store.save_state(state)
+
+    def damage(self, name, data=None, cut=None):
+        path = self.store.path(name)
+        with open(path, "rb") as file:
+            held = file.read()
+        with open(path, "wb") as file:
+            file.write(held[:cut] if data is None else data)
+        return held
+
+    def load(self):
+        return margo_agent.Store(self.folder).load_state()
+
+    def test_it_is_written_only_when_something_was_accepted(self):
+        """P-16: a change of a workload costs one file, what must not become older costs two."""
+        self.save(self.make(5))
+        before = os.stat(self.store.path("state.json.old"))
+        self.save(self.make(5, pulled=["x"]))
+        self.assertEqual(os.stat(self.store.path("state.json.old")), before)
+        self.save(self.make(6))
+        self.assertNotEqual(os.stat(self.store.path("state.json.old")), before)
+
+    def test_every_truncation_and_every_flipped_byte_is_noticed_and_mended_by_the_copy(self):
+        self.save(self.make(5), self.make(6, pulled=["x"]), self.make(6, pulled=["y"]))
+        whole = self.damage("state.json")
+        for cut in range(len(whole)):
+            self.damage("state.json", whole[:cut])
+            self.assertEqual(self.load()["accepted"]["version"], 6, cut)
+        for position in range(len(whole)):
+            self.damage("state.json", whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1:])
+            try:
+                self.assertEqual(self.load()["accepted"]["version"], 6, position)
+            except margo_agent.StorageError as error:
+                self.assertIn("schema", str(error))     # cannot be told from a newer agent's: refused and left alone
+
+    def test_a_missing_state_is_taken_from_its_copy(self):
+        self.save(self.make(6))
+        os.remove(self.store.path("state.json"))
+        self.assertEqual(self.load()["accepted"]["version"], 6)
+
+    def test_both_damaged_is_refused_with_the_mend(self):
+        self.save(self.make(6))
+        for name in ("state.json", "state.json.old"):
+            self.damage(name, cut=-9)
+        with self.assertRaises(margo_agent.StorageError) as caught:
+            self.load()
+        for words in ("damaged", "move it and its copy", "state.json.old"):
+            self.assertIn(words, caught.exception.message)
+
+    def test_a_newer_or_foreign_state_is_never_replaced_by_the_copy_or_taken_for_ours(self):
+        self.save(self.make(6))
+        self.damage("state.json", b'{"schema":7,"accepted":{"version":9}}')
+        with self.assertRaises(margo_agent.StorageError) as caught:
+            self.load()
+        self.assertIn("newer agent", caught.exception.message)
+        for text in (b'{"schema":true}', b'{"schema":0}', b'{"schema":1,"deployments":[]}', b'{"schema":1,"outbox":[1]}',
+                     b'{"schema":1,"deployments":{"a":1}}', b'{"schema":1,"patience":"x"}', b'{"servers":[]}'):
+            self.damage("state.json", text)
+            self.assertEqual(self.load()["accepted"]["version"], 6, text)
+
+    def test_one_that_was_written_by_an_older_agent_or_by_hand_is_read(self):
+        """Without the digest, with the outbox as it was before."""
+        state = dict(self.make(3), outbox={"a": {"deploymentId": "A"}})
+        state.pop("dropped")
+        with open(self.store.path("state.json"), "w") as file:
+            json.dump(state, file)
+        self.assertEqual((self.load()["outbox"], self.load()["dropped"]), ({"a": {"deploymentId": "A"}}, {}))
+
+    def test_the_outbox_keeps_its_order(self):
+        """P-9: what happened first is told first, also after a restart."""
+        self.save(self.make(1, outbox={key: {"deploymentId": key.upper()} for key in ("c", "a", "b")}))
+        self.assertEqual(list(self.load()["outbox"]), ["c", "a", "b"])
+
+    def test_a_full_disk_gives_up_the_reserve_for_the_state(self):
+        """P-4: the state survives what the workloads have filled; on a real full file system."""
+        mount = tempfile.mkdtemp()
+        self.addCleanup(os.rmdir, mount)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", mount], stderr=subprocess.DEVNULL).returncode:
+            self.skipTest("a small file system cannot be mounted here")
+        self.addCleanup(subprocess.run, ["umount", mount])
+        store = margo_agent.Store(os.path.join(mount, "state"))
+        store.create()
+        store.save_state(self.make(1))
+        with self.assertRaises(OSError), open(os.path.join(mount, "filler"), "wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+        with self.assertRaises(margo_agent.StorageError):
+            margo_agent.write_file(os.path.join(mount, "other"), bytes(65536))
+        self.assertFalse(os.path.exists(os.path.join(mount, "other.tmp")))
+        for number in range(2, 20):
+            store.save_state(self.make(number, pulled=["x" * 20000]))
+        self.assertEqual(store.load_state()["accepted"]["version"], 19)
+        os.remove(os.path.join(mount, "filler"))
+        store.create()
+        self.assertEqual(os.path.getsize(store.path("reserve")), margo_agent.RESERVE)
+
+
 class Artifacts(StoreCase):
     def test_what_the_disk_spoilt_counts_as_absent(self):
         """C-105: content is held against its digest each time it is used."""

@@ -1,0 +1,330 @@
+"""The harness for moments of death: worlds to try them in, the agent's state-changing system calls, and what has to hold afterwards.
+
+A world is a WFM, an engine of files, and a device in a known state, which is put back before each trial.  strace, attached to the agent
+alone, numbers its system calls, kills it on the way into one, or lets one fail; what the agent has started goes on to its own end, as it
+would on a device.
+"""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import margo_agent
+from tests import support
+from tests.support import HELLO
+
+CHANGES = ("write,pwrite64,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir,symlink,symlinkat,link,linkat,chmod,"
+           "fchmod,fchmodat,ftruncate,openat,sendto,connect,vfork,fork,clone,clone3,flock")
+FILES = ("write", "fsync", "rename", "unlink", "unlinkat", "mkdir", "rmdir", "symlink", "chmod", "fchmod", "openat")
+ERRORS = ("EIO", "ENOSPC", "EROFS", "EMFILE")
+BROKEN = {"main": {"image": support.IMAGE, "command": ["sleep", "7"]}, "broken": {"image": support.IMAGE}}
+START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from importlib import import_module; sys.exit(import_module('margo_agent').main(sys.argv[1:]))"
+
+
+def read_trace(path, root):
+    """[(call, number, file, line)] of the calls of a trace that change something: all but reading, and writing to stderr.
+
+    number: which call of that name it was, from 1.  file: what it touched below `root`, relative to it, else "".
+    """
+    found, counts = [], {}
+    with open(path, errors="replace") as file:
+        for line in file:
+            call = line.partition("(")[0]
+            if not call.isidentifier():
+                continue
+            counts[call] = counts.get(call, 0) + 1
+            if call == "openat" and "O_CREAT" not in line or call == "write" and line.startswith("write(2<"):
+                continue
+            match = re.search(re.escape(root) + r"/?([^\">]*)", line)
+            found.append((call, counts[call], match.group(1) if match else "", line))
+    return found
+
+
+class World:
+    """One scenario: `prepare` brings the device to where it begins, `command` is what is tried, `check` says what must hold at the end."""
+
+    def __init__(self, test, scenario):
+        self.test, self.scenario = test, scenario
+        self.pki = support.Pki(test)
+        self.wfm = support.Wfm(test, self.pki)
+        self.engine = support.FakeEngine(test)
+        self.device = support.Device(test, self.pki, self.wfm, self.engine, {"poll.jitter": "0%"})
+        self.wfm.add_package(support.make_compose())
+        self.wfm.add_package(support.make_compose({"main": {"image": support.IMAGE, "command": ["sleep", "6"]}}), tag="2.0.0")
+        self.wfm.add_package(support.make_compose(BROKEN), tag="3.0.0")
+        self.engine.change(exits={"broken": 3})
+        getattr(self, "prepare_" + scenario)()
+        self.kept = support.make_folder(test)
+        self.save()
+
+    # Scenarios
+
+    def publish(self, revision):
+        """Makes this revision the desired state."""
+        self.wfm.publish(support.make_deployment(components=[("web", revision)], parameters={"GREETING": revision}, registry=self.wfm.registry))
+
+    def prepare_first(self):
+        self.publish("1.0.0")
+        self.command, self.code, self.story = ("run", "--once"), 0, ["pending", "installing", "installed"]
+
+    def prepare_update(self):
+        self.publish("1.0.0")
+        self.device.cycle()
+        self.publish("2.0.0")
+        self.command, self.code, self.story = ("run", "--once"), 0, ["pending", "installing", "installed"]
+
+    def prepare_rollback(self):
+        self.publish("1.0.0")
+        self.device.cycle()
+        self.publish("3.0.0")
+        self.command, self.code, self.story = ("run", "--once"), 1, ["pending", "installing", "failed"]
+
+    def prepare_removal(self):
+        self.publish("1.0.0")
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.command, self.code, self.story = ("run", "--once"), 0, ["removing", "removed"]
+
+    def prepare_unenroll(self):
+        self.publish("1.0.0")
+        self.device.cycle()
+        self.command, self.code = ("unenroll", "--purge"), 0
+        self.story = ["removing", "removed"]
+
+    # Putting back
+
+    def save(self):
+        """Keeps the device as it is now."""
+        for name, path in (("state", self.device.state_dir), ("engine", self.engine.folder)):
+            if os.path.isdir(path):
+                shutil.copytree(path, os.path.join(self.kept, name), symlinks=True)
+
+    def restore(self, state=None):
+        """Makes the device what it was when it was kept; state: another folder to take the state directory from."""
+        shutil.rmtree(self.device.state_dir, ignore_errors=True)
+        source = state or os.path.join(self.kept, "state")
+        if os.path.isdir(source):
+            shutil.copytree(source, self.device.state_dir, symlinks=True)
+        shutil.copy(os.path.join(self.kept, "engine", "held.json"), self.engine.folder)
+        shutil.rmtree(os.path.join(self.device.folder, "run"), ignore_errors=True)
+        self.engine.forget_calls()
+        self.before = len(self.wfm.reports())
+
+    # Trials
+
+    def run(self, *options):
+        """The command under strace with these options, once all that it started has ended: (exit code or -9, stderr)."""
+        self.trace = os.path.join(self.device.folder, "trace")
+        argv = ["strace", "-qq", "-y", "-o", self.trace] + list(options) + [
+            sys.executable, "-I", "-S", "-c", START, support.ROOT, "-c", self.device.config_file] + list(self.command)
+        done = subprocess.run(argv, env=self.device.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=120,
+                              universal_newlines=True)
+        support.wait_for(lambda: not self.find_children(), what="the end of the engine's commands")
+        return (-signal.SIGKILL if done.returncode == 128 + signal.SIGKILL else done.returncode), done.stderr
+
+    def find_children(self):
+        """What runs of this world's engine commands."""
+        mark, found = f"FAKE_PODMAN={self.engine.folder}\0".encode(), []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/environ", "rb") as file:
+                    if mark in file.read():
+                        found.append(pid)
+            except OSError:
+                continue
+        return found
+
+    def find_points(self):
+        """The undisturbed run's calls that change something, as read_trace gives them; it also says what the disk must hold afterwards."""
+        self.restore()
+        code, errors = self.run("-s", "0", "-e", f"trace={CHANGES}")
+        if code != self.code:
+            raise AssertionError(f"{self.scenario} ended with {code}:\n{errors}")
+        self.files = self.list_files()
+        return read_trace(self.trace, self.device.state_dir)
+
+    def list_files(self):
+        """Every path of the state directory."""
+        return {os.path.relpath(os.path.join(folder, name), self.device.state_dir) for folder, folders, names in os.walk(self.device.state_dir)
+                for name in folders + names}
+
+    def let_time_pass(self):
+        """Ends every back-off, as an hour would; after damage to nothing else is this a change of the state."""
+        path = os.path.join(self.device.state_dir, "state.json")
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                state = margo_agent.parse_state(file.read(), path)
+            for record in state["deployments"].values():
+                record["retryAt"] = 0
+            support.write(path, margo_agent.make_state_data(dict(state, patience={})), 0o600)
+
+    def check(self, what, failures=False, again=None):
+        """One ordinary run (or `again`) converges; failures: whether the trial may have reported one truthfully."""
+        before = self.wfm.statuses()[self.before:]
+        self.let_time_pass()
+        command = again or ("run", "--once")
+        done = self.device.run(*command)
+        converged = self.command[0] == "run" or command[0] == "unenroll"
+        expected = self.code if converged else 0
+        words = f"{self.scenario}, {what}: "
+        if done.returncode != expected or "Traceback" in done.stderr:
+            raise AssertionError(f"{words}{command} ended with {done.returncode}, expected {expected}:\n{done.stderr}")
+        self.check_containers(words, converged)
+        state = self.device.state()
+        if state["outbox"]:
+            raise AssertionError(f"{words}the outbox holds {state['outbox']}")
+        reported = before + self.wfm.statuses()[self.before + len(before):]
+        allowed = set(self.story) | ({"failed"} if failures else set()) | (set() if converged else {"pending", "installing", "installed"})
+        if not reported or set(reported) - allowed:
+            raise AssertionError(f"{words}reported was {reported}")
+        end = self.story[-1] if converged else "installed"
+        if reported[-1] != end:
+            raise AssertionError(f"{words}the last that was reported is {reported}, true is {end}")
+        record = state["deployments"].get(HELLO)
+        if (record["state"] if record else "removed") != end:
+            raise AssertionError(f"{words}the state says {record}")
+        extra = self.list_files() - self.files if converged else set()
+        if {name for name in extra if name.endswith(".tmp") and not self.is_overwritten(name)}:
+            raise AssertionError(f"{words}left behind is {sorted(extra)}")
+
+    @staticmethod
+    def is_overwritten(name):
+        """Whether a temporary file's name is used again, so that it cannot pile up."""
+        return "/" not in name or name.endswith(".env.tmp") or name.startswith("registries/")
+
+    def check_containers(self, words, converged):
+        """Exactly the desired containers run, of the right revision."""
+        wanted = {"first": "1.0.0", "update": "2.0.0", "rollback": "1.0.0", "removal": None, "unenroll": None}[self.scenario]
+        wanted = wanted if converged else "1.0.0"
+        found = [(item["labels"]["org.margo.service"], item["state"], item["image"]) for item in self.engine.containers().values()]
+        if found != ([("main", "running", support.IMAGE)] if wanted else []):
+            raise AssertionError(f"{words}containers are {found}")
+        argv = [item["argv"] for item in self.engine.containers().values()]
+        sleep = {"1.0.0": "100000", "2.0.0": "6"}.get(wanted)
+        if wanted and argv[0][-1] != sleep:
+            raise AssertionError(f"{words}the container is not of revision {wanted}: {argv[0][-2:]}")
+
+
+def share(worlds, trials, act):
+    """Does act(world, trial) for each trial, the worlds side by side; raises the first failure."""
+    trials, failures, lock = list(trials), [], threading.Lock()
+
+    def work(world):
+        while True:
+            with lock:
+                if not trials or failures:
+                    return
+                trial = trials.pop()
+            try:
+                act(world, trial)
+            except Exception as error:              # the first one is raised below, in the test's own thread
+                failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(world,)) for world in worlds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+# What a power cut leaves: only what was made durable by fsync, of contents and of names
+
+class Disk:
+    """A model of the state directory that remembers what a power cut would leave of it."""
+
+    def __init__(self, folder):
+        self.names, self.held = {}, {}              # path: inode number, as seen by programs; inode number: contents
+        self.safe_names, self.safe_held = {}, {}
+        self.open, self.count = {}, 0
+        for path, folders, files in os.walk(folder):
+            for name in folders + files:
+                full = os.path.join(path, name)
+                content = None
+                if os.path.isfile(full):
+                    with open(full, "rb") as file:
+                        content = file.read()
+                self.add(os.path.relpath(full, folder), content)
+        self.safe_names, self.safe_held = dict(self.names), dict(self.held)
+
+    def add(self, path, content):
+        """A new file, or folder (None)."""
+        self.count += 1
+        self.names[path], self.held[self.count] = self.count, content
+
+    def apply(self, call, path, other, data):
+        """One call on a path below the state directory; True where it made something durable."""
+        if not path and not call.endswith("sync"):
+            return False                            # the state directory itself
+        if call in ("openat", "mkdir"):
+            if path not in self.names or call == "openat":
+                self.add(path, b"" if call == "openat" else None) if path not in self.names else self.held.update({self.names[path]: b""})
+        elif call == "write":
+            self.held[self.names[path]] += data
+        elif call in ("rename", "renameat", "renameat2"):
+            for name in [name for name in self.names if name == path or name.startswith(path + "/")]:
+                self.names[other + name[len(path):]] = self.names.pop(name)
+        elif call in ("unlink", "unlinkat", "rmdir"):
+            self.names.pop(path, None)
+        elif call in ("fsync", "fdatasync"):
+            self.sync(path)
+            return True
+        return False
+
+    def sync(self, path):
+        """fsync: of a file its contents, of a folder its names."""
+        if path and self.held.get(self.names.get(path)) is not None:
+            self.safe_held[self.names[path]] = self.held[self.names[path]]
+            return
+        inside = [name for name in self.names if os.path.dirname(name) == path]
+        for name in [name for name in self.safe_names if os.path.dirname(name) == path]:
+            del self.safe_names[name]
+        self.safe_names.update({name: self.names[name] for name in inside})
+
+    def write(self, folder):
+        """Makes the folder as it would be found after the cut: names without their folder are gone, contents not made safe are empty."""
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder, 0o700)
+        for name in sorted(self.safe_names, key=lambda name: name.count("/")):
+            path, inode = os.path.join(folder, name), self.safe_names[name]
+            if os.path.isdir(os.path.dirname(path)):
+                if self.held[inode] is None:
+                    os.makedirs(path)
+                else:
+                    support.write(path, self.safe_held.get(inode, b""))
+
+
+def read_events(path, root):
+    """[(call, path, other path, data)] of a trace made with -xx, for Disk; "vfork" among them counts the engine's commands."""
+    events = []
+    with open(path, errors="replace") as file:
+        for line in file:
+            call, _, rest = line.partition("(")
+            if call in ("vfork", "fork", "clone", "clone3"):
+                events.append(("vfork", "", "", b""))
+            if not call.isidentifier() or " = -1 " in line:
+                continue
+            texts = [decode(text) for text in re.findall(r'"((?:\\x[0-9a-f]{2})*)"', rest)]
+            handle = re.match(r"[0-9]+<((?:\\x[0-9a-f]{2})+|[^>]*)>", rest)
+            target = decode(handle.group(1)).decode(errors="replace") if handle else ""
+            names = [text.decode(errors="replace") for text in texts]
+            if call in ("write", "fsync", "fdatasync"):
+                names = [target]
+            if call == "openat" and ("O_CREAT" not in rest or not names):
+                continue
+            names = [os.path.relpath(name, root) for name in names if name == root or name.startswith(root + "/")]
+            if names and call in ("openat", "mkdir", "write", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "fsync", "fdatasync"):
+                names = ["" if name == "." else name for name in names] + [""]
+                events.append((call, names[0], names[1], texts[0] if call == "write" and texts else b""))
+    return events
+
+
+def decode(text):
+    """Bytes of a text as strace -xx prints it."""
+    return bytes.fromhex(text.replace("\\x", "")) if text.startswith("\\x") else text.encode()

@@ -1,0 +1,143 @@
+"""No bad moment: the agent dies, or a call fails, at every point where it changes something, and one ordinary run puts all to rights.
+
+Every point is tried where MARGO_TEST_SLOW=1, otherwise a sample by a seed that MARGO_TEST_SEED sets; what was tried is printed.  The
+number of points is not guessed: it is read from the trace of an undisturbed run.
+"""
+import os
+import random
+import signal
+import sys
+import unittest
+
+from tests import death, support
+
+SLOW = os.environ.get("MARGO_TEST_SLOW") == "1"
+SEED = int(os.environ.get("MARGO_TEST_SEED", "1"))
+SAMPLE = 4                          # points of each kind in each scenario, without MARGO_TEST_SLOW
+SCENARIOS = ("first", "update", "rollback", "removal", "unenroll")
+
+
+def choose(points, count=SAMPLE):
+    """All points, or a sample of them."""
+    return points if SLOW or len(points) <= count else random.Random(SEED).sample(points, count)
+
+
+def tell(words):
+    """What was covered, for the reader of the run's output."""
+    sys.stderr.write(f"\n{words} (seed {SEED})\n" if not SLOW else f"\n{words}\n")
+
+
+class Death(unittest.TestCase):
+    """P-9, P-11, P-12, P-13, D-1, D-26, D-27, D-34"""
+
+    def setUp(self):
+        support.require("strace", "openssl")
+
+    def make_worlds(self, scenario):
+        """As many worlds as processors; (worlds, points of an undisturbed run)."""
+        worlds = [death.World(self, scenario) for _ in range(min(2, os.cpu_count() or 1) if SLOW else 1)]
+        return worlds, [world.find_points() for world in worlds][0]
+
+    def again(self, scenario, number):
+        """What follows: an ordinary run; after unenroll also the same command again."""
+        return ("unenroll", "--purge") if scenario == "unenroll" and number % 2 else ("run", "--once")
+
+    def test_killed_at_every_call_that_changes_something(self):
+        """C-111, E-112: SIGKILL on the way into each call in turn; no duplicate, no orphan, no lost and no invented status."""
+        for scenario in SCENARIOS:
+            worlds, points = self.make_worlds(scenario)
+            chosen = choose(points)
+
+            def act(world, point, scenario=scenario):
+                call, number, path, _ = point
+                world.restore()
+                code, _ = world.run("-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}")
+                self.assertEqual(code, -signal.SIGKILL, f"{scenario}: {call} {number} did not come")
+                world.check(f"killed at {call} {number} {path}", again=self.again(scenario, number))
+
+            death.share(worlds, chosen, act)
+            tell(f"death: {scenario}: killed at {len(chosen)} of {len(points)} points, survived {len(chosen)}")
+
+    def test_every_call_failing(self):
+        """P-4: each call on a file of the state directory fails by EIO, ENOSPC, EROFS, EMFILE in turn; then space is there again."""
+        for index, scenario in enumerate(SCENARIOS):
+            worlds, points = self.make_worlds(scenario)
+            points = [point for point in points if point[0] in death.FILES and point[2]]
+            trials = [(point, death.ERRORS[(number + index) % 4]) for number, point in enumerate(points)]
+            chosen = choose(trials, SAMPLE // 2)
+
+            def act(world, trial, scenario=scenario):
+                (call, number, path, _), error = trial
+                world.restore()
+                code, errors = world.run("-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={number}")
+                what = f"{error} at {call} {number} {path}"
+                self.assertIn(code, (0, 1, 3), f"{scenario}, {what}: {errors}")
+                self.assertNotIn("bug:", errors, f"{scenario}, {what}")
+                world.check(what, failures=True, again=self.again(scenario, number) if code else self.again("run", 0))
+
+            death.share(worlds, chosen, act)
+            tell(f"death: {scenario}: {len(chosen)} of {len(trials)} calls failed by one of {', '.join(death.ERRORS)}, survived {len(chosen)}")
+
+    def test_every_command_of_the_engine_failing(self):
+        """D-30: the engine is gone at each of its commands in turn, before or after it has done its work."""
+        for scenario in SCENARIOS[:4]:
+            world = death.World(self, scenario)
+            world.find_points()
+            commands = len(world.engine.calls())
+            trials = choose([(number, sign) for number in range(1, commands + 1) for sign in (1, -1)], SAMPLE // 2)
+            for number, sign in trials:
+                world.restore()
+                world.engine.change(cut=sign * number)
+                code, errors = world.run("-e", "trace=none")
+                self.assertIn(code, (0, 1, 3), errors)
+                world.engine.change(cut=None)
+                world.check(f"command {number} cut {'before' if sign > 0 else 'after'} its work", failures=True)
+            tell(f"death: {scenario}: {len(trials)} of {2 * commands} cuts of the engine survived")
+
+    def test_a_power_cut_leaves_only_what_was_made_durable(self):
+        """P-13, C-111: what was not fsynced is dropped, names and contents; each image that a cut can leave is run from."""
+        for scenario in SCENARIOS:
+            world = death.World(self, scenario)
+            images = self.make_images(world)
+            world.find_points()
+            chosen = choose(images, SAMPLE // 2)
+            for number, (folder, held) in chosen:
+                world.restore(folder)
+                support.write(os.path.join(world.engine.folder, "held.json"), held)
+                if not os.path.exists(os.path.join(folder, "state.json")) and scenario != "first":
+                    self.fail(f"{scenario}: state.json is gone after event {number}")
+                world.check(f"power cut after event {number}", again=self.again(scenario, number))
+            tell(f"death: {scenario}: {len(chosen)} of {len(images)} power cuts survived")
+
+    def make_images(self, world):
+        """[(number of the event, (folder, the engine's file))] that differ, from one undisturbed run."""
+        world.restore()
+        disk = death.Disk(world.device.state_dir)
+        world.engine.change(history=True)
+        code, errors = world.run("-xx", "-s", "10000000", "-e", f"trace={death.CHANGES}")
+        self.assertEqual(code, world.code, errors)
+        images, commands = [], 0
+        for number, event in enumerate(death.read_events(world.trace, world.device.state_dir)):
+            commands += event[0] == "vfork"
+            if event[0] == "vfork" or disk.apply(*event):
+                folder = os.path.join(world.kept, f"image-{number}")
+                disk.write(folder)
+                images.append((number, (folder, world.engine.past(commands))))
+        world.engine.change(history=None)
+        return images
+
+    def test_what_a_change_costs_the_flash(self):
+        """P-16: bytes written and fsyncs below the state directory; an unchanged poll: none."""
+        world = death.World(self, "first")
+        world.restore()
+        for what in ("the first deployment", "an unchanged poll"):
+            world.run("-s", "0", "-e", f"trace={death.CHANGES}")
+            points = [point for point in death.read_trace(world.trace, world.device.state_dir) if point[2]]
+            syncs = sum(call == "fsync" for call, _, _, _ in points)
+            written = sum(int(line.rpartition(" = ")[2].split()[0]) for call, _, _, line in points if call == "write")
+            tell(f"flash: {what}: {written} bytes, {syncs} fsyncs")
+        self.assertEqual((syncs, written, [point for point in points if point[2] != "lock"]), (0, 0, []))
+
+
+if __name__ == "__main__":
+    unittest.main()
