@@ -106,7 +106,7 @@ class Death(unittest.TestCase):
                 support.write(os.path.join(world.engine.folder, "held.json"), held)
                 if not os.path.exists(os.path.join(folder, "state.json")) and scenario != "first":
                     self.fail(f"{scenario}: state.json is gone after event {number}")
-                world.check(f"power cut after event {number}", again=self.again(scenario, number))
+                world.check(f"power cut after event {number}", again=self.again(scenario, number), told=True)
             tell(f"death: {scenario}: {len(chosen)} of {len(images)} power cuts survived")
 
     def make_images(self, world):
