@@ -3301,7 +3301,7 @@ def make_git_config(config, home, header):
         ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow", "always"),
         ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile", "/dev/null"),
         ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto", "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
+        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
         ("http", "lowSpeedTime", str(seconds)), ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
     if config.identity.ca:
         settings += [("http", "sslCAInfo", config.identity.ca), ("http", "sslCAPath", os.path.join(home, "none"))]

@@ -3,6 +3,7 @@ import getpass
 import json
 import os
 import shutil
+import signal
 import subprocess
 import types
 import unittest
@@ -229,6 +230,422 @@ class Refusal(GitCase):
         self.repository.commit({"apps/x.yaml": "a: [1"})
         device = self.make_device(self.repository.url)
         self.assertIn("apps/x.yaml", device.cycle(4))
+
+
+class Trust(GitCase):
+    """Who may change the desired state, and who may read the credentials."""
+
+    def make_signer(self, name="operator"):
+        """An ssh key for commits and its line of an allowed-signers file."""
+        path = os.path.join(self.repository.folder, name)
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", path], check=True)
+        with open(path + ".pub") as file:
+            return path, f"plant@factory.example {file.read()}"
+
+    def sign_by_ssh(self, key):
+        """Has the commits to come signed by an ssh key; None: not at all."""
+        for option, value in (("gpg.format", "ssh"), ("user.signingKey", key or ""), ("commit.gpgSign", "true" if key else "false")):
+            self.repository.git("config", option, value)
+
+    def test_only_signers_change_the_desired_state(self):
+        """Unsigned, signed by somebody else, and changed after signing: 5; nothing of it is applied."""
+        key, line = self.make_signer()
+        stranger, _ = self.make_signer("stranger")
+        signers = support.write(os.path.join(self.repository.folder, "signers"), line)
+        device = self.make_device(self.repository.url, git_verify_signatures=True, git_allowed_signers=signers)
+        self.publish("unsigned")
+        self.assertIn("is not signed", device.cycle(5))
+        self.sign_by_ssh(stranger)
+        self.publish("stranger")
+        self.assertIn("has no good signature of git.allowed_signers", device.cycle(5))
+        self.sign_by_ssh(key)
+        good = self.publish("signed")
+        forged = self.repository.git("cat-file", "commit", good).replace("change", "forged")
+        forged = self.repository.git("hash-object", "-t", "commit", "-w", "--stdin", data=forged.encode() + b"\n")
+        self.repository.git("push", "--quiet", "--force", self.repository.bare, f"{forged}:main")
+        self.assertIn("has no good signature", device.cycle(5))
+        self.assertEqual(self.running(), [])
+        self.repository.push("--force")
+        device.cycle()
+        self.assertEqual(self.running(), [["GREETING=signed"]])
+
+    def test_signers_may_rewrite_where_that_is_allowed(self):
+        """C-256: an operator's signed force; an unsigned one stays refused."""
+        key, line = self.make_signer()
+        signers = support.write(os.path.join(self.repository.folder, "signers"), line)
+        device = self.make_device(self.repository.url, git_verify_signatures=True, git_allowed_signers=signers)
+        self.sign_by_ssh(key)
+        self.publish("one")
+        device.cycle()
+        self.publish("two", push=False, options=["--amend"])
+        self.repository.push("--force")
+        self.assertIn("see git.allow_rewrite", device.cycle(4))
+        device.set("git.allow_rewrite", True)
+        self.assertIn("does not descend", device.cycle())
+        self.assertEqual(self.running(), [["GREETING=two"]])
+        self.sign_by_ssh(None)
+        self.publish("three", push=False, options=["--amend"])
+        self.repository.push("--force")
+        self.assertIn("is not signed", device.cycle(5))
+
+    def test_signatures_of_gpg(self):
+        support.require("gpg")
+        home = support.make_folder(self)
+        os.chmod(home, 0o700)
+        gpg = ["gpg", "--homedir", home, "--batch", "--quiet", "--passphrase", ""]
+        for name in ("plant@factory.example", "stranger@factory.example"):
+            subprocess.run(gpg + ["--quick-generate-key", name, "ed25519", "sign"], check=True, stderr=subprocess.DEVNULL)
+        self.addCleanup(subprocess.run, ["gpgconf", "--homedir", home, "--kill", "all"])
+        self.repository.env["GNUPGHOME"] = home
+        for armor in (["--armor"], []):
+            with self.subTest(armor):
+                keyring = support.write(os.path.join(home, "keyring"), subprocess.run(
+                    gpg + armor + ["--export", "plant@factory.example"], check=True, stdout=subprocess.PIPE).stdout)
+                device = self.make_device(self.repository.url, git_verify_signatures=True, git_allowed_signers=keyring)
+                self.publish("stranger" + str(armor), options=["-Sstranger@factory.example"])
+                self.assertIn("has no good signature", device.cycle(5))
+                self.publish("signed" + str(armor), options=["-Splant@factory.example"])
+                device.cycle()
+                self.assertEqual(self.running(), [["GREETING=signed" + str(armor)]])
+                device.run("unenroll", "--purge")
+
+    def test_the_token_is_seen_by_nobody(self):
+        """C-018, C-253: no command line, no environment, no log; a file of mode 0600, which unenroll removes; read anew at each poll."""
+        server = git_server.GitServer(self, self.pki, self.repository.served, "Bearer f1rst")
+        token = support.write(os.path.join(self.repository.folder, "token"), "f1rst\n", 0o600)
+        device = self.make_device(server.url + "/fleet.git", git_token_file=token, identity_ca=self.pki.path("site-ca.pem"))
+        tell = self.watch_git(device)
+        self.publish("one")
+        heard = device.cycle(0, "-v") + tell()
+        server.authorization = "Bearer s3cond"
+        heard += device.cycle(5, "-v") + tell()
+        self.assertIn("HTTP 401", heard)
+        support.write(token, "s3cond", 0o600)
+        heard += device.cycle(0, "-v") + tell()
+        for secret in ("f1rst", "s3cond", "Bearer"):
+            self.assertNotIn(secret, heard)
+        self.assertEqual(os.stat(os.path.join(device.state_dir, "git", ".gitconfig")).st_mode & 0o777, 0o600)
+        support.write(token, "two\nlines", 0o600)
+        self.assertIn("git.token_file", device.cycle(5))
+        os.remove(token)
+        self.assertIn("FAIL identity  git.token_file", device.run("doctor").stdout)
+
+    def test_doctor_warns_of_credentials_that_others_can_read(self):
+        token = support.write(os.path.join(self.repository.folder, "token"), "x", 0o644)
+        device = self.make_device(self.repository.url, git_token_file=token)
+        self.publish("one")
+        self.assertIn(f"warn identity  git.token_file {token} has mode 0644", device.run("doctor").stdout)
+
+    def test_a_server_of_another_authority(self):
+        server = git_server.GitServer(self, self.pki, self.repository.served)
+        device = self.make_device(server.url + "/fleet.git", identity_ca=self.pki.path("ca.pem"))
+        self.assertIn("the peer's certificate is refused", device.cycle(5))
+        self.assertEqual(server.requests, [])
+
+
+class Trouble(GitCase):
+    """Servers that do not answer, or answer something else; a disk that spoils; a process that is killed."""
+
+    def start(self):
+        """An https server and a device of it that runs the first commit."""
+        self.publish("one")
+        self.server = git_server.GitServer(self, self.pki, self.repository.served)
+        self.device = self.make_device(self.server.url + "/fleet.git", identity_ca=self.pki.path("site-ca.pem"))
+        self.device.cycle()
+
+    def forget_patience(self, device=None):
+        """Lets the next run speak at once."""
+        device = device or self.device
+        support.write(os.path.join(device.state_dir, "state.json"), json.dumps(dict(device.state(), patience={})))
+
+    def test_what_the_server_answers_becomes_the_exit_code(self):
+        """C-056: 401, 403: 5; 404 and redirects: 4, and not followed; busy: 3, for as long as it says."""
+        self.start()
+        for status, headers, code, words in [
+                (401, {}, 5, "HTTP 401"), (403, {}, 5, "HTTP 403"), (404, {}, 4, "HTTP 404"),
+                (302, {"Location": self.server.url + "/other.git"}, 4, "redirects are not followed"), (503, {"Retry-After": "77"}, 3, "HTTP 503")]:
+            self.server.answer = status, headers
+            self.assertIn(words, self.device.cycle(code))
+        self.assertGreaterEqual(self.device.state()["patience"]["delay"], 77)
+        self.assertFalse([path for _, path, _, _ in self.server.requests if "other.git" in path])
+        self.assertEqual(self.running(), [["GREETING=one"]])
+
+    def test_a_status_waits_until_the_server_is_back(self):
+        """C-139, C-232: what runs is kept up without the server; the report follows, one commit, with the newest state."""
+        self.start()
+        with self.engine.open() as held:
+            held["containers"] = {}
+        self.server.answer = 503, {}
+        self.device.cycle(3)
+        self.assertEqual(self.running(), [["GREETING=one"]])
+        self.server.answer = None
+        self.forget_patience()
+        self.device.cycle()
+        self.assertEqual(self.device.status()["outbox"], 0)
+        self.assertEqual(self.report()["status"]["state"], "installed")
+
+    def test_a_repository_that_may_be_read_only(self):
+        """A push that is refused is told as it is, and nothing is lost."""
+        self.start()
+        self.repository.git("config", "http.receivepack", "false", cwd=self.repository.bare)
+        self.publish("two")
+        self.assertIn("HTTP 403", self.device.cycle(3))
+        self.assertIn("HTTP 403", self.device.cycle(5))
+        self.assertEqual(self.device.status()["outbox"], 1)
+        self.repository.git("config", "http.receivepack", "true", cwd=self.repository.bare)
+        self.forget_patience()
+        self.device.cycle()
+        self.assertEqual((self.running(), self.report()["status"]["state"]), ([["GREETING=two"]], "installed"))
+
+    def test_what_the_disk_has_spoilt_is_made_anew(self):
+        """P-14: whatever is broken in the copy, an unchanged poll does not care and the next change is taken, rewrites still refused."""
+        self.start()
+        root = os.path.join(self.device.state_dir, "git", "repository")
+
+        def spoil_objects():
+            for folder, _, names in os.walk(os.path.join(root, "objects")):
+                for name in names:
+                    os.chmod(os.path.join(folder, name), 0o600)
+                    support.write(os.path.join(folder, name), b"\0" * 100)
+
+        def empty_refs():
+            for name in ("base", "head"):
+                support.write(os.path.join(root, "refs", "margo", name), "")
+
+        accidents = [spoil_objects, empty_refs, lambda: support.write(os.path.join(root, "config"), "[core"),
+                     lambda: support.write(os.path.join(root, "HEAD"), ""), lambda: support.write(os.path.join(root, "shallow.lock"), ""),
+                     lambda: support.write(os.path.join(root, "shallow"), "x"), lambda: shutil.rmtree(os.path.join(root, "objects")),
+                     lambda: support.write(os.path.join(root, "refs", "margo", "next.lock"), "")]
+        for number, accident in enumerate(accidents):
+            with self.subTest(number):
+                accident()
+                self.device.cycle()
+                self.publish(str(number))
+                self.device.cycle()
+                self.assertEqual(self.running(), [[f"GREETING={number}"]])
+        spoil_objects()
+        self.publish("rewritten", push=False, options=["--amend"])
+        self.repository.push("--force")
+        self.assertIn("does not descend", self.device.cycle(4))
+
+    def test_a_descent_is_proved_where_the_server_gives_no_single_commits(self):
+        """C-256: over the old protocol a commit that no branch ends at cannot be asked for; then the branch's history tells."""
+        self.publish("one")
+        self.device.cycle()
+        self.publish("two")
+        self.publish("three")
+        shutil.rmtree(os.path.join(self.device.state_dir, "git"))
+        folder = support.make_folder(self)
+        support.write(os.path.join(folder, "git"), f"#!/bin/sh\nexec {shutil.which('git')} -c protocol.version=0 \"$@\"\n", 0o755)
+        self.device.env["PATH"] = f"{folder}:{self.device.env['PATH']}"
+        self.device.cycle()
+        self.assertEqual(self.running(), [["GREETING=three"]])
+
+    def test_a_kill_in_the_middle_is_harmless(self):
+        """Killed with -9 at any git command, the next run converges and every report is there."""
+        self.publish("one")
+        real, folder = shutil.which("git"), support.make_folder(self)
+        self.device.env["PATH"] = f"{folder}:{self.device.env['PATH']}"
+        for number, command in enumerate(("init", "fetch", "ls-tree", "fast-import", "push", "update-ref", "cat-file")):
+            with self.subTest(command):
+                support.write(os.path.join(folder, "git"), "\n".join([
+                    "#!/bin/sh", f'if [ "$2" = {command} ] && [ ! -e {folder}/{command} ]; then : > {folder}/{command}; kill -9 $PPID; fi',
+                    f'exec {real} "$@"', ""]), 0o755)
+                if number:
+                    self.publish(command)
+                self.assertEqual(self.device.run("run", "--once").returncode, -signal.SIGKILL)
+                self.device.cycle()
+                self.assertEqual(self.running(), [[f"GREETING={command if number else 'one'}"]])
+                self.assertEqual(self.report()["status"]["state"], "installed")
+
+    def test_without_git(self):
+        self.publish("one")
+        self.device.env["PATH"] = os.path.dirname(self.engine.env["PATH"].split(":")[0]) + "/bin"
+        for arguments in (("run", "--once"), ("plan",), ("doctor",)):
+            done = subprocess.run([shutil.which("python3")] + self.device.command(*arguments)[1:], env=self.device.env, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, universal_newlines=True)
+            self.assertIn("git is not installed", done.stdout)
+            self.assertEqual(done.returncode, 1 if arguments[0] == "doctor" else 2)
+
+
+class Hostile(GitCase):
+    """Repositories that mean harm, or look like it: nothing of them is run, followed or written outside the copy."""
+
+    def check_links(self, *facts):
+        """Commits links and submodules beside a good deployment, as plumbing makes them; facts: (mode, object, path)."""
+        self.publish("good")
+        for mode, blob, path in facts:
+            self.repository.git("update-index", "--add", "--cacheinfo", f"{mode},{blob},{path}")
+        self.repository.git("commit", "--quiet", "-m", "hostile")
+        self.repository.push()
+        log = self.device.cycle()
+        self.assertEqual(self.running(), [["GREETING=good"]])
+        return log
+
+    def test_links_and_submodules_are_not_followed(self):
+        target = self.repository.git("hash-object", "-w", "--stdin", data=b"/etc/passwd")
+        log = self.check_links(("120000", target, "apps/link.yaml"), ("120000", target, "apps/folder"), ("160000", "1" * 40, "apps/module.yaml"))
+        for name in ("apps/link.yaml", "apps/module.yaml"):
+            self.assertIn(f"ignored: not a file name={name}", log)
+
+    def test_a_module_file_that_fetches_from_elsewhere(self):
+        marker = os.path.join(self.repository.folder, "fetched")
+        self.repository.commit({".gitmodules": f'[submodule "x"]\n path = apps/m\n url = ext::sh -c "touch% {marker}"\n update = !touch {marker}\n'})
+        self.check_links(("160000", "1" * 40, "apps/m"))
+        self.assertFalse(os.path.exists(marker))
+
+    def test_odd_names_are_names(self):
+        """A name is an option, a newline, bytes that are no text, or leads elsewhere: each is read like any other."""
+        text = [support.make_deployment(item, f"app-{index}", registry=self.wfm.registry) for index, item in enumerate(IDS[:5])]
+        names = [b"-rf.yaml", b"--output=x\n100644 blob.yaml", b"\xff\xfe.yml", b"a b/\t$(touch x);`x`.yaml", b":(top).YAML"]
+        blobs = [self.repository.git("hash-object", "-w", "--stdin", data=item.encode()) for item in text]
+        lines = b"".join(b"100755 %s 0\tapps/%s\0" % (blob.encode(), name) for blob, name in zip(blobs, names))
+        self.repository.git("update-index", "-z", "--index-info", data=lines)
+        self.repository.git("commit", "--quiet", "-m", "odd")
+        self.repository.push()
+        self.device.cycle()
+        self.assertEqual(len(self.engine.containers()), 5)
+
+    def test_attributes_and_hooks_have_no_say(self):
+        """Neither those of the repository, nor a hook or a filter that the machine's or the user's configuration names."""
+        marker = os.path.join(self.repository.folder, "ran")
+        home = self.device.env["HOME"]
+        hook = f"#!/bin/sh\ntouch {marker}\n"
+        for folder in (os.path.join(home, "hooks"), os.path.join(self.repository.bare, "hooks")):
+            for name in ("post-checkout", "reference-transaction", "pre-push", "post-merge", "fsmonitor", "pre-receive", "post-update"):
+                support.write(os.path.join(folder, name), hook, 0o755)
+        support.write(os.path.join(home, ".gitconfig"), f"[core]\n hooksPath = {home}/hooks\n fsmonitor = {home}/hooks/fsmonitor\n sshCommand = touch {marker}\n"
+                      f"[filter \"x\"]\n smudge = touch {marker}\n clean = touch {marker}\n[credential]\n helper = !touch {marker}\n"
+                      f"[url \"ext::touch {marker} \"]\n insteadOf = file://\n[protocol]\n allow = always\n")
+        self.device.env.update(GIT_SSH_COMMAND=f"touch {marker}", GIT_ASKPASS=hook, GIT_TEMPLATE_DIR=home, GIT_DIR="/nowhere",
+                               GIT_CONFIG_PARAMETERS=f"'core.hooksPath={home}/hooks'", GIT_TRACE=marker)
+        self.repository.commit({".gitattributes": "* filter=x ident text eol=crlf export-subst\n"})
+        first = self.publish("one $Id$ line")
+        os.remove(marker)                           # those of the served repository ran for the operator who pushed
+        self.device.cycle()
+        data = self.repository.git("cat-file", "blob", "main:apps/hello.yaml", cwd=self.repository.bare)
+        self.assertEqual(self.device.status()["deployments"][0]["digest"], support.digest(data.encode()))
+        self.assertEqual(self.report()["commit"], first)
+        self.assertFalse(os.path.exists(marker))
+
+    def test_a_fetch_has_a_limit(self):
+        """A repository that would fill the disk is refused, says what to do, and leaves nothing behind."""
+        self.publish("one")
+        self.device.cycle()
+        support.write(os.path.join(self.repository.work, "blob"), os.urandom(600000))
+        self.publish("two")
+        self.device.set("policy.max_unpacked", "512Ki")
+        self.assertIn("more than 524288 bytes to fetch", self.device.cycle(4))
+        self.assertEqual(self.running(), [["GREETING=one"]])
+        size = sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(os.path.join(self.device.state_dir, "git"))
+                   for name in names)
+        self.assertLess(size, 100000)
+        self.device.set("policy.max_unpacked", "1Mi")
+        self.device.cycle()
+        self.assertEqual(self.running(), [["GREETING=two"]])
+
+    def test_many_documents_have_a_limit(self):
+        """A small pack may hold a lot: the same bytes over and over count each time."""
+        self.device.set("policy.max_unpacked", "64Ki")
+        self.publish("one")
+        self.repository.commit({f"apps/n{number}.yaml": "# " + "x" * 4000 for number in range(20)})
+        self.assertIn("policy.max_unpacked", self.device.cycle(4))
+
+    def test_documents_of_other_kinds_are_ignored_with_a_note(self):
+        self.repository.commit({"apps/kustomization.yaml": "apiVersion: kustomize.config.k8s.io/v1\nkind: Kustomization\n", "apps/list.yaml": "- 1\n",
+                                "apps/empty.yml": "", "apps/notes.md": "---\n---\n", "ci.yaml": "a: [1", "apps2/x.yaml": "a: [1"})
+        self.publish("one")
+        log = self.device.cycle()
+        for name in ("apps/kustomization.yaml", "apps/list.yaml", "apps/empty.yml"):
+            self.assertIn(f"ignored: not an ApplicationDeployment name={name}", log)
+        self.assertEqual(self.running(), [["GREETING=one"]])
+
+    def test_every_generation_is_read(self):
+        """Protocol 3.3: the ids of documents of 2024 and of today, side by side."""
+        folder = os.path.join(support.DATA, "dialects")
+        files = []
+        for index, name in enumerate(sorted(os.listdir(folder))):
+            with open(os.path.join(folder, name), "rb") as file:
+                files.append((name, file.read().replace(HELLO.encode(), IDS[index].encode())))
+        entries, documents = margo_agent.parse_files(files)
+        self.assertEqual([entry.deployment_id for entry in entries], IDS[:len(files)])
+        self.assertEqual(documents, {support.digest(data): data for _, data in files})
+
+
+class Reports(GitCase):
+    """The branch of a device, and a WFM beside the repository."""
+
+    def test_every_change_is_a_commit_and_a_race_is_lost_with_grace(self):
+        """C-252: what somebody else pushes meanwhile stays, the report goes on top; nothing is ever forced."""
+        self.publish("one")
+        self.device.cycle()
+        self.assertEqual(self.repository.log(STATUS), ["Capabilities"] + [f"{HELLO}: {state}" for state in ("pending", "installing", "installed")])
+        folder, real = support.make_folder(self), shutil.which("git")
+        other = self.repository.work + "-other"
+        self.repository.git("clone", "--quiet", "-b", STATUS, self.repository.bare, other)
+        support.write(os.path.join(folder, "git"), "\n".join([
+            "#!/bin/sh", f'if [ "$2" = push ] && [ "$(ls {folder} | wc -l)" -lt 4 ]; then', f"  touch {folder}/$$; cd {other}",
+            f"  env {' '.join(f'{key}={value}' for key, value in self.repository.env.items() if key != 'PATH')} sh -c '"
+            f"{real} pull --quiet --rebase; echo note >> notes.txt; {real} add .; {real} commit --quiet -m note; {real} push --quiet' >&2", "fi",
+            f'cd "$HOME"; exec {real} "$@"', ""]), 0o755)
+        self.device.env["PATH"] = f"{folder}:{self.device.env['PATH']}"
+        self.publish("two")
+        self.device.cycle()
+        self.assertEqual(self.repository.show(STATUS, "notes.txt"), "note\nnote\nnote")
+        self.assertEqual(self.report()["status"]["state"], "installed")
+        self.assertEqual(sorted(self.repository.log(STATUS)[4:]), sorted(["note"] * 3 + [f"{HELLO}: {x}" for x in ("pending", "installing", "installed")]))
+
+    def test_a_race_that_never_ends_leaves_the_status_in_the_outbox(self):
+        self.publish("one")
+        self.device.cycle()
+        folder, real = support.make_folder(self), shutil.which("git")
+        support.write(os.path.join(folder, "git"), "\n".join([
+            "#!/bin/sh", 'if [ "$2" = push ]; then', f"  cd {self.repository.bare}",
+            f"  new=$(echo x | {real} -c user.name=x -c user.email=x@x commit-tree -p {STATUS} {STATUS}^{{tree}})",
+            f"  {real} update-ref refs/heads/{STATUS} $new", "fi", f'cd "$HOME"; exec {real} "$@"', ""]), 0o755)
+        path = self.device.env["PATH"]
+        self.device.env["PATH"] = f"{folder}:{path}"
+        self.publish("two")
+        self.assertIn("was moved 5 times", self.device.cycle(3))
+        self.assertEqual(self.running(), [["GREETING=two"]])
+        self.device.env["PATH"] = path
+        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(self.device.state(), patience={})))
+        self.device.cycle()
+        self.assertEqual(self.report()["status"]["state"], "installed")
+
+    def test_a_lost_answer_makes_no_second_commit(self):
+        """A push that reached the server although its answer did not come back is found there."""
+        folder, real = support.make_folder(self), shutil.which("git")
+        support.write(os.path.join(folder, "git"), f'#!/bin/sh\n{real} "$@" || exit\n[ "$2" != push ] || exit 128\n', 0o755)
+        self.device.env["PATH"] = f"{folder}:{self.device.env['PATH']}"
+        self.publish("one")
+        self.device.cycle()
+        self.assertEqual(self.repository.log(STATUS), ["Capabilities"] + [f"{HELLO}: {state}" for state in ("pending", "installing", "installed")])
+
+    def test_each_device_has_its_branch(self):
+        device = self.make_device(self.repository.url, device_id="hall/~2..x")
+        self.repository.commit({"apps/x.yaml": support.make_deployment(device="hall/~2..x", registry=self.wfm.registry)})
+        device.cycle()
+        self.assertEqual(self.report(branch="status/hall/%7E2%2E.x")["deviceId"], "hall/~2..x")
+
+    def test_reports_to_a_wfm_beside_the_repository(self):
+        """C-252, C-255: with wfm.status_url the mtls API is told, and the repository is only read."""
+        device = self.make_device(self.repository.url, wfm_status_url=self.wfm.url)
+        device.set("identity.certificate", self.pki.path("client.pem"))
+        device.set("identity.key", self.pki.path("client.key"))
+        device.set("identity.trust_bundle", self.pki.path("bundle.json"))
+        commit = self.publish("one")
+        device.cycle()
+        self.assertEqual(self.wfm.statuses()[-1], "installed")
+        body = self.wfm.reports()[-1]["body"]
+        self.assertEqual((body["commit"], f"{body['adoptedManifestVersion']:012x}"), (commit, commit[:12]))
+        self.assertEqual([path for _, path, _ in self.wfm.requests() if path == "/api/v1/deployments"], [])
+        self.assertEqual(self.repository.git("branch", "--list", "status/*", cwd=self.repository.bare), "")
+        count = len(self.wfm.requests())
+        device.cycle()
+        self.assertEqual(len(self.wfm.requests()), count)
+        self.assertEqual(device.run("unenroll").returncode, 0)
+        self.assertEqual(self.wfm.requests()[-1][0], "DELETE")
 
 
 class Addresses(unittest.TestCase):
