@@ -1057,9 +1057,16 @@ def read_path(value, base):
 
 
 def read_key(value, base):
-    """A file name, or a URI such as pkcs11:… by which openssl finds a key."""
+    """A file name, or a URI such as pkcs11:… by which openssl finds a key; it stands on a command line, so it holds no PIN."""
     text = read_text(value, base)
-    return text if re.match(r"[a-z][a-z0-9+.-]+:", text) else read_path(text, base)
+    if "pin-value=" in text:
+        raise ValueError("a URI without pin-value; name a file by pin-source, so that no command line shows the PIN")
+    return text if is_uri(text) else read_path(text, base)
+
+
+def is_uri(key):
+    """Whether identity.key is a URI and not a file name."""
+    return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
 
 
 def read_word(value, base):
@@ -1376,7 +1383,8 @@ def make_settings(value, schema, base, where, faults):
             item = default if item is None else item
             settings[key] = None if item is None else reader(item, base)
         except ValueError as error:
-            faults.append(f"{where}{key}: found {make_printable(str(item), 60)!r}, expected {error}")
+            found = make_printable(re.sub("pin-value=[^;&?]*", "pin-value=...", str(item)), 60)
+            faults.append(f"{where}{key}: found {found!r}, expected {error}")
             settings[key] = None
     return settings
 
@@ -1428,6 +1436,8 @@ def check_profile(config):
             faults.append(f"{key}: not set, and needed for profile {profile}" + (" with wfm.status_url" if mutual and profile == "git" else ""))
     if mutual and not config.identity.trust_bundle and not config.identity.discovery:
         faults.append("identity.trust_bundle: not set, and no identity.discovery either; one of them says whom to trust")
+    if mutual and config.identity.key and is_uri(config.identity.key):
+        faults.append("identity.key: found a URI, expected a file; only profile signed has openssl use the key")
     if profile != "git" and wfm.url and not wfm.url.startswith("https://"):
         faults.append(f"wfm.url: found {make_printable(wfm.url, 60)!r}, expected an absolute https URL")
     if profile != "git" and wfm.status_url:
@@ -2337,7 +2347,7 @@ def run_signature(data, signer):
         return parse_ecdsa(output.stdout, size) if size else output.stdout
     except CommandMissing as error:
         raise ConfigError(f"{error.message}; profile signed has every request signed by it") from None
-    except (ValueError, OverflowError, CommandError) as error:
+    except (ValueError, OverflowError, OSError, CommandError) as error:
         raise Untrusted(f"identity.key {signer.key}: openssl cannot sign by it: {make_printable(str(error), 300)}") from None
 
 
@@ -2375,7 +2385,7 @@ def fetch_ca(config, path):
 
 def make_private_key(path, algorithm=None):
     """Makes a key (PKCS#8 PEM, mode 0600; by default ECDSA P-256) by openssl unless there is one; raises CommandError (C-018)."""
-    if os.path.exists(path) or re.match(r"[a-z][a-z0-9+.-]+:", path):       # a URI: whoever made the token made its key
+    if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
     kind = NEW_KEYS.get(algorithm or ALGORITHMS[0]) or ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"]
     output = run_command(["openssl", "genpkey", "-algorithm"] + kind, 60)
@@ -2866,9 +2876,9 @@ class SignedSource(HttpSource):
         headers["Signature"] = f"{self.signer.label}=:{base64.b64encode(run_signature(base, self.signer)).decode()}:"
         response = request(method, url, headers, body, self.context, self.config.wfm.timeout, limit)
         if response.status == 401:
-            ahead = parse_retry_after(response.headers.get("Date"), 0)
+            theirs = parse_retry_after(response.headers.get("Date"), 0)         # the same form of time, counted from 1970
             log("error", "the WFM does not accept a signature", method=method, target=url, algorithm=self.signer.algorithm,
-                base=base.decode("latin-1"), clockOffset="unknown" if ahead is None else f"{time.time() - ahead:+.0f} s")
+                base=base.decode("latin-1"), clockOffset="unknown" if theirs is None else f"{time.time() - theirs:+.0f} s")
         return response
 
     def onboard(self):
@@ -6411,7 +6421,7 @@ def command_status(config, options):
     identity, desired, last = document["identity"], document["desiredState"], document["lastPoll"]
     print(f"profile    {document['profile']}, {'enrolled' if document['enrolled'] else 'not enrolled'}")
     until = f", valid until {identity['notAfter']}" if identity["notAfter"] else ""
-    print(f"identity   {identity['id']}{until}{identity['warning'] and '  ! ' + identity['warning']}")
+    print(f"identity   {identity['id'] or 'none yet'}{until}{identity['warning'] and '  ! ' + identity['warning']}")
     print(f"desired    version {desired['version']}, accepted {desired['acceptedAt']}" if desired["version"] else "desired    none accepted yet")
     print(f"last poll  {last['at']} {last['result']} {make_printable(last['detail'])}".rstrip() if last["at"] else "last poll  never")
     print(f"outbox     {document['outbox']}")

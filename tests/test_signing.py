@@ -195,6 +195,12 @@ class Algorithms(unittest.TestCase):
         self.assertEqual((read("client.key", "/etc"), read("/run/client.key", "/etc")), ("/etc/client.key", "/run/client.key"))
         signer = make_signer()
         margo_agent.run_signature(b"x", signer._replace(key="file:" + signer.key))
+        pki = PKI["pki"]
+        for identity, words in (({"key": "pkcs11:object=a?pin-value=4711"}, "pin-source"), ({"key": "pkcs11:object=a", "trust_bundle": "b"}, "a URI")):
+            with self.assertRaises(margo_agent.ConfigError) as caught:
+                margo_agent.make_config({"wfm": {"url": "https://x"}, "identity": dict(identity, certificate=pki.path("EC.pem"))}, "/", {})
+            self.assertIn(words, caught.exception.message)
+            self.assertNotIn("4711", caught.exception.message)
 
     def test_a_key_in_a_token_signs(self):
         """C-018: SoftHSM behind openssl's PKCS#11 engine, by a URI; the key is never a file here."""
@@ -208,7 +214,8 @@ class Algorithms(unittest.TestCase):
         for argv in (["--init-token", "--free", "--label", "margo", "--pin", "1234", "--so-pin", "1234"],
                      ["--import", pki.path("EC.key"), "--token", "margo", "--label", "client", "--id", "01", "--pin", "1234"]):
             subprocess.run(["softhsm2-util"] + argv, env=dict(os.environ, **env), check=True, stdout=subprocess.DEVNULL)
-        uri = "org.openssl.engine:pkcs11:pkcs11:token=margo;object=client;type=private;pin-value=1234"
+        pin = support.write(os.path.join(folder, "pin"), "1234", 0o600)
+        uri = f"org.openssl.engine:pkcs11:pkcs11:token=margo;object=client;type=private?pin-source=file:{pin}"
         with unittest.mock.patch.dict(os.environ, env):
             message = self.sign(make_signer()._replace(key=margo_agent.read_key(uri, "/etc")))
         self.verify("ecdsa-p256-sha256", message, b'{"a":1}')
