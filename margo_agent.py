@@ -2899,12 +2899,7 @@ class SignedSource(HttpSource):
 
     def put_capabilities(self, device_id, document):
         """Reports what a device can do: by POST the first time, by PUT afterwards, by the other where the WFM remembers otherwise."""
-        if self.config.wfm.dialect == "b":
-            path = f"/capabilities/{device_id}"
-        elif "/" not in device_id:
-            path = "/capabilities"
-        else:
-            raise Refused(f"dialect a knows no child devices such as {device_id}; see wfm.dialect")
+        path = f"/capabilities/{device_id}" if self.config.wfm.dialect == "b" else "/capabilities"      # a knows no child devices
         methods = ["PUT", "POST"] if device_id in (self.state["enrollment"] or {}).get("devices", {}) else ["POST", "PUT"]
         document = make_older_capabilities(document, self.config.wfm.dialect)
         try:
