@@ -141,8 +141,9 @@ class World:
 
     def find_points(self):
         """The undisturbed run's calls that change something, as read_trace gives them; it also says what the disk must hold afterwards."""
-        self.restore()
-        code, errors = self.run("-s", "0", "-e", f"trace={CHANGES}")
+        for _ in range(2):                          # the first one may still have to compile the agent
+            self.restore()
+            code, errors = self.run("-s", "0", "-e", f"trace={CHANGES}")
         if code != self.code:
             raise AssertionError(f"{self.scenario} ended with {code}:\n{errors}")
         self.files = self.list_files()
