@@ -66,6 +66,7 @@ STATES = ("failed", "removing", "installing", "pending", "removed", "installed")
 RETRY_FIRST, RETRY_CAP = 30, 3600                   # seconds between attempts at a failed deployment
 HISTORY = 20                                        # accepted desired states that `history` tells of
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
+STOP_GRACE = 20                                     # seconds that the current step may still take once the process is asked to end
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
 RESERVE = 256 * KIB                                 # kept in the state directory, to be given up for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
@@ -6493,8 +6494,15 @@ def command_run(config, options):
         return start_watch(options)
     import signal
     asked = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.append(True))
+
+    def stop(number, _):
+        if number == signal.SIGALRM:                # the current step takes too long: what it has started is ended, the next run goes on
+            raise Interrupted(f"ended in the middle of a step, {STOP_GRACE} s after it was asked to")
+        asked.append(True)
+        signal.setitimer(signal.ITIMER_REAL, STOP_GRACE, STOP_GRACE)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, stop)
     descriptor, agent = os.environ.pop("MARGO_DELAY_FD", None), Agent(config, lambda: bool(asked))
     outcome, end = agent.cycle(), time.monotonic() + agent.starting
     if agent.starting and not descriptor:           # workloads are up; nobody else waits for this run's turn
@@ -6549,9 +6557,12 @@ def watch(child, fallback):
     def notify(text):
         if address:
             import socket
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
-                peer.connect("\0" + address[1:] if address.startswith("@") else address)
-                peer.send(text.encode())
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
+                    peer.connect("\0" + address[1:] if address.startswith("@") else address)
+                    peer.send(text.encode())
+            except OSError:
+                pass                                # systemd restarts just now, or nobody listens: no reason to end
 
     def start():
         reader, writer = os.pipe()
