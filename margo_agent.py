@@ -76,6 +76,18 @@ MAX_PACKS = 50                                      # fetches after which the co
 EXPIRY_WARNING = 0.2                                # share of the own SVID's lifetime left at which to warn
 
 
+# The draft "MIAF Enrollment, Renewal, and Revocation Profile": its names and figures, which may still change, stand here alone.
+EST_FIELD, CRL_FIELD = "estBaseUri", "crlUris"
+CSR_TYPE, CERTS_TYPE = "application/pkcs10", "application/pkcs7-mime"
+RENEWAL_WINDOW = 0.40, 0.60                         # share of an SVID's lifetime after which it is renewed (E-061)
+EST_FIRST, EST_CAP = 60, 3600                       # seconds between attempts at enrollment and renewal (E-062)
+CRL_PERIOD = 43200                                  # seconds after which a revocation list is asked for again, up to twice that (E-082)
+MAX_ISSUED = 32                                     # certificates in one EST answer
+CLOCK_SKEW = 300                                    # seconds that another clock may be ahead of ours
+HALF_DONE = 600                                     # seconds that the replacement of certificate and key may take
+DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
+
+
 class MargoError(Exception):
     """A fault that a person can act upon: `code` is stable text, `message` says what, where and what to do.
 
@@ -103,6 +115,22 @@ class Unreachable(MargoError):
     """The WFM cannot be reached or asks for patience."""
 
     exit, code = 3, "UNREACHABLE"
+
+
+class Silence(Unreachable):
+    """No request is made now, by the operator's or a server's wish; not a fault."""
+
+
+class NotRenewed(MargoError):
+    """The own SVID could not be renewed, and is still good."""
+
+    exit, code = 3, "NOT_RENEWED"
+
+
+class HalfDone(Unreachable):
+    """Certificate and key do not fit at this moment, because an operator has replaced only one of them so far."""
+
+    code = "HALF_DONE"
 
 
 class StorageError(MargoError):
@@ -165,8 +193,12 @@ def define(name, fields, meaning, *defaults):
     return record
 
 
-Certificate = define("Certificate", "der subject issuer serial not_before not_after spki uris is_ca key_usage",
-    "What is used of an X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None.")
+Certificate = define("Certificate", "der subject issuer serial not_before not_after spki uris is_ca key_usage extensions",
+    "An X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None, {OID: (critical, value, raw)}.")
+Crl = define("Crl", "issuer this_update next_update entries number extensions",
+    "What is used of a revocation list: raw name, Unix seconds, the raw entries, CRL number, extensions as of a Certificate.")
+Discovery = define("Discovery", "trust_domain bundle_uri est_uri crl_uris faults",
+    "A discovery document: texts (`est_uri` may be None), list of URLs, and words about what of it was passed over.")
 SpiffeId = define("SpiffeId", "text trust_domain path", "A SPIFFE ID, its trust domain and its path (with leading slash).")
 Identity = define("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file",
     "The own SVID: SPIFFE ID, the WFM's SPIFFE ID that follows from it (C-009), the leaf Certificate, the two files.")
@@ -948,6 +980,7 @@ def parse_retry_after(text, now):
 # DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was read.
 
 OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME = b"\x55\x1d\x13", b"\x55\x1d\x0f", b"\x55\x1d\x11"
+OID_SUBJECT_KEY, OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x0e", b"\x55\x1d\x23", b"\x55\x1d\x14", b"\x55\x1d\x1c"
 KEY_CERT_SIGN, CRL_SIGN = 5, 6                      # bits of keyUsage (RFC 5280, 4.2.1.3)
 
 
@@ -972,6 +1005,13 @@ def parse_der(data):
     return elements
 
 
+def make_der(tag, *parts):
+    """One DER element around its parts."""
+    body = b"".join(parts)
+    size = len(body).to_bytes((len(body).bit_length() + 7) // 8, "big")
+    return bytes([tag]) + (size or b"\0" if len(body) < 128 else bytes([0x80 | len(size)]) + size) + body
+
+
 def parse_certificate(der):
     """A DER certificate to a Certificate; raises ValueError (RFC 5280, only the fields in use)."""
     try:
@@ -981,29 +1021,85 @@ def parse_certificate(der):
             fields = fields[1:]
         serial, _, issuer, validity, subject, spki = fields[:6]
         not_before, not_after = (parse_der_time(*element[:2]) for element in parse_der(validity[1]))
-        extensions = next((value for tag, value, _ in fields[6:] if tag == 0xA3), b"")
-        uris, is_ca, usage = parse_extensions(extensions)
+        extensions = parse_extensions(next((value for tag, value, _ in fields[6:] if tag == 0xA3), b""))
+        uris, is_ca, usage = read_extensions(extensions)
     except (IndexError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
-    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2], uris, is_ca, usage)
+    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2], uris, is_ca, usage,
+                       extensions)
 
 
 def parse_extensions(data):
-    """The `[3]` extensions of a certificate to (URI SANs, CA flag, set of keyUsage bits or None); raises ValueError, IndexError."""
-    uris, is_ca, usage, seen = [], False, None, set()
-    for _, extension, _ in parse_der(parse_der(data)[0][1]) if data else ():
-        oid, value = parse_der(extension)[0][1], parse_der(extension)[-1][1]
-        if oid in seen:
+    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}; raises ValueError, IndexError."""
+    found = {}
+    for _, extension, raw in parse_der(parse_der(data)[0][1]) if data else ():
+        parts = parse_der(extension)
+        if parts[0][1] in found:
             raise ValueError("an extension occurs twice")
-        seen.add(oid)
-        inner = parse_der(value)[0][1] if oid in (OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME) else b""
-        if oid == OID_SUBJECT_ALT_NAME:
-            uris = [name.decode("ascii") for tag, name, _ in parse_der(inner) if tag == 0x86]
-        elif oid == OID_BASIC_CONSTRAINTS:
-            is_ca = any(tag == 0x01 and flag != b"\x00" for tag, flag, _ in parse_der(inner))
-        elif oid == OID_KEY_USAGE:
-            usage = {bit for bit in range(8 * (len(inner) - 1)) if inner[1 + bit // 8] & (0x80 >> bit % 8)}
+        found[parts[0][1]] = (len(parts) == 3 and parts[1][1] != b"\0", parts[-1][1], raw)
+    return found
+
+
+def read_extensions(extensions):
+    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None); raises ValueError, IndexError."""
+    names, constraints, bits = (parse_der(extensions[oid][1])[0][1] if oid in extensions else None
+                                for oid in (OID_SUBJECT_ALT_NAME, OID_BASIC_CONSTRAINTS, OID_KEY_USAGE))
+    uris = [name.decode("ascii") for tag, name, _ in parse_der(names or b"") if tag == 0x86]
+    is_ca = any(tag == 0x01 and flag != b"\x00" for tag, flag, _ in parse_der(constraints or b""))
+    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1)) if bits[1 + bit // 8] & (0x80 >> bit % 8)}
     return uris, is_ca, usage
+
+
+def find_key_id(item, oid):
+    """The identifier of the subject's or the issuer's key in a Certificate or Crl, or None."""
+    try:
+        inner = parse_der(item.extensions[oid][1])[0][1]
+        return inner if oid == OID_SUBJECT_KEY else next(value for tag, value, _ in parse_der(inner) if tag == 0x80)
+    except (KeyError, IndexError, ValueError, StopIteration):
+        return None
+
+
+def is_issuer(candidate, item):
+    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key identifier."""
+    ids = find_key_id(candidate, OID_SUBJECT_KEY), find_key_id(item, OID_ISSUER_KEY)
+    return candidate.subject == item.issuer and (None in ids or ids[0] == ids[1])
+
+
+def make_chain(leaf, candidates, anchors):
+    """[Certificate] from a leaf up to the last one below an anchor, out of candidates in any order (E-039); roots are left out."""
+    chain = [leaf]
+    while len(chain) < 10 and not any(is_issuer(anchor, chain[-1]) for anchor in anchors):
+        found = next((item for item in candidates if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain), None)
+        if found is None:
+            break
+        chain.append(found)
+    return chain
+
+
+def parse_crl(data):
+    """A revocation list (DER or PEM) to (DER, Crl); raises ValueError, also for one whose meaning is not understood (E-085)."""
+    try:
+        der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
+        fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
+        if fields[0][:2] != (0x02, b"\1"):
+            raise ValueError("it is not of version 2")
+        times = [parse_der_time(*field[:2]) for field in fields[3:5]]
+        extensions = parse_extensions(next(value for tag, value, _ in fields[5:] if tag == 0xA0))
+        scope = parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1]) if OID_CRL_SCOPE in extensions else []
+        number = int.from_bytes(parse_der(extensions[OID_CRL_NUMBER][1])[0][1], "big")
+    except (IndexError, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
+        raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
+    strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical and oid not in (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)]
+    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:      # a name, and only user certificates, take nothing away for a leaf
+        raise ValueError(f"a list of a kind that is not understood (critical {', '.join(strange) or 'scope'})")
+    entries = fields[5][1] if fields[5][0] == 0x30 else b""
+    return der, Crl(fields[2][2], times[0], times[1], entries, number, extensions)
+
+
+def is_listed(crl, serial):
+    """Whether a Crl lists a serial number; the walk is made only where its bytes occur at all, since lists can be long."""
+    wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
+    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry, _ in parse_der(crl.entries))
 
 
 def parse_der_time(tag, value):
@@ -1017,16 +1113,16 @@ def parse_der_time(tag, value):
     return calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ"))
 
 
-def parse_pem(text):
-    """Every certificate of a PEM text as DER bytes, in order; raises ValueError."""
+def parse_pem(text, label="CERTIFICATE"):
+    """Every certificate (or block of another label) of a PEM text as DER bytes, in order; raises ValueError."""
     import base64
-    certificates = []
-    for block in text.split("-----BEGIN CERTIFICATE-----")[1:]:
-        body, end, _ = block.partition("-----END CERTIFICATE-----")
+    found = []
+    for block in text.split(f"-----BEGIN {label}-----")[1:]:
+        body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
-        certificates.append(base64.b64decode("".join(body.split()), validate=True))
-    return certificates
+        found.append(base64.b64decode("".join(body.split()), validate=True))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -1274,6 +1370,13 @@ def read_planned(*idle):
     return read
 
 
+def read_pins(value, base):
+    """A list of base64 SHA-256 digests of SubjectPublicKeyInfo (RFC 7469, 2.4)."""
+    if not isinstance(value, list) or not all(isinstance(item, str) and re.fullmatch(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=", item) for item in value):
+        raise ValueError("a list of base64 SHA-256 digests of public keys, 44 characters each")
+    return value
+
+
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
@@ -1334,8 +1437,9 @@ SCHEMA = {
         "min_tls": (read_choice("1.2", "1.3"), "1.3"), "dialect": (read_choice("a", "b"), "a"), "status_url": (read_root_url, None)},
     "identity": {
         "certificate": (read_path, None), "key": (read_key, None), "trust_bundle": (read_path_or_url, None),
-        "discovery": (read_url, None), "ca": (read_path, None), "pins": (read_planned([]), []),
-        "enrollment": (read_planned("off"), "off"), "est": (read_planned({}), {}), "revocation": (read_planned("soft", "off"), "soft"),
+        "discovery": (read_url, None), "ca": (read_path, None), "pins": (read_pins, []),
+        "enrollment": (read_choice("off", "est"), "off"), "revocation": (read_choice("off", "soft", "require"), "soft"),
+        "est": {"url": (read_root_url, None), "token_file": (read_path, None), "certificate": (read_path, None), "key": (read_path, None)},
         "refresh": (read_duration, "1h"), "algorithm": (read_choice(*ALGORITHMS), None),
         "signature": {"label": (read_word, "sig1"), "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"]),
                       "keyid": (read_word, None), "alg": (read_word, None)}},
@@ -1365,6 +1469,11 @@ REGISTRY_SCHEMA = {
     "insecure": (read_flag, False)}
 REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key"), "git": ("wfm.url",),
             "signed": ("wfm.url", "identity.certificate", "identity.key", "identity.ca")}
+
+
+def is_within_whole(windows, start, end):
+    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of device-local time."""
+    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in range(int(start), int(max(start, end)) + 1, 60))
 
 
 def make_settings(value, schema, base, where, faults):
@@ -1454,7 +1563,21 @@ def check_profile(config):
         faults.append("git.allow_rewrite: a rewritten history is accepted only from signers; set git.verify_signatures, too")
     if git.username and not git.token_file:
         faults.append("git.username: is sent with the token of git.token_file, which is not set")
+    check_enrollment_settings(config.identity, profile, faults)
     return sorted(set(faults), key=faults.index)
+
+
+def check_enrollment_settings(identity, profile, faults):
+    """What automatic enrollment needs: a place to ask, and one form of authorization."""
+    est = identity.est
+    if identity.enrollment == "off":
+        return
+    if profile != "mtls":
+        faults.append("identity.enrollment: est gives an SVID, which only wfm.profile mtls uses")
+    if not est.url and not identity.discovery:
+        faults.append("identity.est.url: not set, and no identity.discovery either; one of them says where to enroll")
+    if bool(est.token_file) == bool(est.certificate and est.key) or bool(est.certificate) != bool(est.key):
+        faults.append("identity.est: either token_file, or certificate and key; found both, neither or a half")
 
 
 def expand_environment(value, environ, where, faults):
@@ -1601,14 +1724,18 @@ def make_state():
     outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged, oldest first
     dropped     {id in lower case: {state, at, reason}}: the last statuses that the WFM refused for good
     reported    {id in lower case: digest of the last acknowledged status}
-    trust       {source, etag, sequence, refreshedAt}: of trust-bundle.json
+    trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what discovery named
+    identity    digest of the own leaf that was last found to lead to the trust bundle
+    est         {phase, token, key, at, delay, failures, refused}: an enrollment or renewal under way; {used}: the token that served
+    crls        {URL: {etag, modified, number, key, at, delay, failures}}: of the revocation lists in crls/
+    drafts      the drafts in use, as the log was told
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
     pulled      [image, after a child device's id and a space where it is there]: what the agent pulled, and may prune
     history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome}
     """
     return {"schema": 1, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "dropped": {}, "reported": {},
-            "trust": {}, "patience": {}, "waiting": None, "pulled": [], "history": [], "lastPoll": None}
+            "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [], "patience": {}, "waiting": None, "pulled": [], "history": [], "lastPoll": None}
 
 
 def make_state_data(state):
@@ -1645,8 +1772,14 @@ def parse_state(data, path):
 
 
 def make_core(state):
-    """What must never become older, as bytes: whose device this is, what it accepted, whom it trusts."""
-    return make_json([state["enrollment"], state["client"], state["accepted"], state["trust"]])
+    """What must never become older, as bytes: whose device this is, what it accepted, whom it trusts, which token went with which key."""
+    return make_json([state[name] for name in ("enrollment", "client", "accepted", "trust", "est", "crls")])
+
+
+def get_random():
+    """A number in [0, 1) for jitter."""
+    import random
+    return random.random()
 
 
 class Store:
@@ -1664,7 +1797,7 @@ class Store:
     def create(self):
         """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
-            for name in ("", "artifacts", "deployments"):
+            for name in ("", "artifacts", "deployments", "crls"):
                 if not os.path.isdir(self.path(name)):
                     os.makedirs(self.path(name), 0o700, exist_ok=True)
             if os.stat(self.folder).st_mode & 0o077:
@@ -1920,7 +2053,7 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     """The one door to HTTP: one request, one connection, one Response, whatever its status.
 
     No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the TLS handshake and
-    each wait for data; `limit` bounds the body; `check_peer` gets the peer's certificate (DER) before anything is sent (C-013).
+    each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see get_chain) before anything is sent (C-013).
     Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
     """
     import http.client
@@ -1950,7 +2083,7 @@ def make_opener(context, check_peer):
             super().connect()
             if check_peer:
                 try:
-                    check_peer(self.sock.getpeercert(binary_form=True))
+                    check_peer(get_chain(self.sock, context))
                 except MargoError:
                     self.close()
                     raise
@@ -1965,6 +2098,15 @@ def make_opener(context, check_peer):
     for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler() if context is None else Handler(context=context)):
         opener.add_handler(handler)
     return opener
+
+
+def get_chain(connection, context):
+    """The peer's certificates (DER), leaf first: as verified, or as presented where nothing is.  Before Python 3.10 the leaf alone."""
+    import ssl
+    kind = "get_unverified_chain" if context.verify_mode == ssl.CERT_NONE else "get_verified_chain"
+    get = getattr(connection, kind, None) or getattr(getattr(connection, "_sslobj", None), kind, None)     # public since 3.13
+    chain = [item if isinstance(item, bytes) else item.public_bytes(2) for item in (get and get()) or ()]   # 2: DER
+    return chain or [connection.getpeercert(binary_form=True)]
 
 
 def read_body(response, limit, timeout, where):
@@ -2103,7 +2245,8 @@ def load_own(config, parse):
     try:
         data = read_file(path, MAX_CERTIFICATES)
         if data is None:
-            raise ValueError("there is no such file; the operator provides the certificate (a CSR for it: margo_agent.py csr)")
+            raise ValueError("there is no such file; " + ("`margo_agent.py enroll` obtains one" if config.identity.enrollment == "est" else
+                                                          "the operator provides the certificate (a CSR for it: margo_agent.py csr)"))
         return parse(parse_pem(data.decode("ascii")))
     except StorageError as error:
         raise Untrusted(f"identity.certificate: {error.message}") from None
@@ -2112,7 +2255,7 @@ def load_own(config, parse):
 
 
 def check_wfm(der, identity, now):
-    """Raises Untrusted unless the peer's leaf is the SVID of exactly our WFM (C-009 to C-014)."""
+    """The peer's leaf; raises Untrusted unless it is the SVID of exactly our WFM (C-009 to C-014)."""
     try:
         leaf = parse_certificate(der or b"")
         peer = check_leaf(leaf)
@@ -2123,22 +2266,55 @@ def check_wfm(der, identity, now):
         raise Untrusted(f"the peer is of trust domain {peer.trust_domain}, this client of {identity.wfm_spiffe_id.trust_domain}")
     if peer.text != identity.wfm_spiffe_id.text:
         raise Untrusted(f"the peer is {peer.text}, this client's WFM is {identity.wfm_spiffe_id.text}")
+    return leaf
 
 
 def make_wfm_context(identity, bundle, min_tls):
     """The SSLContext towards the WFM: own SVID chain (C-004), anchors of the bundle and nothing else (C-006)."""
     context = make_tls_context(bundle.anchors, min_tls=min_tls)
+    load_key_pair(context, identity.certificate_file, identity.key_file)
+    return context
 
+
+def load_key_pair(context, certificate_file, key_file, where="identity"):
+    """Lets an SSLContext present a chain; raises Untrusted, and HalfDone where an operator seems to be half-way through replacing the pair.
+
+    Certificate and key are two files, so between their replacements they do not fit.  That is waited for (E-010).
+    """
     asked = []                                      # nobody can type a password here; to raise in the callback upsets Python 3.7
     try:
-        context.load_cert_chain(identity.certificate_file, identity.key_file, lambda: asked.append(True) or "")
+        context.load_cert_chain(certificate_file, key_file, lambda: asked.append(True) or "")
     except FileNotFoundError:
-        raise Untrusted(f"identity.key {identity.key_file}: there is no such file") from None
+        name, path = ("certificate", certificate_file) if not os.path.exists(certificate_file) else ("key", key_file)
+        raise Untrusted(f"{where}.{name} {path}: there is no such file") from None
     except (OSError, ValueError) as error:
         if asked:
-            raise Untrusted(f"identity.key {identity.key_file} is encrypted; store it unencrypted, mode 0600") from None
-        raise Untrusted(f"identity.key {identity.key_file}: unreadable, or not the key of identity.certificate ({error})") from None
-    return context
+            raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
+        fault = f"{where}.key {key_file}: unreadable, or not the key of {where}.certificate ({error})"
+        times = [os.stat(path).st_mtime for path in (certificate_file, key_file)]
+        if "MISMATCH" in (getattr(error, "reason", None) or "") and max(times) > min(times) + 1 and 0 <= time.time() - max(times) < HALF_DONE:
+            raise HalfDone(f"{fault}; one of them was just replaced, the other one is waited for") from None
+        raise Untrusted(fault) from None
+
+
+def check_own_chain(certificate_file, key_file, anchors):
+    """Raises ValueError unless the own chain leads to one of the anchors (DER): OpenSSL judges, in a handshake with itself (E-012)."""
+    import ssl
+    client, server = make_tls_context(anchors), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    client.verify_mode = ssl.CERT_NONE              # only the server's side is asked, as a WFM would be
+    server.verify_mode, server.verify_flags = ssl.CERT_REQUIRED, server.verify_flags | 0x80000
+    server.load_verify_locations(cadata="".join(map(ssl.DER_cert_to_PEM_cert, anchors)))
+    for context in (client, server):
+        load_key_pair(context, certificate_file, key_file)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [client.wrap_bio(back, there), server.wrap_bio(there, back, server_side=True)]
+    for end in ends * 3:
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
 def parse_trust_bundle(data):
@@ -2167,22 +2343,29 @@ def parse_trust_bundle(data):
 
 
 def parse_discovery(data, document_url, trust_domain, public):
-    """The trustBundleUri of a discovery document; raises ValueError (C-033 to C-035).
+    """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
-    public: whether the document was authenticated by the system's store; the bundle must then have the same origin.
+    trust_domain: of the own SVID, None where there is none yet.  public: whether the document was authenticated by the system's store;
+    the bundle, and where to enroll (E-092), must then have the same origin.
     """
-    value = parse_json(data, "the discovery document")
+    value, uris, faults = parse_json(data, "the discovery document"), {}, []
     if not isinstance(value, dict) or not isinstance(value.get("trustDomain"), str):
         raise ValueError("the discovery document has no trustDomain")
-    try:
-        uri = read_url(value.get("trustBundleUri"), "")
-    except ValueError as error:
-        raise ValueError(f"trustBundleUri: {error}") from None
-    if value["trustDomain"] != trust_domain:
+    for name, reader in (("trustBundleUri", read_url), (EST_FIELD, read_root_url)):
+        try:
+            uris[name] = reader(value.get(name), "") if name in value or name != EST_FIELD else None
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if public and uris[name] and url_origin(uris[name]) != url_origin(document_url):
+            raise ValueError(f"{name} {uris[name]} is of another origin than the document; set identity.ca to allow that")
+    if trust_domain and value["trustDomain"] != trust_domain:
         raise ValueError(f"it is for trust domain {make_printable(value['trustDomain'], 100)}, the own SVID is of {trust_domain}")
-    if public and url_origin(uri) != url_origin(document_url):
-        raise ValueError(f"trustBundleUri {uri} is of another origin than the document; set identity.ca to allow that")
-    return uri
+    crls = value.get(CRL_FIELD, [])
+    if not isinstance(crls, list):
+        crls, faults = [], [f"{CRL_FIELD} is no list"]
+    good = [uri for uri in crls if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri)]
+    faults += [f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL" for uri in crls if uri not in good]
+    return Discovery(value["trustDomain"], uris["trustBundleUri"], uris[EST_FIELD], good[:MAX_ISSUED], faults)
 
 
 def url_origin(url):
@@ -2192,33 +2375,109 @@ def url_origin(url):
     return parts.hostname, parts.port or 443
 
 
-def fetch_from_mis(url, config, etag, where):
-    """GET from the Margo Identity Service: authenticated by identity.ca or the system's store, never by the bundle (C-030, C-044)."""
-    context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
-    headers = {"Accept": JSON_TYPE}                 # C-045
-    if etag:
-        headers["If-None-Match"] = etag
-    return request("GET", url, headers, None, context, config.wfm.timeout, MAX_CERTIFICATES)
+def make_mis_context(config, url):
+    """(SSLContext, check_peer) for the identity service at a URL: by identity.ca or the system's store, by pins, or by ca and pins both.
 
-
-def fetch_bundle(config, identity, trust, now):
-    """The trust bundle from its URL: (bytes, ETag, URL) or None where it is unchanged; raises Unreachable, Untrusted.
-
-    A 404 of the discovery document falls back to identity.trust_bundle where that is a URL (C-046).
+    The trust bundle has no say here (C-030, C-044).  A pin says which key is trusted, not where its certificate is.  So over a first
+    connection, on which nothing is said, the service shows its certificates; those whose key is pinned become the only anchors of
+    the next one, and OpenSSL judges as ever (E-005).  Before Python 3.10 it is openssl that shows what lies above the leaf.
     """
-    url, where = config.identity.trust_bundle, "identity.trust_bundle"
-    if config.identity.discovery:
-        where = f"identity.discovery {config.identity.discovery}"
-        answer = fetch_from_mis(config.identity.discovery, config, None, where)
-        if answer.status != 404 or not url or "://" not in url:
-            check_response(answer, where, (200,), now)
-            try:
-                url = parse_discovery(answer.body, config.identity.discovery, identity.spiffe_id.trust_domain, not config.identity.ca)
-            except ValueError as error:
-                raise Untrusted(f"{where}: {error}") from None
-    answer = fetch_from_mis(url, config, trust.get("etag") if trust.get("source") == url else None, where)
+    import ssl
+    context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
+    if not config.identity.pins:
+        return context, None
+    open_context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
+    open_context.check_hostname, open_context.verify_mode = False, ssl.CERT_NONE        # for looking only: fetch_chain says nothing
+    seen = fetch_chain(url, open_context, config.wfm.timeout) + context.get_ca_certs(binary_form=True)
+    pinned = [der for der in seen if make_pin(der) in config.identity.pins]
+    if not pinned:
+        raise Untrusted(f"{url}: it presents no certificate whose key is in identity.pins")
+    narrow = make_tls_context(pinned, min_tls=config.wfm.min_tls)
+    narrow.check_hostname = not re.fullmatch(r"[0-9.]+|.*:.*", url_origin(url)[0])     # an address has no name to check (E-016)
+    if not config.identity.ca:
+        return narrow, None
+    leaf = fetch_chain(url, narrow, config.wfm.timeout)[0]
+
+    def check_peer(chain):
+        if chain[0] != leaf:
+            raise Untrusted(f"{url}: the certificate that identity.ca vouches for is not the pinned one")
+    return context, check_peer
+
+
+def make_pin(der):
+    """base64 of the SHA-256 of a certificate's public key, "" for one that cannot be read."""
+    import base64
+    import hashlib
+    try:
+        return base64.b64encode(hashlib.sha256(parse_certificate(der).spki).digest()).decode()
+    except ValueError:
+        return ""
+
+
+def fetch_chain(url, context, timeout):
+    """The certificates of the service at a URL (DER), leaf first; the connection ends before anything is said."""
+    found = []
+
+    def look(chain):
+        found.extend(chain)
+        raise Silence("seen enough")
+
+    try:
+        request("GET", url, {}, None, context, timeout, 0, look)
+    except Silence:
+        pass
+    if len(found) == 1 and sys.version_info < (3, 10):
+        host, port = url_origin(url)
+        name = ["-noservername"] if re.fullmatch(r"[0-9.]+|.*:.*", host) else ["-servername", host]
+        output = run_command(["openssl", "s_client", "-showcerts", "-connect", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"] + name,
+                             timeout)
+        found.extend(parse_pem(output.stdout.decode("ascii", "replace")))
+    return found
+
+
+def fetch_from_mis(url, config, headers):
+    """GET from the Margo Identity Service."""
+    context, check_peer = make_mis_context(config, url) if url.startswith("https:") else (None, None)
+    return request("GET", url, headers, None, context, config.wfm.timeout, MAX_CERTIFICATES, check_peer)
+
+
+def fetch_discovery(config, trust_domain, now):
+    """The Discovery of identity.discovery; None where there is no such document and identity.trust_bundle is a URL (C-046).
+
+    Raises Unreachable, Untrusted, Refused.
+    """
+    where, url = f"identity.discovery {config.identity.discovery}", config.identity.trust_bundle
+    answer = fetch_from_mis(config.identity.discovery, config, {"Accept": JSON_TYPE})          # C-045
+    if answer.status == 404 and url and "://" in url:
+        return None
+    check_response(answer, where, (200,), now)
+    try:
+        found = parse_discovery(answer.body, config.identity.discovery, trust_domain, not (config.identity.ca or config.identity.pins))
+    except ValueError as error:
+        raise Untrusted(f"{where}: {error}") from None
+    for fault in found.faults:
+        log("warning", "part of the discovery document is passed over", reason=fault)
+    return found
+
+
+def fetch_bundle(config, url, trust, now):
+    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged; raises Unreachable, Untrusted, Refused."""
+    headers = {"Accept": JSON_TYPE}                 # C-045
+    if trust.get("etag") and trust.get("source") == url:
+        headers["If-None-Match"] = trust["etag"]
+    answer = fetch_from_mis(url, config, headers)
     check_response(answer, f"trust bundle {url}", (200, 304), now)
-    return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"), url)
+    return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"))
+
+
+def note_discovery(config, trust, found):
+    """Keeps what a discovery document says of enrollment and revocation; a list that vanished is told at once (E-091)."""
+    if config.identity.enrollment == "est":
+        trust["est"] = found.est_uri
+    if config.identity.revocation != "off" and (found.crl_uris or trust.get("crls")):
+        if not found.crl_uris:
+            log("warning", "the discovery document names no revocation lists any more; those at hand count until they end")
+        trust["crls"] = found.crl_uris
 
 
 def check_bundle(data, trust, trust_domain):
@@ -2247,27 +2506,33 @@ def load_trust_bundle(config, store):
         return None
 
 
-def refresh_trust_bundle(config, store, state, identity, now, keep=True):
+def refresh_trust_bundle(config, store, state, trust_domain, now, keep=True):
     """The current TrustBundle, fetched when due; a new one replaces all anchors at once (C-038 to C-042).
 
-    Where it cannot be fetched or is refused the current one stays; without any: Unreachable or Untrusted.  keep: store what was fetched.
+    trust_domain: of the own SVID, None where there is none yet.  Where it cannot be fetched or is refused the current one stays; without
+    any: Unreachable or Untrusted.  keep: store what was fetched.
     """
     held = load_trust_bundle(config, store)
     remote = config.identity.discovery or "://" in (config.identity.trust_bundle or "")
-    trust = state["trust"]
+    trust, url = state["trust"], config.identity.trust_bundle
     memo = store.load_memo().get("trust") or trust.get("refreshedAt") or 0
-    period = (held and held[1].refresh_hint) or config.identity.refresh
+    period = min([(held and held[1].refresh_hint) or config.identity.refresh] + [item["validity"] for item in state["crls"].values()
+                                                                                if item.get("validity")])       # E-090
     try:
         if not remote:
-            return check_bundle(held[0], trust, identity.spiffe_id.trust_domain)
+            return check_bundle(held[0], trust, trust_domain)
         if held and memo <= now < memo + period:
             return held[1]
-        answer = fetch_bundle(config, identity, trust if held else {}, now)
+        found = fetch_discovery(config, trust_domain, now) if config.identity.discovery else None
+        if found:
+            url, trust_domain = found.bundle_uri, found.trust_domain
+            note_discovery(config, trust, found)
+        answer = fetch_bundle(config, url, trust if held else {}, now)
         if keep:
             store.save_memo(dict(store.load_memo(), trust=now))
         if answer is None:
             return held[1]
-        bundle = check_bundle(answer[0], trust, identity.spiffe_id.trust_domain)
+        bundle = check_bundle(answer[0], trust, trust_domain)
     except (ValueError, MargoError) as error:
         reason = getattr(error, "message", str(error))
         if not held or not remote:
@@ -2276,8 +2541,8 @@ def refresh_trust_bundle(config, store, state, identity, now, keep=True):
         return held[1]
     if keep:
         write_file(store.path("trust-bundle.json"), answer[0])
-    trust.update(source=answer[2], etag=answer[1], sequence=bundle.sequence, refreshedAt=now, trustDomain=identity.spiffe_id.trust_domain)
-    log("info", "new trust bundle", source=answer[2], anchors=len(bundle.anchors), sequence=bundle.sequence)
+    trust.update(source=url, etag=answer[1], sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
+    log("info", "new trust bundle", source=url, anchors=len(bundle.anchors), sequence=bundle.sequence)
     return bundle
 
 
@@ -2390,23 +2655,454 @@ def fetch_ca(config, path):
 
 
 def make_private_key(path, algorithm=None):
-    """Makes a key (PKCS#8 PEM, mode 0600; by default ECDSA P-256) by openssl unless there is one; raises CommandError (C-018)."""
+    """Makes a key (PKCS#8 PEM, mode 0600; by default ECDSA P-256) by openssl unless there is one; raises CommandError (C-018, E-030).
+
+    One that is there is used as it is: also a PEM that stands for a key in a TPM or token, where OpenSSL's configuration has its provider.
+    """
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
     kind = NEW_KEYS.get(algorithm or ALGORITHMS[0]) or ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"]
-    output = run_command(["openssl", "genpkey", "-algorithm"] + kind, 60)
-    if output.code or b"PRIVATE KEY" not in output.stdout:
-        raise CommandError(f"openssl genpkey failed: {output.stderr}")
-    write_file(path, output.stdout)
+    write_file(path, run_openssl(["genpkey", "-algorithm"] + kind, b"PRIVATE KEY"))
     return True
 
 
-def make_csr(path):
-    """A PKCS#10 request (PEM) for the key in `path`; the issuer decides on the names, so it carries none."""
-    output = run_command(["openssl", "req", "-new", "-batch", "-sha256", "-subj", "/", "-key", path], 60)
-    if output.code or b"CERTIFICATE REQUEST" not in output.stdout:
-        raise CommandError(f"openssl req failed: {output.stderr}")
+def run_openssl(arguments, expected, data=b""):
+    """The output of one openssl command; raises CommandError where it fails or prints something else than `expected`."""
+    output = run_command(["openssl"] + arguments, 60, data=data)
+    if output.code or expected not in output.stdout:
+        raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
     return output.stdout
+
+
+def make_csr(path, form="PEM"):
+    """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035)."""
+    return run_openssl(["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path],
+                       b"CERTIFICATE REQUEST" if form == "PEM" else b"")
+
+
+# Enrollment and renewal over EST (RFC 7030).  An SVID passes through two files of the state directory before it is the own one: the
+# answer as it came (issued.p7), the chain that was checked (issued.pem).  Each is durable before the next step, and one rename
+# activates the chain; so wherever a run ends, the next one goes on from there, with the same key, and never without the old SVID.
+
+def make_renewal_time(leaf):
+    """When a certificate is due for renewal, Unix seconds: drawn by its own digest, so once and for all, whatever restarts (E-061, E-065)."""
+    first, last = RENEWAL_WINDOW
+    share = first + (last - first) * int(sha256_digest(leaf.der)[7:15], 16) / 16 ** 8
+    return leaf.not_before + share * (leaf.not_after - leaf.not_before)
+
+
+def find_est_step(est, leaf, fault, token, issued, now):
+    """What is to be done about the own SVID now: "" nothing, "wait", "renew" or "enroll"; raises Untrusted where only an operator can help.
+
+    est: the state's record.  leaf: the own Certificate, None where there is none.  fault: why it cannot be used, "" where it can.
+    token: digest of the enrollment token that is at hand, "" for the form by certificate, None where there is neither.  issued: whether an
+    answer is there already.
+    """
+    if not fault and (est.get("phase") != "enroll") and now < make_renewal_time(leaf):
+        return ""
+    if fault and leaf and now < leaf.not_before:
+        raise Untrusted(fault)                      # the clock: a new SVID would not help
+    step = "enroll" if fault or est.get("phase") == "enroll" else "renew"
+    fresh = token if token != est.get("used") else None
+    if step == "enroll" and fresh is None and not issued:
+        raise Untrusted(f"{fault or 'the own SVID is being replaced'}; a fresh enrollment token in identity.est.token_file is needed,"
+                        " or a chain for the request of `margo_agent.py csr`")
+    waiting = est.get("at", 0) <= now < est.get("at", 0) + est.get("delay", 0)
+    return "wait" if waiting and (step == "renew" or fresh in (None, est.get("token"))) else step
+
+
+def find_own_leaf(config, crls, now):
+    """(the own leaf or None, why it cannot be used or ""); a missing key makes it useless too, and so does its revocation."""
+    try:
+        leaf = load_identity(config).leaf
+        check_validity(leaf, now)
+    except Untrusted as error:
+        return None, error.message
+    except ValueError as error:
+        return leaf, f"identity.certificate {config.identity.certificate}: {error}"
+    if not os.path.exists(config.identity.key):
+        return leaf, f"identity.key {config.identity.key}: the key is lost"
+    return leaf, "the own SVID is revoked" if is_revoked(leaf, crls) else ""
+
+
+def load_token(config):
+    """The enrollment token's bytes, None where there is none any more; raises ConfigError for one that cannot be one."""
+    path = config.identity.est.token_file
+    data = read_file(path, 4 * KIB) if path else None
+    if data is None:
+        return None
+    token = re.sub(rb"\r?\n\Z", b"", data)
+    if not token.partition(b":")[2] or b"\n" in token:
+        raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
+    if os.stat(path).st_mode & 0o077:
+        log("warning", "others can read the enrollment token; chmod 0600 it", path=path)
+    return token
+
+
+def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False):
+    """Enrolls or renews where that is due; raises Unreachable, Untrusted where there is no SVID to work with, else NotRenewed.
+
+    jitter: in [0, 1), for the back-off.  is_silent: whether the operator's downtime lasts from now to a moment; it gives way only for an SVID
+    that would not outlive it.
+    """
+    est, token = state["est"], load_token(config)
+    chain = read_file(store.path("issued.pem"), MAX_CERTIFICATES)
+    if chain is not None and chain == read_file(config.identity.certificate, MAX_CERTIFICATES):
+        finish_enrollment(config, store, state, token)      # a run ended between activation and here
+        est, token = state["est"], load_token(config)
+    leaf, fault = find_own_leaf(config, load_crls(store, state), now)
+    mark = "" if config.identity.est.certificate else token and sha256_digest(token)
+    issued = any(os.path.exists(store.path(name)) for name in ("issued.p7", "issued.pem"))
+    step = find_est_step(est, leaf, fault, mark, issued, now)
+    if not step:
+        return
+    if step == "wait" or is_silent(now) and (fault or not is_silent(leaf.not_after)):
+        until = make_time(est.get("at", now) + est.get("delay", 0))
+        if fault and est.get("refused") and step == "wait":
+            raise Untrusted(f"{est['refused']}; asked again at {until}, or at once with another token")
+        if fault or step == "enroll":
+            silence = make_wait(Silence, f"waiting until {until} as the identity service or a back-off asks", est.get("at", now) + est.get("delay", 0) - now)
+            silence.exit = 3 if step == "wait" else 0       # downtime is the operator's own wish
+            raise silence
+        return
+    note_draft(store, state, "enrollment over EST")
+    try:
+        obtain_svid(config, store, state, step, leaf, token, now)
+    except (Unreachable, Untrusted, Refused, CommandError) as error:
+        asked = error.retry_after
+        failures = 0 if isinstance(error, Pending) else min(est.get("failures", 0) + 1, 30)
+        cap = EST_CAP if isinstance(error, Untrusted) else min(EST_CAP, EST_FIRST * 2 ** max(0, failures - 1)) * (1 - jitter)
+        cap = cap if fault else min(cap, (leaf.not_after - now) / 4)    # more than one attempt is left, however short its life
+        state["est"].update(at=now, failures=failures, refused=error.message if isinstance(error, Untrusted) else None, delay=(asked or EST_FIRST) if not failures else max(asked or 0, cap))
+        store.save_state(state)
+        if fault or step == "enroll":
+            raise
+        raise NotRenewed(f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error.message}") from None
+    state["patience"] = {}                          # what the WFM thought of the old SVID no longer counts
+    finish_enrollment(config, store, state, token)
+
+
+def note_draft(store, state, what):
+    """Says once in the log that a draft is in use."""
+    if what not in state["drafts"]:
+        log("warning", f"{what} follows {DRAFT}")
+        state["drafts"].append(what)
+        store.save_state(state)
+
+
+def finish_enrollment(config, store, state, token):
+    """Clears up after an activation, in an order that the next run can take up; the token is erased, and never sent again (E-044)."""
+    est, mark = state["est"], token and sha256_digest(token)
+    state["est"] = {"used": est.get("token") or est.get("used")}
+    store.save_state(state)
+    remove_file(store.path("issued.p7"))
+    if mark and mark == state["est"]["used"] and not remove_file(config.identity.est.token_file):
+        log("warning", "the enrollment token has served and cannot be erased; remove it", path=config.identity.est.token_file)
+    remove_file(store.path("issued.pem"))           # last: while it is there, this is not done
+
+
+def obtain_svid(config, store, state, step, leaf, token, now):
+    """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, proof, activation."""
+    chain = read_file(store.path("issued.pem"), MAX_CERTIFICATES)
+    renewed = leaf if step == "renew" else None
+    bundle = refresh_trust_bundle(config, store, state, parse_identity([leaf.der], "", "").spiffe_id.trust_domain if leaf else None, now)
+    if chain is None:
+        if not os.path.exists(store.path("issued.p7")):
+            request_svid(config, store, state, step, leaf, token, now)
+        chain = make_issued_chain(config, store, state, renewed, bundle, now)
+        write_file(store.path("issued.pem"), chain)
+    own = parse_identity(parse_pem(chain.decode("ascii")), store.path("issued.pem"), config.identity.key)
+    if renewed:
+        prove_svid(config, own, bundle, state["accepted"], now)
+    write_file(config.identity.certificate, chain, 0o644)
+    log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after), renewal=make_time(make_renewal_time(own.leaf)))
+
+
+def request_svid(config, store, state, step, leaf, token, now):
+    """Asks for an SVID, and makes the answer durable before anything else; what is asked with which key is durable before (E-042, E-043)."""
+    import base64
+    settings, url = config.identity.est, config.identity.est.url or state["trust"].get("est")
+    if not url:
+        raise Untrusted(f"identity.discovery {config.identity.discovery} names no {EST_FIELD}, and identity.est.url is not set")
+    operation = "simplereenroll" if step == "renew" else "simpleenroll"
+    context, check_peer = make_mis_context(config, url)                 # a fresh one: no certificate slips into the other form (E-034)
+    headers = {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
+    if step == "renew":
+        load_key_pair(context, config.identity.certificate, config.identity.key)
+        body = make_renewal_csr(leaf, config.identity.key)
+    else:
+        begin_enrollment(config, store, state, token)
+        body = make_csr(config.identity.key, "DER")
+        if settings.certificate:
+            load_key_pair(context, settings.certificate, settings.key, "identity.est")
+        else:
+            headers["Authorization"] = "Basic " + base64.b64encode(token).decode()
+    log("info", "asking for an SVID", url=f"{url}/{operation}")
+    response = request("POST", f"{url}/{operation}", headers, base64.encodebytes(body), context, config.wfm.timeout, MAX_CERTIFICATES, check_peer)
+    write_file(store.path("issued.p7"), read_certs_only(check_est_response(response, operation, now)))
+
+
+def begin_enrollment(config, store, state, token):
+    """The key and what it is for, both durable; raises Untrusted for a token that went with another key before: a token serves one key."""
+    est, mark = state["est"], token and sha256_digest(token)
+    if est.get("phase") != "enroll" or est.get("token") != mark:
+        state["est"] = est = {"phase": "enroll", "token": mark, "used": est.get("used")}
+        store.save_state(state)                     # first: a new key beside an old certificate is no broken pair but an enrollment
+    if make_private_key(config.identity.key):
+        log("info", "new private key", path=config.identity.key)
+    key = sha256_digest(run_openssl(["pkey", "-in", config.identity.key, "-pubout", "-outform", "DER"], b""))
+    if est.setdefault("key", key) != key:
+        raise Untrusted("the enrollment token was used with a key that is lost; a fresh token is needed")
+    store.save_state(state)
+
+
+def make_renewal_csr(leaf, key_file):
+    """A PKCS#10 request (DER) with subject and subjectAltName as they stand in the SVID, byte for byte (E-063; openssl req re-encodes them)."""
+    rsa = b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in leaf.spki[:40]
+    algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0") if rsa else make_der(
+        0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))           # sha256WithRSAEncryption, ecdsa-with-SHA256
+    attribute = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e"),         # extensionRequest
+                         make_der(0x31, make_der(0x30, leaf.extensions[OID_SUBJECT_ALT_NAME][2])))
+    content = make_der(0x30, b"\x02\x01\x00", leaf.subject, leaf.spki, make_der(0xA0, attribute))
+    signature = run_openssl(["dgst", "-sha256", "-sign", key_file], b"", content)
+    return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
+
+
+class Pending(Unreachable):
+    """The request for an SVID was accepted and waits for a decision; not a failure."""
+
+
+def make_wait(kind, message, seconds):
+    """An Unreachable of a kind that says how many seconds to wait; None: it does not."""
+    error = kind(message)
+    error.retry_after = seconds
+    return error
+
+
+def check_est_response(response, operation, now):
+    """The body of a 200; raises Pending for 202, Unreachable for what passes, Untrusted for a refusal (protocol of the draft, 3.3)."""
+    wait = parse_retry_after(response.headers.get("Retry-After"), now)
+    if response.status == 200:
+        return response.body
+    if response.status == 202:                      # E-037
+        raise make_wait(Pending, "the identity service has accepted the request and has not decided yet", wait)
+    problem = parse_problem(response.body)
+    words = problem.detail or problem.title if problem else make_printable(response.body[:500].decode("utf-8", "replace"))
+    message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
+    if response.status in (408, 429) or response.status >= 500:
+        raise make_wait(Unreachable, message, wait if wait is not None or not problem else problem.retry_after)
+    raise Untrusted(f"enrollment authorization refused: {message}")
+
+
+def read_certs_only(body):
+    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038); raises Untrusted."""
+    import base64
+    if body[:1] == b"\x30":
+        return body
+    text = re.sub(rb"-----(BEGIN|END) PKCS7-----", b"", body)
+    try:
+        data = base64.b64decode(b"".join(text.split()), validate=True)
+    except ValueError:
+        data = b""
+    if data[:1] != b"\x30":
+        raise Untrusted(f"EST answered 200 with something else than certificates: {make_printable(body[:100].decode('utf-8', 'replace'))!r}")
+    return data
+
+
+def parse_certs_only(data):
+    """The certificates (DER) of CMS SignedData; openssl reads it, because some servers write BER; raises ValueError."""
+    output = run_command(["openssl", "pkcs7", "-inform", "DER", "-print_certs"], 60, data=data)
+    found = parse_pem(output.stdout.decode("ascii", "replace"))
+    if output.code or len(found) > MAX_ISSUED:
+        raise ValueError(f"openssl finds no certs-only message of at most {MAX_ISSUED} certificates in it")
+    return found
+
+
+def find_issued(certificates, spki, renewed, trust_domain):
+    """The leaf among issued Certificates; raises ValueError unless it is for the own key, of a client, and no other than before.
+
+    spki: the own public key.  renewed: the leaf that it renews, or None.  trust_domain: what the discovery document says, or None.
+    """
+    leaf = next((item for item in certificates if item.spki == spki), None)
+    if leaf is None:
+        raise ValueError(f"none of the {len(certificates)} certificates issued is for the own key")
+    own = parse_identity([leaf.der], "", "").spiffe_id
+    if trust_domain and own.trust_domain != trust_domain:
+        raise ValueError(f"the SVID issued is of trust domain {own.trust_domain}, the discovery document says {trust_domain}")
+    if renewed and own.text != renewed.uris[0]:
+        raise ValueError(f"the SVID issued is {own.text}, the one to be renewed is {renewed.uris[0]}")                        # E-067
+    if renewed and leaf.not_after <= renewed.not_after:
+        raise ValueError("the SVID issued ends no later than the one that it renews")
+    return leaf
+
+
+def make_issued_chain(config, store, state, renewed, bundle, now):
+    """The chain (PEM bytes) from the answer in issued.p7, checked whole; raises Untrusted, Unreachable.
+
+    An answer that will never do is removed, so that the next attempt asks anew; one that only time or a newer bundle can mend is kept.
+    """
+    path, url = store.path("issued.p7"), config.identity.est.url or state["trust"].get("est")
+    spki = run_openssl(["pkey", "-in", config.identity.key, "-pubout", "-outform", "DER"], b"")
+    try:
+        issued = [parse_certificate(der) for der in parse_certs_only(read_file(path, MAX_CERTIFICATES))]
+        leaf = find_issued(issued, spki, renewed, state["trust"].get("trustDomain"))
+        if time.time() > leaf.not_after:
+            check_validity(leaf, time.time())
+    except ValueError as error:
+        remove_file(path)
+        raise Untrusted(f"the certificate that EST issued is refused: {error}") from None
+    response = fetch_from_mis(f"{url}/cacerts", config, {"Accept": CERTS_TYPE})             # E-039
+    try:
+        found = [parse_certificate(der) for der in parse_certs_only(read_certs_only(check_est_response(response, "cacerts", now)))]
+    except ValueError as error:
+        raise Untrusted(f"cacerts: {error}") from None
+    chain = make_chain(leaf, [item for item in found + issued if item.is_ca], [parse_certificate(anchor) for anchor in bundle.anchors])
+    data = "".join(make_pem(item.der) for item in chain).encode()
+    if 0 < leaf.not_before - time.time() <= CLOCK_SKEW:
+        raise make_wait(Pending, f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead of ours",
+                        leaf.not_before - time.time() + 1)
+    write_file(store.path("issued.try"), data)
+    try:
+        check_validity(leaf, time.time())
+        check_own_chain(store.path("issued.try"), config.identity.key, bundle.anchors)
+    except ValueError as error:
+        store.save_memo(dict(store.load_memo(), trust=1))               # a rotation may be under way: the next attempt asks for the bundle anew
+        raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
+    finally:
+        remove_file(store.path("issued.try"))
+    return data
+
+
+def make_pem(der):
+    """A certificate in PEM."""
+    import ssl
+    return ssl.DER_cert_to_PEM_cert(der)
+
+
+def prove_svid(config, own, bundle, accepted, now):
+    """Asks the WFM for nothing new in the name of a renewed SVID, which replaces the old one only where that is answered; raises what request does."""
+    headers = {"Accept": MANIFEST_TYPE}
+    if accepted and accepted.get("etag"):
+        headers["If-None-Match"] = accepted["etag"]
+    context = make_wfm_context(own, bundle, config.wfm.min_tls)
+    response = request("GET", config.wfm.url + "/api/v1/deployments", headers, None, context, config.wfm.timeout, config.policy.max_document,
+                       lambda chain: check_wfm(chain[0], own, now))
+    check_response(response, "the renewed SVID, tried at the WFM", (200, 304), now)
+
+
+# Revocation lists, of the same draft: signed by the issuer of the SVIDs that they list, named by the discovery document alone.
+
+def make_crl_path(store, digest):
+    """Where a verified revocation list is kept, by its digest: the state says which ones count."""
+    return store.path("crls", digest[7:39])
+
+
+def load_crls(store, state):
+    """[Crl] of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
+    found = []
+    for url, record in state["crls"].items():
+        data = read_file(make_crl_path(store, record["digest"]), 1024 * MIB) if record.get("digest") else None
+        if data is not None and sha256_digest(data) == record["digest"]:
+            found.append(parse_crl(data)[1])
+        elif record.get("digest"):
+            log("error", "security: a revocation list at hand is lost; an older one could now pass for the newest", url=url)
+    return found
+
+
+def is_revoked(leaf, crls):
+    """Whether one of the lists by the leaf's issuer lists it, whatever the list's age (E-083)."""
+    return any(is_listed(crl, leaf.serial) for crl in crls if is_same_issuer(crl, leaf))
+
+
+def is_same_issuer(crl, leaf):
+    """Whether list and leaf have one issuer: by name and, where both say one, by key identifier."""
+    ids = find_key_id(crl, OID_ISSUER_KEY), find_key_id(leaf, OID_ISSUER_KEY)
+    return crl.issuer == leaf.issuer and (None in ids or ids[0] == ids[1])
+
+
+def find_status_fault(leaf, crls, listed, now):
+    """Why the revocation status of a peer's leaf is not known, "" where it is; raises Untrusted for one that is revoked (E-083)."""
+    if is_revoked(leaf, crls):
+        raise Untrusted("the peer's certificate is revoked")
+    if not listed and not crls:
+        return "the trust domain names no revocation list"
+    mine = [crl for crl in crls if is_same_issuer(crl, leaf)]
+    if not mine:
+        return "no revocation list at hand is by its issuer" if len(crls) >= len(listed) else "a revocation list could not be had yet"
+    return "" if any(now <= crl.next_update for crl in mine) else f"the revocation list ended at {make_time(max(crl.next_update for crl in mine))}"
+
+
+def check_status(leaf, crls, listed, mode, now):
+    """Holds a peer's leaf against the lists; raises Untrusted where it is revoked or, by `require`, where that is not known (E-087, E-088)."""
+    if mode == "off" or mode == "soft" and not listed and not crls:
+        return
+    fault = find_status_fault(leaf, crls, listed, now)
+    if fault and mode == "require":
+        raise Untrusted(f"the WFM's revocation status is not known, and identity.revocation is require: {fault}")
+    if fault:
+        log("warning", "the WFM's revocation status is not known", reason=fault)
+
+
+def refresh_crls(config, store, state, issuers, now, jitter):
+    """Fetches each revocation list that is due (E-081, E-082); no fault of it is more than a line in the log.
+
+    issuers: the Certificates that may have signed one.  No step of connecting, and nothing at all where discovery named none.
+    """
+    listed, records = state["trust"].get("crls") or [], state["crls"]
+    before = make_json(records)
+    for url in listed:
+        note_draft(store, state, "revocation lists")
+        record = records.setdefault(url, {})
+        if record.get("at", 0) <= now < record.get("at", 0) + record.get("delay", 0):
+            continue
+        try:
+            fetch_crl(config, store, url, record, issuers, now)
+            left = record["validity"] - (now - record["thisUpdate"])
+            record.update(failures=0, delay=max(1, min(CRL_PERIOD * (1 + jitter), left / 2)))
+        except (MargoError, ValueError) as error:
+            failures = min(record.get("failures", 0) + 1, 30)
+            delay = (1 - jitter) * min(EST_CAP, EST_FIRST * 2 ** (failures - 1))
+            record.update(failures=failures, delay=max(getattr(error, "retry_after", None) or 0, delay))
+            log("warning", "a revocation list cannot be had; what is at hand stays", url=url, reason=getattr(error, "message", str(error)))
+        record["at"] = now
+    for url in [url for url, record in records.items() if url not in listed and now > record.get("thisUpdate", 0) + record.get("validity", 0)]:
+        del records[url]
+    if make_json(records) != before:
+        store.save_state(state)                     # first what counts, then the old files go
+        keep = {os.path.basename(make_crl_path(store, record.get("digest", ""))) for record in records.values()}
+        for name in set(os.listdir(store.path("crls"))) - keep:
+            remove_file(store.path("crls", name))
+
+
+def fetch_crl(config, store, url, record, issuers, now):
+    """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError."""
+    headers = {name: record[key] for name, key in (("If-None-Match", "etag"), ("If-Modified-Since", "modified")) if record.get(key)}
+    context, check_peer = make_mis_context(config, url) if url.startswith("https:") else (None, None)
+    response = request("GET", url, headers, None, context, config.wfm.timeout, config.policy.max_document, check_peer)
+    if check_response(response, url, (200, 304), now).status == 304:
+        return
+    der, crl = parse_crl(response.body)
+    if crl.this_update > now + CLOCK_SKEW:
+        raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")
+    path = make_crl_path(store, sha256_digest(der))
+    write_file(path, der)                           # openssl reads it there; it counts only once the state names it
+    signer = next((item for item in issuers if is_issuer(item, crl) and (item.key_usage is None or CRL_SIGN in item.key_usage)
+                   and is_crl_signed(path, item)), None)
+    if signer is None:
+        raise ValueError("no issuer that is known, and may sign lists, has signed it")
+    key = sha256_digest(signer.spki)
+    if record.get("key") == key and crl.number < record["number"]:
+        raise ValueError(f"security: its number went back from {record['number']} to {crl.number}")
+    if record.get("key") != key or crl.number > record["number"]:
+        record.update(digest=sha256_digest(der), number=crl.number, key=key, thisUpdate=crl.this_update, validity=crl.next_update - crl.this_update)
+    record.update(etag=response.headers.get("ETag"), modified=response.headers.get("Last-Modified"))
+
+
+def is_crl_signed(path, issuer):
+    """Whether the list in a file is signed by a certificate's key; openssl's words say it, its exit code not in every version."""
+    output = run_command(["openssl", "crl", "-inform", "DER", "-noout", "-verify", "-in", path, "-CAfile", "/dev/stdin"], 60,
+                         data=make_pem(issuer.der).encode())
+    return output.code == 0 and "verify OK" in output.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2895,15 +3591,21 @@ class HttpSource:
 class MtlsSource(HttpSource):
     """Management Interface 1.0.0-rc.3: mutual TLS; the SVID is all that says who asks (C-020)."""
 
-    def __init__(self, config, identity, bundle):
+    def __init__(self, config, identity, bundle, crls=(), listed=()):
         super().__init__(config)
+        self.crls, self.listed, self.chain = crls, listed, []
         self.identity, self.client_id, self.peer = identity, identity.spiffe_id.text, identity.wfm_spiffe_id.text
         self.context = make_wfm_context(identity, bundle, config.wfm.min_tls)
 
     def ask(self, method, url, headers, body, limit):
         """One request, sent once the peer is known to be our WFM."""
-        now = time.time()
-        return request(method, url, headers, body, self.context, self.config.wfm.timeout, limit, lambda der: check_wfm(der, self.identity, now))
+        return request(method, url, headers, body, self.context, self.config.wfm.timeout, limit, self.check_peer)
+
+    def check_peer(self, chain):
+        """Raises Untrusted unless the peer is our WFM and not revoked."""
+        leaf = check_wfm(chain[0], self.identity, time.time())
+        check_status(leaf, self.crls, self.listed, self.config.identity.revocation, time.time())
+        self.chain = chain
 
     def put_capabilities(self, device_id, document):
         """Reports what a device can do; repeating it is harmless (C-080)."""
@@ -3026,7 +3728,42 @@ def connect_mtls(config, store, state, keep, client_id=None):
     check_enrollment(state, client_id or identity.spiffe_id.text)
     check_own(identity.leaf, config, now)
     warn_of_expiry(identity.leaf, store, now)
-    return MtlsSource(config, identity, refresh_trust_bundle(config, store, state, identity, now, keep))
+    bundle = refresh_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
+    check_own_anchor(identity, bundle, store, state, keep)
+    if config.identity.revocation == "require" and keep:
+        refresh_revocation(config, store, state)    # else after the poll; but here nothing goes without
+    crls = load_crls(store, state)
+    if is_revoked(identity.leaf, crls):
+        log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued", id=identity.spiffe_id.text)
+    return MtlsSource(config, identity, bundle, crls, state["trust"].get("crls") or ())
+
+
+def check_own_anchor(identity, bundle, store, state, keep):
+    """Raises Untrusted for a new own chain that does not lead to the trust bundle; one that did is tried on, since the WFM decides (E-012)."""
+    mark, memo = sha256_digest(identity.leaf.der + b"".join(bundle.anchors)), store.load_memo()
+    if memo.get("checked") == mark:
+        return
+    leaf = sha256_digest(identity.leaf.der)
+    try:
+        check_own_chain(identity.certificate_file, identity.key_file, bundle.anchors)
+    except ValueError as error:
+        message = f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust bundle ({error})"
+        if state["identity"] != leaf:
+            raise Untrusted(message) from None
+        log("error", f"{message} any more; have it issued anew")
+        return
+    state["identity"] = leaf
+    if keep:
+        store.save_memo(dict(memo, checked=mark))
+
+
+def refresh_revocation(config, store, state, source=None):
+    """Fetches the revocation lists that are due; a list's issuer is sought among anchors, own chain and the chain of the WFM."""
+    if config.identity.revocation == "off" or not (state["trust"].get("crls") or state["crls"]):
+        return
+    held, own = load_trust_bundle(config, store), read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
+    ders = (held[1].anchors if held else []) + parse_pem(own.decode("ascii", "replace")) + getattr(source, "chain", [])
+    refresh_crls(config, store, state, [parse_certificate(der) for der in ders], time.time(), get_random())
 
 
 def connect_signed(config, store, state, keep):
@@ -3075,7 +3812,9 @@ def warn_of_expiry(leaf, store, now):
 
 def describe_mtls(config, state, now):
     """What `status` says of the own identity: {id, notAfter, warning}; never raises."""
-    return describe_own(config, (state["enrollment"] or {}).get("id", ""), now, lambda chain: parse_identity(chain, "", ""))
+    found = describe_own(config, (state["enrollment"] or {}).get("id", ""), now, lambda chain: parse_identity(chain, "", ""))
+    revoked = found["notAfter"] and is_revoked(load_identity(config).leaf, load_crls(Store(config.state_dir), state))
+    return dict(found, warning="revoked; have a new one issued") if revoked else found
 
 
 def describe_signed(config, state, now):
@@ -3099,7 +3838,8 @@ def check_mtls(config, now):
     own = load_identity(config)
     check_own(own.leaf, config, now)
     make_wfm_context(own, TrustBundle([own.leaf.der], None, None), config.wfm.min_tls)
-    return judge_own(own.leaf, own.spiffe_id.text, config, now)
+    draft = f", renewed over EST (draft) after {make_time(make_renewal_time(own.leaf))}" if config.identity.enrollment == "est" else ""
+    return judge_own(own.leaf, own.spiffe_id.text + draft, config, now)
 
 
 def check_signed(config, now):
@@ -6013,7 +6753,9 @@ class Agent:
         """
         with self:
             faults, changed, began = [], False, time.time()
-            for step in (self.exchange, self.reconcile, self.flush_outbox):
+            for step in (self.tend_identity, self.exchange, self.refresh_revocation, self.reconcile, self.flush_outbox):
+                if step == self.exchange and faults and not isinstance(faults[0], NotRenewed):
+                    continue                        # there is no SVID to speak with
                 try:
                     changed = step() or changed
                 except MargoError as error:
@@ -6084,6 +6826,17 @@ class Agent:
             self.state["patience"] = {"failures": failures, "at": now, "delay": delay, "boot": boot, "uptime": uptime}
         if isinstance(error, (Unreachable, Untrusted)) or error.retry_after:
             self.source = None                      # one time-out a cycle is enough
+
+    def tend_identity(self):
+        """Enrolls or renews where the configuration wants that automated and it is due (E-060)."""
+        now, downtime = time.time(), self.config.poll.downtime
+        if self.config.identity.enrollment == "est":
+            tend_identity(self.config, self.store, self.state, now, get_random(), lambda end: is_within_whole(downtime, now, end))
+
+    def refresh_revocation(self):
+        """Fetches revocation lists where there are some and it is time."""
+        if not is_within(self.config.poll.downtime, time.localtime()):
+            refresh_revocation(self.config, self.store, self.state, self.source)
 
     def exchange(self):
         """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.  True where a new one was accepted.
@@ -6418,10 +7171,6 @@ class Agent:
         return Outcome(max(codes), result, last["detail"], make_delay(self.config, state, fault, time.time(), get_random()))
 
 
-class Silence(Unreachable):
-    """No request is made now, by the operator's or the WFM's wish; not a fault."""
-
-
 class Waiting(MargoError):
     """A desired state that removes a lot waits for its confirmation."""
 
@@ -6432,12 +7181,6 @@ class Interrupted(MargoError):
     """The process was asked to end before everything was done."""
 
     exit, code = 3, "INTERRUPTED"
-
-
-def get_random():
-    """A number in [0, 1) for jitter."""
-    import random
-    return random.random()
 
 
 def is_at_hand(record, target):
@@ -6617,12 +7360,37 @@ def command_enroll(config, options):
         agent.store.save_memo({})                   # the trust bundle is asked for whatever its age
         agent.state["trust"]["refreshedAt"] = None
         try:
+            wait_for_svid(agent)
             source = agent.connect()
             agent.report_capabilities(always=True)
+            agent.refresh_revocation()
         finally:
             agent.store.save_state(agent.state)     # also what was learnt of the trust bundle before it failed
         print(f"enrolled: {source.client_id} with {config.wfm.url} as device {agent.device_id}")
     return 0
+
+
+def wait_for_svid(agent):
+    """Enrolls over EST where that is due; at a terminal the decision of the identity service is waited for, with a line of progress."""
+    if agent.state["est"].get("failures"):
+        agent.state["est"]["delay"] = 0             # somebody asks for it now; only what the service itself asked for is waited for
+    while True:
+        try:
+            return agent.tend_identity()
+        except (Pending, Silence) as error:
+            est = agent.state["est"]
+            left = est.get("at", 0) + est.get("delay", 0) - time.time()
+            if not sys.stderr.isatty() or left <= 0:
+                raise
+            while left > 0:
+                sys.stderr.write(f"\r{error.message}; next request in {left:.0f} s ...  ")
+                sys.stderr.flush()
+                time.sleep(min(1, left))
+                left = est["at"] + est["delay"] - time.time()
+            sys.stderr.write("\n")
+        except NotRenewed as error:
+            log("warning", error.message)
+            return None
 
 
 def command_unenroll(config, options):

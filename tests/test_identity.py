@@ -29,7 +29,7 @@ def read(path):
 
 def make_leaf(uris=(CLIENT_ID,), is_ca=False, usage=frozenset({0}), start=NOW - 100, end=NOW + 100):
     """A Certificate record as parse_certificate makes it; bit 0 of keyUsage is digitalSignature."""
-    return Certificate(b"", b"", b"", 1, start, end, b"", list(uris), is_ca, None if usage is None else set(usage))
+    return Certificate(b"", b"", b"", 1, start, end, b"", list(uris), is_ca, None if usage is None else set(usage), {})
 
 
 def change_environment(test, **values):
@@ -110,7 +110,7 @@ class OwnIdentity(unittest.TestCase):
         return self.pki.der(f"{name}.pem")
 
     def test_the_wfm_follows_from_the_own_id(self):
-        """C-009, C-015: exact and case-sensitive, nothing is read into the names."""
+        """C-009, C-015, E-015: exact and case-sensitive, nothing is read into the names."""
         for index, (domain, wfm, client) in enumerate((
                 (TRUST_DOMAIN, "main", "line-4-cell-2"), ("a", "A.b_c-1", "0"), ("x.y", "client", "client"),
                 ("x", "wfm", "WFM"), ("x", "a~", "b~"))):
@@ -254,7 +254,7 @@ class Discovery(unittest.TestCase):
 
     def parse(self, document, public=True, url=URL):
         data = document if isinstance(document, bytes) else json.dumps(document).encode()
-        return margo_agent.parse_discovery(data, url, TRUST_DOMAIN, public)
+        return margo_agent.parse_discovery(data, url, TRUST_DOMAIN, public).bundle_uri
 
     def test_the_bundles_address_is_read_and_unknown_members_are_ignored(self):
         """C-034."""
@@ -462,6 +462,7 @@ class Peers(LiveCase):
     def test_the_systems_store_is_not_asked(self):
         """C-006: a bundle that does not know the WFM's authority is not helped by a system that does."""
         self.device.set("identity.trust_bundle", self.pki.path("site-ca.pem"))
+        self.carry(self.issue(CLIENT_ID, signer="site-ca"))
         self.assert_refused("the peer's certificate is refused", process=True,
                             SSL_CERT_FILE=self.pki.path("ca.pem"), SSL_CERT_DIR=self.pki.folder)
 
@@ -521,6 +522,7 @@ class Peers(LiveCase):
         support.write(os.path.join(self.folder, "bundle.json"), json.dumps({"keys": [
             {"use": "x509-svid", "x5c": [base64.b64encode(self.pki.der(f"{middle}.pem")).decode()]}]}))
         self.device.set("identity.trust_bundle", os.path.join(self.folder, "bundle.json"))
+        self.carry(self.issue(CLIENT_ID, signer=middle), middle)
         self.assert_refused("the peer's certificate is refused")
         self.install(self.issue(WFM_ID, signer=middle))
         self.assert_accepted()
@@ -716,8 +718,7 @@ class RemoteCase(LiveCase):
         """What refresh_trust_bundle returns, and what it logs."""
         config = margo_agent.load_config(self.device.config_file)
         with contextlib.redirect_stderr(io.StringIO()) as output:
-            bundle = margo_agent.refresh_trust_bundle(config, self.store, self.state, margo_agent.load_identity(config),
-                                                      now)
+            bundle = margo_agent.refresh_trust_bundle(config, self.store, self.state, TRUST_DOMAIN, now)
         return bundle, output.getvalue()
 
     def refuse(self, *kinds, now=NOW):
@@ -756,7 +757,7 @@ ANSWERS = {                     # answers of an identity service that are no bun
 
 class RemoteBundle(RemoteCase):
     def test_it_is_fetched_once_and_cached_for_its_owner(self):
-        """C-040, C-042, C-045: until the hint has passed nothing is asked, whatever identity.refresh says."""
+        """E-004, C-040, C-042, C-045: until the hint has passed nothing is asked, whatever identity.refresh says."""
         self.device.set("identity.refresh", "1m")
         bundle, output = self.refresh()
         self.assertEqual(bundle, TrustBundle(self.anchors("ca.pem"), 1, 3600))
@@ -1041,6 +1042,7 @@ class RemoteProcess(RemoteCase):
         """C-006, C-039: one that does not know the WFM's authority ends it, before a request."""
         self.wfm.fault({"path": BUNDLE, "body": json.dumps({"keys": [
             {"use": "x509-svid", "x5c": [base64.b64encode(self.pki.der("site-ca.pem")).decode()]}]})})
+        self.carry(self.issue(CLIENT_ID, signer="site-ca"))
         self.assert_refused("the peer's certificate is refused")
 
     def test_a_sequence_is_remembered_though_the_enrollment_failed(self):
