@@ -422,6 +422,10 @@ class Trust(SignedCase):
         with open(path) as file:
             self.assertEqual(ssl.PEM_cert_to_DER_cert(file.read()), self.pki.der("site-ca.pem"))
         self.assertEqual(self.device.run("enroll", "--fetch-ca", path, env=trusting).returncode, 0)
+        self.wfm.fault({"path": "*/certificate", "status": 200, "body": '{"certificate": "AAAA"}'})
+        done = self.device.run("enroll", "--fetch-ca", path + ".new", env=trusting)
+        self.assertEqual((done.returncode, os.path.exists(path + ".new")), (5, False), done.stderr)
+        self.wfm.fault()
         with open(self.pki.path("ca.pem"), "rb") as file:
             support.write(path, file.read())
         done = self.device.run("enroll", "--fetch-ca", path, env=trusting)
@@ -580,6 +584,23 @@ class DialectB(Capabilities):
         self.device.cycle()
         self.assertEqual(self.device.run("unenroll").returncode, 0)
         self.assertEqual(self.asked()[-1], ("DELETE", f"/capabilities/{DEVICE}", 204))
+
+    def test_a_gateway_speaks_for_its_children(self):
+        """C-220, C-222, C-135: the gateway first, each child below it, and a status with the child's id."""
+        child = support.FakeEngine(self)
+        self.device.set("device.children", [{
+            "id": "drive", "vendor": "v", "modelNumber": "m", "serialNumber": "7", "connection": {"CONTAINER_HOST": "unix:///x", "FAKE_PODMAN": child.folder},
+            "properties": {"cpus": [{"cores": 2}], "memory": "512Mi", "storage": "8Gi"}}])
+        self.publish(device=f"{DEVICE}/drive")
+        self.device.cycle()
+        self.assertEqual((len(child.containers()), self.engine.containers()), (1, {}))
+        self.assertEqual([(method, path) for method, path, _ in self.asked() if "capabilities" in path],
+                         [("POST", f"/capabilities/{DEVICE}"), ("POST", f"/capabilities/{DEVICE}/drive")])
+        self.assertEqual(self.kept()[f"{DEVICE}/drive"]["properties"]["cpu"], [{"cores": 2}])
+        self.assertEqual((self.wfm.reports()[-1]["body"]["deviceId"], self.wfm.statuses()[-1]), (f"{DEVICE}/drive", "installed"))
+        self.assertEqual(self.device.run("unenroll").returncode, 0)
+        self.assertEqual([(method, path) for method, path, _ in self.asked()][-2:],
+                         [("DELETE", f"/capabilities/{DEVICE}/drive"), ("DELETE", f"/capabilities/{DEVICE}")])
 
     def test_a_deployment_for_another_device_fails_alone(self):
         self.publish(device="elsewhere")
