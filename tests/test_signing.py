@@ -306,8 +306,13 @@ class Onboarding(SignedCase):
         self.assertEqual([method for method, path, _ in self.asked() if "onboarding" in path], ["POST"])
 
     def test_it_is_stored_before_anything_else(self):
-        self.wfm.fault({"path": "/api/v1/clients/*", "status": 503})
-        self.device.cycle(3)
+        """A power cut after onboarding does not lose the id: it lies on the disk while the next request still waits for its answer."""
+        self.wfm.fault({"path": "/api/v1/clients/*", "delay": 20, "close": True})
+        process = subprocess.Popen(self.device.command("run", "--once"), env=self.device.env, stderr=subprocess.DEVNULL)
+        self.addCleanup(support.end, process)
+        support.wait_for(lambda: os.path.exists(os.path.join(self.device.state_dir, "state.json")), what="a state on the disk")
+        self.assertIsNone(process.poll())
+        support.end(process)
         self.assertTrue(self.device.state()["client"]["id"])
         self.assertFalse(self.device.status()["enrolled"])
 
