@@ -2,6 +2,7 @@
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -697,6 +698,20 @@ class Addresses(unittest.TestCase):
                                 ("a.lock/b", "a%2Elock/b"), ("1.2", "1.2")]:
             self.assertEqual(margo_agent.make_ref_path(device_id), path)
             self.assertEqual(subprocess.run(["git", "check-ref-format", f"refs/heads/status/{path}"]).returncode, 0)
+
+
+class Example(unittest.TestCase):
+    """examples/gitfleet.sh, on two real engines."""
+
+    def test_two_devices_follow_one_branch_there_and_back(self):
+        support.require("git", "podman")
+        done = subprocess.run(["sh", os.path.join(support.EXAMPLES, "gitfleet.sh")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              universal_newlines=True, timeout=300)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        for device in ("press-1", "press-2"):
+            self.assertEqual(re.findall(rf"^{device} runs: (.*)$", done.stdout, re.M),
+                             ["Hello from the press shop", "Good evening, press shop", "Hello from the press shop"])
+        self.assertIn("nothing is left behind", done.stdout)
 
 
 if __name__ == "__main__":
