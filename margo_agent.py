@@ -3877,13 +3877,13 @@ class GitSource:
         self.env, self.heads, self.reporter = make_git_environment(config, home), {}, None
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
-        """One git command on the repository: its Output; raises CommandError unless it ends with one of `codes`."""
+        """One git command on the repository: its Output; raises CommandError unless it ends with one of `codes` (None: any)."""
         folder = self.repository if command != "ls-remote" else os.path.join(self.home, "none")       # what is spoilt stops no poll (P-14)
         try:
             output = run_command(["git", f"--git-dir={folder}", command, *arguments], timeout, env or self.env, self.home, **options)
         except CommandMissing:
             raise ConfigError("git is not installed, or not on PATH; wfm.profile git needs it") from None
-        if output.code not in codes:
+        if codes and output.code not in codes:
             raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
         return output
 
@@ -3977,7 +3977,7 @@ class GitSource:
         before = limit_files(limit)
         try:
             output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--", self.url, refspec,
-                              timeout=PULL_TIMEOUT, codes=range(-99, 256))
+                              timeout=PULL_TIMEOUT, codes=None)
         finally:
             limit_files(before)
         packs = os.path.join(self.repository, "objects", "pack")

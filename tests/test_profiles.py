@@ -9,7 +9,7 @@ import os
 import subprocess
 import unittest
 
-from tests import support
+from tests import git_server, support
 from tests.support import HELLO
 
 OTHER = HELLO[:-2] + "99"
@@ -46,7 +46,44 @@ class HttpRoad:
         return self.wfm.statuses(deployment_id)
 
 
+class GitRoad:
+    """Profile git: a repository behind https with a token, which takes the reports, too."""
+
+    def __init__(self, name, test, engine):
+        support.require("git")
+        self.pki, self.repository = support.Pki(test), git_server.Repository(test)
+        self.wfm = support.Wfm(test, self.pki)      # its registry serves the packages
+        self.wfm.add_package(support.make_compose())
+        self.server = git_server.GitServer(test, self.pki, self.repository.served, "Bearer t0ken")
+        token = support.write(os.path.join(self.repository.folder, "token"), "t0ken", 0o600)
+        self.device = support.Device(test, self.pki, self.wfm, engine, url=f"{self.server.url}/fleet.git", settings={
+            "wfm.profile": name, "identity": {"ca": self.pki.path("site-ca.pem")}, "git.token_file": token})
+        self.repository.commit({"README": "the fleet"})
+
+    def publish(self, deployment_id=HELLO, **options):
+        self.repository.commit({f"{deployment_id}.yaml": support.make_deployment(deployment_id, registry=self.wfm.registry, **options)})
+
+    def withdraw(self, deployment_id=HELLO):
+        self.repository.commit({f"{deployment_id}.yaml": None})
+
+    def spoil(self):
+        self.repository.commit({"spoilt.yaml": "a: [1"})
+
+    def mend(self):
+        self.repository.commit({"spoilt.yaml": None})
+
+    def stop(self):
+        self.server.close()
+
+    def states(self, deployment_id=HELLO):
+        try:
+            return [line.split(": ")[1] for line in self.repository.log(f"status/{support.DEVICE}") if line.startswith(deployment_id)]
+        except AssertionError:                      # there is no such branch yet
+            return []
+
+
 ROADS = {name: (lambda test, engine, name=name: HttpRoad(name, test, engine)) for name in ("mtls", "signed-a", "signed-b")}
+ROADS["git"] = lambda test, engine: GitRoad("git", test, engine)
 
 
 class Scenarios:
