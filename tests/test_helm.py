@@ -232,7 +232,7 @@ class HelmCase:
         return [line.split() for line in lines]
 
     def test_install_unchanged_update_and_removal(self):
-        """C-153, C-181, D-14, D-15: in a namespace of its own; one `helm list` and nothing else where nothing changed."""
+        """C-153, C-166, C-181, D-14, D-15: in a namespace of its own; one `helm list` and nothing else where nothing changed."""
         self.publish(values={"greeting": "s3cret-value", "hosts[0].name": "x.example"}, components=("web", "side"))
         log = self.device.cycle()
         both = {f"{name}-{HELLO}": ("plant-7", "web-1.0.0", "deployed") for name in ("web", "side")}
