@@ -1421,9 +1421,9 @@ def is_within(windows, local):
     return False
 
 
-# What leads an engine's command to an engine elsewhere, and which engine that is; a child device is reached by one of them.
+# What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is reached by one of them.
 CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman", "DOCKER_HOST": "docker",
-               "DOCKER_CONTEXT": "docker"}
+               "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
 CHILD_SCHEMA = {
     "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
     "properties": (read_properties, {}), "labels": (read_labels, {}), "connection": (read_environment, {})}
@@ -5755,6 +5755,11 @@ def find_registry(image):
     return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
 
 
+def make_child_environment(environ, connection):
+    """The environment of commands for a child device: nothing in it leads to what is the gateway's own."""
+    return dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
+
+
 def make_compose_driver(config, environ=None, child=None, others=()):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
@@ -5762,10 +5767,9 @@ def make_compose_driver(config, environ=None, child=None, others=()):
     """
     environ = os.environ if environ is None else environ
     if child:
-        device_id, connection = child
-        environ = dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
-        kind = "podman" if "podman" in {CONNECTIONS.get(key) for key in connection} else "docker"
-        engine, compose = find_engine(kind, environ), config.runtime.compose if config.runtime.compose != "off" else "auto"
+        kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
+        environ = make_child_environment(environ, child[1])
+        engine, compose = kinds and find_engine(max(kinds), environ), config.runtime.compose if config.runtime.compose != "off" else "auto"
         return ComposeDriver(engine, find_provider(compose, engine, environ), config, environ, child, ["", *others]) if engine else None
     docker = config.runtime.engine == "auto" and config.runtime.compose == "docker compose"        # what docker starts, docker shows
     engine = find_engine("docker" if docker else config.runtime.engine, environ)
@@ -5784,7 +5788,7 @@ class ComposeDriver:
         self.engine, self.provider, self.config, self.environ = engine, provider, config, environ
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even where they share the engine
-        self.remote = bool(set(self.connection) - {"CONTAINERS_STORAGE_CONF"} & set(CONNECTIONS))
+        self.remote = bool(set(self.connection) & set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"})
         self.pulled = []                            # images that were not here before
 
     def run(self, arguments, timeout, code=None, program=None):
@@ -6132,10 +6136,18 @@ def list_texts(value):
     return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
 
 
-def make_helm_driver(config, environ):
-    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything."""
+def make_helm_driver(config, environ, child=None):
+    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything.
+
+    child: (device id, connection) of a child device, whose connection may name its cluster.
+    """
     import shutil
     setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
+    if child and "KUBECONFIG" not in child[1]:
+        return None
+    if child:
+        environ = make_child_environment(environ, child[1])
+        setting, path = "auto" if setting == "off" else setting, environ["KUBECONFIG"]
     path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", os.path.join(environ.get("HOME") or "/root", ".kube/config"))), None)
     if setting == "off" or setting == "auto" and not (path and shutil.which("helm", path=environ.get("PATH"))):
         return None
@@ -6258,8 +6270,7 @@ def make_drivers(config, child=None, others=()):
 
     A driver has observe, prepare, apply, remove, remove_image and `pulled`; no other section knows what it drives.
     """
-    helm = None if child else make_helm_driver(config, os.environ)
-    drivers = {"compose": make_compose_driver(config, child=child, others=others), "helm": helm}
+    drivers = {"compose": make_compose_driver(config, child=child, others=others), "helm": make_helm_driver(config, os.environ, child)}
     return {kind: driver for kind, driver in drivers.items() if driver}
 
 
@@ -6999,7 +7010,8 @@ class Agent:
     def observe(self):
         """Looks at every device, all at once; {device id: CommandError} of those that do not answer."""
         def look(place):
-            records = {key: record for key, record in self.state["deployments"].items() if record["deviceId"] == place.device_id}
+            records = {key: record for key, record in self.state["deployments"].items()
+                       if place.device_id in (self.find_home(record), *record.get("left", ()))}
             try:
                 if place is not self.places[0] and not place.drivers:
                     raise CommandError("the engine's command that its connection needs is not installed here")
@@ -7014,8 +7026,13 @@ class Agent:
             with ThreadPoolExecutor(8) as pool:
                 seen = list(pool.map(look, self.places))
         answers = {place.device_id: answer for place, answer in zip(self.places, seen)}
-        self.observed = {key: None if isinstance(answer, CommandError) else answer for key, answer in answers.items()}
-        return {key: answer for key, answer in answers.items() if isinstance(answer, CommandError)}
+        deaf = {key: answer for key, answer in answers.items() if isinstance(answer, CommandError)}
+        self.observed = {key: None if key in deaf else answer for key, answer in answers.items()}
+        for record in self.state["deployments"].values():
+            if record.get("left"):                  # until it is seen that nothing of it is there any more
+                record["left"] = [left for left in record["left"] if left in deaf or any(
+                    container.deployment_id.lower() == record["deploymentId"].lower() for container in self.observed.get(left) or ())]
+        return deaf
 
     def plan(self, targets):
         """[(Place, Action, Target or None)] of all devices, in order; removals first, also those of a deployment that moves.
@@ -7076,7 +7093,8 @@ class Agent:
             return False                            # refused before for the same reason, and told so
         if containers is None and action.action != "refuse":
             return False                            # nothing is done blindfold
-        if action.action in ("install", "update") and self.is_downtime() and not is_at_hand(record, target):
+        if action.action in ("install", "update") and self.is_downtime() and not (
+                record and record["deviceId"] == place.device_id and is_at_hand(record, target)):
             return False                            # a package or an image would have to be fetched (protocol 10)
         log("info" if action.action != "refuse" else "error", action.action, deployment=action.deployment_id, reason=action.reason)
         if action.action == "remove" and record and (target or self.find_home(record) != place.device_id):
@@ -7087,7 +7105,8 @@ class Agent:
             log("warning", "its device is no longer configured; what runs there is forgotten", deployment=action.deployment_id,
                 device=record["deviceId"])
         if not record or target and record["deviceId"] != place.device_id:          # new here: what it was elsewhere is removed there
-            record = make_record(target or Target(action.deployment_id, "", 0, None, None), place.device_id)
+            left = [*record.get("left", ()), record["deviceId"]] if record and record["state"] != "pending" else []
+            record = dict(make_record(target or Target(action.deployment_id, "", 0, None, None), place.device_id), left=left)
         if action.action == "remove":
             steps = apply_removal(record, self.state["accepted"]["version"], containers, tools)
         else:

@@ -149,6 +149,17 @@ class Connections(unittest.TestCase):
         driver = self.driver({"CONTAINER_HOST": "ssh://a", "DOCKER_HOST": "ssh://a"})
         self.assertEqual((driver.engine, driver.remote), ("podman", True))
 
+    def test_a_child_that_is_a_cluster_has_no_engine_and_the_gateways_is_not_taken_for_it(self):
+        self.assertIsNone(self.driver({"KUBECONFIG": "/a/kubeconfig"}))
+        from tests.test_configuration import make
+        folder = support.make_folder(self)
+        support.write(os.path.join(folder, "helm"), "#!/bin/sh\n", 0o755)
+        environ = {"PATH": folder, "KUBECONFIG": "/the/gateways/own", "CONTAINER_HOST": "unix:///own"}
+        config = make(runtime={"helm": "off", "kubeconfig": "/the/gateways/own"})
+        driver = margo_agent.make_helm_driver(config, environ, (A, {"KUBECONFIG": "/a/kubeconfig"}))
+        self.assertEqual((driver.environ["KUBECONFIG"], "CONTAINER_HOST" in driver.environ), ("/a/kubeconfig", False))
+        self.assertIsNone(margo_agent.make_helm_driver(config, environ, (A, {"CONTAINER_HOST": "unix:///a"})))
+
     def test_what_the_gateway_does_not_host_its_children_may(self):
         """runtime.compose and runtime.engine speak of this device; `off` makes a gateway that hosts nothing itself."""
         driver = self.driver({"CONTAINER_HOST": "ssh://a"}, compose="off", engine="docker")

@@ -9,6 +9,7 @@ import unittest
 
 import margo_agent
 from tests import support
+from tests.test_gateway import make_child
 from tests.support import HELLO
 
 CHART = os.path.join(support.DATA, "charts", "web")
@@ -151,19 +152,23 @@ class HelmCase:
         self.engine = support.FakeEngine(self)
         self.device = support.Device(self, self.pki, self.wfm, self.engine)
         self.folder = support.make_folder(self)
-        server = support.Service(self, [sys.executable, "-m", "tests.fake_kubernetes"], {"PYTHONPATH": support.ROOT})
-        url = server.wait_for_line("listening ")
-        self.kubeconfig = support.write(os.path.join(self.folder, "kubeconfig"), json.dumps({
-            "apiVersion": "v1", "kind": "Config", "clusters": [{"name": "test", "cluster": {"server": url}}],
-            "users": [{"name": "test", "user": {}}], "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
-            "current-context": "test"}), 0o600)
-        self.cluster, self.tool = url, os.path.join(support.find_helm(self.version), "helm")
+        self.cluster, self.kubeconfig = self.start_cluster("kubeconfig")
+        self.tool = os.path.join(support.find_helm(self.version), "helm")
         # a `helm` on PATH that notes its command lines
         support.write(os.path.join(self.folder, "bin", "helm"), f"#!/bin/sh\necho \"$*\" >> {self.folder}/calls\nexec {self.tool} \"$@\"\n", 0o755)
         self.device.env["PATH"] = f"{self.folder}/bin:{self.device.env['PATH']}"
         self.device.set("runtime.kubeconfig", self.kubeconfig)
         self.registry = self.start_registry()
         self.push("web", "1.0.0")
+
+    def start_cluster(self, name):
+        """(URL, kubeconfig file) of a cluster of its own."""
+        server = support.Service(self, [sys.executable, "-m", "tests.fake_kubernetes"], {"PYTHONPATH": support.ROOT})
+        url = server.wait_for_line("listening ")
+        return url, support.write(os.path.join(self.folder, name), json.dumps({
+            "apiVersion": "v1", "kind": "Config", "clusters": [{"name": "test", "cluster": {"server": url}}],
+            "users": [{"name": "test", "user": {}}], "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+            "current-context": "test"}), 0o600)
 
     def start_registry(self):
         """A real registry that asks for a login, over TLS."""
@@ -388,6 +393,36 @@ class HelmCase:
         self.assertEqual(support.read_json(os.path.join(folder, name)), {"greeting": "s3cret"})
         self.assertEqual(self.device.status()["deployments"][0]["state"], "installed")
         self.assertEqual(json.loads(self.device.run("capabilities").stdout)["properties"]["supportedDeploymentTypes"], ["compose", "helm"])
+
+
+    def test_a_child_device_may_be_a_cluster(self):
+        """Protocol 9, issue 3, gateways: each by its own KUBECONFIG; what moves is uninstalled there, also where that had to wait."""
+        own, there = self.kubeconfig, self.start_cluster("other")[1]
+        self.device.settings["runtime"].update(helm="off", kubeconfig=None)
+        self.device.set("device.children", [make_child("a", {"KUBECONFIG": own}), make_child("b", {"KUBECONFIG": there})])
+        documents = json.loads(self.device.run("capabilities").stdout)
+        self.assertEqual([document["properties"]["supportedDeploymentTypes"] for document in documents], [["compose"], ["helm"], ["helm"]])
+
+        def names():
+            found = []
+            for self.kubeconfig in (own, there):
+                found.append([item["name"] for item in json.loads(self.helm("list", "-A", "-o", "json"))])
+            return found
+
+        self.publish(device=f"{support.DEVICE}/a")
+        self.device.cycle()
+        self.assertEqual(names(), [[f"web-{HELLO}"], []])
+        with open(own) as file:
+            good = file.read()
+        support.write(own, good.replace("127.0.0.1", "127.0.0.99"), 0o600)        # cut off
+        self.publish(device=f"{support.DEVICE}/b")
+        self.device.cycle(1)
+        support.write(own, good, 0o600)
+        self.assertEqual(names(), [[f"web-{HELLO}"], [f"web-{HELLO}"]])
+        self.device.cycle(0)
+        self.assertEqual(names(), [[], [f"web-{HELLO}"]])
+        self.device.cycle(0)
+        self.assertEqual(self.device.state()["deployments"][HELLO]["left"], [])
 
 
 class Helm3(HelmCase, unittest.TestCase):
