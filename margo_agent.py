@@ -3625,8 +3625,6 @@ class SignedSource(HttpSource):
         self.url = self.url.replace(urlsplit(self.url).netloc, re.sub(":443$", "", urlsplit(self.url).netloc.lower()), 1)      # as it is signed
         self.signer, self.state, self.peer = signer, state, "the one that identity.ca vouches for"
         self.context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
-        if state["client"]:
-            self.adopt(state["client"]["id"])
 
     def adopt(self, client_id):
         """Speaks as this client from now on."""
@@ -3654,7 +3652,6 @@ class SignedSource(HttpSource):
         import base64
         document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest",
                     "certificate": base64.b64encode(self.signer.leaf.der).decode()}
-        self.root = HttpSource.root
         try:
             value = parse_json(self.send("POST", "/onboarding", (200, 201), document=document).body, "the answer")
             client_id = value.get("clientId") if isinstance(value, dict) else None
