@@ -64,6 +64,7 @@ ALGORITHMS = ("ecdsa-p256-sha256", "ecdsa-p384-sha384", "rsa-v1_5-sha256", "rsa-
 STATES = ("failed", "removing", "installing", "pending", "removed", "installed")     # most severe first (C-133)
 
 RETRY_FIRST, RETRY_CAP = 30, 3600                   # seconds between attempts at a failed deployment
+REPAIRS = 5                                         # repairs within RETRY_CAP before pauses between them grow, too
 HISTORY = 20                                        # accepted desired states that `history` tells of
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                                     # seconds that the current step may still take once the process is asked to end
@@ -221,11 +222,13 @@ Deployment = define("Deployment", "deployment_id name namespace device_id type c
     "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None; `extensions`: those of {spec, deploymentProfile}.", {})
 Target = define("Target", "deployment_id digest version deployment error device_id",
     "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it; `device_id`: where it is at home.", None)
-Container = define("Container", "id name deployment_id component service hash state exit_code type device_id",
-    "One container of ours (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, `hash` our mark,"
-    " `type` the deployment type whose driver showed it, `device_id` the child device it was made for.", "")
-Action = define("Action", "deployment_id action reason",
-    "One step of a plan: install, update, remove, keep or refuse, and why.")
+Container = define("Container", "id name deployment_id component service hash state exit_code type device_id started health",
+    "One container of ours (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, or `unhealthy`;"
+    " `hash` our mark, `type` the deployment type whose driver showed it, `device_id` the child device it was made for, `started` Unix"
+    " seconds where they are shown, `health` the engine's word where there is a check.", "", 0, "")
+Action = define("Action", "deployment_id action reason restore unstable",
+    "One step of a plan: install, update, remove, keep or refuse, and why; `restore`: it is the version before that has to be mended;"
+    " `unstable`: the component that is repaired in vain.", False, None)
 Place = define("Place", "device_id device drivers",
     "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}.")
 Profile = define("Profile", "connect describe check",
@@ -1789,6 +1792,7 @@ class Store:
         self.folder = folder
         self.saved = self.core = None               # bytes of state.json as they lie on the disk, and of what its copy is kept for
         self.locked = None
+        self.fetched = []                           # digests of packages and names of images that the deployment at work has fetched
 
     def path(self, *names):
         """A path below the state directory."""
@@ -1876,6 +1880,7 @@ class Store:
     def save_artifact(self, digest, data):
         """Keeps verified content under its digest."""
         write_file(self.path("artifacts", digest.replace(":", "-")), data)
+        self.fetched.append(digest)
 
     def prune_artifacts(self, digests):
         """Removes every artifact, and every unpacked package, whose digest is not among `digests`."""
@@ -3237,14 +3242,17 @@ def parse_deployment(data, deployment_id):
             raise ValueError(f"{where}components: expected a list of at least one component")
         schemes = "(oci|https)" if kind == "helm" and "kind" in value else "oci"        # charts of older generations (C-153)
         components = [parse_component(item, f"{where}components[{index}].", schemes) for index, item in enumerate(components)]
-        if len({component.name for component in components}) != len(components):
+        known = {component.name for component in components}
+        if len(known) != len(components):
             raise ValueError(f"{where}components: a name occurs twice")
+        parameters = parse_parameters(spec.get("parameters"), "ENV." if "kind" in value and kind == "compose" else "")
+        check_targets(parameters, known)
         return Deployment(
             deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
             check_member(metadata, "namespace", "metadata.", NAME_PATTERN),
             "" if "kind" in value and "deviceId" not in metadata else      # older generations: the device that was given it
             check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?"),
-            kind, components, parse_parameters(spec.get("parameters"), "ENV." if "kind" in value and kind == "compose" else ""), constraints,
+            kind, components, parameters, constraints,
             {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
@@ -3376,6 +3384,15 @@ def parse_parameters(value, prefix=""):
         parameters.append(Parameter(str(name), item.get("value"), [
             (target["pointer"][len(prefix) if target["pointer"].startswith(prefix) else 0:], target["components"]) for target in targets]))
     return parameters
+
+
+def check_targets(parameters, known):
+    """Raises ValueError for a parameter that reaches none of the components there are; further targets may be those of another profile."""
+    for parameter in parameters:
+        named = [name for _, names in parameter.targets for name in names]
+        if named and not known.intersection(map(str, named)):
+            raise ValueError(f"spec.parameters.{make_printable(parameter.name, 80)}.targets: {make_printable(str(named[0]), 80)!r} is not among"
+                             f" the components {', '.join(sorted(known))}")
 
 
 # What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
@@ -4419,64 +4436,106 @@ def needs_document(entry, record):
     return record is None or record["adopted"]["digest"] != entry.digest or record["refused"] or record["state"] not in ("installed", "failed")
 
 
-def make_plan(targets, records, containers, now):
+def make_plan(targets, records, containers, now, settle=0, mark=""):
     """What to do, in order, as [Action]: removals first, to free what they hold, then the manifest's own order.
 
     targets: [Target], deployment and error both None where needs_document said so.  records: the state's `deployments`.
-    containers: [Container] as observed, None where the engine could not be asked (then nothing is taken for drift).
+    containers: [Container] as observed, None where the engine could not be asked (then nothing is taken for drift).  settle, mark:
+    `runtime.settle` and make_mark of `runtime.environment`.
     """
     wanted = {target.deployment_id.lower() for target in targets}
-    orphans = {container.deployment_id.lower(): container.deployment_id for container in containers or ()}
+    seen = {}
+    for container in containers or ():
+        seen.setdefault(container.deployment_id.lower(), []).append(container)
+    orphans = {key: items[-1].deployment_id for key, items in seen.items()}
     orphans.update((key, record["deploymentId"]) for key, record in records.items() if record["state"] != "removed")
     plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans) if key not in wanted]
     for target in targets:
-        plan.append(make_action(target, records.get(target.deployment_id.lower()), containers, now))
+        key = target.deployment_id.lower()
+        plan.append(make_action(target, records.get(key), None if containers is None else seen.get(key, []), now, settle, mark))
     return plan
 
 
-def make_action(target, record, containers, now):
-    """The Action for one deployment that is wanted."""
-    def act(action, reason):
-        return Action(target.deployment_id, action, reason)
+def make_action(target, record, containers, now, settle, mark):
+    """The Action for one deployment that is wanted; containers: its own."""
+    def act(action, reason, **more):
+        return Action(target.deployment_id, action, reason, **more)
 
+    same = record and record["adopted"]["digest"] == target.digest
+    if same and record["state"] == "failed" and record["fallback"] and (target.error or is_ahead(record["retryAt"], now)):
+        words = find_drift(record["running"]["services"], containers, now, settle)[1]
+        if words and not is_ahead(make_pause(record), now):
+            return act("update", f"drift: {words}; the version before is brought back", restore=True)
     if target.error:
         return act("refuse", f"{target.error.code}: {target.error.message}")
     if record is None:
         return act("install", "new")
     change = "update" if record["running"] else "install"
-    if record["adopted"]["digest"] != target.digest:
+    if not same:
         return act(change, "another revision")
     if record["refused"]:
         return act(change, "was refused before, and can be carried out now")
     if record["state"] == "failed":
-        if now < record["retryAt"] < now + 2 * RETRY_CAP:       # later than that only a clock that was set back can make it
+        if is_ahead(record["retryAt"], now):
             return act("keep", f"failed ({record['error']['code']}); next attempt at {make_time(record['retryAt'])}")
         return act(change, f"failed before, attempt {record['failures'] + 1}")
     if record["state"] in ("pending", "removed") and not record["running"]:
         return act("install", "new")
     if record["state"] != "installed":
         return act(change, f"was interrupted while {record['state']}")
-    drift = find_drift(record, containers)
-    return act("update", drift) if drift else act("keep", "as desired")
+    component, words = find_drift({item["name"]: item["services"] for item in record["components"]}, containers, now, settle)
+    if words and is_ahead(make_pause(record), now):
+        return act("refuse", f"{words} although it was repaired {record['repairs']} times; next attempt at {make_time(make_pause(record))}",
+                   unstable=component)
+    if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
+        return act("update", "runtime.environment has changed")
+    return act("update", f"drift: {words}") if words else act("keep", "as desired")
 
 
-def find_drift(record, containers):
-    """What differs between a deployment that is installed and its containers, in words, or "" (P-12, D-23)."""
+def is_ahead(moment, now):
+    """Whether a moment of ours lies ahead; one that is too far ahead was made by a clock that was wrong (P-2)."""
+    return now < moment <= now + 2 * RETRY_CAP
+
+
+def make_pause(record):
+    """Until when a further repair of a deployment waits: some are free, then the pauses grow (P-7)."""
+    return record["repairedAt"] + min(RETRY_CAP, RETRY_FIRST * 2 ** min(record["repairs"] - REPAIRS, 10)) if record["repairs"] >= REPAIRS else 0
+
+
+def make_mark(environment):
+    """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
+    return sha256_digest(make_json(environment))[7:23] if environment else ""
+
+
+def find_drift(services, containers, now, settle):
+    """(component, words) for what differs between what was installed and its containers, or ("", "") (P-12, D-23).
+
+    services: {component: {service: facts}}; containers: those of this deployment, or None.
+    """
     if containers is None:
+        return "", ""
+    seen = {}
+    for container in containers:
+        seen.setdefault((container.component, container.service), []).append(container)
+    for component, items in services.items():
+        for service, facts in items.items():
+            words = judge_containers(seen.pop((component, service), []), facts, now, settle)
+            if words:
+                return component, f"{component}/{service} {words}"
+    return (min(seen)[0], f"{'/'.join(min(seen))} does not belong to it") if seen else ("", "")
+
+
+def judge_containers(found, facts, now, settle):
+    """What is wrong with the containers found for a service, in words, or "".  facts: what `apply` returned for it."""
+    if len(found) != 1:
+        return f"has {len(found)} containers" if found else "" if facts["finished"] else "has no container"
+    container = found[0]
+    if container.hash != facts["hash"] or container.id != facts.get("id", container.id):
+        return "is not the container that was made for it"
+    if facts["finished"]:
         return ""
-    key = record["deploymentId"].lower()
-    seen = {(c.component, c.service): c for c in containers if c.deployment_id.lower() == key}
-    for component in record["components"]:
-        for service, facts in component["services"].items():
-            container = seen.pop((component["name"], service), None)
-            where = f"{component['name']}/{service}"
-            if container is None and not facts["finished"]:
-                return f"drift: {where} has no container"
-            if container is not None and container.hash != facts["hash"]:
-                return f"drift: {where} is not the container that was made for it"
-            if container is not None and container.state != "running" and not facts["finished"]:
-                return f"drift: {where} is {container.state}"
-    return f"drift: {'/'.join(min(seen))} does not belong to it" if seen else ""
+    restless = container.started != facts.get("started", container.started) and 0 <= now - container.started < settle
+    return f"is {container.state}" if container.state != "running" else "is being restarted over and over" if restless else ""
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -5716,10 +5775,16 @@ def mask(text, values):
     return text
 
 
+def is_usable(container, service, known):
+    """Whether a container is the one that was made for a service as it is wanted, in a state from which it can go on."""
+    ours = not known or known["hash"] != service.hash or known.get("id", container.id) == container.id
+    return ours and container.hash == service.hash and container.state in ("running", "exited", "created", "stopped", "restarting")
+
+
 def is_settled(service, containers, known):
     """Whether a service has exactly the container that it should, running, or finished as it did before."""
     done = known and known["finished"] and known["hash"] == service.hash
-    return len(containers) == 1 and containers[0].hash == service.hash and (containers[0].state == "running" or bool(done))
+    return len(containers) == 1 and is_usable(containers[0], service, known) and (containers[0].state == "running" or bool(done))
 
 
 def find_engine(setting, environ):
@@ -5801,7 +5866,7 @@ class ComposeDriver:
         records: of the deployments that are known to need this driver; a leftover is looked for all the same (P-11).
         """
         facts = "\t".join(["{{.ID}}", "{{.Names}}"] + [f'{{{{.Label "{name}"}}}}' for name in (
-            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE)] + ["{{.State}}"])
+            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE)] + ["{{.State}}", "{{.Status}}"])
         form = "json" if self.engine == "podman" else facts
         output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 20 if self.remote else 60)
         if output.code:
@@ -5885,18 +5950,26 @@ class ComposeDriver:
             if container.deployment_id.lower() == workload.deployment_id.lower() and container.component == workload.component:
                 ours.setdefault(container.service, []).append(container)
         folder = os.path.dirname(workload.folder)
+        gone = [container for name, items in ours.items() for container in items if name not in {s.name for s in project.services}]
+        runs = {container.id for items in ours.values() for container in items if container.state == "running"}
         if self.provider:
             self.apply_provider(prepared, folder, ours, known, deadline)
         else:
             self.create_shared(project, deadline)
             for service in project.services:
-                self.await_dependencies(service, project, workload, deadline)
-                self.apply_service(service, workload, folder, ours.get(service.name, []), known.get(service.name), deadline)
-        gone = [container for name, items in ours.items() for container in items if name not in {s.name for s in project.services}]
-        self.remove_containers(gone, deadline)
-        finished = self.await_startup(project.services, workload, deadline) if workload.wait else set()
-        return {service.name: {"hash": service.hash, "finished": service.name in finished, "image": service.image}
-                for service in project.services}
+                self.await_dependencies(service, project, workload, deadline, runs)
+                gone += self.apply_service(service, workload, folder, ours.get(service.name, []), known.get(service.name), deadline)
+        self.remove_containers(gone[::-1], deadline)                # who shares another's network goes before that one
+        finished = self.await_startup(project.services, workload, deadline, runs) if workload.wait else set()
+        there = {container.service: container for container in self.find(workload)}
+        return {service.name: {"hash": service.hash, "finished": service.name in finished, "image": service.image,
+                               "id": there[service.name].id, "started": there[service.name].started}
+                for service in project.services if service.name in there}
+
+    def find(self, workload):
+        """[Container] of one component as it is now."""
+        return [container for container in self.observe() if container.component == workload.component
+                and container.deployment_id.lower() == workload.deployment_id.lower()]
 
     def create_shared(self, project, deadline):
         """Networks and volumes that are not there yet; what is there is left as it is."""
@@ -5906,17 +5979,33 @@ class ComposeDriver:
                     self.run([kind, "create"] + arguments + [name], deadline - time.monotonic(), "INSTALL_FAILED")
 
     def apply_service(self, service, workload, folder, present, known, deadline):
-        """One service: kept, started again, or made anew."""
-        same = [container for container in present if container.hash == service.hash]
-        others = [container for container in present if container not in same[:1]]
-        if same and same[0].state in ("running", "exited", "created", "stopped"):
-            self.remove_containers(others, deadline)
-            done = known and known["finished"] and known["hash"] == service.hash
-            if same[0].state != "running" and not done:
+        """One service: kept, started again, or made anew; returns the containers that it has no more use for, which do not run.
+
+        The new container is made while the old one runs, so that what cannot be made touches nothing; between them lie a stop and
+        a start (P-20).
+        """
+        name, same = f"{workload.project}-{service.name}-1", [item for item in present if is_usable(item, service, known)][:1]
+        if same:
+            self.remove_containers([item for item in present if item not in same], deadline)
+            if same[0].name != name:                # an update was cut off
+                self.run(["rename", same[0].id, name], deadline - time.monotonic(), "INSTALL_FAILED")
+            if same[0].state != "running" and not (known and known["finished"] and known["hash"] == service.hash):
                 self.run(["start", same[0].id], deadline - time.monotonic(), "INSTALL_FAILED")
-            return
-        self.remove_containers(present, deadline)
-        name = f"{workload.project}-{service.name}-1"
+            return []
+        old = [item for item in present if item.state == "running"]
+        self.remove_containers([item for item in present if item not in old], deadline)
+        self.create(service, workload, folder, name + "-new" if old else name, deadline)
+        for item in old:
+            if item.name == name:
+                self.run(["rename", item.id, name + "-old"], deadline - time.monotonic(), "INSTALL_FAILED")
+        if old:
+            self.run(["rename", name + "-new", name], deadline - time.monotonic(), "INSTALL_FAILED")
+            self.run(["stop"] + [item.id for item in old], deadline - time.monotonic())
+        self.run(["start", name], deadline - time.monotonic(), "INSTALL_FAILED")
+        return [item._replace(state="exited") for item in old]
+
+    def create(self, service, workload, folder, name, deadline):
+        """Makes the container of a service, joined to its networks, not started yet."""
         arguments = ["create", f"--name={name}"] + [f"--label={key}={item}" for key, item in make_labels(workload, service.name, service.hash).items()]
         arguments += self.write_environment(service, folder) + self.write_configs(service, folder) + service.arguments
         first, rest = service.networks[0], service.networks[1:]
@@ -5925,7 +6014,6 @@ class ComposeDriver:
         for network, aliases, addresses in rest:
             self.run(["network", "connect"] + [f"--alias={alias}" for alias in [service.name] + aliases] + addresses + [network, name],
                      deadline - time.monotonic(), "INSTALL_FAILED")
-        self.run(["start", name], deadline - time.monotonic(), "INSTALL_FAILED")
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600: values never stand on a command line."""
@@ -5957,9 +6045,11 @@ class ComposeDriver:
         if self.provider != ["podman-compose"]:
             argv += ["--project-directory", workload.folder]
         changed = [service for service in project.services if not is_settled(service, ours.get(service.name, []), known.get(service.name))]
+        self.remove_containers([item for service in changed for item in ours.get(service.name, []) if item.hash == service.hash
+                                and not is_usable(item, service, known.get(service.name))], deadline)      # it would leave such ones alone
         for service in [None] if len(changed) == len(project.services) else changed:
             if service:
-                self.await_dependencies(service, project, workload, deadline)
+                self.await_dependencies(service, project, workload, deadline, [])
             selection = ["--no-deps", service.name] if service else ["--remove-orphans"]
             output = run_command(argv + ["up", "--detach"] + selection, max(1.0, deadline - time.monotonic()), env=environ)
             if output.code:
@@ -5967,8 +6057,7 @@ class ComposeDriver:
 
     def inspect(self, workload):
         """{service: (state, exit code, restarts)} and {service: container id} of a component, as they are now."""
-        output = self.run(["ps", "--all", "--quiet", "--no-trunc", f"--filter=label={LABEL_PROJECT}={workload.project}"], 60, "INSTALL_FAILED")
-        ids = output.stdout.decode().split()
+        ids = [container.id for container in self.find(workload)]
         facts, names, health = {}, {}, {}
         for item in parse_json(self.run(["inspect", "--type=container"] + ids, 60, "INSTALL_FAILED").stdout, "inspect") if ids else ():
             service = item["Config"]["Labels"].get(LABEL_SERVICE)
@@ -5978,23 +6067,26 @@ class ComposeDriver:
             health[service] = (state.get("Health") or state.get("Healthcheck") or {}).get("Status")
         return facts, names, health
 
-    def await_dependencies(self, service, project, workload, deadline):
+    def await_dependencies(self, service, project, workload, deadline, runs):
         """Waits until what a service depends on is as its condition says."""
         by_name = {item.name: item for item in project.services}
         for condition in ("service_healthy", "service_completed_successfully"):
             others = [by_name[name] for name, (wanted, _) in service.depends_on.items() if wanted == condition and name in by_name]
             if others:
-                self.await_startup(others, workload, deadline, settle=0, complete=condition.endswith("successfully"))
+                self.await_startup(others, workload, deadline, runs, settle=0, complete=condition.endswith("successfully"))
 
-    def await_startup(self, services, workload, deadline, settle=None, complete=False):
+    def await_startup(self, services, workload, deadline, runs=(), settle=None, complete=False):
         """Waits until all services run, are healthy, and stay so for runtime.settle; the set of those that finished with exit code 0.
 
-        Raises ComponentError at once for one that failed (C-164), or when the time is over.  complete: wait for their end instead.
+        Raises ComponentError at once for one that failed (C-164), or when the time is over.  runs: ids of containers that ran
+        before, whose earlier restarts are forgiven.  complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
-        healthy, misses, calm, start = set(), {}, None, time.monotonic()
+        healthy, misses, calm, start, before = set(), {}, None, time.monotonic(), None
         while True:
             facts, names, health = self.inspect(workload)
+            before = before or {name: facts[name][2] if names[name] in runs else 0 for name in facts}
+            facts = {name: (state, code, count - before.get(name, 0)) for name, (state, code, count) in facts.items()}
             self.check_health([s for s in services if s.health and facts.get(s.name, "-")[0] == "running"], names, health, healthy, misses, start)
             failure, waiting, finished = judge_startup(services, facts, healthy)
             unwell = [s.name for s in services if s.health and misses.get(s.name, (0, 0))[0] >= s.health[1]]
@@ -6033,6 +6125,12 @@ class ComposeDriver:
             elif time.monotonic() - last >= interval:
                 misses[service.name] = count + 1, time.monotonic()
 
+    def tend(self, containers, chance):
+        """Runs one health check a cycle, that of a container by chance, where podman has no systemd that does; the next look shows it."""
+        checked = [container for container in containers if container.health and container.state == "running"]
+        if checked and self.engine == "podman" and not self.remote and not os.path.isdir("/run/systemd/system"):
+            self.run(["healthcheck", "run", checked[int(chance * len(checked))].id], 120)
+
     def tail_log(self, container, workload):
         """The end of a container's log for an error message: 20 lines, 2 KiB, parameter values masked."""
         if not container:
@@ -6044,8 +6142,9 @@ class ComposeDriver:
     def remove_containers(self, containers, deadline):
         """Stops containers within their own grace period and removes them."""
         ids = [container.id for container in containers]
-        if ids:
-            self.run(["stop"] + ids, deadline - time.monotonic())            # what cannot be stopped is removed by force
+        active = [container.id for container in containers if container.state not in ("exited", "created", "stopped")]
+        if active:
+            self.run(["stop"] + active, deadline - time.monotonic())         # what cannot be stopped is removed by force
         if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
             return
         for _ in ids:                               # one whose network another one shares goes only after that one, and alone
@@ -6083,6 +6182,13 @@ def escape_dollars(value):
     return value.replace("$", "$$") if isinstance(value, str) else value
 
 
+def find_health(state, status):
+    """(state, health) of a container from its state and the words of its status, the one place where `ps` shows the latter."""
+    health = re.search(r"\((?:health: )?(healthy|unhealthy|starting)\)\Z", str(status))
+    health = health.group(1) if health else ""
+    return "unhealthy" if (state, health) == ("running", "unhealthy") else state, health
+
+
 def parse_containers(data, engine):
     """The engine's list of containers to [Container]; raises CommandError for what is not of the expected form."""
     containers = []
@@ -6092,14 +6198,15 @@ def parse_containers(data, engine):
             if items is not None and not isinstance(items, list):
                 raise TypeError("no list")
             for item in items or ():
-                labels = item.get("Labels") or {}
+                labels, (state, health) = item.get("Labels") or {}, find_health(item["State"].lower(), item.get("Status"))
                 containers.append(Container(item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], labels.get(LABEL_COMPONENT, ""),
-                                            labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), item["State"].lower(), item.get("ExitCode", 0),
-                                            "compose", labels.get(LABEL_DEVICE, "")))
+                                            labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), state, item.get("ExitCode", 0),
+                                            "compose", labels.get(LABEL_DEVICE, ""), item.get("StartedAt", 0), health))
         else:
             for line in data.decode("utf-8", "replace").splitlines():
-                *marks, device_id, state = line.split("\t")
-                containers.append(Container(*marks, state=state, exit_code=None, type="compose", device_id=device_id))
+                *marks, device_id, state, status = line.split("\t")
+                state, health = find_health(state, status)
+                containers.append(Container(*marks, state=state, exit_code=None, type="compose", device_id=device_id, health=health))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return containers
@@ -6294,11 +6401,14 @@ def observe_all(drivers, records):
 def make_record(target, device_id):
     """The record of a deployment that was not known before; see begin_record for one that begins a revision.
 
-    adopted: the revision that is worked on; running, previous: {digest, packages, images} of the last two that were installed.
+    adopted: the revision that is worked on, fetched: what is on the device for it (digests, images); running, previous: {digest,
+    packages, images, services, mark} of the last two that were installed; fallback: `running` is what should run when the adopted one
+    has failed; repairs: how many there were without an hour's rest, repairedAt: the last one.
     """
     return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id, "type": "compose",
             "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None, "running": None,
-            "previous": None, "refused": False, "failures": 0, "retryAt": 0, "components": []}
+            "previous": None, "refused": False, "failures": 0, "retryAt": 0, "components": [], "fetched": [], "fallback": False,
+            "repairs": 0, "repairedAt": 0}
 
 
 def begin_record(record, target, keep_states=False):
@@ -6311,9 +6421,15 @@ def begin_record(record, target, keep_states=False):
     same = record["adopted"]["digest"] == target.digest
     components = [dict(old.get(name) or {"name": name, "services": {}, "package": None}, state="pending", error=None) for name in names]
     facts = {"name": target.deployment.name, "type": target.deployment.type or record["type"]} if target.deployment else {}
-    return dict(record, **facts, state="pending", error=None, refused=False,
-                adopted={"digest": target.digest, "version": target.version}, failures=record["failures"] if same else 0,
-                retryAt=record["retryAt"] if same else 0, components=components)
+    kept = {} if same else {"failures": 0, "retryAt": 0, "fetched": [], "repairs": 0}
+    return dict(record, **facts, **kept, state="pending", error=None, refused=False, adopted={"digest": target.digest, "version": target.version},
+                components=components, fallback=bool(record["running"] and record["running"]["digest"] != target.digest))
+
+
+def count_repair(record, now):
+    """The record as a repair of what was installed begins (P-7)."""
+    again = record["repairedAt"] <= now < max(record["repairedAt"], make_pause(record)) + RETRY_CAP
+    return dict(record, repairs=record["repairs"] + 1 if again else 1, repairedAt=int(now))
 
 
 def set_component(record, name, state, error=None, **facts):
@@ -6339,13 +6455,14 @@ def fail_record(record, component, error, now, jitter, refused=False):
     return dict(record, state="failed", error=error_object, refused=refused, failures=record["failures"] + 1, retryAt=int(now + delay))
 
 
-def finish_record(record):
-    """The record once all of the revision that was worked on is installed."""
+def finish_record(record, mark=""):
+    """The record once all of the revision that was worked on is installed; mark: make_mark of the environment it was given."""
     running = {"digest": record["adopted"]["digest"], "packages": {item["name"]: item["package"] for item in record["components"]},
-               "images": sorted({facts["image"] for item in record["components"] for facts in item["services"].values()} - {""})}
+               "images": sorted({facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}),
+               "services": {item["name"]: item["services"] for item in record["components"]}, "mark": mark}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
-    return dict(record, running=running, previous=previous, failures=0, retryAt=0)
+    return dict(record, running=running, previous=previous, failures=0, retryAt=0, fetched=[])
 
 
 def make_history(state, entries, version, at):
@@ -6370,7 +6487,8 @@ def find_needed(state):
     digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
     images = set()
     for record in state["deployments"].values():
-        digests.add(record["adopted"]["digest"])
+        digests.update([record["adopted"]["digest"], *record["fetched"]])
+        images.update(record["fetched"])
         packages = [item["package"] for item in record["components"]]
         images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
         for version in (record["running"], record["previous"]):
@@ -6442,6 +6560,8 @@ def apply_target(target, record, containers, tools):
     the version before running again where runtime.on_failure says so (P-8).
     """
     known = {component["name"]: component for component in record["components"]}
+    if record["running"] and record["running"]["digest"] == target.digest == record["adopted"]["digest"]:
+        record = count_repair(record, tools.clock())
     record, name, touched = begin_record(record, target), None, False
     yield record
     try:
@@ -6464,23 +6584,40 @@ def apply_target(target, record, containers, tools):
                 yield record
         name = None
         remove_dropped(record, target.deployment, containers, tools)
-        yield finish_record(record)
+        yield finish_record(record, make_mark(tools.config.runtime.environment))
     except (ComponentError, CommandError) as error:
         error = error if isinstance(error, ComponentError) else ComponentError("INSTALL_FAILED", error.message)
         log("error", "deployment failed", deployment=target.deployment_id, component=name, code=error.code, reason=error.message)
-        before = record["running"]
-        if touched and before and before["digest"] != target.digest and tools.config.runtime.on_failure == "rollback":
-            record, words = roll_back(record, known, tools)
+        if touched and tools.config.runtime.on_failure != "rollback":
+            record = dict(record, fallback=False)   # it is left as it is, for inspection
+        elif touched and (record["fallback"] or not record["running"]):
+            record, words = roll_back(record, tools) if record["fallback"] else take_back(record, target.deployment, tools)
             error = ComponentError(error.code, f"{error.message}; {words}")
         yield fail_record(record, name, error, tools.clock(), tools.jitter())
 
 
-def roll_back(record, known, tools):
+def take_back(record, deployment, tools):
+    """Removes what a first installation that failed has begun, so that nothing crashes on and on: (record, words for the error)."""
+    try:
+        remove_dropped(record, deployment._replace(components=[]), observe_all(tools.drivers, {"": record}), tools, True)
+    except (ComponentError, CommandError) as error:
+        return record, f"taking it back failed too: {error.message}"
+    return dict(record, components=[dict(item, state="pending", services={}) for item in record["components"]]), "it is taken back until the next attempt"
+
+
+def restore(record, tools):
+    """The record once the version before has been mended while a failed one waits for its next attempt; its error stays (P-1, P-12)."""
+    mended, _ = roll_back(count_repair(record, tools.clock()), tools)
+    components = [dict(new, state=old["state"], error=old["error"]) for new, old in zip(mended["components"], record["components"])]
+    return dict(mended, state="failed", error=record["error"], components=components)
+
+
+def roll_back(record, tools):
     """Brings the version before back after an update that failed: (record, what came of it in words).
 
-    known: {name: component} of the record as it was before the update.  Components that run the version before count as installed.
+    Components that run the version before count as installed.
     """
-    before = record["running"]
+    before, settled = record["running"], {}
     try:
         data = tools.store.load_artifact(before["digest"])
         if data is None:
@@ -6492,14 +6629,15 @@ def roll_back(record, known, tools):
             change = Change("update", component.name, record, deployment, True)
             run_hooks("before", change, tools)
             services = carry_out(change, tools, lambda: driver.apply(
-                workload, containers, known.get(component.name, {}).get("services", {}), time.monotonic() + component.timeout))
+                workload, containers, before["services"].get(component.name, {}), time.monotonic() + component.timeout))
             record = set_component(record, component.name, "installed", services=services, package=package)
+            settled[component.name] = services
         remove_dropped(record, deployment, containers, tools, True)
     except (ComponentError, CommandError) as error:
         log("error", "roll-back failed", deployment=record["deploymentId"], reason=error.message)
         return record, f"bringing the version before back failed too: {error.message}"
     log("warning", "rolled back; the version before runs again", deployment=record["deploymentId"], digest=before["digest"])
-    return record, "the version before runs again"
+    return dict(record, running=dict(before, services=settled)), "the version before runs again"
 
 
 def get_driver(kind, tools):
@@ -7042,7 +7180,8 @@ class Agent:
             mine = [target for target in targets if target.device_id == place.device_id]
             records = {key: record for key, record in self.state["deployments"].items()
                        if self.find_home(record) == place.device_id and (key not in by_id or by_id[key].device_id == place.device_id)}
-            for action in make_plan(mine, records, containers, time.time()):
+            runtime = self.config.runtime
+            for action in make_plan(mine, records, containers, time.time(), runtime.settle, make_mark(runtime.environment)):
                 key = action.deployment_id.lower()
                 target = by_id.get(key)
                 if action.action == "remove" and target:
@@ -7066,26 +7205,43 @@ class Agent:
         if not state["accepted"]:
             return False                            # what runs is left alone until a WFM says what should
         deaf = self.observe()
-        for place, action, target in self.plan(self.make_targets(state["accepted"], self.store.load_artifact)):
+        plan = self.plan(self.make_targets(state["accepted"], self.store.load_artifact))
+        if any(action.action != "keep" for _, action, _ in plan):
+            self.prune(deaf)                        # before anything is pulled, too (P-5)
+        for place, action, target in plan:
             if self.stopping():
                 raise Interrupted("ended before everything was done; the next run goes on from here")
             try:
                 acted = action.action != "keep" and self.perform(place, action, target, self.observed[place.device_id]) or acted
             except (CommandError, ComponentError) as error:
                 deaf[place.device_id] = error       # a leftover that cannot be removed: no deployment's failure, but not as it should be
-        if acted and self.config.runtime.prune:
-            prune(state, self.store, {place.device_id if place is not self.places[0] else "": place for place in self.places
-                                      if place.device_id not in deaf})
+        if acted:
+            self.prune(deaf)
+        else:
+            self.tend(deaf)
         if deaf:
             words = [error.message if key == self.device_id else f"child device {key}: {error.message}" for key, error in deaf.items()]
             raise CommandError(f"{'; '.join(words)}; what runs there is left as it is")
         return acted
 
+    def prune(self, deaf):
+        """Housekeeping on every device that answers; see the function of this name."""
+        if self.config.runtime.prune:
+            prune(self.state, self.store, {place.device_id if place is not self.places[0] else "": place for place in self.places
+                                           if place.device_id not in deaf})
+
+    def tend(self, deaf):
+        """What drivers have to do in each cycle that changes nothing."""
+        for place in self.places:
+            for driver in place.drivers.values() if place.device_id not in deaf else ():
+                if hasattr(driver, "tend"):
+                    driver.tend(self.observed[place.device_id], get_random())
+
     def perform(self, place, action, target, containers):
         """Carries out one action; each change is durable, and told where the WFM can be told, before the next step."""
         key, tools = action.deployment_id.lower(), Tools(self.config, self.store, place.drivers, time.time, get_random)
         record = self.state["deployments"].get(key)
-        if action.action == "refuse" and record and record["refused"] and (
+        if action.action == "refuse" and not action.unstable and record and record["refused"] and (
                 record["error"]["message"], record["adopted"]["digest"]) == (target.error.message, target.digest):
             return False                            # refused before for the same reason, and told so
         if containers is None and action.action != "refuse":
@@ -7106,6 +7262,11 @@ class Agent:
             record = dict(make_record(target or Target(action.deployment_id, "", 0, None, None), place.device_id), left=left)
         if action.action == "remove":
             steps = apply_removal(record, self.state["accepted"]["version"], containers, tools)
+        elif action.restore:
+            steps = [restore(record, tools)]
+        elif action.unstable:
+            error = ComponentError("UNSTABLE", action.reason)
+            steps = [dict(fail_record(record, action.unstable, error, time.time(), 0), retryAt=make_pause(record))]
         else:
             if not target.deployment and not target.error:
                 target = self.resolve_target(target, self.store.load_artifact)
@@ -7116,11 +7277,16 @@ class Agent:
                     return self.perform(place, action, target, self.observed[place.device_id])
             steps = apply_target(target, record, containers, tools) if not target.error else [
                 fail_record(begin_record(record, target), None, target.error, time.time(), get_random(), refused=True)]
+        there, fetched = "" if place is self.places[0] else place.device_id + " ", self.store.fetched
+        fetched.clear()
         for record in steps:
+            for driver in place.drivers.values():
+                fetched += driver.pulled
+                self.state["pulled"] = sorted(set(self.state["pulled"]).union(there + name for name in driver.pulled))
+                driver.pulled.clear()
+            if record["state"] not in ("installed", "removed"):                     # the next attempt finds it here (P-15)
+                record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
             self.state["deployments"][key] = record
-            there = "" if place is self.places[0] else place.device_id + " "
-            self.state["pulled"] = sorted(set(self.state["pulled"]).union(
-                there + name for driver in place.drivers.values() for name in driver.pulled))
             enqueue_status(self.state, record, self.device_id)
             self.store.save_state(self.state)
             self.flush_outbox(quiet=True)
@@ -7618,7 +7784,7 @@ def command_retry(config, options):
         wanted = (options["operand"] or "").lower()
         records = [record for key, record in agent.state["deployments"].items() if record["state"] == "failed" and wanted in ("", key)]
         for record in records:
-            record.update(retryAt=0, failures=0)
+            record.update(retryAt=0, failures=0, repairs=0)
         agent.store.save_state(agent.state)
         if wanted and not records:
             raise ConfigError(f"{options['operand']} is no failed deployment; `status` lists them")

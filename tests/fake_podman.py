@@ -2,8 +2,9 @@
 
 held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes [name], images [name],
            exits {service: code}: such a service has ended with this code as soon as it is started,
-           unhealthy [service], unpullable [image], deaf (true: every command fails), stubborn (true: nothing can be removed),
-           slow (a file beside it): names of commands that hang,
+           unhealthy [service], restless [service] (restarted between any two looks), unpullable [image], deaf (true: every command
+           fails), stubborn (true: nothing can be removed), uncreatable (true: no container can be made), lethal (a command, at which
+           the agent is killed before it is carried out), slow (a file beside it): names of commands that hang,
            cut (n: the n-th command from now fails before its work, -n: after it), history (true: past.jsonl gets all after each command).
 """
 import fcntl
@@ -36,7 +37,7 @@ class Engine:
     def __init__(self, held):
         self.held = held
         for key, value in (("containers", {}), ("networks", {}), ("volumes", []), ("images", []), ("exits", {}), ("unhealthy", []),
-                           ("unpullable", []), ("count", 0)):
+                           ("unpullable", []), ("restless", []), ("count", 0)):
             held.setdefault(key, value)
 
     def find(self, name):
@@ -59,8 +60,8 @@ class Engine:
         if ("--quiet", "") in options:
             print("\n".join(container["id"] for _, container in found))
         else:
-            print(json.dumps([{"Id": c["id"], "Names": [key], "Labels": c["labels"], "State": c["state"], "ExitCode": c["code"]}
-                              for key, c in found]))
+            print(json.dumps([dict({"Id": c["id"], "Names": [key], "Labels": c["labels"], "State": c["state"], "ExitCode": c["code"]},
+                                   **c.get("shown", {})) for key, c in found]))
 
     def image(self, arguments):
         _, names = split(arguments[1:])
@@ -104,7 +105,7 @@ class Engine:
         name = dict(options)["--name"]
         if name in self.held["containers"]:
             fail(f"the container name {name} is already in use")
-        if operands[0] not in self.held["images"]:
+        if operands[0] not in self.held["images"] or self.held.get("uncreatable"):
             fail(f"{operands[0]}: image not known")
         self.held["count"] += 1
         labels = dict(value.partition("=")[::2] for option, value in options if option == "--label")
@@ -118,6 +119,12 @@ class Engine:
             service = container["labels"]["org.margo.service"]
             ended = service in self.held["exits"]
             container.update(state="exited" if ended else "running", code=self.held["exits"].get(service, 0))
+
+    def rename(self, arguments):
+        name, _ = self.find(arguments[0])
+        if arguments[1] in self.held["containers"]:
+            fail(f"the container name {arguments[1]} is already in use")
+        self.held["containers"][arguments[1]] = self.held["containers"].pop(name)
 
     def stop(self, arguments):
         for name in split(arguments)[1]:
@@ -133,6 +140,8 @@ class Engine:
                 del self.held["containers"][key]
 
     def inspect(self, arguments):
+        for container in self.held["containers"].values():
+            container["restarts"] += container["labels"]["org.margo.service"] in self.held["restless"]
         print(json.dumps([{"Id": c["id"], "Config": {"Labels": c["labels"]}, "RestartCount": c["restarts"],
                            "State": {"Status": c["state"], "ExitCode": c["code"]}} for c in (self.find(name)[1] for name in split(arguments)[1])]))
 
@@ -160,6 +169,9 @@ def main():
         held = json.load(open(path)) if os.path.exists(path) else {}
         if held.get("deaf"):
             fail("cannot connect to the engine")
+        if held.get("lethal") == arguments[0]:
+            os.kill(os.getppid(), 9)
+            return
         cut = held.pop("cut", None) or 0
         if abs(cut) > 1:
             held["cut"] = cut - 1 if cut > 0 else cut + 1

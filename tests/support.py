@@ -577,7 +577,8 @@ class Engine:
         self.folder = tempfile.mkdtemp(prefix="margo-engine-")
         write(os.path.join(self.folder, "containers.conf"), "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n"
               f"[engine]\nruntime = \"{'runc' if shutil.which('runc') else 'crun'}\"\nevents_logger = \"file\"\ncgroup_manager = \"cgroupfs\"\n"
-              + ("[network]\nnetwork_backend = \"netavark\"\n" if find_netavark() else ""))
+              f"[network]\nnetwork_config_dir = \"{self.folder}/networks\"\n"
+              + ("network_backend = \"netavark\"\n" if find_netavark() else ""))
         write(os.path.join(self.folder, "storage.conf"), f"[storage]\ndriver = \"vfs\"\ngraphroot = \"{self.folder}/graph\"\n"
               f"runroot = \"{self.folder}/run\"\n")
         self.env = {"CONTAINERS_CONF": os.path.join(self.folder, "containers.conf"),

@@ -1,4 +1,5 @@
 """Section 16, Apply: what is done to the engine and in which order, by the agent as a process on an engine of files."""
+import json
 import os
 import time
 import unittest
@@ -76,7 +77,7 @@ class Install(ApplyCase):
         self.engine.forget_calls()
         self.device.cycle()
         verbs = [verb for verb, _ in self.commands("pull", "stop", "create", "start")]
-        self.assertEqual(verbs, ["pull", "stop", "create", "start"])
+        self.assertEqual(verbs, ["pull", "create", "stop", "start"])
 
     def test_a_present_image_is_never_pulled_again(self):
         """P-1"""
@@ -119,6 +120,12 @@ class Install(ApplyCase):
         self.device.set("runtime.environment", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://10.0.0.1:4318"})
         self.device.cycle()
         self.assertIn("OTEL_EXPORTER_OTLP_ENDPOINT=http://10.0.0.1:4318", self.environments()[f"web-{HELLO}-main-1"])
+        self.device.set("runtime.environment", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://10.0.0.2:4318"})
+        self.assertIn("runtime.environment has changed", self.device.cycle())
+        self.assertIn("OTEL_EXPORTER_OTLP_ENDPOINT=http://10.0.0.2:4318", self.environments()[f"web-{HELLO}-main-1"])
+        self.commands("create")
+        self.device.cycle()
+        self.assertEqual(self.commands("create", "stop", "rm"), [])
 
     def test_volumes_survive_updates_and_removal(self):
         """D-10: no update, no removal ever removes one."""
@@ -185,6 +192,83 @@ class Failure(ApplyCase):
         error = self.wfm.reports()[-1]["body"]["components"][0]["error"]
         self.assertEqual(error["code"], "INSTALL_TIMEOUT")
         self.assertIn("main is not healthy yet", error["message"])
+
+    def test_a_first_installation_that_fails_is_taken_back(self):
+        """P-6: nothing is left to crash on and on, of no component; volumes stay, and the next attempt begins anew."""
+        for name in ("db", "web"):
+            self.wfm.add_package(support.make_compose({name: service(volumes=["data:/data"])}, volumes={"data": None}), name)
+        self.publish(components=(("db", "1.0.0"), ("web", "1.0.0")))
+        self.engine.change(exits={"web": 7})
+        self.device.cycle(1)
+        self.assertEqual(self.engine.containers(), {})
+        with self.engine.open() as held:
+            self.assertEqual(len(held["volumes"]), 2)
+        report = self.wfm.reports()[-1]["body"]
+        self.assertEqual([entry["state"] for entry in report["components"]], ["pending", "failed"])
+        self.assertIn("taken back", report["components"][1]["error"]["message"])
+        self.engine.change(exits={})
+        self.try_again_now()
+        self.device.cycle(0)
+        self.assertEqual(len(self.engine.containers()), 2)
+
+    def test_a_first_installation_that_fails_is_kept_where_that_is_wished(self):
+        self.wfm.add_package(support.make_compose())
+        self.device.set("runtime.on_failure", "keep")
+        self.publish()
+        self.engine.change(exits={"main": 7})
+        self.device.cycle(1)
+        self.assertEqual(self.engine.containers()[f"web-{HELLO}-main-1"]["state"], "exited")
+
+    def test_a_container_that_cannot_be_made_costs_no_running_one(self):
+        """P-20: and no roll-back has to bring it back: it is the same container."""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        before = self.engine.containers()
+        self.publish("two")
+        self.engine.change(uncreatable=True)
+        self.device.cycle(1)
+        self.assertEqual(self.engine.containers(), before)
+        self.assertIn("the version before runs again", self.wfm.reports()[-1]["body"]["components"][0]["error"]["message"])
+
+    def test_an_update_that_was_cut_off_between_two_commands_goes_on(self):
+        """P-11, P-13: whatever names and containers it left."""
+        self.wfm.add_package(support.make_compose())
+        name = f"web-{HELLO}-main-1"
+        for greeting, cut in (("a", "rename"), ("b", "stop"), ("c", "start"), ("d", "rm")):
+            self.engine.change(lethal="")
+            self.publish("good " + greeting)
+            self.device.cycle()
+            self.publish(greeting)
+            self.engine.change(lethal=cut)
+            self.device.run("run", "--once")
+            self.engine.change(lethal="")
+            self.try_again_now()
+            self.device.cycle()
+            self.assertEqual(self.environments(), {name: [f"GREETING={greeting}"]}, cut)
+
+    def test_parameters_for_nobody_cycles_and_denied_wishes_fail_alone(self):
+        """Issue, Bad input: each a clear failure of that deployment; the others proceed."""
+        self.wfm.add_package(support.make_compose())
+        self.wfm.add_package(support.make_compose({"a": service(depends_on=["b"]), "b": service(depends_on=["a"])}), "cycle")
+        self.wfm.add_package(support.make_compose({"main": service(privileged=True)}), "denied")
+        ids = {word: HELLO[:-1] + str(number) for number, word in enumerate(("nobody", "cycle", "denied", "fold", "good"))}
+        document = json.loads(support.make_deployment(ids["nobody"], registry=self.wfm.registry, parameters={"GREETING": "x"}))
+        document["spec"]["parameters"]["greeting"]["targets"][0]["components"] = ["elsewhere"]
+        self.wfm.publish(json.dumps(document), ids["nobody"])
+        for word in ("cycle", "denied"):
+            self.publish(deployment_id=ids[word], components=((word, "1.0.0"),))
+        document = json.loads(support.make_deployment(ids["fold"], registry=self.wfm.registry, parameters={"GREETING": "x"}))
+        document["spec"]["parameters"]["other"] = {"value": "y", "targets": [{"pointer": "Greeting", "components": ["web"]}]}
+        self.wfm.publish(json.dumps(document), ids["fold"])
+        self.publish(deployment_id=ids["good"])
+        self.device.cycle(1)
+        for word, code, text in (("nobody", "INVALID_DEPLOYMENT", "'elsewhere' is not among the components web"), ("cycle", "INVALID_DEPLOYMENT", "depends_on"),
+                                 ("denied", "POLICY_DENIED", "privileged"), ("fold", "PARAMETER_INVALID", "differ only in case")):
+            error = self.wfm.reports(ids[word])[-1]["body"]["components"][0]["error"]
+            self.assertEqual(error["code"], code)
+            self.assertIn(text, error["message"])
+        self.assertEqual(self.wfm.statuses(ids["good"])[-1], "installed")
 
     def test_without_wait_a_start_is_enough(self):
         """C-151"""
@@ -266,6 +350,44 @@ class RollBack(ApplyCase):
         self.device.cycle(1)
         self.assertEqual(set(self.environments()), {f"db-{HELLO}-main-1", f"web-{HELLO}-main-1"})
 
+    def test_the_version_before_is_kept_running_while_the_new_one_waits(self):
+        """P-1, P-12: after a reboot without network, with the new one failed or not even fetched; the error stays as it is."""
+        self.device.cycle(1)
+        error = self.state_of()["error"]
+        for _ in range(2):
+            with self.engine.open() as held:
+                for container in held["containers"].values():
+                    container["state"] = "exited"
+            self.wfm.stop()
+            self.device.cycle(3)
+            self.assertEqual({name: item["state"] for name, item in self.engine.containers().items()},
+                             {f"db-{HELLO}-main-1": "running", f"web-{HELLO}-main-1": "running"})
+            self.assertEqual((self.state_of()["state"], self.state_of()["error"]), ("failed", error))
+        self.assertEqual(self.environments()[f"web-{HELLO}-main-1"], ["GREETING=one"])
+
+    def test_a_version_that_cannot_be_fetched_does_not_leave_the_old_one_down(self):
+        self.wfm.fault({"path": "/v2/*", "status": 404})
+        self.device.cycle(1)
+        with self.engine.open() as held:
+            held["containers"][f"web-{HELLO}-main-1"]["state"] = "exited"
+        self.device.cycle(1)
+        self.assertEqual(self.engine.containers()[f"web-{HELLO}-main-1"]["state"], "running")
+
+    def test_what_a_failed_version_fetched_is_there_for_its_next_attempt(self):
+        """P-15: nothing is fetched again at each attempt; with another revision it goes (P-5)."""
+        self.wfm.add_package(support.make_compose({"broken": service(image="localhost/app:3")}), "web", "3.0.0")
+        self.publish("three", components=(("db", "1.0.0"), ("web", "3.0.0")))
+        self.device.cycle(1)
+        self.try_again_now()
+        self.device.cycle(1)
+        self.assertEqual(self.commands("pull"), [("pull", "localhost/app:3")])
+        blobs = [path for _, path, _ in self.wfm.requests("registry") if "/blobs/" in path]
+        self.assertEqual(len(blobs), len(set(blobs)))
+        self.publish("four", components=(("db", "1.0.0"), ("web", "1.0.0")))
+        self.device.cycle(0)
+        with self.engine.open() as held:
+            self.assertNotIn("localhost/app:3", held["images"])
+
     def test_keep_leaves_the_new_version_for_inspection(self):
         self.device.set("runtime.on_failure", "keep")
         self.device.cycle(1)
@@ -298,6 +420,41 @@ class Drift(ApplyCase):
                     del held["containers"][self.name]
             self.device.cycle(3)
             self.assertEqual(self.engine.containers()[self.name]["state"], "running")
+
+    def test_a_repair_that_does_not_last_ends_as_a_failure(self):
+        """P-7: the WFM hears that the deployment failed instead of an endless row of successes; `retry` begins anew."""
+        for count in range(6):
+            with self.engine.open() as held:
+                held["containers"][self.name]["state"] = "exited"
+            self.device.cycle(0 if count < 5 else 1)
+        error = self.wfm.reports()[-1]["body"]["components"][0]["error"]
+        self.assertEqual(error["code"], "UNSTABLE")
+        self.assertIn("web/main is exited although it was repaired 5 times", error["message"])
+        self.assertEqual(self.device.plan()[HELLO][0], "keep")
+        self.commands("start")
+        self.device.cycle(1)
+        self.assertEqual(self.commands("start"), [])
+        self.try_again_now()
+        self.device.cycle(0)
+        self.assertEqual(self.engine.containers()[self.name]["state"], "running")
+
+    def test_what_got_unwell_is_made_anew(self):
+        """Issue, Drift: unhealthy behind the agent's back, as the engine shows it."""
+        with self.engine.open() as held:
+            held["containers"][self.name]["shown"] = {"Status": "Up 2 hours (unhealthy)"}
+            old = held["containers"][self.name]["id"]
+        self.assertIn("web/main is unhealthy", self.device.cycle())
+        self.assertNotEqual(self.engine.containers()[self.name]["id"], old)
+
+    def test_where_nobody_runs_health_checks_one_is_run_a_cycle(self):
+        """One command more, however many there are, so that what gets unwell is seen; the plan and a deaf engine run none."""
+        with self.engine.open() as held:
+            held["containers"][self.name]["shown"] = {"Status": "Up 2 hours (healthy)"}
+        self.device.run("plan")
+        self.assertEqual(self.commands("healthcheck"), [])
+        self.device.cycle()
+        expected = [] if os.path.isdir("/run/systemd/system") else [("healthcheck", self.engine.containers()[self.name]["id"])]
+        self.assertEqual(self.commands("healthcheck"), expected)
 
     def test_what_is_not_ours_is_left_alone(self):
         """D-22: a name alone makes nothing ours."""

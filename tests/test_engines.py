@@ -9,6 +9,7 @@ import subprocess
 import sys
 import unittest
 import urllib.request
+import uuid
 
 from tests import support
 from tests.support import HELLO, IMAGE
@@ -37,7 +38,7 @@ def fetch(port):
 
 
 class EngineCase(unittest.TestCase):
-    compose, separator = "builtin", "-"
+    compose, separator, deployment_id = "builtin", "-", HELLO
 
     @classmethod
     def setUpClass(cls):
@@ -56,10 +57,11 @@ class EngineCase(unittest.TestCase):
     def publish(self, services, tag="1.0.0", parameters=None, files=None, members=None, **options):
         """Makes a compose file of these services the one component `web` of the desired state."""
         self.wfm.add_package(support.make_compose(services, **(members or {})), tag=tag, **(files or {}))
-        self.wfm.publish(support.make_deployment(components=(("web", tag),), registry=self.wfm.registry, parameters=parameters, **options))
+        self.wfm.publish(support.make_deployment(self.deployment_id, components=(("web", tag),), registry=self.wfm.registry, parameters=parameters,
+                                                 **options), self.deployment_id)
 
     def name(self, service_name="main"):
-        return self.separator.join((f"web-{HELLO}", service_name, "1"))
+        return self.separator.join((f"web-{self.deployment_id}", service_name, "1"))
 
     def nothing_is_left(self):
         networks = [line for line in self.engine.podman("network", "ls", "--format", "{{.Name}}").split() if line != "podman"]
@@ -202,7 +204,7 @@ class Builtin(EngineCase):
     def test_services_find_each_other_by_name(self):
         """What everybody expects of a compose file: the name of a service, and its aliases, are host names for the others."""
         support.require("netavark")
-        port = support.free_port()
+        port, self.deployment_id = support.free_port(), str(uuid.uuid4())           # netavark keeps names by network, whichever engine it is for
         self.publish({"api": web(port, networks={"default": {"aliases": ["backend"]}}), "asks": service(depends_on=["api"])},
                      parameters={"GREETING": "found"})
         self.device.cycle()

@@ -96,7 +96,8 @@ class Events(HookCase):
         self.publish()
         self.engine.change(exits={"main": 7})
         self.device.cycle(1)
-        (_, _), (event, facts) = self.told()
+        (_, _), (event, facts), *back = self.told()
+        self.assertEqual([(name, told["rollback"]) for name, told in back], [("before-removal", True), ("after-removal", True)])
         self.assertEqual((event, facts["outcome"]["state"], facts["outcome"]["code"]), ("after-install", "failed", "INSTALL_FAILED"))
         self.assertIn("exited with code 7", facts["outcome"]["message"])
 

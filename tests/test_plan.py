@@ -16,7 +16,7 @@ def make_target(digest_of=b"one", deployment_id=HELLO, error=None):
 def make_record(digest_of=b"one", state="installed", deployment_id=HELLO, **changes):
     record = margo_agent.make_record(make_target(digest_of, deployment_id), "device")
     services = {"main": {"hash": "h", "finished": False, "image": "i"}}
-    record.update(state=state, running={"digest": digest(digest_of), "packages": {}, "images": []},
+    record.update(state=state, running={"digest": digest(digest_of), "packages": {}, "images": [], "services": {"web": services}},
                   components=[{"name": "web", "state": state, "error": None, "services": services, "package": None}])
     record.update(changes)
     return record
@@ -26,14 +26,14 @@ def make_container(deployment_id=HELLO, component="web", service="main", label="
     return margo_agent.Container("id", "name", deployment_id, component, service, label, state, 0, "compose")
 
 
-def plan(targets, records, containers, now=NOW):
-    actions = margo_agent.make_plan(targets, {record["deploymentId"].lower(): record for record in records}, containers, now)
+def plan(targets, records, containers, now=NOW, **runtime):
+    actions = margo_agent.make_plan(targets, {record["deploymentId"].lower(): record for record in records}, containers, now, **runtime)
     return [(action.deployment_id, action.action) for action in actions], [action.reason for action in actions]
 
 
 class Actions(unittest.TestCase):
-    def one(self, target, record, containers):
-        steps, (reason,) = plan([target], [record] if record else [], containers)
+    def one(self, target, record, containers, **options):
+        steps, (reason,) = plan([target], [record] if record else [], containers, **options)
         return steps[0][1], reason
 
     def test_new_same_and_other_revision(self):
@@ -52,7 +52,8 @@ class Actions(unittest.TestCase):
         """P-12, D-23: a container that is gone, stopped, foreign or left over."""
         for containers, word in (([], "no container"), ([make_container(state="exited")], "exited"), ([make_container(label="x")], "not the container"),
                                  ([make_container(), make_container(service="old")], "does not belong"),
-                                 ([make_container(state="paused")], "paused")):
+                                 ([make_container(state="paused")], "paused"), ([make_container(state="unhealthy")], "unhealthy"),
+                                 ([make_container(), make_container()], "has 2 containers")):
             action, reason = self.one(make_target(), make_record(), containers)
             self.assertEqual(action, "update")
             self.assertIn(word, reason)
@@ -99,6 +100,86 @@ class Actions(unittest.TestCase):
         for record, expected in ((None, True), (make_record(), False), (make_record(b"two"), True), (make_record(state="failed"), False),
                                  (make_record(state="installing"), True)):
             self.assertIs(margo_agent.needs_document(entry, record), expected)
+
+
+class Stability(unittest.TestCase):
+    """What is repaired again and again, and what waits beside a revision that failed."""
+
+    def act(self, record, containers=(), now=NOW, error=None, **runtime):
+        content = b"two" if record["adopted"]["digest"] == digest(b"two") else b"one"
+        (action,) = margo_agent.make_plan([make_target(content, error=error)], {HELLO: record}, list(containers), now, **runtime)
+        return action
+
+    def test_another_container_under_the_same_labels_is_drift(self):
+        """D-23, P-12: changed behind the agent's back, however well it was copied."""
+        record = make_record()
+        record["components"][0]["services"]["main"]["id"] = "id"
+        self.assertEqual(self.act(record, [make_container()]).action, "keep")
+        record["components"][0]["services"]["main"]["id"] = "other"
+        self.assertIn("not the container that was made for it", self.act(record, [make_container()]).reason)
+
+    def test_one_restart_is_no_drift_and_one_just_now_is(self):
+        """P-6: `running` at the moment of the look is not enough where the engine starts it over and over."""
+        record = make_record()
+        record["components"][0]["services"]["main"]["started"] = 100
+        for started, settle, expected in ((100, 10, "keep"), (NOW - 11, 10, "keep"), (NOW - 3, 10, "update"), (NOW - 3, 0, "keep"),
+                                          (NOW + 5, 10, "keep")):
+            action = self.act(record, [make_container()._replace(started=started)], settle=settle)
+            self.assertEqual(action.action, expected, started)
+        record["components"][0]["services"]["main"]["started"] = NOW - 3               # started by the agent itself
+        self.assertEqual(self.act(record, [make_container()._replace(started=NOW - 3)], settle=10).action, "keep")
+
+    def test_a_repair_that_does_not_last_is_not_repeated_for_ever(self):
+        """P-7: five in an hour, then with growing pauses, in which the deployment counts as failed."""
+        record, now, pauses = make_record(), NOW, []
+        for count in range(1, 15):
+            record = margo_agent.count_repair(record, now)
+            self.assertEqual(record["repairs"], count)
+            pause = max(0, margo_agent.make_pause(record) - now)
+            pauses.append(pause)
+            action = self.act(record, [], now + 1)
+            self.assertEqual((action.action, action.unstable), ("refuse", "web") if pause else ("update", None))
+            self.assertEqual(self.act(record, [], now + pause).action, "update")
+            now += pause
+        self.assertEqual(pauses, [0, 0, 0, 0, 30, 60, 120, 240, 480, 960, 1920, 3600, 3600, 3600])
+        self.assertEqual(margo_agent.count_repair(record, now + 3600)["repairs"], 1)      # an hour of rest after the pause
+        self.assertEqual(self.act(record, [make_container()], now - 1).action, "keep")
+
+    def test_a_new_revision_starts_with_a_clean_sheet(self):
+        record = dict(make_record(), repairs=9, repairedAt=NOW, failures=3, retryAt=NOW + 9)
+        begun = margo_agent.begin_record(record, make_target(b"two"))
+        self.assertEqual((begun["repairs"], begun["failures"], begun["retryAt"], begun["fallback"]), (0, 0, 0, True))
+        self.assertEqual(margo_agent.begin_record(record, make_target())["repairs"], 9)
+
+    def test_a_clock_that_was_wrong_holds_nothing_up(self):
+        """P-2: a next attempt noted in a wrong year does not wait for that year."""
+        record = make_record(state="failed", error={"code": "X", "source": "", "message": ""}, retryAt=NOW + 10 ** 8, failures=2)
+        self.assertEqual(self.act(record).action, "update")
+        self.assertEqual(self.act(dict(make_record(), repairs=9, repairedAt=NOW + 10 ** 8)).action, "update")
+
+    def make_failed(self, **changes):
+        record = make_record(state="failed", error={"code": "X", "source": "", "message": "m"}, retryAt=NOW + 60, fallback=True)
+        return dict(record, adopted={"digest": digest(b"two"), "version": 2}, **changes)
+
+    def test_the_version_before_is_mended_while_a_failed_one_waits(self):
+        """P-1, P-12: also where the new one was refused; what is kept for inspection is not touched."""
+        action = self.act(self.make_failed())
+        self.assertEqual((action.action, action.restore), ("update", True))
+        self.assertIn("version before", action.reason)
+        self.assertEqual(self.act(self.make_failed(), [make_container()]).action, "keep")
+        self.assertFalse(self.act(self.make_failed(), now=NOW + 60).restore)
+        self.assertEqual(self.act(dict(self.make_failed(), fallback=False)).action, "keep")
+        self.assertEqual(self.act(dict(self.make_failed(), repairs=9, repairedAt=NOW)).action, "keep")
+        error = margo_agent.ComponentError("NOT_ELIGIBLE", "m")
+        self.assertTrue(self.act(self.make_failed(refused=True), error=error).restore)
+        self.assertEqual(self.act(self.make_failed(refused=True), [make_container()], error=error).action, "refuse")
+
+    def test_another_environment_of_the_device_is_an_update(self):
+        """C-185: contract, Workloads: a change of runtime.environment replaces the containers it concerns."""
+        record, mark = make_record(), margo_agent.make_mark({"A": "1"})
+        record["running"]["mark"] = mark
+        self.assertEqual(self.act(record, [make_container()], mark=mark).action, "keep")
+        self.assertEqual(self.act(record, [make_container()], mark="").reason, "runtime.environment has changed")
 
 
 class Convergence(unittest.TestCase):
