@@ -4990,6 +4990,7 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
                 os.symlink(entry.link, path)
         for path, _, _ in os.walk(os.path.join(work, "content")):
             os.chmod(path, 0o755)                   # whatever the umask: containers of other users read them (C-161)
+            sync_folder(path)
         os.rename(os.path.join(work, "content"), folder)
         os.rmdir(work)
         sync_folder(parent)

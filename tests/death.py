@@ -245,7 +245,7 @@ class Disk:
     def __init__(self, folder):
         self.names, self.held = {}, {}              # path: inode number, as seen by programs; inode number: contents
         self.safe_names, self.safe_held = {}, {}
-        self.open, self.count = {}, 0
+        self.open, self.count, self.moved = {}, 0, {}
         for path, folders, files in os.walk(folder):
             for name in folders + files:
                 full = os.path.join(path, name)
@@ -271,6 +271,7 @@ class Disk:
         elif call == "write":
             self.held[self.names[path]] += data
         elif call in ("rename", "renameat", "renameat2"):
+            self.moved.update({other + name[len(path):]: inode for name, inode in self.safe_names.items() if name.startswith(path + "/")})
             for name in [name for name in self.names if name == path or name.startswith(path + "/")]:
                 self.names[other + name[len(path):]] = self.names.pop(name)
         elif call in ("unlink", "unlinkat", "rmdir"):
@@ -289,6 +290,8 @@ class Disk:
         for name in [name for name in self.safe_names if os.path.dirname(name) == path]:
             del self.safe_names[name]
         self.safe_names.update({name: self.names[name] for name in inside})
+        for name in inside:                         # a folder that was renamed has taken with it what was safe in it
+            self.safe_names.update({child: inode for child, inode in self.moved.items() if child.startswith(name + "/")})
 
     def write(self, folder):
         """Makes the folder as it would be found after the cut: names without their folder are gone, contents not made safe are empty."""
