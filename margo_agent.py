@@ -7278,6 +7278,12 @@ class Agent:
                     return self.perform(place, action, target, self.observed[place.device_id])
             steps = apply_target(target, record, containers, tools) if not target.error else [
                 fail_record(begin_record(record, target), None, target.error, time.time(), get_random(), refused=True)]
+        record = self.keep(key, place, steps)
+        log("info", record["state"], deployment=action.deployment_id, name=record["name"])
+        return True
+
+    def keep(self, key, place, steps):
+        """Makes each record of a deployment durable and tells the WFM, before the next step is taken; returns the last one."""
         there, fetched = "" if place is self.places[0] else place.device_id + " ", self.store.fetched
         fetched.clear()
         for record in steps:
@@ -7291,8 +7297,7 @@ class Agent:
             enqueue_status(self.state, record, self.device_id)
             self.store.save_state(self.state)
             self.flush_outbox(quiet=True)
-        log("info", record["state"], deployment=action.deployment_id, name=record["name"])
-        return True
+        return record
 
     def purge(self):
         """Removes every workload and reports it; True where something could not be removed."""
