@@ -2076,6 +2076,18 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
         raise make_network_error(where, error) from None
 
 
+def is_ssh_answering(address, timeout):
+    """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
+    import socket
+    from urllib.parse import urlsplit
+    try:
+        parts = urlsplit(address if address.startswith("ssh://") else "ssh://" + address.partition(":")[0])
+        with socket.create_connection((parts.hostname, parts.port or 22), timeout) as peer:
+            return peer.recv(4) == b"SSH-"
+    except (OSError, ValueError):
+        return False
+
+
 def make_opener(context, check_peer):
     """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no other schemes."""
     import http.client
@@ -3906,6 +3918,8 @@ class GitSource:
         try:
             output = self.git("ls-remote", "--", self.url, ref, timeout=4 * self.config.wfm.timeout)
         except CommandError as error:
+            if not self.url.startswith(("https://", "file://")) and is_ssh_answering(self.url, self.config.wfm.timeout):
+                raise Untrusted(f"{self.url}: the ssh server is there, but not as it has to be, or gives no access: {error.message}") from None
             raise self.explain(error, "git-upload-pack") from None
         found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$", output.stdout.decode("ascii", "replace"), re.M)
         self.heads[ref] = found.group(1) if found else None
@@ -3932,7 +3946,9 @@ class GitSource:
             return None
         base = accepted["version"] if accepted else None
         head, files = self.work(lambda: self.fetch_files(base), "git-upload-pack")
-        entries, documents = parse_files(files)
+        entries, documents, ignored = parse_files(files)
+        for name in ignored:
+            log("info", "ignored: not an ApplicationDeployment", name=name)
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
         return Desired(head, None, sha256_digest(head.encode()), entries, new)
 
@@ -4023,7 +4039,9 @@ class GitSource:
         listing = self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", head, *([folder + "/"] if folder else [])).stdout
         if folder and not listing:
             raise Refused(f"commit {head} has no folder {folder}; nothing is removed for that")
-        blobs = find_blobs(listing, policy.max_document)
+        blobs, ignored = find_blobs(listing, policy.max_document)
+        for name in ignored:
+            log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
         if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
             raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than {MAX_DEPLOYMENTS} or policy.max_unpacked")
@@ -4162,8 +4180,8 @@ def make_ref_path(device_id):
 
 
 def find_blobs(listing, max_document):
-    """[(name, blob, size)] of the YAML files in what `git ls-tree -r -z -l` prints; raises Refused for one that is too long."""
-    blobs = []
+    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree -r -z -l` prints; raises Refused."""
+    blobs, ignored = [], []
     for line in listing.split(b"\0")[:-1]:
         facts, _, name = line.partition(b"\t")
         mode, kind, blob, size = facts.decode("ascii").split()
@@ -4171,22 +4189,22 @@ def find_blobs(listing, max_document):
         if not name.lower().endswith((".yaml", ".yml")):
             continue
         if kind != "blob" or not mode.startswith("100"):
-            log("info", "ignored: not a file", name=name)
+            ignored.append(name)
         elif int(size) > max_document:
             raise Refused(f"{name}: {size} bytes are more than policy.max_document ({max_document})")
         else:
             blobs.append((name, blob, int(size)))
-    return blobs
+    return blobs, ignored
 
 
 def parse_files(files):
-    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}) of those that are ApplicationDeployments of any generation; raises Refused."""
-    entries, documents, seen = [], {}, {}
+    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment of any generation]); raises Refused."""
+    entries, documents, ignored, seen = [], {}, [], {}
     for name, data in files:
         try:
             value = load_yaml(data)
             if not is_deployment(value):
-                log("info", "ignored: not an ApplicationDeployment", name=name)
+                ignored.append(name)
                 continue
             deployment_id = check_member(normalise_document(value), "id", "", UUID_PATTERN)
         except ValueError as error:                 # a YAMLError is one
@@ -4197,7 +4215,7 @@ def parse_files(files):
         digest = sha256_digest(data)
         documents[digest] = data
         entries.append(ManifestEntry(deployment_id, digest, len(data)))
-    return entries, documents
+    return entries, documents, ignored
 
 
 def is_deployment(value):

@@ -135,7 +135,12 @@ class Roads(GitCase):
                                   git_known_hosts=server.known_hosts)
         self.check(device)
         device.set("git.known_hosts", support.write(os.path.join(server.folder, "nobody"), ""))
-        self.assertIn("Host key verification failed", device.cycle(3))
+        self.assertIn("Host key verification failed", device.cycle(5))
+        device.set("git.known_hosts", server.known_hosts)
+        device.set("git.ssh_key", server.make_key("stranger"))
+        self.assertIn("Permission denied", device.cycle(5))
+        server.service.stop()
+        self.assertIn("UNREACHABLE", device.cycle(3))
 
     def test_a_repository_of_sha256(self):
         self.repository = git_server.Repository(self, object_format="sha256")
@@ -432,6 +437,31 @@ class Trouble(GitCase):
         self.repository.push("--force")
         self.assertIn("does not descend", self.device.cycle(4))
 
+    def test_a_copy_that_has_grown_is_begun_anew(self):
+        """P-21: nothing tidies the copy, so after many fetches it is thrown away."""
+        self.publish("one")
+        self.device.cycle()
+        packs = os.path.join(self.device.state_dir, "git", "repository", "objects", "pack")
+        for number in range(3 * margo_agent.MAX_PACKS):
+            support.write(os.path.join(packs, f"tmp_pack_{number}"), "left behind by a fetch that was killed")
+        self.publish("two")
+        self.device.cycle()
+        self.assertLess(len(os.listdir(packs)), 20)
+        self.assertEqual(self.running(), [["GREETING=two"]])
+
+    def test_a_document_that_the_disk_lost_is_read_again(self):
+        """D-9: an unchanged head is no reason to leave it missing here."""
+        self.publish("one")
+        self.device.cycle()
+        folder = os.path.join(self.device.state_dir, "artifacts")
+        for name in os.listdir(folder):
+            os.remove(os.path.join(folder, name))
+        with self.engine.open() as held:
+            held["containers"] = {}
+        self.assertIn("its document is missing", self.device.cycle(1))
+        self.device.cycle()
+        self.assertEqual(self.running(), [["GREETING=one"]])
+
     def test_a_descent_is_proved_where_the_server_gives_no_single_commits(self):
         """C-256: over the old protocol a commit that no branch ends at cannot be asked for; then the branch's history tells."""
         self.publish("one")
@@ -571,9 +601,9 @@ class Hostile(GitCase):
         for index, name in enumerate(sorted(os.listdir(folder))):
             with open(os.path.join(folder, name), "rb") as file:
                 files.append((name, file.read().replace(HELLO.encode(), IDS[index].encode())))
-        entries, documents = margo_agent.parse_files(files)
+        entries, documents, ignored = margo_agent.parse_files(files)
         self.assertEqual([entry.deployment_id for entry in entries], IDS[:len(files)])
-        self.assertEqual(documents, {support.digest(data): data for _, data in files})
+        self.assertEqual((documents, ignored), ({support.digest(data): data for _, data in files}, []))
 
 
 class Reports(GitCase):
