@@ -1729,7 +1729,7 @@ def make_state():
     reported    {id in lower case: digest of the last acknowledged status}
     trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what discovery named
     identity    digest of the own leaf that was last found to lead to the trust bundle
-    est         {phase, token, key, at, delay, failures, refused}: an enrollment or renewal under way; {used}: the token that served
+    est         {token, key: digests of what an enrollment goes by, at, delay, failures, refused}; {used}: the token that served
     crls        {URL: {etag, modified, number, key, at, delay, failures}}: of the revocation lists in crls/
     drafts      the drafts in use, as the log was told
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
@@ -2490,11 +2490,18 @@ def fetch_bundle(config, url, trust, now):
 def note_discovery(config, trust, found):
     """Keeps what a discovery document says of enrollment and revocation; a list that vanished is told at once (E-091)."""
     if config.identity.enrollment == "est":
-        trust["est"] = found.est_uri
-    if config.identity.revocation != "off" and (found.crl_uris or trust.get("crls")):
-        if not found.crl_uris:
+        trust["est"] = found.est_uri if found else trust.get("est")
+    if config.identity.revocation != "off":
+        if found and trust.get("crls") and not found.crl_uris:
             log("warning", "the discovery document names no revocation lists any more; those at hand count until they end")
-        trust["crls"] = found.crl_uris
+        trust["crls"] = found.crl_uris if found else trust.get("crls", [])
+
+
+def is_trust_known(config, trust):
+    """Whether the state knows all that a refresh would have told it; a run may have ended in between, and a setting may be new."""
+    settings = config.identity
+    return "source" in trust and (not settings.discovery or (settings.enrollment == "off" or "est" in trust)
+                                  and (settings.revocation == "off" or "crls" in trust))
 
 
 def check_bundle(data, trust, trust_domain):
@@ -2538,12 +2545,12 @@ def refresh_trust_bundle(config, store, state, trust_domain, now, keep=True):
     try:
         if not remote:
             return check_bundle(held[0], trust, trust_domain)
-        if held and memo <= now < memo + period:
+        if held and memo <= now < memo + period and is_trust_known(config, trust):
             return held[1]
         found = fetch_discovery(config, trust_domain, now) if config.identity.discovery else None
         if found:
             url, trust_domain = found.bundle_uri, found.trust_domain
-            note_discovery(config, trust, found)
+        note_discovery(config, trust, found)
         answer = fetch_bundle(config, url, trust if held else {}, now)
         if keep:
             store.save_memo(dict(store.load_memo(), trust=now))
@@ -2715,21 +2722,21 @@ def find_est_step(est, leaf, fault, token, issued, now):
     token: digest of the enrollment token that is at hand, "" for the form by certificate, None where there is neither.  issued: whether an
     answer is there already.
     """
-    if not fault and (est.get("phase") != "enroll") and now < make_renewal_time(leaf):
+    if not fault and now < make_renewal_time(leaf):
         return ""
     if fault and leaf and now < leaf.not_before:
         raise Untrusted(fault)                      # the clock: a new SVID would not help
-    step = "enroll" if fault or est.get("phase") == "enroll" else "renew"
     fresh = token if token != est.get("used") else None
-    if step == "enroll" and fresh is None and not issued:
-        raise Untrusted(f"{fault or 'the own SVID is being replaced'}; a fresh enrollment token in identity.est.token_file is needed,"
-                        " or a chain for the request of `margo_agent.py csr`")
+    if fault and fresh is None and not issued:
+        raise Untrusted(f"{fault}; a fresh enrollment token in identity.est.token_file is needed, or a chain for the request of `margo_agent.py csr`")
     waiting = est.get("at", 0) <= now < est.get("at", 0) + est.get("delay", 0)
-    return "wait" if waiting and (step == "renew" or fresh in (None, est.get("token"))) else step
+    if waiting and (not fault or fresh in (None, est.get("token"))):
+        return "wait"
+    return "enroll" if fault else "renew"
 
 
-def find_own_leaf(config, crls, now):
-    """(the own leaf or None, why it cannot be used or ""); a missing key makes it useless too, and so does its revocation."""
+def find_own_leaf(config, est, crls, now):
+    """(the own leaf or None, why it cannot be used or ""); a lost key makes it useless, and so do revocation and a key made for the next one."""
     try:
         leaf = load_identity(config).leaf
         check_validity(leaf, now)
@@ -2739,21 +2746,30 @@ def find_own_leaf(config, crls, now):
         return leaf, f"identity.certificate {config.identity.certificate}: {error}"
     if not os.path.exists(config.identity.key):
         return leaf, f"identity.key {config.identity.key}: the key is lost"
+    if est.get("key"):
+        try:
+            load_key_pair(make_tls_context(), config.identity.certificate, config.identity.key)
+        except MargoError as error:
+            return leaf, error.message
     return leaf, "the own SVID is revoked" if is_revoked(leaf, crls) else ""
 
 
 def load_token(config):
-    """The enrollment token's bytes, None where there is none any more; raises ConfigError for one that cannot be one."""
+    """The enrollment token's bytes, None where there is none any more."""
     path = config.identity.est.token_file
     data = read_file(path, 4 * KIB) if path else None
-    if data is None:
-        return None
-    token = re.sub(rb"\r?\n\Z", b"", data)
+    return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
+
+
+def make_authorization(config, token):
+    """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
+    import base64
+    path = config.identity.est.token_file
     if not token.partition(b":")[2] or b"\n" in token:
         raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
     if os.stat(path).st_mode & 0o077:
         log("warning", "others can read the enrollment token; chmod 0600 it", path=path)
-    return token
+    return "Basic " + base64.b64encode(token).decode()
 
 
 def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False):
@@ -2762,41 +2778,49 @@ def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False
     jitter: in [0, 1), for the back-off.  is_silent: whether the operator's downtime lasts from now to a moment; it gives way only for an SVID
     that would not outlive it.
     """
-    est, token = state["est"], load_token(config)
     chain = read_file(store.path("issued.pem"), MAX_CERTIFICATES)
     if chain is not None and chain == read_file(config.identity.certificate, MAX_CERTIFICATES):
-        finish_enrollment(config, store, state, token)      # a run ended between activation and here
-        est, token = state["est"], load_token(config)
-    leaf, fault = find_own_leaf(config, load_crls(store, state), now)
+        finish_enrollment(config, store, state)     # a run ended between activation and here
+    est = state["est"]
+    leaf, fault = find_own_leaf(config, est, load_crls(store, state), now)
+    token = load_token(config) if fault else None
     mark = "" if config.identity.est.certificate else token and sha256_digest(token)
     issued = any(os.path.exists(store.path(name)) for name in ("issued.p7", "issued.pem"))
     step = find_est_step(est, leaf, fault, mark, issued, now)
-    if not step:
-        return
-    if step == "wait" or is_silent(now) and (fault or not is_silent(leaf.not_after)):
-        until = make_time(est.get("at", now) + est.get("delay", 0))
-        if fault and est.get("refused") and step == "wait":
-            raise Untrusted(f"{est['refused']}; asked again at {until}, or at once with another token")
-        if fault or step == "enroll":
-            silence = make_wait(Silence, f"waiting until {until} as the identity service or a back-off asks", est.get("at", now) + est.get("delay", 0) - now)
-            silence.exit = 3 if step == "wait" else 0       # downtime is the operator's own wish
+    if step == "wait" and fault and est.get("refused"):
+        raise Untrusted(f"{est['refused']}; asked again in an hour, or at once with another token")
+    if step == "wait" or step and is_silent(now) and (fault or not is_silent(leaf.not_after)):
+        left = est.get("at", now) + est.get("delay", 0) - now
+        silence = make_wait(Silence, "waiting for as long as the identity service, a back-off or downtime asks", left)
+        silence.exit = 3 if step == "wait" else 0   # downtime is the operator's own wish
+        if fault:
             raise silence
+        return
+    if not step:
         return
     note_draft(store, state, "enrollment over EST")
     try:
-        obtain_svid(config, store, state, step, leaf, token, now)
+        obtain_svid(config, store, state, leaf, fault, mark, now)
     except (Unreachable, Untrusted, Refused, CommandError) as error:
-        asked = error.retry_after
-        failures = 0 if isinstance(error, Pending) else min(est.get("failures", 0) + 1, 30)
-        cap = EST_CAP if isinstance(error, Untrusted) else min(EST_CAP, EST_FIRST * 2 ** max(0, failures - 1)) * (1 - jitter)
-        cap = cap if fault else min(cap, (leaf.not_after - now) / 4)    # more than one attempt is left, however short its life
-        state["est"].update(at=now, failures=failures, refused=error.message if isinstance(error, Untrusted) else None, delay=(asked or EST_FIRST) if not failures else max(asked or 0, cap))
-        store.save_state(state)
-        if fault or step == "enroll":
+        note_est_fault(store, state, error, leaf.not_after if not fault else None, now, jitter)
+        if fault:
             raise
         raise NotRenewed(f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error.message}") from None
     state["patience"] = {}                          # what the WFM thought of the old SVID no longer counts
-    finish_enrollment(config, store, state, token)
+    finish_enrollment(config, store, state)
+
+
+def note_est_fault(store, state, error, end, now, jitter):
+    """Keeps the back-off that follows from a fault; end: of the SVID that is still good, which has to see more than one attempt (E-045, E-062)."""
+    failures = 0 if isinstance(error, Pending) else min(state["est"].get("failures", 0) + 1, 30)
+    delay = EST_CAP if isinstance(error, Untrusted) else (1 - jitter) * min(EST_CAP, EST_FIRST * 2 ** (failures - 1))
+    delay = delay if end is None else min(delay, (end - now) / 4)
+    if isinstance(error, Pending):
+        log("info", error.message)
+        delay = EST_FIRST if error.retry_after is None else 0
+    state["est"].update(at=now, failures=failures, delay=max(error.retry_after or 0, delay),
+                        refused=error.message if isinstance(error, Untrusted) else None)
+    store.save_state(state)
 
 
 def note_draft(store, state, what):
@@ -2807,25 +2831,28 @@ def note_draft(store, state, what):
         store.save_state(state)
 
 
-def finish_enrollment(config, store, state, token):
+def finish_enrollment(config, store, state):
     """Clears up after an activation, in an order that the next run can take up; the token is erased, and never sent again (E-044)."""
-    est, mark = state["est"], token and sha256_digest(token)
+    est, token = state["est"], load_token(config)
     state["est"] = {"used": est.get("token") or est.get("used")}
     store.save_state(state)
     remove_file(store.path("issued.p7"))
-    if mark and mark == state["est"]["used"] and not remove_file(config.identity.est.token_file):
+    if token and sha256_digest(token) == state["est"]["used"] and not remove_file(config.identity.est.token_file):
         log("warning", "the enrollment token has served and cannot be erased; remove it", path=config.identity.est.token_file)
     remove_file(store.path("issued.pem"))           # last: while it is there, this is not done
 
 
-def obtain_svid(config, store, state, step, leaf, token, now):
-    """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, proof, activation."""
-    chain = read_file(store.path("issued.pem"), MAX_CERTIFICATES)
-    renewed = leaf if step == "renew" else None
-    bundle = refresh_trust_bundle(config, store, state, parse_identity([leaf.der], "", "").spiffe_id.trust_domain if leaf else None, now)
+def obtain_svid(config, store, state, leaf, fault, mark, now):
+    """Goes from wherever an enrollment (with `fault`) or renewal stands to its end: request, answer, chain, proof, activation."""
+    chain, renewed = read_file(store.path("issued.pem"), MAX_CERTIFICATES), None if fault else leaf
+    trust_domain = parse_identity([leaf.der], "", "").spiffe_id.trust_domain if leaf else None
+    bundle = refresh_trust_bundle(config, store, state, trust_domain, now)
+    if chain and now > parse_certificate(parse_pem(chain.decode("ascii"))[0]).not_after:
+        chain = None                                # it waited for its proof for too long
+        remove_file(store.path("issued.p7"))
     if chain is None:
         if not os.path.exists(store.path("issued.p7")):
-            request_svid(config, store, state, step, leaf, token, now)
+            request_svid(config, store, state, renewed, mark, now)
         chain = make_issued_chain(config, store, state, renewed, bundle, now)
         write_file(store.path("issued.pem"), chain)
     own = parse_identity(parse_pem(chain.decode("ascii")), store.path("issued.pem"), config.identity.key)
@@ -2835,42 +2862,43 @@ def obtain_svid(config, store, state, step, leaf, token, now):
     log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after), renewal=make_time(make_renewal_time(own.leaf)))
 
 
-def request_svid(config, store, state, step, leaf, token, now):
+def request_svid(config, store, state, renewed, mark, now):
     """Asks for an SVID, and makes the answer durable before anything else; what is asked with which key is durable before (E-042, E-043)."""
     import base64
     settings, url = config.identity.est, config.identity.est.url or state["trust"].get("est")
     if not url:
         raise Untrusted(f"identity.discovery {config.identity.discovery} names no {EST_FIELD}, and identity.est.url is not set")
-    operation = "simplereenroll" if step == "renew" else "simpleenroll"
+    url = f"{url}/{'simplereenroll' if renewed else 'simpleenroll'}"
     context, check_peer = make_mis_context(config, url)                 # a fresh one: no certificate slips into the other form (E-034)
     headers = {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
-    if step == "renew":
+    if renewed:
         load_key_pair(context, config.identity.certificate, config.identity.key)
-        body = make_renewal_csr(leaf, config.identity.key)
+        body = make_renewal_csr(renewed, config.identity.key)
     else:
-        begin_enrollment(config, store, state, token)
-        body = make_csr(config.identity.key, "DER")
         if settings.certificate:
             load_key_pair(context, settings.certificate, settings.key, "identity.est")
         else:
-            headers["Authorization"] = "Basic " + base64.b64encode(token).decode()
-    log("info", "asking for an SVID", url=f"{url}/{operation}")
-    response = request("POST", f"{url}/{operation}", headers, base64.encodebytes(body), context, config.wfm.timeout, MAX_CERTIFICATES, check_peer)
-    write_file(store.path("issued.p7"), read_certs_only(check_est_response(response, operation, now)))
+            headers["Authorization"] = make_authorization(config, load_token(config) or b"")
+        body = begin_enrollment(config, store, state, mark)
+    log("info", "asking for an SVID", url=url)
+    response = request("POST", url, headers, base64.encodebytes(body), context, config.wfm.timeout, MAX_CERTIFICATES, check_peer)
+    write_file(store.path("issued.p7"), read_certs_only(check_est_response(response, url, now)))
 
 
-def begin_enrollment(config, store, state, token):
-    """The key and what it is for, both durable; raises Untrusted for a token that went with another key before: a token serves one key."""
-    est, mark = state["est"], token and sha256_digest(token)
-    if est.get("phase") != "enroll" or est.get("token") != mark:
-        state["est"] = est = {"phase": "enroll", "token": mark, "used": est.get("used")}
+def begin_enrollment(config, store, state, mark):
+    """The first request (DER); the key and what it is for are durable then.  Raises Untrusted for a token that went with another key before."""
+    est = state["est"]
+    if not est.get("key") or est.get("token") != mark:
+        state["est"] = est = {"token": mark, "key": "none yet", "used": est.get("used")}
         store.save_state(state)                     # first: a new key beside an old certificate is no broken pair but an enrollment
     if make_private_key(config.identity.key):
         log("info", "new private key", path=config.identity.key)
     key = sha256_digest(run_openssl(["pkey", "-in", config.identity.key, "-pubout", "-outform", "DER"], b""))
-    if est.setdefault("key", key) != key:
+    if est["key"] not in ("none yet", key):
         raise Untrusted("the enrollment token was used with a key that is lost; a fresh token is needed")
+    est["key"] = key
     store.save_state(state)
+    return make_csr(config.identity.key, "DER")
 
 
 def make_renewal_csr(leaf, key_file):
@@ -2885,7 +2913,7 @@ def make_renewal_csr(leaf, key_file):
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
 
 
-class Pending(Unreachable):
+class Pending(Silence):
     """The request for an SVID was accepted and waits for a decision; not a failure."""
 
 
@@ -6919,7 +6947,7 @@ class Agent:
         with self:
             faults, changed, began = [], False, time.time()
             for step in (self.tend_identity, self.exchange, self.refresh_revocation, self.reconcile, self.flush_outbox):
-                if step == self.exchange and faults and not isinstance(faults[0], NotRenewed):
+                if step == self.exchange and faults and isinstance(faults[0], (Unreachable, Untrusted)):
                     continue                        # there is no SVID to speak with
                 try:
                     changed = step() or changed
@@ -7583,7 +7611,7 @@ def wait_for_svid(agent):
     while True:
         try:
             return agent.tend_identity()
-        except (Pending, Silence) as error:
+        except Silence as error:
             est = agent.state["est"]
             left = est.get("at", 0) + est.get("delay", 0) - time.time()
             if not sys.stderr.isatty() or left <= 0:
@@ -7792,6 +7820,10 @@ def command_csr(config, options):
     """Makes a private key if there is none, and prints a certificate signing request for it."""
     if not config.identity.key:
         raise ConfigError("identity.key: not set; it says where the key is kept")
+    if config.identity.enrollment == "est":
+        store = Store(config.state_dir)             # an enrollment under way makes the key itself; the lock goes with this process
+        store.create()
+        store.lock()
     if make_private_key(config.identity.key, config.identity.algorithm):
         log("info", "new private key", path=config.identity.key)
     request_pem = make_csr(config.identity.key)

@@ -2,16 +2,25 @@
 # SPDX-License-Identifier: Apache-2.0
 # The main job on real parts, in under two minutes, leaving nothing behind:
 #
-#   sh examples/quickstart.sh [--no-install]
+#   sh examples/quickstart.sh [--no-install] [--enroll]
 #
 # makes certificates, starts the example Workload Fleet Manager, publishes a small web server as a Compose Archive, lets the agent
 # install, update and remove it, and asks the application itself each time.  What is missing (podman, a container runtime and
 # network, openssl, curl, busybox) is installed by the system's package manager; --no-install only checks.  All else happens in a temporary folder.
+#
+# --enroll shows something else: the whole life of an identity in a minute, by certificates that live for seconds.  It needs no podman.
 set -eu
 cd "$(dirname "$0")/.."
 repository=$(pwd)
 install=yes
-[ "${1:-}" = --no-install ] && install=no
+enroll=no
+for word in "$@"; do
+    case $word in
+        --no-install) install=no ;;
+        --enroll) enroll=yes ;;
+        *) echo "usage: sh examples/quickstart.sh [--no-install] [--enroll]" >&2; exit 2 ;;
+    esac
+done
 
 say() {
     printf '\n\033[1m== %s\033[0m\n' "$*"
@@ -27,18 +36,20 @@ say "What this needs"
 need python3 python3
 need openssl openssl
 need curl curl
-need podman podman
-if ! command -v runc >/dev/null 2>&1 && ! command -v crun >/dev/null 2>&1 && [ ! -x /usr/sbin/runc ]; then missing="$missing runc"; fi
-[ -x /bin/busybox ] || missing="$missing busybox-static"
-# Containers are joined by netavark, or by CNI plugins where podman was set up with those; aardvark-dns lets them find each other by name.
-if command -v podman >/dev/null 2>&1 && backend=$(podman info --format '{{.Host.NetworkBackend}}' 2>/dev/null); then
-    if [ "$backend" = cni ] && [ -z "$(ls /usr/lib/cni/bridge /usr/libexec/cni/bridge /opt/cni/bin/bridge 2>/dev/null)" ]; then
-        missing="$missing containernetworking-plugins"
+if [ $enroll = no ]; then
+    need podman podman
+    if ! command -v runc >/dev/null 2>&1 && ! command -v crun >/dev/null 2>&1 && [ ! -x /usr/sbin/runc ]; then missing="$missing runc"; fi
+    [ -x /bin/busybox ] || missing="$missing busybox-static"
+    # Containers are joined by netavark, or by CNI plugins where podman was set up with those; aardvark-dns lets them find each other by name.
+    if command -v podman >/dev/null 2>&1 && backend=$(podman info --format '{{.Host.NetworkBackend}}' 2>/dev/null); then
+        if [ "$backend" = cni ] && [ -z "$(ls /usr/lib/cni/bridge /usr/libexec/cni/bridge /opt/cni/bin/bridge 2>/dev/null)" ]; then
+            missing="$missing containernetworking-plugins"
+        fi
+    else
+        missing="$missing netavark aardvark-dns"
     fi
-else
-    missing="$missing netavark aardvark-dns"
+    command -v iptables >/dev/null 2>&1 || [ -x /usr/sbin/iptables ] || missing="$missing iptables"
 fi
-command -v iptables >/dev/null 2>&1 || [ -x /usr/sbin/iptables ] || missing="$missing iptables"
 if [ -n "$missing" ]; then
     echo "missing:$missing"
     if [ $install = no ]; then
@@ -70,10 +81,12 @@ fi
 
 work=$(mktemp -d)
 wfm=
+mis=
 finish() {
     code=$?
     trap - EXIT INT TERM
     [ -z "$wfm" ] || kill "$wfm" 2>/dev/null || true
+    [ -z "$mis" ] || kill "$mis" 2>/dev/null || true
     if command -v podman >/dev/null 2>&1; then
         ids=$(podman ps --all --quiet --filter "label=org.margo.deployment=$deployment" 2>/dev/null || true)
         # shellcheck disable=SC2086
@@ -88,6 +101,91 @@ finish() {
 deployment=3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10
 trap finish EXIT
 trap 'exit 130' INT TERM
+
+# wait_for_line FILE WORD: the rest of the first line that begins with a word
+wait_for_line() {
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        if sed -n "s/^$2 //p" "$1" | grep . ; then return; fi
+        sleep 1
+    done
+    cat "$1" >&2
+    return 1
+}
+agent() {
+    echo "\$ margo_agent.py $*"
+    RUNTIME_DIRECTORY="$work/run" python3 "$repository/margo_agent.py" -c "$work/agent.yaml" "$@"
+}
+
+if [ $enroll = yes ]; then
+    say "A test trust domain, its WFM, and no certificate for this device"
+    sh examples/pki.sh "$work/pki"
+    rm "$work/pki/client.pem" "$work/pki/client.key"
+    mkdir -p "$work/mis" "$work/deployments" "$work/wfm"
+    python3 examples/wfm.py --listen localhost:0 --certificate "$work/pki/wfm.pem" --key "$work/pki/wfm.key" \
+        --trust-bundle "$work/pki/bundle.json" --deployments "$work/deployments" --state "$work/wfm" > "$work/wfm.log" 2>&1 &
+    wfm=$!
+    # start_mis ADDRESS: the identity service, whose certificates live for 20 seconds and whose revocation lists for 6
+    start_mis() {
+        python3 examples/mis.py --listen "$1" --anchor "$work/pki/ca.pem" --anchor-key "$work/pki/ca.key" --trust-bundle "$work/pki/bundle.json" \
+            --site-certificate "$work/pki/site.pem" --site-key "$work/pki/site.key" --state "$work/mis" --lifetime 20 --crl-validity 6 \
+            > "$work/mis.log" 2>&1 &
+        mis=$!
+        service=$(wait_for_line "$work/mis.log" listening)
+    }
+    start_mis localhost:0
+    # token TOKEN REVIEW: makes a one-time token known to the service and puts it on the device
+    token() {
+        printf '{"%s": {"client": "line-4-cell-2", "review": %s}}' "$1" "$2" > "$work/mis/tokens.json"
+        (umask 077; echo "$1" > "$work/token")
+    }
+    cat > "$work/agent.yaml" <<END
+state_dir: $work/state
+wfm: {url: "$(wait_for_line "$work/wfm.log" listening)"}
+identity:
+  {certificate: svid.pem, key: svid.key, discovery: "https://localhost:${service##*:}/.well-known/margo", ca: pki/site-ca.pem,
+   enrollment: est, est: {token_file: token}}
+device: {id: line-4-cell-2, vendor: Example Industries, modelNumber: EG-100, serialNumber: "0042"}
+runtime: {compose: off}
+END
+    serial() {
+        openssl x509 -in "$work/svid.pem" -noout -serial
+    }
+
+    say "A one-time token; an operator takes two seconds to approve"
+    token first:time 2
+    until agent enroll; do sleep 1; done
+    openssl x509 -in "$work/svid.pem" -noout -serial -enddate -ext subjectAltName
+    [ ! -e "$work/token" ] && echo "the token is gone"
+
+    say "Between 40 and 60 % of its life it renews itself, with the same key"
+    first=$(serial)
+    while [ "$(serial)" = "$first" ]; do
+        sleep 1
+        agent -q run --once
+    done
+    serial
+
+    say "The WFM's certificate is revoked: nothing is said to it any more, until that is taken back"
+    printf '{"anchor": ["%s"]}' "$(openssl x509 -in "$work/pki/wfm.pem" -noout -serial | cut -d= -f2)" > "$work/mis/revoked.json"
+    while agent run --once; do sleep 1; done
+    rm "$work/mis/revoked.json"
+    until agent -q run --once; do sleep 1; done
+
+    say "The identity service is away until the certificate has ended"
+    kill $mis
+    while code=0; agent -q run --once || code=$?; [ $code != 5 ]; do sleep 2; done
+
+    say "It is back; a lapsed certificate renews nothing, a fresh token does it"
+    start_mis "localhost:${service##*:}"
+    agent run --once && exit 1
+    token second:time 0
+    agent run --once
+    agent status
+
+    say "What the identity service issued"
+    cut -c 1-200 "$work/mis/issued.jsonl"
+    exit 0
+fi
 
 say "A container image from busybox, and a look whether containers run here"
 mkdir -p "$work/image/bin" "$work/image/www" "$work/image/tmp"
@@ -137,10 +235,6 @@ device: {id: line-4-cell-2, vendor: Example Industries, modelNumber: EG-100, ser
 runtime: {compose: builtin, engine: podman, settle: 1s}
 registries: {"$registry": {ca: pki/site-ca.pem}}
 END
-agent() {
-    echo "\$ margo_agent.py $*"
-    RUNTIME_DIRECTORY="$work/run" python3 "$repository/margo_agent.py" -c "$work/agent.yaml" "$@"
-}
 page() {
     echo "\$ curl http://127.0.0.1:$port/"
     curl --silent --show-error --fail --retry 20 --retry-delay 1 --retry-connrefused "http://127.0.0.1:$port/" | tee "$work/page"

@@ -1,6 +1,8 @@
 """Section 8, Identity: enrollment, renewal and revocation over the draft's EST, against examples/mis.py and examples/wfm.py."""
 import base64
 import os
+import re
+import shutil
 import stat
 import subprocess
 import time
@@ -423,12 +425,13 @@ class Decisions(unittest.TestCase):
                 (due - 1, "", {}, None, False, ""), (due, "", {}, None, False, "renew"), (999, "", {}, None, False, "renew"),
                 (due, "", {"at": due - 10, "delay": 60}, None, False, "wait"), (due, "", {"at": due - 60, "delay": 60}, None, False, "renew"),
                 (due, "", {"at": due + 500, "delay": 60}, None, False, "renew"),             # the clock jumped back
-                (due, "", {"at": due - 10, "delay": 60, "used": "a"}, "b", False, "wait"),
+                (due, "", {"at": due - 10, "delay": 60, "used": "a"}, None, False, "wait"),
                 (1001, "expired", {}, "a", False, "enroll"), (1001, "expired", {"used": "a"}, "b", False, "enroll"), (1001, "expired", {}, "", False, "enroll"),
                 (1001, "expired", {"used": "a"}, "a", True, "enroll"),
                 (1001, "expired", {"at": 1000, "delay": 60, "token": "a"}, "a", False, "wait"),
                 (1001, "expired", {"at": 1000, "delay": 60, "token": "a"}, "b", False, "enroll"),
-                (due - 1, "", {"phase": "enroll", "token": "a"}, "a", False, "enroll")):
+                (due - 1, "not the key", {"key": "x", "token": "a"}, "a", False, "enroll"),
+                (1001, "expired", {"at": 1000, "delay": 60, "token": ""}, "", False, "wait")):
             with self.subTest((now, fault, est, token)):
                 self.assertEqual(margo_agent.find_est_step(est, leaf, fault, token, issued, now), expected)
         for now, fault, est, token in ((1001, "expired", {}, None), (1001, "expired", {"used": "a"}, "a"), (-5, "not valid before", {}, "a")):
@@ -577,6 +580,20 @@ class Renewal(Site):
         done = self.device.run("enroll")
         self.assertIn("its chain does not lead to the trust bundle", done.stderr)
         self.assertEqual(done.returncode, 5)
+
+
+class Quickstart(unittest.TestCase):
+    def test_the_life_of_an_identity_in_a_minute(self):
+        """The example runs as it stands, and every chapter of it comes about."""
+        support.require("openssl")
+        if not shutil.which("curl"):
+            self.skipTest("curl is not installed")
+        done = subprocess.run(["sh", os.path.join(support.EXAMPLES, "quickstart.sh"), "--no-install", "--enroll"], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, universal_newlines=True, timeout=240)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        for words in ("the token is gone", "the peer's certificate is revoked", "is not renewed yet", "expired at", "nothing is left behind"):
+            self.assertIn(words, done.stdout)
+        self.assertEqual(len(set(re.findall('"key": "([0-9a-f]+)"', done.stdout))), 1)
 
 
 class Installed(Site):

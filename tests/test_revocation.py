@@ -144,6 +144,26 @@ class Lists(RevocationCase):
         self.device.set("identity.revocation", "require")
         self.assertIn("names no revocation list", self.device.cycle(5))
 
+    def test_discovery_is_asked_as_often_as_the_shortest_list_lives(self):
+        """E-090: though the bundle itself would be good for an hour."""
+        self.mis.misissue(crl={"validity": 2})
+        self.cycle_due()
+        time.sleep(2.1)
+        before = len(self.asked())
+        self.device.cycle()
+        self.assertIn(("margo", 200), self.asked()[before:])
+
+    def test_a_switch_that_is_new_needs_no_wait(self):
+        """E-080: what discovery said of it before was not kept; it is asked at once."""
+        self.device.set("identity.revocation", "off")
+        device = self.make_device()
+        device.settings["identity"].update(enrollment="off", est={}, revocation="off", certificate=self.device.certificate, key=self.device.key)
+        device.save()
+        device.cycle()
+        self.assertNotIn("crls", device.state()["trust"])
+        device.set("identity.revocation", "require")
+        device.cycle()
+
     def test_require_gets_its_lists_before_it_connects(self):
         """E-087: one that has nothing at hand fetches first, and where that fails says nothing to the WFM."""
         device = self.make_device()
