@@ -4179,7 +4179,8 @@ def make_git_config(config, home, header):
     if header:
         settings.append(("http", "extraHeader", f"Authorization: {header}"))
     if url.startswith("file://"):
-        settings.append(("safe", "directory", url[len("file://"):]))
+        folder = url[len("file://"):].rstrip("/")
+        settings += [("safe", "directory", folder), ("safe", "directory", folder + "/.git")]        # whoever owns it: the operator named it
     if config.git.allowed_signers:
         settings.append(('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers))
     quoted = [(section, key, value.replace("\\", "\\\\").replace('"', '\\"')) for section, key, value in settings]

@@ -119,6 +119,18 @@ class Roads(GitCase):
     def test_file(self):
         self.check(self.device)
 
+    def test_file_of_another_owner(self):
+        """The operator names the repository; that is all the trust that git asks for."""
+        if os.geteuid():
+            self.skipTest("only root can give files away")
+        self.publish("one")
+        for folder, _, names in os.walk(self.repository.bare):
+            for name in [""] + names:
+                os.chown(os.path.join(folder, name), 65534, 65534)
+        for url in (self.repository.url, self.repository.url + "/"):
+            device = self.make_device(url, git_path="")
+            self.assertEqual(device.plan(), {HELLO: ("install", "new")})
+
     def test_https_with_a_bearer_token(self):
         """C-253"""
         self.check(self.make_device(self.serve("Bearer s3cret-t0ken"), git_token_file=self.make_token(),
