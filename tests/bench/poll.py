@@ -44,13 +44,13 @@ class Cleanups:
             function(*arguments, **options)
 
 
-def measure(argv, env):
-    """(CPU milliseconds, peak memory MiB) of one run of a command that has to succeed."""
+def measure(argv, env, expected=0):
+    """(CPU milliseconds, peak memory MiB) of one run of a command that has to end with the expected code."""
     with open(os.devnull, "wb") as nowhere:
         process = subprocess.Popen(argv, env=env, stdout=nowhere, stderr=nowhere)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = status
-    if status:
+    if os.WEXITSTATUS(status) != expected or not os.WIFEXITED(status):
         raise SystemExit(f"{argv} ended with {status}")
     return (usage.ru_utime + usage.ru_stime) * 1000, usage.ru_maxrss / 1024
 

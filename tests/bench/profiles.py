@@ -4,8 +4,8 @@
 
 An unchanged poll, ROUNDS times in turn (default 11): median of user+system CPU with all helper programs (the engine excepted: a shell
 that prints one container takes its place), bytes on the wire both ways, counted by a relay, and programs started, counted by strace.
-Then the first sync of DEPLOYMENTS (default 200) of one service each, from onboarding to the last report, on the engine of files: wall time
-and CPU with all helper programs, requests and bytes. Profiles without a WFM of tests/test_profiles.py on their road have no relay.
+Then the first sync of DEPLOYMENTS (default 200) that nothing here runs (runtime.compose: off), so that the source alone is measured, once it is
+enrolled: `plan`, and the first run with its reports; wall time, CPU with all helper programs, connections and bytes.
 """
 import json
 import os
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from urllib.parse import urlsplit
 
 from tests import support, test_profiles
 from tests.bench.poll import Cleanups, measure
@@ -54,14 +55,12 @@ class Relay:
 
 
 def make_road(test, name):
-    """(road, engine, relay or None), with the agent's own way to the WFM through the relay."""
+    """(road, engine, relay), with the agent's own way to the other side through the relay."""
     engine = support.FakeEngine(test)
     road = test_profiles.ROADS[name](test, engine)
-    relay = None
-    if hasattr(road, "wfm") and road.device.settings["wfm"]["url"] == road.wfm.url:
-        host, _, port = road.wfm.url.split("//")[1].partition(":")
-        relay = Relay((host, int(port)))
-        road.device.set("wfm.url", f"https://127.0.0.1:{relay.port}")
+    url = urlsplit(road.device.settings["wfm"]["url"])
+    relay = Relay((url.hostname, url.port))
+    road.device.set("wfm.url", url._replace(netloc=f"{url.hostname}:{relay.port}").geturl())
     return road, engine, relay
 
 
@@ -95,35 +94,36 @@ def measure_polls(rounds):
         sizes = {}
         for _ in range(rounds):
             for name, (road, relay, argv, figures, _) in roads.items():
-                before = relay.bytes if relay else 0
+                before = relay.bytes
                 figures.append(measure(argv, road.device.env)[0])
                 time.sleep(0.1)
-                sizes[name] = relay.bytes - before if relay else None
+                sizes[name] = relay.bytes - before
         base = statistics.median(roads["mtls"][3])
         print(f"an unchanged poll: {sys.version.split()[0]}, {os.uname().machine}, {rounds} rounds, median (minimum to maximum)")
         for name, (_, _, _, figures, programs) in roads.items():
-            size = "not relayed" if sizes[name] is None else f"{sizes[name]} bytes"
             print(f"{name:10} {statistics.median(figures):6.1f} ms CPU ({min(figures):.1f} to {max(figures):.1f})  {statistics.median(figures) / base:4.2f} x mtls"
-                  f"  {size}  {programs} programs")
+                  f"  {sizes[name]} bytes  {programs} programs")
     finally:
         test.close()
 
 
 def measure_first_sync(count):
-    """Prints a line a profile."""
-    print(f"first sync of {count} deployments, engine of files")
+    """Prints two lines a profile."""
+    print(f"first sync of {count} deployments that nothing here runs")
     for name in test_profiles.ROADS:
         test = Cleanups()
         try:
             road, _, relay = make_road(test, name)
+            road.device.set("runtime.compose", "off")
             for number in range(count):
                 road.publish(f"{number:08x}-0000-4000-8000-000000000000", name=f"app-{number}")
-            argv = road.device.command("run", "--once")
-            start = time.monotonic()
-            cpu, memory = measure(argv, road.device.env)
-            wall = time.monotonic() - start
-            wire = f"{relay.connections} requests, {relay.bytes / 1024:.0f} KiB" if relay else "not relayed"
-            print(f"{name:10} {wall:6.1f} s, {cpu / 1000:6.1f} s CPU with the engine's, peak {memory:.0f} MiB, {wire}")
+            road.device.run("enroll")
+            for command, code in (("plan",), 0), (("run", "--once"), 1):
+                relay.bytes = relay.connections = 0
+                start = time.monotonic()
+                cpu, memory = measure(road.device.command(*command), road.device.env, code)
+                print(f"{name:10} {command[0]:5} {time.monotonic() - start:6.1f} s, {cpu / 1000:6.1f} s CPU, peak {memory:.0f} MiB, {relay.connections}"
+                      f" connections, {relay.bytes / 1024:.0f} KiB")
         finally:
             test.close()
 
