@@ -7794,6 +7794,9 @@ def check_hooks(agent):
     broken = [path for path in agent.config.hooks.run if not os.path.isfile(path) or not os.access(path, os.X_OK)]
     if broken:
         raise ConfigError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
+    loose = [path for path in agent.config.hooks.run if os.stat(path).st_mode & 0o022]
+    if loose:
+        return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
     return "ok", f"{len(agent.config.hooks.run)} to be run around changes" if agent.config.hooks.run else ""
 
 

@@ -186,6 +186,8 @@ class Failure(HookCase):
         self.assertRegex(done.stdout, "FAIL hooks .*no-such-hook")
         self.device.set("hooks.run", ["hook"])
         self.assertRegex(self.device.run("doctor").stdout, "ok   hooks .*1")
+        os.chmod(self.hook, 0o775)
+        self.assertRegex(self.device.run("doctor").stdout, "warn hooks .*chmod go-w")
 
 
 class Example(HookCase):
