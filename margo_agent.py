@@ -71,7 +71,9 @@ STOP_GRACE = 20                                     # seconds that the current s
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
 RESERVE = 256 * KIB                                 # kept in the state directory, to be given up for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
-PULL_TIMEOUT = 3600                                 # seconds one image may take: links are slow, and a pull that moves is no fault
+PULL_TIMEOUT = 3600                                 # seconds git may take: links are slow
+IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
+FREE_SPACE = 32 * MIB                               # stays free on a disk that something is fetched to (P-4)
 PUSH_ATTEMPTS = 5                                   # how often a status is put on top of what others pushed meanwhile
 MAX_PACKS = 50                                      # fetches after which the copy of a Git repository is begun anew
 EXPIRY_WARNING = 0.2                                # share of the own SVID's lifetime left at which to warn
@@ -1940,12 +1942,12 @@ class CommandTimeout(CommandError):
     """The program ran out of its time and was ended."""
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", patient=False):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after `timeout` seconds or
-    when it prints more than `limit` bytes; `data` is all that it reads.  A non-zero exit code is an answer.  Raises CommandMissing,
-    CommandTimeout, CommandError.
+    when it prints more than `limit` bytes; `data` is all that it reads.  patient: the time begins anew as long as it reads more,
+    from wherever.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
     """
     import subprocess
     try:
@@ -1956,7 +1958,7 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
     except OSError as error:
         raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
     try:
-        stdout, stderr = serve_pipes(process, memoryview(data), time.monotonic() + timeout, limit)
+        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, patient)
     except subprocess.TimeoutExpired:
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
@@ -1972,14 +1974,27 @@ def limit_files(size):
     return soft
 
 
-def serve_pipes(process, data, deadline, limit):
+def count_read(group):
+    """Bytes that the programs of a process group have read so far, from files, pipes and sockets."""
+    total = 0
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.getpgid(int(pid)) == group:
+                with open(f"/proc/{pid}/io") as file:
+                    total += int(file.readline().split()[1])
+        except (OSError, IndexError):
+            continue                                # it has ended meanwhile
+    return total
+
+
+def serve_pipes(process, data, timeout, limit, patient=False):
     """Writes `data` to stdin, reads stdout and stderr until the process has ended; raises subprocess.TimeoutExpired, CommandError.
 
     A helper may leave something behind that keeps the pipes open, so their end is not waited for once the process itself has ended.
     """
     import select
     import subprocess
-    heard = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
+    heard, deadline, moved = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}, time.monotonic() + timeout, 0
     open_pipes, tick, stdin = set(heard), 0.2, [process.stdin.fileno()] if data else []
     for pipe in list(heard) + stdin:
         os.set_blocking(pipe, False)
@@ -2003,7 +2018,10 @@ def serve_pipes(process, data, deadline, limit):
         if ended and not ready:
             break
         if time.monotonic() > deadline:
-            raise subprocess.TimeoutExpired(process.args, 0)
+            before, moved = moved, count_read(process.pid) if patient else 0
+            if moved - before < 4 * KIB:            # less is what keeps a dead connection alive
+                raise subprocess.TimeoutExpired(process.args, 0)
+            deadline = time.monotonic() + timeout
     process.wait(max(0.0, deadline - time.monotonic()))
     return tuple(bytes(heard[pipe.fileno()]) for pipe in (process.stdout, process.stderr))
 
@@ -4595,6 +4613,8 @@ CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
 CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+IMAGE_TYPES = f"{OCI_MANIFEST}, {OCI_INDEX}, application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json"
+ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
 MAX_ENTRIES = 10000                                 # files in one archive
 
 
@@ -4765,6 +4785,7 @@ def fetch_from_registry(reference, registry, config, store, kind):
     digest, size = parse_package_manifest(answer.body, where, config.policy.max_artifact, kind)
     data = store.load_artifact(digest)
     if data is None:
+        check_space(store.folder, 5 * size, where)                  # it is kept, and unpacked to some times its size
         data = registry.get(reference.name, f"blobs/{digest}", "*/*", min(size + 1, config.policy.max_artifact)).body
         if len(data) != size or sha256_digest(data) != digest:
             raise ComponentError("DIGEST_MISMATCH", f"{where}: the layer should be {digest} of {size} bytes, it is {sha256_digest(data)} of {len(data)}")
@@ -4846,6 +4867,39 @@ def check_package_signature(data, url, key, config):
             raise ComponentError("PULL_FAILED", f"{url} is signed, and that cannot be checked: {error.message}") from None
     if outputs[-1].code:
         raise ComponentError("DIGEST_MISMATCH", f"{url}: the key at keyLocation did not sign this package: {outputs[-1].stderr[-300:]}")
+
+
+def check_space(folder, need, what):
+    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched (P-4)."""
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if free < need + FREE_SPACE:
+        raise ComponentError("DISK_FULL", f"{what} takes about {need // MIB + 1} MiB, and of the {free // MIB} MiB that are free at {folder}"
+                             f" {FREE_SPACE // MIB} stay so; free some there")
+
+
+def find_layers(image, platform, config):
+    """[(what identifies a layer on the device, bytes as sent)] of an image as its registry tells; [] where it does not.
+
+    platform: such as `linux/arm64`, or "" for this machine's.
+    """
+    match = re.fullmatch(r"([^/]*[.:][^/]*|localhost)/(.+?)(?::([\w.-]+))?(?:@(sha256:[0-9a-f]{64}))?", image)
+    if not match or match.group(1) == "docker.io":
+        return []                                   # without a host of its own it may be anywhere
+    registry, name = Registry(match.group(1), config), match.group(2)
+    system, architecture = (platform or f"linux/{ARCHITECTURES.get(os.uname().machine)}").split("/")[:2]
+
+    def get(path):
+        return parse_json(registry.get(name, path, IMAGE_TYPES, config.policy.max_document).body, image)
+
+    try:
+        value = get(f"manifests/{match.group(4) or match.group(3) or 'latest'}")
+        if "manifests" in value:
+            value = get("manifests/" + next(item["digest"] for item in value["manifests"] if (
+                item["platform"]["os"], item["platform"]["architecture"]) == (system, architecture)))
+        return list(zip(get(f"blobs/{value['config']['digest']}")["rootfs"]["diff_ids"], [int(layer["size"]) for layer in value["layers"]]))
+    except (MargoError, ValueError, KeyError, TypeError, StopIteration):
+        return []                                   # the pull itself says what is wrong
 
 
 def parse_package_manifest(data, where, max_artifact, kind="compose"):
@@ -5928,7 +5982,7 @@ class ComposeDriver:
         folder = unpack_package(data, package["digest"], folder, self.config.policy.max_unpacked, relaxed=not component.revision)
         workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
                             make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id)
-        return self.resolve(workload, PULL_TIMEOUT), package
+        return self.resolve(workload, IMAGE_PATIENCE), package
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
@@ -5952,16 +6006,32 @@ class ComposeDriver:
 
     def pull(self, service, timeout):
         """Has a service's image on the device; one that is there is not asked for again unless pull_policy says so (P-1)."""
+        import errno
         present = self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code == 0
         if present and service.pull != "always":
             return
         if service.pull == "never":
             raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
-        arguments = ["--quiet"] + [argument for argument in service.arguments if argument.startswith("--platform=")]
+        arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
+        self.check_space(service.image, "".join(arguments)[len("--platform="):])
         program, options = self.make_access(find_registry(service.image))
-        self.run(["pull"] + arguments + options + [service.image], timeout, "PULL_FAILED", program)
+        log("info", "an image is pulled", image=service.image)
+        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=self.environ, patient=True)
+        if output.code:                             # the system's own words for a full disk stand in every program's
+            full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
+            raise ComponentError("DISK_FULL" if full else "PULL_FAILED", f"{self.engine} pull failed: {output.stderr[-1500:]}")
         if not present:
             self.pulled.append(service.image)
+
+    def check_space(self, image, platform):
+        """Raises ComponentError DISK_FULL for an image that cannot fit where the engine keeps them, as far as that can be told (P-4)."""
+        form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
+        root = "" if self.remote else self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
+        layers = find_layers(image, platform, self.config) if os.path.isdir(root) else []
+        if layers:
+            ids = self.run(["images", "--quiet", "--no-trunc"], 60).stdout.decode().split()
+            there = self.run(["image", "inspect", "--format={{json .RootFS.Layers}}"] + sorted(set(ids)), 60).stdout.decode() if ids else ""
+            check_space(root, sum(size for layer, size in layers if layer not in there), f"image {image}")
 
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says; credentials lie in a file of mode 0600."""
@@ -6810,7 +6880,6 @@ def prune(state, store, places):
 # 17. Capabilities
 # ------------------------------------------------------------------------------------------------------------------------------
 
-ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
 VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy", "bond", "vlan", "vxlan", "flannel")
 MARGO_PROPERTIES = ("id", "vendor", "modelNumber", "serialNumber")
 

@@ -207,6 +207,7 @@ openssl x509 -in "$work/pki/client.pem" -noout -ext subjectAltName | tail -n 1
 say "The example Workload Fleet Manager, and the application as a Compose Archive in its registry"
 mkdir -p "$work/deployments" "$work/packages/hello/1.0.0" "$work/wfm"
 cp examples/hello/compose.yaml "$work/packages/hello/1.0.0/"
+: > "$work/wfm.log"
 python3 examples/wfm.py --listen localhost:0 --certificate "$work/pki/wfm.pem" --key "$work/pki/wfm.key" --trust-bundle "$work/pki/bundle.json" \
     --deployments "$work/deployments" --state "$work/wfm" --registry localhost:0 --packages "$work/packages" \
     --site-certificate "$work/pki/site.pem" --site-key "$work/pki/site.key" > "$work/wfm.log" 2>&1 &

@@ -63,6 +63,9 @@ class Engine:
             print(json.dumps([dict({"Id": c["id"], "Names": [key], "Labels": c["labels"], "State": c["state"], "ExitCode": c["code"]},
                                    **c.get("shown", {})) for key, c in found]))
 
+    def info(self, _):
+        print("/nowhere")
+
     def image(self, arguments):
         _, names = split(arguments[1:])
         for name in names:

@@ -11,6 +11,7 @@ import unittest
 import urllib.request
 import uuid
 
+import margo_agent
 from tests import support
 from tests.support import HELLO, IMAGE
 
@@ -273,6 +274,75 @@ class PrivateImages(EngineCase):
         self.device.cycle(0)
         self.assertEqual(len(self.engine.containers()), 1)
         self.engine.podman("rmi", "--force", f"{host}/app:1", check=False)
+
+
+class FullDisk(EngineCase):
+    """A storage of 60 MiB and an image of 40 MiB in a registry."""
+
+    def setUp(self):
+        super().setUp()
+        support.require("docker-registry")
+        self.folder, port = support.make_folder(self), support.free_port()
+        self.image = f"localhost:{port}/big:1"
+        support.write(os.path.join(self.folder, "config.yml"), json.dumps({
+            "version": 0.1, "storage": {"filesystem": {"rootdirectory": self.folder}}, "http": {"addr": f"127.0.0.1:{port}"}}))
+        self.registry = support.Service(self, ["docker-registry", "serve", os.path.join(self.folder, "config.yml")])
+        support.wait_for(lambda: "listening on" in self.registry.read_output(), what="the registry")
+        support.write(os.path.join(self.folder, "context", "random"), os.urandom(40 << 20))
+        support.write(os.path.join(self.folder, "context", "Dockerfile"), f"FROM {IMAGE}\nCOPY random /random\n")
+        self.engine.podman("build", "--isolation=chroot", "--tag", self.image, os.path.join(self.folder, "context"))
+        self.engine.podman("push", "--tls-verify=false", self.image)
+        self.layer = max((size, name) for name, size in self.blobs())[1]
+        self.engine.podman("rmi", self.image)
+        self.disk = os.path.join(self.folder, "disk")
+        os.mkdir(self.disk)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", self.disk], check=True)
+        self.addCleanup(subprocess.run, ["umount", "--lazy", self.disk])
+        storage = support.write(os.path.join(self.folder, "storage.conf"), f"[storage]\ndriver = \"vfs\"\ngraphroot = \"{self.disk}/graph\"\n"
+                                f"runroot = \"{self.disk}/run\"\n")
+        self.device.env["CONTAINERS_STORAGE_CONF"] = storage
+        self.device.settings["registries"][self.image.split("/")[0]] = {"insecure": True}
+        self.device.save()
+
+    def blobs(self):
+        """[(digest, size)] of what the registry holds."""
+        root = os.path.join(self.folder, "docker", "registry", "v2", "blobs", "sha256")
+        return [(os.path.basename(path), os.path.getsize(os.path.join(path, "data"))) for path, _, names in os.walk(root) if "data" in names]
+
+    def is_fetched(self):
+        return any(self.layer in line and "GET" in line for line in self.registry.read_output().splitlines())
+
+    def podman(self, *arguments):
+        return subprocess.run(["podman"] + list(arguments), env=self.device.env, stdout=subprocess.PIPE, check=True).stdout.decode()
+
+    def test_it_is_found_before_the_pull_and_an_image_that_shares_its_layers_is_not_refused(self):
+        """P-4: nothing is fetched, the error says how much is needed, free, and where; the layers that are there need no place."""
+        self.publish({"main": service(image=self.image)})
+        self.device.cycle(1)
+        error = self.wfm.reports()[-1]["body"]["components"][0]["error"]
+        self.assertEqual(error["code"], "DISK_FULL")
+        self.assertRegex(error["message"], f"image {self.image} takes about 4[0-9] MiB, and of the [0-9]+ MiB that are free at {self.disk}/graph")
+        self.assertFalse(self.is_fetched())
+        subprocess.run(["mount", "-o", "remount,size=200m", self.disk], check=True)
+        self.device.run("retry")
+        self.device.cycle()
+        self.assertTrue(self.is_fetched())
+        subprocess.run(["mount", "-o", f"remount,size={(os.statvfs(self.disk).f_blocks - os.statvfs(self.disk).f_bfree) // 256 + 36}m", self.disk], check=True)
+        config = margo_agent.load_config(self.device.config_file)
+        driver = margo_agent.ComposeDriver("podman", None, config, self.device.env)
+        driver.check_space(self.image, "")
+        self.podman("rm", "--all", "--force", "--time=0")
+        self.podman("rmi", "--all", "--force")
+
+    def test_a_pull_that_fills_it_is_told_as_such(self):
+        """P-4: where the registry does not tell sizes."""
+        driver = margo_agent.ComposeDriver("podman", None, margo_agent.load_config(self.device.config_file), self.device.env)
+        driver.check_space = lambda image, platform: None
+        subprocess.run(["mount", "-o", "remount,size=20m", self.disk], check=True)
+        with self.assertRaises(margo_agent.ComponentError) as caught:
+            driver.pull(margo_agent.Service("main", self.image, [], [], {}, {}, [], {}, None, "missing", ""), 60)
+        self.assertEqual(caught.exception.code, "DISK_FULL")
+        self.assertEqual(driver.pulled, [])
 
 
 class DockerCompose(Life):

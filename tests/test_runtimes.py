@@ -1638,7 +1638,7 @@ class DriverCase(RuntimeCase):
         patch.start()
         self.addCleanup(patch.stop)
 
-    def run_here(self, argv, timeout, env=None):
+    def run_here(self, argv, timeout, env=None, patient=False):
         """The engine of files in this process: a process for each of hundreds of commands would take too long."""
         from tests import fake_podman as engine     # it asks for FAKE_PODMAN as it is imported
         for argument in argv:
@@ -1664,7 +1664,7 @@ class DriverCase(RuntimeCase):
 
     def changes(self):
         """The command lines so far that change something."""
-        return [call for call in self.engine.calls() if call[0] not in ("ps", "inspect", "logs",
+        return [call for call in self.engine.calls() if call[0] not in ("ps", "inspect", "logs", "info",
             "healthcheck") and "inspect" not in call[:2]]
 
     def ids(self):
