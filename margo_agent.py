@@ -7591,8 +7591,8 @@ def make_child(options):
 def watch(child, fallback):
     """The daemon's parent: runs `child` (an argument list) over and over; self-contained, because only its source is run.
 
-    A child says by a pipe how long to wait, `fallback` seconds count where it could not.  SIGTERM and SIGINT end it after the
-    current step, SIGHUP starts a cycle at once (each reads the configuration anew).  Speaks systemd's notify protocol.
+    A child says by a pipe how long to wait, else `fallback` seconds count.  SIGTERM and SIGINT end it after the current step, SIGHUP
+    starts a cycle at once (each reads the configuration anew).  Speaks systemd's notify protocol.
     """
     import os
     import signal
@@ -7609,7 +7609,7 @@ def watch(child, fallback):
                     peer.connect("\0" + address[1:] if address.startswith("@") else address)
                     peer.send(text.encode())
             except OSError:
-                pass                                # systemd restarts just now, or nobody listens: no reason to end
+                pass                                # nobody listens any more: no reason to end
 
     def start():
         reader, writer = os.pipe()
@@ -7631,8 +7631,7 @@ def watch(child, fallback):
         if not pid and time.monotonic() >= due:
             (pid, reader), due = start(), None
         wait = beat if pid else min(beat, max(0.0, due - time.monotonic()))
-        got = signal.sigtimedwait(signals, wait)
-        number = got.si_signo if got else 0
+        number = getattr(signal.sigtimedwait(signals, wait), "si_signo", 0)
         notify("WATCHDOG=1")
         if number in (signal.SIGTERM, signal.SIGINT):
             notify("STOPPING=1")
@@ -7644,12 +7643,11 @@ def watch(child, fallback):
             due = 0.0
         ended, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
         if ended:
-            answer = os.read(reader, 64)
-            os.close(reader)
+            answer = os.read(reader, 64), os.close(reader)
             if status == 2 << 8 and not proven:     # a configuration that never worked
                 return 2
             pid, proven = 0, True
-            due = time.monotonic() + float(answer or fallback) if due is None else due
+            due = time.monotonic() + float(answer[0] or fallback) if due is None else due
 
 
 def command_enroll(config, options):
