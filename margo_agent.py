@@ -1874,6 +1874,13 @@ class Store:
                 write_file(path, data)
         self.saved, self.core = data, core
 
+    def find_time(self):
+        """The last time that is known to have been: Unix seconds of the last write of the state, 0 where there is none."""
+        try:
+            return os.stat(self.path("state.json")).st_mtime
+        except OSError:
+            return 0
+
     def load_artifact(self, digest):
         """Verified content by digest, None where there is none; what the disk has spoilt counts as none."""
         data = read_file(self.path("artifacts", digest.replace(":", "-")), 1024 * MIB)
@@ -2170,7 +2177,9 @@ def make_network_error(where, error):
     if isinstance(error, ssl.SSLCertVerificationError):
         clock = "; is the clock of this device right?" if error.verify_code in (9, 10) else ""     # not yet valid, expired
         return Untrusted(f"{where}: the peer's certificate is refused: {error.verify_message}{clock}")
-    if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) and "timed out" not in text:
+    broken = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "timed out" in text
+    broken = broken or "unexpected eof" in text     # for which Python 3.7 with OpenSSL 3 has no class of its own
+    if isinstance(error, ssl.SSLError) and not broken:
         return Untrusted(f"{where}: TLS failed: {text}")
     return Unreachable(f"{where}: {text}")
 
@@ -6992,6 +7001,11 @@ def make_capabilities(detected, device, device_id, deployment_types):
 # 18. Agent
 # ------------------------------------------------------------------------------------------------------------------------------
 
+def make_clock_fault(now, stored):
+    """What is wrong with a clock that stands before the last write of the state, in words."""
+    return f"the clock of this device says {make_time(now)}, and its state was written at {make_time(stored)}: set the clock"
+
+
 class Agent:
     """The client of one WFM.  `Agent(config).cycle()` is all that a supervisor of your own needs to call.
 
@@ -7081,6 +7095,9 @@ class Agent:
         if isinstance(error, Silence):
             log("debug", error.message)
             return
+        stored = self.store.find_time()
+        if isinstance(error, Untrusted) and time.time() < stored:       # no verdict on certificates is one (P-2)
+            error.code, error.message = "CLOCK", f"{error.message}; {make_clock_fault(time.time(), stored)}"
         log("error", error.message, code=error.code)
         if isinstance(error, (Unreachable, Refused, Untrusted)):
             failures, (boot, uptime) = min(self.state["patience"].get("failures", 0) + 1, 30), get_uptime()
@@ -7421,6 +7438,10 @@ class Agent:
             self.connect()
         self.state["accepted"] = dict(self.state["accepted"] or {"etag": None, "digest": "", "version": 0}, deployments=[], incomplete=True)
         self.reconcile()
+        try:
+            self.flush_outbox()                     # also what an earlier purge, that did not come to its end, has left to be told
+        except Untrusted as error:
+            log("warning", "the WFM does not take the last reports", reason=error.message)
         return any(record["state"] != "removed" for record in self.state["deployments"].values())
 
     def flush_outbox(self, quiet=False):
@@ -7811,7 +7832,7 @@ def command_doctor(config, options):
     """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
     agent, failed = Agent(config), False
     agent.state = make_state()
-    for name, check in (("state", check_storage), ("engine", check_engine), ("children", check_children), ("hooks", check_hooks),
+    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("children", check_children), ("hooks", check_hooks),
                         ("identity", check_identity), ("wfm", check_connection)):
         try:
             level, words = check(agent)
@@ -7835,6 +7856,14 @@ def check_storage(agent):
     need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
     words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     return ("ok", words) if free > need else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
+
+
+def check_clock(agent):
+    """Whether the clock can be right: certificates are judged by it."""
+    now, stored = time.time(), agent.store.find_time()
+    if now < stored:
+        raise Untrusted(make_clock_fault(now, stored))
+    return "ok", make_time(now)
 
 
 def check_engine(agent):

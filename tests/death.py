@@ -240,70 +240,68 @@ def share(worlds, trials, act):
 # What a power cut leaves: only what was made durable by fsync, of contents and of names
 
 class Disk:
-    """A model of the state directory that remembers what a power cut would leave of it."""
+    """A model of the state directory that remembers what a power cut would leave of it: what fsync made safe, of files and of folders."""
 
     def __init__(self, folder):
-        self.names, self.held = {}, {}              # path: inode number, as seen by programs; inode number: contents
-        self.safe_names, self.safe_held = {}, {}
-        self.open, self.count, self.moved = {}, 0, {}
+        self.held, self.safe, self.count = {0: {}}, {0: {}}, 0      # inode: contents, or {name: inode}; as seen by programs, and as made safe
         for path, folders, files in os.walk(folder):
             for name in folders + files:
                 full = os.path.join(path, name)
-                content = None
+                content = {}
                 if os.path.isfile(full):
                     with open(full, "rb") as file:
                         content = file.read()
                 self.add(os.path.relpath(full, folder), content)
-        self.safe_names, self.safe_held = dict(self.names), dict(self.held)
+        self.safe = {inode: dict(content) if isinstance(content, dict) else content for inode, content in self.held.items()}
+
+    def find(self, path):
+        """The inode of a path, None where there is none."""
+        inode = 0
+        for name in path.split("/") if path else ():
+            inode = self.held.get(inode, {}).get(name)
+        return inode
+
+    def parent(self, path):
+        """({name: inode} of the folder that a path is in, its name there)."""
+        return self.held[self.find(os.path.dirname(path))], os.path.basename(path)
 
     def add(self, path, content):
-        """A new file, or folder (None)."""
+        """A new file, or folder ({})."""
         self.count += 1
-        self.names[path], self.held[self.count] = self.count, content
+        self.held[self.count] = content
+        names, name = self.parent(path)
+        names[name] = self.count
 
     def apply(self, call, path, other, data):
-        """One call on a path below the state directory; True where it made something durable."""
-        if not path and not call.endswith("sync"):
-            return False                            # the state directory itself
-        if call in ("openat", "mkdir"):
-            if path not in self.names or call == "openat":
-                self.add(path, b"" if call == "openat" else None) if path not in self.names else self.held.update({self.names[path]: b""})
-        elif call == "write":
-            self.held[self.names[path]] += data
-        elif call in ("rename", "renameat", "renameat2"):
-            self.moved.update({other + name[len(path):]: inode for name, inode in self.safe_names.items() if name.startswith(path + "/")})
-            for name in [name for name in self.names if name == path or name.startswith(path + "/")]:
-                self.names[other + name[len(path):]] = self.names.pop(name)
-        elif call in ("unlink", "unlinkat", "rmdir"):
-            self.names.pop(path, None)
-        elif call in ("fsync", "fdatasync"):
-            self.sync(path)
+        """One call on a path below the state directory; True where it made something safe."""
+        inode = self.find(path)
+        if call in ("fsync", "fdatasync"):
+            content = self.held[inode]
+            self.safe[inode] = dict(content) if isinstance(content, dict) else content
             return True
+        if call in ("openat", "mkdir") and path and inode is None:
+            self.add(path, b"" if call == "openat" else {})
+        elif call == "openat" and path:
+            self.held[inode] = b""
+        elif call == "write":
+            self.held[inode] += data
+        elif call in ("rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir") and inode is not None:
+            names, name = self.parent(path)
+            del names[name]
+            if other:
+                names, name = self.parent(other)
+                names[name] = inode
         return False
 
-    def sync(self, path):
-        """fsync: of a file its contents, of a folder its names."""
-        if path and self.held.get(self.names.get(path)) is not None:
-            self.safe_held[self.names[path]] = self.held[self.names[path]]
-            return
-        inside = [name for name in self.names if os.path.dirname(name) == path]
-        for name in [name for name in self.safe_names if os.path.dirname(name) == path]:
-            del self.safe_names[name]
-        self.safe_names.update({name: self.names[name] for name in inside})
-        for name in inside:                         # a folder that was renamed has taken with it what was safe in it
-            self.safe_names.update({child: inode for child, inode in self.moved.items() if child.startswith(name + "/")})
-
-    def write(self, folder):
-        """Makes the folder as it would be found after the cut: names without their folder are gone, contents not made safe are empty."""
+    def write(self, folder, inode=0):
+        """Makes the folder as it would be found after the cut: names that were not made safe are gone, contents are empty."""
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder, 0o700)
-        for name in sorted(self.safe_names, key=lambda name: name.count("/")):
-            path, inode = os.path.join(folder, name), self.safe_names[name]
-            if os.path.isdir(os.path.dirname(path)):
-                if self.held[inode] is None:
-                    os.makedirs(path)
-                else:
-                    support.write(path, self.safe_held.get(inode, b""))
+        for name, child in self.safe.get(inode, {}).items():
+            if isinstance(self.held[child], dict):
+                self.write(os.path.join(folder, name), child)
+            else:
+                support.write(os.path.join(folder, name), self.safe.get(child, b""))
 
 
 def read_events(path, root):
@@ -322,6 +320,8 @@ def read_events(path, root):
             names = [text.decode(errors="replace") for text in texts]
             if call in ("write", "fsync", "fdatasync"):
                 names = [target]
+            if call == "unlinkat" and target:
+                names = [os.path.join(target, names[0])]
             if call == "openat" and ("O_CREAT" not in rest or not names):
                 continue
             names = [os.path.relpath(name, root) for name in names if name == root or name.startswith(root + "/")]

@@ -105,6 +105,23 @@ class Cycle(AgentCase):
         self.assertIn("clock", log)
         self.assertEqual(self.running(), ["running"])
 
+    def test_a_clock_that_stands_too_early_is_named_as_the_fault(self):
+        """P-2, C-019: the last known time is that of the state; workloads are left alone, status and doctor say the same."""
+        self.publish()
+        self.device.cycle()
+        certificate, key = self.pki.issue("young", [support.CLIENT_ID], start="+1d", end="+9d")
+        self.device.set("identity.certificate", certificate)
+        self.device.set("identity.key", key)
+        path, later = os.path.join(self.device.state_dir, "state.json"), time.time() + 86400
+        os.utime(path, (later, later))
+        before = self.engine.containers()
+        log = self.device.cycle(5)
+        self.assertIn("code=CLOCK", log)
+        self.assertIn("set the clock", self.device.status()["lastPoll"]["detail"])
+        self.assertEqual(self.engine.containers(), before)
+        os.utime(path, (later, later))
+        self.assertRegex(self.device.run("doctor").stdout, r"FAIL\s+clock .*set the clock")
+
     def test_a_renewed_certificate_is_taken_up_by_the_next_cycle(self):
         """C-017, D-32, P-3"""
         certificate, key = self.pki.issue("late", [support.CLIENT_ID], start="-9d", end="-1d")
