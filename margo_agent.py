@@ -71,7 +71,7 @@ STOP_GRACE = 20                                     # seconds that the current s
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
 RESERVE = 256 * KIB                                 # kept in the state directory, to be given up for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
-PULL_TIMEOUT = 3600                                 # seconds git may take: links are slow
+PULL_TIMEOUT = 3600                                 # seconds git may take, or a child's engine for an image: links are slow
 IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
 FREE_SPACE = 32 * MIB                               # stays free on a disk that something is fetched to (P-4)
 PUSH_ATTEMPTS = 5                                   # how often a status is put on top of what others pushed meanwhile
@@ -6025,6 +6025,7 @@ class ComposeDriver:
         self.check_space(service.image, "".join(arguments)[len("--platform="):])
         program, options = self.make_access(find_registry(service.image))
         log("info", "an image is pulled", image=service.image)
+        timeout = PULL_TIMEOUT if self.remote else timeout         # from here nobody sees whether it moves over there
         output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=self.environ, patient=True)
         if output.code:                             # the system's own words for a full disk stand in every program's
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
