@@ -2116,12 +2116,19 @@ def is_ssh_answering(address, timeout):
 def make_opener(context, check_peer):
     """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no other schemes."""
     import http.client
+    import socket
+    import threading
     import urllib.request
 
     class Connection(http.client.HTTPSConnection):
-        """A TLS connection whose peer is checked before the first byte of a request."""
+        """A TLS connection whose peer is checked before the first byte of a request; all up to the body has to come in four time-outs."""
+
+        late = False
 
         def connect(self):
+            self.guard = threading.Timer(4 * self.timeout, self.cut)
+            self.guard.daemon = True
+            self.guard.start()
             super().connect()
             if check_peer:
                 try:
@@ -2129,6 +2136,22 @@ def make_opener(context, check_peer):
                 except MargoError:
                     self.close()
                     raise
+
+        def getresponse(self):
+            try:
+                return super().getresponse()
+            finally:
+                self.guard.cancel()
+                if self.late:
+                    raise TimeoutError("timed out")
+
+        def cut(self):
+            """Ends a connection that drips."""
+            self.late = True
+            try:
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+            except (OSError, TypeError):
+                pass                                # it has ended by itself
 
     class Handler(urllib.request.HTTPSHandler):
         """urllib's own handler, but for the connection."""
@@ -2165,6 +2188,8 @@ def read_body(response, limit, timeout, where):
         elapsed = time.monotonic() - start
         if elapsed > 4 * timeout and size < KIB * elapsed:
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
+    if not pieces and response.length is None and not response.chunked and where.startswith("GET") and response.status == 200:
+        raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes the end of a connection for that of a head
     if response.length:
         raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
     return b"".join(pieces)

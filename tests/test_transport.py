@@ -285,6 +285,28 @@ class Limits(TransportCase):
             connection.sendall(bytes(100))                 # a client that is still there has it all
         self.refuse(Unreachable, serve, "given up at", "bytes after", timeout=0.1)
 
+    def test_a_head_that_breaks_off_is_no_empty_answer(self):
+        """P-12: the length was still to come; nothing half is accepted, and nothing refused that was never said."""
+        for head in (b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nETag: \"x\"\r\n", b"HTTP/1.1 200 OK\r\nContent-Le"):
+            with self.assertRaises(Unreachable):
+                self.get(Server(self, head).url)
+
+    def test_a_head_that_drips_is_given_up(self):
+        """P-15: byte by byte a head could take for ever, each wait for data being short."""
+        def drip(connection, over):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            with contextlib.suppress(OSError):
+                while not over.wait(0.1):
+                    connection.sendall(b"X")
+
+        pki = support.Pki(self)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pki.path("site.pem"), pki.path("site.key"))
+        server = Server(self, drip, context)
+        ours = margo_agent.make_tls_context(ca_file=pki.path("site-ca.pem"))
+        with self.assertRaises(Unreachable):
+            margo_agent.request("GET", server.url + "/x", {}, None, ours, 0.5, 1000)
+
     def test_the_speed_that_counts_is_that_of_four_time_outs(self):
         """D-6: a link that is slow but moves may take as long as it needs."""
         for rate, seconds, given_up in ((1100, 1000, False), (900, 1000, True), (10, 39, False), (10, 42, True)):
