@@ -3754,6 +3754,8 @@ class SignedSource(HttpSource):
             theirs = parse_retry_after(response.headers.get("Date"), 0)         # the same form of time, counted from 1970
             log("error", "the WFM does not accept a signature", method=method, target=url, algorithm=self.signer.algorithm,
                 base=base.decode("latin-1"), clockOffset="unknown" if theirs is None else f"{time.time() - theirs:+.0f} s")
+        elif response.status == 404 and url.endswith("/deployments"):
+            log("error", "the WFM does not know this client any more; `unenroll`, then `enroll`, begin anew", client=self.client_id)
         return response
 
     def onboard(self):

@@ -857,7 +857,8 @@ class Wfm:
 
     def desired_state(self, client):
         if client not in self.desired:
-            self.desired[client] = DesiredState(client, self.deployments, self.kept(client, "desired.json"), self.options, self.root(client), self.log)
+            path = self.kept(client, "desired.json")
+            self.desired[client] = DesiredState(client, self.deployments, path, self.options, self.root(client), self.log)
         return self.desired[client]
 
     def get_manifest(self, request):
@@ -916,7 +917,8 @@ class Wfm:
                     {"time": now_text(), "client": request.client, "deploymentId": deployment_id, "body": body})
         states = [f"{item['name']} {item['state']}" + (f" ({item['error']['code']}: {item['error']['message']})" if "error" in item else "")
                   for item in body["components"]]
-        self.log(request.client, f"status of {deployment_id}{'' if self.dialect else f' at manifest {version}'}: {body['status']['state']}; {', '.join(states)}")
+        at = "" if self.dialect else f" at manifest {version}"
+        self.log(request.client, f"status of {deployment_id}{at}: {body['status']['state']}; {', '.join(states)}")
         return Reply(status, {}, b"")
 
 
@@ -935,7 +937,8 @@ def read_document(request):
 # 7. Signed requests
 # ------------------------------------------------------------------------------------------------------------------------------
 
-EC_OID, RSA_OID, PSS_OID, ED25519_OID = (bytes.fromhex(text) for text in ("06072a8648ce3d0201", "06092a864886f70d010101", "06092a864886f70d01010a", "06032b6570"))
+EC_OID, ED25519_OID = bytes.fromhex("06072a8648ce3d0201"), bytes.fromhex("06032b6570")
+RSA_OID, PSS_OID = bytes.fromhex("06092a864886f70d010101"), bytes.fromhex("06092a864886f70d01010a")
 CURVES = {bytes.fromhex("06082a8648ce3d030107"): "ecdsa-p256-sha256", bytes.fromhex("06052b81040022"): "ecdsa-p384-sha384"}
 PSS = ["-sigopt", "rsa_padding_mode:pss", "-sigopt"]
 ALGORITHMS = {                  # RFC 9421's name: arguments of `openssl dgst`, bytes of r and of s (0: not ECDSA)
@@ -1064,8 +1067,10 @@ def is_signed(base, signature, key, algorithm):
                 file.write(content)
         key_file, signature_file, base_file = (os.path.join(folder, name) for name in files)
         if options is None:
-            return run_openssl(["pkeyutl", "-verify", "-pubin", "-inkey", key_file, "-rawin", "-in", base_file, "-sigfile", signature_file]) is not None
-        return run_openssl(["dgst"] + options + ["-verify", key_file, "-signature", signature_file, base_file]) is not None
+            arguments = ["pkeyutl", "-verify", "-pubin", "-inkey", key_file, "-rawin", "-in", base_file, "-sigfile", signature_file]
+        else:
+            arguments = ["dgst"] + options + ["-verify", key_file, "-signature", signature_file, base_file]
+        return run_openssl(arguments) is not None
 
 
 class SignedWfm(Wfm):
@@ -1079,9 +1084,10 @@ class SignedWfm(Wfm):
         (r"/api/v1/clients/[^/]+/deployments/([^/]+)/([^/]+)", {"GET": "get_deployment"}),
         (r"/api/v1/clients/[^/]+/bundles/([^/]+)", {"GET": "get_bundle"}),
     )
+    PUT = {"POST": "put_capabilities", "PUT": "put_capabilities"}
     CAPABILITIES = {
-        "a": ((r"/api/v1/clients/[^/]+/capabilities", {"POST": "put_capabilities", "PUT": "put_capabilities"}),),
-        "b": ((r"/api/v1/clients/[^/]+/capabilities/(.+)", {"POST": "put_capabilities", "PUT": "put_capabilities", "DELETE": "delete_capabilities"}),),
+        "a": ((r"/api/v1/clients/[^/]+/capabilities", PUT),),
+        "b": ((r"/api/v1/clients/[^/]+/capabilities/(.+)", dict(PUT, DELETE="delete_capabilities")),),
     }
 
     def __init__(self, options, log):
@@ -1639,7 +1645,8 @@ def make_parser():
     add("--listen", metavar="HOST:PORT", default="127.0.0.1:8443", help="of the WFM; port 0: any free one (default %(default)s)")
     add("--profile", choices=("mtls", "signed"), default="mtls", help="mutual TLS, or requests signed by RFC 9421 (default %(default)s)")
     add("--dialect", choices=("a", "b"), help="of the profile signed: a (roles and resources, the default) or b (per device, flat)")
-    add("--certificate", metavar="FILE", required=True, help="the WFM's X.509-SVID (signed: an ordinary server certificate), then intermediates, in PEM")
+    add("--certificate", metavar="FILE", required=True,
+        help="the WFM's X.509-SVID (signed: an ordinary server certificate), then intermediates, in PEM")
     add("--key", metavar="FILE", required=True, help="its private key")
     add("--trust-bundle", metavar="FILE", required=True, help="anchors for client certificates: SPIFFE bundle (JSON) or PEM")
     add("--deployments", metavar="DIR", required=True, help="the desired state: ApplicationDeployment files")

@@ -502,6 +502,13 @@ class Requests(SignedCase):
         for words in ("does not accept a signature", "method=GET", f"target={self.wfm.url}/api/v1/clients/", "@signature-params", "clockOffset=+", "x; y"):
             self.assertIn(words, log)
 
+    def test_a_wfm_that_forgot_the_client_is_told_of_with_the_mend(self):
+        self.device.cycle()
+        self.wfm.fault({"method": "GET", "status": 404, "body": '{"error": "Not Found", "message": "no such client"}'})
+        log = self.device.cycle(4)
+        for words in ("no such client", "`unenroll`, then `enroll`", self.device.state()["client"]["id"]):
+            self.assertIn(words, log)
+
     def test_errors_of_that_generation_are_read(self):
         """C-053: {error, message}."""
         self.wfm.fault({"method": "POST", "path": "*/capabilities", "status": 422, "body": '{"error": "Semantic Error", "message": "roles is missing"}'})
