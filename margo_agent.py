@@ -4869,13 +4869,13 @@ def fetch_located(url, key_url, config, store):
 
 
 def fetch_file(url, config, missing=False):
-    """The bytes at an https URL, by the trust, credentials and redirect rules of its host's entry in `registries`; None for a 404 if `missing`."""
+    """The bytes at an https URL, by the trust, credentials and redirect rules of its host's entry in `registries`; None where there is nothing, if `missing`."""
     host = url.split("/")[2]
     registry = Registry(host, config)
     basic = load_credentials(host, registry.settings)
     registry.authorization = basic and f"Basic {basic}"
     response = registry.fetch(url, "*/*", config.policy.max_artifact)
-    if response.status == 404 and missing:
+    if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
         return None
     if response.status in (401, 403):
         raise ComponentError("PULL_UNAUTHORIZED", f"{url}: HTTP {response.status}; set registries.{host}.username and password_file")

@@ -1422,8 +1422,10 @@ class Located(RegistryCase):
 
     def test_a_key_without_a_signature_is_a_warning(self):
         self.site.answers["/key.asc"] = (200, {}, b"a key")
-        self.fetch_located(key="/key.asc")
-        self.assertIn("there is no signature", self.log)
+        for status in (404, 403):
+            self.site.answers.update({f"/web.tar.gz.{end}": (status, {}, b"") for end in ("asc", "sig")})
+            self.fetch_located(key="/key.asc")
+            self.assertIn("there is no signature", self.log)
 
     def test_a_signature_counts_where_there_is_one(self):
         require("gpg")
