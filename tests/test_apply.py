@@ -410,7 +410,7 @@ class Drift(ApplyCase):
         self.name = f"web-{HELLO}-main-1"
 
     def test_what_stopped_is_started_and_what_is_gone_is_made_without_a_network(self):
-        """D-23, D-29, P-1, P-12: from the last accepted state, before and without any answer of the WFM."""
+        """D-23, D-24, D-29, P-1, P-12: from the last accepted state, before and without any answer of the WFM."""
         self.wfm.stop()
         for change in ("exited", None):
             with self.engine.open() as held:
