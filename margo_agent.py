@@ -2731,10 +2731,7 @@ def fetch_ca(config, path):
 
 
 def make_private_key(path, algorithm=None):
-    """Makes a key (PKCS#8 PEM, mode 0600; by default ECDSA P-256) by openssl unless there is one; raises CommandError (C-018, E-030).
-
-    One that is there is used as it is: also a PEM that stands for a key in a TPM or token, where OpenSSL's configuration has its provider.
-    """
+    """Makes a key (PKCS#8 PEM, mode 0600; by default ECDSA P-256) by openssl unless there is one; raises CommandError (C-018, E-030)."""
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
     kind = NEW_KEYS.get(algorithm or ALGORITHMS[0]) or ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"]
@@ -3089,16 +3086,11 @@ def prove_svid(config, own, bundle, accepted, now):
 
 # Revocation lists, of the same draft: signed by the issuer of the SVIDs that they list, named by the discovery document alone.
 
-def make_crl_path(store, digest):
-    """Where a verified revocation list is kept, by its digest: the state says which ones count."""
-    return store.path("crls", digest[7:39])
-
-
 def load_crls(store, state):
     """[Crl] of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
     found = []
     for url, record in state["crls"].items():
-        data = read_file(make_crl_path(store, record["digest"]), 1024 * MIB) if record.get("digest") else None
+        data = read_file(store.path("crls", record["digest"][7:]), 1024 * MIB) if record.get("digest") else None
         if data is not None and sha256_digest(data) == record["digest"]:
             found.append(parse_crl(data)[1])
         elif record.get("digest"):
@@ -3153,7 +3145,7 @@ def refresh_crls(config, store, state, issuers, now, jitter):
         if record.get("at", 0) <= now < record.get("at", 0) + record.get("delay", 0):
             continue
         try:
-            fetch_crl(config, store, url, record, issuers, now)
+            fetch_crl(config, store, url, records, issuers, now)
             left = record["validity"] - (now - record["thisUpdate"])
             record.update(failures=0, delay=max(1, min(CRL_PERIOD * (1 + jitter), left / 2)))
         except (MargoError, ValueError) as error:
@@ -3166,13 +3158,14 @@ def refresh_crls(config, store, state, issuers, now, jitter):
         del records[url]
     if make_json(records) != before:
         store.save_state(state)                     # first what counts, then the old files go
-        keep = {os.path.basename(make_crl_path(store, record.get("digest", ""))) for record in records.values()}
+        keep = {record.get("digest", "")[7:] for record in records.values()}
         for name in set(os.listdir(store.path("crls"))) - keep:
             remove_file(store.path("crls", name))
 
 
-def fetch_crl(config, store, url, record, issuers, now):
+def fetch_crl(config, store, url, records, issuers, now):
     """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError."""
+    record = records[url]
     headers = {name: record[key] for name, key in (("If-None-Match", "etag"), ("If-Modified-Since", "modified")) if record.get(key)}
     context, check_peer = make_mis_context(config, url) if url.startswith("https:") else (None, None)
     response = request("GET", url, headers, None, context, config.wfm.timeout, config.policy.max_document, check_peer)
@@ -3181,15 +3174,16 @@ def fetch_crl(config, store, url, record, issuers, now):
     der, crl = parse_crl(response.body)
     if crl.this_update > now + CLOCK_SKEW:
         raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")
-    path = make_crl_path(store, sha256_digest(der))
+    path = store.path("crls", sha256_digest(der)[7:])
     write_file(path, der)                           # openssl reads it there; it counts only once the state names it
     signer = next((item for item in issuers if is_issuer(item, crl) and (item.key_usage is None or CRL_SIGN in item.key_usage)
                    and is_crl_signed(path, item)), None)
     if signer is None:
         raise ValueError("no issuer that is known, and may sign lists, has signed it")
     key = sha256_digest(signer.spki)
-    if record.get("key") == key and crl.number < record["number"]:
-        raise ValueError(f"security: its number went back from {record['number']} to {crl.number}")
+    known = max([item["number"] for item in records.values() if item.get("key") == key] or [0])     # of that issuer, wherever it came from
+    if crl.number < known:
+        raise ValueError(f"security: its number went back from {known} to {crl.number}")
     if record.get("key") != key or crl.number > record["number"]:
         record.update(digest=sha256_digest(der), number=crl.number, key=key, thisUpdate=crl.this_update, validity=crl.next_update - crl.this_update)
     record.update(etag=response.headers.get("ETag"), modified=response.headers.get("Last-Modified"))
