@@ -54,6 +54,7 @@ class World:
         self.wfm = support.Wfm(test, self.pki)
         self.engine = support.FakeEngine(test)
         self.device = support.Device(test, self.pki, self.wfm, self.engine, {"poll.jitter": "0%"})
+        self.device.command = self.make_command
         self.wfm.add_package(support.make_compose())
         self.wfm.add_package(support.make_compose({"main": {"image": support.IMAGE, "command": ["sleep", "6"]}}), tag="2.0.0")
         self.wfm.add_package(support.make_compose(BROKEN), tag="3.0.0")
@@ -61,6 +62,10 @@ class World:
         getattr(self, "prepare_" + scenario)()
         self.kept = support.make_folder(test)
         self.save()
+
+    def make_command(self, *arguments):
+        """The agent's command line, with its bytecode at hand: it is started thousands of times here."""
+        return [sys.executable, "-I", "-S", "-c", START, support.ROOT, "-c", self.device.config_file] + list(arguments)
 
     # Scenarios
 
@@ -120,8 +125,7 @@ class World:
     def run(self, *options):
         """The command under strace with these options, once all that it started has ended: (exit code or -9, stderr)."""
         self.trace = os.path.join(self.device.folder, "trace")
-        argv = ["strace", "-qq", "-y", "-o", self.trace] + list(options) + [
-            sys.executable, "-I", "-S", "-c", START, support.ROOT, "-c", self.device.config_file] + list(self.command)
+        argv = ["strace", "-qq", "-y", "-o", self.trace] + list(options) + self.make_command(*self.command)
         done = subprocess.run(argv, env=self.device.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=120,
                               universal_newlines=True)
         support.wait_for(lambda: not self.find_children(), what="the end of the engine's commands")
@@ -173,6 +177,7 @@ class World:
         command = again or ("run", "--once")
         done = self.device.run(*command)
         converged = self.command[0] == "run" or command[0] == "unenroll"
+        told = told or not converged                # it was killed before it began: nothing has changed, nothing is to be told
         expected = self.code if converged else 0
         words = f"{self.scenario}, {what}: "
         if done.returncode != expected or "Traceback" in done.stderr:

@@ -6,6 +6,7 @@ number of points is not guessed: it is read from the trace of an undisturbed run
 import os
 import random
 import signal
+import subprocess
 import sys
 import unittest
 
@@ -81,17 +82,20 @@ class Death(unittest.TestCase):
     def test_every_command_of_the_engine_failing(self):
         """D-30: the engine is gone at each of its commands in turn, before or after it has done its work."""
         for scenario in SCENARIOS[:4]:
-            world = death.World(self, scenario)
-            world.find_points()
-            commands = len(world.engine.calls())
+            worlds, _ = self.make_worlds(scenario)
+            commands = len(worlds[0].engine.calls())
             trials = choose([(number, sign) for number in range(1, commands + 1) for sign in (1, -1)], SAMPLE // 2)
-            for number, sign in trials:
+
+            def act(world, trial):
+                number, sign = trial
                 world.restore()
                 world.engine.change(cut=sign * number)
                 code, errors = world.run("-e", "trace=none")
                 self.assertIn(code, (0, 1, 3), errors)
                 world.engine.change(cut=None)
                 world.check(f"command {number} cut {'before' if sign > 0 else 'after'} its work", failures=True)
+
+            death.share(worlds, trials, act)
             tell(f"death: {scenario}: {len(trials)} of {2 * commands} cuts of the engine survived")
 
     def test_a_power_cut_leaves_only_what_was_made_durable(self):
@@ -137,6 +141,60 @@ class Death(unittest.TestCase):
             written = sum(int(line.rpartition(" = ")[2].split()[0]) for call, _, _, line in points if call == "write")
             tell(f"flash: {what}: {written} bytes, {syncs} fsyncs")
         self.assertEqual((syncs, written, [point for point in points if point[2] != "lock"]), (0, 0, []))
+
+
+class OnPodman(unittest.TestCase):
+    """D-30, P-11, P-12: the same on a real engine, at each start of one of its commands; the engine ends what it has begun."""
+
+    @classmethod
+    def setUpClass(cls):
+        support.require("strace", "openssl")
+        cls.engine = support.Engine(cls)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.engine.close()
+
+    def setUp(self):
+        self.addCleanup(self.engine.clean)
+        self.pki = support.Pki(self)
+        self.wfm = support.Wfm(self, self.pki)
+        self.device = support.Device(self, self.pki, self.wfm, self.engine, {"runtime.settle": "0s"})
+        for revision in ("1.0.0", "2.0.0"):
+            self.wfm.add_package(support.make_compose({"main": {"image": support.IMAGE, "command": ["sleep", revision[0] + "0000"]}}), tag=revision)
+
+    def is_busy(self):
+        """Whether a command of this engine still runs."""
+        mark = f"CONTAINERS_CONF={self.engine.folder}/containers.conf\0".encode()
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/environ", "rb") as environ, open(f"/proc/{pid}/cmdline", "rb") as words:
+                    if mark in environ.read() and words.read().startswith(b"podman\0"):
+                        return True
+            except OSError:
+                continue
+        return False
+
+    def test_killed_in_the_middle_of_installing_and_updating(self):
+        tried = 0
+        for revision in ("1.0.0", "2.0.0"):
+            self.wfm.publish(support.make_deployment(components=[("web", revision)], registry=self.wfm.registry))
+            number = 0
+            while True:
+                number += 1
+                argv = ["strace", "-qq", "-o", os.devnull, "-e", "trace=vfork", "-e", f"inject=vfork:signal=KILL:when={number}"]
+                code = subprocess.run(argv + self.device.command("run", "--once"), env=self.device.env, stderr=subprocess.DEVNULL, timeout=120).returncode
+                support.wait_for(lambda: not self.is_busy(), what="the end of podman's commands")
+                if code == 0:
+                    break
+                tried += 1
+        self.assertGreater(tried, 8)
+        ((identity, state),) = self.engine.containers().values()
+        argv = self.engine.podman("inspect", "--format={{.Config.Cmd}}", identity)
+        self.assertEqual((state, argv.strip(), self.wfm.statuses()[-1]), ("running", "[sleep 20000]", "installed"))
+        self.device.cycle(0)
+        self.assertEqual(self.engine.containers(), {name: (identity, state) for name in self.engine.containers()})
+        tell(f"death: killed at {tried} starts of podman's commands, survived {tried}")
 
 
 if __name__ == "__main__":
