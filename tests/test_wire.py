@@ -62,8 +62,11 @@ class Relay:
             if self.greet and not self.greet(client):
                 return
             with socket.create_connection(self.target, timeout=20) as server:
-                threading.Thread(target=self.pump, args=(client, server), daemon=True).start()
+                pump = threading.Thread(target=self.pump, args=(client, server), daemon=True)
+                pump.start()
                 self.serve(client, server)
+                client.shutdown(socket.SHUT_RDWR if self.gently else socket.SHUT_RD)
+                pump.join(10)                       # a socket that another thread reads is not closed before that ends
 
     @staticmethod
     def pump(source, target):
@@ -90,7 +93,7 @@ class Relay:
             if self.counts[place] >= limit:
                 if self.cut is None:
                     self.over.wait(60)
-                elif not self.gently:
+                if not self.gently:
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 return
 
@@ -150,14 +153,16 @@ class EveryByte(WireCase):
         needed = self.relay.counts[-1]
         points = [(cut, cut % 2 == 0) for cut in range(needed + 1)]
         chosen = points if SLOW else random.Random(int(os.environ.get("MARGO_TEST_SEED", "1"))).sample(points, 60)
-        outcomes = {"unreachable": 0, "whole": 0}
+        outcomes, words = {"unreachable": 0, "whole": 0}, set()
         for self.relay.cut, self.relay.gently in chosen:
             try:
                 self.assertEqual(source.send("GET", "/deployments", (200,), headers).body, whole)
                 outcomes["whole"] += 1
-            except margo_agent.Unreachable:
+            except margo_agent.Unreachable as error:
                 outcomes["unreachable"] += 1
+                words.add("timed out" in error.message)
         self.assertLess(outcomes["whole"], 150)     # only the server's goodbye may be missing
+        self.assertEqual(words, {False})            # a link that breaks off is noticed when it does
         sys.stderr.write(f"\nwire: broken off at {len(chosen)} of {len(points)} points: {outcomes}\n")
 
     def test_the_agent_over_links_that_break_off(self):
