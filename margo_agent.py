@@ -1070,10 +1070,10 @@ def is_issuer(candidate, item):
     return candidate.subject == item.issuer and (None in ids or ids[0] == ids[1])
 
 
-def make_chain(leaf, candidates, anchors):
-    """[Certificate] from a leaf up to the last one below an anchor, out of candidates in any order (E-039); roots are left out."""
+def make_chain(leaf, candidates):
+    """[Certificate] from a leaf upwards, out of candidates in any order (E-039); roots are left out."""
     chain = [leaf]
-    while len(chain) < 10 and not any(is_issuer(anchor, chain[-1]) for anchor in anchors):
+    while len(chain) < 10:
         found = next((item for item in candidates if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain), None)
         if found is None:
             break
@@ -3050,7 +3050,7 @@ def make_issued_chain(config, store, state, renewed, bundle, now):
         found = [parse_certificate(der) for der in parse_certs_only(read_certs_only(check_est_response(response, "cacerts", now)))]
     except ValueError as error:
         raise Untrusted(f"cacerts: {error}") from None
-    chain = make_chain(leaf, [item for item in found + issued if item.is_ca], [parse_certificate(anchor) for anchor in bundle.anchors])
+    chain = make_chain(leaf, [item for item in found + issued if item.is_ca])
     data = "".join(make_pem(item.der) for item in chain).encode()
     if 0 < leaf.not_before - time.time() <= CLOCK_SKEW:
         raise make_wait(Pending, f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead of ours",
@@ -3916,7 +3916,7 @@ def describe_mtls(config, state, now):
     """What `status` says of the own identity: {id, notAfter, warning}; never raises."""
     found = describe_own(config, (state["enrollment"] or {}).get("id", ""), now, lambda chain: parse_identity(chain, "", ""))
     revoked = found["notAfter"] and is_revoked(load_identity(config).leaf, load_crls(Store(config.state_dir), state))
-    return dict(found, warning="revoked; have a new one issued") if revoked else found
+    return dict(found, warning="revoked; have a new one issued" if revoked else state["est"].get("refused") or found["warning"])
 
 
 def describe_signed(config, state, now):

@@ -153,6 +153,7 @@ class Enrollment(Site):
         self.assertIn("enrollment authorization refused", log)
         self.assertNotIn("wrong", log)
         self.assertIn("or at once with another token", self.device.cycle(5))
+        self.assertIn("enrollment authorization refused", self.device.status()["identity"]["warning"])
         self.assertEqual(len(self.asked("simpleenroll")), 1)
         self.assertEqual(self.device.run("enroll").returncode, 5)
         self.assertEqual(len(self.asked("simpleenroll")), 2)        # somebody asked for it

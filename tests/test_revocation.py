@@ -289,6 +289,11 @@ class Pins(Site):
         self.assertEqual(self.trust([self.pin("site-ca.pem")], ca), "")
         self.assertIn("identity.pins", self.trust([self.pin("ca.pem")], ca))
         self.assertIn("certificate is refused", self.trust([self.pin("site.pem")], self.pki.path("ca.pem")))
+        self.trust([self.pin("site.pem")], ca)
+        _, check_peer = margo_agent.make_mis_context(margo_agent.load_config(self.device.config_file), self.mis.url)
+        check_peer([self.pki.der("site.pem")])
+        with self.assertRaises(Untrusted):          # another one of the same CA, met only on the second connection
+            check_peer([self.pki.der("site-ca.pem")])
 
     def test_the_name_counts_where_there_is_one(self):
         """E-016, C-032: by an address a pin is enough."""
