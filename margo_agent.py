@@ -7040,6 +7040,7 @@ class Agent:
         self.device_id = get_device_id(config.device)
         self.places = make_places(config, self.device_id)
         self.observed = {}                          # {device id: [Container], None where it does not answer}, of this cycle
+        self.deaf = {}                              # {device id: CommandError, ComponentError} of those with which something is wrong
         self.placed = {}                            # {deployment id in lower case: device id} that was chosen in this cycle
         self.source = None                          # connected when the WFM is first needed
         self.starting = 0                           # seconds until the first contact since the device started
@@ -7326,7 +7327,8 @@ class Agent:
         return deaf
 
     def plan(self, targets):
-        """[(Place, Action, Target or None)] of all devices, in order; removals first, also those of a deployment that moves.
+        """[(Place, Action, Target or None)] of all devices, in order; removals first.  What moves is kept where it was until it is ready to
+        run, or runs, where it goes (see `leave`).
 
         What a child device needs that does not answer is refused by 102, what it has is left alone.
         """
@@ -7339,11 +7341,13 @@ class Agent:
             runtime = self.config.runtime
             for action in make_plan(mine, records, containers, time.time(), runtime.settle, make_mark(runtime.environment)):
                 key = action.deployment_id.lower()
-                target = by_id.get(key)
+                target, known = by_id.get(key), self.state["deployments"].get(key)
                 if action.action == "remove" and target:
-                    if target.error:
-                        continue                    # what is refused is nowhere else at home: it stays as it is
+                    if target.error or not known or (known["deviceId"], known["state"]) != (target.device_id, "installed"):
+                        continue
                     action = action._replace(reason=f"belongs on {target.device_id}")
+                elif action.action == "install" and known and known["running"] and known["deviceId"] != place.device_id:
+                    action = action._replace(reason=f"moves here from {known['deviceId']}")
                 elif containers is None and place is not self.places[0] and action.action not in ("keep", "refuse"):
                     error = GatewayError("102", self.device_id, f"child device {place.device_id} does not answer")
                     target = target or Target(action.deployment_id, records[key]["adopted"]["digest"], records[key]["adopted"]["version"],
@@ -7360,7 +7364,7 @@ class Agent:
         state, acted = self.state, False
         if not state["accepted"]:
             return False                            # what runs is left alone until a WFM says what should
-        deaf = self.observe()
+        deaf = self.deaf = self.observe()
         plan = self.plan(self.make_targets(state["accepted"], self.store.load_artifact))
         if any(action.action != "keep" for _, action, _ in plan):
             self.prune(deaf)                        # before anything is pulled, too (P-5)
@@ -7407,9 +7411,8 @@ class Agent:
             return False                            # a package or an image would have to be fetched (protocol 10)
         log("info" if action.action != "refuse" else "error", action.action, deployment=action.deployment_id, reason=action.reason)
         if action.action == "remove" and record and (target or self.find_home(record) != place.device_id):
-            stray = Deployment(action.deployment_id, record["name"], "", "", "", [], [], None)
-            remove_dropped(dict(record, deviceId=place.device_id), stray, containers, tools)
-            return True                             # the record tells of the device where it belongs
+            self.remove_stray(record, place)        # the record tells of the device where it belongs
+            return True
         if record and record["deviceId"] not in self.observed:
             log("warning", "its device is no longer configured; what runs there is forgotten", deployment=action.deployment_id,
                 device=record["deviceId"])
@@ -7437,9 +7440,28 @@ class Agent:
         log("info", record["state"], deployment=action.deployment_id, name=record["name"])
         return True
 
+    def remove_stray(self, record, place):
+        """Removes what a deployment has on a device where it does not belong; raises ComponentError, CommandError."""
+        tools = Tools(self.config, self.store, place.drivers, time.time, get_random)
+        nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
+        remove_dropped(dict(record, deviceId=place.device_id), nothing, self.observed[place.device_id], tools)
+
+    def leave(self, record):
+        """Removes a deployment that moves from where it was: all that it takes is ready where it goes (D-11).
+
+        What does not answer, or cannot be removed now, is found again by the next cycle.
+        """
+        for place in self.places:
+            if place.device_id in record.get("left", ()) and self.observed[place.device_id]:
+                log("info", "moves", deployment=record["deploymentId"], start=place.device_id, end=record["deviceId"])
+                try:
+                    self.remove_stray(record, place)
+                except (CommandError, ComponentError) as error:
+                    self.deaf[place.device_id] = error
+
     def keep(self, key, place, steps):
         """Makes each record of a deployment durable and tells the WFM, before the next step is taken; returns the last one."""
-        there, fetched = "" if place is self.places[0] else place.device_id + " ", self.store.fetched
+        there, fetched, moving = "" if place is self.places[0] else place.device_id + " ", self.store.fetched, True
         fetched.clear()
         for record in steps:
             for driver in place.drivers.values():
@@ -7452,6 +7474,8 @@ class Agent:
             enqueue_status(self.state, record, self.device_id)
             self.store.save_state(self.state)
             self.flush_outbox(quiet=True)
+            if moving and record["state"] == "installing":
+                moving = self.leave(record)
         return record
 
     def purge(self):

@@ -353,18 +353,36 @@ class Routing(GatewayCase):
         self.assertEqual((self.where(), self.where(SECOND)), ({}, {B: "one"}))
 
     def test_a_deployment_that_moves_is_removed_there_and_installed_here(self):
-        """Never in two places: first there, then here, and not reported as removed, because it is still wanted."""
+        """Never in two places: first there, then here, and not reported as removed, because it is still wanted; plan says from where."""
         self.publish(B)
         self.device.cycle()
         for target in (A, DEVICE, B):
             self.publish(target, greeting=target)
-            count = len(self.wfm.reports())
-            log = self.device.cycle()
-            self.assertLess(log.index("remove deployment"), log.index("install deployment"))
+            count, (source,) = len(self.wfm.reports()), self.where()
+            self.assertEqual(self.device.plan(), {HELLO: ("install", f"moves here from {source}")})
+            for engine in self.engines.values():
+                engine.forget_calls()
+            self.assertNotIn("error", self.device.cycle())
+            self.assertIn("rm", self.calls(self.engines[source]))
             self.assertEqual(self.where(), {target: target})
             self.assertEqual([(item["body"]["deviceId"], item["body"]["status"]["state"]) for item in self.wfm.reports()[count:]],
                              [(target, "pending"), (target, "installing"), (target, "installed")])
             self.assertEqual(self.device.plan()[HELLO][0], "keep")
+
+    def test_a_move_that_cannot_be_made_ready_leaves_what_runs_alone(self):
+        """D-11: everything is fetched where it goes before anything is touched where it is."""
+        self.publish(A)
+        self.device.cycle()
+        self.wfm.add_package(support.make_compose({"main": {"image": "localhost/new:2", "environment": ["GREETING"]}}), tag="2.0.0")
+        self.publish(B, components=(("web", "2.0.0"),), greeting="two")
+        self.engines[B].change(unpullable=["localhost/new:2"])
+        for _ in range(2):
+            self.device.cycle(1)
+        self.assertEqual((self.where(), self.report()[:3]), ({A: "one"}, (B, "failed", "PULL_FAILED")))
+        self.engines[B].change(unpullable=[])
+        self.device.run("retry")
+        self.device.cycle(0)
+        self.assertEqual((self.where(), self.report()[:2]), ({B: "two"}, (B, "installed")))
 
     def test_what_nobody_knows_on_a_child_is_removed_and_what_is_not_ours_stays(self):
         """P-11, D-22"""
