@@ -6551,8 +6551,8 @@ def make_record(target, device_id):
     """The record of a deployment that was not known before; see begin_record for one that begins a revision.
 
     adopted: the revision that is worked on, fetched: what is on the device for it (digests, images); running, previous: {digest,
-    packages, images, services, mark} of the last two that were installed; fallback: `running` is what should run when the adopted one
-    has failed; repairs: how many there were without an hour's rest, repairedAt: the last one.
+    packages, images, mark} of the last two that were installed, and {services} of `running` once another revision is worked on;
+    fallback: `running` is what should run when that has failed; repairs: how many there were without an hour's rest, repairedAt: the last.
     """
     return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id, "type": "compose",
             "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None, "running": None,
@@ -6570,9 +6570,11 @@ def begin_record(record, target, keep_states=False):
     same = record["adopted"]["digest"] == target.digest
     components = [dict(old.get(name) or {"name": name, "services": {}, "package": None}, state="pending", error=None) for name in names]
     facts = {"name": target.deployment.name, "type": target.deployment.type or record["type"]} if target.deployment else {}
-    kept = {} if same else {"failures": 0, "retryAt": 0, "fetched": [], "repairs": 0}
+    kept, running = {} if same else {"failures": 0, "retryAt": 0, "fetched": [], "repairs": 0}, record["running"]
+    if running and running["digest"] == record["adopted"]["digest"] != target.digest:       # from here on it is the version before
+        running = dict(running, services={name: component["services"] for name, component in old.items()})
     return dict(record, **facts, **kept, state="pending", error=None, refused=False, adopted={"digest": target.digest, "version": target.version},
-                components=components, fallback=bool(record["running"] and record["running"]["digest"] != target.digest))
+                components=components, running=running, fallback=bool(running and running["digest"] != target.digest))
 
 
 def count_repair(record, now):
@@ -6608,7 +6610,7 @@ def finish_record(record, mark=""):
     """The record once all of the revision that was worked on is installed; mark: make_mark of the environment it was given."""
     running = {"digest": record["adopted"]["digest"], "packages": {item["name"]: item["package"] for item in record["components"]},
                "images": sorted({facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}),
-               "services": {item["name"]: item["services"] for item in record["components"]}, "mark": mark}
+               "mark": mark}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
     return dict(record, running=running, previous=previous, failures=0, retryAt=0, fetched=[])

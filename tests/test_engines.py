@@ -102,6 +102,25 @@ class Life(EngineCase):
         self.assertTrue(self.nothing_is_left())
         self.assertEqual(self.wfm.statuses()[-2:], ["removing", "removed"])
 
+    def test_whatever_somebody_did_to_a_container_is_undone(self):
+        """D-23, P-7, P-11, P-12: paused, made anew by hand with the same labels, doubled, killed; its neighbour is left alone."""
+        self.publish({"main": service(), "side": service()})
+        self.device.cycle()
+        before = self.engine.containers()
+        labels = [f"--label={key}={item}" for key, item in json.loads(self.engine.podman("inspect", self.name()))[0]["Config"]["Labels"].items()]
+        for number, commands in enumerate((
+                [("pause", self.name())], [("rm", "--force", "--time=0", self.name()), ("run", "--detach", "--name", self.name(), *labels, IMAGE, "sleep", "9999")],
+                [("create", "--name", "copy", *labels, IMAGE, "sleep", "1")], [("kill", self.name())])):
+            for command in commands:
+                self.engine.podman(*command)
+            self.assertIn("drift", self.device.cycle(), commands)
+            after = self.engine.containers()
+            self.assertEqual({name: state for name, (_, state) in after.items()}, {self.name(): "running", self.name("side"): "running"}, commands)
+            self.assertEqual(after[self.name("side")], before[self.name("side")])
+            self.assertIn("100000", json.loads(self.engine.podman("inspect", self.name()))[0]["Config"]["Cmd"])
+        self.device.cycle()
+        self.assertEqual(self.engine.containers(), after)
+
     def test_labels_and_names_are_the_contract_s(self):
         self.publish({"main": service()})
         self.device.cycle()
@@ -180,6 +199,59 @@ class Builtin(EngineCase):
         self.device.cycle()
         facts = {name: json.loads(self.engine.podman("inspect", self.name(name)))[0]["State"]["StartedAt"] for name in ("main", "after")}
         self.assertLess(facts["main"], facts["after"])
+
+    def test_one_that_gets_unwell_later_is_made_anew(self):
+        """Issue, Drift: the engine's list shows it, once somebody ran the check; here that is the agent."""
+        check = {"test": ["CMD-SHELL", "test ! -e /tmp/unwell"], "interval": "1h", "retries": 1}
+        self.publish({"main": service(healthcheck=check)})
+        self.device.cycle()
+        before = self.engine.containers()
+        self.device.cycle()
+        self.assertEqual(self.engine.containers(), before)
+        self.inside("touch", "/tmp/unwell")
+        if os.path.isdir("/run/systemd/system"):
+            self.engine.podman("healthcheck", "run", self.name(), check=False)
+        else:
+            self.device.cycle()
+        self.assertIn("web/main is unhealthy", self.device.cycle())
+        self.assertNotEqual(self.engine.containers(), before)
+        self.assertEqual(self.wfm.statuses()[-1], "installed")
+
+    def test_a_crash_loop_that_begins_later_is_a_failure(self):
+        """P-6: the engine starts it over and over, so that it always seems to run; the last words are told."""
+        loop = "while [ ! -e /tmp/broken ]; do sleep 0.1; done; echo the valve is stuck; sleep 0.2; exit 3"
+        self.publish({"main": service(command=["sh", "-c", loop], restart="always"), "side": service()})
+        self.device.cycle()
+        neighbour = self.engine.containers()[self.name("side")]
+        self.inside("touch", "/tmp/broken")
+        restarts = support.wait_for(lambda: json.loads(self.engine.podman("inspect", self.name()))[0]["RestartCount"] > 1, what="the loop")
+        self.assertTrue(restarts)
+        self.device.cycle(1)
+        error = self.wfm.reports()[-1]["body"]["components"][0]["error"]
+        self.assertEqual(error["code"], "INSTALL_FAILED")
+        self.assertIn("the valve is stuck", error["message"])
+        self.assertEqual(self.engine.containers()[self.name("side")], neighbour)
+
+    def test_one_restart_long_ago_fails_no_repair(self):
+        """P-7: of its neighbour, either."""
+        main = service(command=["sh", "-c", "test -e /tmp/once || { touch /tmp/once; sleep 2; exit 1; }; exec sleep 100000"], restart="always")
+        self.publish({"main": main, "side": service()}, wait=False)
+        self.device.cycle()
+        support.wait_for(lambda: json.loads(self.engine.podman("inspect", self.name()))[0]["RestartCount"], what="the restart")
+        self.engine.podman("rm", "--force", "--time=0", self.name("side"))
+        self.publish({"main": main, "side": service()})
+        self.device.cycle()
+        self.assertEqual({name: state for name, (_, state) in self.engine.containers().items()}, {self.name(): "running", self.name("side"): "running"})
+
+    def test_services_that_share_a_network_are_updated_together(self):
+        """The one whose network the other has can go only after that one."""
+        for revision in ("1", "2"):
+            self.publish({"a": service(environment={"X": revision}), "d": service(network_mode="service:a", depends_on=["a"])}, tag=f"{revision}.0.0")
+            self.device.cycle()
+        containers = self.engine.containers()
+        self.assertEqual({name: state for name, (_, state) in containers.items()}, {self.name("a"): "running", self.name("d"): "running"})
+        mode = json.loads(self.engine.podman("inspect", self.name("d")))[0]["HostConfig"]["NetworkMode"]
+        self.assertIn(containers[self.name("a")][0], mode)
 
     def test_a_service_that_never_gets_well_is_unhealthy(self):
         check = {"test": ["CMD", "false"], "interval": "1s", "retries": 2}
