@@ -1731,7 +1731,7 @@ def make_state():
     reported    {id in lower case: digest of the last acknowledged status}
     trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what discovery named
     identity    digest of the own leaf that was last found to lead to the trust bundle
-    est         {token, key: digests of what an enrollment goes by, at, delay, failures, refused}; {used}: the token that served
+    est         {token, key: digests of what an enrollment goes by, at, delay, failures, refused, early}; {used}: the token that served
     crls        {URL: {etag, modified, number, key, at, delay, failures}}: of the revocation lists in crls/
     drafts      the drafts in use, as the log was told
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
@@ -2771,7 +2771,7 @@ def find_est_step(est, leaf, fault, token, issued, now):
     token: digest of the enrollment token that is at hand, "" for the form by certificate, None where there is neither.  issued: whether an
     answer is there already.
     """
-    if not fault and now < make_renewal_time(leaf):
+    if not fault and now < make_renewal_time(leaf) and not est.get("early"):
         return ""
     if fault and leaf and now < leaf.not_before:
         raise Untrusted(fault)                      # the clock: a new SVID would not help
@@ -3831,7 +3831,7 @@ def connect_mtls(config, store, state, keep, client_id=None):
     check_own(identity.leaf, config, now)
     warn_of_expiry(identity.leaf, store, now)
     bundle = refresh_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-    check_own_anchor(identity, bundle, store, state, keep)
+    check_own_anchor(config, identity, bundle, store, state, keep)
     if config.identity.revocation == "require" and keep:
         refresh_revocation(config, store, state)    # else after the poll; but here nothing goes without
     crls = load_crls(store, state)
@@ -3840,8 +3840,11 @@ def connect_mtls(config, store, state, keep, client_id=None):
     return MtlsSource(config, identity, bundle, crls, state["trust"].get("crls") or ())
 
 
-def check_own_anchor(identity, bundle, store, state, keep):
-    """Raises Untrusted for a new own chain that does not lead to the trust bundle; one that did is tried on, since the WFM decides (E-012)."""
+def check_own_anchor(config, identity, bundle, store, state, keep):
+    """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
+
+    One that did is tried on after the bundle has changed, since the WFM decides; where that can be automated, it is renewed at once.
+    """
     mark, memo = sha256_digest(identity.leaf.der + b"".join(bundle.anchors)), store.load_memo()
     if memo.get("checked") == mark:
         return
@@ -3853,6 +3856,8 @@ def check_own_anchor(identity, bundle, store, state, keep):
         if state["identity"] != leaf:
             raise Untrusted(message) from None
         log("error", f"{message} any more; have it issued anew")
+        if config.identity.enrollment == "est":
+            state["est"]["early"] = True
         return
     state["identity"] = leaf
     if keep:
@@ -3941,7 +3946,8 @@ def check_mtls(config, now):
     check_own(own.leaf, config, now)
     make_wfm_context(own, TrustBundle([own.leaf.der], None, None), config.wfm.min_tls)
     draft = f", renewed over EST (draft) after {make_time(make_renewal_time(own.leaf))}" if config.identity.enrollment == "est" else ""
-    return judge_own(own.leaf, own.spiffe_id.text + draft, config, now)
+    lists = len(Store(config.state_dir).load_state()["crls"])
+    return judge_own(own.leaf, own.spiffe_id.text + draft + (f", {lists} revocation lists (draft)" if lists else ""), config, now)
 
 
 def check_signed(config, now):

@@ -321,7 +321,7 @@ class Enrollment(Site):
     def test_doctor_says_draft_and_when_it_will_be_renewed(self):
         self.assertIn("`margo_agent.py enroll` obtains one", self.device.run("doctor").stdout)
         self.device.cycle()
-        self.assertRegex(self.device.run("doctor").stdout, r"renewed over EST \(draft\) after 20")
+        self.assertRegex(self.device.run("doctor").stdout, r"renewed over EST \(draft\) after 20.*, 2 revocation lists \(draft\)")
 
 
 class Authorized(Site):
@@ -581,6 +581,8 @@ class Renewal(Site):
         done = self.device.run("enroll")
         self.assertIn("its chain does not lead to the trust bundle", done.stderr)
         self.assertEqual(done.returncode, 5)
+        self.assertIn("the SVID issued does not lead to the trust bundle", self.device.cycle(5))
+        self.assertEqual(self.asked("simplereenroll"), [("simplereenroll", 200)])       # at once, long before it would be due
 
 
 class Quickstart(unittest.TestCase):
