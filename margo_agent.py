@@ -2504,10 +2504,10 @@ def fetch_chain(url, context, timeout):
     return found
 
 
-def fetch_from_mis(url, config, headers):
-    """GET from the Margo Identity Service."""
+def fetch_from_mis(url, config, headers, limit=MAX_CERTIFICATES):
+    """GET from the Margo Identity Service; only revocation lists, which are signed, may come without TLS."""
     context, check_peer = make_mis_context(config, url) if url.startswith("https:") else (None, None)
-    return request("GET", url, headers, None, context, config.wfm.timeout, MAX_CERTIFICATES, check_peer)
+    return request("GET", url, headers, None, context, config.wfm.timeout, limit, check_peer)
 
 
 def fetch_discovery(config, trust_domain, now):
@@ -2837,7 +2837,7 @@ def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False
     issued = any(os.path.exists(store.path(name)) for name in ("issued.p7", "issued.pem"))
     step = find_est_step(est, leaf, fault, mark, issued, now)
     if step == "wait" and fault and est.get("refused"):
-        raise Untrusted(f"{est['refused']}; asked again in an hour, or at once with another token")
+        raise Untrusted(f"{est['refused']}; asked again within an hour, or at once with another token")
     if step == "wait" or step and is_silent(now) and (fault or not is_silent(leaf.not_after)):
         left = est.get("at", now) + est.get("delay", 0) - now
         silence = make_wait(Silence, "waiting for as long as the identity service, a back-off or downtime asks", left)
@@ -2862,13 +2862,14 @@ def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False
 def note_est_fault(store, state, error, end, now, jitter):
     """Keeps the back-off that follows from a fault; end: of the SVID that is still good, which has to see more than one attempt (E-045, E-062)."""
     failures = 0 if isinstance(error, Pending) else min(state["est"].get("failures", 0) + 1, 30)
-    delay = EST_CAP if isinstance(error, Untrusted) else (1 - jitter) * min(EST_CAP, EST_FIRST * 2 ** (failures - 1))
+    refused = isinstance(error, Untrusted)
+    delay = (1 - jitter / 2) * EST_CAP if refused else (1 - jitter) * min(EST_CAP, EST_FIRST * 2 ** max(0, failures - 1))
     delay = delay if end is None else min(delay, (end - now) / 4)
     if isinstance(error, Pending):
         log("info", error.message)
         delay = EST_FIRST if error.retry_after is None else 0
     state["est"].update(at=now, failures=failures, delay=max(error.retry_after or 0, delay),
-                        refused=error.message if isinstance(error, Untrusted) else None)
+                        refused=error.message if refused else None)
     store.save_state(state)
 
 
@@ -3167,8 +3168,7 @@ def fetch_crl(config, store, url, records, issuers, now):
     """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError."""
     record = records[url]
     headers = {name: record[key] for name, key in (("If-None-Match", "etag"), ("If-Modified-Since", "modified")) if record.get(key)}
-    context, check_peer = make_mis_context(config, url) if url.startswith("https:") else (None, None)
-    response = request("GET", url, headers, None, context, config.wfm.timeout, config.policy.max_document, check_peer)
+    response = fetch_from_mis(url, config, headers, config.policy.max_document)
     if check_response(response, url, (200, 304), now).status == 304:
         return
     der, crl = parse_crl(response.body)
