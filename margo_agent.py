@@ -1709,12 +1709,19 @@ def read_file(path, limit):
 
 
 def remove_folder(path):
-    """Removes a folder of ours and all below it; links are removed, never followed."""
+    """Removes a folder of ours and all below it; links are removed, never followed.
+
+    It first gets a name that nobody uses: what was removed by half is never taken for the whole.
+    """
     import shutil
+    gone = path if path.endswith(".tmp") else path + ".tmp"
     try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
+        if os.path.lexists(gone):
+            shutil.rmtree(gone)
+        if os.path.lexists(path):
+            os.replace(path, gone)
+            sync_folder(os.path.dirname(path))
+            shutil.rmtree(gone)
     except OSError as error:
         raise StorageError(f"{path} cannot be removed ({error.strerror})") from None
 
@@ -1902,7 +1909,7 @@ class Store:
             raise StorageError(f"{self.path('artifacts')} cannot be pruned ({error.strerror})") from None
         short = {digest.split(":")[1][:16] for digest in digests}
         for folder, folders, _ in os.walk(self.path("deployments")):
-            for name in [name for name in folders if re.fullmatch(r"[0-9a-f]{16}(\.tmp)?", name)]:
+            for name in [name for name in folders if re.fullmatch(r"[0-9a-f]{16}|.*\.tmp", name)]:
                 folders.remove(name)
                 if name not in short:
                     remove_folder(os.path.join(folder, name))

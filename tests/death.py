@@ -29,7 +29,8 @@ START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from importlib import 
 def read_trace(path, root):
     """[(call, number, file, line)] of the calls of a trace that change something: all but reading, and writing to stderr.
 
-    number: which call of that name it was, from 1.  file: what it touched below `root`, relative to it, else "".
+    file: what it touched below `root`, relative to it (`.` is the root), else "".  number: which call of that name it was, from 1, on that
+    file, or of all where it touched none: how often the agent asks an engine while it waits is a matter of time.
     """
     found, counts = [], {}
     with open(path, errors="replace") as file:
@@ -37,11 +38,14 @@ def read_trace(path, root):
             call = line.partition("(")[0]
             if not call.isidentifier():
                 continue
-            counts[call] = counts.get(call, 0) + 1
+            match = re.search(re.escape(root) + r"/?([^\">]*)", line)
+            path = (match.group(1) or ".") if match else ""
+            counts[call, ""] = counts.get((call, ""), 0) + 1
+            if path:
+                counts[call, path] = counts.get((call, path), 0) + 1
             if call == "openat" and "O_CREAT" not in line or call == "write" and line.startswith("write(2<"):
                 continue
-            match = re.search(re.escape(root) + r"/?([^\">]*)", line)
-            found.append((call, counts[call], match.group(1) if match else "", line))
+            found.append((call, counts[call, path], path, line))
     return found
 
 
@@ -131,6 +135,12 @@ class World:
         support.wait_for(lambda: not self.find_children(), what="the end of the engine's commands")
         return (-signal.SIGKILL if done.returncode == 128 + signal.SIGKILL else done.returncode), done.stderr
 
+    def strike(self, point, what):
+        """The command, and at this point of it strace does `what`; like run."""
+        call, number, path, _ = point
+        where = ["-P", os.path.normpath(os.path.join(self.device.state_dir, path))] if path else []
+        return self.run("-e", f"trace={call}", "-e", f"inject={call}:{what}:when={number}", *where)
+
     def find_children(self):
         """What runs of this world's engine commands."""
         mark, found = f"FAKE_PODMAN={self.engine.folder}\0".encode(), []
@@ -218,22 +228,19 @@ class World:
             raise AssertionError(f"{words}the container is not of revision {wanted}: {argv[0][-2:]}")
 
 
-def share(worlds, trials, act):
-    """Does act(world, trial) for each trial, the worlds side by side; raises the first failure."""
-    trials, failures, lock = list(trials), [], threading.Lock()
+def share(jobs, act):
+    """Does act(world, trial) for each trial of [(world, [trial])], the worlds side by side; raises the first failure."""
+    failures = []
 
-    def work(world):
-        while True:
-            with lock:
-                if not trials or failures:
-                    return
-                trial = trials.pop()
-            try:
-                act(world, trial)
-            except Exception as error:              # the first one is raised below, in the test's own thread
-                failures.append(error)
+    def work(world, trials):
+        try:
+            for trial in trials:
+                if not failures:
+                    act(world, trial)
+        except Exception as error:                  # the first one is raised below, in the test's own thread
+            failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(world,)) for world in worlds]
+    threads = [threading.Thread(target=work, args=job) for job in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -90,7 +90,7 @@ class Stop(DaemonCase):
         chosen = points if SLOW else points[::len(points) // 5]
         for call, number, path, _ in chosen:
             world.restore()
-            code, errors = world.run("-e", f"trace={call}", "-e", f"inject={call}:signal=TERM:when={number}")
+            code, errors = world.strike((call, number, path, ""), "signal=TERM")
             self.assertIn(code, (0, 3), errors)
             world.check(f"SIGTERM at {call} {number} {path}")
         sys.stderr.write(f"\ndaemon: SIGTERM at {len(chosen)} of {len(points)} points survived\n")

@@ -222,6 +222,31 @@ class Artifacts(StoreCase):
         self.assertIsNone(self.store.load_artifact(digest))
 
 
+class Folders(StoreCase):
+    def test_a_folder_that_was_removed_by_half_is_not_taken_for_the_whole(self):
+        """P-13: whatever happens while it is removed, its name is free first."""
+        path = self.store.path("deployments", "x", "web", "0123456789abcdef")
+        os.makedirs(os.path.join(path, "sub"))
+        seen, rmdir = [], os.rmdir
+
+        def watch(name, *args, **options):
+            seen.append(os.path.exists(path))
+            rmdir(name, *args, **options)
+
+        os.rmdir = watch
+        self.addCleanup(setattr, os, "rmdir", rmdir)
+        margo_agent.remove_folder(path)
+        self.assertEqual((set(seen), os.listdir(os.path.dirname(path))), ({False}, []))
+        margo_agent.remove_folder(path)
+
+    def test_what_was_left_of_a_removal_is_pruned(self):
+        for name in ("x.tmp/web", "x/web/0123456789abcdef.tmp", "x/web/0123456789abcdef"):
+            os.makedirs(self.store.path("deployments", name))
+        self.store.prune_artifacts([])
+        self.assertEqual(os.listdir(self.store.path("deployments")), ["x"])
+        self.assertEqual(os.listdir(self.store.path("deployments", "x", "web")), [])
+
+
 class Memo(StoreCase):
     def test_the_last_contact_is_kept_outside_the_state_directory(self):
         with tempfile.TemporaryDirectory() as runtime:
