@@ -107,10 +107,8 @@ class Fleet:
 class Machine:
     """An engine behind the interface of a driver."""
 
-    pulled = ()
-
     def __init__(self, rng):
-        self.rng, self.running, self.faulty = rng, {}, True
+        self.rng, self.running, self.faulty, self.pulled = rng, {}, True, []
 
     def fail(self, code):
         if self.faulty and self.rng.random() < 0.05:
