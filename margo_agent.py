@@ -311,7 +311,7 @@ class YAMLReader:
     TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
     QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n])*\"|'(?:[^'\n]|'')*'")
     KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
-    FORBIDDEN = re.compile("[^\t\n\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+    FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")     # its opposite takes 3 ms to compile
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
 
     def __init__(self, text):
@@ -1109,13 +1109,14 @@ def is_listed(crl, serial):
 
 def parse_der_time(tag, value):
     """UTCTime or GeneralizedTime to Unix seconds; raises ValueError."""
-    import calendar
+    import datetime                                 # http.client brings it along; what strptime brings takes 8 ms
     text = value.decode("ascii")
     if tag == 0x17:
         text = ("19" if text[:2] >= "50" else "20") + text
     if not re.fullmatch(r"[0-9]{14}Z", text):
         raise ValueError("a time in an unknown form")
-    return calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ"))
+    fields = [int(text[:4])] + [int(text[start:start + 2]) for start in range(4, 14, 2)]
+    return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
 
 
 def parse_pem(text, label="CERTIFICATE"):
@@ -5932,19 +5933,23 @@ def is_settled(service, containers, known):
     return len(containers) == 1 and is_usable(containers[0], service, known) and (containers[0].state == "running" or bool(done))
 
 
+def find_program(name, environ):
+    """Where a program lies on PATH, or None; shutil.which without all that shutil brings along."""
+    paths = [os.path.join(folder, name) for folder in environ.get("PATH", os.defpath).split(os.pathsep)]
+    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
+
+
 def find_engine(setting, environ):
     """`podman`, `docker` or None: what is installed and looks usable, told without starting anything."""
-    import shutil
     socket = environ.get("DOCKER_HOST") or os.path.exists("/var/run/docker.sock")
     for name in ("podman", "docker") if setting == "auto" else (setting,):
-        if shutil.which(name, path=environ.get("PATH")) and (name == "podman" or setting == name or socket):
+        if find_program(name, environ) and (name == "podman" or setting == name or socket):
             return name
     return None
 
 
 def find_provider(setting, engine, environ):
     """The compose provider's command as a list, None for the builtin driver."""
-    import shutil
     plugins = [os.path.join(folder, "docker-compose") for folder in (
         os.path.join(environ.get("DOCKER_CONFIG") or os.path.join(environ.get("HOME", "/root"), ".docker"), "cli-plugins"),
         "/usr/local/lib/docker/cli-plugins", "/usr/local/libexec/docker/cli-plugins", "/usr/lib/docker/cli-plugins",
@@ -5952,7 +5957,7 @@ def find_provider(setting, engine, environ):
     if setting == "auto":
         if engine == "docker" and any(os.path.exists(path) for path in plugins):
             return ["docker", "compose"]
-        return ["docker-compose"] if engine == "docker" and shutil.which("docker-compose", path=environ.get("PATH")) else None
+        return ["docker-compose"] if engine == "docker" and find_program("docker-compose", environ) else None
     return None if setting == "builtin" else setting.split(" ")
 
 
@@ -6407,7 +6412,6 @@ def make_helm_driver(config, environ, child=None):
 
     child: (device id, connection) of a child device, whose connection may name its cluster.
     """
-    import shutil
     setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
     if child and "KUBECONFIG" not in child[1]:
         return None
@@ -6415,7 +6419,7 @@ def make_helm_driver(config, environ, child=None):
         environ = make_child_environment(environ, child[1])
         setting, path = "auto" if setting == "off" else setting, environ["KUBECONFIG"]
     path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", os.path.join(environ.get("HOME") or "/root", ".kube/config"))), None)
-    if setting == "off" or setting == "auto" and not (path and shutil.which("helm", path=environ.get("PATH"))):
+    if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
         return None
     environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
     return HelmDriver("helm" if setting == "auto" else setting, config, dict(environ, **({"KUBECONFIG": path} if path else {})))
