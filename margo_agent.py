@@ -7103,15 +7103,15 @@ class Agent:
             self.source = connect_source(self.config, self.store, self.state, keep)
         return self.source
 
-    def check_patience(self, now):
-        """Raises Unreachable where the WFM, a back-off or the operator's downtime says not to speak now."""
+    def check_patience(self, now, spread=True):
+        """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now; spread: or a fleet just starts."""
         boot, uptime = get_uptime()
         if self.is_downtime():
             silence = Silence("downtime: no request is made")
             silence.exit = 0                        # the operator's own wish
             raise silence
         left, why = find_patience(self.state["patience"], now, boot, uptime), "the WFM or a back-off asks"
-        if not left and boot and uptime < START_WINDOW:
+        if not left and spread and boot and uptime < START_WINDOW:
             left, why = self.spread_start(boot, uptime), "a fleet that has just started does not arrive at once"
             self.starting = max(0, left)
         if left > 0:
@@ -7811,7 +7811,7 @@ def command_plan(config, options):
     """Polls and prints what `run --once` would do; changes nothing, neither here nor at the WFM."""
     agent = Agent(config)
     agent.state = agent.store.load_state()
-    agent.check_patience(time.time())
+    agent.check_patience(time.time(), spread=False)
     desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
     accepted, documents = agent.state["accepted"], {}
     if desired:

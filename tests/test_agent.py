@@ -148,6 +148,32 @@ class Cycle(AgentCase):
         log = self.device.cycle(3)
         self.assertIn("state_dir /proc/margo", log)
 
+    def test_a_full_disk_stops_no_workload_and_is_mended_by_itself(self):
+        """P-4: what runs stays, what drifts is brought back by the reserve, an update waits with 3; with space again all goes on."""
+        mount = support.make_folder(self)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", mount], stderr=subprocess.DEVNULL).returncode:
+            self.skipTest("a small file system cannot be mounted here")
+        self.addCleanup(subprocess.run, ["umount", mount])
+        self.device.settings["state_dir"] = self.device.state_dir = os.path.join(mount, "state")
+        self.device.save()
+        self.publish()
+        self.device.cycle()
+        with self.assertRaises(OSError), open(os.path.join(mount, "filler"), "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        with self.engine.open() as held:
+            held["containers"] = {}
+        self.device.cycle(0)
+        self.assertEqual(self.running(), ["running"])
+        self.wfm.add_package(support.make_archive(
+            {"compose.yaml": support.make_compose(), "data": os.urandom(400000)}), tag="2.0.0")
+        self.publish(components=(("web", "2.0.0"),))
+        self.assertIn("free space", self.device.cycle(3))
+        self.assertEqual((self.running(), self.wfm.statuses()[-1]), (["running"], "installed"))
+        os.remove(os.path.join(mount, "filler"))
+        self.device.cycle(0)
+        self.assertEqual(self.wfm.statuses()[-1], "installed")
+
     def test_a_deployment_for_another_device_is_not_started(self):
         """Contract, Rules; C-138: WRONG_DEVICE, whose source is the deployment; the codes of gateways are not for others."""
         for device in ("line-5", f"{DEVICE}/cell", f"{DEVICE}-2", "line-5/*"):
