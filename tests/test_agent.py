@@ -1,5 +1,6 @@
 """Section 18, Agent: enrollment, cycles, the daemon, and everything around them, as processes against the example WFM."""
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import tempfile
 import time
 import unittest
+from unittest import mock
 
 import margo_agent
 from tests import support
@@ -90,6 +92,26 @@ class Cycle(AgentCase):
         self.assertIn("Connection refused", self.device.cycle(3))
         self.assertEqual(self.running(), ["running"])
         self.assertEqual(self.device.status()["lastPoll"]["result"], "unreachable")
+
+    def test_a_device_that_regains_power_brings_its_workloads_up_before_it_speaks(self):
+        """P-1, P-19: its first contact comes within one interval, another device's at another instant; once, not with each run."""
+        self.publish()
+        self.device.cycle()
+        with self.engine.open() as held:
+            held["containers"] = {}
+        shutil.rmtree(os.path.join(self.device.folder, "run"), ignore_errors=True)
+        old, count = dict(os.environ), len(self.wfm.requests())
+        self.addCleanup(lambda: (os.environ.clear(), os.environ.update(old)))
+        os.environ.update(self.device.env)
+        config, expected = margo_agent.load_config(self.device.config_file), []
+        for uptime, asked in ((20.0, False), (49.0, False), (51.0, True), (52.0, True)):
+            with mock.patch.object(margo_agent, "get_uptime", lambda: ("this boot", uptime)), mock.patch.object(margo_agent, "get_random", lambda: 0.5):
+                agent = margo_agent.Agent(config)
+                outcome = agent.cycle()
+            self.assertEqual(self.running(), ["running"])
+            self.assertEqual((agent.starting > 0, len(self.wfm.requests()) > count), (not asked, asked), uptime)
+            expected.append(outcome.delay)
+        self.assertEqual(expected[:2], [30, 1])
 
     def test_an_expired_own_certificate_stops_no_workload(self):
         """P-2, P-3: exit 5 names the date, and drift is mended all the same."""
