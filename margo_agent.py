@@ -6030,7 +6030,7 @@ class ComposeDriver:
         folder = unpack_package(data, package["digest"], folder, self.config.policy.max_unpacked, relaxed=not component.revision)
         workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
                             make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id)
-        return self.resolve(workload, IMAGE_PATIENCE), package
+        return self.resolve(workload, IMAGE_PATIENCE, bool(known) and known["digest"] == package["digest"]), package
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
@@ -6039,8 +6039,11 @@ class ComposeDriver:
             run_command(self.provider + ["version"], 60, env=self.environ)
         return f"{' '.join(self.provider or [self.engine, '(builtin)'])} answers, {count} containers of ours"
 
-    def resolve(self, workload, timeout):
-        """The compose file read, checked and resolved, the images pulled: all that can fail without touching what runs (C-154, D-11)."""
+    def resolve(self, workload, timeout, again=False):
+        """The compose file read, checked and resolved, the images pulled: all that can fail without touching what runs (C-154, D-11).
+
+        again: this package ran here before; then an image that is here will do where its registry does not answer (P-1).
+        """
         try:
             document = load_yaml(read_inside(workload.folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape"))
         except YAMLError as error:
@@ -6049,7 +6052,12 @@ class ComposeDriver:
         for service in project.services:
             if self.remote and (service.files or list(find_binds(project.document["services"][service.name].get("volumes"), "volumes"))):
                 raise make_fault(f"services.{service.name}: configs and bind mounts are files of the gateway, which a child device does not see")
-            self.pull(service, timeout)
+            try:
+                self.pull(service, timeout)
+            except (ComponentError, CommandError) as error:
+                if not again or self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code:
+                    raise error if isinstance(error, ComponentError) else ComponentError("PULL_FAILED", f"image {service.image}: {error.message}") from None
+                log("warning", "the image that is here is used, as it cannot be pulled now", image=service.image, reason=error.message)
         return workload, project
 
     def pull(self, service, timeout):

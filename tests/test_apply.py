@@ -456,6 +456,20 @@ class Drift(ApplyCase):
         expected = [] if os.path.isdir("/run/systemd/system") else [("healthcheck", self.engine.containers()[self.name]["id"])]
         self.assertEqual(self.commands("healthcheck"), expected)
 
+    def test_a_repair_takes_the_image_that_is_here_whatever_the_pull_policy(self):
+        """P-1: after a reboot without network; another revision does ask."""
+        self.wfm.add_package(support.make_compose({"main": service(pull_policy="always")}), tag="2.0.0")
+        self.publish(components=(("web", "2.0.0"),))
+        self.device.cycle()
+        self.engine.change(unpullable=[IMAGE])
+        with self.engine.open() as held:
+            held["containers"][self.name]["state"] = "exited"
+        self.assertIn("the image that is here is used", self.device.cycle())
+        self.assertEqual(self.engine.containers()[self.name]["state"], "running")
+        self.wfm.add_package(support.make_compose({"main": service(pull_policy="always", command=["sleep", "1"])}), tag="3.0.0")
+        self.publish(components=(("web", "3.0.0"),))
+        self.assertIn("PULL_FAILED", self.device.cycle(1))
+
     def test_what_is_not_ours_is_left_alone(self):
         """D-22: a name alone makes nothing ours."""
         with self.engine.open() as held:
