@@ -4,7 +4,6 @@ A world is a WFM, an engine of files, and a device in a known state, which is pu
 alone, numbers its system calls, kills it on the way into one, or lets one fail; what the agent has started goes on to its own end, as it
 would on a device.
 """
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import margo_agent
 from tests import support
