@@ -1710,19 +1710,20 @@ def read_file(path, limit):
 
 
 def remove_folder(path):
-    """Removes a folder of ours and all below it; links are removed, never followed.
+    """Removes a folder of ours and all below it, for good; links are removed, never followed.
 
     It first gets a name that nobody uses: what was removed by half is never taken for the whole.
     """
     import shutil
     gone = path if path.endswith(".tmp") else path + ".tmp"
     try:
-        if os.path.lexists(gone):
-            shutil.rmtree(gone)
-        if os.path.lexists(path):
-            os.replace(path, gone)
-            sync_folder(os.path.dirname(path))
-            shutil.rmtree(gone)
+        for name in (gone, path):                   # what an earlier attempt left, then this one
+            if os.path.lexists(name):
+                if name != gone:
+                    os.replace(name, gone)
+                    sync_folder(os.path.dirname(path))
+                shutil.rmtree(gone)
+                sync_folder(os.path.dirname(path))
     except OSError as error:
         raise StorageError(f"{path} cannot be removed ({error.strerror})") from None
 
