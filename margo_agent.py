@@ -6305,7 +6305,11 @@ class ComposeDriver:
         """Runs one health check a cycle, that of a container by chance, where podman has no systemd that does; the next look shows it."""
         checked = [container for container in containers if container.health and container.state == "running"]
         if checked and self.engine == "podman" and not self.remote and not os.path.isdir("/run/systemd/system"):
-            self.run(["healthcheck", "run", checked[int(chance * len(checked))].id], 120)
+            container = checked[int(chance * len(checked))]
+            try:
+                self.run(["healthcheck", "run", container.id], 30)
+            except CommandError as error:
+                log("warning", "a health check hangs", container=container.name, reason=error.message)
 
     def tail_log(self, container, workload):
         """The end of a container's log for an error message: 20 lines, 2 KiB, parameter values masked."""
