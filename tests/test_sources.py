@@ -51,6 +51,16 @@ class Poll(SourceCase):
         self.assertEqual(self.snapshot(), before)
         self.assertEqual(self.device.status()["lastPoll"]["result"], "unchanged")
 
+    def test_an_etag_is_taken_as_it_comes(self):
+        """C-118: one that is not the manifest's digest is said once, and sent back with the next poll as it came."""
+        self.publish()
+        self.wfm.fault({"method": "GET", "path": "/api/v1/deployments", "headers": {"ETag": '"a-counter-7"'}, "times": 1})
+        self.assertIn("the ETag is not the digest of the manifest", self.device.cycle())
+        self.assertEqual(self.device.state()["accepted"]["etag"], '"a-counter-7"')
+        self.assertNotIn("ETag", self.device.cycle())
+        polls = [item for item in self.wfm.lines("requests.jsonl") if (item["method"], item["path"]) == MANIFEST]
+        self.assertEqual(polls[-1]["headers"]["If-None-Match"], '"a-counter-7"')
+
     def snapshot(self):
         """{path: (inode, size, mtime)} of the state directory."""
         found = {}
