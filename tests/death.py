@@ -47,6 +47,13 @@ def read_trace(path, root):
     return found
 
 
+def aim(point, root, what):
+    """strace's options to do `what` at a point that read_trace gave."""
+    call, number, path, _ = point
+    where = ["-P", os.path.normpath(os.path.join(root, path))] if path else []
+    return ["-e", f"trace={call}", "-e", f"inject={call}:{what}:when={number}"] + where
+
+
 class World:
     """One scenario: `prepare` brings the device to where it begins, `command` is what is tried, `check` says what must hold at the end."""
 
@@ -135,9 +142,7 @@ class World:
 
     def strike(self, point, what):
         """The command, and at this point of it strace does `what`; like run."""
-        call, number, path, _ = point
-        where = ["-P", os.path.normpath(os.path.join(self.device.state_dir, path))] if path else []
-        return self.run("-e", f"trace={call}", "-e", f"inject={call}:{what}:when={number}", *where)
+        return self.run(*aim(point, self.device.state_dir, what))
 
     def find_children(self):
         """What runs of this world's engine commands."""

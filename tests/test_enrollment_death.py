@@ -89,8 +89,8 @@ class Death(Site):
         chosen, missed = choose(points), 0
         for call, number, path, _ in chosen:
             words = f"{scenario}: killed at {call} {number} {path}"
-            self.restore(f"{call}-{number}")
-            _, code, errors = self.trace("-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}")
+            self.restore(f"{call}-{number}-{path}")
+            _, code, errors = self.trace(*death.aim((call, number, path, ""), self.device.folder, "signal=KILL"))
             self.assertIn(code, (0, -signal.SIGKILL), f"{words}\n{errors}")
             missed += code == 0                     # no two runs open exactly as many files
             self.check(words)
