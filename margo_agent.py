@@ -3949,17 +3949,17 @@ def describe_own(config, known_id, now, parse):
     return {"id": own.spiffe_id.text if isinstance(own, Identity) else known_id, "notAfter": make_time(own.leaf.not_after), "warning": warning}
 
 
-def check_mtls(config, now):
+def check_mtls(config, state, now):
     """Whether the own SVID and its key can be used, and for how long: (ok or warn, words); raises Untrusted."""
     own = load_identity(config)
     check_own(own.leaf, config, now)
     make_wfm_context(own, TrustBundle([own.leaf.der], None, None), config.wfm.min_tls)
     draft = f", renewed over EST (draft) after {make_time(make_renewal_time(own.leaf))}" if config.identity.enrollment == "est" else ""
-    lists = len(Store(config.state_dir).load_state()["crls"])
+    lists = len(state["crls"])
     return judge_own(own.leaf, own.spiffe_id.text + draft + (f", {lists} revocation lists (draft)" if lists else ""), config, now)
 
 
-def check_signed(config, now):
+def check_signed(config, state, now):
     """Whether the own key signs, is that of the certificate, and for how long: (ok or warn, words); raises Untrusted."""
     signer = load_own(config, lambda chain: make_signer(chain, config))
     check_own(signer.leaf, config, now)
@@ -4342,7 +4342,7 @@ def describe_git(config, state, now):
     return {"id": config.wfm.url, "notAfter": "", "warning": ""}
 
 
-def check_git(config, now):
+def check_git(config, state, now):
     """Whether git and the credentials are there, and are for nobody else to read: (ok or warn, words); raises ConfigError, Untrusted."""
     try:
         version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
@@ -7976,7 +7976,7 @@ def check_hooks(agent):
 
 def check_identity(agent):
     """Whether the own identity can be used, and for how long."""
-    return SERVED[agent.config.wfm.profile].check(agent.config, time.time())
+    return SERVED[agent.config.wfm.profile].check(agent.config, agent.state, time.time())
 
 
 def check_connection(agent):
