@@ -6543,6 +6543,9 @@ class HelmDriver:
         if ours and self.find(deployment_id, component, self.observe([record])):
             raise ComponentError("REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
+    def tend(self, containers, chance):
+        """Nothing: the cluster runs its own health checks."""
+
     def remove_image(self, name):
         """Never: images are the cluster's."""
         return False
@@ -6551,7 +6554,7 @@ class HelmDriver:
 def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; `child` and `others` as make_compose_driver takes them.
 
-    A driver has observe, prepare, apply, remove, remove_image and `pulled`; no other section knows what it drives.
+    A driver has observe, tend, prepare, apply, remove, remove_image and `pulled`; no other section knows what it drives.
     """
     drivers = {"compose": make_compose_driver(config, child=child, others=others), "helm": make_helm_driver(config, os.environ, child)}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -7426,8 +7429,7 @@ class Agent:
         """What drivers have to do in each cycle that changes nothing."""
         for place in self.places:
             for driver in place.drivers.values() if place.device_id not in deaf else ():
-                if hasattr(driver, "tend"):
-                    driver.tend(self.observed[place.device_id], get_random())
+                driver.tend(self.observed[place.device_id], get_random())
 
     def perform(self, place, action, target, containers):
         """Carries out one action; each change is durable, and told where the WFM can be told, before the next step."""

@@ -1733,13 +1733,12 @@ def main(arguments=None):
         servers = make_servers(options, make_log())
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"cannot start: {error}")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    ends = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     for server in servers:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         print(f"{server.name} {server.url}", flush=True)
-    stop.wait()
+    signal.sigwait(ends)
     with servers[-1].site.lock:             # no file is left half-written
         os._exit(0)
 
