@@ -283,7 +283,12 @@ class HelmCase:
         self.assertEqual(self.values(), {"greeting": "better"})
 
     def test_a_failed_first_install_is_tried_again(self):
+        """One that failed is taken back, and where it is kept for inspection the next attempt makes it good."""
         self.publish(values={"ready": False}, timeout="0m2s")
+        self.device.cycle(1)
+        self.assertEqual(self.releases(), {})
+        self.device.set("runtime.on_failure", "keep")
+        self.publish(values={"ready": False, "greeting": "again"}, timeout="0m2s")
         self.device.cycle(1)
         self.assertEqual(self.releases()[f"web-{HELLO}"][2], "failed")
         self.publish()
