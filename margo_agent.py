@@ -1119,6 +1119,18 @@ def parse_der_time(tag, value):
     return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
 
 
+def unpack_gzip(data, max_unpacked):
+    """The content of one whole gzip stream; raises ValueError over the limit or for a stream that is not just that, zlib.error."""
+    import zlib
+    stream = zlib.decompressobj(31)
+    plain = stream.decompress(data, max_unpacked + 1)
+    if len(plain) > max_unpacked:
+        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
+    if not stream.eof or stream.unused_data:
+        raise ValueError("it is cut short, or something follows it")
+    return plain
+
+
 def parse_pem(text, label="CERTIFICATE"):
     """Every certificate (or block of another label) of a PEM text as DER bytes, in order; raises ValueError."""
     import base64
@@ -3598,12 +3610,10 @@ def parse_bundle(data, entries, max_unpacked):
     import zlib
     wanted, documents, total = {entry.digest for entry in entries}, {}, 0
     try:
-        raw = zlib.decompressobj(31)
-        plain = raw.decompress(data, max_unpacked + 1)
-        if len(plain) > max_unpacked:
-            raise Refused(f"bundle refused: it unpacks to more than {max_unpacked} bytes")
-        if not raw.eof or raw.unused_data:
-            raise Refused("bundle refused: it is cut short, or something follows it")
+        try:
+            plain = unpack_gzip(data, max_unpacked)
+        except ValueError as error:
+            raise Refused(f"bundle refused: {error}") from None
         with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
             for member in archive:
                 total += 1
@@ -5000,12 +5010,7 @@ def check_archive(data, max_unpacked, relaxed=False):
     import tarfile
     import zlib
     try:
-        stream = zlib.decompressobj(31)
-        plain = stream.decompress(data, max_unpacked + 1)
-        if len(plain) > max_unpacked:
-            raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
-        if not stream.eof or stream.unused_data:
-            raise ValueError("it is cut short, or something follows it")
+        plain = unpack_gzip(data, max_unpacked)
         entries, tops = {}, set()
         with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
             loose = relaxed and any("/" not in re.sub(r"\A\./", "", m.name) and not m.isdir() for m in itertools.islice(archive, MAX_ENTRIES))
@@ -6392,8 +6397,8 @@ def parse_containers(data, engine):
     return containers
 
 
-Release = define("Release", "deployment_id component name namespace chart values wait content",
-    "A Helm release to be made: the chart's file, the values as a mapping, and a digest of all that makes it what it is.")
+Release = define("Release", "deployment_id component name namespace chart values values_file wait content",
+    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all that makes it what it is.")
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
 
 
@@ -6480,11 +6485,13 @@ class HelmDriver:
             os.makedirs(folder, 0o700, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
-        write_file(os.path.join(folder, content + ".json"), make_json(values))
+        values_file = os.path.join(folder, content + ".json")
+        write_file(values_file, make_json(values))
         for other in set(os.listdir(folder)) - {content + ".json"}:
             os.remove(os.path.join(folder, other))
         chart = store.path("artifacts", package["digest"].replace(":", "-"))
-        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values, component.wait, content), package
+        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values, values_file, component.wait,
+                       content), package
 
     def apply(self, release, containers, known, deadline):
         """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.  Safe to repeat.
@@ -6497,9 +6504,8 @@ class HelmDriver:
         for container in present:
             self.repair(container, release.namespace, deadline)
         seconds = max(1, int(deadline - time.monotonic()))
-        folder = self.folder(release)
         output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
-                           f"--values={os.path.join(folder, release.content + '.json')}", f"--labels={LABEL_DEPLOYMENT}={release.deployment_id}",
+                           f"--values={release.values_file}", f"--labels={LABEL_DEPLOYMENT}={release.deployment_id}",
                            "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
                           + (["--wait"] if release.wait else []), seconds + 30)
         if output.code:
@@ -6510,10 +6516,6 @@ class HelmDriver:
         except (ValueError, KeyError, TypeError) as error:
             raise ComponentError("INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
         return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
-
-    def folder(self, release):
-        """Where the values of a release lie."""
-        return os.path.join(self.config.state_dir, "deployments", release.deployment_id.lower(), release.component)
 
     @staticmethod
     def find(deployment_id, component, containers):
