@@ -121,6 +121,9 @@ class Machine:
             self.running.pop(self.rng.choice(sorted(self.running)))
         return [Container(item[:8], item[:8], item, "web", "main", mark, "running", 0, "compose") for item, mark in sorted(self.running.items())]
 
+    def tend(self, *_):
+        pass                                        # nothing of it has a health check
+
     def prepare(self, deployment, component, known, store):
         self.fail("PULL_FAILED")
         store.save_artifact(support.digest(component.revision.encode()), component.revision.encode())
