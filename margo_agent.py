@@ -95,17 +95,18 @@ class MargoError(Exception):
     """A fault that a person can act upon: `code` is stable text, `message` says what, where and what to do.
 
     `exit` is the exit code that the fault becomes, in `main` and nowhere else.  Of an answer of the WFM: its HTTP `status`, the
-    seconds it asked to be left alone, and its `backoffStrategy`.
+    seconds it asked to be left alone, and its `backoffStrategy`.  `facts` are those of these that differ from the class's.
     """
 
     exit = 70
     code = "INTERNAL"
     status, retry_after, strategy = 0, None, ""
 
-    def __init__(self, message, code=None):
+    def __init__(self, message, code=None, **facts):
         super().__init__(message)
         self.message = message
         self.code = code or self.code
+        vars(self).update(facts)
 
 
 class ConfigError(MargoError):
@@ -167,22 +168,16 @@ class CommandError(MargoError):
 
 
 class ComponentError(MargoError):
-    """Fails one component or deployment, never the others; `code` is what the WFM is told (protocol 5.4)."""
+    """Fails one component or deployment, never the others; `code` is what the WFM is told (protocol 5.4).
+
+    A gateway's own are 101 (unknown child), 102 (child unreachable) and 103 (no placement); it is the `source` of those.
+    """
 
     exit = 1
-
     source = None                                   # who raised it, where that is not the deployment or component itself
 
-    def __init__(self, code, message):
-        super().__init__(message, code)
-
-
-class GatewayError(ComponentError):
-    """Raised by a gateway: `source` is its device id, `code` may be 101 (unknown child), 102 (child unreachable), 103 (no placement)."""
-
-    def __init__(self, code, gateway, message):
-        super().__init__(code, message)
-        self.source = gateway
+    def __init__(self, code, message, **facts):
+        super().__init__(message, code, **facts)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -967,6 +962,23 @@ def make_printable(text, limit=500):
     return clean + ("..." if len(text) > limit else "")
 
 
+def make_base64(data):
+    """Bytes in base64, as text without line ends."""
+    import base64
+    return base64.b64encode(data).decode()
+
+
+def parse_base64(text):
+    """Base64 text, with white space anywhere, to bytes; raises ValueError for anything else in it."""
+    import base64
+    return base64.b64decode("".join(text.split()), validate=True)
+
+
+def grow(first, times, cap):
+    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each further one, at most `cap`."""
+    return min(cap, first * 2 ** min(max(times - 1, 0), 30))
+
+
 def parse_retry_after(text, now):
     """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is unreadable (C-056)."""
     if not text:
@@ -1133,13 +1145,12 @@ def unpack_gzip(data, max_unpacked):
 
 def parse_pem(text, label="CERTIFICATE"):
     """Every certificate (or block of another label) of a PEM text as DER bytes, in order; raises ValueError."""
-    import base64
     found = []
     for block in text.split(f"-----BEGIN {label}-----")[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
-        found.append(base64.b64decode("".join(body.split()), validate=True))
+        found.append(parse_base64(body))
     return found
 
 
@@ -1184,12 +1195,43 @@ def is_uri(key):
     return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
 
 
-def read_word(value, base):
-    """Text that fits between quotes in an HTTP header."""
-    text = read_text(value, base)
-    if not re.fullmatch(r'[ !#-\[\]-~]*', text):
-        raise ValueError("printable ASCII without \" and \\")
-    return text
+def read_form(pattern, words):
+    """A reader for text of one form: the pattern, and what it is in words."""
+    def read(value, base):
+        text = read_text(value, base)
+        if not re.fullmatch(pattern, text):
+            raise ValueError(words)
+        return text
+    return read
+
+
+def read_choice(*words):
+    """A reader for one of some words."""
+    def read(value, base):
+        text = value if isinstance(value, str) else read_text(value, base)
+        if text not in words:
+            raise ValueError("one of " + ", ".join(words))
+        return text
+    return read
+
+
+def read_list(read_item, words):
+    """A reader for a list of what another reader takes; words: what is expected where it is no list."""
+    def read(value, base):
+        if not isinstance(value, list):
+            raise ValueError(words)
+        return [read_item(item, base) for item in value]
+    return read
+
+
+# What fits between quotes in an HTTP header; an https URL without user or fragment, as it is; a branch's name as git allows it; an
+# absolute path; the SHA-256 of a SubjectPublicKeyInfo (RFC 7469, 2.4).
+read_word = read_form(r'[ !#-\[\]-~]*', "printable ASCII without \" and \\")
+read_url = read_form(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?([/?][^\s#@]*)?", "an absolute https URL")
+read_branch = read_form(r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*", "the name of a branch")
+read_folders = read_list(read_form(r"(?s)/.*", "a list of absolute paths"), "a list of absolute paths")
+PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
+read_pins = read_list(read_form(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=", PINS), PINS)
 
 
 def read_components(value, base):
@@ -1199,14 +1241,6 @@ def read_components(value, base):
     if not {"@method", "@target-uri", "content-digest"} <= set(lower) or len(set(lower)) < len(lower):
         raise ValueError("a list of components, @method, @target-uri and content-digest among them")
     return names
-
-
-def read_url(value, base):
-    """An absolute https URL without user or fragment, as it is."""
-    text = read_text(value, base)
-    if not re.fullmatch(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?([/?][^\s#@]*)?", text):
-        raise ValueError("an absolute https URL")
-    return text
 
 
 def read_root_url(value, base):
@@ -1226,14 +1260,6 @@ def read_address(value, base):
     if not text.startswith("https://"):
         raise ValueError("an https URL, or for profile git one of https, ssh or file, or host:path")
     return read_root_url(value, base)
-
-
-def read_branch(value, base):
-    """A branch's name as git allows it."""
-    text = read_text(value, base)
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+@-]*(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*", text) or re.search(r"\.\.|\.(lock)?(/|$)", text):
-        raise ValueError("the name of a branch")
-    return text
 
 
 def read_folder(value, base):
@@ -1336,75 +1362,21 @@ def read_device_id(value, base):
     return text
 
 
-def read_paths(value, base):
-    """A list of absolute folders."""
-    if not isinstance(value, list) or not all(isinstance(item, str) and item.startswith("/") for item in value):
-        raise ValueError("a list of absolute paths")
-    return value
-
-
-def read_list(value, base):
-    """A list, taken as it is."""
-    if not isinstance(value, list):
-        raise ValueError("a list")
-    return value
-
-
-def read_programs(value, base):
-    """A list of executables."""
-    if not isinstance(value, list):
-        raise ValueError("a list of file names")
-    return [read_path(item, base) for item in value]
-
-
-def read_windows(value, base):
-    """A list of time windows; see parse_window."""
-    if not isinstance(value, list):
-        raise ValueError("a list of windows")
-    return [parse_window(read_text(item, base)) for item in value]
-
-
-def read_choice(*words):
-    """A reader for one of some words."""
-    def read(value, base):
-        text = value if isinstance(value, str) else read_text(value, base)
-        if text not in words:
-            raise ValueError("one of " + ", ".join(words))
-        return text
-    return read
-
-
 def read_helm(value, base):
     """auto, off, or the path of the helm command."""
     return value if value in ("auto", "off") else read_path(value, base)
 
 
-def read_planned(*idle):
-    """A reader for a setting of the contract that this version cannot act upon: only its idle values are taken."""
-    def read(value, base):
-        if value not in idle:
-            raise ValueError("not supported by this version; leave it out")
-        return value
-    return read
-
-
-def read_pins(value, base):
-    """A list of base64 SHA-256 digests of SubjectPublicKeyInfo (RFC 7469, 2.4)."""
-    if not isinstance(value, list) or not all(isinstance(item, str) and re.fullmatch(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=", item) for item in value):
-        raise ValueError("a list of base64 SHA-256 digests of public keys, 44 characters each")
-    return value
-
-
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
-def parse_window(text):
-    """A window of device-local time to (days, start, end); raises ValueError.
+def read_window(value, base):
+    """A window of device-local time to (days, start, end).
 
     `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later than the start.
     `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
     """
-    moment = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}"
+    text, moment = read_text(value, base), r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}"
     if re.fullmatch(f"{moment}/{moment}", text):
         start, end = text.split("/")
         for part in (start, end):
@@ -1439,6 +1411,11 @@ def is_within(windows, local):
     return False
 
 
+def is_within_whole(windows, start, end):
+    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of device-local time."""
+    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in range(int(start), int(max(start, end)) + 1, 60))
+
+
 # What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is reached by one of them.
 CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman", "DOCKER_HOST": "docker",
                "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
@@ -1463,9 +1440,11 @@ SCHEMA = {
                       "keyid": (read_word, None), "alg": (read_word, None)}},
     "device": {
         "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
-        "properties": (read_properties, {}), "labels": (read_labels, {}), "children": (read_list, [])},
+        "properties": (read_properties, {}), "labels": (read_labels, {}),
+        "children": (read_list(lambda item, base: item, "a list"), [])},                # see make_children
     "poll": {
-        "interval": (read_duration, "60s"), "jitter": (read_share, "10%"), "window": (read_windows, []), "downtime": (read_windows, [])},
+        "interval": (read_duration, "60s"), "jitter": (read_share, "10%"),
+        "window": (read_list(read_window, "a list of windows"), []), "downtime": (read_list(read_window, "a list of windows"), [])},
     "runtime": {
         "compose": (read_choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"), "auto"),
         "engine": (read_choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"), "kubeconfig": (read_path, None),
@@ -1474,8 +1453,8 @@ SCHEMA = {
     "registries": (read_mapping, {}),
     "policy": {
         "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"), "max_unpacked": (read_size, "256Mi"),
-        "privileged": (read_choice("deny", "allow"), "deny"), "host_paths": (read_paths, []), "max_removals": (read_count, None)},
-    "hooks": {"run": (read_programs, []), "timeout": (read_duration, "60s")},
+        "privileged": (read_choice("deny", "allow"), "deny"), "host_paths": (read_folders, []), "max_removals": (read_count, None)},
+    "hooks": {"run": (read_list(read_path, "a list of file names"), []), "timeout": (read_duration, "60s")},
     "git": {
         "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False), "allowed_signers": (read_path, None),
         "allow_rewrite": (read_flag, False), "token_file": (read_path, None), "username": (read_text, None), "ssh_key": (read_path, None),
@@ -1487,11 +1466,6 @@ REGISTRY_SCHEMA = {
     "insecure": (read_flag, False)}
 REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key"), "git": ("wfm.url",),
             "signed": ("wfm.url", "identity.certificate", "identity.key", "identity.ca")}
-
-
-def is_within_whole(windows, start, end):
-    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of device-local time."""
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in range(int(start), int(max(start, end)) + 1, 60))
 
 
 def make_settings(value, schema, base, where, faults):
@@ -1561,41 +1535,31 @@ def make_config(document, base, environ):
 
 def check_profile(config):
     """The faults of a configuration that depend on its profile: what that needs, and what only another one has."""
-    wfm, git, faults = config.wfm, config.git, []
-    profile, mutual = wfm.profile, wfm.profile == "mtls" or wfm.status_url is not None
+    wfm, git, identity, est, faults = config.wfm, config.git, config.identity, config.identity.est, []
+    profile, mutual, enrolled = wfm.profile, wfm.profile == "mtls" or wfm.status_url is not None, identity.enrollment == "est"
     for key in REQUIRED.get(profile, ()) + (REQUIRED["mtls"] if wfm.status_url else ()):
         section, name = key.split(".")
         if config[section][name] is None:
             faults.append(f"{key}: not set, and needed for profile {profile}" + (" with wfm.status_url" if mutual and profile == "git" else ""))
-    if mutual and not config.identity.trust_bundle and not config.identity.discovery:
-        faults.append("identity.trust_bundle: not set, and no identity.discovery either; one of them says whom to trust")
-    if mutual and config.identity.key and is_uri(config.identity.key):
-        faults.append("identity.key: found a URI, expected a file; only profile signed has openssl use the key")
-    if profile != "git" and wfm.url and not wfm.url.startswith("https://"):
-        faults.append(f"wfm.url: found {make_printable(wfm.url, 60)!r}, expected an absolute https URL")
-    if profile != "git" and wfm.status_url:
-        faults.append("wfm.status_url: only profile git reports elsewhere; leave it out")
-    if git.verify_signatures and not git.allowed_signers:
-        faults.append("git.allowed_signers: not set, and needed for git.verify_signatures")
-    if git.allow_rewrite and not git.verify_signatures:
-        faults.append("git.allow_rewrite: a rewritten history is accepted only from signers; set git.verify_signatures, too")
-    if git.username and not git.token_file:
-        faults.append("git.username: is sent with the token of git.token_file, which is not set")
-    check_enrollment_settings(config.identity, profile, faults)
+    rules = (
+        (mutual and not identity.trust_bundle and not identity.discovery,
+         "identity.trust_bundle: not set, and no identity.discovery either; one of them says whom to trust"),
+        (mutual and identity.key and is_uri(identity.key),
+         "identity.key: found a URI, expected a file; only profile signed has openssl use the key"),
+        (profile != "git" and wfm.url and not wfm.url.startswith("https://"),
+         f"wfm.url: found {make_printable(wfm.url or '', 60)!r}, expected an absolute https URL"),
+        (profile != "git" and wfm.status_url, "wfm.status_url: only profile git reports elsewhere; leave it out"),
+        (git.verify_signatures and not git.allowed_signers, "git.allowed_signers: not set, and needed for git.verify_signatures"),
+        (git.allow_rewrite and not git.verify_signatures,
+         "git.allow_rewrite: a rewritten history is accepted only from signers; set git.verify_signatures, too"),
+        (git.username and not git.token_file, "git.username: is sent with the token of git.token_file, which is not set"),
+        (enrolled and profile != "mtls", "identity.enrollment: est gives an SVID, which only wfm.profile mtls uses"),
+        (enrolled and not est.url and not identity.discovery,
+         "identity.est.url: not set, and no identity.discovery either; one of them says where to enroll"),
+        (enrolled and (bool(est.token_file) == bool(est.certificate and est.key) or bool(est.certificate) != bool(est.key)),
+         "identity.est: either token_file, or certificate and key; found both, neither or a half"))
+    faults += [fault for wrong, fault in rules if wrong]
     return sorted(set(faults), key=faults.index)
-
-
-def check_enrollment_settings(identity, profile, faults):
-    """What automatic enrollment needs: a place to ask, and one form of authorization."""
-    est = identity.est
-    if identity.enrollment == "off":
-        return
-    if profile != "mtls":
-        faults.append("identity.enrollment: est gives an SVID, which only wfm.profile mtls uses")
-    if not est.url and not identity.discovery:
-        faults.append("identity.est.url: not set, and no identity.discovery either; one of them says where to enroll")
-    if bool(est.token_file) == bool(est.certificate and est.key) or bool(est.certificate) != bool(est.key):
-        faults.append("identity.est: either token_file, or certificate and key; found both, neither or a half")
 
 
 def expand_environment(value, environ, where, faults):
@@ -1741,12 +1705,12 @@ def remove_folder(path):
 
 
 def make_state():
-    """The state of an agent that knows nothing yet; every part is explained here.
+    """The state of an agent that knows nothing yet.
 
     enrollment  {id, devices: {device id: digest of the capabilities that were sent}} since the first exchange
     client      {id, key: digest of the public key}: what onboarding gave (profile signed)
     accepted    {version, etag, digest, acceptedAt, deployments: [{deploymentId, digest}]}: the last verified desired state
-    deployments {id in lower case: record}: what this device does, or did, about each deployment (see section 16)
+    deployments {id in lower case: record}: what this device does, or did, about each deployment (see make_record)
     outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged, oldest first
     dropped     {id in lower case: {state, at, reason}}: the last statuses that the WFM refused for good
     reported    {id in lower case: digest of the last acknowledged status}
@@ -1758,7 +1722,8 @@ def make_state():
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
     pulled      [image, after a child device's id and a space where it is there]: what the agent pulled, and may prune
-    history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome}
+    history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome; refused: what came after it}
+    lastPoll    {at, result, detail} of the last cycle that had something to store
     """
     return {"schema": 1, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "dropped": {}, "reported": {},
             "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [], "patience": {}, "waiting": None, "pulled": [], "history": [], "lastPoll": None}
@@ -2015,7 +1980,7 @@ def count_read(group):
     return total
 
 
-def serve_pipes(process, data, timeout, limit, patient=False):
+def serve_pipes(process, data, timeout, limit, patient):
     """Writes `data` to stdin, reads stdout and stderr until the process has ended; raises subprocess.TimeoutExpired, CommandError.
 
     A helper may leave something behind that keeps the pipes open, so their end is not waited for once the process itself has ended.
@@ -4522,7 +4487,7 @@ def is_contained(selector, value, combine):
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def find_place(deployment, held, own_id, children, find_reason, loads):
-    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, or GatewayError 101, 102, 103 (protocol 9).
+    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103 (protocol 9).
 
     held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device id to why it cannot run
     there, or "".  loads: {device id: deployments that are there}.  A free choice falls on the least loaded child that answers, and
@@ -4536,18 +4501,18 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
     if wanted != f"{own_id}/*":
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:
-            raise GatewayError("103", own_id, f"child device {parent} is no gateway to others")
-        raise GatewayError("101", own_id, f"child device {parent or wanted} is not known; known are {', '.join(children)}")
+            raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
+        raise ComponentError("101", f"child device {parent or wanted} is not known; known are {', '.join(children)}", source=own_id)
     reasons = {child: find_reason(child) for child in children}
     fit = [child for child in children if not reasons[child]]
     if held in fit:
         return held
     if not fit:
         words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items()) or "this device is no gateway"
-        raise GatewayError("103", own_id, f"no child device can take it: {words}")
+        raise ComponentError("103", f"no child device can take it: {words}", source=own_id)
     there = [child for child in fit if children[child]]
     if not there:
-        raise GatewayError("102", own_id, f"none of the child devices that could take it answers: {', '.join(fit)}")
+        raise ComponentError("102", f"none of the child devices that could take it answers: {', '.join(fit)}", source=own_id)
     return min(there, key=lambda child: loads.get(child, 0))
 
 
@@ -7386,7 +7351,7 @@ class Agent:
                 elif action.action == "install" and known and known["running"] and known["deviceId"] != place.device_id:
                     action = action._replace(reason=f"moves here from {known['deviceId']}")
                 elif containers is None and place is not self.places[0] and action.action not in ("keep", "refuse"):
-                    error = GatewayError("102", self.device_id, f"child device {place.device_id} does not answer")
+                    error = ComponentError("102", f"child device {place.device_id} does not answer", source=self.device_id)
                     target = target or Target(action.deployment_id, records[key]["adopted"]["digest"], records[key]["adopted"]["version"],
                                               None, None, place.device_id)
                     target, action = target._replace(error=error), action._replace(action="refuse", reason=f"102: {error.message}")

@@ -119,7 +119,7 @@ class Windows(unittest.TestCase):
     """Polling windows and downtime, device-local (C-230, C-231)."""
 
     def inside(self, window, moment):
-        return margo_agent.is_within([margo_agent.parse_window(window)], time.strptime(moment, "%Y-%m-%d %H:%M"))
+        return margo_agent.is_within([margo_agent.read_window(window, "")], time.strptime(moment, "%Y-%m-%d %H:%M"))
 
     def test_weekdays(self):
         for moment, expected in (("2026-11-23 06:00", True), ("2026-11-23 05:59", False), ("2026-11-27 21:59", True),
@@ -143,4 +143,4 @@ class Windows(unittest.TestCase):
         for bad in ("", "Mon", "06:00", "06:00-25:00", "Foo 06:00-07:00", "06:61-07:00", "2026-12-24T00:00/2026-12-23T00:00",
                     "2026-13-24T00:00/2026-14-23T00:00"):
             with self.assertRaises(ValueError, msg=bad):
-                margo_agent.parse_window(bad)
+                margo_agent.read_window(bad, "")
