@@ -2043,6 +2043,12 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
     "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
 
 
+def make_pem(ders):
+    """Certificates (DER) as PEM text."""
+    import ssl
+    return "".join(map(ssl.DER_cert_to_PEM_cert, ders))
+
+
 def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
     """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the system's store.
 
@@ -2055,7 +2061,7 @@ def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
         if anchors:
             context.check_hostname = False          # an SVID is recognised by its SPIFFE ID alone (C-014)
             context.verify_flags |= 0x80000         # X509_V_FLAG_PARTIAL_CHAIN: an anchor need not be self-signed
-            context.load_verify_locations(cadata="".join(map(ssl.DER_cert_to_PEM_cert, anchors)))     # 3.7 with OpenSSL 3 takes no DER
+            context.load_verify_locations(cadata=make_pem(anchors))     # 3.7 with OpenSSL 3 takes no DER
         elif ca_file:
             context.load_verify_locations(cafile=ca_file)
         else:
@@ -2085,18 +2091,6 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
         raise make_network_error(where, error.reason) from None
     except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
         raise make_network_error(where, error) from None
-
-
-def is_ssh_answering(address, timeout):
-    """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
-    import socket
-    from urllib.parse import urlsplit
-    try:
-        parts = urlsplit(address if address.startswith("ssh://") else "ssh://" + address.partition(":")[0])
-        with socket.create_connection((parts.hostname, parts.port or 22), timeout) as peer:
-            return peer.recv(4) == b"SSH-"
-    except (OSError, ValueError):
-        return False
 
 
 def make_opener(context, check_peer):
@@ -2195,6 +2189,18 @@ def make_network_error(where, error):
     return Unreachable(f"{where}: {text}")
 
 
+def is_ssh_answering(address, timeout):
+    """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
+    import socket
+    from urllib.parse import urlsplit
+    try:
+        parts = urlsplit(address if address.startswith("ssh://") else "ssh://" + address.partition(":")[0])
+        with socket.create_connection((parts.hostname, parts.port or 22), timeout) as peer:
+            return peer.recv(4) == b"SSH-"
+    except (OSError, ValueError):
+        return False
+
+
 def parse_problem(body):
     """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only explains one)."""
     try:
@@ -2231,16 +2237,14 @@ def check_response(response, where, accepted, now):
     header = parse_retry_after(response.headers.get("Retry-After"), now)
     retryable = problem.retryable if isinstance(problem.retryable, bool) else problem.strategy != "none" and (
         response.status in (408, 429) or response.status >= 500)
+    facts = {"status": response.status, "strategy": problem.strategy, "retry_after": problem.retry_after if header is None else header}
     if response.status in (401, 403) or problem.type == "not-authorized":
-        error = Untrusted(f"{message}; the WFM does not accept this client")
-    elif retryable:
-        error = Unreachable(message)
-    else:
-        moved = "; redirects are not followed: set wfm.url, or the setting this address came from, to the final one"
-        error = Refused(message + (moved if 300 <= response.status < 400 else ""))
-        error.code = problem.type if problem.type not in ("", "about:blank") else f"HTTP {response.status}"
-    error.status, error.strategy, error.retry_after = response.status, problem.strategy, problem.retry_after if header is None else header
-    raise error
+        raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
+    if retryable:
+        raise Unreachable(message, **facts)
+    if 300 <= response.status < 400:
+        message += "; redirects are not followed: set wfm.url, or the setting this address came from, to the final one"
+    raise Refused(message, problem.type if problem.type not in ("", "about:blank") else f"HTTP {response.status}", **facts)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2292,6 +2296,11 @@ def parse_identity(chain, certificate_file, key_file):
 def load_identity(config):
     """The own SVID; raises Untrusted."""
     return load_own(config, lambda chain: parse_identity(chain, config.identity.certificate, config.identity.key))
+
+
+def load_signer(config):
+    """What signs requests for the own certificate; raises Untrusted."""
+    return load_own(config, lambda chain: make_signer(chain, config))
 
 
 def load_own(config, parse):
@@ -2358,7 +2367,7 @@ def check_own_chain(certificate_file, key_file, anchors):
     client, server = make_tls_context(anchors), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     client.verify_mode = ssl.CERT_NONE              # only the server's side is asked, as a WFM would be
     server.verify_mode, server.verify_flags = ssl.CERT_REQUIRED, server.verify_flags | 0x80000
-    server.load_verify_locations(cadata="".join(map(ssl.DER_cert_to_PEM_cert, anchors)))
+    server.load_verify_locations(cadata=make_pem(anchors))
     for context in (client, server):
         load_key_pair(context, certificate_file, key_file)
     there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -2387,7 +2396,7 @@ def parse_trust_bundle(data):
                 x5c = key.get("x5c")
                 if not isinstance(x5c, list) or not x5c or not isinstance(x5c[0], str):
                     raise ValueError(f"keys[{index}] is for x509-svid and has no x5c")
-                anchors.append(base64.b64decode(x5c[0], validate=True))
+                anchors.append(base64.b64decode(x5c[0], validate=True))        # no white space there (RFC 7517, 4.7)
     for anchor in anchors:
         parse_certificate(anchor)
     if not anchors:
@@ -2430,6 +2439,11 @@ def url_origin(url):
     return parts.hostname, parts.port or 443
 
 
+def is_address(host):
+    """Whether a host is an IP address and not a name."""
+    return bool(re.fullmatch(r"[0-9.]+|.*:.*", host))
+
+
 def make_mis_context(config, url):
     """(SSLContext, check_peer) for the identity service at a URL: by identity.ca or the system's store, by pins, or by ca and pins both.
 
@@ -2448,7 +2462,7 @@ def make_mis_context(config, url):
     if not pinned:
         raise Untrusted(f"{url}: it presents no certificate whose key is in identity.pins")
     narrow = make_tls_context(pinned, min_tls=config.wfm.min_tls)
-    narrow.check_hostname = not re.fullmatch(r"[0-9.]+|.*:.*", url_origin(url)[0])     # an address has no name to check (E-016)
+    narrow.check_hostname = not is_address(url_origin(url)[0])         # an address has no name to check (E-016)
     if not config.identity.ca:
         return narrow, None
     leaf = fetch_chain(url, narrow, config.wfm.timeout)[0]
@@ -2461,10 +2475,9 @@ def make_mis_context(config, url):
 
 def make_pin(der):
     """base64 of the SHA-256 of a certificate's public key, "" for one that cannot be read."""
-    import base64
     import hashlib
     try:
-        return base64.b64encode(hashlib.sha256(parse_certificate(der).spki).digest()).decode()
+        return make_base64(hashlib.sha256(parse_certificate(der).spki).digest())
     except ValueError:
         return ""
 
@@ -2483,7 +2496,7 @@ def fetch_chain(url, context, timeout):
         pass
     if len(found) == 1 and sys.version_info < (3, 10):
         host, port = url_origin(url)
-        name = ["-noservername"] if re.fullmatch(r"[0-9.]+|.*:.*", host) else ["-servername", host]
+        name = ["-noservername"] if is_address(host) else ["-servername", host]
         output = run_command(["openssl", "s_client", "-showcerts", "-connect", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"] + name,
                              timeout)
         found.extend(parse_pem(output.stdout.decode("ascii", "replace")))
@@ -2686,10 +2699,9 @@ def run_signature(data, signer):
 
 def parse_ca(text):
     """Certificates in base64 of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
-    import base64
     data = text.encode("ascii")
     if b"-----BEGIN" not in data:
-        data = base64.b64decode("".join(text.split()), validate=True)
+        data = parse_base64(text)
     anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
     for anchor in anchors:
         parse_certificate(anchor)
@@ -2700,7 +2712,6 @@ def parse_ca(text):
 
 def fetch_ca(config, path):
     """The WFM's root CA into a file, over a channel that the system's store vouches for and never on first use (C-069); returns [DER]."""
-    import ssl
     where = f"{config.wfm.url}/api/v1/onboarding/certificate"
     response = request("GET", where, {"Accept": JSON_TYPE}, None, make_tls_context(min_tls=config.wfm.min_tls), config.wfm.timeout, MAX_CERTIFICATES)
     check_response(response, where, (200,), time.time())
@@ -2709,7 +2720,7 @@ def fetch_ca(config, path):
         anchors = parse_ca(value["certificate"] if isinstance(value, dict) else "")
     except (ValueError, KeyError, AttributeError) as error:
         raise Untrusted(f"{where}: no usable certificate ({error})") from None
-    pem = "".join(map(ssl.DER_cert_to_PEM_cert, anchors)).encode()
+    pem = make_pem(anchors).encode()
     if read_file(path, MAX_CERTIFICATES) not in (None, pem):
         raise Untrusted(f"{path} holds another CA than {where} gives out; if that is meant to be, move it away first")
     write_file(path, pem, 0o644)
@@ -2731,6 +2742,11 @@ def run_openssl(arguments, expected, data=b""):
     if output.code or expected not in output.stdout:
         raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
     return output.stdout
+
+
+def make_public_key(path):
+    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate; raises CommandError."""
+    return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"], b"")
 
 
 def make_csr(path, form="PEM"):
@@ -2798,13 +2814,12 @@ def load_token(config):
 
 def make_authorization(config, token):
     """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
-    import base64
     path = config.identity.est.token_file
     if not token.partition(b":")[2] or b"\n" in token:
         raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
     if os.stat(path).st_mode & 0o077:
         log("warning", "others can read the enrollment token; chmod 0600 it", path=path)
-    return "Basic " + base64.b64encode(token).decode()
+    return "Basic " + make_base64(token)
 
 
 def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False):
@@ -2929,7 +2944,7 @@ def begin_enrollment(config, store, state, mark):
         store.save_state(state)                     # first: a new key beside an old certificate is no broken pair but an enrollment
     if make_private_key(config.identity.key):
         log("info", "new private key", path=config.identity.key)
-    key = sha256_digest(run_openssl(["pkey", "-in", config.identity.key, "-pubout", "-outform", "DER"], b""))
+    key = sha256_digest(make_public_key(config.identity.key))
     if est["key"] not in ("none yet", key):
         raise Untrusted("the enrollment token was used with a key that is lost; a fresh token is needed")
     est["key"] = key
@@ -3023,7 +3038,7 @@ def make_issued_chain(config, store, state, renewed, bundle, now):
     An answer that will never do is removed, so that the next attempt asks anew; one that only time or a newer bundle can mend is kept.
     """
     path, url = store.path("issued.p7"), config.identity.est.url or state["trust"].get("est")
-    spki = run_openssl(["pkey", "-in", config.identity.key, "-pubout", "-outform", "DER"], b"")
+    spki = make_public_key(config.identity.key)
     try:
         issued = [parse_certificate(der) for der in parse_certs_only(read_file(path, MAX_CERTIFICATES))]
         leaf = find_issued(issued, spki, renewed, state["trust"].get("trustDomain"))
@@ -3038,7 +3053,7 @@ def make_issued_chain(config, store, state, renewed, bundle, now):
     except ValueError as error:
         raise Untrusted(f"cacerts: {error}") from None
     chain = make_chain(leaf, [item for item in found + issued if item.is_ca])
-    data = "".join(make_pem(item.der) for item in chain).encode()
+    data = make_pem(item.der for item in chain).encode()
     if 0 < leaf.not_before - time.time() <= CLOCK_SKEW:
         raise make_wait(Pending, f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead of ours",
                         leaf.not_before - time.time() + 1)
@@ -3052,12 +3067,6 @@ def make_issued_chain(config, store, state, renewed, bundle, now):
     finally:
         remove_file(store.path("issued.try"))
     return data
-
-
-def make_pem(der):
-    """A certificate in PEM."""
-    import ssl
-    return ssl.DER_cert_to_PEM_cert(der)
 
 
 def prove_svid(config, own, bundle, accepted, now):
@@ -3178,7 +3187,7 @@ def fetch_crl(config, store, url, records, issuers, now):
 def is_crl_signed(path, issuer):
     """Whether the list in a file is signed by a certificate's key; openssl's words say it, its exit code not in every version."""
     output = run_command(["openssl", "crl", "-inform", "DER", "-noout", "-verify", "-in", path, "-CAfile", "/dev/stdin"], 60,
-                         data=make_pem(issuer.der).encode())
+                         data=make_pem([issuer.der]).encode())
     return output.code == 0 and "verify OK" in output.stderr
 
 
@@ -3720,13 +3729,12 @@ class SignedSource(HttpSource):
 
     def ask(self, method, url, headers, body, limit):
         """One request with a signature of its own, also where it is repeated (C-062, C-067); one that is not accepted is explained in the log."""
-        import base64
         import hashlib
         if body is not None:
-            headers["Content-Digest"] = f"sha-256=:{base64.b64encode(hashlib.sha256(body).digest()).decode()}:"
+            headers["Content-Digest"] = f"sha-256=:{make_base64(hashlib.sha256(body).digest())}:"
         parameters, base = make_signature_base(method, url, headers, self.signer, int(time.time()))
         headers["Signature-Input"] = f"{self.signer.label}={parameters}"
-        headers["Signature"] = f"{self.signer.label}=:{base64.b64encode(run_signature(base, self.signer)).decode()}:"
+        headers["Signature"] = f"{self.signer.label}=:{make_base64(run_signature(base, self.signer))}:"
         response = request(method, url, headers, body, self.context, self.config.wfm.timeout, limit)
         if response.status == 401:
             theirs = parse_retry_after(response.headers.get("Date"), 0)         # the same form of time, counted from 1970
@@ -3738,9 +3746,7 @@ class SignedSource(HttpSource):
 
     def onboard(self):
         """The client id that the WFM gives to the own certificate; raises Untrusted, Unreachable (protocol 2.7, C-068)."""
-        import base64
-        document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest",
-                    "certificate": base64.b64encode(self.signer.leaf.der).decode()}
+        document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest", "certificate": make_base64(self.signer.leaf.der)}
         try:
             value = parse_json(self.send("POST", "/onboarding", (200, 201), document=document).body, "the answer")
             client_id = value.get("clientId") if isinstance(value, dict) else None
@@ -3859,7 +3865,7 @@ def refresh_revocation(config, store, state, source=None):
 
 def connect_signed(config, store, state, keep):
     """The SignedSource, onboarded; keep: that may be done now, and the client id is stored before anything else."""
-    now, signer = time.time(), load_own(config, lambda chain: make_signer(chain, config))
+    now, signer = time.time(), load_signer(config)
     check_own(signer.leaf, config, now)
     warn_of_expiry(signer.leaf, store, now)
     source, key = SignedSource(config, signer, state), sha256_digest(signer.leaf.spki)
@@ -3903,20 +3909,20 @@ def warn_of_expiry(leaf, store, now):
 
 def describe_mtls(config, state, now):
     """What `status` says of the own identity: {id, notAfter, warning}; never raises."""
-    found = describe_own(config, (state["enrollment"] or {}).get("id", ""), now, lambda chain: parse_identity(chain, "", ""))
+    found = describe_own(config, load_identity, (state["enrollment"] or {}).get("id", ""), now)
     revoked = found["notAfter"] and is_revoked(load_identity(config).leaf, load_crls(Store(config.state_dir), state))
     return dict(found, warning="revoked; have a new one issued" if revoked else state["est"].get("refused") or found["warning"])
 
 
 def describe_signed(config, state, now):
     """The same for a client id."""
-    return describe_own(config, (state["client"] or {}).get("id", ""), now, lambda chain: make_signer(chain, config))
+    return describe_own(config, load_signer, (state["client"] or {}).get("id", ""), now)
 
 
-def describe_own(config, known_id, now, parse):
+def describe_own(config, load, known_id, now):
     """{id, notAfter, warning} of the own certificate, whose SPIFFE ID is the id where it has one."""
     try:
-        own = load_own(config, parse)
+        own = load(config)
     except Untrusted as error:
         return {"id": known_id, "notAfter": "", "warning": error.message}
     days = int((own.leaf.not_after - now) // 86400)
@@ -3936,12 +3942,11 @@ def check_mtls(config, state, now):
 
 def check_signed(config, state, now):
     """Whether the own key signs, is that of the certificate, and for how long: (ok or warn, words); raises Untrusted."""
-    signer = load_own(config, lambda chain: make_signer(chain, config))
+    signer = load_signer(config)
     check_own(signer.leaf, config, now)
     run_signature(b"a test of this device's own", signer)
-    public = run_command(["openssl", "pkey", "-in", signer.key, "-pubout", "-outform", "DER"], 60)
-    if public.code or public.stdout != signer.leaf.spki:
-        raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate {public.stderr[-200:]}")
+    if make_public_key(signer.key) != signer.leaf.spki:
+        raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
     return judge_own(signer.leaf, f"signs by {signer.algorithm}", config, now)
 
 
@@ -4237,8 +4242,7 @@ def load_git_header(git):
         raise Untrusted(f"git.token_file {git.token_file}: is not there, or is not one line of printable characters")
     if not git.username:
         return f"Bearer {token}"
-    import base64
-    return "Basic " + base64.b64encode(f"{git.username}:{token}".encode()).decode()
+    return "Basic " + make_base64(f"{git.username}:{token}".encode())
 
 
 def make_ref_path(device_id):
@@ -4667,7 +4671,6 @@ def parse_challenge(header):
 
 def load_credentials(host, settings):
     """User name and password of a registry in base64, as Basic authentication takes them; None where none are configured."""
-    import base64
     if not settings.username or not settings.password_file:
         return None
     try:
@@ -4676,7 +4679,7 @@ def load_credentials(host, settings):
         raise ComponentError("PULL_UNAUTHORIZED", f"registries.{host}.password_file: {error.message}") from None
     if secret is None:
         raise ComponentError("PULL_UNAUTHORIZED", f"registries.{host}.password_file {settings.password_file}: no such file")
-    return base64.b64encode(f"{settings.username}:".encode() + secret.rstrip(b"\r\n")).decode()
+    return make_base64(f"{settings.username}:".encode() + secret.rstrip(b"\r\n"))
 
 
 class Registry:
