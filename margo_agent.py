@@ -46,6 +46,7 @@ MAX_CERTIFICATES = 1 * MIB          # a trust bundle, a PEM file
 MAX_ANSWER = 256 * KIB              # a problem document, a token, the answer to a report
 MAX_OUTPUT = 32 * MIB               # what a helper program may print
 MAX_DEPLOYMENTS = 10000             # entries of one state manifest
+MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
 
 MANIFEST_TYPE = "application/vnd.margo.manifest.v1+json"
@@ -57,6 +58,7 @@ PROBLEM_ROOT = "https://docs.margo.org/specification/"
 DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
 UUID_PATTERN = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
 EXTENSION_PATTERN = r"x-[a-z][a-z0-9-]*-extensions"
+REGISTRY_PATTERN = r"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?"
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
 ALGORITHMS = ("ecdsa-p256-sha256", "ecdsa-p384-sha384", "rsa-v1_5-sha256", "rsa-pss-sha256", "rsa-pss-sha512", "ed25519")      # of signatures (C-065)
@@ -937,10 +939,11 @@ def parse_json(data, what):
 
 def parse_duration(text):
     """`90`, `30s`, `5m`, `2h`, `1d` to seconds (float); raises ValueError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
-    if not match:
-        raise ValueError("a duration: seconds, or a number with s, m, h or d, such as 30s")
-    return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?)([smhd]?)", text)
+    seconds = float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)] if match else -1
+    if not 0 <= seconds <= MAX_DURATION:
+        raise ValueError("a duration: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d")
+    return seconds
 
 
 def parse_size(text):
@@ -1179,7 +1182,10 @@ def read_text(value, base):
 
 def read_path(value, base):
     """A file name, relative to the configuration file."""
-    return os.path.join(base, read_text(value, base))
+    text = read_text(value, base)
+    if not text or "\0" in text:
+        raise ValueError("a file name")
+    return os.path.join(base, text)
 
 
 def read_key(value, base):
@@ -1208,7 +1214,7 @@ def read_form(pattern, words):
 def read_choice(*words):
     """A reader for one of some words."""
     def read(value, base):
-        text = value if isinstance(value, str) else read_text(value, base)
+        text = scalar_text(value) if isinstance(value, (str, int, float)) else None
         if text not in words:
             raise ValueError("one of " + ", ".join(words))
         return text
@@ -1295,8 +1301,8 @@ def read_size(value, base):
 
 
 def read_count(value, base):
-    """A whole number, zero or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    """A whole number, zero or more; `${NAME}` gives it as text."""
+    if isinstance(value, bool) or not re.fullmatch("[0-9]{1,18}", str(value)):
         raise ValueError("a whole number")
     return int(value)
 
@@ -1310,10 +1316,10 @@ def read_share(value, base):
 
 
 def read_flag(value, base):
-    """true or false."""
-    if not isinstance(value, bool):
+    """true or false; `${NAME}` gives it as text."""
+    if not isinstance(value, bool) and value not in ("true", "false"):
         raise ValueError("true or false")
-    return value
+    return value in (True, "true")
 
 
 def read_mapping(value, base):
@@ -1341,6 +1347,8 @@ def read_environment(value, base):
     for name in read_mapping(value, base):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError("a mapping of variable names to text")
+        if isinstance(value[name], (bool, dict, list, type(None))):
+            raise ValueError(f"a mapping of variable names to text; {name} has none")
     return {name: read_text(item, base) for name, item in value.items()}
 
 
@@ -1376,11 +1384,9 @@ def read_window(value, base):
     `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later than the start.
     `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
     """
-    text, moment = read_text(value, base), r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}"
+    text, moment = read_text(value, base), r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3]):[0-5][0-9]"
     if re.fullmatch(f"{moment}/{moment}", text):
         start, end = text.split("/")
-        for part in (start, end):
-            time.strptime(part, "%Y-%m-%dT%H:%M")
         if start < end:
             return None, start, end
     day, clock = "(?:" + "|".join(DAYS) + ")", "([0-9]{2}):([0-9]{2})"
@@ -1468,17 +1474,24 @@ REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key"), "git": 
             "signed": ("wfm.url", "identity.certificate", "identity.key", "identity.ca")}
 
 
+def make_quote(value, secret=False):
+    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or what should be one that holds secrets, only its kind."""
+    if secret or isinstance(value, dict):
+        return {dict: "a mapping", list: "a list"}.get(type(value), "text")
+    return repr(make_printable(re.sub(r"(?<=pin-value=)[^;&?]*|(?<=//)[^/@\s]*(?=@)", "...", str(value)), 60))
+
+
 def make_settings(value, schema, base, where, faults):
     """Reads one mapping of the configuration by its schema; each fault is appended to `faults` with the key it is about."""
     if value is not None and not isinstance(value, dict):
-        faults.append(f"{where[:-1] or 'the configuration'}: found {make_printable(str(value), 60)!r}, expected a mapping")
+        faults.append(f"{where[:-1] or 'the configuration'}: found {make_quote(value)}, expected a mapping")
         value = None
     value = value or {}
     for key in value:
         if key not in schema:
             import difflib
             near = difflib.get_close_matches(str(key), list(schema), 1, 0.5)
-            faults.append(f"{where}{key}: unknown key" + (f"; did you mean {where}{near[0]}?" if near else ""))
+            faults.append(f"{where}{key}: unknown key" + (f"; did you mean {where}{near[0]}?" if near else f"; known are {', '.join(schema)}"))
     settings = Settings()
     for key, entry in schema.items():
         item = value.get(key)
@@ -1490,8 +1503,7 @@ def make_settings(value, schema, base, where, faults):
             item = default if item is None else item
             settings[key] = None if item is None else reader(item, base)
         except ValueError as error:
-            found = make_printable(re.sub("pin-value=[^;&?]*", "pin-value=...", str(item)), 60)
-            faults.append(f"{where}{key}: found {found!r}, expected {error}")
+            faults.append(f"{where}{key}: found {make_quote(item, reader is read_environment)}, expected {error}")
             settings[key] = None
     return settings
 
@@ -1523,6 +1535,8 @@ def make_config(document, base, environ):
     config = make_settings(document, SCHEMA, base, "", faults)
     config["registries"] = Settings({host: make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
                                      for host, entry in (config["registries"] or {}).items()})
+    faults += [f"registries.{host}: no registry; expected its host or host:port, as oci://HOST names it"
+               for host in config.registries if not re.fullmatch(REGISTRY_PATTERN, host)]
     config.device["children"] = make_children(config.device.children, base, faults)
     if config.device.children and config.wfm.profile != "mtls" and (config.wfm.profile, config.wfm.dialect) != ("signed", "b"):
         faults.append("device.children: the protocol of this wfm.profile and wfm.dialect knows no child devices")
@@ -4651,7 +4665,7 @@ Entry = define("Entry", "path kind mode link offset size",
 def parse_reference(repository, revision):
     """`oci://host[:port]/name` and a tag to a Reference; raises ComponentError (C-153)."""
     part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
-    match = re.fullmatch(rf"oci://([A-Za-z0-9.-]+(?::[0-9]{{1,5}})?|\[[0-9a-fA-F:]+\](?::[0-9]{{1,5}})?)/({part}(?:/{part})*)", repository)
+    match = re.fullmatch(rf"oci://({REGISTRY_PATTERN})/({part}(?:/{part})*)", repository)
     port = match and re.search(r":([0-9]+)\Z", match.group(1))
     if not match or port and int(port.group(1)) > 65535 or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision):
         raise ComponentError("INVALID_DEPLOYMENT", f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference")

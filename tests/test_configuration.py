@@ -59,6 +59,10 @@ class Reading(unittest.TestCase):
         self.assertEqual(make(environ={"HOST": "w"}, wfm={"url": "https://${HOST}.example"}).wfm.url, "https://w.example")
         self.assertIn("wfm.url: the environment variable 'HOST' is not set", faults(wfm={"url": "https://${HOST}.example"}))
 
+    def test_the_environment_gives_switches_and_numbers_too(self):
+        config = make(environ={"ON": "false", "N": "3"}, runtime={"prune": "${ON}"}, policy={"max_removals": "${N}"})
+        self.assertEqual((config.runtime.prune, config.policy.max_removals), (False, 3))
+
     def test_registries_are_read_per_host(self):
         config = make(registries={"r.example:5000": {"insecure": True, "password_file": "pw"}})
         self.assertTrue(config.registries["r.example:5000"].insecure)
@@ -76,6 +80,38 @@ class Refusals(unittest.TestCase):
     def test_an_unknown_key_names_the_nearest_known_one(self):
         self.assertIn("poll.intervall: unknown key; did you mean poll.interval?", faults(poll={"intervall": "5s"}))
         self.assertIn("registries.r.mirorr: unknown key; did you mean registries.r.mirror?", faults(registries={"r": {"mirorr": "x"}}))
+
+    def test_an_unknown_key_like_no_other_tells_what_there_is(self):
+        self.assertIn("log.format: unknown key; known are level", faults(log={"format": "json"}))
+
+    def test_a_word_of_another_type_is_told_the_words(self):
+        """Writers of YAML 1.1 make false of off."""
+        self.assertIn("identity.revocation: found 'False', expected one of off, soft, require",
+                      faults(identity=dict(MINIMAL["identity"], revocation=False)))
+
+    def test_no_secret_is_shown(self):
+        for sections in ({"wfm": {"url": "https://bob:hunter2@wfm.example"}}, {"runtime": {"environment": {"TOKEN": ["hunter2"]}}},
+                         {"runtime": {"environment": ["TOKEN=hunter2"]}}, {"runtime": {"environment": {"A-B": "hunter2"}}},
+                         {"identity": dict(MINIMAL["identity"], key="pkcs11:object=k?pin-value=hunter2")}):
+            text = faults(**sections)
+            self.assertIn(": found ", text)
+            self.assertNotIn("hunter2", text)
+        self.assertIn("TOKEN has none", faults(runtime={"environment": {"TOKEN": None}}))
+
+    def test_an_empty_file_name_is_none(self):
+        """It would be the folder of the configuration, which would become the state directory."""
+        for section in ({"state_dir": ""}, {"identity": dict(MINIMAL["identity"], key="")}, {"git": {"token_file": "a\0b"}}):
+            self.assertIn(", expected a file name", faults(**section))
+
+    def test_no_duration_is_longer_than_clocks_can_count(self):
+        for text in ("3651d", 10 ** 30, "9" * 13):
+            self.assertIn("poll.interval: found ", faults(poll={"interval": text}))
+        self.assertEqual(make(poll={"interval": "3650d"}).poll.interval, 3650 * 86400.0)
+
+    def test_a_registry_that_no_package_can_name_is_refused(self):
+        for host in ("https://r.example", "r.example/team", ""):
+            self.assertIn(f"registries.{host}: no registry; expected its host", faults(registries={host: {}}))
+        make(registries={"r.example": {}, "[::1]:5000": None, "r:1": {}})
 
     def test_every_fault_is_reported_at_once(self):
         text = faults(poll={"interval": "soon", "jitter": "much"}, wfm={"url": "http://wfm.example"}, log={"level": "loud"})
@@ -142,5 +178,5 @@ class Windows(unittest.TestCase):
     def test_what_is_no_window_is_refused(self):
         for bad in ("", "Mon", "06:00", "06:00-25:00", "Foo 06:00-07:00", "06:61-07:00", "2026-12-24T00:00/2026-12-23T00:00",
                     "2026-13-24T00:00/2026-14-23T00:00"):
-            with self.assertRaises(ValueError, msg=bad):
+            with self.assertRaisesRegex(ValueError, "a window such as", msg=bad):
                 margo_agent.read_window(bad, "")

@@ -124,7 +124,7 @@ class Settings(unittest.TestCase):
 
     def test_what_is_no_list_is_refused(self):
         from tests.test_configuration import faults
-        self.assertIn("device.children: found '{}', expected a list", faults(device={"children": {}}))
+        self.assertIn("device.children: found a mapping, expected a list", faults(device={"children": {}}))
 
 
 class Connections(unittest.TestCase):
