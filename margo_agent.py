@@ -78,7 +78,7 @@ IMAGE_PATIENCE = 600                                # seconds in which the pull 
 FREE_SPACE = 32 * MIB                               # stays free on a disk that something is fetched to (P-4)
 PUSH_ATTEMPTS = 5                                   # how often a status is put on top of what others pushed meanwhile
 MAX_PACKS = 50                                      # fetches after which the copy of a Git repository is begun anew
-EXPIRY_WARNING = 0.2                                # share of the own SVID's lifetime left at which to warn
+EXPIRY_WARNING = 0.25                               # share of the own SVID's lifetime left at which to warn
 
 
 # The draft "MIAF Enrollment, Renewal, and Revocation Profile": its names and figures, which may still change, stand here alone.
@@ -1422,6 +1422,18 @@ def is_within_whole(windows, start, end):
     return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in range(int(start), int(max(start, end)) + 1, 60))
 
 
+def find_longest(windows, now):
+    """Seconds of the longest stretch that lies in windows, from `now` on; those of a date are taken one by one."""
+    today = time.strftime("%Y-%m-%dT%H:%M", time.localtime(now))
+    dated = [time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M")) - time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M"))
+             for days, start, end in windows if days is None and end > today]
+    weekly, longest, stretch = [window for window in windows if window[0] is not None], 0, 0
+    for moment in range(0, 14 * 86400 if weekly else 0, 60):            # any two weeks: a stretch may begin in one and end in the next
+        stretch = stretch + 60 if is_within(weekly, time.gmtime(moment)) else 0
+        longest = max(longest, stretch)
+    return max(dated + [longest])
+
+
 # What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is reached by one of them.
 CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman", "DOCKER_HOST": "docker",
                "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
@@ -1441,7 +1453,7 @@ SCHEMA = {
         "discovery": (read_url, None), "ca": (read_path, None), "pins": (read_pins, []),
         "enrollment": (read_choice("off", "est"), "off"), "revocation": (read_choice("off", "soft", "require"), "soft"),
         "est": {"url": (read_root_url, None), "token_file": (read_path, None), "certificate": (read_path, None), "key": (read_path, None)},
-        "refresh": (read_duration, "1h"), "algorithm": (read_choice(*ALGORITHMS), None),
+        "rekey": (read_choice("never", "always"), "never"), "refresh": (read_duration, "1h"), "algorithm": (read_choice(*ALGORITHMS), None),
         "signature": {"label": (read_word, "sig1"), "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"]),
                       "keyid": (read_word, None), "alg": (read_word, None)}},
     "device": {
@@ -1547,6 +1559,11 @@ def make_config(document, base, environ):
     return config
 
 
+def is_combined(identity):
+    """Whether own certificate and key are one PEM file, which one rename replaces."""
+    return os.path.normpath(identity.key) == os.path.normpath(identity.certificate)
+
+
 def check_profile(config):
     """The faults of a configuration that depend on its profile: what that needs, and what only another one has."""
     wfm, git, identity, est, faults = config.wfm, config.git, config.identity, config.identity.est, []
@@ -1571,7 +1588,9 @@ def check_profile(config):
         (enrolled and not est.url and not identity.discovery,
          "identity.est.url: not set, and no identity.discovery either; one of them says where to enroll"),
         (enrolled and (bool(est.token_file) == bool(est.certificate and est.key) or bool(est.certificate) != bool(est.key)),
-         "identity.est: either token_file, or certificate and key; found both, neither or a half"))
+         "identity.est: either token_file, or certificate and key; found both, neither or a half"),
+        (identity.rekey == "always" and not (enrolled and identity.key and identity.certificate and is_combined(identity)),
+         "identity.rekey: always needs identity.enrollment est, and identity.key to be the file of identity.certificate, so that one rename replaces both"))
     faults += [fault for wrong, fault in rules if wrong]
     return sorted(set(faults), key=faults.index)
 
@@ -2741,6 +2760,17 @@ def fetch_ca(config, path):
     return anchors
 
 
+def find_private_key(data):
+    """The block of a private key in the bytes of a PEM file, b"" where there is none."""
+    match = re.search(rb"-----BEGIN ([A-Z0-9 ]*PRIVATE KEY)-----.*?-----END \1-----\n?", data or b"", re.S)
+    return match.group() if match else b""
+
+
+def has_key(identity):
+    """Whether the own private key is there; one in a file of its own may have a form that only openssl knows."""
+    return bool(find_private_key(read_file(identity.key, MAX_CERTIFICATES))) if is_combined(identity) else os.path.exists(identity.key)
+
+
 def make_private_key(path, algorithm=None):
     """Makes a key (PKCS#8 PEM, mode 0600; by default ECDSA P-256) by openssl unless there is one; raises CommandError (C-018, E-030)."""
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
@@ -2772,6 +2802,7 @@ def make_csr(path, form="PEM"):
 # Enrollment and renewal over EST (RFC 7030).  An SVID passes through two files of the state directory before it is the own one: the
 # answer as it came (issued.p7), the chain that was checked (issued.pem).  Each is durable before the next step, and one rename
 # activates the chain; so wherever a run ends, the next one goes on from there, with the same key, and never without the old SVID.
+# Where chain and key are one file the key of the next SVID waits there too (issued.key), and the same rename activates it.
 
 def make_renewal_time(leaf):
     """When a certificate is due for renewal, Unix seconds: drawn by its own digest, so once and for all, whatever restarts (E-061, E-065)."""
@@ -2809,7 +2840,7 @@ def find_own_leaf(config, est, crls, now):
         return None, error.message
     except ValueError as error:
         return leaf, f"identity.certificate {config.identity.certificate}: {error}"
-    if not os.path.exists(config.identity.key):
+    if not has_key(config.identity):
         return leaf, f"identity.key {config.identity.key}: the key is lost"
     if est.get("key"):
         try:
@@ -2849,8 +2880,10 @@ def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False
     leaf, fault = find_own_leaf(config, est, load_crls(store, state), now)
     token = load_token(config) if fault else None
     mark = "" if config.identity.est.certificate else token and sha256_digest(token)
-    issued = any(os.path.exists(store.path(name)) for name in ("issued.p7", "issued.pem"))
-    step = find_est_step(est, leaf, fault, mark, issued, now)
+    issued = [path for path in (store.path("issued.p7"), store.path("issued.pem")) if os.path.exists(path)]
+    if issued and not os.path.exists(find_next_key(config, store)):
+        issued = [path for path in issued if not remove_file(path)]     # the key that it is for is lost
+    step = find_est_step(est, leaf, fault, mark, bool(issued), now)
     if step == "wait" and fault and est.get("refused"):
         raise Untrusted(f"{est['refused']}; asked again within an hour, or at once with another token")
     if step == "wait" or step and is_silent(now) and (fault or not is_silent(leaf.not_after)):
@@ -2904,27 +2937,45 @@ def finish_enrollment(config, store, state):
     remove_file(store.path("issued.p7"))
     if token and sha256_digest(token) == state["est"]["used"] and not remove_file(config.identity.est.token_file):
         log("warning", "the enrollment token has served and cannot be erased; remove it", path=config.identity.est.token_file)
+    remove_file(store.path("issued.key"))
+    sync_folder(store.folder)                       # no power cut brings back the key without what follows
     remove_file(store.path("issued.pem"))           # last: while it is there, this is not done
 
 
 def obtain_svid(config, store, state, leaf, fault, mark, now):
     """Goes from wherever an enrollment (with `fault`) or renewal stands to its end: request, answer, chain, proof, activation."""
-    chain, renewed = read_file(store.path("issued.pem"), MAX_CERTIFICATES), None if fault else leaf
+    renewed, combined = None if fault else leaf, is_combined(config.identity)
     trust_domain = parse_identity([leaf.der], "", "").spiffe_id.trust_domain if leaf else None
     bundle = refresh_trust_bundle(config, store, state, trust_domain, now)
-    if chain and now > parse_certificate(parse_pem(chain.decode("ascii"))[0]).not_after:
-        chain = None                                # it waited for its proof for too long
-        remove_file(store.path("issued.p7"))
+    chain = load_issued_chain(config, store, renewed, now)
     if chain is None:
         if not os.path.exists(store.path("issued.p7")):
             request_svid(config, store, state, renewed, mark, now)
         chain = make_issued_chain(config, store, state, renewed, bundle, now)
         write_file(store.path("issued.pem"), chain)
-    own = parse_identity(parse_pem(chain.decode("ascii")), store.path("issued.pem"), config.identity.key)
+    own = parse_identity(parse_pem(chain.decode("ascii")), store.path("issued.pem"), store.path("issued.pem") if combined else config.identity.key)
     if renewed:
-        prove_svid(config, own, bundle, state["accepted"], now)
-    write_file(config.identity.certificate, chain, 0o644)
+        prove_svid(config, store, state, own, bundle, now)
+    write_file(config.identity.certificate, chain, 0o600 if combined else 0o644)
     log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after), renewal=make_time(make_renewal_time(own.leaf)))
+
+
+def load_issued_chain(config, store, renewed, now):
+    """The chain (PEM bytes) that waits for its proof; None where there is none, or where it no longer fits what is here by now."""
+    chain = read_file(store.path("issued.pem"), MAX_CERTIFICATES)
+    if chain is None:
+        return None
+    try:
+        certificates = [parse_certificate(der) for der in parse_pem(chain.decode("ascii"))]
+        if now <= find_issued(certificates, make_public_key(find_next_key(config, store)), renewed, None).not_after:
+            return chain
+        reason = "it has expired"
+    except ValueError as error:
+        reason = str(error)
+    log("warning", "an SVID that was issued and waited for its proof is given up", reason=reason)
+    remove_file(store.path("issued.p7"))
+    remove_file(store.path("issued.pem"))
+    return None
 
 
 def request_svid(config, store, state, renewed, mark, now):
@@ -2938,7 +2989,7 @@ def request_svid(config, store, state, renewed, mark, now):
     headers = {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
     if renewed:
         load_key_pair(context, config.identity.certificate, config.identity.key)
-        body = make_renewal_csr(renewed, config.identity.key)
+        body = make_renewal_csr(renewed, make_next_key(config, store))
     else:
         if settings.certificate:
             load_key_pair(context, settings.certificate, settings.key, "identity.est")
@@ -2950,30 +3001,46 @@ def request_svid(config, store, state, renewed, mark, now):
     write_file(store.path("issued.p7"), read_certs_only(check_est_response(response, url, now)))
 
 
+def find_next_key(config, store):
+    """The file of the key that the next SVID is for."""
+    return store.path("issued.key") if is_combined(config.identity) else config.identity.key
+
+
+def make_next_key(config, store):
+    """Its path, once it is there: the own key, or by identity.rekey another one; one that has had no certificate yet is used first (E-042)."""
+    path, held = find_next_key(config, store), read_file(config.identity.key, MAX_CERTIFICATES) or b""
+    if is_combined(config.identity) and not os.path.exists(path) and find_private_key(held) and (
+            config.identity.rekey == "never" or b"-----BEGIN CERTIFICATE-----" not in held):
+        write_file(path, find_private_key(held))
+    elif make_private_key(path):
+        log("info", "new private key", path=path)
+    return path
+
+
 def begin_enrollment(config, store, state, mark):
     """The first request (DER); the key and what it is for are durable then.  Raises Untrusted for a token that went with another key before."""
     est = state["est"]
     if not est.get("key") or est.get("token") != mark:
         state["est"] = est = {"token": mark, "key": "none yet", "used": est.get("used")}
         store.save_state(state)                     # first: a new key beside an old certificate is no broken pair but an enrollment
-    if make_private_key(config.identity.key):
-        log("info", "new private key", path=config.identity.key)
-    key = sha256_digest(make_public_key(config.identity.key))
+    path = make_next_key(config, store)
+    key = sha256_digest(make_public_key(path))
     if est["key"] not in ("none yet", key):
         raise Untrusted("the enrollment token was used with a key that is lost; a fresh token is needed")
     est["key"] = key
     store.save_state(state)
-    return make_csr(config.identity.key, "DER")
+    return make_csr(path, "DER")
 
 
 def make_renewal_csr(leaf, key_file):
     """A PKCS#10 request (DER) with subject and subjectAltName as they stand in the SVID, byte for byte (E-063; openssl req re-encodes them)."""
-    rsa = b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in leaf.spki[:40]
+    spki = make_public_key(key_file)
+    rsa = b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]
     algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0") if rsa else make_der(
         0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))           # sha256WithRSAEncryption, ecdsa-with-SHA256
     attribute = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e"),         # extensionRequest
                          make_der(0x31, make_der(0x30, leaf.extensions[OID_SUBJECT_ALT_NAME][2])))
-    content = make_der(0x30, b"\x02\x01\x00", leaf.subject, leaf.spki, make_der(0xA0, attribute))
+    content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
     signature = run_openssl(["dgst", "-sha256", "-sign", key_file], b"", content)
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
 
@@ -3047,15 +3114,15 @@ def find_issued(certificates, spki, renewed, trust_domain):
 
 
 def make_issued_chain(config, store, state, renewed, bundle, now):
-    """The chain (PEM bytes) from the answer in issued.p7, checked whole; raises Untrusted, Unreachable.
+    """The chain (PEM bytes; with the key where that goes with it) from the answer in issued.p7, checked whole; raises Untrusted, Unreachable.
 
     An answer that will never do is removed, so that the next attempt asks anew; one that only time or a newer bundle can mend is kept.
     """
     path, url = store.path("issued.p7"), config.identity.est.url or state["trust"].get("est")
-    spki = make_public_key(config.identity.key)
+    key_file = find_next_key(config, store)
     try:
         issued = [parse_certificate(der) for der in parse_certs_only(read_file(path, MAX_CERTIFICATES))]
-        leaf = find_issued(issued, spki, renewed, state["trust"].get("trustDomain"))
+        leaf = find_issued(issued, make_public_key(key_file), renewed, state["trust"].get("trustDomain"))
         if time.time() > leaf.not_after:
             check_validity(leaf, time.time())
     except ValueError as error:
@@ -3074,23 +3141,23 @@ def make_issued_chain(config, store, state, renewed, bundle, now):
     write_file(store.path("issued.try"), data)
     try:
         check_validity(leaf, time.time())
-        check_own_chain(store.path("issued.try"), config.identity.key, bundle.anchors)
+        check_own_chain(store.path("issued.try"), key_file, bundle.anchors)
     except ValueError as error:
         store.save_memo(dict(store.load_memo(), trust=1))               # a rotation may be under way: the next attempt asks for the bundle anew
         raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
     finally:
         remove_file(store.path("issued.try"))
-    return data
+    return data + (read_file(key_file, MAX_CERTIFICATES) if is_combined(config.identity) else b"")
 
 
-def prove_svid(config, own, bundle, accepted, now):
+def prove_svid(config, store, state, own, bundle, now):
     """Asks the WFM for nothing new in the name of a renewed SVID, which replaces the old one only where that is answered; raises what request does."""
-    headers = {"Accept": MANIFEST_TYPE}
-    if accepted and accepted.get("etag"):
-        headers["If-None-Match"] = accepted["etag"]
-    context = make_wfm_context(own, bundle, config.wfm.min_tls)
+    headers, context = {"Accept": MANIFEST_TYPE}, make_wfm_context(own, bundle, config.wfm.min_tls)
+    if state["accepted"] and state["accepted"].get("etag"):
+        headers["If-None-Match"] = state["accepted"]["etag"]
+    crls, listed = load_crls(store, state), state["trust"].get("crls") or ()
     response = request("GET", config.wfm.url + "/api/v1/deployments", headers, None, context, config.wfm.timeout, config.policy.max_document,
-                       lambda chain: check_wfm(chain[0], own, now))
+                       lambda chain: check_status(check_wfm(chain[0], own, now), crls, listed, config.identity.revocation, now))
     check_response(response, "the renewed SVID, tried at the WFM", (200, 304), now)
 
 
@@ -3908,7 +3975,7 @@ def check_enrollment(state, client_id):
 
 
 def is_expiring(leaf, now):
-    """Whether less than a fifth of a certificate's lifetime is left."""
+    """Whether less than a quarter of a certificate's lifetime is left."""
     return leaf.not_after - now < EXPIRY_WARNING * (leaf.not_after - leaf.not_before)
 
 
@@ -3949,9 +4016,15 @@ def check_mtls(config, state, now):
     own = load_identity(config)
     check_own(own.leaf, config, now)
     make_wfm_context(own, TrustBundle([own.leaf.der], None, None), config.wfm.min_tls)
-    draft = f", renewed over EST (draft) after {make_time(make_renewal_time(own.leaf))}" if config.identity.enrollment == "est" else ""
-    lists = len(state["crls"])
-    return judge_own(own.leaf, own.spiffe_id.text + draft + (f", {lists} revocation lists (draft)" if lists else ""), config, now)
+    lists, words = len(state["crls"]), own.spiffe_id.text
+    if config.identity.enrollment == "est":
+        words += f", renewed over EST (draft){' with a new key' * (config.identity.rekey == 'always')} after {make_time(make_renewal_time(own.leaf))}"
+    level, words = judge_own(own.leaf, words + (f", {lists} revocation lists (draft)" if lists else ""), config, now)
+    left, silence = (1 - RENEWAL_WINDOW[1]) * (own.leaf.not_after - own.leaf.not_before), find_longest(config.poll.downtime, now)
+    if config.identity.enrollment == "est" and left < silence:
+        return "warn", f"{words}; a downtime of {silence / 3600:.1f} h (poll.downtime) may outlast it, because the latest renewal leaves {left / 3600:.1f} h:" \
+                       " have it issued for longer"
+    return level, words
 
 
 def check_signed(config, state, now):

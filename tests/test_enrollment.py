@@ -318,6 +318,19 @@ class Enrollment(Site):
         self.assertEqual((state["est"], state["crls"], state["drafts"], sorted(state["trust"])), (
             {}, {}, [], ["etag", "refreshedAt", "sequence", "source", "trustDomain"]))
 
+    def test_doctor_foresees_a_downtime_that_outlasts_the_svid(self):
+        """The draft's 4: 40 % of the lifetime are left at the latest renewal; and less than a quarter means that renewals fail."""
+        self.device.cycle()
+        self.device.set("poll.downtime", ["00:10-00:30"])
+        self.assertRegex(self.device.run("doctor").stdout, r"ok +identity ")
+        self.device.set("poll.downtime", ["00:10-00:30", "2126-12-24T00:00/2126-12-24T00:25"])
+        self.assertRegex(self.device.run("doctor").stdout, r"warn identity .*a downtime of 0.4 h .* leaves 0.4 h: have it issued for longer")
+        self.device.set("poll.downtime", [])
+        for share, level in ((0.7, "ok"), (0.8, "warn")):
+            device = self.make_device()
+            self.age(share, device=device)
+            self.assertRegex(device.run("doctor").stdout, level + r" +identity ")
+
     def test_doctor_says_draft_and_when_it_will_be_renewed(self):
         self.assertIn("`margo_agent.py enroll` obtains one", self.device.run("doctor").stdout)
         self.device.cycle()
@@ -584,6 +597,107 @@ class Renewal(Site):
         time.sleep(2.1)                             # times in certificates are whole seconds, and the new one has to end later
         self.assertIn("the SVID issued does not lead to the trust bundle", self.device.cycle(5))
         self.assertEqual(self.asked("simplereenroll"), [("simplereenroll", 200)])       # at once, long before it would be due
+
+
+class Rekeying(Site):
+    """identity.rekey: certificate and key are one file, and each renewal has a key of its own."""
+
+    def make_device(self, token=None):
+        device = super().make_device(token)
+        device.key = device.certificate
+        device.set("identity.key", device.certificate)
+        device.set("identity.rekey", "always")
+        return device
+
+    def check_whole(self, device=None):
+        """The one file is a pair that leads to the anchor, for its owner alone, and nothing waits; returns the leaf."""
+        path = (device or self.device).certificate
+        margo_agent.check_own_chain(path, path, [self.pki.der("ca.pem")])
+        self.assertEqual((stat.S_IMODE(os.stat(path).st_mode), read(path).count(b"PRIVATE KEY-----"), read(path).count(b"BEGIN CERTIFICATE")), (0o600, 2, 2))
+        self.assertEqual([name for name in os.listdir((device or self.device).state_dir) if name.startswith("issued")], [])
+        return self.leaf(device)
+
+    def test_a_renewal_has_a_new_key_and_one_rename_activates_both(self):
+        """E-030, E-043, E-060, E-063, E-064: the draft's 3.5 and 4; the current SVID authenticates, the new key signs the request."""
+        old = self.age()
+        self.assertEqual(self.check_whole(), old)
+        self.device.cycle()
+        new = self.check_whole()
+        self.assertNotEqual(new.spki, old.spki)
+        self.assertEqual((new.uris, new.subject), (old.uris, old.subject))
+        self.assertEqual([item["how"] for item in self.issued()], ["token", "renewal"])
+        self.assertEqual(len({item["key"] for item in self.issued()}), 2)
+        self.device.cycle()
+        self.assertRegex(self.device.run("doctor").stdout, r"ok +identity .*renewed over EST \(draft\) with a new key after 20")
+        self.assertEqual(self.device.status()["identity"]["id"], CLIENT_ID)
+
+    def test_the_old_pair_stays_until_the_new_one_is_proven_and_every_retry_has_the_same_new_key(self):
+        """E-042: the answer is lost, then the service decides late, then the WFM does not accept the new one; one new key for all of it."""
+        self.age()
+        old = read(self.device.certificate)
+        for fault in ({"late": True, "close": True, "times": 1}, {"status": 202, "body": "", "headers": {"Retry-After": "0"}, "times": 1}):
+            self.mis.fault(dict(fault, path="*/simplereenroll"))
+            self.device.cycle(3)
+            self.assertEqual(read(self.device.certificate), old)
+            self.assertEqual(stat.S_IMODE(os.stat(os.path.join(self.device.state_dir, "issued.key")).st_mode), 0o600)
+            self.let_retry()
+        self.wfm.fault({"path": "/api/v1/deployments", "status": 403, "times": 1})
+        self.device.cycle(3)
+        self.assertEqual(read(self.device.certificate), old)
+        self.assertEqual(self.device.run("enroll").returncode, 0)
+        self.check_whole()
+        self.assertEqual([item["how"] for item in self.issued()], ["token", "renewal", "renewal"])
+        self.assertEqual(len({item["key"] for item in self.issued()[1:]}), 1)
+
+    def let_retry(self):
+        """Lets the back-off pass."""
+        state = self.device.state()
+        state["est"]["delay"], state["patience"] = 0, {}
+        support.write(os.path.join(self.device.state_dir, "state.json"), margo_agent.make_json(state))
+
+    def test_the_key_of_csr_is_that_of_the_first_enrollment(self):
+        """E-011, E-042: one that had no certificate yet is used; by hand the chain goes into the same file."""
+        request = support.write(self.pki.path("combined.csr"), self.device.run("csr").stdout)
+        key = read(self.device.key)
+        other = self.make_device()
+        self.device.cycle()
+        self.check_whole()
+        self.assertTrue(read(self.device.key).endswith(key))
+        ext = support.write(self.pki.path("combined.ext"), f"keyUsage=critical,digitalSignature\nsubjectAltName=URI:{CLIENT_ID}\n")
+        self.pki.run("x509", "-req", "-in", request, "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", ext, "-out", "combined.pem",
+                     "-days", "1")
+        support.write(other.certificate, key + read(self.pki.path("combined.pem")), 0o600)
+        other.cycle()
+        self.assertEqual(self.asked("simpleenroll"), [("simpleenroll", 200)])
+
+    def test_a_key_that_is_lost_takes_a_fresh_token(self):
+        """E-066: a file with a chain alone is no identity."""
+        self.device.cycle()
+        first = self.leaf()
+        support.write(self.device.certificate, re.sub(rb"(?s)-----BEGIN PRIVATE.*", b"", read(self.device.certificate)), 0o600)
+        self.assertIn("the key is lost; a fresh enrollment token", self.device.cycle(5))
+        self.mis.add_token("line-5:again")
+        support.write(self.device.token, "line-5:again\n", 0o600)
+        self.device.cycle()
+        self.assertNotEqual(self.check_whole().spki, first.spki)
+
+    def test_one_file_without_rekeying_keeps_its_key(self):
+        """E-042, E-060: activation never loses the key that lies beside the chain."""
+        self.device.set("identity.rekey", "never")
+        old = self.age()
+        self.device.cycle()
+        self.assertEqual(self.check_whole().spki, old.spki)
+        self.assertEqual([item["how"] for item in self.issued()], ["token", "renewal"])
+
+    def test_two_files_cannot_be_replaced_together(self):
+        """E-008: neither can a token's key, and without enrollment nobody renews."""
+        base = {"wfm": {"url": "https://x"}, "identity": {"certificate": "c", "key": "c", "trust_bundle": "b", "enrollment": "est", "rekey": "always",
+                                                          "est": {"url": "https://x/y", "token_file": "t"}}}
+        self.assertEqual(margo_agent.make_config(base, "/", {}).identity.rekey, "always")
+        for odd in ({"key": "k"}, {"key": "pkcs11:object=c"}, {"enrollment": "off"}, {"key": None}):
+            with self.subTest(odd), self.assertRaises(margo_agent.ConfigError) as caught:
+                margo_agent.make_config(dict(base, identity=dict(base["identity"], **odd)), "/", {})
+            self.assertIn("identity.rekey: always needs", caught.exception.message)
 
 
 class Quickstart(unittest.TestCase):

@@ -18,12 +18,17 @@ class Death(Site):
     """E-042, E-043, E-044"""
 
     options = ("--lifetime", "200000")
+    renewals = ("renewal", "rekeying")
 
     def prepare(self, scenario):
         """Brings the device to where the scenario begins, and keeps it so."""
         self.kept = os.path.join(support.make_folder(self), "kept")
+        if scenario == "rekeying":
+            self.device.key = self.device.certificate
+            self.device.set("identity.key", self.device.certificate)
+            self.device.set("identity.rekey", "always")
         if scenario != "enrollment":
-            self.age(lifetime=100000 if scenario == "renewal" else 200000, share=0.7)
+            self.age(lifetime=100000 if scenario in self.renewals else 200000, share=0.7)
         if scenario == "lost key":
             os.remove(self.device.key)
         shutil.copytree(self.device.folder, self.kept, ignore=shutil.ignore_patterns("run"))
@@ -35,8 +40,8 @@ class Death(Site):
             shutil.rmtree(os.path.join(self.device.folder, name), ignore_errors=True)
             if os.path.isdir(os.path.join(self.kept, name)):
                 shutil.copytree(os.path.join(self.kept, name), os.path.join(self.device.folder, name), symlinks=True)
-        self.token = f"{self.scenario}:{number}"
-        if self.scenario != "renewal":
+        self.token, self.before = f"{self.scenario}:{number}", len(self.mis.issued())
+        if self.scenario not in self.renewals:
             self.mis.add_token(self.token)
             support.write(self.device.token, self.token, 0o600)
 
@@ -67,7 +72,7 @@ class Death(Site):
 
     def check(self, words):
         """One ordinary run puts all to rights, once the back-off is over."""
-        if self.scenario == "renewal":
+        if self.scenario in self.renewals:
             self.check_pair(f"{words}, before the next run")
         path = os.path.join(self.device.state_dir, "state.json")
         if os.path.exists(path):
@@ -77,7 +82,8 @@ class Death(Site):
         self.check_pair(words)
         self.assertNotEqual(read(self.device.certificate), self.old, words)
         self.assertEqual([name for name in os.listdir(self.device.state_dir) if name.startswith("issued") and not name.endswith(".tmp")], [], words)
-        if self.scenario != "renewal":
+        self.assertEqual(len({item["key"] for item in self.mis.issued()[self.before:]}), 1, f"{words}: two new keys")
+        if self.scenario not in self.renewals:
             self.assertIsNone(read(self.device.token), words)
             used = support.read_json(self.mis.path("used.json"))[support.digest(self.token.encode())[7:]]
             self.assertEqual(len(used["keys"]), 1, f"{words}: two keys for one token")
@@ -103,6 +109,10 @@ class Death(Site):
     def test_a_renewal_killed_anywhere(self):
         """E-060: the old SVID stays whole until the rename that activates the new one."""
         self.kill_everywhere("renewal")
+
+    def test_a_renewal_with_a_new_key_killed_anywhere(self):
+        """E-042, E-043: whenever it ends, the file holds a key and its own chain, and every retry has the same new key."""
+        self.kill_everywhere("rekeying")
 
     def test_an_enrollment_after_the_key_was_lost_killed_anywhere(self):
         """E-066: an old certificate beside a new key is an enrollment under way, no broken pair."""
