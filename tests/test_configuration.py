@@ -183,7 +183,7 @@ class Windows(unittest.TestCase):
                 (["02:00-04:00", "03:00-05:30"], 210), (["2026-12-24T00:00/2026-12-27T00:00", "02:00-04:00"], 3 * 1440),
                 (["2026-10-24T00:00/2026-10-27T00:00"], 0)):
             with self.subTest(windows):
-                self.assertEqual(margo_agent.find_longest([margo_agent.parse_window(window) for window in windows], now), 60 * minutes)
+                self.assertEqual(margo_agent.find_longest([margo_agent.read_window(window, "") for window in windows], now), 60 * minutes)
 
     def test_what_is_no_window_is_refused(self):
         for bad in ("", "Mon", "06:00", "06:00-25:00", "Foo 06:00-07:00", "06:61-07:00", "2026-12-24T00:00/2026-12-23T00:00",
