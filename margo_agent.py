@@ -78,7 +78,7 @@ IMAGE_PATIENCE = 600                                # seconds in which the pull 
 FREE_SPACE = 32 * MIB                               # stays free on a disk that something is fetched to (P-4)
 PUSH_ATTEMPTS = 5                                   # how often a status is put on top of what others pushed meanwhile
 MAX_PACKS = 50                                      # fetches after which the copy of a Git repository is begun anew
-EXPIRY_WARNING = 0.25                               # share of the own SVID's lifetime left at which to warn
+EXPIRY_WARNING, EXPIRY_ADVICE = 0.2, 0.25           # shares of the own SVID's lifetime left: from when to warn, and when doctor does
 
 
 # The draft "MIAF Enrollment, Renewal, and Revocation Profile": its names and figures, which may still change, stand here alone.
@@ -3974,9 +3974,9 @@ def check_enrollment(state, client_id):
         raise Untrusted(f"the own identity is {client_id}, but this device is enrolled as {state['enrollment']['id']}; unenroll first")
 
 
-def is_expiring(leaf, now):
-    """Whether less than a quarter of a certificate's lifetime is left."""
-    return leaf.not_after - now < EXPIRY_WARNING * (leaf.not_after - leaf.not_before)
+def is_expiring(leaf, now, share=EXPIRY_WARNING):
+    """Whether less than a share of a certificate's lifetime is left."""
+    return leaf.not_after - now < share * (leaf.not_after - leaf.not_before)
 
 
 def warn_of_expiry(leaf, store, now):
@@ -4044,7 +4044,7 @@ def judge_own(leaf, words, config, now):
     if mode & 0o077:
         return "warn", f"identity.key {key} has mode {mode:04o}; chmod 0600 it"
     words = f"{words}, {days} days left"
-    return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now) else ("ok", words)
+    return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
 
 
 class GitSource:

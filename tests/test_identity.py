@@ -664,7 +664,7 @@ class Expiry(LiveCase):
         """What one cycle logs about the own certificate."""
         return [line for line in self.cycle().splitlines() if "own certificate" in line]
 
-    def test_a_quarter_of_the_lifetime_before_the_end_is_told_once_a_day(self):
+    def test_a_fifth_of_the_lifetime_before_the_end_is_told_once_a_day(self):
         """P-3: in the log and in `status --json`."""
         self.carry(self.issue(CLIENT_ID, start="-30d", end="+5d"))
         lines = self.find_warnings()
@@ -689,7 +689,7 @@ class Expiry(LiveCase):
             name = self.issue(CLIENT_ID, start="-60", end=str(lifetime - 60))
             config.identity["certificate"] = self.pki.path(f"{name}.pem")
             end = margo_agent.load_identity(config).leaf.not_after
-            for left, words in ((0.26, ""), (0.24, "expires in"), (-0.01, "expired")):
+            for left, words in ((0.21, ""), (0.19, "expires in"), (-0.01, "expired")):
                 with self.subTest(lifetime=lifetime, left=left):
                     report = margo_agent.make_status_report(config, margo_agent.make_state(), {}, end - left * lifetime)
                     self.assertEqual(report["identity"]["warning"][:len(words) or None], words)
