@@ -1135,15 +1135,37 @@ def parse_der_time(tag, value):
 
 
 def unpack_gzip(data, max_unpacked):
-    """The content of one whole gzip stream; raises ValueError over the limit or for a stream that is not just that, zlib.error."""
+    """The content of one whole gzip stream; raises ValueError over the limit or for a stream that is not just that."""
     import zlib
     stream = zlib.decompressobj(31)
-    plain = stream.decompress(data, max_unpacked + 1)
+    try:
+        plain = stream.decompress(data, max_unpacked + 1)
+    except zlib.error as error:
+        raise ValueError(f"not a readable tar+gzip ({error})") from None
     if len(plain) > max_unpacked:
         raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
     if not stream.eof or stream.unused_data:
         raise ValueError("it is cut short, or something follows it")
     return plain
+
+
+def unpack_tar(data, max_unpacked, max_entries):
+    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip; raises ValueError for what is none, or is over a limit.
+
+    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to whatever size it claims.
+    """
+    import io
+    import itertools
+    import tarfile
+    plain = unpack_gzip(data, max_unpacked)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
+            members = list(itertools.islice(archive, max_entries + 1))
+    except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a readable tar+gzip ({error})") from None
+    if len(members) > max_entries:
+        raise ValueError(f"more than {max_entries} entries")
+    return plain, members, archive.offset
 
 
 def parse_pem(text, label="CERTIFICATE"):
@@ -3557,6 +3579,12 @@ def check_targets(parameters, known):
                              f" the components {', '.join(sorted(known))}")
 
 
+def find_parameters(deployment, component):
+    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
+    return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
+            for pointer, names in parameter.targets if component in names]
+
+
 # What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
 TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
 
@@ -3564,21 +3592,17 @@ TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
 def make_variables(deployment, component):
     """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID (protocol 7, C-180, C-182).
 
-    A later parameter for the same name wins; null counts as not set; a list becomes JSON text.
+    A later parameter for the same name wins; a list becomes JSON text.
     """
     variables = {}
-    for parameter in deployment.parameters:
-        for pointer, names in parameter.targets:
-            if component not in names or parameter.value is None:
-                continue
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
-                raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
-                                     f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
-            value = parameter.value
-            text = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
-            if "\0" in text:
-                raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
-            variables[pointer] = text
+    for parameter, pointer in find_parameters(deployment, component):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
+                                 f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
+        value = parameter.value
+        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
+        if "\0" in variables[pointer]:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
     folded = sorted(variables, key=str.lower)
     for first, second in zip(folded, folded[1:]):
         if first.lower() == second.lower():
@@ -3589,21 +3613,18 @@ def make_variables(deployment, component):
 def make_values(deployment, component):
     """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
 
-    A later parameter for the same place wins; null counts as not set.
+    A later parameter for the same place wins.
     """
     values = {}
-    for parameter in deployment.parameters:
-        for pointer, names in parameter.targets:
-            if component not in names or parameter.value is None:
-                continue
-            try:
-                items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-                if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                    raise ValueError("JSON has no such number")
-                set_value(values, parse_value_path(pointer), parameter.value)
-            except ValueError as error:
-                raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
-                                     f"{make_printable(pointer, 120)!r}: {error}") from None
+    for parameter, pointer in find_parameters(deployment, component):
+        try:
+            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
+            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
+                raise ValueError("JSON has no such number")
+            set_value(values, parse_value_path(pointer), parameter.value)
+        except ValueError as error:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
+                                 f"{make_printable(pointer, 120)!r}: {error}") from None
     return values
 
 
@@ -3660,32 +3681,22 @@ def parse_bundle(data, entries, max_unpacked):
 
     Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name of its own.
     """
-    import io
-    import tarfile
-    import zlib
-    wanted, documents, total = {entry.digest for entry in entries}, {}, 0
+    wanted, documents = {entry.digest for entry in entries}, {}
     try:
-        try:
-            plain = unpack_gzip(data, max_unpacked)
-        except ValueError as error:
-            raise Refused(f"bundle refused: {error}") from None
-        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
-            for member in archive:
-                total += 1
-                name = make_printable(member.name, 100)
-                if total > 4 * MAX_DEPLOYMENTS:
-                    raise Refused("bundle refused: too many entries")
-                if member.isdir() and member.name in (".", "./"):
-                    continue
-                if not member.isfile():
-                    raise Refused(f"bundle refused: {name} is not a regular file")
-                content = archive.extractfile(member).read()
-                digest = sha256_digest(content)
-                if digest not in wanted:
-                    raise Refused(f"bundle refused: {name} has digest {digest}, which the manifest does not name")
-                documents[digest] = content
-    except (tarfile.TarError, zlib.error, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
-        raise Refused(f"bundle refused: not a readable tar+gzip ({error})") from None
+        plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
+    except ValueError as error:
+        raise Refused(f"bundle refused: {error}") from None
+    for member in members:
+        name = make_printable(member.name, 100)
+        if member.isdir() and member.name in (".", "./"):
+            continue
+        if not member.isfile() or member.issparse():
+            raise Refused(f"bundle refused: {name} is not a regular file")
+        content = plain[member.offset_data:member.offset_data + member.size]
+        digest = sha256_digest(content)
+        if digest not in wanted:
+            raise Refused(f"bundle refused: {name} has digest {digest}, which the manifest does not name")
+        documents[digest] = content
     missing = wanted - set(documents)
     if missing:
         raise Refused(f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}")
@@ -3695,6 +3706,25 @@ def parse_bundle(data, entries, max_unpacked):
 # ------------------------------------------------------------------------------------------------------------------------------
 # 10. Desired-state sources
 # ------------------------------------------------------------------------------------------------------------------------------
+
+def check_digest(data, digest, what):
+    """Raises Refused unless the bytes have the digest."""
+    found = sha256_digest(data)
+    if found != digest:
+        raise Refused(f"{what}: digest mismatch, the manifest says {digest}, the content has {found}")
+
+
+def is_bundle_cheaper(manifest, missing):
+    """Whether one bundle costs less than the missing documents one by one.
+
+    A request of its own costs a TLS connection, which is worth about 6 KiB on the wire and two more round trips.  Documents compress
+    about four to one in a bundle; where the manifest does not say sizes, more than three missing documents are taken as the point.
+    """
+    sizes = [entry.size for entry in missing]
+    if len(missing) < 2 or None in sizes or manifest.bundle_size is None:
+        return len(missing) > 3
+    return manifest.bundle_size + 6 * KIB < sum(sizes) + 6 * KIB * len(missing)
+
 
 class HttpSource:
     """The desired state over HTTP, and the sinks for what is reported: what the generations have in common.
@@ -4096,21 +4126,21 @@ class GitSource:
         return Unreachable(f"{self.url}: {error.message}")
 
     def fetch_desired(self, accepted, load_artifact):
-        """None where the branch still stands at the accepted commit, else a Desired; see MtlsSource."""
+        """None where the branch still stands at the accepted commit, else a Desired; see HttpSource."""
         head = self.find_head(self.branch)
         if head is None:
             raise Refused(f"{self.url} has no branch {self.config.git.branch}; nothing is removed for that")
         if accepted and accepted["version"] == head and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
-        head, files = self.work(lambda: self.fetch_files(base), "git-upload-pack")
+        head, files = self.work(lambda: self.fetch_files(base))
         entries, documents, ignored = parse_files(files)
         for name in ignored:
             log("info", "ignored: not an ApplicationDeployment", name=name)
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
         return Desired(head, None, sha256_digest(head.encode()), entries, new)
 
-    def work(self, act, service):
+    def work(self, act):
         """What `act` returns; where git ends with a fault although the server answers, once more on a repository made anew (P-14)."""
         try:
             return act()
@@ -4121,7 +4151,7 @@ class GitSource:
             remove_folder(self.repository)
             return act()
         except CommandError as error:
-            raise self.explain(error, service) from None
+            raise self.explain(error, "git-upload-pack") from None
 
     def fetch_files(self, base):
         """(head commit, [(name, bytes)] of its documents), once the head is known to follow on `base`; raises Refused, Untrusted.
@@ -4255,7 +4285,7 @@ class GitSource:
             self.find_head(ref)
         for _ in range(PUSH_ATTEMPTS):
             base = self.heads[ref]
-            commit = self.work(lambda: self.make_commit(ref, base, path, content, message), "git-upload-pack")
+            commit = self.work(lambda: self.make_commit(ref, base, path, content, message))
             if commit is None:
                 return
             try:
@@ -4422,25 +4452,6 @@ def check_git(config, state, now):
         if path and os.stat(path).st_mode & 0o077:
             return "warn", f"git.{key} {path} has mode {os.stat(path).st_mode & 0o777:04o}; chmod 0600 it"
     return "ok", version
-
-
-def check_digest(data, digest, what):
-    """Raises Refused unless the bytes have the digest."""
-    found = sha256_digest(data)
-    if found != digest:
-        raise Refused(f"{what}: digest mismatch, the manifest says {digest}, the content has {found}")
-
-
-def is_bundle_cheaper(manifest, missing):
-    """Whether one bundle costs less than the missing documents one by one.
-
-    A request of its own costs a TLS connection, which is worth about 6 KiB on the wire and two more round trips.  Documents compress
-    about four to one in a bundle; where the manifest does not say sizes, more than three missing documents are taken as the point.
-    """
-    sizes = [entry.size for entry in missing]
-    if len(missing) < 2 or None in sizes or manifest.bundle_size is None:
-        return len(missing) > 3
-    return manifest.bundle_size + 6 * KIB < sum(sizes) + 6 * KIB * len(missing)
 
 
 SERVED = {"mtls": Profile(connect_mtls, describe_mtls, check_mtls), "signed": Profile(connect_signed, describe_signed, check_signed),
@@ -4675,7 +4686,8 @@ def is_ahead(moment, now):
 
 def make_pause(record):
     """Until when a further repair of a deployment waits: some are free, then the pauses grow (P-7)."""
-    return record["repairedAt"] + min(RETRY_CAP, RETRY_FIRST * 2 ** min(record["repairs"] - REPAIRS, 10)) if record["repairs"] >= REPAIRS else 0
+    extra = record["repairs"] - REPAIRS + 1
+    return record["repairedAt"] + grow(RETRY_FIRST, extra, RETRY_CAP) if extra > 0 else 0
 
 
 def make_mark(environment):
@@ -4790,14 +4802,18 @@ class Registry:
             if response.status != 401 or attempt:
                 break
             self.authorization = self.authenticate(parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name)
-        if response.status == 200 and len(response.body) > limit:
-            raise ComponentError("PULL_FAILED", f"{url}: the answer is longer than {limit} bytes")
-        if response.status == 200:
-            return response
+        return self.check(response, url, limit)
+
+    def check(self, response, url, limit):
+        """A Response with status 200 and at most `limit` bytes; raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED for any other."""
         if response.status in (401, 403):
             raise ComponentError("PULL_UNAUTHORIZED", f"{url}: HTTP {response.status}; set registries.{self.host}.username and password_file")
-        hint = "there is no such package" if response.status == 404 else "the registry cannot serve it now, tried again later"
-        raise ComponentError("PULL_FAILED", f"{url}: HTTP {response.status}; {hint}")
+        if response.status != 200:
+            hint = "there is no such package" if response.status == 404 else "it cannot be served now, tried again later"
+            raise ComponentError("PULL_FAILED", f"{url}: HTTP {response.status}; {hint}")
+        if len(response.body) > limit:
+            raise ComponentError("PULL_FAILED", f"{url}: the answer is longer than {limit} bytes, all that policy allows")
+        return response
 
     def fetch(self, url, accept, limit):
         """One GET that follows at most five redirects; Authorization goes to this registry's own origin only."""
@@ -4951,12 +4967,7 @@ def fetch_file(url, config, missing=False):
     response = registry.fetch(url, "*/*", config.policy.max_artifact)
     if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
         return None
-    if response.status in (401, 403):
-        raise ComponentError("PULL_UNAUTHORIZED", f"{url}: HTTP {response.status}; set registries.{host}.username and password_file")
-    if response.status != 200 or len(response.body) > config.policy.max_artifact:
-        raise ComponentError("PULL_FAILED", f"{url}: HTTP {response.status} with {len(response.body)} bytes (policy.max_artifact"
-                             f" {config.policy.max_artifact}); tried again later")
-    return response.body
+    return registry.check(response, url, config.policy.max_artifact).body
 
 
 def check_package_signature(data, url, key, config):
@@ -5060,21 +5071,14 @@ def check_archive(data, max_unpacked, relaxed=False):
     leave the top-level folder either.  relaxed: as older generations packed, there need be no top-level folder, and the compose file
     may have its other names (protocol 6.5).
     """
-    import io
-    import itertools
-    import tarfile
-    import zlib
+    entries, tops = {}, set()
     try:
-        plain = unpack_gzip(data, max_unpacked)
-        entries, tops = {}, set()
-        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
-            loose = relaxed and any("/" not in re.sub(r"\A\./", "", m.name) and not m.isdir() for m in itertools.islice(archive, MAX_ENTRIES))
-            for number, member in enumerate(archive):
-                if number >= MAX_ENTRIES:
-                    raise ValueError(f"more than {MAX_ENTRIES} entries")
-                add_entry(member, entries, tops, "package/" if loose else "")
-            if plain[archive.offset:].strip(b"\0"):
-                raise ValueError(f"it is damaged at byte {archive.offset}")
+        plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
+        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir() for member in members)
+        for member in members:
+            add_entry(member, entries, tops, "package/" if loose else "")
+        if plain[end:].strip(b"\0"):
+            raise ValueError(f"it is damaged at byte {end}")
         if not entries and not tops:
             raise ValueError("it is empty")
         if sum(entry.size for entry in entries.values()) > max_unpacked:
@@ -5088,7 +5092,7 @@ def check_archive(data, max_unpacked, relaxed=False):
         if compose is None or compose.kind != "file":
             raise ValueError("no compose.yaml in the top-level folder" + (f" ({others[0]} is not taken for it)" if others else ""))
         return plain, list(entries.values())
-    except (ValueError, tarfile.TarError, zlib.error, EOFError, OSError, OverflowError, RecursionError) as error:
+    except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID", f"Compose Archive refused: {make_printable(str(error))}") from None
 
 

@@ -382,6 +382,16 @@ class Bundle(unittest.TestCase):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         self.refuse(make_bundle({"a": b"one", "b": b"two", "link": link}), "link")
 
+    def test_a_sparse_entry_is_refused_before_it_is_blown_up(self):
+        """D-8: a header of 512 bytes may claim a file of 8 GiB that holds nothing but holes."""
+        sparse = tarfile.TarInfo("sparse")
+        sparse.type = tarfile.GNUTYPE_SPARSE
+        header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+        header[483:495] = b"100000000000"           # the real size, in octal
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        self.refuse(gzip.compress(bytes(header) + bytes(1024)), "sparse is not a regular file")
+
     def test_what_is_no_archive_is_refused(self):
         whole = make_bundle({"a": b"one", "b": b"two"})
         for data, words in ((b"", "cut short"), (b"garbage", "tar+gzip"), (whole[:-9], "cut short"), (whole + b"x", "follows"),
