@@ -948,7 +948,7 @@ def parse_duration(text):
 
 def parse_size(text):
     """`512`, `512Ki`, `64Mi`, `2Gi` ... to bytes; a space before the unit is read too (protocol 3.5); raises ValueError."""
-    match = re.fullmatch(r"([0-9]{1,18})(?: ?([KMGTPE]i))?", text)
+    match = re.fullmatch(r"([0-9]{1,40})(?: ?([KMGTPE]i))?", text)
     if not match:
         raise ValueError("a size: bytes, or a number with Ki, Mi, Gi, Ti, Pi or Ei, such as 64Mi")
     return int(match.group(1)) << (10 * (1 + "KMGTPE".index(match.group(2)[0])) if match.group(2) else 0)
@@ -3338,7 +3338,7 @@ def parse_manifest(data, base_url):
 
 def parse_version(value):
     """manifestVersion in full precision; raises ValueError (D-5)."""
-    if isinstance(value, float) and value.is_integer() and value <= 2 ** 53:
+    if isinstance(value, float) and value.is_integer() and value < 2 ** 53:         # beyond it, a float does not tell which number was written
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
         raise ValueError(f"manifestVersion: found {make_printable(repr(value), 40)}, expected a whole number from 1 to 2^64-1")
@@ -3490,20 +3490,21 @@ def check_constraints(constraints):
     where = "spec.deploymentProfile.deviceConstraints"
     if not isinstance(constraints, dict):
         raise ValueError(f"{where}: expected a mapping")
-    capacity = constraints.get("capacityRequirements") or {}
-    if not isinstance(capacity, dict):
+    capacity, rules = constraints.get("capacityRequirements"), constraints.get("eligibilityRules")
+    if not isinstance(capacity, (dict, type(None))):
         raise ValueError(f"{where}.capacityRequirements: expected a mapping")
+    capacity = capacity or {}
     for key, units in (("memory", "Mi|Gi|Ki"), ("storage", "Mi|Gi|Ki|Ti|Pi|Ei")):
         if capacity.get(key) is not None:
-            check_member(capacity, key, f"{where}.capacityRequirements.", f"[0-9]+({units})")
+            check_member(capacity, key, f"{where}.capacityRequirements.", f"[0-9]{{1,40}}({units})")
     cpu = capacity.get("cpu")
     if cpu is not None:
-        cores, kinds = (cpu.get("cores"), cpu.get("architectures") or []) if isinstance(cpu, dict) else (None, None)
-        if isinstance(cores, bool) or not isinstance(cores, (int, float)):
+        cores, kinds = (cpu.get("cores"), cpu.get("architectures")) if isinstance(cpu, dict) else (None, None)
+        if isinstance(cores, bool) or not isinstance(cores, (int, float)) or not cores >= 0:        # NaN is not, either
             raise ValueError(f"{where}.capacityRequirements.cpu.cores: expected a number")
-        if not isinstance(kinds, list):
+        if not isinstance(kinds, (list, type(None))):
             raise ValueError(f"{where}.capacityRequirements.cpu.architectures: expected a list")
-    if not isinstance(constraints.get("eligibilityRules") or [], list):
+    if not isinstance(rules, (list, type(None))):
         raise ValueError(f"{where}.eligibilityRules: expected a list")
 
 
@@ -3559,13 +3560,16 @@ def parse_parameters(value, prefix=""):
         targets = item.get("targets") if isinstance(item, dict) else None
         if not isinstance(targets, list):
             raise ValueError(f"{where}.targets: expected a list")
-        if isinstance(item.get("value"), dict):
+        found = item.get("value")
+        if any(isinstance(part, (dict, list)) for part in (found if isinstance(found, list) else [found])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
+        if found is None and "valueFrom" in item:
+            raise ComponentError("PARAMETER_INVALID", f"{where}: valueFrom is a draft that this agent does not follow, and there is no value to fall back on")
         for target in targets:
             names = target.get("components") if isinstance(target, dict) else None
             if not isinstance(names, list) or not isinstance(target.get("pointer"), str):
                 raise ValueError(f"{where}.targets: each has a pointer and a list of components")
-        parameters.append(Parameter(str(name), item.get("value"), [
+        parameters.append(Parameter(str(name), found, [
             (target["pointer"][len(prefix) if target["pointer"].startswith(prefix) else 0:], target["components"]) for target in targets]))
     return parameters
 
@@ -4555,7 +4559,8 @@ def is_match(expression, look):
     if len(kinds) != 1 or None in kinds or ("boolean" in kinds and len(values) > 1):
         raise ValueError("values must be texts, or numbers, or one boolean")
     items = value if isinstance(value, list) else [value]
-    if not present or not items or None in {get_kind(item) for item in items}:          # another type is false for both (C-206)
+    others = (None, "boolean") if isinstance(value, list) else (None,)
+    if not present or not items or any(get_kind(item) in others for item in items):     # another type is false for both (C-206)
         return False
     found = any(get_kind(item) in kinds and item in values for item in items)
     return found == (operator == "In")
@@ -4568,10 +4573,12 @@ def get_kind(value):
 
 def parse_limit(values):
     """The one number that Gt and Lt compare with; raises ValueError (C-210)."""
-    if not isinstance(values, list) or len(values) != 1 or get_kind(values[0]) not in ("number", "text"):
+    limit = values[0] if isinstance(values, list) and len(values) == 1 else None
+    if get_kind(limit) == "text" and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", limit):
+        return float(limit)
+    if get_kind(limit) != "number":
         raise ValueError("values must be one number")
-    limit = float(values[0])
-    return values[0] if get_kind(values[0]) == "number" else limit
+    return limit
 
 
 def is_contained(selector, value, combine):

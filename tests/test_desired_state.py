@@ -59,6 +59,16 @@ class Manifest(unittest.TestCase):
         for version in (1, 2 ** 24 + 1, 2 ** 53 + 1, 2 ** 64 - 1):
             self.assertEqual(parse(make_manifest(manifestVersion=version)).version, version)
 
+    def test_a_float_is_a_version_as_long_as_it_tells_which(self):
+        """C-103, D-5: 2^53 + 1 with a fraction of zero reads as 2^53, so from there on a float says nothing."""
+        whole = json.dumps(make_manifest())
+        for text, version in (("7.0", 7), ("1e2", 100), ("9007199254740991.0", 2 ** 53 - 1)):
+            manifest = margo_agent.parse_manifest(whole.replace(": 7", f": {text}", 1).encode(), BASE)
+            self.assertEqual((manifest.version, type(manifest.version)), (version, int))
+        for text in ("9007199254740993.0", "9007199254740992.0", "1e19", "1e400", "-0.0", "1" + "0" * 5000):
+            with self.assertRaises(margo_agent.Refused):
+                margo_agent.parse_manifest(whole.replace(": 7", f": {text}", 1).encode(), BASE)
+
     def test_every_fault_of_a_manifest_refuses_it_and_is_named(self):
         """C-107, C-109, C-058: exit code 4, with the field."""
         sha512 = "sha512:" + "a" * 128
@@ -199,13 +209,55 @@ class Deployment(unittest.TestCase):
             ("spec.parameters.greeting.targets", "spec.parameters.greeting.targets.0", {"pointer": "X"}),
             ("deviceConstraints:", f"{PROFILE}.deviceConstraints", []),
             ("memory", f"{PROFILE}.deviceConstraints", {"capacityRequirements": {"memory": "1 Gi"}}),
-            ("cpu.cores", f"{PROFILE}.deviceConstraints", {"capacityRequirements": {"cpu": {"cores": "two"}}}))
+            ("cpu.cores", f"{PROFILE}.deviceConstraints", {"capacityRequirements": {"cpu": {"cores": "two"}}}),
+            ("cpu.cores", f"{PROFILE}.deviceConstraints", {"capacityRequirements": {"cpu": {"cores": True}}}),
+            ("cpu.cores", f"{PROFILE}.deviceConstraints", {"capacityRequirements": {"cpu": {"cores": -1}}}),
+            ("cpu.cores", f"{PROFILE}.deviceConstraints", {"capacityRequirements": {"cpu": {}}}),
+            ("architectures", f"{PROFILE}.deviceConstraints", {"capacityRequirements": {"cpu": {"cores": 1, "architectures": False}}}),
+            ("architectures", f"{PROFILE}.deviceConstraints", {"capacityRequirements": {"cpu": {"cores": 1, "architectures": "arm64"}}}),
+            ("capacityRequirements:", f"{PROFILE}.deviceConstraints", {"capacityRequirements": []}),
+            ("capacityRequirements:", f"{PROFILE}.deviceConstraints", {"capacityRequirements": 0}),
+            ("eligibilityRules:", f"{PROFILE}.deviceConstraints", {"eligibilityRules": {}}),
+            ("eligibilityRules:", f"{PROFILE}.deviceConstraints", {"eligibilityRules": False}),
+            ("memory", f"{PROFILE}.deviceConstraints", {"capacityRequirements": {"memory": "9" * 5000 + "Gi"}}),
+            ("spec.parameters.greeting.value", "spec.parameters.greeting.value", [["a"]]),
+            ("spec.parameters.greeting.value", "spec.parameters.greeting.value", [{"a": 1}]))
         for expected, path, value in table:
             with self.subTest(path=path, value=value):
                 with self.assertRaises(margo_agent.ComponentError) as caught:
                     load(change(path, value))
                 self.assertIn(expected, caught.exception.message)
                 self.assertEqual(caught.exception.code, "INVALID_DEPLOYMENT")
+
+    def test_conditions_that_say_nothing_are_none(self):
+        """C-200"""
+        for value in (None, {}, {"capacityRequirements": None, "eligibilityRules": None}, {"capacityRequirements": {}, "eligibilityRules": []},
+                      {"capacityRequirements": {"cpu": None, "memory": None}, "later": 1},
+                      {"capacityRequirements": {"cpu": {"cores": 0.5, "architectures": None}, "gpu": 1}}):
+            with self.subTest(value):
+                self.assertEqual(load(change(f"{PROFILE}.deviceConstraints", value)).constraints, value)
+
+    def test_cores_that_are_no_number_are_refused(self):
+        """C-200: what compares as false with everything would be met by every device."""
+        with self.assertRaises(margo_agent.ComponentError) as caught:
+            load("id: " + HELLO + """
+metadata: {name: n, namespace: s, deviceId: d}
+spec:
+  applicationId: a
+  deploymentProfile:
+    type: compose
+    components: [{name: c, properties: {repository: "oci://h/x", revision: "1.0.0"}}]
+    deviceConstraints: {capacityRequirements: {cpu: {cores: .nan}}}
+""")
+        self.assertIn("cpu.cores", caught.exception.message)
+
+    def test_a_value_that_the_device_has_to_find_is_not_taken_for_none(self):
+        """C-182: the draft's valueFrom without a value to fall back on fails the deployment; with one, that counts."""
+        with self.assertRaises(margo_agent.ComponentError) as caught:
+            load(change("spec.parameters.greeting", {"valueFrom": {"device": {"key": "k"}}, "targets": []}))
+        self.assertEqual(caught.exception.code, "PARAMETER_INVALID")
+        self.assertIn("greeting", caught.exception.message)
+        self.assertEqual(load(change("spec.parameters.greeting.valueFrom", {"device": {"key": "k"}})).parameters[0].name, "greeting")
 
     def test_a_type_that_nothing_here_runs_has_a_code_of_its_own(self):
         """C-168"""

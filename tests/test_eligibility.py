@@ -8,7 +8,7 @@ from tests.support import HELLO
 CAPABILITIES = {
     "properties": {"id": "line-4", "vendor": "Example Industries", "cpus": [{"cores": 4, "architecture": "arm64"}, {"cores": 2.5}],
                    "memory": "2Gi", "storage": "64 Gi", "interfaces": [{"type": "ethernet", "speed": 1000}, {"type": "wifi", "speed": 300}],
-                   "empty": [], "null": None, "a/b": {"c~d": "deep"}, "number": 4, "text": "4", "flag": True, "object": {"x": 1},
+                   "empty": [], "null": None, "a/b": {"c~d": "deep"}, "number": 4, "text": "4", "flag": True, "flags": [True], "object": {"x": 1},
                    "numbers": [1, 2], "texts": ["a", "b"], "mixed": [1, {"x": 1}]},
     "labels": {"zone": "west", "/vendor": "not a pointer", "shift": [1, 2], "clean": True, "level": 3}}
 
@@ -49,6 +49,7 @@ class Operators(unittest.TestCase):
             (True, "/numbers", "In", [2, 9]), (False, "/numbers", "NotIn", [2]), (True, "/numbers", "NotIn", [9]), (True, "/texts", "In", ["a"]),
             (False, "/empty", "In", ["a"]), (False, "/empty", "NotIn", ["a"]), (False, "/null", "In", ["a"]), (False, "/null", "NotIn", ["a"]),
             (False, "/object", "In", ["a"]), (False, "/object", "NotIn", ["a"]), (False, "/interfaces", "NotIn", ["a"]),
+            (False, "/flags", "In", [True]), (False, "/flags", "NotIn", [False]),
             (False, "/mixed", "In", [1]), (False, "/vendor", "In", []), (False, "/vendor", "In", "Example Industries"),
             (False, "/vendor", "In", ["Example Industries", 1]), (False, "/vendor", "In", [None]), (False, "/vendor", "In")))
 
@@ -65,7 +66,9 @@ class Operators(unittest.TestCase):
             (True, "/cpus/0/cores", "Gt", [3]), (False, "/cpus/0/cores", "Gt", [4]), (True, "/cpus/1/cores", "Lt", ["2.6"]),
             (False, "/cpus/1/cores", "Lt", [2.5]), (True, "/number", "Gt", ["3"]), (False, "/text", "Gt", [3]), (False, "/flag", "Gt", [0]),
             (False, "/number", "Gt", [3, 2]), (False, "/number", "Gt", []), (False, "/number", "Gt", ["many"]), (False, "/number", "Gt", [False]),
-            (False, "/number", "Gt", 3), (False, "/absent", "Lt", [3]), (False, "/numbers", "Gt", [0]), (False, "/number", "Gt", ["nan"])))
+            (False, "/number", "Gt", 3), (False, "/absent", "Lt", [3]), (False, "/numbers", "Gt", [0]), (False, "/number", "Gt", ["nan"]),
+            (True, "/number", "Lt", [10 ** 399]), (False, "/number", "Gt", [10 ** 399]), (True, "/number", "Lt", ["1e999"]),
+            (False, "/number", "Lt", ["inf"]), (False, "/number", "Lt", ["1_000"]), (False, "/number", "Lt", [" 9"]), (False, "/number", "Lt", [""])))
 
     def test_contains_all_and_any(self):
         """C-211: one element must satisfy; inner keys are relative to it; no values."""
@@ -149,6 +152,11 @@ class Capacity(unittest.TestCase):
         """C-201, C-202"""
         self.assertEqual(self.lack([{"propertySelector": FALSE}], memory="4Gi")[0], "INSUFFICIENT_CAPACITY")
         self.assertEqual(self.lack([{"propertySelector": FALSE}], memory="1Gi")[0], "NOT_ELIGIBLE")
+
+    def test_a_demand_beyond_all_measure_is_not_met_and_breaks_nothing(self):
+        """C-200: such a document fails alone, it never ends the cycle."""
+        for need in ({"memory": "9" * 30 + "Gi"}, {"storage": "9" * 40 + "Ei"}, {"cpu": {"cores": 10 ** 399}}, {"cpu": {"cores": float("inf")}}):
+            self.assertEqual(self.lack(**need)[0], "INSUFFICIENT_CAPACITY")
 
     def test_what_a_device_does_not_say_it_does_not_have(self):
         with self.assertRaises(margo_agent.ComponentError):
