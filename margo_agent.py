@@ -53,7 +53,13 @@ MANIFEST_TYPE = "application/vnd.margo.manifest.v1+json"
 BUNDLE_TYPE = "application/vnd.margo.bundle.v1+tar+gzip"
 DEPLOYMENT_TYPE = "application/yaml"
 JSON_TYPE = "application/json"
+SUCCESS = tuple(range(200, 300))    # of a report: HTTP has more words for it than Margo's interface names
 PROBLEM_ROOT = "https://docs.margo.org/specification/"
+# Problem types (protocol 3.7), those of the earlier catalogue too: what is said of the client, and of one request.
+DENIALS = ("not-authorized", "certificate-not-trusted", "signature-verification-failed", "wfm-client-relationship-retired")
+REFUSALS = ("invalid-request", "semantic-error", "gateway-not-found", "device-not-found", "invalid-bundle", "deployment-not-found",
+            "server-cannot-generate-response", "discovery-document-not-found", "spiffe-bundle-not-found", "invalid-client",
+            "invalid-digest-header", "invalid-certificate-format")
 
 DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
 UUID_PATTERN = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
@@ -986,8 +992,8 @@ def parse_retry_after(text, now):
     """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is unreadable (C-056)."""
     if not text:
         return None
-    if re.fullmatch(r"[0-9]{1,9}", text.strip()):
-        return float(text)
+    if re.fullmatch(r"[0-9]+", text.strip()):
+        return min(float(text), 1e9)
     from datetime import timezone
     from email.utils import parsedate_to_datetime
     try:
@@ -2275,31 +2281,34 @@ def parse_problem(body):
     errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in value.get("errors") or ()
               if isinstance(item, dict)] if isinstance(value.get("errors"), list) else []
     return Problem(kind, text("title") or text("error"), text("detail") or text("message"), value.get("retryable"),
-                   float(seconds) if isinstance(seconds, int) and 0 <= seconds < 10 ** 9 else None, text("backoffStrategy"), errors)
+                   float(seconds) if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < 10 ** 9 else None,
+                   text("backoffStrategy"), errors)
 
 
 def check_response(response, where, accepted, now):
     """Returns the response if its status is one of `accepted`, else raises what it means to a client (protocol 10).
 
-    401 and 403: Untrusted.  What says of itself that it can be retried, or is 408, 429 or 5xx: Unreachable.  Else Refused; its
-    `code` is the problem's type (C-053), or `HTTP <status>` where there is none.
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  401 and 403: Untrusted.  What
+    says of itself that it can be retried, or is 408, 429 or 5xx: Unreachable.  Else Refused; its `code` is the type, or `HTTP <status>`.
     """
     if response.status in accepted:
         return response
     problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
-    words = "; ".join(part for part in [problem.title, problem.detail] + problem.errors[:5] if part)
+    known = problem.type in REFUSALS
+    kind = "" if known or problem.type in DENIALS + ("about:blank",) else problem.type
+    words = "; ".join(part for part in [kind, problem.title, problem.detail] + problem.errors[:5] if part)
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
     header = parse_retry_after(response.headers.get("Retry-After"), now)
     retryable = problem.retryable if isinstance(problem.retryable, bool) else problem.strategy != "none" and (
         response.status in (408, 429) or response.status >= 500)
     facts = {"status": response.status, "strategy": problem.strategy, "retry_after": problem.retry_after if header is None else header}
-    if response.status in (401, 403) or problem.type == "not-authorized":
+    if response.status in (401, 403) and not known or problem.type in DENIALS:
         raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
     if retryable:
         raise Unreachable(message, **facts)
-    if 300 <= response.status < 400:
+    if 300 <= response.status < 400 and response.status != 304:
         message += "; redirects are not followed: set wfm.url, or the setting this address came from, to the final one"
-    raise Refused(message, problem.type if problem.type not in ("", "about:blank") else f"HTTP {response.status}", **facts)
+    raise Refused(message, problem.type if known else f"HTTP {response.status}", **facts)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2589,7 +2598,7 @@ def fetch_bundle(config, url, trust, now):
     if trust.get("etag") and trust.get("source") == url:
         headers["If-None-Match"] = trust["etag"]
     answer = fetch_from_mis(url, config, headers)
-    check_response(answer, f"trust bundle {url}", (200, 304), now)
+    check_response(answer, f"trust bundle {url}", (200, 304) if "If-None-Match" in headers else (200,), now)
     return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"))
 
 
@@ -3185,12 +3194,18 @@ def prove_svid(config, store, state, own, bundle, now):
 
 # Revocation lists, of the same draft: signed by the issuer of the SVIDs that they list, named by the discovery document alone.
 
+def load_crl(store, record):
+    """The bytes of one list at hand; None where there is none, or the disk spoilt it."""
+    data = read_file(store.path("crls", record["digest"][7:]), 1024 * MIB) if record.get("digest") else None
+    return data if data is not None and sha256_digest(data) == record["digest"] else None
+
+
 def load_crls(store, state):
     """[Crl] of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
     found = []
     for url, record in state["crls"].items():
-        data = read_file(store.path("crls", record["digest"][7:]), 1024 * MIB) if record.get("digest") else None
-        if data is not None and sha256_digest(data) == record["digest"]:
+        data = load_crl(store, record)
+        if data is not None:
             found.append(parse_crl(data)[1])
         elif record.get("digest"):
             log("error", "security: a revocation list at hand is lost; an older one could now pass for the newest", url=url)
@@ -3265,9 +3280,10 @@ def refresh_crls(config, store, state, issuers, now, jitter):
 def fetch_crl(config, store, url, records, issuers, now):
     """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError."""
     record = records[url]
-    headers = {name: record[key] for name, key in (("If-None-Match", "etag"), ("If-Modified-Since", "modified")) if record.get(key)}
+    known = record if load_crl(store, record) is not None else {}
+    headers = {name: known[key] for name, key in (("If-None-Match", "etag"), ("If-Modified-Since", "modified")) if known.get(key)}
     response = fetch_from_mis(url, config, headers, config.policy.max_document)
-    if check_response(response, url, (200, 304), now).status == 304:
+    if check_response(response, url, (200, 304) if headers else (200,), now).status == 304:
         return
     der, crl = parse_crl(response.body)
     if crl.this_update > now + CLOCK_SKEW:
@@ -3759,7 +3775,8 @@ class HttpSource:
         incomplete = bool(accepted and accepted.get("incomplete"))                  # a document was lost here: it comes again (D-9)
         if accepted and accepted.get("etag") and not incomplete:
             headers["If-None-Match"] = accepted["etag"]                             # C-101
-        response = self.send("GET", "/deployments", (200, 304), headers, limit=self.config.policy.max_document)
+        accept = (200, 304) if "If-None-Match" in headers else (200,)
+        response = self.send("GET", "/deployments", accept, headers, limit=self.config.policy.max_document)
         if response.status == 304:                                                  # C-102
             return None
         digest, etag = sha256_digest(response.body), response.headers.get("ETag")
@@ -3796,7 +3813,7 @@ class HttpSource:
 
     def post_status(self, deployment_id, document):
         """Reports a deployment's status."""
-        self.send("POST", f"/deployments/{deployment_id}/status", (200, 201, 204), document=document)
+        self.send("POST", f"/deployments/{deployment_id}/status", SUCCESS, document=document)
 
 
 class MtlsSource(HttpSource):
@@ -3820,11 +3837,11 @@ class MtlsSource(HttpSource):
 
     def put_capabilities(self, device_id, document):
         """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send("PUT", f"/capabilities/{device_id}", (200, 201, 204), document=document)
+        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
 
     def delete_capabilities(self, device_id):
         """Deregisters a device; one that the WFM does not know is deregistered already."""
-        self.send("DELETE", f"/capabilities/{device_id}", (200, 204, 404))
+        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
 
 
 class SignedSource(HttpSource):
@@ -3878,16 +3895,16 @@ class SignedSource(HttpSource):
         methods = ["PUT", "POST"] if device_id in (self.state["enrollment"] or {}).get("devices", {}) else ["POST", "PUT"]
         document = make_older_capabilities(document, self.config.wfm.dialect)
         try:
-            self.send(methods[0], path, (200, 201, 204), document=document)
+            self.send(methods[0], path, SUCCESS, document=document)
         except Refused as error:
             if error.code not in ("HTTP 404", "HTTP 405", "HTTP 409"):
                 raise
-            self.send(methods[1], path, (200, 201, 204), document=document)
+            self.send(methods[1], path, SUCCESS, document=document)
 
     def delete_capabilities(self, device_id):
         """Deregisters a device; dialect a has nothing of the kind."""
         if self.config.wfm.dialect == "b":
-            self.send("DELETE", f"/capabilities/{device_id}", (200, 204, 404))
+            self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
 
     def post_status(self, deployment_id, document):
         """Reports a deployment's status with that generation's fields."""

@@ -854,6 +854,12 @@ class RemoteBundle(RemoteCase):
                 self.assertIsNone(self.cached())
                 self.assertEqual({"source", "etag", "sequence", "refreshedAt"} & set(self.state["trust"]), set())
 
+    def test_a_304_that_nobody_asked_for_is_no_bundle(self):
+        """C-037: without a bundle at hand there is nothing that could be unchanged."""
+        self.wfm.fault({"path": BUNDLE, "status": 304})
+        self.assertIn("HTTP 304", self.refuse(Untrusted))
+        self.assertIsNone(self.cached())
+
     def test_an_identity_service_that_is_away_keeps_the_bundle_at_hand(self):
         """C-038, C-042, D-29: an offline device validates with what it has."""
         bundle = self.refresh()[0]

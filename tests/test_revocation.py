@@ -70,6 +70,17 @@ class Lists(RevocationCase):
         self.assertEqual(self.asked("anchor.crl", "issuing.crl"), [("anchor.crl", 304), ("issuing.crl", 304)])
         self.assertEqual(self.held(), before)
 
+    def test_a_list_that_the_disk_lost_is_fetched_whole(self):
+        """E-082, E-086: unchanged at the service is no reason to go on without it."""
+        folder = os.path.join(self.device.state_dir, "crls")
+        before = self.list_files()
+        self.assertEqual(len(os.listdir(folder)), 2)
+        for name in os.listdir(folder):
+            os.remove(os.path.join(folder, name))
+        self.cycle_due()
+        self.assertEqual(self.asked("anchor.crl", "issuing.crl"), [("anchor.crl", 200), ("issuing.crl", 200)])
+        self.assertEqual(sorted(self.list_files()), sorted(before))
+
     def test_a_revoked_wfm_gets_no_request(self):
         """E-083, C-013: refused before a request, exit code 5, also by a list that has ended."""
         self.mis.revoke("anchor", self.wfm_leaf.serial)

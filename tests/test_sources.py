@@ -94,6 +94,23 @@ class Poll(SourceCase):
         self.device.cycle()
         self.assertEqual(len(self.fetched()), 9)
 
+    def test_a_bundle_refused_in_words_of_the_wfms_own_is_replaced_too(self):
+        """C-054: a type that is not Margo's leaves the status, and that is 404."""
+        self.publish(8)
+        self.wfm.fault({"path": "/api/v1/bundles/*", "status": 404, "headers": {"Content-Type": "application/problem+json; charset=utf-8"},
+                        "body": json.dumps({"type": "https://wfm.example/problems/no-bundles-here", "title": "No bundles here"})})
+        self.device.cycle(0)
+        self.assertEqual(len(self.fetched()), 9)
+
+    def test_a_304_that_nobody_asked_for_is_refused(self):
+        """C-102: without an ETag it is no answer; a device that never had a desired state is not as desired."""
+        self.publish()
+        self.wfm.fault({"method": "GET", "path": "/api/v1/deployments", "status": 304})
+        self.assertIn("HTTP 304", self.device.cycle(4))
+        self.wfm.fault()
+        self.device.cycle(0)
+        self.assertEqual(len(self.engine.containers()), 1)
+
     def test_a_document_that_the_disk_lost_is_fetched_again(self):
         """D-9: unchanged at the WFM is no reason to leave it missing here."""
         self.publish()
@@ -348,6 +365,16 @@ class Sinks(SourceCase):
         self.publish(1, parameters={"GREETING": "x"})
         self.device.cycle()
         self.assertEqual(self.device.status()["dropped"], [])
+
+    def test_every_kind_of_success_takes_a_report(self):
+        """C-050, C-139: HTTP lets a server say 202 or 205 for what the interface calls 200 and 201; it is not sent for ever."""
+        self.publish()
+        self.wfm.fault({"method": "PUT", "status": 202, "late": True}, {"method": "POST", "status": 205, "late": True})
+        self.device.cycle(0)
+        self.assertEqual(self.device.status()["outbox"], 0)
+        count = len(self.wfm.requests())
+        self.device.cycle(0)
+        self.assertEqual([item[0] for item in self.wfm.requests()[count:]], ["GET"])
 
     def test_a_status_that_meets_a_redirect_is_kept(self):
         """P-9: only 400 and above is a verdict on the status itself."""

@@ -532,7 +532,7 @@ class Problems(unittest.TestCase):
             with self.subTest(value):
                 problem = self.parse({"type": value, "title": value, "detail": value, "backoffStrategy": value})
                 self.assertEqual((problem.type, problem.title, problem.detail, problem.strategy), ("", "", "", ""))
-        for seconds in (None, "30", -1, 1.5, [], 10 ** 400):
+        for seconds in (None, "30", -1, True, -0.5, [], 10 ** 400):
             with self.subTest(seconds):
                 self.assertIsNone(self.parse({"retryAfterSeconds": seconds}).retry_after)
         for errors in (None, "text", {"field": "x"}, 7, [], ["text", 7, None, []]):
@@ -605,8 +605,9 @@ class Verdicts(unittest.TestCase):
         """C-054."""
         kind = "https://vendor.example/quota"
         error = self.judge(409, {"type": kind, "title": "Quota", "detail": "used up"})
-        self.assertEqual((type(error), error.code), (Refused, kind))
-        self.assertIn("(Quota; used up)", error.message)
+        self.assertEqual((type(error), error.code), (Refused, "HTTP 409"))
+        self.assertIn(f"({kind}; Quota; used up)", error.message)
+        self.assertEqual(self.judge(404, {"type": TYPES + "later-invention"}).code, "HTTP 404")
         self.assertIs(type(self.judge(503, {"type": kind})), Unreachable)
         self.assertIs(type(self.judge(403, {"type": kind})), Untrusted)
 
@@ -625,6 +626,22 @@ class Verdicts(unittest.TestCase):
                 (503, "false", Unreachable), (503, 0, Unreachable), (503, None, Unreachable)):
             with self.subTest(status=status, retryable=retryable):
                 self.assertIs(type(self.judge(status, {"retryable": retryable})), kind)
+
+    def test_the_type_decides_over_401_and_403_too(self):
+        """C-053: what is known not to be about this client's rights is not taken for it."""
+        for status in (401, 403):
+            self.assertEqual(self.judge(status, {"type": TYPES + "deployment-not-found"}).code, "deployment-not-found")
+            for name in ("not-authorized", "certificate-not-trusted", "signature-verification-failed", "wfm-client-relationship-retired"):
+                self.assertIs(type(self.judge(status, {"type": TYPES + name})), Untrusted)
+
+    def test_a_number_of_seconds_may_have_a_fraction(self):
+        """C-056: a server that writes 30.0 means it as much as one that writes 30."""
+        for seconds in (30, 30.0, 1.5, 3e1):
+            self.assertEqual(self.judge(503, {"retryAfterSeconds": seconds}).retry_after, float(seconds))
+
+    def test_retry_after_beyond_all_measure_is_obeyed_as_far_as_it_goes(self):
+        """C-056: a number too long to be meant is not taken for none."""
+        self.assertGreaterEqual(self.judge(503, Retry_After="99999999999999999999").retry_after, 10 ** 8)
 
     def test_retry_after_is_read_in_both_forms_and_beats_the_body(self):
         """C-056: never earlier than the server says."""
