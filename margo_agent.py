@@ -1357,16 +1357,54 @@ def read_mapping(value, base):
     return value
 
 
+def is_number(value):
+    """Whether a value is a number that JSON can write; a boolean is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def is_words(value, words):
+    """Whether a value is a list of at least one of some words."""
+    return isinstance(value, list) and bool(value) and all(item in words for item in value)
+
+
+def is_equipment(value, kinds):
+    """Whether a value is a list of {type: one of `kinds`, all else: text}."""
+    return isinstance(value, list) and all(isinstance(item, dict) and item.get("type") in kinds and all(isinstance(x, str) for x in item.values())
+                                           for item in value)
+
+
+def is_cpus(value):
+    """Whether a value is a list of at least one {cores: number, architecture: text}."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(item, dict) and is_number(item.get("cores")) and item["cores"] > 0
+        and item.get("architecture", "arm") in ("amd64", "arm64", "arm") for item in value)
+
+
+# Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
+PERIPHERALS, INTERFACES = "gpu display camera microphone speaker", "ethernet wifi cellular bluetooth usb canbus rs232"
+PROPERTIES = {
+    "memory": (lambda item: re.fullmatch(r"[0-9]{1,18}[KMG]i", str(item)), "a size such as 512Mi"),
+    "storage": (lambda item: re.fullmatch(r"[0-9]{1,18}[KMGTPE]i", str(item)), "a size such as 512Mi"),
+    "cpus": (is_cpus, "a list of {cores: number, architecture: amd64, arm64 or arm}"),
+    "peripherals": (lambda item: is_equipment(item, PERIPHERALS.split()), f"a list with the types {PERIPHERALS}"),
+    "interfaces": (lambda item: is_equipment(item, INTERFACES.split()), f"a list with the types {INTERFACES}"),
+    "otelCollector": (lambda item: item is True, "true, as Margo demands it where workloads run"),
+    "supportedRuntimes": (lambda item: is_words(item, ("oci", "custom")), "a list of oci, custom"),
+    "supportedDeploymentTypes": (lambda item: is_words(item, ("helm", "compose", "custom")), "a list of helm, compose, custom")}
+PROPERTIES.update((name, (lambda item: isinstance(item, str) and item, "text")) for name in ("vendor", "modelNumber", "serialNumber"))
+
+
 def read_properties(value, base):
     """Capability properties; a name that begins with x- is an extension, and holds a mapping (C-090)."""
     for name, item in read_mapping(value, base).items():
         if name.startswith("x-") and not (re.fullmatch(EXTENSION_PATTERN, name) and isinstance(item, dict)):
             raise ValueError("a mapping in which x-NAME-extensions holds a mapping")
-        if name in ("memory", "storage") and not re.fullmatch(r"[0-9]+[KMGTPE]i", str(item)):
-            raise ValueError(f"a mapping in which {name} is a size such as 512Mi")
-        if name == "cpus" and not (isinstance(item, list) and item and all(
-                isinstance(cpu, dict) and isinstance(cpu.get("cores"), (int, float)) for cpu in item)):
-            raise ValueError("a mapping in which cpus is a list of {cores: number, architecture: text}")
+        if name in PROPERTIES and not PROPERTIES[name][0](item):
+            raise ValueError(f"a mapping in which {name} is {PROPERTIES[name][1]}")
+    try:
+        make_json(value)
+    except (TypeError, ValueError):
+        raise ValueError("a mapping that JSON has words for") from None
     return value
 
 
@@ -1384,7 +1422,7 @@ def read_labels(value, base):
     """Capability labels (C-087)."""
     for item in read_mapping(value, base).values():
         items = item if isinstance(item, list) else [item]
-        kinds = {"text" if isinstance(x, str) else "flag" if isinstance(x, bool) else "number" if isinstance(x, (int, float)) else "" for x in items}
+        kinds = {"text" if isinstance(x, str) else "flag" if isinstance(x, bool) else "number" if is_number(x) else "" for x in items}
         if "" in kinds or len(kinds) != 1 or (isinstance(item, list) and "flag" in kinds):
             raise ValueError("a mapping of labels to text, number, boolean, or a list of texts or of numbers")
     return value
@@ -1578,6 +1616,10 @@ def make_config(document, base, environ):
     faults += [f"registries.{host}: no registry; expected its host or host:port, as oci://HOST names it"
                for host in config.registries if not re.fullmatch(REGISTRY_PATTERN, host)]
     config.device["children"] = make_children(config.device.children, base, faults)
+    for where, device in [("device.", config.device)] + [(f"device.children[{index}].", child) for index, child in enumerate(config.device.children)]:
+        named = [word for name in ("supportedRuntimes", "supportedDeploymentTypes") for word in (device.properties or {}).get(name, ())]
+        if "custom" in named and not device.labels:
+            faults.append(f"{where}labels: not set, and needed beside `custom`, for applications to select on")         # C-089
     if config.device.children and config.wfm.profile != "mtls" and (config.wfm.profile, config.wfm.dialect) != ("signed", "b"):
         faults.append("device.children: the protocol of this wfm.profile and wfm.dialect knows no child devices")
     named = {fault.split(":")[0] for fault in faults}
@@ -7998,7 +8040,7 @@ def command_doctor(config, options):
     agent, failed = Agent(config), False
     agent.state = make_state()
     for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("children", check_children), ("hooks", check_hooks),
-                        ("identity", check_identity), ("wfm", check_connection)):
+                        ("labels", check_labels), ("identity", check_identity), ("wfm", check_connection)):
         try:
             level, words = check(agent)
         except MargoError as error:
@@ -8021,6 +8063,12 @@ def check_storage(agent):
     need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
     words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     return ("ok", words) if free > need else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
+
+
+def check_labels(agent):
+    """Whether every label is called so that no other's has its name; Margo recommends a domain before it (C-088)."""
+    bare = sorted({name for place in agent.places for name in place.device.labels if not re.match(r"[^/.]+(\.[^/.]+)+/.", name)})
+    return ("warn", f"device.labels {', '.join(bare)}: put a domain of yours before it, such as example.com/zone") if bare else ("ok", "")
 
 
 def check_clock(agent):

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import unittest
+from unittest import mock
 
 import margo_agent
 from tests import support
@@ -46,10 +47,60 @@ class Document(unittest.TestCase):
 
     def test_labels_of_other_kinds_are_refused_by_the_configuration(self):
         """C-087"""
-        for value in ({"a": 1}, None, [True], [1, "a"], [[1]], []):
+        for value in ({"a": 1}, None, [True], [1, "a"], [[1]], [], float("nan"), [float("inf")]):
             with self.assertRaises(margo_agent.ConfigError) as caught:
                 make_device(labels={"bad": value})
             self.assertIn("device.labels", caught.exception.message)
+
+
+    def test_what_a_wfm_has_to_refuse_is_refused_by_the_configuration(self):
+        """C-083, C-091: a fault of Margo's own properties is found where it was made, not at the WFM."""
+        for name, values in {"otelCollector": (False, "true", None), "supportedRuntimes": ([], ["docker"], "oci", [7]),
+                             "supportedDeploymentTypes": ([], ["helm.v3"], {}), "memory": ("59 Gi", "4Ti", 4, "Gi", "9" * 30 + "Gi"),
+                             "storage": ("1 Ti", "1T"), "vendor": (5, "", None), "serialNumber": ([],),
+                             "cpus": ([], {}, [4], [{}], [{"cores": 0}], [{"cores": True}], [{"cores": float("inf")}], [{"cores": "4"}],
+                                      [{"cores": 4, "architecture": "x86_64"}], [{"cores": 4, "architecture": None}]),
+                             "peripherals": ("gpu", ["gpu"], [{}], [{"type": "GPU"}], [{"type": "gpu", "model": 7}]),
+                             "interfaces": ({}, [{"type": "Ethernet"}], [None]), "own": (float("nan"), {1: "a", "b": 2})}.items():
+            for value in values:
+                with self.subTest(name=name, value=value):
+                    with self.assertRaises(margo_agent.ConfigError) as caught:
+                        make_device(properties={name: value})
+                    self.assertIn("device.properties", caught.exception.message)
+        good = {"cpus": [{"cores": 0.5, "architecture": "arm"}, {"cores": 4}], "memory": "8Gi", "storage": "1Ei", "peripherals": [],
+                "interfaces": [{"type": "rs232"}], "otelCollector": True, "supportedRuntimes": ["oci"], "vendor": "v", "own": {"deep": [None, 1.5]}}
+        self.assertEqual(make_device(properties=good).properties, good)
+
+    def test_custom_comes_with_labels(self):
+        """C-089: an application has to select on something."""
+        child = {"id": "c", "vendor": "v", "modelNumber": "m", "serialNumber": "s", "connection": {"CONTAINER_HOST": "unix:///c"},
+                 "properties": {"cpus": [{"cores": 1}], "memory": "1Gi", "storage": "1Gi", "supportedRuntimes": ["oci", "custom"]}}
+        for properties in ({"supportedRuntimes": ["oci", "custom"]}, {"supportedDeploymentTypes": ["custom"]}):
+            with self.assertRaises(margo_agent.ConfigError) as caught:
+                make_device(properties=properties)
+            self.assertIn("device.labels", caught.exception.message)
+            self.assertEqual(make_device(properties=properties, labels={"acme.example/vm": "2"}).properties, properties)
+        with self.assertRaises(margo_agent.ConfigError) as caught:
+            make_device(children=[child])
+        self.assertIn("device.children[0].labels", caught.exception.message)
+        make_device(children=[dict(child, labels={"acme.example/vm": "2"})])
+
+    def test_labels_are_the_operators_own_to_the_letter(self):
+        """C-088: the same names in every report, told apart by case; the agent makes up none."""
+        labels = {"plant.example/zone": "north", "Plant.example/zone": "south", "a b": 1, "/x~1": True}
+        first, second = (margo_agent.make_capabilities(DETECTED, make_device(labels=labels), "line-4", ["compose"]) for _ in range(2))
+        self.assertEqual((first["labels"], list(second["labels"])), (labels, list(labels)))
+        self.assertNotIn("labels", margo_agent.make_capabilities(DETECTED, make_device(), "line-4", ["compose"]))
+
+    def test_doctor_tells_of_labels_that_may_meet_another_ones(self):
+        """C-088: Margo recommends a domain before a label's name."""
+        class Place:
+            device = make_device(labels={"zone": "west", "plant.example/zone": "west", "example.com/": 1})
+        level, words = margo_agent.check_labels(mock.Mock(places=[Place]))
+        self.assertEqual(level, "warn")
+        self.assertIn("device.labels example.com/, zone: ", words)
+        Place.device = make_device(labels={"plant.example/zone": "west"})
+        self.assertEqual(margo_agent.check_labels(mock.Mock(places=[Place])), ("ok", ""))
 
 
 class Identifier(unittest.TestCase):
