@@ -7381,7 +7381,8 @@ class Agent:
                              "deployments": [{"deploymentId": e.deployment_id, "digest": e.digest} for e in desired.entries]}
         for entry in desired.entries:
             record = state["deployments"].get(entry.deployment_id.lower())
-            if record and record["adopted"]["digest"] == entry.digest:      # held already: the new manifest defines it too (E-113)
+            held = record and record["adopted"]["digest"] == entry.digest and record["state"] not in ("removing", "removed")
+            if held:                                # already: the new manifest defines it too (E-113)
                 record["adopted"]["version"] = desired.version
                 enqueue_status(state, record, self.device_id)
             elif not record:                        # received, not started (protocol 5.1)

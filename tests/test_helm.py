@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import unittest
 
 import margo_agent
@@ -124,6 +125,22 @@ class Charts(unittest.TestCase):
         document["spec"]["deploymentProfile"]["type"] = "helm"
         with self.assertRaises(margo_agent.ComponentError):
             margo_agent.parse_deployment(json.dumps(document).encode(), HELLO)
+
+
+class CommandLine(unittest.TestCase):
+    def test_charts_get_what_every_device_gives_and_no_more(self):
+        """C-167: no flag for hooks, custom resources or look-ups; charts may not rely on them, and none are kept from using them."""
+        folder = support.make_folder(self)
+        helm = support.write(os.path.join(folder, "helm"), f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {folder}/called; echo '{{\"version\": 3}}'\n", 0o755)
+        release = margo_agent.Release(HELLO, "web", "web-x", "plant-7", "/chart", {}, "/values.json", True, "content")
+        facts = margo_agent.HelmDriver(helm, None, dict(os.environ)).apply(release, [], {}, time.monotonic() + 100)
+        self.assertEqual(facts["release"]["hash"], "3")
+        with open(os.path.join(folder, "called")) as file:
+            called = file.read().split()
+        flags = {item.split("=")[0] for item in called if item.startswith("--")}
+        self.assertEqual(called[:4], ["upgrade", "--install", "web-x", "/chart"])
+        self.assertEqual(flags, {"--install", "--namespace", "--create-namespace", "--values", "--labels", "--reset-values", "--history-max", "--timeout",
+                                 "--output", "--wait"})
 
 
 class NoHelm(support.DeviceCase):

@@ -428,6 +428,88 @@ class Sinks(SourceCase):
         self.assertEqual(self.wfm.statuses(IDS[0])[-1], "installed")
 
 
+class Adoption(SourceCase):
+    """Which manifest version a report carries (rc.3; protocol-drafts 7)."""
+
+    def enter(self):
+        """The device's environment for this process, as long as the test runs."""
+        old = dict(os.environ)
+        self.addCleanup(lambda: (os.environ.clear(), os.environ.update(old)))
+        os.environ.update(self.device.env)
+
+    def reported(self):
+        """[(state, version)] reported for the first deployment since the last call."""
+        found = [(item["body"]["status"]["state"], item["body"]["adoptedManifestVersion"]) for item in self.wfm.reports(IDS[0])]
+        start, self.start = getattr(self, "start", 0), len(found)
+        return found[start:]
+
+    def test_a_report_carries_the_version_of_the_revision_that_is_worked_on(self):
+        """E-110 to E-114, C-134: from the first word on; a newer manifest that leaves it alone is told once; a removal has the remover's."""
+        self.publish()
+        self.device.cycle()
+        self.assertEqual(self.reported(), [("pending", 1), ("installing", 1), ("installed", 1)])
+        self.publish(2)
+        self.device.cycle()
+        self.assertEqual(self.reported(), [("installed", 2)])
+        self.device.cycle()
+        self.assertEqual(self.reported(), [])
+        self.publish(1, parameters={"GREETING": "x"})
+        self.device.cycle()
+        self.assertEqual({version for _, version in self.reported()}, {3})
+        self.wfm.withdraw(IDS[0])
+        self.device.cycle()
+        found = self.reported()
+        self.assertEqual((found[-1], {version for _, version in found}), (("removed", 4), {4}))
+
+    def test_a_revision_that_fails_is_reported_with_its_own_version(self):
+        """E-111, E-114: also where the version before was brought back, for it is the newer one that was taken up."""
+        self.publish()
+        self.device.cycle()
+        self.reported()
+        text = support.make_deployment(IDS[0], "app-0", (("web", "9.9.9"),), registry=self.wfm.registry)
+        self.wfm.publish(text, IDS[0])
+        self.device.cycle(1)
+        found = self.reported()
+        self.assertEqual((found[-1], {version for _, version in found}), (("failed", 2), {2}))
+        self.assertEqual([container["state"] for container in self.engine.containers().values()], ["running"])
+
+    def test_what_is_fetched_and_waits_is_not_reported_as_taken_up(self):
+        """E-112: accepted in front of a removal limit, a window or a stop, the old report stands until work begins."""
+        self.publish()
+        self.device.cycle()
+        self.reported()
+        self.publish(1, parameters={"GREETING": "x"})
+        self.enter()
+        with margo_agent.Agent(margo_agent.load_config(self.device.config_file), lambda: True) as agent:
+            self.assertTrue(agent.exchange())
+            with self.assertRaises(margo_agent.Interrupted):
+                agent.reconcile()
+            agent.flush_outbox()
+        self.assertEqual((self.reported(), agent.state["accepted"]["version"]), ([], 2))
+        self.device.cycle()
+        self.assertEqual({version for _, version in self.reported()}, {2})
+
+    def test_a_removal_that_is_taken_back_is_not_told_of_the_newer_manifest(self):
+        """E-112: `removed` belongs to the version that removed it, though the next one lists the same content again."""
+        self.publish()
+        self.device.cycle()
+        self.reported()
+        self.wfm.withdraw(IDS[0])
+        self.wfm.fault({"method": "POST", "status": 500, "headers": {"Retry-After": "0"}})
+        self.device.cycle(3)
+        self.wfm.fault()
+        self.publish()
+        self.enter()
+        with margo_agent.Agent(margo_agent.load_config(self.device.config_file)) as agent:
+            agent.state["patience"] = {}
+            agent.flush_outbox = lambda quiet=False: None
+            self.assertTrue(agent.exchange())
+            waiting = [(item["status"]["state"], item["adoptedManifestVersion"]) for item in agent.state["outbox"].values()]
+        self.assertEqual(waiting, [("removed", 2)])
+        self.device.cycle()
+        self.assertEqual(self.reported()[-1], ("installed", 3))
+
+
 class Cost(unittest.TestCase):
     def test_the_bundle_is_taken_where_it_costs_less(self):
         def cheaper(sizes, bundle_size, missing):
