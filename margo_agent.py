@@ -2961,10 +2961,9 @@ def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False
         raise Untrusted(f"{est['refused']}; asked again within an hour, or at once with another token")
     if step == "wait" or step and is_silent(now) and (fault or not is_silent(leaf.not_after)):
         left = est.get("at", now) + est.get("delay", 0) - now
-        silence = make_wait(Silence, "waiting for as long as the identity service, a back-off or downtime asks", left)
-        silence.exit = 3 if step == "wait" else 0   # downtime is the operator's own wish
-        if fault:
-            raise silence
+        if fault:                                   # downtime is the operator's own wish
+            raise Silence("waiting for as long as the identity service, a back-off or downtime asks", retry_after=left,
+                          exit=3 if step == "wait" else 0)
         return
     if not step:
         return
@@ -2982,9 +2981,9 @@ def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False
 
 def note_est_fault(store, state, error, end, now, jitter):
     """Keeps the back-off that follows from a fault; end: of the SVID that is still good, which has to see more than one attempt (E-045, E-062)."""
-    failures = 0 if isinstance(error, Pending) else min(state["est"].get("failures", 0) + 1, 30)
+    failures = 0 if isinstance(error, Pending) else state["est"].get("failures", 0) + 1
     refused = isinstance(error, Untrusted)
-    delay = (1 - jitter / 2) * EST_CAP if refused else (1 - jitter) * min(EST_CAP, EST_FIRST * 2 ** max(0, failures - 1))
+    delay = (1 - jitter / 2) * EST_CAP if refused else (1 - jitter) * grow(EST_FIRST, failures, EST_CAP)
     delay = delay if end is None else min(delay, (end - now) / 4)
     if isinstance(error, Pending):
         log("info", error.message)
@@ -3122,36 +3121,27 @@ class Pending(Silence):
     """The request for an SVID was accepted and waits for a decision; not a failure."""
 
 
-def make_wait(kind, message, seconds):
-    """An Unreachable of a kind that says how many seconds to wait; None: it does not."""
-    error = kind(message)
-    error.retry_after = seconds
-    return error
-
-
 def check_est_response(response, operation, now):
     """The body of a 200; raises Pending for 202, Unreachable for what passes, Untrusted for a refusal (protocol of the draft, 3.3)."""
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     if response.status == 200:
         return response.body
     if response.status == 202:                      # E-037
-        raise make_wait(Pending, "the identity service has accepted the request and has not decided yet", wait)
+        raise Pending("the identity service has accepted the request and has not decided yet", retry_after=wait)
     problem = parse_problem(response.body)
     words = problem.detail or problem.title if problem else make_printable(response.body[:500].decode("utf-8", "replace"))
     message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
     if response.status in (408, 429) or response.status >= 500:
-        raise make_wait(Unreachable, message, wait if wait is not None or not problem else problem.retry_after)
+        raise Unreachable(message, retry_after=wait if wait is not None or not problem else problem.retry_after)
     raise Untrusted(f"enrollment authorization refused: {message}")
 
 
 def read_certs_only(body):
     """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038); raises Untrusted."""
-    import base64
     if body[:1] == b"\x30":
         return body
-    text = re.sub(rb"-----(BEGIN|END) PKCS7-----", b"", body)
     try:
-        data = base64.b64decode(b"".join(text.split()), validate=True)
+        data = parse_base64(re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace")))
     except ValueError:
         data = b""
     if data[:1] != b"\x30":
@@ -3209,8 +3199,8 @@ def make_issued_chain(config, store, state, renewed, bundle, now):
     chain = make_chain(leaf, [item for item in found + issued if item.is_ca])
     data = make_pem(item.der for item in chain).encode()
     if 0 < leaf.not_before - time.time() <= CLOCK_SKEW:
-        raise make_wait(Pending, f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead of ours",
-                        leaf.not_before - time.time() + 1)
+        raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead of ours",
+                      retry_after=leaf.not_before - time.time() + 1)
     write_file(store.path("issued.try"), data)
     try:
         check_validity(leaf, time.time())
@@ -3305,8 +3295,8 @@ def refresh_crls(config, store, state, issuers, now, jitter):
             left = record["validity"] - (now - record["thisUpdate"])
             record.update(failures=0, delay=max(1, min(CRL_PERIOD * (1 + jitter), left / 2)))
         except (MargoError, ValueError) as error:
-            failures = min(record.get("failures", 0) + 1, 30)
-            delay = (1 - jitter) * min(EST_CAP, EST_FIRST * 2 ** (failures - 1))
+            failures = record.get("failures", 0) + 1
+            delay = (1 - jitter) * grow(EST_FIRST, failures, EST_CAP)
             record.update(failures=failures, delay=max(getattr(error, "retry_after", None) or 0, delay))
             log("warning", "a revocation list cannot be had; what is at hand stays", url=url, reason=getattr(error, "message", str(error)))
         record["at"] = now
@@ -6712,7 +6702,8 @@ def make_record(target, device_id):
 
     adopted: the revision that is worked on, fetched: what is on the device for it (digests, images); running, previous: {digest,
     packages, images, mark} of the last two that were installed, and {services} of `running` once another revision is worked on;
-    fallback: `running` is what should run when that has failed; repairs: how many there were without an hour's rest, repairedAt: the last.
+    fallback: `running` is what should run when that has failed; repairs: how many there were without an hour's rest, repairedAt: the last;
+    deviceId: where it is at home, left (once it has moved): where something of it may still be.
     """
     return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id, "type": "compose",
             "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None, "running": None,
@@ -6720,7 +6711,7 @@ def make_record(target, device_id):
             "repairs": 0, "repairedAt": 0}
 
 
-def begin_record(record, target, keep_states=False):
+def begin_record(record, target):
     """The record as work on the target's revision begins: all its components pending, its version adopted (E-112, E-114).
 
     What an earlier revision left (services, packages) stays known until the new one has replaced it.
@@ -6755,7 +6746,7 @@ def fail_record(record, component, error, now, jitter, refused=False):
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
-    delay = min(RETRY_CAP, RETRY_FIRST * 2 ** min(record["failures"], 10)) * (0.75 + 0.5 * jitter)
+    delay = grow(RETRY_FIRST, record["failures"] + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
     error_object = {"code": error.code, "source": error.source or component or record["name"], "message": error.message}
     if component:
         record = set_component(record, component, "failed", error_object)
@@ -7074,7 +7065,6 @@ def prune(state, store, places):
 # ------------------------------------------------------------------------------------------------------------------------------
 
 VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy", "bond", "vlan", "vxlan", "flannel")
-MARGO_PROPERTIES = ("id", "vendor", "modelNumber", "serialNumber")
 
 
 def read_fact(*path):
@@ -7180,7 +7170,6 @@ def make_capabilities(detected, device, device_id, deployment_types):
     return document
 
 
-
 # ------------------------------------------------------------------------------------------------------------------------------
 # 18. Agent
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -7250,17 +7239,13 @@ class Agent:
         """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now; spread: or a fleet just starts."""
         boot, uptime = get_uptime()
         if self.is_downtime():
-            silence = Silence("downtime: no request is made")
-            silence.exit = 0                        # the operator's own wish
-            raise silence
+            raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
         left, why = find_patience(self.state["patience"], now, boot, uptime), "the WFM or a back-off asks"
         if not left and spread and boot and uptime < START_WINDOW:
             left, why = self.spread_start(boot, uptime), "a fleet that has just started does not arrive at once"
             self.starting = max(0, left)
         if left > 0:
-            silence = Silence(f"waiting until {make_time(now + left)}: {why}")
-            silence.retry_after = left
-            raise silence
+            raise Silence(f"waiting until {make_time(now + left)}: {why}", retry_after=left)
 
     def spread_start(self, boot, uptime):
         """Seconds until the first contact since this boot; 0 where that cannot be remembered, because then each run would wait anew."""
@@ -7285,7 +7270,7 @@ class Agent:
             error.code, error.message = "CLOCK", f"{error.message}; {make_clock_fault(time.time(), stored)}"
         log("error", error.message, code=error.code)
         if isinstance(error, (Unreachable, Refused, Untrusted)):
-            failures, (boot, uptime) = min(self.state["patience"].get("failures", 0) + 1, 30), get_uptime()
+            failures, (boot, uptime) = self.state["patience"].get("failures", 0) + 1, get_uptime()
             delay = (make_backoff(failures, error.retry_after, error.strategy, get_random()) if isinstance(error, Unreachable)
                      else error.retry_after or 0)
             self.state["patience"] = {"failures": failures, "at": now, "delay": delay, "boot": boot, "uptime": uptime}
@@ -7300,7 +7285,7 @@ class Agent:
 
     def refresh_revocation(self):
         """Fetches revocation lists where there are some and it is time."""
-        if not is_within(self.config.poll.downtime, time.localtime()):
+        if not self.is_downtime():
             refresh_revocation(self.config, self.store, self.state, self.source)
 
     def exchange(self):
@@ -7726,7 +7711,7 @@ def make_backoff(failures, asked, strategy, jitter):
     less (C-056); exactly that where it says `fixed` or `none` (C-057).
     """
     asked = asked or 0
-    top = 0 if asked and strategy in ("fixed", "none") else min(BACKOFF_CAP, (asked or 2 * BACKOFF_FIRST) * 2 ** (failures - 1))
+    top = 0 if asked and strategy in ("fixed", "none") else grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP)
     return asked + jitter * max(0, top - asked)
 
 
@@ -7752,7 +7737,7 @@ def make_delay(config, state, fault, now, jitter):
     interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
     patience = state["patience"]
     if isinstance(fault, (Refused, Untrusted)):
-        return max(interval, patience.get("delay", 0), min(BACKOFF_CAP, interval * 2 ** min(patience.get("failures", 1), 10)))
+        return max(interval, patience.get("delay", 0), grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP))
     left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
     if left:
         return max(1.0, min(interval, left))        # waiting for the WFM is no reason to leave workloads unwatched
@@ -7958,9 +7943,8 @@ def command_plan(config, options):
     desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
     accepted, documents = agent.state["accepted"], {}
     if desired:
-        accepted = {"version": desired.version, "deployments": [e._asdict() for e in desired.entries]}
-        accepted["deployments"] = [{"deploymentId": e.deployment_id, "digest": e.digest} for e in desired.entries]
-        documents = desired.documents
+        entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
+        accepted, documents = {"version": desired.version, "deployments": entries}, desired.documents
     deaf = agent.observe() if accepted else {}
     if agent.device_id in deaf:
         raise deaf[agent.device_id]
