@@ -263,8 +263,8 @@ def make_signed_deployment(dialect, deployment_id=HELLO, name="hello", component
 
 
 def read_example(path):
-    """The JSON value of a document under tests/data."""
-    return read_json(os.path.join(DATA, *path.split("/")))
+    """The JSON value of a document under tests/data/examples."""
+    return read_json(os.path.join(DATA, "examples", *path.split("/")))
 
 
 def make_compose(services=None, **members):
