@@ -325,11 +325,32 @@ class Service:
         self.output.close()
 
 
-class Wfm(Service):
+class Example(Service):
+    """One of the examples with its `folder`, in which `state` is where it keeps its journals and is told what to spoil."""
+
+    def path(self, *names):
+        """A path in its folder."""
+        return os.path.join(self.folder, *names)
+
+    def fault(self, *entries):
+        """What to spoil from now on; see the description of examples/wfm.py."""
+        write(os.path.join(self.state, "faults.json"), json.dumps(list(entries)))
+
+    def lines(self, name):
+        """The entries of one of its journals."""
+        try:
+            with open(os.path.join(self.state, name)) as file:
+                return [json.loads(line) for line in file]
+        except FileNotFoundError:
+            return []
+
+
+class Wfm(Example):
     """examples/wfm.py with its folders; `url` and `registry` (host:port) are where it listens; profile: mtls, signed-a or signed-b."""
 
     def __init__(self, test, pki, *options, folder=None, profile="mtls"):
         self.folder = folder or make_folder(test)
+        self.state = self.path("state")
         for name in ("deployments", "packages", "state"):
             os.makedirs(os.path.join(self.folder, name), exist_ok=True)
         name, _, self.dialect = profile.partition("-")
@@ -343,10 +364,6 @@ class Wfm(Service):
         super().__init__(test, argv + list(options))
         self.url = self.wait_for_line("listening ")
         self.registry = self.wait_for_line("registry ").split("//")[1]
-
-    def path(self, *names):
-        """A path in its folder."""
-        return os.path.join(self.folder, *names)
 
     def publish(self, text, deployment_id=HELLO):
         """Makes a deployment part of the desired state."""
@@ -364,18 +381,6 @@ class Wfm(Service):
         for path, text in dict({"compose.yaml": compose}, **files).items():
             write(self.path("packages", name, tag, path), text)
 
-    def fault(self, *entries):
-        """What to spoil from now on; see the example's own description."""
-        write(self.path("state", "faults.json"), json.dumps(list(entries)))
-
-    def lines(self, name):
-        """The entries of one of its journals."""
-        try:
-            with open(self.path("state", name)) as file:
-                return [json.loads(line) for line in file]
-        except FileNotFoundError:
-            return []
-
     def requests(self, listener="listening"):
         """[(method, path, status)] since the start."""
         return [(item["method"], item["path"], item["status"]) for item in self.lines("requests.jsonl") if item["listener"] == listener]
@@ -389,21 +394,17 @@ class Wfm(Service):
         return [item for item in self.lines("statuses.jsonl") if item["deploymentId"].lower() == deployment_id.lower()]
 
 
-class Mis(Service):
+class Mis(Example):
     """examples/mis.py with its folder; `url` is where it listens, `est` where it enrolls."""
 
     def __init__(self, test, pki, *options):
-        self.folder = make_folder(test)
+        self.folder = self.state = make_folder(test)
         argv = [sys.executable, os.path.join(EXAMPLES, "mis.py"), "--listen", "localhost:0", "--anchor", pki.path("ca.pem"), "--anchor-key",
                 pki.path("ca.key"), "--trust-bundle", pki.path("bundle.json"), "--site-certificate", pki.path("site.pem"), "--site-key",
                 pki.path("site.key"), "--state", self.folder, "--log-requests"]
         super().__init__(test, argv + list(options))
         self.url = self.wait_for_line("listening ").replace("127.0.0.1", "localhost")
         self.est = f"{self.url}/.well-known/est/{TRUST_DOMAIN}"
-
-    def path(self, *names):
-        """A path in its folder."""
-        return os.path.join(self.folder, *names)
 
     def add_token(self, token, client=DEVICE, **members):
         """Makes an enrollment token known."""
@@ -416,18 +417,6 @@ class Mis(Service):
     def misissue(self, **members):
         """What is wrong with the next answers; see the example's own description."""
         write(self.path("misissue.json"), json.dumps(members))
-
-    def fault(self, *entries):
-        """What to spoil from now on; see examples/wfm.py."""
-        write(self.path("faults.json"), json.dumps(list(entries)))
-
-    def lines(self, name):
-        """The entries of one of its journals."""
-        try:
-            with open(self.path(name)) as file:
-                return [json.loads(line) for line in file]
-        except FileNotFoundError:
-            return []
 
     def issued(self):
         """Every SVID issued, in order."""
@@ -626,6 +615,43 @@ class Engine:
         self.podman("rmi", "--all", "--force", check=False)
         subprocess.run(["umount", "--lazy", os.path.join(self.folder, "graph", "overlay")], stderr=subprocess.DEVNULL)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class EngineCase(unittest.TestCase):
+    """A test with a real podman that its class shares, certificates, the example WFM and a device."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.engine = Engine(cls)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.engine.close()
+
+    def setUp(self):
+        self.addCleanup(self.engine.clean)
+        self.pki = Pki(self)
+        self.wfm = Wfm(self, self.pki)
+        self.device = Device(self, self.pki, self.wfm, self.engine)
+
+
+class SharedCase(unittest.TestCase):
+    """A test with certificates, and services that all tests of its class share; what they start goes with `shared`."""
+
+    @classmethod
+    def setUpClass(cls):
+        require("openssl")
+        cls.shared = Lifetime()
+        try:
+            cls.pki = Pki(cls.shared)
+            cls.start_services()
+        except BaseException:
+            cls.shared.close()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.shared.close()
 
 
 def end(process):

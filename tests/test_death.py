@@ -149,23 +149,16 @@ class Death(unittest.TestCase):
         self.assertEqual((syncs, written, [point for point in points if point[2] != "lock"]), (0, 0, []))
 
 
-class OnPodman(unittest.TestCase):
+class OnPodman(support.EngineCase):
     """D-30, P-11, P-12: the same on a real engine, at each start of one of its commands; the engine ends what it has begun."""
 
     @classmethod
     def setUpClass(cls):
         support.require("strace", "openssl")
-        cls.engine = support.Engine(cls)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.engine.close()
+        super().setUpClass()
 
     def setUp(self):
-        self.addCleanup(self.engine.clean)
-        self.pki = support.Pki(self)
-        self.wfm = support.Wfm(self, self.pki)
-        self.device = support.Device(self, self.pki, self.wfm, self.engine, {"runtime.settle": "0s"})
+        super().setUp()
         for revision in ("1.0.0", "2.0.0"):
             self.wfm.add_package(support.make_compose({"main": {"image": support.IMAGE, "command": ["sleep", revision[0] + "0000"]}}), tag=revision)
 

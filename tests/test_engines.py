@@ -38,22 +38,13 @@ def fetch(port):
     return support.wait_for(ask, 20, f"an answer on port {port}")
 
 
-class EngineCase(unittest.TestCase):
+class EngineCase(support.EngineCase):
     compose, separator, deployment_id = "builtin", "-", HELLO
 
-    @classmethod
-    def setUpClass(cls):
-        cls.engine = support.Engine(cls)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.engine.close()
-
     def setUp(self):
-        self.addCleanup(self.engine.clean)
-        self.pki = support.Pki(self)
-        self.wfm = support.Wfm(self, self.pki)
-        self.device = support.Device(self, self.pki, self.wfm, self.engine, {"runtime.compose": self.compose, "runtime.settle": "1s"})
+        super().setUp()
+        self.device.set("runtime.compose", self.compose)
+        self.device.set("runtime.settle", "1s")
 
     def publish(self, services, tag="1.0.0", parameters=None, files=None, members=None, **options):
         """Makes a compose file of these services the one component `web` of the desired state."""

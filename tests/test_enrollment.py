@@ -27,26 +27,15 @@ def read(path):
         return None
 
 
-class Site(unittest.TestCase):
+class Site(support.SharedCase):
     """A device without an SVID, an identity service and a WFM, shared by the tests of a class; each test has a token of its own."""
 
     options = ("--lifetime", "3600")
 
     @classmethod
-    def setUpClass(cls):
-        support.require("openssl")
-        cls.shared = unittest.TestCase()
-        try:
-            cls.pki = support.Pki(cls.shared)
-            cls.mis = support.Mis(cls.shared, cls.pki, *cls.options)
-            cls.wfm = support.Wfm(cls.shared, cls.pki)
-        except BaseException:
-            cls.shared.doCleanups()
-            raise
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.shared.doCleanups()
+    def start_services(cls):
+        cls.mis = support.Mis(cls.shared, cls.pki, *cls.options)
+        cls.wfm = support.Wfm(cls.shared, cls.pki)
 
     def setUp(self):
         for name in ("faults.json", "misissue.json", "revoked.json", "tokens.json", "used.json"):

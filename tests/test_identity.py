@@ -320,24 +320,14 @@ class Discovery(unittest.TestCase):
                     self.assertIn("another origin", str(caught.exception))
 
 
-class LiveCase(unittest.TestCase):
+class LiveCase(support.SharedCase):
     """One example WFM for all tests of a class: it reads certificates for each connection, so tests bring their own."""
 
     options = ()
 
     @classmethod
-    def setUpClass(cls):
-        cls.shared = unittest.TestCase()
-        try:
-            cls.pki = support.Pki(cls.shared)
-            cls.wfm = support.Wfm(cls.shared, cls.pki, *cls.options)
-        except BaseException:
-            cls.shared.doCleanups()
-            raise
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.shared.doCleanups()
+    def start_services(cls):
+        cls.wfm = support.Wfm(cls.shared, cls.pki, *cls.options)
 
     def setUp(self):
         for name in ("wfm.pem", "wfm.key", "bundle.json", "client.pem", "client.key"):
