@@ -21,7 +21,8 @@ How to read it: from top to bottom.  A section uses only sections above it.
    5 Store                    12 Plan                     19 Command line
    6 Commands                 13 Packages
    7 Transport                14 Runtimes
-"C-nnn" in comments and docstrings are the client rules of the Margo protocol digest that the tests trace.
+"C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
+are mistakes of other agents, which a test of the same mark keeps out.
 """
 # Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module that a poll may do
 # without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
@@ -3709,14 +3710,13 @@ def set_value(values, path, value):
         place = place[step]
 
 
-def make_project_name(component, deployment_id, limit=63):
-    """`<component>-<deploymentId>` as engines take names; cut to `limit` with a hash of the whole, so that no two can meet (D-19, D-20)."""
+def make_project_name(component, deployment_id):
+    """`<component>-<deploymentId>` as engines take names, at most 63 characters; what is changed or cut ends with a hash of the whole, so
+    that no two can meet (D-19, D-20).
+    """
     whole = f"{component}-{deployment_id}"
     name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
-    if name == whole and len(name) <= limit:
-        return name
-    mark = sha256_digest(whole.lower().encode())[7:17]
-    return name if name == whole.lower() and len(name) <= limit else f"{name[:limit - 11]}-{mark}"
+    return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
 
 
 def make_release_name(component, deployment_id):

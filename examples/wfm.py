@@ -303,9 +303,9 @@ class Inspection:
             return value
         return None
 
-    def items(self, parent, where, key, kind, required=True, least=0, words=None):
+    def items(self, parent, where, key, kind, least=0, words=None):
         """The good items of an array member, as (field path, item)."""
-        value = self.member(parent, where, key, "array", required)
+        value = self.member(parent, where, key, "array")
         field = f"{where}.{key}" if where else key
         if value is None:
             return []
