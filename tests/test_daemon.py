@@ -99,12 +99,12 @@ class Stop(DaemonCase):
         """P-9: every phase has a deadline, and its helper's whole group goes with it."""
         self.device.cycle()
         self.hang("ps")
-        driver = margo_agent.Agent(margo_agent.load_config(self.device.config_file)).places[0].drivers["compose"]
-        run = driver.run
-        driver.run = lambda arguments, timeout, *rest: run(arguments, 1, *rest)
         old = dict(os.environ)
         self.addCleanup(lambda: (os.environ.clear(), os.environ.update(old)))
         os.environ.update(self.device.env)
+        driver = margo_agent.Agent(margo_agent.load_config(self.device.config_file)).places[0].drivers["compose"]
+        run = driver.run
+        driver.run = lambda arguments, timeout, *rest: run(arguments, 1, *rest)
         with self.assertRaises(margo_agent.CommandTimeout):
             driver.observe(True)
         support.wait_for(lambda: not self.helpers(), what="the end of the helpers")

@@ -739,6 +739,7 @@ class Addresses(unittest.TestCase):
         self.assertEqual(self.check(wfm_url="https://host/x", git_path="/sites/line 4/").git.path, "sites/line 4")
 
     def test_a_branch_of_a_device_is_one_that_git_allows(self):
+        support.require("git")
         for device_id, path in [("line-4-cell-2", "line-4-cell-2"), ("gw/~x", "gw/%7Ex"), (".a..b.", "%2Ea%2E.b%2E"), ("x.lock", "x%2Elock"),
                                 ("a.lock/b", "a%2Elock/b"), ("1.2", "1.2")]:
             self.assertEqual(margo_agent.make_ref_path(device_id), path)
