@@ -4866,7 +4866,8 @@ class Registry:
             raise ComponentError("PULL_UNAUTHORIZED", f"{url}: HTTP {response.status}; set registries.{self.host}.username and password_file")
         if response.status != 200:
             hint = "there is no such package" if response.status == 404 else "it cannot be served now, tried again later"
-            raise ComponentError("PULL_FAILED", f"{url}: HTTP {response.status}; {hint}")
+            wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
+            raise ComponentError("PULL_FAILED", f"{url}: HTTP {response.status}; {hint}", retry_after=wait)
         if len(response.body) > limit:
             raise ComponentError("PULL_FAILED", f"{url}: the answer is longer than {limit} bytes, all that policy allows")
         return response
@@ -6746,7 +6747,7 @@ def fail_record(record, component, error, now, jitter, refused=False):
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
-    delay = grow(RETRY_FIRST, record["failures"] + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
+    delay = max(grow(RETRY_FIRST, record["failures"] + 1, RETRY_CAP) * (0.75 + 0.5 * jitter), min(error.retry_after or 0, 2 * RETRY_CAP))
     error_object = {"code": error.code, "source": error.source or component or record["name"], "message": error.message}
     if component:
         record = set_component(record, component, "failed", error_object)
@@ -6894,7 +6895,7 @@ def apply_target(target, record, containers, tools):
             record = dict(record, fallback=False)   # it is left as it is, for inspection
         elif touched and (record["fallback"] or not record["running"]):
             record, words = roll_back(record, tools) if record["fallback"] else take_back(record, target.deployment, tools)
-            error = ComponentError(error.code, f"{error.message}; {words}")
+            error = ComponentError(error.code, f"{error.message}; {words}", retry_after=error.retry_after)
         yield fail_record(record, name, error, tools.clock(), tools.jitter())
 
 
@@ -7268,7 +7269,8 @@ class Agent:
         stored = self.store.find_time()
         if isinstance(error, Untrusted) and time.time() < stored:       # no verdict on certificates is one (P-2)
             error.code, error.message = "CLOCK", f"{error.message}; {make_clock_fault(time.time(), stored)}"
-        log("error", error.message, code=error.code)
+        long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
+        log("error", error.message, code=error.code, **long)
         if isinstance(error, (Unreachable, Refused, Untrusted)):
             failures, (boot, uptime) = self.state["patience"].get("failures", 0) + 1, get_uptime()
             delay = (make_backoff(failures, error.retry_after, error.strategy, get_random()) if isinstance(error, Unreachable)

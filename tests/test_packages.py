@@ -932,6 +932,16 @@ class Fetching(RegistryCase):
                     self.assertIn(f"{site.url}{path}: HTTP {status}", message)
                     self.assertIn(words, message)
 
+    def test_a_registry_that_asks_for_patience_gets_it(self):
+        """C-056, protocol 6.2: the time goes with the error, on a package's address as on an image's."""
+        for path in (TAG, BLOB):
+            for status in (429, 503):
+                site = Site(self, make_answers())
+                site.answers[path] = (status, {"Retry-After": "120"}, b"")
+                with self.assertRaises(margo_agent.ComponentError) as caught:
+                    self.fetch(site.host)
+                self.assertEqual(caught.exception.retry_after, 120.0)
+
     def test_a_long_error_page_does_not_hide_its_status(self):
         """Protocol 6.2: an answer that is no blob may be longer than the blob."""
         site = Site(self, make_answers())

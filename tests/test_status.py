@@ -82,6 +82,14 @@ class Attempts(unittest.TestCase):
         low, high = (margo_agent.fail_record(make_record("web"), "web", ERROR, 1000, jitter)["retryAt"] - 1000 for jitter in (0, 0.999))
         self.assertTrue(low < 30 < high)
 
+    def test_a_registry_that_asks_for_patience_is_not_asked_before(self):
+        """C-056: as far as a moment ahead is not taken for the work of a wrong clock."""
+        for asked, least in ((10, 22), (700, 700), (10 ** 9, 2 * 3600)):
+            error = margo_agent.ComponentError("PULL_FAILED", "HTTP 429", retry_after=asked)
+            record = margo_agent.fail_record(make_record("web"), "web", error, 1000, 0)
+            self.assertEqual(record["retryAt"], 1000 + least)
+            self.assertTrue(margo_agent.is_ahead(record["retryAt"], 1000))
+
 
 class Outbox(unittest.TestCase):
     def setUp(self):
