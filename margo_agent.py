@@ -3816,6 +3816,7 @@ class HttpSource:
         if etag and etag != f'"{digest}"':
             log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag, digest=digest)     # C-118
         if not check_version(manifest, digest, accepted) and not incomplete:
+            accepted["etag"] = etag                 # the last one (C-101), so that the next poll may be answered by 304
             return None
         known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
         return Desired(manifest.version, etag, digest, manifest.entries, self.fetch_documents(manifest, known))

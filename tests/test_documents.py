@@ -198,6 +198,16 @@ class Answers(unittest.TestCase):
                 self.assertIsNone(source.fetch(accepted)[0])
                 self.assertEqual(source.asked[-1][2].get("If-None-Match"), etag or None)
 
+    def test_the_last_etag_counts_also_where_the_manifest_is_the_same(self):
+        """C-101, C-119: else a WFM that gives another one would send all of it with each poll, for ever."""
+        source = Folder("mtls", answers={"deployments": (200, {"ETag": '"first"'}, read("mtls", "state-manifest.json"))})
+        desired, _ = source.fetch()
+        accepted = {"version": desired.version, "digest": desired.digest, "etag": desired.etag}
+        for etag in ('"second"', None, '"third"'):
+            source.answers["deployments"] = (200, {"ETag": etag} if etag else {}, read("mtls", "state-manifest.json"))
+            self.assertIsNone(source.fetch(accepted)[0])
+            self.assertEqual(accepted["etag"], etag)
+
     def test_no_content_type_changes_what_the_bytes_are(self):
         """C-105, C-108: it is digests that decide."""
         for kind in ("application/vnd.margo.manifest.v1+json; charset=utf-8", "APPLICATION/JSON", "text/html", "application/octet-stream", "", ";;"):
