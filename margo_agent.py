@@ -3448,7 +3448,7 @@ def check_version(manifest, digest, accepted):
     if manifest.version == accepted["version"] and digest == accepted["digest"]:
         return False
     relation = "the same version with other content" if manifest.version == accepted["version"] else "an older version"
-    raise Refused(f"state manifest refused: version {manifest.version} is {relation} (accepted: {accepted['version']}); a replay,"
+    raise Refused(f"security: state manifest refused: version {manifest.version} is {relation} (accepted: {accepted['version']}); a replay,"
                   " or a WFM restored from a backup: then unenroll and enroll again")
 
 
@@ -4225,7 +4225,7 @@ class GitSource:
         if base and (not self.has(base) or self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code):
             words = f"commit {head} does not descend from the accepted {base}: history was rewritten, or set back"
             if not self.config.git.allow_rewrite:
-                raise Refused(f"{words}; revert by a new commit instead, or see git.allow_rewrite")
+                raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
             log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
         return head, self.read_files(head)
 

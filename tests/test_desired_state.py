@@ -141,7 +141,7 @@ class Version(unittest.TestCase):
         for version, content in ((6, b"six"), (7, b"other"), (6, b"seven")):
             with self.assertRaises(margo_agent.Refused) as caught:
                 self.check(version, content)
-            for word in (f"version {version}", "accepted: 7", "unenroll"):
+            for word in ("security: ", f"version {version}", "accepted: 7", "unenroll"):
                 self.assertIn(word, caught.exception.message)
 
 
