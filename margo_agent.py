@@ -3348,7 +3348,7 @@ def is_crl_signed(path, issuer):
 # ------------------------------------------------------------------------------------------------------------------------------
 
 NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
-COMPONENT_PATTERN = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+COMPONENT_PATTERN = r"[a-z0-9]([a-z0-9-]{0,198}[a-z0-9])?"           # it becomes the name of a folder
 PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
 REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
                     r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
@@ -3691,6 +3691,8 @@ def parse_value_path(pointer):
             raise ValueError("expected names parted by dots, each with [index] where it is a list")
         path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
         position = match.end()
+        if len(path) > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
         if not match.group(3):
             break
     return path
@@ -5289,10 +5291,22 @@ def make_fault(text, code="INVALID_DEPLOYMENT"):
     return ComponentError(code, f"compose.yaml: {text}")
 
 
+class Variables(dict):
+    """{NAME: text} for the interpolation of one compose file, and the characters that they and env files may bring into it: it cannot be a bomb."""
+
+    room = 8 * MIB
+
+    def spend(self, count, where):
+        """Takes characters from the room that is left; raises ComponentError where there is none."""
+        self.room -= count
+        if self.room < 0:
+            raise make_fault(f"{where}: variables and env files bring more than {Variables.room} characters into the file")
+
+
 def interpolate(text, variables, where, depth=0):
     """`$NAME`, `${NAME}`, `${NAME:-default}`, `${NAME-…}`, `${NAME:?message}`, `${NAME?…}`, `${NAME:+…}`, `${NAME+…}`, `$$` in one text.
 
-    An unset name is an empty text, as compose has it.  Raises ComponentError naming the place.
+    variables: Variables.  An unset name is an empty text, as compose has it.  Raises ComponentError naming the place.
     """
     if depth > 32:
         raise make_fault(f"{where}: a $ in more than 32 others")
@@ -5321,6 +5335,7 @@ def interpolate(text, variables, where, depth=0):
             elif operator[-1] == "+":
                 value = ""
         result.append(value or "")
+        variables.spend(len(result[-1]), where)
 
 
 def find_brace(text, position, where):
@@ -5336,21 +5351,21 @@ def find_brace(text, position, where):
     raise make_fault(f"{where}: a ${{ that is not closed")
 
 
-# Where keys are names of the application's own; everywhere else x-… keys are extensions, which are dropped unread.
-NAMES = re.compile(r"services|networks|volumes|configs|.*\.(environment|labels|sysctls|extra_hosts|ulimits|depends_on|networks|options)")
+# Below these keys, keys are names of the application's own; everywhere else x-… keys are extensions, which are dropped unread.
+NAMING = ("services", "networks", "volumes", "configs", "environment", "labels", "sysctls", "extra_hosts", "ulimits", "depends_on", "options")
 
 
-def interpolate_all(value, variables, where=""):
-    """Every text below a value interpolated; keys stay as they are, a number among them as it was spelt."""
+def interpolate_all(value, variables, where="", named=False):
+    """Every text below a value interpolated; keys stay as they are, a number among them as it was spelt.  named: they are names."""
     if isinstance(value, dict):
         result = {}
         for key, item in value.items():
             name = to_text(key, f"{where or 'the file'}: a name")
-            if name.startswith("x-") and not NAMES.fullmatch(where):
+            if name.startswith("x-") and not named:
                 continue
             if name in result:
                 raise make_fault(f"{where}: {make_printable(name, 60)} occurs twice")
-            result[name] = interpolate_all(item, variables, f"{where}.{name}" if where else name)
+            result[name] = interpolate_all(item, variables, f"{where}.{name}" if where else name, not named and name in NAMING)
         return result
     if isinstance(value, list):
         return [interpolate_all(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
@@ -5359,12 +5374,14 @@ def interpolate_all(value, variables, where=""):
 
 def parse_env_file(text, variables, where):
     """An env file's lines to {NAME: text}: `NAME=value`, `export` and quotes as compose takes them; no value over several lines."""
-    result, escapes = {}, {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\", "$": "$$"}
+    result, escapes, known = {}, {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\", "$": "$$"}, Variables(variables)
+    variables.spend(len(text), where)
+    known.room = variables.room
     for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_][\w.-]*)\s*(?:=\s*(?:'([^'\\]*)'|"((?:[^"\\]|\\.)*)"|(?!['"])(.*?)))?(?:\s+#.*)?""",
+        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_][\w.-]*)\s*(?:=(?:\s*(?:'([^'\\]*)'|"((?:[^"\\]|\\.)*)")(?:\s+#.*)?|(?!\s*['"])(.*))|\s#.*)?""",
                              line, re.S)
         if not match:
             raise make_fault(f"{where}, line {number}: expected NAME=value")
@@ -5372,10 +5389,14 @@ def parse_env_file(text, variables, where):
         if single is not None:
             result[name] = single
         elif double is not None or plain is not None:
-            raw = plain if double is None else re.sub(r"\\(.)", lambda m: escapes.get(m.group(1), m.group(0)), double)
-            result[name] = interpolate(raw, dict(result, **variables), f"{where}, line {number}")
+            raw = re.split(r"\s#", plain, maxsplit=1)[0].strip() if double is None else re.sub(
+                r"\\(.)", lambda m: escapes.get(m.group(1), m.group(0)), double)
+            result[name] = interpolate(raw, known, f"{where}, line {number}")
         elif name in variables:
             result[name] = variables[name]
+        if name in result and name not in variables:
+            known[name] = result[name]
+    variables.room = known.room
     return result
 
 
@@ -5440,7 +5461,7 @@ def to_words(value, where):
 def to_seconds(value, where):
     """Compose's durations such as 1m30s or 500ms to seconds."""
     text = to_text(value, where)
-    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(h|ms|us|m|s)", text)
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(h|ms|us|m|s)", text) if len(text) <= 100 else []
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise make_fault(f"{where}: {make_printable(text, 40)!r} is not a duration such as 1m30s")
     return sum(float(number) * {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}[unit] for number, unit in parts)
@@ -5589,7 +5610,8 @@ def check_keys(value, known, where):
         raise make_fault(f"{where}: expected a mapping")
     for key in value:
         if key not in known:
-            raise make_fault(f"{where}.{make_printable(key, 60)}: this key is not supported by the builtin driver")
+            raise make_fault(f"{where}.{make_printable(key, 60)}: this key is not supported by " + (
+                "the agent" if set(PROVIDER_KEYS) <= set(known) else "the builtin driver"))
 
 
 SERVICE_OPTIONS = {
@@ -5606,9 +5628,11 @@ SERVICE_OPTIONS = {
 SERVICE_KEYS = tuple(SERVICE_OPTIONS) + ("image", "command", "entrypoint", "environment", "env_file", "volumes", "networks", "network_mode",
                                          "depends_on", "healthcheck", "configs", "profiles", "pull_policy", "expose")
 PROJECT_KEYS = ("name", "version", "services", "networks", "volumes", "configs")
-# What goes round the checks below, or runs programs on the host itself, is refused for every driver.
-REFUSED_KEYS = ("extends", "build", "provider", "secrets", "container_name", "volumes_from", "post_start", "pre_stop", "develop", "gpus",
-                "device_cgroup_rules", "cgroup", "cgroup_parent", "uts", "runtime", "credential_spec", "use_api_socket", "links", "label_file")
+# What a provider takes besides.  All else is refused for it too: it may go round the checks below, name files of the host (`init-path`, `glob`
+# mounts), or run programs there, and each release brings more.
+PROVIDER_KEYS = ("blkio_config", "cpu_count", "cpu_percent", "cpu_period", "cpu_quota", "cpu_rt_period", "cpu_rt_runtime", "cpu_shares", "cpuset",
+                 "dns_opt", "dns_search", "domainname", "mac_address", "mem_reservation", "mem_swappiness", "memswap_limit", "oom_kill_disable",
+                 "oom_score_adj", "storage_opt")
 # An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`), so only these are taken.
 MOUNT_OPTIONS = {"ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec", "noexec", "nosuid", "nodev", "private",
                  "rprivate", "slave", "rslave"}
@@ -5639,8 +5663,11 @@ def check_policy(name, service, folder, policy):
         for item in to_list(service.get("security_opt"), f"services.{name}.security_opt"):
             if not re.fullmatch(r"no-new-privileges([:=]true)?", item):
                 deny("security_opt", f"{make_printable(item, 80)!r} is denied by policy.privileged")
-    if re.match(r"[^/]*:(?![0-9]+/)[^/]*/", str(service.get("image"))):
-        deny("image", f"{make_printable(str(service['image']), 80)!r} is read from this device's own files; an image comes from a registry")
+    image = to_text(service.get("image"), f"services.{name}.image")
+    if re.match(r"[^/]*:(?![0-9]+/)[^/]*/", image):
+        deny("image", f"{make_printable(image, 80)!r} is read from this device's own files; an image comes from a registry")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.:/@-]*", image):
+        raise make_fault(f"services.{name}.image: {make_printable(image, 100)!r} is not an image name")
     logging = to_mapping(service.get("logging"), f"services.{name}.logging")
     odd = set(to_mapping(logging.get("options"), f"services.{name}.logging.options")) - LOG_OPTIONS
     if odd:
@@ -5672,6 +5699,11 @@ def find_mount_options(volumes, where):
     """(place, option) of each option of the mounts in the `volumes` of a service."""
     for index, item in enumerate(to_items(volumes, where)):
         if isinstance(item, dict):
+            if item.get("type") not in ("bind", "volume", "tmpfs"):         # podman has one that takes patterns of host paths
+                raise make_fault(f"{where}[{index}].type: {make_printable(str(item.get('type')), 40)!r} is not supported")
+            odd = next((key for key in ("source", "target") if re.search("[:,]", str(item.get(key)))), None)
+            if odd:                                 # a provider may put it between others of both
+                raise make_fault(f"{where}[{index}].{odd}: {make_printable(str(item[odd]), 80)!r} holds a colon or comma")
             facts = to_mapping(item.get("bind"), f"{where}[{index}].bind")
             yield from ((f"volumes[{index}].bind.{key}", to_text(facts[key], f"{where}[{index}].bind")) for key in ("propagation", "selinux")
                         if key in facts)
@@ -5706,17 +5738,17 @@ def make_project(document, workload, policy, engine, strict=True):
     if not isinstance(document, dict) or not isinstance(document.get("services"), dict) or not document["services"]:
         raise make_fault("no services")
     defaults = read_inside(workload.folder, ".env", ".env") if os.path.isfile(os.path.join(workload.folder, ".env")) else ""
-    variables = dict(parse_env_file(defaults, workload.parameters, ".env"), **workload.parameters)
+    variables = Variables(workload.parameters)
+    variables.update(dict(parse_env_file(defaults, variables, ".env"), **workload.parameters))
     document = interpolate_all(document, variables)
-    if strict or "include" in document or "secrets" in document:
-        check_keys(document, PROJECT_KEYS, "the file")
+    check_keys(document, PROJECT_KEYS, "the file")
     volumes, networks = make_volumes(document, workload), make_networks(document, workload)
     services, settled = {}, {}
     for name, service in document["services"].items():
         where = f"services.{name}"
-        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]*", name):
+        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}", name):         # it becomes part of the name of a file
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
-        check_keys(service, SERVICE_KEYS if strict else set(to_mapping(service, where)) - set(REFUSED_KEYS), where)
+        check_keys(service, SERVICE_KEYS if strict else SERVICE_KEYS + PROVIDER_KEYS, where)
         if to_list(service.get("profiles"), f"{where}.profiles"):
             continue
         check_policy(name, service, workload.folder, policy)
@@ -5793,7 +5825,7 @@ def make_document(document, services, workload):
 def make_labels(workload, service, digest):
     """The labels by which containers are found again."""
     return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component, LABEL_PROJECT: workload.project,
-            LABEL_SERVICE: service, LABEL_HASH: digest, **({LABEL_DEVICE: workload.device_id} if workload.device_id else {})}
+            LABEL_SERVICE: service, LABEL_HASH: digest, LABEL_DEVICE: workload.device_id}        # all of them: an image has labels of its own
 
 
 def make_environment(service, workload, variables, where):
@@ -5935,8 +5967,6 @@ def make_service(name, service, document, workload, engine, volumes, networks):
     arguments += make_mounts(service, volumes, where)
     joined = make_attachments(service, workload, networks, where)
     image = to_text(service.get("image"), f"{where}.image")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.:/@-]*", image):
-        raise make_fault(f"{where}.image: {make_printable(image, 100)!r} is not an image name")
     pull = to_text(service.get("pull_policy", "missing"), f"{where}.pull_policy")
     if pull not in ("always", "missing", "if_not_present", "never"):
         raise make_fault(f"{where}.pull_policy: {make_printable(pull, 40)!r} is not supported by the builtin driver")
@@ -6039,8 +6069,9 @@ def judge_startup(services, facts, healthy):
 
 def mask(text, values):
     """A tool's words without the values of parameters (D-35)."""
-    for value in sorted(values, key=len, reverse=True):
-        text = text.replace(value, "***") if len(value) > 2 else text
+    spelt = {form for value in values for form in (value, make_printable(value, len(value)), *value.splitlines())}
+    for form in sorted(spelt, key=len, reverse=True):
+        text = text.replace(form, "***") if len(form) > 2 else text
     return text
 
 
@@ -6138,9 +6169,9 @@ class ComposeDriver:
 
         records: of the deployments that are known to need this driver; a leftover is looked for all the same (P-11).
         """
-        facts = "\t".join(["{{.ID}}", "{{.Names}}"] + [f'{{{{.Label "{name}"}}}}' for name in (
-            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE)] + ["{{.State}}", "{{.Status}}"])
-        form = "json" if self.engine == "podman" else facts
+        facts = [".ID", ".Names"] + [f'(.Label "{name}")' for name in (
+            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE)] + [".State", ".Status"]
+        form = "json" if self.engine == "podman" else "[" + ",".join(f"{{{{json {fact}}}}}" for fact in facts) + "]"
         output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 20 if self.remote else 60)
         if output.code:
             raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
@@ -6298,7 +6329,7 @@ class ComposeDriver:
                 self.run(["rename", item.id, name + "-old"], deadline - time.monotonic(), "INSTALL_FAILED")
         if old:
             self.run(["rename", name + "-new", name], deadline - time.monotonic(), "INSTALL_FAILED")
-            self.run(["stop"] + [item.id for item in old], deadline - time.monotonic())
+            self.stop([item.id for item in old], deadline)
         self.run(["start", name], deadline - time.monotonic(), "INSTALL_FAILED")
         return [item._replace(state="exited") for item in old]
 
@@ -6341,7 +6372,7 @@ class ComposeDriver:
             "PATH", "HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONFIG", "CONTAINER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")}
         argv = self.provider + ["--project-name", workload.project, "--file", path]
         if self.provider != ["podman-compose"]:
-            argv += ["--project-directory", workload.folder]
+            argv += ["--project-directory", workload.folder, "--env-file", os.devnull]       # else the package's .env would steer it
         changed = [service for service in project.services if not is_settled(service, ours.get(service.name, []), known.get(service.name))]
         self.remove_containers([item for service in changed for item in ours.get(service.name, []) if item.hash == service.hash
                                 and not is_usable(item, service, known.get(service.name))], deadline)      # it would leave such ones alone
@@ -6441,12 +6472,22 @@ class ComposeDriver:
         text = mask((output.stdout.decode("utf-8", "replace").strip() + "\n" + output.stderr).strip(), workload.parameters.values())
         return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
 
+    def stop(self, ids, deadline):
+        """Stops containers within their own grace period, and kills them where that is longer than there is time; returns the deadline."""
+        try:
+            self.run(["stop"] + ids, deadline - time.monotonic())
+        except CommandTimeout:
+            log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
+            self.run(["kill"] + ids, 60)
+            deadline = time.monotonic() + 60
+        return deadline
+
     def remove_containers(self, containers, deadline):
         """Stops containers within their own grace period and removes them."""
         ids = [container.id for container in containers]
         active = [container.id for container in containers if container.state not in ("exited", "created", "stopped")]
         if active:
-            self.run(["stop"] + active, deadline - time.monotonic())         # what cannot be stopped is removed by force
+            deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
         if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
             return
         for _ in ids:                               # one whose network another one shares goes only after that one, and alone
@@ -6505,13 +6546,13 @@ def parse_containers(data, engine):
                                             labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), state, item.get("ExitCode", 0),
                                             "compose", labels.get(LABEL_DEVICE, ""), item.get("StartedAt", 0), health))
         else:
-            for line in data.decode("utf-8", "replace").splitlines():
-                *marks, device_id, state, status = line.split("\t")
+            for line in data.splitlines():
+                *marks, device_id, state, status = parse_json(line, "docker ps")
                 state, health = find_health(state, status)
                 containers.append(Container(*marks, state=state, exit_code=None, type="compose", device_id=device_id, health=health))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
-    return containers
+    return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
 
 
 Release = define("Release", "deployment_id component name namespace chart values values_file wait content",
@@ -6605,7 +6646,7 @@ class HelmDriver:
         values_file = os.path.join(folder, content + ".json")
         write_file(values_file, make_json(values))
         for other in set(os.listdir(folder)) - {content + ".json"}:
-            os.remove(os.path.join(folder, other))
+            remove_file(os.path.join(folder, other))        # a package of the time when it was a compose component goes by itself
         chart = store.path("artifacts", package["digest"].replace(":", "-"))
         return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values, values_file, component.wait,
                        content), package

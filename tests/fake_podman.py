@@ -133,6 +133,8 @@ class Engine:
         for name in split(arguments)[1]:
             self.find(name)[1].update(state="exited", code=137)
 
+    kill = stop
+
     def rm(self, arguments):
         options, names = split(arguments)
         for name in names:

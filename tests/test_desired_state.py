@@ -266,6 +266,12 @@ spec:
         self.assertEqual(caught.exception.code, "UNSUPPORTED_TYPE")
         self.assertIn("'wasm'", caught.exception.message)
 
+    def test_a_component_whose_name_no_folder_can_have_is_refused(self):
+        with self.assertRaises(margo_agent.ComponentError) as caught:
+            load(support.make_deployment(components=(("w" * 250, "1.0.0"),)))
+        self.assertEqual(caught.exception.code, "INVALID_DEPLOYMENT")
+        self.assertIn("components[0].name", caught.exception.message)
+
     def test_two_components_of_one_name_are_refused(self):
         with self.assertRaises(margo_agent.ComponentError) as caught:
             load(support.make_deployment(components=(("web", "1.0.0"), ("web", "1.1.0"))))

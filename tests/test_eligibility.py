@@ -70,6 +70,10 @@ class Operators(unittest.TestCase):
             (True, "/number", "Lt", [10 ** 399]), (False, "/number", "Gt", [10 ** 399]), (True, "/number", "Lt", ["1e999"]),
             (False, "/number", "Lt", ["inf"]), (False, "/number", "Lt", ["1_000"]), (False, "/number", "Lt", [" 9"]), (False, "/number", "Lt", [""])))
 
+    def test_numbers_that_no_float_holds_are_compared_all_the_same(self):
+        """A document that asks for them fails or fits by itself, and never the agent."""
+        self.check(((False, "/number", "Gt", [10 ** 399]), (True, "/number", "Lt", [10 ** 399]), (False, "/number", "Lt", [-10 ** 399])))
+
     def test_contains_all_and_any(self):
         """C-211: one element must satisfy; inner keys are relative to it; no values."""
         fast_wifi = [("/type", "In", ["wifi"]), ("/speed", "Gt", [500])]

@@ -52,7 +52,7 @@ class Values(unittest.TestCase):
     def test_what_is_no_pointer_or_contradicts_another_fails_the_component(self):
         for parameters in ([("", 1)], [("a.", 1)], [(".a", 1)], [("a..b", 1)], [("a[x]", 1)], [("a[", 1)], [("a[0]b", 1)], [("[0]", 1)],
                            [("a[9999]", 1)], [("a\\", 1)], [("a", 1), ("a.b", 2)], [("a.b", 1), ("a", 2)], [("a[0]", 1), ("a.b", 2)],
-                           [("a.b", 1), ("a[0]", 2)]):
+                           [("a.b", 1), ("a[0]", 2)], [(".".join("a" * 5000), 1)], [("a" + "[0]" * 5000, 1)]):
             with self.assertRaises(margo_agent.ComponentError, msg=repr(parameters)) as caught:
                 self.make(*parameters)
             self.assertEqual(caught.exception.code, "PARAMETER_INVALID")

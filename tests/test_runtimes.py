@@ -28,7 +28,7 @@ CORPUS = os.path.join(support.DATA, "compose")
 PROJECT = f"web-{support.HELLO}"
 IMAGE = support.IMAGE
 MARGO_LABELS = ("org.margo.deployment", "org.margo.component", "org.margo.project", "org.margo.service",
-                "org.margo.hash")
+                "org.margo.hash", "org.margo.device")
 
 
 def list_corpus(kind):
@@ -102,7 +102,7 @@ def make_document(keys, **members):
 # Interpolation
 
 class Interpolation(RuntimeCase):
-    VARIABLES = {"SET": "value", "EMPTY": "", "PRICE": "5$SET", "_under": "u", "A1": "one"}
+    VARIABLES = margo_agent.Variables({"SET": "value", "EMPTY": "", "PRICE": "5$SET", "_under": "u", "A1": "one"})
     FORMS = [                                       # also given to Docker Compose, see below
         ("plain", "plain"), ("", ""), ("$SET", "value"), ("${SET}", "value"), ("<$SET>", "<value>"),
         ("$SET.x", "value.x"), ("$SETx", ""),
@@ -189,8 +189,29 @@ class Interpolation(RuntimeCase):
         self.assertEqual(sorted(service.name for service in project.services), ["main", "x-ray"])
 
 
+    def test_no_name_of_a_service_keeps_extensions(self):
+        """podman-compose runs the host's own files by `x-podman.rootfs`: what is dropped goes by where it stands, not by how that is spelt."""
+        for name in ("web.labels", "networks", "a.environment"):
+            services = self.settle({"services": {name: {"image": IMAGE, "x-podman.rootfs": "/", "labels": {"x-mine": "1"}, "networks": {
+                "labels": {"x-podman.mac_address": "1"}}}}, "networks": {"labels": None}}, strict=False).document["services"]
+            self.assertNotIn("x-podman.rootfs", services[name])
+            self.assertEqual(services[name]["labels"]["x-mine"], "1")
+            self.assertEqual(services[name]["networks"], {"labels": {}})
+
+    def test_variables_are_no_bomb(self):
+        """A few lines that double each other, or one long value that is named again and again, would take all the memory there is."""
+        laughs = "A0=aaaaaaaaaa\n" + "".join(f"A{n}=" + f"$A{n - 1}" * 10 + "\n" for n in range(1, 12))
+        self.add_file(".env", laughs)
+        self.assertRefused(make_document({}), "characters into the file")
+        self.add_file(".env", "BIG=" + "x" * 50000)
+        self.assertRefused(make_document({"command": ["$BIG"] * 2000}), "characters into the file")
+        self.add_file("a.env", "x=" + "y" * 500000)
+        self.assertRefused(make_document({"env_file": ["a.env"] * 20}), "characters into the file")
+        self.assertEqual(self.settle_service({"command": ["$BIG"] * 10}).command, ["x" * 50000] * 10)
+
+
 class EnvFiles(RuntimeCase):
-    VARIABLES = {"GIVEN": "parameter", "EMPTY": "", "BOTH": "parameter"}
+    VARIABLES = margo_agent.Variables({"GIVEN": "parameter", "EMPTY": "", "BOTH": "parameter"})
     LINES = [                                       # also given to Docker Compose, see below
         ("X=1", {"X": "1"}), ("X=", {"X": ""}), ("  X=1  ", {"X": "1"}), ("X = 1", {"X": "1"}), ("X=a b", {"X": "a b"}),
         ("# X=1", {}), ("", {}),
@@ -240,8 +261,16 @@ class EnvFiles(RuntimeCase):
                            ("A='it''s'", 1), ("A[0]=1", 1)):
             with self.subTest(text=text):
                 with self.assertRaises(margo_agent.ComponentError) as caught:
-                    margo_agent.parse_env_file(text, {}, "app.env")
+                    margo_agent.parse_env_file(text, margo_agent.Variables(), "app.env")
                 self.assertIn(f"app.env, line {line}: ", caught.exception.message)
+
+    def test_a_long_line_is_read_as_fast_as_many_lines(self):
+        """Neither blanks before what could be a comment nor names that each line could refer to make the time grow by the square."""
+        self.assertEqual(self.read("X=a" + " " * 200000 + "b"), {"X": "a" + " " * 200000 + "b"})
+        self.assertEqual(len(self.read("".join(f"X{n}=$GIVEN\n" for n in range(60000)))), 60000)
+
+    def read(self, text):
+        return margo_agent.parse_env_file(text, margo_agent.Variables(GIVEN="1"), "app.env")
 
     def test_quotes_over_several_lines_are_read_whole_or_refused(self):
         for text, expected in (('X="one\ntwo"', {"X": "one\ntwo"}), ('X="one\nB=2"', {"X": "one\nB=2"}),
@@ -249,7 +278,7 @@ class EnvFiles(RuntimeCase):
                                ("X='it\\'s'", {"X": "it's"})):
             with self.subTest(text=text):
                 try:
-                    self.assertEqual(margo_agent.parse_env_file(text, {}, "app.env"), expected)
+                    self.assertEqual(margo_agent.parse_env_file(text, margo_agent.Variables(), "app.env"), expected)
                 except margo_agent.ComponentError as error:
                     self.assertIn("app.env, line 1: ", error.message)
 
@@ -1046,6 +1075,21 @@ class Policy(RuntimeCase):
                     self.settle(document, strict=False)
                 self.assertIn(word, caught.exception.message)
 
+    def test_a_provider_is_given_known_keys_alone(self):
+        """podman-compose binds any file of the host by `init-path` and `glob` mounts, and puts what stands in a target among the options."""
+        for keys, word in (({"init-path": "/etc/shadow"}, "init-path"), ({"pod": "other"}, "pod"), ({"annotations": {"run.oci.x": "1"}}, "annotations"),
+                           ({"external_links": ["other"]}, "external_links"), ({"publishall": True}, "publishall"),
+                           ({"volumes": [{"type": "glob", "source": "/etc/*", "target": "/x"}]}, "volumes[0].type"),
+                           ({"volumes": [{"type": "bind", "source": "./a", "target": "/x:O,upperdir=/etc"}]}, "volumes[0].target"),
+                           ({"volumes": [{"type": "volume", "source": "data", "target": "/x,volume-opt=o=bind"}]}, "volumes[0].target"),
+                           ({"image": "--help"}, "services.main.image"), ({"image": ""}, "services.main.image")):
+            for strict in (False, True):
+                self.assertRefused(make_document(keys, volumes={"data": None}), word, strict=strict)
+        self.assertRefused(make_document({}, models={"a": {"model": "x"}}), "models", strict=False)
+
+    def test_a_name_that_no_file_can_have_fails_its_component_alone(self):
+        self.assertRefused({"services": {"a" * 250: {"image": IMAGE}}}, "is not a service name")
+
     def test_is_below_does_not_take_a_prefix_for_a_folder(self):
         for path, root, expected in (("/a", "/a", True), ("/a/b", "/a", True), ("/ab", "/a", False),
                                      ("/a", "/a/b", False), ("/x", "/", True),
@@ -1342,7 +1386,7 @@ class Shared(RuntimeCase):
         self.assertEqual(project.document["services"]["main"]["labels"], {
             "a": "b", "org.margo.deployment": support.HELLO, "org.margo.component": "web", "org.margo.project": PROJECT,
             "org.margo.service": "main",
-            "org.margo.hash": project.services[0].hash})
+            "org.margo.hash": project.services[0].hash, "org.margo.device": ""})
 
     def test_relative_paths_are_settled_for_every_provider(self):
         """podman-compose takes paths from beside its file, Docker Compose from --project-directory: none is left."""
@@ -1489,6 +1533,16 @@ class JudgeStartup(unittest.TestCase):
             set()), ("", [], set()))
 
 
+class Masking(unittest.TestCase):
+    def test_a_value_is_masked_however_it_is_spelt(self):
+        """D-35: a tool's words come with control characters escaped, and tools quote a text of several lines line by line."""
+        secret = "first line\n\tsecond"
+        for text in (secret, margo_agent.make_printable(secret), "error at:\n  first line\n\tsecond"):
+            masked = margo_agent.mask(text, [secret])
+            self.assertFalse("first" in masked or "second" in masked, masked)
+        self.assertEqual(margo_agent.mask("a word", ["a"]), "a word")
+
+
 class IsSettled(unittest.TestCase):
     def test_exactly_one_container_that_is_as_it_should_be(self):
         """P-7, P-12: told from what the engine shows, and from what finished before."""
@@ -1566,26 +1620,33 @@ class Finding(RuntimeCase):
 
 class ParseContainers(unittest.TestCase):
     GOOD = {"Id": "abc", "Names": ["web-1"], "State": "Running", "ExitCode": 3,
-            "Labels": {"org.margo.deployment": "d", "org.margo.component": "c", "org.margo.service": "s",
+            "Labels": {"org.margo.deployment": support.HELLO, "org.margo.component": "c", "org.margo.service": "s",
                        "org.margo.hash": "h"}}
 
     def test_what_podman_shows(self):
-        expected = margo_agent.Container("abc", "web-1", "d", "c", "s", "h", "running", 3, "compose")
+        expected = margo_agent.Container("abc", "web-1", support.HELLO, "c", "s", "h", "running", 3, "compose")
         self.assertEqual(margo_agent.parse_containers(json.dumps([self.GOOD]).encode(), "podman"), [expected])
         for data in (b"", b"[]", b"null", b"[]\n"):
             self.assertEqual(margo_agent.parse_containers(data, "podman"), [])
 
     def test_a_container_with_half_of_the_labels_is_still_ours(self):
         """P-11: what an older version left is found too, and can be removed."""
-        item = dict(self.GOOD, Labels={"org.margo.deployment": "d"})
+        item = dict(self.GOOD, Labels={"org.margo.deployment": support.HELLO})
         self.assertEqual(margo_agent.parse_containers(json.dumps([item]).encode(), "podman"),
-                         [margo_agent.Container("abc", "web-1", "d", "", "", "", "running", 3, "compose")])
+                         [margo_agent.Container("abc", "web-1", support.HELLO, "", "", "", "running", 3, "compose")])
 
     def test_what_docker_shows(self):
-        line = "\t".join(["abc", "web-1", "d", "c", "s", "h", "gw/a", "exited", "Exited (1) 3 seconds ago"])
-        expected = margo_agent.Container("abc", "web-1", "d", "c", "s", "h", "exited", None, "compose", "gw/a")
+        line = json.dumps(["abc", "web-1", support.HELLO, "c", "s", "h", "gw/a", "exited", "Exited (1) 3 seconds ago"])
+        expected = margo_agent.Container("abc", "web-1", support.HELLO, "c", "s", "h", "exited", None, "compose", "gw/a")
         self.assertEqual(margo_agent.parse_containers(f"{line}\n{line}\n".encode(), "docker"), [expected, expected])
         self.assertEqual(margo_agent.parse_containers(b"", "docker"), [])
+
+    def test_a_label_of_somebody_else_is_no_deployment(self):
+        """Any image may have such a label.  Its value becomes a folder that is removed: only an id is one."""
+        for name in ("/etc", "../../..", "", "d", support.HELLO + "\n", support.HELLO + "/.."):
+            item = dict(self.GOOD, Labels=dict(self.GOOD["Labels"], **{"org.margo.deployment": name}))
+            self.assertEqual(margo_agent.parse_containers(json.dumps([item]).encode(), "podman"), [])
+            self.assertEqual(margo_agent.parse_containers(json.dumps(["a", "b", name, "", "", "", "", "exited", ""]).encode(), "docker"), [])
 
     def test_the_state_of_health_is_in_the_words_of_the_status(self):
         """Drift of a service that runs and is not well is seen without a further command."""
@@ -1596,7 +1657,8 @@ class ParseContainers(unittest.TestCase):
             item = dict(self.GOOD, State=state, Status=status, StartedAt=17)
             (container,) = margo_agent.parse_containers(json.dumps([item]).encode(), "podman")
             self.assertEqual((container.state, container.health, container.started), expected + (17,))
-            (container,) = margo_agent.parse_containers("\t".join(["i", "n", "d", "c", "s", "h", "", state, str(status)]).encode(), "docker")
+            (container,) = margo_agent.parse_containers(json.dumps(
+                ["i", "n", support.HELLO, "c", "s", "h", "", state, str(status)]).encode(), "docker")
             self.assertEqual((container.state, container.health), expected)
 
     def test_an_answer_of_another_form_is_not_taken_for_no_containers(self):
@@ -1613,7 +1675,7 @@ class ParseContainers(unittest.TestCase):
                 with self.assertRaises(margo_agent.CommandError) as caught:
                     margo_agent.parse_containers(data, "podman")
                 self.assertIn("podman ps answered in an unknown form", caught.exception.message)
-        for data in (b"abc\n", b"a\tb\tc\td\te\tf\tg\th\n", b"a\tb\tc\td\te\tf\tg\th\ti\tj\n", b"\n", b"Error: no\n"):
+        for data in (b"abc\n", b'["a"]\n', b'["a","b","c","d","e","f","g","h","i","j"]\n', b"\n", b"Error: no\n"):
             with self.subTest(data=data):
                 with self.assertRaises(margo_agent.CommandError) as caught:
                     margo_agent.parse_containers(data, "docker")
@@ -1704,7 +1766,7 @@ class CommandLines(DriverCase):
             ["volume", "create", "--label=a=b", f"{PROJECT}_data"],
             ["create", f"--name={name}", f"--label=org.margo.deployment={support.HELLO}",
              "--label=org.margo.component=web", mark,
-             "--label=org.margo.service=main", f"--label=org.margo.hash={service.hash}",
+             "--label=org.margo.service=main", f"--label=org.margo.hash={service.hash}", "--label=org.margo.device=",
              f"--env-file={self.folder}/main.env", config, "--init",
              "--publish=80:80", f"--volume={PROJECT}_data:/d", f"--network={PROJECT}_front", "--network-alias=main",
              "--network-alias=www", IMAGE,
@@ -2013,6 +2075,18 @@ class Removal(DriverCase):
         self.assertEqual(self.changes(), [["image", "rm", IMAGE]] * 2)
 
 
+class Unwilling(DriverCase):
+    starts_processes = True
+
+    def test_what_would_stop_for_ever_is_killed(self):
+        """P-11: no grace period of an application is longer than the time that a removal has."""
+        self.apply(make_document({"stop_grace_period": "9999h"}))
+        support.write(os.path.join(self.engine.folder, "slow"), "stop")
+        self.driver.remove(support.HELLO, "web", self.driver.observe(), time.monotonic() + 1)
+        self.assertEqual(self.engine.containers(), {})
+        self.assertIn("kill", [call[0] for call in self.changes()])
+
+
 class Startup(DriverCase):
     CHECKED = {"test": ["CMD", "true"], "interval": "1ms", "retries": 2}
 
@@ -2122,7 +2196,7 @@ test ! -e {0}/fault || {{ cat {0}/fault >&2; exit 17; }}
         self.apply(make_document({}))
         self.assertEqual(self.read("arguments"), ["--project-name", PROJECT, "--file", f"{self.folder}/resolved.json",
             "--project-directory",
-                                                  self.archive, "up", "--detach", "--remove-orphans"])
+                                                  self.archive, "--env-file", "/dev/null", "up", "--detach", "--remove-orphans"])
         self.driver.provider = ["podman-compose"]
         self.apply(make_document({}))
         self.assertEqual(self.read("arguments"), ["--project-name", PROJECT, "--file", f"{self.folder}/resolved.json",
