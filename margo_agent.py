@@ -313,7 +313,7 @@ class YAMLReader:
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
     NAME = re.compile(r"[^\s,\[\]{}]+")
     TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
-    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n])*\"|'(?:[^'\n]|'')*'")
+    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")       # a key; without bound it takes 100 bytes for each
     KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")     # its opposite takes 3 ms to compile
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
@@ -718,6 +718,8 @@ class YAMLReader:
             self.fail("an alias to nothing before it")
         self.position = match.end()
         self.count(known[1])
+        if self.depth + measure_depth(known[0]) > MAX_DEPTH:
+            self.fail(f"nested deeper than {MAX_DEPTH} levels by aliases")
         return known[0]
 
     def skip_flow(self, parent):
@@ -908,6 +910,12 @@ class YAMLReader:
         return "\0" + chr(int(digits, 16))
 
 
+def measure_depth(value):
+    """How many levels of collections a YAML value has."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if items is None else 1 + max(map(measure_depth, items), default=0)
+
+
 def sha256_digest(data):
     """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
     import hashlib
@@ -936,8 +944,11 @@ def parse_json(data, what):
     def refuse(word):
         raise ValueError(f"{word} is not JSON")
 
+    def read_number(text):
+        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")        # as newer Pythons have it
+
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_int=read_number)
         make_json(value)                            # what cannot be written again is not taken either
         return value
     except (ValueError, RecursionError) as error:
@@ -1114,6 +1125,8 @@ def parse_crl(data):
         extensions = parse_extensions(next(value for tag, value, _ in fields[5:] if tag == 0xA0))
         scope = parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1]) if OID_CRL_SCOPE in extensions else []
         number = int.from_bytes(parse_der(extensions[OID_CRL_NUMBER][1])[0][1], "big")
+        if number >= 2 ** 160:
+            raise ValueError("its number has more than 20 octets")
     except (IndexError, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
         raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
     strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical and oid not in (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)]
@@ -1164,9 +1177,21 @@ def unpack_tar(data, max_unpacked, max_entries):
     import io
     import itertools
     import tarfile
+
+    class Headers(io.BytesIO):
+        """What tarfile reads: headers, forwards and up to a limit.  A negative size leads it in circles, and it keeps all that they hold."""
+
+        left = 64 * MIB
+
+        def read(self, size=-1):
+            self.left -= size
+            if size < 0 or self.left < 0:
+                raise ValueError("headers that are too large, or of negative size")
+            return super().read(size)
+
     plain = unpack_gzip(data, max_unpacked)
     try:
-        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
+        with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
             members = list(itertools.islice(archive, max_entries + 1))
     except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a readable tar+gzip ({error})") from None
@@ -1715,7 +1740,8 @@ class Log:
         if self.LEVELS.index(level) < self.LEVELS.index(self.level):
             return
         if self.form == "json":
-            line = make_json(dict(fields, time=make_time(time.time()), level=level, message=message)).decode()
+            import json
+            line = json.dumps(dict(fields, time=make_time(time.time()), level=level, message=message), sort_keys=True, separators=(",", ":"))
         else:
             facts = "".join(f" {key}={make_printable(str(value), 2000)}" for key, value in fields.items())
             line = f"{make_time(time.time())} {level:7} {make_printable(message, 4000)}{facts}"
@@ -2197,54 +2223,83 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
         raise make_network_error(where, error) from None
 
 
+class Guard:
+    """Ends a connection that drips: all up to the body, and each piece of that, has to come within so many seconds of the one before.
+
+    So neither the words between the pieces may drip, or never end.  end: a function that cuts the connection.
+    """
+
+    def __init__(self, seconds, end):
+        import threading
+        self.seconds, self.end, self.late, self.over = seconds, end, False, threading.Event()
+        self.renew()
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def renew(self):
+        """Gives the next piece its time."""
+        self.due = time.monotonic() + self.seconds
+
+    def watch(self):
+        """Waits for the end of the answer, or of its time."""
+        while not self.late and not self.over.wait(max(0.0, self.due - time.monotonic())):
+            self.late = time.monotonic() >= self.due
+        if self.late:
+            self.end()
+
+
 def make_opener(context, check_peer):
     """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no other schemes."""
     import http.client
     import socket
-    import threading
     import urllib.request
 
-    class Connection(http.client.HTTPSConnection):
-        """A TLS connection whose peer is checked before the first byte of a request; all up to the body has to come in four time-outs."""
+    class Connection(http.client.HTTPConnection if context is None else http.client.HTTPSConnection):
+        """A connection that is guarded, and whose peer is checked before the first byte of a request."""
 
-        late = False
+        wire = None
 
         def connect(self):
-            self.guard = threading.Timer(4 * self.timeout, self.cut)
-            self.guard.daemon = True
-            self.guard.start()
-            super().connect()
-            if check_peer:
-                try:
+            self.guard = Guard(4 * self.timeout, self.cut)
+            try:
+                super().connect()
+                self.wire = self.sock               # urllib takes the other reference away
+                if check_peer:
                     check_peer(get_chain(self.sock, context))
-                except MargoError:
-                    self.close()
-                    raise
+            except (OSError, MargoError):
+                self.guard.over.set()
+                self.close()
+                raise
 
         def getresponse(self):
             try:
-                return super().getresponse()
+                response = super().getresponse()
+                response.guard = self.guard
+                return response
             finally:
-                self.guard.cancel()
-                if self.late:
+                if self.guard.late:
                     raise TimeoutError("timed out")
 
         def cut(self):
-            """Ends a connection that drips."""
-            self.late = True
+            """Ends the connection from outside of whatever waits for it."""
             try:
-                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(self.wire or self.sock, socket.SHUT_RDWR)
             except (OSError, TypeError):
                 pass                                # it has ended by itself
 
-    class Handler(urllib.request.HTTPSHandler):
+    class Handler(urllib.request.HTTPHandler if context is None else urllib.request.HTTPSHandler):
         """urllib's own handler, but for the connection."""
 
-        def https_open(self, message):
-            return self.do_open(lambda host, **options: Connection(host, context=context, **options), message)
+        def start(self, message):
+            secure = {} if context is None else {"context": context}
+            return self.do_open(lambda host, **options: Connection(host, **secure, **options), message)
+
+        if context is None:
+            http_open = start
+        else:
+            https_open = start
 
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler() if context is None else Handler(context=context)):
+    for handler in (urllib.request.ProxyHandler(), Handler()):
         opener.add_handler(handler)
     return opener
 
@@ -2262,8 +2317,9 @@ def read_body(response, limit, timeout, where):
     """The body of a response; Refused over `limit`, Unreachable when it is cut short or slower than 1 KiB/s over four time-outs."""
     pieces, size, start = [], 0, time.monotonic()
     while True:
+        response.guard.renew()
         piece = response.read1(65536)
-        if not piece:
+        if not piece or response.guard.late:
             break
         pieces.append(piece)
         size += len(piece)
@@ -2272,6 +2328,9 @@ def read_body(response, limit, timeout, where):
         elapsed = time.monotonic() - start
         if elapsed > 4 * timeout and size < KIB * elapsed:
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
+    response.guard.over.set()
+    if response.guard.late:
+        raise Unreachable(f"{where}: timed out at {size} bytes")
     if not pieces and response.length is None and not response.chunked and where.startswith("GET") and response.status == 200:
         raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes the end of a connection for that of a head
     if response.length:
@@ -2508,7 +2567,7 @@ def parse_trust_bundle(data):
         parse_certificate(anchor)
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid)")
-    numbers = [value.get(name) if isinstance(value.get(name), int) and value.get(name) >= 0 else None
+    numbers = [value.get(name) if isinstance(value.get(name), int) and 0 <= value.get(name) <= MAX_VERSION else None
                for name in ("spiffe_sequence", "spiffe_refresh_hint")]
     return TrustBundle(anchors, *numbers)
 
@@ -4429,9 +4488,9 @@ def find_blobs(listing, max_document):
     for line in listing.split(b"\0")[:-1]:
         facts, _, name = line.partition(b"\t")
         mode, kind, blob, size = facts.decode("ascii").split()
-        name = make_printable(name.decode("utf-8", "replace"), 200)
-        if not name.lower().endswith((".yaml", ".yml")):
+        if not name.lower().endswith((b".yaml", b".yml")):
             continue
+        name = make_printable(name.decode("utf-8", "replace"), 200)
         if kind != "blob" or not mode.startswith("100"):
             ignored.append(name)
         elif int(size) > max_document:
@@ -5144,8 +5203,6 @@ def check_archive(data, max_unpacked, relaxed=False):
         if sum(entry.size for entry in entries.values()) > max_unpacked:
             raise ValueError(f"its files have more than {max_unpacked} bytes (policy.max_unpacked)")
         check_tree(entries)
-        if len({path[:match.start()] for path in entries for match in re.finditer("/", path)}) > MAX_ENTRIES:
-            raise ValueError(f"more than {MAX_ENTRIES} folders")
         compose, others = entries.get("compose.yaml"), [name for name in COMPOSE_NAMES[1:] if name in entries]
         if compose is None and others and relaxed:
             compose = entries["compose.yaml"] = entries[others[0]]._replace(path="compose.yaml")
@@ -5203,13 +5260,17 @@ def is_storable(path):
 
 
 def check_tree(entries):
-    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of others."""
+    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of others, and for too many folders."""
+    folders = set()
     for path, entry in entries.items():
-        parts = path.split("/")
-        for depth in range(1, len(parts)):
-            parent = entries.get("/".join(parts[:depth]))
-            if parent is not None and parent.kind != "folder":
-                raise ValueError(f"{path!r} lies below {parent.path!r}, which is no folder")
+        parent = path.rpartition("/")[0]
+        while parent and parent not in folders:
+            if parent in entries and entries[parent].kind != "folder":
+                raise ValueError(f"{path!r} lies below {parent!r}, which is no folder")
+            folders.add(parent)
+            if len(folders) > MAX_ENTRIES:
+                raise ValueError(f"more than {MAX_ENTRIES} folders")
+            parent = parent.rpartition("/")[0]
         if entry.kind == "link":
             resolve_link(path, entries, 40)
 

@@ -1,11 +1,13 @@
 """Section 19, Command line: commands, options, exit codes, output for people and for machines."""
 import importlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import unittest
+from unittest import mock
 
 import margo_agent
 from tests import support
@@ -98,6 +100,15 @@ class Output(support.DeviceCase):
         lines = [json.loads(line) for line in self.device.cycle(0, "--log-format", "json").strip().split("\n")]
         self.assertTrue(all({"time", "level", "message"} <= set(line) for line in lines))
         self.assertIn("desired state accepted", [line["message"] for line in lines])
+
+    def test_no_form_of_the_log_holds_what_steers_a_terminal_or_cannot_be_written(self):
+        """Half characters stand in file names that are no text; those from 80 to 9f are control characters of their own."""
+        for form in ("text", "json"):
+            log, heard = margo_agent.Log(), io.StringIO()
+            log.form = form
+            with mock.patch.object(sys, "stderr", heard):
+                log("info", "a\x9b2J\u202eb\udcff", path="\x1b[2J\udcff")
+            self.assertRegex(heard.getvalue(), r"\A[ -~]+\n\Z")
 
     def test_quiet_says_only_errors_and_verbose_more(self):
         self.assertEqual(self.device.cycle(0, "-q"), "")

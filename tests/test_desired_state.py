@@ -456,6 +456,21 @@ class Bundle(unittest.TestCase):
                             (gzip.compress(b"no tar at all" * 100), "")):
             self.refuse(data, words)
 
+    def test_headers_that_say_more_than_there_is_are_refused_at_once(self):
+        """A sparse file of a terabyte, and a size below zero by which CPython's reader comes back to the same header again and again."""
+        for kind, size, real in ((tarfile.GNUTYPE_SPARSE, 0, 1 << 40), (tarfile.XHDTYPE, -512, 0), (tarfile.GNUTYPE_LONGNAME, -512, 0)):
+            info = tarfile.TarInfo("x")
+            info.type = kind
+            header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+            header[124:136] = b"\xff" + (256 ** 11 + size).to_bytes(11, "big") if size else header[124:136]
+            if real:
+                header[386:410], header[483:495] = b"00000000000\0" * 2, b"\x80" + real.to_bytes(11, "big")
+            header[148:156] = b" " * 8
+            header[148:156] = b"%06o\0 " % sum(header)
+            with self.subTest(kind=kind), self.assertRaises(margo_agent.Refused) as caught:
+                margo_agent.parse_bundle(gzip.compress(bytes(header) + bytes(4096)), [margo_agent.ManifestEntry(HELLO, digest(b"x"), 1)], 1 << 20)
+            self.assertRegex(caught.exception.message, "regular file|negative size")
+
     def test_what_unpacks_to_too_much_is_refused_before_it_is_unpacked(self):
         """D-8"""
         self.refuse(gzip.compress(b"\0" * 5000000), "more than 1000000")

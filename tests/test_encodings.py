@@ -639,7 +639,7 @@ class Refusals(Encoding):
         """Protocol 3.4: on a small device too; the reader gets 40 MiB more than it had."""
         if not os.path.exists("/proc/self/statm"):
             self.skipTest("no /proc/self/statm on this system")
-        texts = ["\n".join(lines) for lines in self.BOMBS.values()] + ["[" * 3000000, "- " * 1000000, "{a: " * 500000]
+        texts = ["\n".join(lines) for lines in self.BOMBS.values()] + ["[" * 3000000, "- " * 1000000, "{a: " * 500000, '"' + "a" * 2000000 + '"' + "[" * 65]
         here = os.path.dirname(os.path.abspath(margo_agent.__file__))
         done = subprocess.run([sys.executable, "-c", READ_IN_LITTLE_MEMORY, here], input=json.dumps(texts).encode(),
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -647,7 +647,17 @@ class Refusals(Encoding):
         answers = done.stdout.decode().split("\n")[:-1]
         self.assertEqual(len(answers), len(texts))
         for answer in answers:
-            self.assertRegex(answer, "^line [0-9]+, column [0-9]+: (more than 1000000 nodes|nested deeper than 64)")
+            self.assertRegex(answer, "^line [0-9]+, column [0-9]+: (more than 1000000 nodes|nested deeper than 64|more on this line)")
+
+    def test_aliases_make_nothing_deeper_than_it_could_be_written(self):
+        """Each anchor holds the one before: a few kilobytes, and nothing that walks the value would come back."""
+        for brackets in ("[]", ("{a: ", "}")):
+            lines = [f"a0: &a0 {brackets[0] * 30}1{brackets[1] * 30}"] + [f"a{n}: &a{n} {brackets[0] * 30}*a{n - 1}{brackets[1] * 30}" for n in range(1, 60)]
+            self.assertEqual(len(load_yaml("\n".join(lines[:2]))), 2)
+            with self.assertRaises(YAMLError) as caught:
+                load_yaml("\n".join(lines))
+            self.assertIn("nested deeper than 64 levels", str(caught.exception))
+            self.assertEqual(caught.exception.line, 3)
 
     def test_many_aliases_within_reason_are_read(self):
         value = load_yaml("a: &a [1, 2, 3]\nb: [" + ", ".join(["*a"] * 1000) + "]\n")

@@ -424,7 +424,7 @@ class Routing(GatewayCase):
         self.publish(B, SECOND)
         self.device.cycle()
         self.device.cycle()
-        self.assertEqual({c["labels"]["org.margo.deployment"]: c["labels"].get("org.margo.device") for c in self.engine.containers().values()},
+        self.assertEqual({c["labels"]["org.margo.deployment"]: c["labels"]["org.margo.device"] or None for c in self.engine.containers().values()},
                          {HELLO: None, SECOND: B, THIRD: B})
         self.without("b")
         self.device.cycle(1)

@@ -552,6 +552,12 @@ class Hostile(GitCase):
         self.device.cycle()
         self.assertEqual(len(self.engine.containers()), 5)
 
+    def test_a_long_name_is_a_document_too(self):
+        """What a log would cut is not cut where it decides: a deployment in a deep folder is not removed for that."""
+        listing = b"100644 blob %s 5\t%s\0" % (b"1" * 40, b"sites/" * 50 + b"app.yaml")
+        ((name, blob, size),), ignored = margo_agent.find_blobs(listing, 10)
+        self.assertEqual((blob, size, ignored, len(name)), ("1" * 40, 5, [], 203))
+
     def test_attributes_and_hooks_have_no_say(self):
         """Neither those of the repository, nor a hook or a filter that the machine's or the user's configuration names."""
         marker = os.path.join(self.repository.folder, "ran")

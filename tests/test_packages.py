@@ -301,6 +301,7 @@ HOSTILE = [
     ("a link at the top", pack(symlink("app", "x")), "'app' stands at the top"),
     ("a device at the top", pack(entry("app", kind=tarfile.CHRTYPE)), "'app' stands at the top"),
     ("a file in place of the folder", pack(start(), entry("app")), "'app' stands at the top"),
+    ("a folder in each of many others", pack(start(), *(entry(f"app/{n}" + "/a" * 200 + "/f") for n in range(60))), "more than 10000 folders"),
     # compose.yaml (C-157)
     ("no compose.yaml", pack(entry("app/README")), "no compose.yaml in the top-level folder"),
     ("compose.yml", pack(entry("app/compose.yml")), "(compose.yml is not taken for it)"),

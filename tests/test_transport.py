@@ -307,13 +307,25 @@ class Limits(TransportCase):
         with self.assertRaises(Unreachable):
             margo_agent.request("GET", server.url + "/x", {}, None, ours, 0.5, 1000)
 
+    def test_what_stands_between_the_pieces_of_a_body_neither_drips_nor_goes_on_for_ever(self):
+        """P-15: the length of a chunk byte by byte, or trailers without end, are no pieces whose speed could be counted; plain HTTP drips, too."""
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for start, word in ((head + b"3\r\nabc\r\n", b"0"), (head + b"3\r\nabc\r\n0\r\n", b"A: b\r\n" * 1000), (b"HTTP/1.1 200 OK\r\n", b"X")):
+            def serve(connection, over, start=start, word=word):
+                connection.sendall(start)
+                with contextlib.suppress(OSError):
+                    while not over.wait(0.02):
+                        connection.sendall(word)
+            with self.subTest(word=word[:8]):
+                self.refuse(Unreachable, serve, "timed out", timeout=0.1)
+
     def test_the_speed_that_counts_is_that_of_four_time_outs(self):
         """D-6: a link that is slow but moves may take as long as it needs."""
         for rate, seconds, given_up in ((1100, 1000, False), (900, 1000, True), (10, 39, False), (10, 42, True)):
             with self.subTest(rate=rate, seconds=seconds):
                 pieces = [bytes(rate)] * seconds + [b""]
                 with mock.patch.object(margo_agent.time, "monotonic", lambda: float(seconds + 1 - len(pieces))):
-                    source = mock.Mock(length=0, read1=lambda size: pieces.pop(0))
+                    source = mock.Mock(length=0, guard=mock.Mock(late=False), read1=lambda size: pieces.pop(0))
                     if given_up:
                         with self.assertRaises(Unreachable) as caught:
                             margo_agent.read_body(source, 10 ** 9, 10, "GET it")
