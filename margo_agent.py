@@ -1000,6 +1000,12 @@ def grow(first, times, cap):
     return min(cap, first * 2 ** min(max(times - 1, 0), 30))
 
 
+def find_left(record, now):
+    """Seconds that a record of an attempt, {at, delay}, still asks to be waited; none before its time, where a clock was set back."""
+    passed, delay = now - record.get("at", 0), record.get("delay", 0)
+    return delay - passed if 0 <= passed < delay else 0
+
+
 def parse_retry_after(text, now):
     """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is unreadable (C-056)."""
     if not text:
@@ -2958,8 +2964,7 @@ def find_est_step(est, leaf, fault, token, issued, now):
     fresh = token if token != est.get("used") else None
     if fault and fresh is None and not issued:
         raise Untrusted(f"{fault}; a fresh enrollment token in identity.est.token_file is needed, or a chain for the request of `margo_agent.py csr`")
-    waiting = est.get("at", 0) <= now < est.get("at", 0) + est.get("delay", 0)
-    if waiting and (not fault or fresh in (None, est.get("token"))):
+    if find_left(est, now) and (not fault or fresh in (None, est.get("token"))):
         return "wait"
     return "enroll" if fault else "renew"
 
@@ -3020,9 +3025,8 @@ def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False
     if step == "wait" and fault and est.get("refused"):
         raise Untrusted(f"{est['refused']}; asked again within an hour, or at once with another token")
     if step == "wait" or step and is_silent(now) and (fault or not is_silent(leaf.not_after)):
-        left = est.get("at", now) + est.get("delay", 0) - now
         if fault:                                   # downtime is the operator's own wish
-            raise Silence("waiting for as long as the identity service, a back-off or downtime asks", retry_after=left,
+            raise Silence("waiting for as long as the identity service, a back-off or downtime asks", retry_after=find_left(est, now),
                           exit=3 if step == "wait" else 0)
         return
     if not step:
@@ -3348,7 +3352,7 @@ def refresh_crls(config, store, state, issuers, now, jitter):
     for url in listed:
         note_draft(store, state, "revocation lists")
         record = records.setdefault(url, {})
-        if record.get("at", 0) <= now < record.get("at", 0) + record.get("delay", 0):
+        if find_left(record, now):
             continue
         try:
             fetch_crl(config, store, url, records, issuers, now)
@@ -7824,10 +7828,9 @@ def find_patience(patience, now, boot, uptime):
     """Seconds for which the WFM still wants to be left alone: by the clock that nobody sets where this is the same boot, else by the
     wall clock, which may have jumped: no jump makes the wait longer than it was.
     """
-    if not patience.get("delay"):
-        return 0
-    passed = uptime - patience["uptime"] if patience.get("boot") == boot else now - patience["at"]
-    return patience["delay"] - passed if 0 <= passed < patience["delay"] else 0
+    if patience.get("boot") == boot:
+        return find_left(dict(patience, at=patience["uptime"]), uptime)
+    return find_left(patience, now)
 
 
 def make_start(uptime, poll, known, jitter):
@@ -7999,15 +8002,14 @@ def wait_for_svid(agent):
         try:
             return agent.tend_identity()
         except Silence as error:
-            est = agent.state["est"]
-            left = est.get("at", 0) + est.get("delay", 0) - time.time()
-            if not sys.stderr.isatty() or left <= 0:
+            left = find_left(agent.state["est"], time.time())
+            if not sys.stderr.isatty() or not left:
                 raise
-            while left > 0:
+            while left:
                 sys.stderr.write(f"\r{error.message}; next request in {left:.0f} s ...  ")
                 sys.stderr.flush()
                 time.sleep(min(1, left))
-                left = est["at"] + est["delay"] - time.time()
+                left = find_left(agent.state["est"], time.time())
             sys.stderr.write("\n")
         except NotRenewed as error:
             log("warning", error.message)

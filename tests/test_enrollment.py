@@ -202,6 +202,19 @@ class Enrollment(Site):
                 self.assertIn(b"s3cr:et", read(device.token))
         self.assertEqual(self.wfm.requests()[self.start[2]:], [])
 
+    def test_downtime_without_an_svid_is_waited_out_quietly(self):
+        """The draft's 4: also where the last attempt is long past, a daemon's next cycle is due after an interval and not at once."""
+        self.mis.fault({"path": "*/simpleenroll", "status": 503, "times": 1})
+        self.device.cycle(3)
+        state = self.device.state()
+        state["est"]["at"] -= 10000
+        support.write(os.path.join(self.device.state_dir, "state.json"), margo_agent.make_json(state))
+        self.device.set("poll.downtime", ["00:00-24:00"])
+        agent = margo_agent.Agent(margo_agent.load_config(self.device.config_file))
+        with mock.patch.dict(os.environ, self.device.env), mock.patch.object(margo_agent, "log", lambda *_, **__: None):
+            outcome = agent.cycle()
+        self.assertEqual((outcome.code, outcome.delay > 50), (0, True))
+
     def test_certs_only_in_every_form_and_order(self):
         """E-038: base64, DER, PEM and BER; the leaf last and among others."""
         for odd in ({"form": "der"}, {"form": "pem"}, {"form": "ber"}, {"extra": 5, "last": True}, {"extra": 2, "form": "ber", "cacerts": "none"}):
