@@ -2526,9 +2526,10 @@ def load_key_pair(context, certificate_file, key_file, where="identity"):
     except (OSError, ValueError) as error:
         if asked:
             raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
-        fault = f"{where}.key {key_file}: unreadable, or not the key of {where}.certificate ({error})"
+        strange = "MISMATCH" in (getattr(error, "reason", None) or "")
+        fault = f"{where}.key {key_file}: {'not the key of' if strange else 'unreadable, beside'} {where}.certificate ({error})"
         times = [os.stat(path).st_mtime for path in (certificate_file, key_file)]
-        if "MISMATCH" in (getattr(error, "reason", None) or "") and max(times) > min(times) + 1 and 0 <= time.time() - max(times) < HALF_DONE:
+        if strange and max(times) > min(times) + 1 and 0 <= time.time() - max(times) < HALF_DONE:
             raise HalfDone(f"{fault}; one of them was just replaced, the other one is waited for") from None
         raise Untrusted(fault) from None
 
@@ -2673,6 +2674,15 @@ def fetch_chain(url, context, timeout):
                              timeout)
         found.extend(parse_pem(output.stdout.decode("ascii", "replace")))
     return found
+
+
+def is_signed(der, issuer):
+    """Whether a certificate is signed by the key of another one: openssl says it, where Python shows no verified chain."""
+    import tempfile
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(make_pem([der]).encode())
+        file.flush()
+        return not run_command(["openssl", "verify", "-partial_chain", "-trusted", "/dev/stdin", file.name], 60, data=make_pem([issuer]).encode()).code
 
 
 def fetch_from_mis(url, config, headers, limit=MAX_CERTIFICATES):
@@ -3087,7 +3097,13 @@ def obtain_svid(config, store, state, leaf, fault, mark, now):
     if chain is None:
         if not os.path.exists(store.path("issued.p7")):
             request_svid(config, store, state, renewed, mark, now)
-        chain = make_issued_chain(config, store, state, renewed, bundle, now)
+        try:
+            chain = make_issued_chain(config, store, state, renewed, bundle, now)
+        except NoPath:                              # a rotation may be under way
+            known, bundle = bundle, refresh_trust_bundle(config, store, state, trust_domain, now)
+            if known.anchors == bundle.anchors:
+                raise
+            chain = make_issued_chain(config, store, state, renewed, bundle, now)
         write_file(store.path("issued.pem"), chain)
     own = parse_identity(parse_pem(chain.decode("ascii")), store.path("issued.pem"), store.path("issued.pem") if combined else config.identity.key)
     if renewed:
@@ -3181,12 +3197,20 @@ def make_renewal_csr(leaf, key_file):
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
 
 
+class NoPath(Untrusted):
+    """An issued SVID does not lead to the trust bundle."""
+
+
 class Pending(Silence):
     """The request for an SVID was accepted and waits for a decision; not a failure."""
 
 
 def check_est_response(response, operation, now):
     """The body of a 200; raises Pending for 202, Unreachable for what passes, Untrusted for a refusal (protocol of the draft, 3.3)."""
+    theirs = parse_retry_after(response.headers.get("Date"), 0)         # the same form of time, counted from 1970
+    if theirs is not None and abs(theirs - time.time()) > CLOCK_SKEW:
+        log("error", f"the clock of this device says {make_time(time.time())}, that of the identity service {make_time(theirs)}; set the one that is wrong",
+            code="CLOCK")
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     if response.status == 200:
         return response.body
@@ -3270,8 +3294,8 @@ def make_issued_chain(config, store, state, renewed, bundle, now):
         check_validity(leaf, time.time())
         check_own_chain(store.path("issued.try"), key_file, bundle.anchors)
     except ValueError as error:
-        store.save_memo(dict(store.load_memo(), trust=1))               # a rotation may be under way: the next attempt asks for the bundle anew
-        raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
+        store.save_memo(dict(store.load_memo(), trust=1))               # the bundle is due again
+        raise NoPath(f"the SVID issued does not lead to the trust bundle: {error}") from None
     finally:
         remove_file(store.path("issued.try"))
     return data + (read_file(key_file, MAX_CERTIFICATES) if is_combined(config.identity) else b"")
@@ -3342,10 +3366,11 @@ def check_status(leaf, crls, listed, mode, now):
         log("warning", "the WFM's revocation status is not known", reason=fault)
 
 
-def refresh_crls(config, store, state, issuers, now, jitter):
+def refresh_crls(config, store, state, issuers, seek, now, jitter):
     """Fetches each revocation list that is due (E-081, E-082); no fault of it is more than a line in the log.
 
-    issuers: the Certificates that may have signed one.  No step of connecting, and nothing at all where discovery named none.
+    issuers: the Certificates that may have signed one; seek: gets more of them.  No step of connecting, and nothing at all where discovery
+    named none.
     """
     listed, records = state["trust"].get("crls") or [], state["crls"]
     before = make_json(records)
@@ -3355,7 +3380,7 @@ def refresh_crls(config, store, state, issuers, now, jitter):
         if find_left(record, now):
             continue
         try:
-            fetch_crl(config, store, url, records, issuers, now)
+            fetch_crl(config, store, url, records, issuers, seek, now)
             left = record["validity"] - (now - record["thisUpdate"])
             record.update(failures=0, delay=max(1, min(CRL_PERIOD * (1 + jitter), left / 2)))
         except (MargoError, ValueError) as error:
@@ -3373,7 +3398,7 @@ def refresh_crls(config, store, state, issuers, now, jitter):
             remove_file(store.path("crls", name))
 
 
-def fetch_crl(config, store, url, records, issuers, now):
+def fetch_crl(config, store, url, records, issuers, seek, now):
     """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError."""
     record = records[url]
     known = record if load_crl(store, record) is not None else {}
@@ -3386,17 +3411,24 @@ def fetch_crl(config, store, url, records, issuers, now):
         raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")
     path = store.path("crls", sha256_digest(der)[7:])
     write_file(path, der)                           # openssl reads it there; it counts only once the state names it
-    signer = next((item for item in issuers if is_issuer(item, crl) and (item.key_usage is None or CRL_SIGN in item.key_usage)
-                   and is_crl_signed(path, item)), None)
+    signer = find_signer(path, crl, issuers) or find_signer(path, crl, seek())
     if signer is None:
         raise ValueError("no issuer that is known, and may sign lists, has signed it")
     key = sha256_digest(signer.spki)
     known = max([item["number"] for item in records.values() if item.get("key") == key] or [0])     # of that issuer, wherever it came from
     if crl.number < known:
         raise ValueError(f"security: its number went back from {known} to {crl.number}")
+    if record.get("key") not in (None, key):
+        records[f"{url}#{record['key'][7:23]}"] = dict(record)          # a list of another issuer takes nothing from what is held of this one
     if record.get("key") != key or crl.number > record["number"]:
         record.update(digest=sha256_digest(der), number=crl.number, key=key, thisUpdate=crl.this_update, validity=crl.next_update - crl.this_update)
     record.update(etag=response.headers.get("ETag"), modified=response.headers.get("Last-Modified"))
+
+
+def find_signer(path, crl, issuers):
+    """The one among issuers that may sign lists and has signed the one in a file, or None."""
+    return next((item for item in issuers if is_issuer(item, crl) and (item.key_usage is None or CRL_SIGN in item.key_usage)
+                 and is_crl_signed(path, item)), None)
 
 
 def is_crl_signed(path, issuer):
@@ -3917,9 +3949,9 @@ class HttpSource:
 class MtlsSource(HttpSource):
     """Management Interface 1.0.0-rc.3: mutual TLS; the SVID is all that says who asks (C-020)."""
 
-    def __init__(self, config, identity, bundle, crls=(), listed=()):
+    def __init__(self, config, identity, bundle):
         super().__init__(config)
-        self.crls, self.listed, self.chain = crls, listed, []
+        self.crls, self.listed, self.chain = (), (), []
         self.identity, self.client_id, self.peer = identity, identity.spiffe_id.text, identity.wfm_spiffe_id.text
         self.context = make_wfm_context(identity, bundle, config.wfm.min_tls)
 
@@ -3932,6 +3964,11 @@ class MtlsSource(HttpSource):
         leaf = check_wfm(chain[0], self.identity, time.time())
         check_status(leaf, self.crls, self.listed, self.config.identity.revocation, time.time())
         self.chain = chain
+
+    def fetch_issuers(self):
+        """The Certificates above the WFM's, seen over a connection on which nothing is said."""
+        chain = fetch_chain(self.config.wfm.url, self.context, self.config.wfm.timeout)
+        return [parse_certificate(der) for der in chain[1:] if sys.version_info >= (3, 10) or is_signed(chain[0], der)]
 
     def put_capabilities(self, device_id, document):
         """Reports what a device can do; repeating it is harmless (C-080)."""
@@ -4052,12 +4089,13 @@ def connect_mtls(config, store, state, keep, client_id=None):
     warn_of_expiry(identity.leaf, store, now)
     bundle = refresh_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
     check_own_anchor(config, identity, bundle, store, state, keep)
+    source = MtlsSource(config, identity, bundle)
     if config.identity.revocation == "require" and keep:
-        refresh_revocation(config, store, state)    # else after the poll; but here nothing goes without
-    crls = load_crls(store, state)
-    if is_revoked(identity.leaf, crls):
+        refresh_revocation(config, store, state, source)        # else after the poll; but here nothing goes without
+    source.crls, source.listed = load_crls(store, state), state["trust"].get("crls") or ()
+    if is_revoked(identity.leaf, source.crls):
         log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued", id=identity.spiffe_id.text)
-    return MtlsSource(config, identity, bundle, crls, state["trust"].get("crls") or ())
+    return source
 
 
 def check_own_anchor(config, identity, bundle, store, state, keep):
@@ -4085,12 +4123,13 @@ def check_own_anchor(config, identity, bundle, store, state, keep):
 
 
 def refresh_revocation(config, store, state, source=None):
-    """Fetches the revocation lists that are due; a list's issuer is sought among anchors, own chain and the chain of the WFM."""
+    """Fetches the revocation lists that are due; a list's issuer is sought among anchors, own chain and the chain of the WFM (E-084)."""
     if config.identity.revocation == "off" or not (state["trust"].get("crls") or state["crls"]):
         return
     held, own = load_trust_bundle(config, store), read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
     ders = (held[1].anchors if held else []) + parse_pem(own.decode("ascii", "replace")) + getattr(source, "chain", [])
-    refresh_crls(config, store, state, [parse_certificate(der) for der in ders], time.time(), get_random())
+    seek = source.fetch_issuers if isinstance(source, MtlsSource) and len(source.chain) < 2 else lambda: []
+    refresh_crls(config, store, state, [parse_certificate(der) for der in ders], seek, time.time(), get_random())
 
 
 def connect_signed(config, store, state, keep):
@@ -8036,6 +8075,8 @@ def command_unenroll(config, options):
         kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept)
         agent.store.save_state(agent.state)
+        for name in ("issued.p7", "issued.key", "issued.pem"):
+            remove_file(agent.store.path(name))     # an enrollment under way is given up
         remove_folder(agent.store.path("git"))      # its credential, too
         agent.store.save_memo({})
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))

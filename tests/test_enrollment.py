@@ -48,7 +48,7 @@ class Site(support.SharedCase):
     def make_device(self, token=None):
         """A device with a token, by default one of its own, that has enrolled nowhere yet."""
         type(self).count = getattr(type(self), "count", 0) + 1
-        token = token or f"line-{self.count}:s3cr:et"
+        token = token or f"cell-{self.count}:s3cr:et"
         self.mis.add_token(token)
         device = support.Device(self, self.pki, url=self.wfm.url, settings={"runtime.compose": "off"})
         folder = os.path.join(device.folder, "identity")
@@ -84,6 +84,14 @@ class Site(support.SharedCase):
         finally:
             self.mis.misissue()
         return self.leaf(device)
+
+
+    def let_retry(self, **est):
+        """Lets the back-off pass, and changes what the state knows of enrollment."""
+        state = self.device.state()
+        state["est"].update(est, delay=0)
+        state["patience"] = {}
+        support.write(os.path.join(self.device.state_dir, "state.json"), margo_agent.make_json(state))
 
 
 class Enrollment(Site):
@@ -272,6 +280,38 @@ class Enrollment(Site):
         support.write(self.device.token, "line-4:again\n", 0o600)
         self.device.cycle()
         self.assertNotEqual(self.leaf().spki, first.spki)
+
+    def test_an_answer_whose_key_is_lost_is_none(self):
+        """E-042, E-066: a renewal waited for its chain; nothing of it stands in the way of a fresh token."""
+        self.age()
+        self.mis.misissue(cacerts="none")
+        self.device.cycle(3)
+        self.mis.misissue()
+        os.remove(self.device.key)
+        self.let_retry()
+        self.assertIn("the key is lost; a fresh enrollment token", self.device.cycle(5))
+        self.mis.add_token("line-4:once more")
+        support.write(self.device.token, "line-4:once more", 0o600)
+        self.device.cycle()
+        self.assertEqual([item["how"] for item in self.issued()], ["token", "renewal", "token"])
+
+    def test_a_clock_far_from_that_of_the_service_is_told(self):
+        """The draft's 4: a fault of the clock is called one, whatever the certificates say."""
+        told = []
+        with mock.patch.object(margo_agent, "log", lambda level, message, **_: told.append(message)):
+            for ahead in (-200, 200, -4000, 4000):
+                date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + ahead))
+                self.assertEqual(margo_agent.check_est_response(margo_agent.Response(200, {"Date": date}, b"x"), "simpleenroll", time.time()), b"x")
+                self.assertEqual(len(told), max(0, (-200, 200, -4000, 4000).index(ahead) - 1))
+        self.assertIn("set the one that is wrong", told[0])
+
+    def test_unenroll_gives_up_an_enrollment_under_way(self):
+        """C-052: whoever enrolls this device next gets nothing of it."""
+        self.mis.misissue(cacerts="none")
+        self.device.cycle(5)
+        self.assertIn("issued.p7", os.listdir(self.device.state_dir))
+        self.device.run("unenroll")
+        self.assertNotIn("issued.p7", os.listdir(self.device.state_dir))
 
     def test_a_token_file_is_one_line_with_a_secret(self):
         """E-008, E-033: what cannot be a token is a configuration error, what others can read a warning."""
@@ -517,6 +557,36 @@ class Renewal(Site):
         self.assertNotEqual(read(self.device.certificate), old)
         self.assertEqual(len(self.issued()), 2)
 
+    def test_a_bundle_that_rotates_meanwhile_is_asked_for_at_once(self):
+        """E-039, E-060: the draft's 3.4, check 7: refreshed once, then validated again, within the same run."""
+        self.mis.misissue(stranger=True)
+        self.device.cycle(5)                        # makes the CA that will be next
+        bundle = read(self.pki.path("bundle.json"))
+        self.addCleanup(support.write, self.pki.path("bundle.json"), bundle)
+        self.device = self.make_device()
+        self.age()
+        shutil.copy(self.mis.path("stranger.pem"), self.pki.path("rotated.pem"))
+        self.pki.write_bundle("ca.pem", "rotated.pem", spiffe_sequence=9)
+        self.mis.misissue(stranger=True)
+        before = len(self.asked("simplereenroll"))
+        self.assertNotIn("not renewed", self.device.cycle())
+        self.assertEqual(len(self.asked("simplereenroll")), before + 1)
+        self.assertEqual(self.leaf().issuer, margo_agent.parse_certificate(self.pki.der("rotated.pem")).subject)
+
+    def test_what_waits_for_its_proof_is_given_up_where_the_own_svid_became_another(self):
+        """E-012, E-067: an operator replaced key and certificate; an SVID for the old key is of no use."""
+        other = self.make_device()
+        self.age(device=other)
+        self.age()
+        self.wfm.fault({"path": "/api/v1/deployments", "status": 403, "times": 1})
+        self.device.cycle(3)
+        for path in ("key", "certificate"):
+            support.write(getattr(self.device, path), read(getattr(other, path)), 0o600)
+        self.let_retry()
+        self.assertIn("is given up reason=none of the 2 certificates issued is for the own key", self.device.cycle())
+        self.assertEqual(self.leaf().spki, self.leaf(other).spki)
+        self.assertEqual([item["how"] for item in self.issued()], ["token", "token", "renewal", "renewal"])
+
     def test_a_renewal_that_fails_costs_nothing_while_the_svid_is_good(self):
         """E-062: exit code 3, the poll goes on with the old one; the next attempt waits, over restarts."""
         for fault in ({"status": 503, "body": "busy"}, {"status": 401, "body": "no"}, {"close": True}, {"body": "<html>"}):
@@ -650,12 +720,6 @@ class Rekeying(Site):
         self.check_whole()
         self.assertEqual([item["how"] for item in self.issued()], ["token", "renewal", "renewal"])
         self.assertEqual(len({item["key"] for item in self.issued()[1:]}), 1)
-
-    def let_retry(self):
-        """Lets the back-off pass."""
-        state = self.device.state()
-        state["est"]["delay"], state["patience"] = 0, {}
-        support.write(os.path.join(self.device.state_dir, "state.json"), margo_agent.make_json(state))
 
     def test_the_key_of_csr_is_that_of_the_first_enrollment(self):
         """E-011, E-042: one that had no certificate yet is used; by hand the chain goes into the same file."""

@@ -17,6 +17,21 @@ from tests.support import CLIENT_ID
 from tests.test_enrollment import Site, read
 
 
+def make_list(pki, issuer, *revoked):
+    """A revocation list in PEM by a CA of the folder, made by openssl; one that revokes something is newer."""
+    folder = os.path.join(pki.folder, f"list-{len(revoked)}")
+    os.makedirs(folder)
+    support.write(os.path.join(folder, "index.txt"), "")
+    support.write(os.path.join(folder, "crlnumber"), f"{0x10 + len(revoked):X}")
+    support.write(os.path.join(folder, "crl.cnf"), f"[ca]\ndefault_ca = x\n[x]\ndatabase = {folder}/index.txt\ncrlnumber = {folder}/crlnumber\n"
+                  "default_md = sha256\ndefault_crl_days = 3\ncrl_extensions = e\n[e]\nauthorityKeyIdentifier = keyid\n")
+    common = ("ca", "-config", os.path.join(folder, "crl.cnf"), "-keyfile", f"{issuer}.key", "-cert", f"{issuer}.pem")
+    for name in revoked:
+        pki.run(*common, "-revoke", f"{name}.pem")
+    pki.run(*common, "-gencrl", "-out", os.path.join(folder, "list.pem"))
+    return read(os.path.join(folder, "list.pem")).decode()
+
+
 class RevocationCase(Site):
     """A device with an SVID by the issuing CA; the WFM's is by the anchor."""
 
@@ -98,6 +113,51 @@ class Lists(RevocationCase):
         self.mis.misissue()
         self.cycle_due(5)
         self.device.cycle(0)                        # taken back
+
+    def test_a_renewed_svid_is_proven_to_no_revoked_wfm(self):
+        """E-083, E-060: the connection that proves it is one to a peer, too."""
+        self.mis.revoke("anchor", self.wfm_leaf.serial)
+        self.cycle_due()
+        before, old = len(self.wfm.requests()), self.leaf()
+        self.let_retry(early=True)
+        log = self.device.cycle(5)
+        self.assertRegex(log, "is not renewed yet: the peer's certificate is revoked")
+        self.assertEqual((len(self.wfm.requests()), self.leaf()), (before, old))
+
+    def test_a_list_by_another_issuer_at_the_same_address_displaces_none(self):
+        """E-085, E-086: what counts is who signed it, not where it lay; who can change an http answer cannot unrevoke."""
+        self.mis.revoke("anchor", self.wfm_leaf.serial)
+        self.cycle_due()
+        done = subprocess.run(["curl", "-sk", self.mis.url + "/crl/issuing.crl"], stdout=subprocess.PIPE, check=True)
+        data = margo_agent.make_base64(done.stdout)
+        pem = f"-----BEGIN X509 CRL-----\n{data}\n-----END X509 CRL-----\n"
+        self.mis.fault({"path": "/crl/anchor.crl", "status": 200, "body": pem})
+        self.cycle_due(5)
+        self.assertIn("the peer's certificate is revoked", self.device.cycle(5))
+        self.assertEqual(len(self.held()), 3)
+
+    def test_the_issuer_of_a_list_may_be_known_by_the_wfm_alone(self):
+        """E-081, E-084: the WFM's is an intermediate CA that only its chain shows; by `require` that chain is seen before anything is said."""
+        name, odd = "/crl/anchor.crl", [support.WFM_ID]
+        self.pki.issue("line-ca", ca=True, usage="keyCertSign, cRLSign", extra="subjectKeyIdentifier = hash")
+        self.pki.issue("below", odd, signer="line-ca")
+        pair = read(self.pki.path("wfm.pem")), read(self.pki.path("wfm.key"))
+        self.addCleanup(lambda: [support.write(self.pki.path(f"wfm.{end}"), data) for end, data in zip(("pem", "key"), pair)])
+        support.write(self.pki.path("wfm.pem"), read(self.pki.path("below.pem")) + read(self.pki.path("line-ca.pem")))
+        support.write(self.pki.path("wfm.key"), read(self.pki.path("below.key")))
+        self.mis.fault({"path": name, "status": 200, "body": make_list(self.pki, "line-ca")})
+        for mode in ("soft", "require"):
+            device = self.make_device()
+            device.set("identity.revocation", mode)
+            with self.subTest(mode):
+                device.cycle()
+                self.assertNotIn("revocation", device.cycle())
+        self.mis.fault({"path": name, "status": 200, "body": make_list(self.pki, "line-ca", "below")})
+        self.device = device
+        self.cycle_due(5)
+        before = len(self.wfm.requests())
+        self.assertIn("the peer's certificate is revoked", device.cycle(5))
+        self.assertEqual(len(self.wfm.requests()), before)
 
     def test_a_list_that_ended_is_logged_and_refuses_nothing(self):
         """E-087, E-088: soft; by `require` it does, and only by that."""
