@@ -118,62 +118,28 @@ class MargoError(Exception):
         vars(self).update(facts)
 
 
-class ConfigError(MargoError):
-    """The command line or the configuration is wrong."""
-
-    exit, code = 2, "CONFIGURATION"
-
-
-class Unreachable(MargoError):
-    """The WFM cannot be reached or asks for patience."""
-
-    exit, code = 3, "UNREACHABLE"
+def define_fault(name, base, meaning, **facts):
+    """A kind of MargoError, with its meaning as docstring; facts: what differs from its base."""
+    return type(name, (base,), dict(facts, __doc__=meaning))
 
 
-class Silence(Unreachable):
-    """No request is made now, by the operator's or a server's wish; not a fault."""
-
-
-class NotRenewed(MargoError):
-    """The own SVID could not be renewed, and is still good."""
-
-    exit, code = 3, "NOT_RENEWED"
-
-
-class HalfDone(Unreachable):
-    """Certificate and key do not fit at this moment, because an operator has replaced only one of them so far."""
-
-    code = "HALF_DONE"
-
-
-class StorageError(MargoError):
-    """The state directory cannot be read or written."""
-
-    exit, code = 3, "STORAGE"
-
-
-class Refused(MargoError):
-    """The desired state is refused as a whole; what runs stays as it is."""
-
-    exit, code = 4, "REFUSED"
-
-
-class Untrusted(MargoError):
-    """Own identity or the peer's cannot be trusted."""
-
-    exit, code = 5, "UNTRUSTED"
-
-
-class Locked(MargoError):
-    """Another instance works on the same state directory."""
-
-    exit, code = 6, "LOCKED"
-
-
-class CommandError(MargoError):
-    """A helper program could not be run to its end."""
-
-    exit, code = 1, "COMMAND"
+ConfigError = define_fault("ConfigError", MargoError, "The command line or the configuration is wrong.", exit=2, code="CONFIGURATION")
+Unreachable = define_fault("Unreachable", MargoError, "The WFM cannot be reached or asks for patience.", exit=3, code="UNREACHABLE")
+HalfDone = define_fault("HalfDone", Unreachable,
+    "Certificate and key do not fit at this moment, because an operator has replaced only one of them so far.", code="HALF_DONE")
+Silence = define_fault("Silence", Unreachable, "No request is made now, by the operator's or a server's wish; not a fault.")
+Pending = define_fault("Pending", Silence, "The request for an SVID was accepted and waits for a decision; not a failure.")
+NotRenewed = define_fault("NotRenewed", MargoError, "The own SVID could not be renewed, and is still good.", exit=3, code="NOT_RENEWED")
+Waiting = define_fault("Waiting", MargoError, "A desired state that removes a lot waits for its confirmation.", exit=3, code="REMOVALS_UNCONFIRMED")
+Interrupted = define_fault("Interrupted", MargoError, "The process was asked to end before everything was done.", exit=3, code="INTERRUPTED")
+StorageError = define_fault("StorageError", MargoError, "The state directory cannot be read or written.", exit=3, code="STORAGE")
+Refused = define_fault("Refused", MargoError, "The desired state is refused as a whole; what runs stays as it is.", exit=4, code="REFUSED")
+Untrusted = define_fault("Untrusted", MargoError, "Own identity or the peer's cannot be trusted.", exit=5, code="UNTRUSTED")
+NoPath = define_fault("NoPath", Untrusted, "An issued SVID does not lead to the trust bundle.")
+Locked = define_fault("Locked", MargoError, "Another instance works on the same state directory.", exit=6, code="LOCKED")
+CommandError = define_fault("CommandError", MargoError, "A helper program could not be run to its end.", exit=1, code="COMMAND")
+CommandMissing = define_fault("CommandMissing", CommandError, "The program is not installed.")
+CommandTimeout = define_fault("CommandTimeout", CommandError, "The program ran out of its time and was ended.")
 
 
 class ComponentError(MargoError):
@@ -2063,14 +2029,6 @@ class Store:
 Output = define("Output", "code stdout stderr", "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
 
 
-class CommandMissing(CommandError):
-    """The program is not installed."""
-
-
-class CommandTimeout(CommandError):
-    """The program ran out of its time and was ended."""
-
-
 def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", patient=False):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
@@ -3195,14 +3153,6 @@ def make_renewal_csr(leaf, key_file):
     content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
     signature = run_openssl(["dgst", "-sha256", "-sign", key_file], b"", content)
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
-
-
-class NoPath(Untrusted):
-    """An issued SVID does not lead to the trust bundle."""
-
-
-class Pending(Silence):
-    """The request for an SVID was accepted and waits for a decision; not a failure."""
 
 
 def check_est_response(response, operation, now):
@@ -7837,18 +7787,6 @@ class Agent:
         return Outcome(max(codes), result, last["detail"], make_delay(self.config, state, fault, time.time(), get_random()))
 
 
-class Waiting(MargoError):
-    """A desired state that removes a lot waits for its confirmation."""
-
-    exit, code = 3, "REMOVALS_UNCONFIRMED"
-
-
-class Interrupted(MargoError):
-    """The process was asked to end before everything was done."""
-
-    exit, code = 3, "INTERRUPTED"
-
-
 def is_at_hand(record, target):
     """Whether all that a target takes was on the device before."""
     return bool(record and target.digest in [version["digest"] for version in (record["running"], record["previous"]) if version])
@@ -8030,7 +7968,6 @@ def command_enroll(config, options):
         finally:
             agent.store.save_state(agent.state)     # also what was learnt of the trust bundle before it failed
         print(f"enrolled: {source.client_id} with {config.wfm.url} as device {agent.device_id}")
-    return 0
 
 
 def wait_for_svid(agent):
@@ -8061,7 +7998,7 @@ def command_unenroll(config, options):
         state, failed = agent.state, False
         if not any(state[part] for part in ("enrollment", "client", "deployments", "trust")):
             print("not enrolled")
-            return 0
+            return
         if "--purge" in options:
             failed = agent.purge()
         if failed:
@@ -8080,7 +8017,6 @@ def command_unenroll(config, options):
         remove_folder(agent.store.path("git"))      # its credential, too
         agent.store.save_memo({})
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
-    return 0
 
 
 def command_plan(config, options):
@@ -8100,13 +8036,11 @@ def command_plan(config, options):
     plan = agent.plan(targets) if accepted else []
     if "--json" in options:
         actions = [{"deploymentId": a.deployment_id, "action": a.action, "reason": a.reason, "deviceId": p.device_id} for p, a, _ in plan]
-        print_json({"version": accepted["version"] if accepted else None, "actions": actions})
-        return 0
+        return print_json({"version": accepted["version"] if accepted else None, "actions": actions})
     print(f"desired state: version {accepted['version'] if accepted else 'none'}")
     for place, action, _ in plan:
         where = f"on {place.device_id}: " if len(agent.places) > 1 else ""
         print(f"{action.action:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
-    return 0
 
 
 def command_status(config, options):
@@ -8114,8 +8048,7 @@ def command_status(config, options):
     store = Store(config.state_dir)
     document = make_status_report(config, store.load_state(), store.load_memo(), time.time())
     if "--json" in options:
-        print_json(document)
-        return 0
+        return print_json(document)
     identity, desired, last = document["identity"], document["desiredState"], document["lastPoll"]
     print(f"profile    {document['profile']}, {'enrolled' if document['enrolled'] else 'not enrolled'}")
     until = f", valid until {identity['notAfter']}" if identity["notAfter"] else ""
@@ -8133,7 +8066,6 @@ def command_status(config, options):
             print(f"  {component['state']:8} {component['name']}{reason}")
         if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
             print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
-    return 0
 
 
 def make_status_report(config, state, memo, now):
@@ -8158,14 +8090,12 @@ def command_history(config, options):
     """Prints the last accepted desired states, newest first: when, version, what changed, outcome."""
     history = Store(config.state_dir).load_state()["history"][::-1]
     if "--json" in options:
-        print_json({"history": history})
-        return 0
+        return print_json({"history": history})
     for item in history:
         changes = [f"{len(item[key])} {key}" for key in ("added", "changed", "removed") if item[key]]
         print(f"{item['at']}  version {item['version']}  {', '.join(changes) or 'nothing changed'}  {make_printable(item['outcome'])}")
         if item.get("refused"):
             print(f"  what came after it is refused: {make_printable(item['refused'])}")
-    return 0
 
 
 def command_doctor(config, options):
@@ -8259,7 +8189,6 @@ def command_capabilities(config, options):
     agent = Agent(config)
     documents = [agent.make_capabilities(place) for place in agent.places]
     print_json(documents if documents[1:] else documents[0])
-    return 0
 
 
 def command_csr(config, options):
@@ -8277,7 +8206,6 @@ def command_csr(config, options):
         write_file(os.path.abspath(options["--out"]), request_pem, 0o644)
     else:
         sys.stdout.write(request_pem.decode())
-    return 0
 
 
 def command_retry(config, options):
@@ -8291,13 +8219,11 @@ def command_retry(config, options):
         if wanted and not records:
             raise ConfigError(f"{options['operand']} is no failed deployment; `status` lists them")
         print(f"{len(records)} failed deployments will be tried again by the next run")
-    return 0
 
 
 def command_version(config, options):
     """Prints the version and the supported profiles."""
     print(f"margo_agent {__version__} (profiles: {', '.join(PROFILES)})")
-    return 0
 
 
 def print_json(value):
@@ -8306,7 +8232,7 @@ def print_json(value):
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-# Each command: its function, the options it knows (True: with a value) and whether it takes an operand.
+# Each command: its function (to an exit code, or nothing for 0), the options it knows (True: with a value) and whether it takes an operand.
 COMMANDS = {
     "enroll": (command_enroll, {"--fetch-ca": True}, False), "run": (command_run, {"--once": False}, False), "plan": (command_plan, {"--json": False}, False),
     "status": (command_status, {"--json": False}, False), "history": (command_history, {"--json": False}, False),
@@ -8363,10 +8289,10 @@ def run_main(arguments):
         raise ConfigError("no command; one of " + ", ".join(COMMANDS))
     function = COMMANDS[options["command"]][0]
     if function is command_version:
-        return function(None, options)
+        return function(None, options) or 0
     config = load_config(options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml")
     log.level = "debug" if "-v" in options else "error" if "-q" in options else config.log.level
-    return function(config, options)
+    return function(config, options) or 0
 
 
 def main(arguments=None):
