@@ -3171,7 +3171,7 @@ def check_est_response(response, operation, now):
     message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
     if response.status in (408, 429) or response.status >= 500:
         raise Unreachable(message, retry_after=wait if wait is not None or not problem else problem.retry_after)
-    raise Untrusted(f"enrollment authorization refused: {message}")
+    raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
 
 
 def read_certs_only(body):
@@ -3303,6 +3303,15 @@ def find_status_fault(leaf, crls, listed, now):
     if not mine:
         return "no revocation list at hand is by its issuer" if len(crls) >= len(listed) else "a revocation list could not be had yet"
     return "" if any(now <= crl.next_update for crl in mine) else f"the revocation list ended at {make_time(max(crl.next_update for crl in mine))}"
+
+
+def find_list_fault(records, now):
+    """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
+    for url, record in records.items():
+        end = record["thisUpdate"] + record["validity"] if record.get("digest") else 0
+        if now > end:
+            return f"the revocation list {url} {f'ended at {make_time(end)}' if end else 'could not be had yet'}"
+    return ""
 
 
 def check_status(leaf, crls, listed, mode, now):
@@ -4130,7 +4139,8 @@ def describe_mtls(config, state, now):
     """What `status` says of the own identity: {id, notAfter, warning}; never raises."""
     found = describe_own(config, load_identity, (state["enrollment"] or {}).get("id", ""), now)
     revoked = found["notAfter"] and is_revoked(load_identity(config).leaf, load_crls(Store(config.state_dir), state))
-    return dict(found, warning="revoked; have a new one issued" if revoked else state["est"].get("refused") or found["warning"])
+    return dict(found, warning="revoked; have a new one issued" if revoked else state["est"].get("refused") or found["warning"]
+                or find_list_fault(state["crls"], now))
 
 
 def describe_signed(config, state, now):
@@ -4158,6 +4168,8 @@ def check_mtls(config, state, now):
     if config.identity.enrollment == "est":
         words += f", renewed over EST (draft){' with a new key' * (config.identity.rekey == 'always')} after {make_time(make_renewal_time(own.leaf))}"
     level, words = judge_own(own.leaf, words + (f", {lists} revocation lists (draft)" if lists else ""), config, now)
+    if find_list_fault(state["crls"], now):
+        return "warn", f"{words}; {find_list_fault(state['crls'], now)}"
     left, silence = (1 - RENEWAL_WINDOW[1]) * (own.leaf.not_after - own.leaf.not_before), find_longest(config.poll.downtime, now)
     if config.identity.enrollment == "est" and left < silence:
         return "warn", f"{words}; a downtime of {silence / 3600:.1f} h (poll.downtime) may outlast it, because the latest renewal leaves {left / 3600:.1f} h:" \

@@ -232,6 +232,23 @@ class Enrollment(Site):
                 device.cycle()
                 self.assertEqual(len(margo_agent.parse_pem(read(device.certificate).decode())), 2)
 
+    def test_without_discovery_an_endpoint_and_a_bundle_are_enough(self):
+        """E-003, E-032: both provided as they are; nothing else of the identity service is asked."""
+        self.device.settings["identity"].update(discovery=None, trust_bundle=self.pki.path("bundle.json"), est={"token_file": self.device.token,
+                                                                                                               "url": self.mis.est})
+        self.device.save()
+        self.device.cycle()
+        self.assertEqual(self.asked(), [("simpleenroll", 200), ("cacerts", 200)])
+
+    def test_intermediates_that_cannot_be_had_are_no_refusal_of_the_token(self):
+        """E-039, E-043: what was issued is kept, and the chain is asked for again."""
+        self.mis.fault({"path": "*/cacerts", "status": 404, "body": "", "times": 1})
+        log = self.device.cycle(5)
+        self.assertIn("cacerts: HTTP 404", log)
+        self.assertNotIn("authorization refused", log)
+        self.assertEqual(self.device.run("enroll").returncode, 0)
+        self.assertEqual(self.asked("simpleenroll"), [("simpleenroll", 200)])
+
     def test_a_chain_that_cannot_be_built_is_kept_aside(self):
         """E-039, E-040: anchors never come from cacerts; once that is mended the SVID is used, without another request."""
         for kind in ("none", "stranger", "root"):

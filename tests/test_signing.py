@@ -383,6 +383,18 @@ class Onboarding(SignedCase):
 
 
 class Trust(SignedCase):
+    def test_key_and_certificate_may_be_one_file(self):
+        """C-061, E-010: openssl finds the key on either side of the chain; the one file is replaced at once."""
+        both = [margo_agent.read_file(self.pki.path(name), 10000) for name in ("client.key", "client.pem")]
+        path = os.path.join(self.device.folder, "own.pem")
+        self.device.set("identity.certificate", path)
+        self.device.set("identity.key", path)
+        for parts in (both, both[::-1]):
+            support.write(path, b"".join(parts), 0o600)
+            self.device.cycle()
+        self.assertRegex(self.device.run("doctor").stdout, "ok +identity +signs by")
+        self.assertIn("CERTIFICATE REQUEST", self.device.run("csr").stdout)
+
     def test_a_server_that_identity_ca_does_not_vouch_for_gets_no_request(self):
         """C-060: and the trust bundle or the system's store do not help it."""
         self.device.set("identity.ca", self.pki.path("ca.pem"))
