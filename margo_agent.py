@@ -45,6 +45,7 @@ PROFILES = ("mtls", "signed", "git")
 KIB, MIB = 1024, 1024 * 1024
 MAX_CERTIFICATES = 1 * MIB          # a trust bundle, a PEM file
 MAX_ANSWER = 256 * KIB              # a problem document, a token, the answer to a report
+MAX_MESSAGE = 4000                  # characters of what the WFM is told about a fault
 MAX_OUTPUT = 32 * MIB               # what a helper program may print
 MAX_DEPLOYMENTS = 10000             # entries of one state manifest
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
@@ -152,7 +153,7 @@ class ComponentError(MargoError):
     source = None                                   # who raised it, where that is not the deployment or component itself
 
     def __init__(self, code, message, **facts):
-        super().__init__(message, code, **facts)
+        super().__init__(message[:MAX_MESSAGE] + ("..." if len(message) > MAX_MESSAGE else ""), code, **facts)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------

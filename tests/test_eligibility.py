@@ -131,6 +131,16 @@ class Rules(unittest.TestCase):
         self.assertNotIn("\x1b", caught.exception.message)
 
 
+    def test_a_thousand_reasons_still_make_a_status_that_a_wfm_takes(self):
+        """C-136: whatever a document makes the agent say is bounded; the first words are those that help."""
+        rule = {"propertySelector": {"matchExpressions": [{"key": "/vendor", "operator": "In", "values": ["x" * 300]}]}}
+        with self.assertRaises(margo_agent.ComponentError) as caught:
+            margo_agent.check_eligibility({"eligibilityRules": [rule] * 10000}, CAPABILITIES)
+        self.assertLess(len(caught.exception.message), 5000)
+        self.assertTrue(caught.exception.message.startswith("eligibilityRules[0]: propertySelector /vendor In"))
+        self.assertTrue(caught.exception.message.endswith("..."))
+
+
 class Capacity(unittest.TestCase):
     def lack(self, rules=None, **required):
         try:
