@@ -7456,6 +7456,8 @@ class Agent:
                 self.report_device(place, True, again=False)
                 return
             log("error", "the WFM refuses the capabilities", device=place.device_id, reason=error.message)
+            if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
+                return                              # that is no verdict on the document: it is sent again (C-082)
         self.state["enrollment"] = {"id": self.source.client_id, "devices": dict(devices, **{place.device_id: digest})}     # also what was
         self.store.save_state(self.state)                                                   # refused: it is not sent again unchanged
 

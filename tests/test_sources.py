@@ -344,6 +344,21 @@ class Sinks(SourceCase):
         self.device.cycle()
         self.assertEqual([method for method, _, _ in self.wfm.requests()].count("PUT"), 2)
 
+    def test_changed_capabilities_that_nobody_judged_are_sent_again(self):
+        """C-082: a redirect, a proxy's 404 or 405 says nothing about the document; polling goes on meanwhile."""
+        self.publish()
+        self.device.cycle()
+        for status, memory in ((302, "1Gi"), (404, "2Gi"), (405, "3Gi")):
+            self.device.set("device.properties", {"memory": memory})
+            self.wfm.fault({"method": "PUT", "status": status})
+            self.assertIn("refuses the capabilities", self.device.cycle())
+            self.assertEqual(self.wfm.requests()[-1][:2], MANIFEST)
+            self.wfm.fault()
+            self.device.cycle()
+            self.assertEqual([item[0] for item in self.wfm.requests()[-2:]], ["PUT", "GET"])
+            self.device.cycle()
+            self.assertEqual([item[0] for item in self.wfm.requests()[-2:]], ["GET", "GET"])
+
     def test_a_status_waits_until_the_wfm_has_taken_it(self):
         """C-130, C-139, D-26, P-9: the last status of each deployment is never lost; exit 3 says that one waits."""
         self.publish()
