@@ -7436,6 +7436,8 @@ class Agent:
                 log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
             except Refused as error:
                 log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
+                if error.status < 400:
+                    continue                        # nobody judged that: it is asked for again
             devices.pop(device_id)
             self.store.save_state(self.state)
 
