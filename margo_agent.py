@@ -978,7 +978,7 @@ def parse_retry_after(text, now):
     if not text:
         return None
     if re.fullmatch(r"[0-9]+", text.strip()):
-        return min(float(text), 1e9)
+        return min(float(text.strip()), 1e9)        # float strips less than strip does
     from datetime import timezone
     from email.utils import parsedate_to_datetime
     try:
@@ -1991,7 +1991,8 @@ class Store:
             raise StorageError(f"{self.path('artifacts')} cannot be pruned ({error.strerror})") from None
         short = {digest.split(":")[1][:16] for digest in digests}
         for folder, folders, _ in os.walk(self.path("deployments")):
-            for name in [name for name in folders if re.fullmatch(r"[0-9a-f]{16}|.*\.tmp", name)]:
+            inside = os.path.dirname(os.path.dirname(folder)) == self.path("deployments")       # of a component, which may have such a name itself
+            for name in [name for name in folders if name.endswith(".tmp") or inside and re.fullmatch(r"[0-9a-f]{16}", name)]:
                 folders.remove(name)
                 if name not in short:
                     remove_folder(os.path.join(folder, name))
@@ -5133,7 +5134,8 @@ def find_layers(image, platform, config):
     if not match or match.group(1) == "docker.io":
         return []                                   # without a host of its own it may be anywhere
     registry, name = Registry(match.group(1), config), match.group(2)
-    system, architecture = (platform or f"linux/{ARCHITECTURES.get(os.uname().machine)}").split("/")[:2]
+    system, _, architecture = (platform or f"linux/{ARCHITECTURES.get(os.uname().machine)}").partition("/")
+    architecture = architecture.partition("/")[0]
 
     def get(path):
         return parse_json(registry.get(name, path, IMAGE_TYPES, config.policy.max_document).body, image)
@@ -5143,7 +5145,7 @@ def find_layers(image, platform, config):
         if "manifests" in value:
             value = get("manifests/" + next(item["digest"] for item in value["manifests"] if (
                 item["platform"]["os"], item["platform"]["architecture"]) == (system, architecture)))
-        return list(zip(get(f"blobs/{value['config']['digest']}")["rootfs"]["diff_ids"], [int(layer["size"]) for layer in value["layers"]]))
+        return list(zip(map(str, get(f"blobs/{value['config']['digest']}")["rootfs"]["diff_ids"]), [int(layer["size"]) for layer in value["layers"]]))
     except (MargoError, ValueError, KeyError, TypeError, StopIteration):
         return []                                   # the pull itself says what is wrong
 
@@ -5758,7 +5760,7 @@ def find_binds(volumes, where):
         if isinstance(item, dict):
             if item.get("type") == "bind":
                 yield to_text(item.get("source"), f"{where}[{index}].source")
-        elif re.match(r"[./~]", to_text(item, f"{where}[{index}]")) and ":" in item:
+        elif re.match(r"[./~][^:]*:", to_text(item, f"{where}[{index}]")):
             yield item.split(":")[0]
 
 
@@ -5848,10 +5850,10 @@ def settle_mount(item, folder):
 
     What was verified stays as it is, and no container can put a link where the next start would follow it out of the package.
     """
-    short = isinstance(item, str)
-    if short and not (re.match("[./]", item) and ":" in item) or not short and item.get("type") != "bind":
+    short = not isinstance(item, dict)
+    if short and not re.match("[./][^:]*:", to_text(item, "volumes")) or not short and item.get("type") != "bind":
         return item
-    source, _, rest = item.partition(":") if short else (item["source"], "", "")
+    source, _, rest = item.partition(":") if short else (to_text(item["source"], "volumes"), "", "")
     path = os.path.realpath(os.path.join(folder, source))
     own = is_below(path, os.path.realpath(folder))
     if not short:
@@ -6635,6 +6637,8 @@ def parse_releases(data, records):
     try:
         for item in parse_json(data, "helm list") or ():
             match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
+            if not match and item["name"] not in names:
+                continue                            # somebody else's, whatever its labels say
             deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
             containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
                                         str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], None, "helm"))

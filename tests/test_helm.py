@@ -98,9 +98,15 @@ class Names(unittest.TestCase):
         found = margo_agent.parse_releases(json.dumps(items).encode(), [record])
         self.assertEqual([(c.deployment_id, c.component, c.hash, c.state) for c in found],
                          [(HELLO, LONG, "3", "running"), (OTHER, "web", "1", "pending-install")])
-        for data in (b"{}}", b"[1]", b'[{"name": "x"}]', b'[{"name": "web", "namespace": "n", "revision": 1, "status": "deployed"}]'):
+        for data in (b"{}}", b"[1]", b'[{"nome": "x"}]', b'[{"name": 5}]'):
             with self.assertRaises(margo_agent.CommandError):
                 margo_agent.parse_releases(data, [])
+
+    def test_a_release_of_another_name_is_somebody_elses(self):
+        """Whoever may make a release may label it; that neither makes it ours nor the whole list unreadable."""
+        item = {"namespace": "n", "revision": 1, "status": "deployed"}
+        items = [dict(item, name=name) for name in ("web", f"web-{HELLO}", "x-1", "")]
+        self.assertEqual([c.name for c in margo_agent.parse_releases(json.dumps(items).encode(), [])], [f"web-{HELLO}"])
 
 
 class Charts(unittest.TestCase):

@@ -1090,6 +1090,17 @@ class Policy(RuntimeCase):
     def test_a_name_that_no_file_can_have_fails_its_component_alone(self):
         self.assertRefused({"services": {"a" * 250: {"image": IMAGE}}}, "is not a service name")
 
+    def test_a_mount_that_is_no_text_fails_its_component_alone(self):
+        """What YAML reads as a number or a flag is refused, or a path spelt so; never more than that."""
+        for item in (0.5, 5, True, {"type": "bind", "source": 5, "target": "/x"}, {"type": "bind", "source": True, "target": "/x"}):
+            for strict in (True, False):
+                with self.subTest(item=item, strict=strict):
+                    try:
+                        self.settle(make_document({"volumes": [item]}), strict=strict)
+                    except margo_agent.ComponentError:
+                        pass
+        self.assertRefused('services: {main: {image: a, volumes: [.5]}}', "services.main.volumes")
+
     def test_is_below_does_not_take_a_prefix_for_a_folder(self):
         for path, root, expected in (("/a", "/a", True), ("/a/b", "/a", True), ("/ab", "/a", False),
                                      ("/a", "/a/b", False), ("/x", "/", True),

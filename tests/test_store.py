@@ -239,6 +239,12 @@ class Folders(StoreCase):
         self.assertEqual((set(seen), os.listdir(os.path.dirname(path))), ({False}, []))
         margo_agent.remove_folder(path)
 
+    def test_a_component_may_be_called_like_a_package(self):
+        folder = self.store.path("deployments", "3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10", "deadbeefdeadbeef")
+        os.makedirs(os.path.join(folder, "0123456789abcdef"))
+        self.store.prune_artifacts([])
+        self.assertEqual(os.listdir(folder), [])
+
     def test_what_was_left_of_a_removal_is_pruned(self):
         for name in ("x.tmp/web", "x/web/0123456789abcdef.tmp", "x/web/0123456789abcdef"):
             os.makedirs(self.store.path("deployments", name))
