@@ -3893,7 +3893,13 @@ class HttpSource:
                 check_digest(response.body, manifest.bundle_digest, "bundle")
                 documents = parse_bundle(response.body, manifest.entries, self.config.policy.max_unpacked)
                 return {entry.digest: documents[entry.digest] for entry in missing}
-        return {entry.digest: self.fetch_document(entry) for entry in missing}
+        documents, left = {}, self.config.policy.max_unpacked
+        for entry in missing:
+            documents[entry.digest] = self.fetch_document(entry)
+            left -= len(documents[entry.digest])
+            if left < 0:
+                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all together")
+        return documents
 
     def fetch_document(self, entry):
         """One ApplicationDeployment's bytes, verified."""
@@ -5990,6 +5996,9 @@ def make_shared_name(name, value, workload, where, kind):
     own = to_text(value.get("name", name if external else f"{workload.project}_{name}"), f"{where}.name")
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", own):
         raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a {kind} name")
+    other = re.search(rf"-({UUID_PATTERN})_", own)
+    if other and other.group(1).lower() != workload.deployment_id.lower():
+        raise make_fault(f"{where}: {make_printable(own, 120)!r} is a {kind} of another deployment; one that is shared has a name of its own", "POLICY_DENIED")
     return own, external
 
 

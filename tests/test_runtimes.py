@@ -1312,6 +1312,17 @@ class Shared(RuntimeCase):
                     self.assertRefused(make_document({}, **{section: {"a": {"name": name}}}), f"{section}.a: ",
                                        f"is not a {word} name")
 
+    def test_what_the_agent_made_for_another_deployment_is_not_reached_by_its_name(self):
+        """Data, and a network by which it would answer, are that application's; components of one deployment may share."""
+        theirs, own = f"db-{support.HELLO[:-1]}1_data", f"db-{support.HELLO}_data"
+        for kind in ("volumes", "networks"):
+            for value, name in (({"name": theirs}, "a"), ({"external": True, "name": theirs}, "a"), ({"external": True}, theirs)):
+                for strict in (True, False):
+                    self.assertRefused(make_document({}, **{kind: {name: value}}), f"{kind}.{name}", "of another deployment",
+                                       code="POLICY_DENIED", strict=strict)
+            for value in ({"external": True, "name": own}, {"name": "shared"}, {"name": "of-" + support.HELLO[:-1] + "1"}):
+                self.settle(make_document({}, **{kind: {"a": value}}))
+
     def test_the_networks_of_a_service(self):
         networks = {"front": None, "back": None}
         for value, expected in (

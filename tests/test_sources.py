@@ -194,6 +194,15 @@ class Refusal(SourceCase):
         """D-8"""
         self.check(4, ["longer than"], {"path": MANIFEST[1], "status": 200, "body": "x" * (9 * 1024 * 1024)})
 
+    def test_documents_that_are_too_much_together(self):
+        """D-8: each within its limit, ten thousand of them would still be more than there is memory."""
+        self.device.set("policy.max_unpacked", "1Ki")
+        for index in range(1, 3):
+            self.wfm.publish(support.make_deployment(IDS[index], f"app-{index}", registry=self.wfm.registry), IDS[index])
+        self.wfm.fault({"path": "/api/v1/bundles/*", "status": 404})
+        self.assertIn("more than policy.max_unpacked", self.device.cycle(4))
+        self.assertEqual(len(self.engine.containers()), 1)
+
     def test_an_older_manifest_is_a_rollback(self):
         """C-103, C-104, D-5"""
         old = {"manifestVersion": 1, "deployments": [], "bundle": None}
