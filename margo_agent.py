@@ -2031,6 +2031,12 @@ class Store:
 Output = define("Output", "code stdout stderr", "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
 
 
+# Which setting needs a program; a missing one is named with it (contract, Shape).
+NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it", "git": "wfm.profile git needs it",
+             "gpg": "the keyLocation of a package, or git.allowed_signers, needs it", "podman": "see runtime.engine", "docker": "see runtime.engine and"
+             " runtime.compose", "docker-compose": "see runtime.compose", "podman-compose": "see runtime.compose", "helm": "see runtime.helm"}
+
+
 def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", patient=False):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
@@ -2043,7 +2049,8 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", p
         process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, env=env, cwd=cwd, start_new_session=True)
     except FileNotFoundError:
-        raise CommandMissing(f"{argv[0]} is not installed, or not on PATH") from None
+        needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
+        raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
     except OSError as error:
         raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
     try:
@@ -2834,7 +2841,7 @@ def run_signature(data, signer):
             raise ValueError(output.stderr)
         return parse_ecdsa(output.stdout, size) if size else output.stdout
     except CommandMissing as error:
-        raise ConfigError(f"{error.message}; profile signed has every request signed by it") from None
+        raise ConfigError(error.message) from None
     except (ValueError, OverflowError, OSError, CommandError) as error:
         raise Untrusted(f"identity.key {signer.key}: openssl cannot sign by it: {make_printable(str(error), 300)}") from None
 
@@ -4223,8 +4230,8 @@ class GitSource:
         folder = self.repository if command != "ls-remote" else os.path.join(self.home, "none")       # what is spoilt stops no poll (P-14)
         try:
             output = run_command(["git", f"--git-dir={folder}", command, *arguments], timeout, env or self.env, self.home, **options)
-        except CommandMissing:
-            raise ConfigError("git is not installed, or not on PATH; wfm.profile git needs it") from None
+        except CommandMissing as error:
+            raise ConfigError(error.message) from None
         if codes and output.code not in codes:
             raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
         return output
@@ -4570,8 +4577,8 @@ def check_git(config, state, now):
     """Whether git and the credentials are there, and are for nobody else to read: (ok or warn, words); raises ConfigError, Untrusted."""
     try:
         version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
-    except CommandMissing:
-        raise ConfigError("git is not installed, or not on PATH; wfm.profile git needs it") from None
+    except CommandMissing as error:
+        raise ConfigError(error.message) from None
     load_git_header(config.git)
     for key in ("token_file", "ssh_key"):
         path = config.git[key]
@@ -7068,7 +7075,7 @@ def roll_back(record, tools):
 def get_driver(kind, tools):
     """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
     if kind not in tools.drivers:
-        raise ComponentError("UNSUPPORTED_TYPE", f"nothing on this device runs {kind} components")
+        raise ComponentError("UNSUPPORTED_TYPE", f"nothing on this device runs {kind} components; see runtime.{kind}")
     return tools.drivers[kind]
 
 
@@ -7316,6 +7323,7 @@ class Agent:
         self.observed = {}                          # {device id: [Container], None where it does not answer}, of this cycle
         self.deaf = {}                              # {device id: CommandError, ComponentError} of those with which something is wrong
         self.placed = {}                            # {deployment id in lower case: device id} that was chosen in this cycle
+        self.faults = []                            # what went wrong in this cycle
         self.source = None                          # connected when the WFM is first needed
         self.starting = 0                           # seconds until the first contact since the device started
         self.state = None
@@ -7326,16 +7334,16 @@ class Agent:
         Raises Locked where another instance works, StorageError where the state cannot be read; all other faults are in the Outcome.
         """
         with self:
-            faults, changed, began = [], False, time.time()
+            self.faults, changed, began = [], False, time.time()
             for step in (self.tend_identity, self.exchange, self.refresh_revocation, self.reconcile, self.flush_outbox):
-                if step == self.exchange and faults and isinstance(faults[0], (Unreachable, Untrusted)):
+                if step == self.exchange and self.faults and isinstance(self.faults[0], (Unreachable, Untrusted)):
                     continue                        # there is no SVID to speak with
                 try:
                     changed = step() or changed
                 except MargoError as error:
-                    faults.append(error)
+                    self.faults.append(error)
                     self.note_fault(error, began)
-            return self.conclude(max(faults, key=lambda fault: fault.exit, default=None), changed, began)
+            return self.conclude(max(self.faults, key=lambda fault: fault.exit, default=None), changed, began)
 
     def __enter__(self):
         """Takes the state directory for this process and reads the state."""
@@ -7782,6 +7790,7 @@ class Agent:
                     self.state["outbox"][key] = self.state["outbox"].pop(key)
                     if not quiet:
                         raise
+                    self.faults.append(error)
                     self.note_fault(error, time.time())
                     log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
                     return
@@ -8132,8 +8141,9 @@ def command_doctor(config, options):
     """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
     agent, failed = Agent(config), False
     agent.state = make_state()
-    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("children", check_children), ("hooks", check_hooks),
-                        ("labels", check_labels), ("identity", check_identity), ("wfm", check_connection)):
+    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("children", check_children),
+                        ("registry", check_registries), ("hooks", check_hooks), ("labels", check_labels), ("identity", check_identity),
+                        ("wfm", check_connection)):
         try:
             level, words = check(agent)
         except MargoError as error:
@@ -8191,6 +8201,15 @@ def check_children(agent):
     return "ok", f"{len(agent.places) - 1} answer" if agent.places[1:] else ""
 
 
+def check_registries(agent):
+    """Whether the files are there that registries name."""
+    for host, entry in agent.config.registries.items():
+        for key in ("ca", "password_file"):
+            if entry[key] and read_file(entry[key], MAX_CERTIFICATES) is None:
+                raise ConfigError(f"registries.{host}.{key} {entry[key]}: no such file")
+    return "ok", ""
+
+
 def check_hooks(agent):
     """Whether every hook can be run."""
     broken = [path for path in agent.config.hooks.run if not os.path.isfile(path) or not os.access(path, os.X_OK)]
@@ -8229,9 +8248,14 @@ def command_csr(config, options):
         store = Store(config.state_dir)             # an enrollment under way makes the key itself; the lock goes with this process
         store.create()
         store.lock()
-    if make_private_key(config.identity.key, config.identity.algorithm):
-        log("info", "new private key", path=config.identity.key)
-    request_pem = make_csr(config.identity.key)
+    try:
+        if make_private_key(config.identity.key, config.identity.algorithm):
+            log("info", "new private key", path=config.identity.key)
+        request_pem = make_csr(config.identity.key)
+    except CommandMissing as error:
+        raise ConfigError(error.message) from None
+    except CommandError as error:
+        raise Untrusted(f"identity.key {config.identity.key}: {error.message}") from None
     if "--out" in options:
         write_file(os.path.abspath(options["--out"]), request_pem, 0o644)
     else:
@@ -8259,17 +8283,17 @@ def command_version(config, options):
 def print_json(value):
     """One JSON document on stdout, for people and programs alike."""
     import json
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json.dumps(value, indent=2, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8"))
 
 
-# Each command: its function (to an exit code, or nothing for 0), the options it knows (True: with a value) and whether it takes an operand.
+# Each command: its function (to an exit code, or nothing for 0), the options it knows, with the name of what follows them, and its operand.
 COMMANDS = {
-    "enroll": (command_enroll, {"--fetch-ca": True}, False), "run": (command_run, {"--once": False}, False), "plan": (command_plan, {"--json": False}, False),
-    "status": (command_status, {"--json": False}, False), "history": (command_history, {"--json": False}, False),
-    "doctor": (command_doctor, {}, False), "capabilities": (command_capabilities, {"--json": False}, False),
-    "csr": (command_csr, {"--out": True}, False), "retry": (command_retry, {}, True), "unenroll": (command_unenroll, {"--purge": False}, False),
-    "version": (command_version, {}, False)}
-GLOBAL_OPTIONS = {"-c": True, "-v": False, "-q": False, "--log-format": True}
+    "enroll": (command_enroll, {"--fetch-ca": "FILE"}, ""), "run": (command_run, {"--once": ""}, ""), "plan": (command_plan, {"--json": ""}, ""),
+    "status": (command_status, {"--json": ""}, ""), "history": (command_history, {"--json": ""}, ""),
+    "doctor": (command_doctor, {}, ""), "capabilities": (command_capabilities, {"--json": ""}, ""),
+    "csr": (command_csr, {"--out": "FILE"}, ""), "retry": (command_retry, {}, "[ID]"), "unenroll": (command_unenroll, {"--purge": ""}, ""),
+    "version": (command_version, {}, "")}
+GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json"}
 USAGE = "usage: margo_agent.py [-c FILE] [-v|-q] [--log-format text|json] COMMAND\n"
 
 
@@ -8285,8 +8309,8 @@ def parse_arguments(arguments):
         elif word in known and not known[word]:
             options[word] = True
         elif word.startswith("-"):
-            raise ConfigError(f"{make_printable(word)}: " + ("needs a value" if name in known and known[name] else "unknown option")
-                              + f"; this command knows {' '.join(known)}")
+            fault = "unknown option" if name not in known else "needs a value" if known[name] else "takes no value"
+            raise ConfigError(f"{make_printable(word)}: {fault}; this command knows {' '.join(known)}")
         elif options["command"] is None:
             if word not in COMMANDS:
                 raise ConfigError(f"{make_printable(word)}: unknown command; one of {', '.join(COMMANDS)}")
@@ -8303,16 +8327,19 @@ def parse_arguments(arguments):
 def print_help():
     """The commands, one line each, from their own docstrings."""
     print(USAGE)
-    for name, (function, known, _) in COMMANDS.items():
-        print(f"  {name:13} {' '.join(known):10} {function.__doc__}")
+    for name, (function, known, operand) in COMMANDS.items():
+        words = "".join(f"[{option} {value}".rstrip() + "]" for option, value in known.items()) or operand
+        print(f"  {name:13} {words:17} {function.__doc__}")
     print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml\n" + __doc__[__doc__.index("Exit codes"):__doc__.index("Files.")])
 
 
 def run_main(arguments):
     """Reads command line and configuration and runs the command; returns its exit code or raises."""
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
         print_help()
         return 0 if arguments else 2
+    if arguments == ["--version"]:
+        arguments = ["version"]
     options = parse_arguments(arguments)
     log.form = options.get("--log-format", "text")
     if options["command"] is None:
@@ -8325,9 +8352,24 @@ def run_main(arguments):
     return function(config, options) or 0
 
 
+def prepare_streams():
+    """Standard streams that are there and take any text: a closed one (`>&-`) leads nowhere, and no file of ours takes its place; what
+    the locale's encoding lacks is escaped.
+    """
+    spare = 0
+    while spare < 3:
+        spare = os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(spare, spare < 3)
+    os.close(spare)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    if hasattr(sys.stdout, "reconfigure"):          # whoever embeds this may have put something else there
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(arguments=None):
     """The command line: a list of arguments (default: those of the process) to an exit code; never raises for what went wrong."""
     try:
+        prepare_streams()
         code = run_main(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
@@ -8340,7 +8382,12 @@ def main(arguments=None):
     except KeyboardInterrupt:
         return 130
     except Exception as error:                      # a bug: one line for the operator, the rest for whoever mends it
+        import errno
         import traceback
+        if getattr(error, "errno", 0) == errno.ENOSPC:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            log("error", f"the output cannot be written ({error.strerror})", code=StorageError.code)
+            return StorageError.exit
         log("error", f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints", code="INTERNAL")
         log("debug", traceback.format_exc())
         return 70

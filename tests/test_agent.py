@@ -163,6 +163,16 @@ class Cycle(AgentCase):
         self.wfm.fault({"path": "/api/v1/deployments", "problem": "not-authorized"})
         self.device.cycle(5)
 
+    def test_a_report_that_is_refused_while_applying_counts_at_once(self):
+        """Exit codes: 401 and 403 are 5, also those of the status that an installation sends."""
+        self.publish()
+        self.wfm.fault({"path": "*/status", "status": 403})
+        self.device.cycle(5)
+        self.assertEqual((self.device.status()["lastPoll"]["result"], self.device.status()["outbox"]), ("untrusted", 1))
+        self.assertEqual(self.device.status()["deployments"][0]["state"], "installed")
+        self.wfm.fault({"path": "*/status", "status": 503, "times": 1})
+        self.device.cycle(3)
+
     def test_a_state_directory_that_cannot_be_written_is_three(self):
         """P-4: named, with the mend, and nothing is started that could not be remembered."""
         self.device.settings["state_dir"] = "/proc/margo"

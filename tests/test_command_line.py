@@ -33,7 +33,8 @@ class Arguments(unittest.TestCase):
         """Exit 2"""
         for arguments, words in ((["fly"], ["fly", "unknown command", "enroll"]), (["run", "--twice"], ["--twice", "--once"]),
                                  (["plan", "x"], ["x", "no such operand"]), (["-c"], ["-c", "needs a value"]), (["-v"], ["no command"]),
-                                 (["--log-format", "xml", "version"], ["--log-format", "text or json"]), (["csr", "--out"], ["--out", "needs a value"])):
+                                 (["--log-format", "xml", "version"], ["--log-format", "text or json"]), (["csr", "--out"], ["--out", "needs a value"]),
+                                 (["run", "--once=yes"], ["--once=yes", "takes no value"])):
             with self.subTest(arguments=arguments):
                 done = run(*arguments)
                 self.assertEqual(done.returncode, 2)
@@ -52,7 +53,11 @@ class Arguments(unittest.TestCase):
         self.assertIn("/nowhere/agent.yaml", done.stderr)
         self.assertIn("/etc/margo/agent.yaml", run("status").stderr)
 
+    def test_help_says_what_follows_an_option(self):
+        self.assertRegex(run("help").stdout, r"(?s)enroll +\[--fetch-ca FILE\] .*plan +\[--json\] .*csr +\[--out FILE\] .*retry +\[ID\] ")
+
     def test_version_names_the_profiles(self):
+        self.assertEqual(run("--version").stdout, run("version").stdout)
         self.assertEqual(run("version").stdout, f"margo_agent {margo_agent.__version__} (profiles: {', '.join(margo_agent.PROFILES)})\n")
 
 
@@ -127,6 +132,36 @@ class Output(support.DeviceCase):
         done = subprocess.run(["sh", "-c", f"{argv} | true"], env=self.device.env, stderr=subprocess.PIPE, timeout=60)
         self.assertEqual(done.stderr, b"")
 
+    def test_streams_that_are_closed_or_full_change_nothing_else(self):
+        """No file of the agent is taken for a stream; an output that is lost is no bug."""
+        argv = " ".join(self.device.command())
+        for command, redirect, code in (("status", "<&- >&- 2>&-", 0), ("run --once", "<&- >&- 2>&-", 0), ("status", ">&-", 0),
+                                        ("status", ">/dev/full", 3), ("capabilities", ">/dev/full", 3), ("run --once", "2>/dev/full", 0)):
+            done = subprocess.run(["sh", "-c", f"exec 3>&2; {argv} {command} {redirect}"], env=self.device.env, stderr=subprocess.PIPE, timeout=60)
+            self.assertEqual((done.returncode, b"bug" in done.stderr), (code, False), (command, redirect, done.stderr))
+        self.assertEqual(self.device.state()["deployments"][HELLO]["state"], "installed")
+
+    def test_what_the_locale_lacks_is_escaped(self):
+        self.device.set("device.vendor", "Ä-Werke")
+        self.device.settings["state_dir"] = os.path.join(self.device.folder, "zustände")
+        self.device.save()
+        for encoding, shown in (("ascii", "\\u00c4-Werke"), ("utf-8", "Ä-Werke")):
+            done = subprocess.run(self.device.command("capabilities"), env=dict(self.device.env, PYTHONIOENCODING=encoding), stdout=subprocess.PIPE)
+            self.assertIn(shown, done.stdout.decode())
+            self.assertEqual(json.loads(done.stdout.decode())["properties"]["vendor"], "Ä-Werke")
+        self.assertIn("zust\\xe4nde", self.device.run("doctor", env={"PYTHONIOENCODING": "ascii"}).stdout)
+
+    def test_a_request_for_a_certificate_that_cannot_be_made_says_why(self):
+        """A missing helper is named with what needs it; a key that is none is the identity's fault."""
+        self.device.set("identity.key", os.path.join(self.device.folder, "new.key"))
+        done = self.device.run("csr", env={"PATH": "/nonexistent"})
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("openssl is not installed, or not on PATH; `csr`, wfm.profile signed", done.stderr)
+        support.write(self.device.settings["identity"]["key"], "no key", 0o600)
+        done = self.device.run("csr")
+        self.assertEqual(done.returncode, 5)
+        self.assertIn("identity.key", done.stderr)
+
     def test_retry_of_what_did_not_fail_says_so(self):
         self.device.cycle()
         self.assertIn("0 failed", self.device.run("retry").stdout)
@@ -198,6 +233,11 @@ class Doctor(support.DeviceCase):
         self.device.set("identity.certificate", certificate)
         self.device.set("identity.key", key)
         self.check(0, "warn identity .* 0 days left; have it renewed")
+
+    def test_a_file_of_a_registry_that_is_not_there_fails(self):
+        self.device.settings["registries"][self.wfm.registry]["ca"] = "/nonexistent/ca.pem"
+        self.device.save()
+        self.check(1, f"FAIL registry  registries.{self.wfm.registry}.ca /nonexistent/ca.pem: no such file", "ok   wfm")
 
     def test_a_state_directory_that_cannot_be_made_fails(self):
         path = support.write(os.path.join(self.device.folder, "file"), "")

@@ -37,10 +37,14 @@ class RunCommand(unittest.TestCase):
         with self.assertRaises(margo_agent.CommandTimeout):
             margo_agent.run_command(python("import os, time; os.close(1); os.close(2); time.sleep(60)"), 1, data=bytes(1 << 20))
 
-    def test_a_missing_program_is_named(self):
+    def test_a_missing_program_is_named_with_the_setting_that_needs_it(self):
+        """Contract, Shape."""
         with self.assertRaises(margo_agent.CommandMissing) as caught:
             margo_agent.run_command(["no-such-program-here"], 30)
         self.assertIn("no-such-program-here", caught.exception.message)
+        for path, setting in (("/nonexistent/helm", "see runtime.helm"), ("no-such-program-here", "correct the setting that names it")):
+            with self.assertRaisesRegex(margo_agent.CommandMissing, setting):
+                margo_agent.run_command([path], 30)
 
     def test_a_hung_program_is_ended_with_all_its_children(self):
         with tempfile.TemporaryDirectory() as folder:
