@@ -8062,12 +8062,19 @@ def command_plan(config, options):
     """Polls and prints what `run --once` would do; changes nothing, neither here nor at the WFM."""
     agent = Agent(config)
     agent.state = agent.store.load_state()
-    agent.check_patience(time.time(), spread=False)
-    desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
-    accepted, documents = agent.state["accepted"], {}
+    accepted, documents, desired = agent.state["accepted"], {}, None
+    if agent.is_downtime():
+        log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
+    else:
+        agent.check_patience(time.time(), spread=False)
+        desired = agent.connect(keep=False).fetch_desired(accepted, agent.store.load_artifact)
     if desired:
         entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
         accepted, documents = {"version": desired.version, "deployments": entries}, desired.documents
+        try:
+            agent.check_removals(desired)
+        except Waiting as error:
+            log("warning", error.message)
     deaf = agent.observe() if accepted else {}
     if agent.device_id in deaf:
         raise deaf[agent.device_id]

@@ -1,4 +1,5 @@
 """Section 18, Agent: enrollment, cycles, the daemon, and everything around them, as processes against the example WFM."""
+import json
 import os
 import shutil
 import signal
@@ -256,6 +257,27 @@ class Cycle(AgentCase):
         self.assertEqual({method for method, _, _ in self.wfm.requests()[count:]}, {"GET"})
         self.assertEqual(self.device.state(), before)
         self.assertEqual([call[0] for call in self.engine.calls()], ["ps"])
+
+    def test_plan_in_downtime_is_that_of_what_was_accepted(self):
+        self.publish()
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.device.set("poll.downtime", ["00:00-24:00"])
+        done = self.device.run("plan", "--json")
+        self.assertEqual([(item["deploymentId"], item["action"]) for item in json.loads(done.stdout)["actions"]], [(HELLO, "keep")])
+        self.assertIn("warning downtime: the WFM is not asked", done.stderr)
+
+    def test_plan_tells_that_removals_will_wait(self):
+        """Contract, Guard."""
+        self.publish()
+        self.device.set("policy.max_removals", 0)
+        self.device.cycle()
+        self.wfm.withdraw()
+        done = self.device.run("plan")
+        self.assertEqual((done.returncode, "remove" in done.stdout), (0, True))
+        self.assertIn("nothing is done until the next poll confirms it", done.stderr)
+        self.assertIn("REMOVALS_UNCONFIRMED", self.device.cycle(3))
+        self.assertEqual(self.device.run("plan").stderr, "")
 
     def test_plan_and_run_agree(self):
         self.publish()
