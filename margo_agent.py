@@ -1410,10 +1410,8 @@ def read_properties(value, base):
 def read_environment(value, base):
     """A mapping of environment variables to text."""
     for name in read_mapping(value, base):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError("a mapping of variable names to text")
-        if isinstance(value[name], (bool, dict, list, type(None))):
-            raise ValueError(f"a mapping of variable names to text; {name} has none")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(value[name], (bool, dict, list, type(None))):
+            raise ValueError(f"a mapping of variable names to text, which {make_printable(name)} is not")
     return {name: read_text(item, base) for name, item in value.items()}
 
 
@@ -2029,7 +2027,6 @@ class Store:
 # ------------------------------------------------------------------------------------------------------------------------------
 
 Output = define("Output", "code stdout stderr", "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
-
 
 # Which setting needs a program; a missing one is named with it (contract, Shape).
 NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it", "git": "wfm.profile git needs it",
@@ -4574,11 +4571,8 @@ def describe_git(config, state, now):
 
 
 def check_git(config, state, now):
-    """Whether git and the credentials are there, and are for nobody else to read: (ok or warn, words); raises ConfigError, Untrusted."""
-    try:
-        version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
-    except CommandMissing as error:
-        raise ConfigError(error.message) from None
+    """Whether git and the credentials are there, and are for nobody else to read: (ok or warn, words); raises CommandMissing, Untrusted."""
+    version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
     load_git_header(config.git)
     for key in ("token_file", "ssh_key"):
         path = config.git[key]

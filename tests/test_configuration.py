@@ -96,7 +96,7 @@ class Refusals(unittest.TestCase):
             text = faults(**sections)
             self.assertIn(": found ", text)
             self.assertNotIn("hunter2", text)
-        self.assertIn("TOKEN has none", faults(runtime={"environment": {"TOKEN": None}}))
+        self.assertIn("to text, which TOKEN is not", faults(runtime={"environment": {"TOKEN": None}}))
 
     def test_an_empty_file_name_is_none(self):
         """It would be the folder of the configuration, which would become the state directory."""
