@@ -195,7 +195,7 @@ Deployment = define("Deployment", "deployment_id name namespace device_id type c
     "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None; `extensions`: those of {spec, deploymentProfile}.", {})
 Target = define("Target", "deployment_id digest version deployment error device_id",
     "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it; `device_id`: where it is at home.", None)
-Container = define("Container", "id name deployment_id component service hash state exit_code type device_id started health",
+Container = define("Container", "id name deployment_id component service hash state type device_id started health",
     "One container of ours (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, or `unhealthy`;"
     " `hash` our mark, `type` the deployment type whose driver showed it, `device_id` the child device it was made for, `started` Unix"
     " seconds where they are shown, `health` the engine's word where there is a check.", "", 0, "")
@@ -5353,7 +5353,7 @@ Workload = define("Workload", "deployment_id component project folder parameters
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment, the"
     " child device it is for.", "")
 Service = define("Service", "name image arguments command environment files networks depends_on health pull hash",
-    "One service as the engine is told of it; see make_service. networks: [(name, [options])]; health: (interval, retries, start) or None.")
+    "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start) or None.")
 Project = define("Project", "services networks volumes document",
     "A compose file ready to run: services in starting order, {engine's name: create arguments}, and the resolved document.")
 
@@ -5515,11 +5515,11 @@ def to_list(value, where):
     return [to_text(item, where) for item in items]
 
 
-def to_pairs(value, where, separator="="):
+def to_pairs(value, where):
     """A mapping, or a list of NAME=value, as {NAME: text or None}."""
     if isinstance(value, dict):
         return {str(key): None if item is None else to_text(item, f"{where}.{key}") for key, item in value.items()}
-    pairs = [item.partition(separator) for item in to_list(value, where)]
+    pairs = [item.partition("=") for item in to_list(value, where)]
     return {name: text if mark else None for name, mark, text in pairs}
 
 
@@ -6104,7 +6104,7 @@ def make_configs(service, document, workload, where):
 
 
 def make_attachments(service, workload, networks, where):
-    """The networks of a service as [(engine's name, aliases or None, options)]; the first is joined at creation, the others before the start."""
+    """[(engine's name, aliases, options)], of which the first is joined at creation and the others before the start, or [(network_mode, None)]."""
     mode, wanted = service.get("network_mode"), service.get("networks")
     if mode is not None:
         text = to_text(mode, f"{where}.network_mode")
@@ -6236,11 +6236,11 @@ class ComposeDriver:
         self.remote = bool(set(self.connection) & set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"})
         self.pulled = []                            # images that were not here before
 
-    def run(self, arguments, timeout, code=None, program=None):
+    def run(self, arguments, timeout, code=None):
         """The Output of one engine command; with `code` a failure raises ComponentError of that code."""
-        output = run_command((program or [self.engine]) + arguments, max(1.0, timeout), env=self.environ)
+        output = run_command([self.engine] + arguments, max(1.0, timeout), env=self.environ)
         if code and output.code:
-            raise ComponentError(code, f"{' '.join((program or [self.engine])[:2])} {arguments[0]} failed: {output.stderr[-1500:]}")
+            raise ComponentError(code, f"{self.engine} {arguments[0]} failed: {output.stderr[-1500:]}")
         return output
 
     def observe(self, records=()):
@@ -6622,13 +6622,13 @@ def parse_containers(data, engine):
             for item in items or ():
                 labels, (state, health) = item.get("Labels") or {}, find_health(item["State"].lower(), item.get("Status"))
                 containers.append(Container(item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], labels.get(LABEL_COMPONENT, ""),
-                                            labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), state, item.get("ExitCode", 0),
-                                            "compose", labels.get(LABEL_DEVICE, ""), item.get("StartedAt", 0), health))
+                                            labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), state, "compose",
+                                            labels.get(LABEL_DEVICE, ""), item.get("StartedAt", 0), health))
         else:
             for line in data.splitlines():
                 *marks, device_id, state, status = parse_json(line, "docker ps")
                 state, health = find_health(state, status)
-                containers.append(Container(*marks, state=state, exit_code=None, type="compose", device_id=device_id, health=health))
+                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, health=health))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
@@ -6651,7 +6651,7 @@ def parse_releases(data, records):
                 continue                            # somebody else's, whatever its labels say
             deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
             containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], None, "helm"))
+                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
     return containers
@@ -8143,7 +8143,8 @@ def command_doctor(config, options):
     agent, failed = Agent(config), False
     agent.state = make_state()
     for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("children", check_children),
-                        ("registry", check_registries), ("hooks", check_hooks), ("labels", check_labels), ("identity", check_identity),
+                        ("registry", check_registries), ("hooks", check_hooks), ("labels", check_labels),
+                        ("identity", lambda agent: SERVED[agent.config.wfm.profile].check(agent.config, agent.state, time.time())),
                         ("wfm", check_connection)):
         try:
             level, words = check(agent)
@@ -8220,11 +8221,6 @@ def check_hooks(agent):
     if loose:
         return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
     return "ok", f"{len(agent.config.hooks.run)} to be run around changes" if agent.config.hooks.run else ""
-
-
-def check_identity(agent):
-    """Whether the own identity can be used, and for how long."""
-    return SERVED[agent.config.wfm.profile].check(agent.config, agent.state, time.time())
 
 
 def check_connection(agent):

@@ -23,7 +23,7 @@ def make_record(digest_of=b"one", state="installed", deployment_id=HELLO, **chan
 
 
 def make_container(deployment_id=HELLO, component="web", service="main", label="h", state="running"):
-    return margo_agent.Container("id", "name", deployment_id, component, service, label, state, 0, "compose")
+    return margo_agent.Container("id", "name", deployment_id, component, service, label, state, "compose")
 
 
 def plan(targets, records, containers, now=NOW, **runtime):

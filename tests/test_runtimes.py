@@ -1577,7 +1577,7 @@ class IsSettled(unittest.TestCase):
             ([("h", "exited")], dict(done, finished=False), False),
                 ([("h", "running"), ("h", "running")], None, False), ([("g", "exited")], done, False)):
             with self.subTest(containers=containers, known=known):
-                items = [margo_agent.Container("i", "n", "d", "c", "a", digest, state, 0, "compose") for digest,
+                items = [margo_agent.Container("i", "n", "d", "c", "a", digest, state, "compose") for digest,
                          state in containers]
                 self.assertIs(margo_agent.is_settled(service, items, known), expected)
 
@@ -1646,7 +1646,7 @@ class ParseContainers(unittest.TestCase):
                        "org.margo.hash": "h"}}
 
     def test_what_podman_shows(self):
-        expected = margo_agent.Container("abc", "web-1", support.HELLO, "c", "s", "h", "running", 3, "compose")
+        expected = margo_agent.Container("abc", "web-1", support.HELLO, "c", "s", "h", "running", "compose")
         self.assertEqual(margo_agent.parse_containers(json.dumps([self.GOOD]).encode(), "podman"), [expected])
         for data in (b"", b"[]", b"null", b"[]\n"):
             self.assertEqual(margo_agent.parse_containers(data, "podman"), [])
@@ -1655,11 +1655,11 @@ class ParseContainers(unittest.TestCase):
         """P-11: what an older version left is found too, and can be removed."""
         item = dict(self.GOOD, Labels={"org.margo.deployment": support.HELLO})
         self.assertEqual(margo_agent.parse_containers(json.dumps([item]).encode(), "podman"),
-                         [margo_agent.Container("abc", "web-1", support.HELLO, "", "", "", "running", 3, "compose")])
+                         [margo_agent.Container("abc", "web-1", support.HELLO, "", "", "", "running", "compose")])
 
     def test_what_docker_shows(self):
         line = json.dumps(["abc", "web-1", support.HELLO, "c", "s", "h", "gw/a", "exited", "Exited (1) 3 seconds ago"])
-        expected = margo_agent.Container("abc", "web-1", support.HELLO, "c", "s", "h", "exited", None, "compose", "gw/a")
+        expected = margo_agent.Container("abc", "web-1", support.HELLO, "c", "s", "h", "exited", "compose", "gw/a")
         self.assertEqual(margo_agent.parse_containers(f"{line}\n{line}\n".encode(), "docker"), [expected, expected])
         self.assertEqual(margo_agent.parse_containers(b"", "docker"), [])
 

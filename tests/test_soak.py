@@ -119,7 +119,7 @@ class Machine:
             raise CommandError("the engine does not answer")
         if self.faulty and self.running and self.rng.random() < 0.05:
             self.running.pop(self.rng.choice(sorted(self.running)))
-        return [Container(item[:8], item[:8], item, "web", "main", mark, "running", 0, "compose") for item, mark in sorted(self.running.items())]
+        return [Container(item[:8], item[:8], item, "web", "main", mark, "running", "compose") for item, mark in sorted(self.running.items())]
 
     def tend(self, *_):
         pass                                        # nothing of it has a health check
