@@ -83,6 +83,7 @@ RESERVE = 256 * KIB                                 # kept in the state director
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
 PULL_TIMEOUT = 3600                                 # seconds git may take, or a child's engine for an image: links are slow
 IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
+LOOKS, LOOK_PATIENCE = 8, 2                         # engines and clusters that are asked at once; seconds in which all should answer
 FREE_SPACE = 32 * MIB                               # stays free on a disk that something is fetched to (P-4)
 PUSH_ATTEMPTS = 5                                   # how often a status is put on top of what others pushed meanwhile
 MAX_PACKS = 50                                      # fetches after which the copy of a Git repository is begun anew
@@ -141,6 +142,7 @@ Locked = define_fault("Locked", MargoError, "Another instance works on the same 
 CommandError = define_fault("CommandError", MargoError, "A helper program could not be run to its end.", exit=1, code="COMMAND")
 CommandMissing = define_fault("CommandMissing", CommandError, "The program is not installed.")
 CommandTimeout = define_fault("CommandTimeout", CommandError, "The program ran out of its time and was ended.")
+Late = define_fault("Late", CommandError, "What does not answer may still do so within this cycle.")
 
 
 class ComponentError(MargoError):
@@ -201,7 +203,7 @@ Container = define("Container", "id name deployment_id component service hash st
     " seconds where they are shown, `health` the engine's word where there is a check.", "", 0, "")
 Action = define("Action", "deployment_id action reason restore unstable",
     "One step of a plan: install, update, remove, keep or refuse, and why; `restore`: it is the version before that has to be mended;"
-    " `unstable`: the component that is repaired in vain.", False, None)
+    " `unstable`: (component, service) that is repaired in vain.", False, None)
 Place = define("Place", "device_id device drivers",
     "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}.")
 Profile = define("Profile", "connect describe check",
@@ -4750,28 +4752,34 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
     return min(there, key=lambda child: loads.get(child, 0))
 
 
+def find_kinds(record, target=None):
+    """The deployment types that a deployment is, was when it ran last, and will be: whose drivers have to tell of it before anything is done."""
+    kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
+    return kinds | ({target.deployment.type} if target and target.deployment else set())
+
+
 def needs_document(entry, record):
     """Whether deciding on a manifest entry takes its document: not for what is installed, or was tried and failed, in that revision."""
     return record is None or record["adopted"]["digest"] != entry.digest or record["refused"] or record["state"] not in ("installed", "failed")
 
 
-def make_plan(targets, records, containers, now, settle=0, mark=""):
+def make_plan(targets, records, containers, now, settle=0, mark="", unseen=()):
     """What to do, in order, as [Action]: removals first, to free what they hold, then the manifest's own order.
 
     targets: [Target], deployment and error both None where needs_document said so.  records: the state's `deployments`.
-    containers: [Container] as observed, None where the engine could not be asked (then nothing is taken for drift).  settle, mark:
-    `runtime.settle` and make_mark of `runtime.environment`.
+    containers: [Container] as observed.  settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: ids in lower
+    case of deployments of which not everything could be observed (then nothing is taken for drift).
     """
     wanted = {target.deployment_id.lower() for target in targets}
     seen = {}
-    for container in containers or ():
+    for container in containers:
         seen.setdefault(container.deployment_id.lower(), []).append(container)
     orphans = {key: items[-1].deployment_id for key, items in seen.items()}
     orphans.update((key, record["deploymentId"]) for key, record in records.items() if record["state"] != "removed")
     plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans) if key not in wanted]
     for target in targets:
         key = target.deployment_id.lower()
-        plan.append(make_action(target, records.get(key), None if containers is None else seen.get(key, []), now, settle, mark))
+        plan.append(make_action(target, records.get(key), None if key in unseen else seen.get(key, []), now, settle, mark))
     return plan
 
 
@@ -4802,10 +4810,10 @@ def make_action(target, record, containers, now, settle, mark):
         return act("install", "new")
     if record["state"] != "installed":
         return act(change, f"was interrupted while {record['state']}")
-    component, words = find_drift({item["name"]: item["services"] for item in record["components"]}, containers, now, settle)
+    place, words = find_drift({item["name"]: item["services"] for item in record["components"]}, containers, now, settle)
     if words and is_ahead(make_pause(record), now):
         return act("refuse", f"{words} although it was repaired {record['repairs']} times; next attempt at {make_time(make_pause(record))}",
-                   unstable=component)
+                   unstable=place)
     if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
         return act("update", "runtime.environment has changed")
     return act("update", f"drift: {words}") if words else act("keep", "as desired")
@@ -4828,7 +4836,7 @@ def make_mark(environment):
 
 
 def find_drift(services, containers, now, settle):
-    """(component, words) for what differs between what was installed and its containers, or ("", "") (P-12, D-23).
+    """((component, service), words) for what differs between what was installed and its containers, or ("", "") (P-12, D-23).
 
     services: {component: {service: facts}}; containers: those of this deployment, or None.
     """
@@ -4841,8 +4849,8 @@ def find_drift(services, containers, now, settle):
         for service, facts in items.items():
             words = judge_containers(seen.pop((component, service), []), facts, now, settle)
             if words:
-                return component, f"{component}/{service} {words}"
-    return (min(seen)[0], f"{'/'.join(min(seen))} does not belong to it") if seen else ("", "")
+                return (component, service), f"{component}/{service} {words}"
+    return (min(seen), f"{'/'.join(min(seen))} does not belong to it") if seen else ("", "")
 
 
 def judge_containers(found, facts, now, settle):
@@ -6501,7 +6509,7 @@ class ComposeDriver:
             if failure or unwell:
                 name = unwell[0] if unwell else failure.split()[1]
                 text = failure or f"service {name} is unhealthy"
-                raise ComponentError("UNHEALTHY" if unwell else "INSTALL_FAILED", text + self.tail_log(names.get(name), workload))
+                raise ComponentError("UNHEALTHY" if unwell else "INSTALL_FAILED", text + self.tail_log(names.get(name), workload.parameters.values()))
             if complete:
                 waiting = [f"{service.name} has not ended" for service in services if service.name not in finished]
             now = time.monotonic()
@@ -6511,7 +6519,7 @@ class ComposeDriver:
                 return finished
             if now > deadline:
                 name = waiting[0].split()[0]
-                raise ComponentError("INSTALL_TIMEOUT", f"not up in time: {', '.join(waiting)}" + self.tail_log(names.get(name), workload))
+                raise ComponentError("INSTALL_TIMEOUT", f"not up in time: {', '.join(waiting)}" + self.tail_log(names.get(name), workload.parameters.values()))
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
     def check_health(self, services, names, health, healthy, misses, start):
@@ -6543,12 +6551,15 @@ class ComposeDriver:
             except CommandError as error:
                 log("warning", "a health check hangs", container=container.name, reason=error.message)
 
-    def tail_log(self, container, workload):
-        """The end of a container's log for an error message: 20 lines, 2 KiB, parameter values masked."""
-        if not container:
+    def tail_log(self, container, secrets):
+        """The end of a container's log for an error message: 20 lines, 2 KiB, the values of parameters masked; "" where there is none."""
+        try:
+            output = self.run(["logs", "--tail=20", container], 60) if container else Output(1, b"", "")
+        except CommandError as error:
+            return f"; its log cannot be had: {error.message}"
+        if output.code:
             return ""
-        output = self.run(["logs", "--tail=20", container], 60)
-        text = mask((output.stdout.decode("utf-8", "replace").strip() + "\n" + output.stderr).strip(), workload.parameters.values())
+        text = mask((output.stdout.decode("utf-8", "replace").strip() + "\n" + output.stderr).strip(), secrets)
         return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
 
     def stop(self, ids, deadline):
@@ -6741,7 +6752,7 @@ class HelmDriver:
         if facts and facts.get("content") == release.content and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]:
             return {"release": facts}
         for container in present:
-            self.repair(container, release.namespace, deadline)
+            self.repair(container, release.namespace, facts, deadline)
         seconds = max(1, int(deadline - time.monotonic()))
         output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
                            f"--values={release.values_file}", f"--labels={LABEL_DEPLOYMENT}={release.deployment_id}",
@@ -6761,15 +6772,19 @@ class HelmDriver:
         """The releases of a component."""
         return [c for c in containers if (c.deployment_id.lower(), c.component, c.type) == (deployment_id.lower(), component, "helm")]
 
-    def repair(self, container, namespace, deadline):
+    def repair(self, container, namespace, facts, deadline):
         """Takes away what would stop an upgrade, or what it would not see: a release in another namespace, one that a power cut left half
-        done, and what a failed upgrade left in the cluster (helm compares with the version that was deployed, not with that one)."""
+        done, and what a failed upgrade left in the cluster (helm compares with the version that was deployed, not with that one).
+
+        facts: of the revision that was made here last; to that one it goes back, for the one before the newest may be what has failed.
+        """
         there = container.id.partition("/")[0]
         seconds = max(1, int(deadline - time.monotonic()))
         if there != namespace or container.state in ("pending-install", "uninstalling"):
             self.uninstall(container, deadline)
         elif container.state != "running":
-            self.run(["rollback", container.name, f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
+            revision = [facts["hash"]] if facts else []
+            self.run(["rollback", container.name] + revision + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
 
     def uninstall(self, container, deadline):
         """Uninstalls a release; whether it worked is told by the list alone."""
@@ -6784,6 +6799,10 @@ class HelmDriver:
         if ours and self.find(deployment_id, component, self.observe([record])):
             raise ComponentError("REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
+    def tail_log(self, container, secrets):
+        """Nothing: the cluster keeps the logs."""
+        return ""
+
     def tend(self, containers, chance):
         """Nothing: the cluster runs its own health checks."""
 
@@ -6795,7 +6814,7 @@ class HelmDriver:
 def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; `child` and `others` as make_compose_driver takes them.
 
-    A driver has observe, tend, prepare, apply, remove, remove_image and `pulled`; no other section knows what it drives.
+    A driver has observe, tail_log, tend, prepare, apply, remove, remove_image and `pulled`; no other section knows what it drives.
     """
     drivers = {"compose": make_compose_driver(config, child=child, others=others), "helm": make_helm_driver(config, os.environ, child)}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -6811,10 +6830,41 @@ def make_places(config, own_id):
     return places
 
 
-def observe_all(drivers, records):
-    """Every container of ours on one device; raises CommandError where something does not answer."""
-    return [container for kind, driver in drivers.items()
-            for container in driver.observe([record for record in records.values() if record["type"] == kind])]
+def list_looks(drivers, records):
+    """{deployment type: function that looks} of what has to be asked on one device: an engine in any case, because a leftover is looked for
+    there (P-11), a cluster only where a deployment needs it."""
+    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
+    return {kind: lambda kind=kind: drivers[kind].observe(known[kind]) for kind in drivers if kind == "compose" or known[kind]}
+
+
+def try_look(function):
+    """What it returns, or the CommandError that it raises."""
+    try:
+        return function()
+    except CommandError as error:
+        return error
+
+
+def look_at_all(looks):
+    """Carries out {key: function that looks}; yields [(key, [Container] or CommandError)] of what has answered since, until all has.
+
+    One look is simply done.  Several wait at once, and what answers late holds nobody up: after LOOK_PATIENCE the others are told.
+    """
+    if len(looks) < 2:
+        yield [(key, try_look(function)) for key, function in looks.items()]
+        return
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+    with ThreadPoolExecutor(LOOKS) as pool:
+        waiting = {pool.submit(try_look, function): key for key, function in looks.items()}
+        done = wait(waiting, LOOK_PATIENCE).done
+        while done or waiting:
+            yield [(waiting.pop(future), future.result()) for future in done]
+            done = wait(waiting, return_when=FIRST_COMPLETED).done
+
+
+def observe_all(drivers, record):
+    """Every container of ours on one device, as far as a deployment may have some there; raises CommandError where something does not answer."""
+    return [container for function in list_looks(drivers, [record]).values() for container in function()]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6825,7 +6875,7 @@ def make_record(target, device_id):
     """The record of a deployment that was not known before; see begin_record for one that begins a revision.
 
     adopted: the revision that is worked on, fetched: what is on the device for it (digests, images); running, previous: {digest,
-    packages, images, mark} of the last two that were installed, and {services} of `running` once another revision is worked on;
+    packages, images, mark, type} of the last two that were installed, and {services} of `running` once another revision is worked on;
     fallback: `running` is what should run when that has failed; repairs: how many there were without an hour's rest, repairedAt: the last;
     deviceId: where it is at home, left (once it has moved): where something of it may still be.
     """
@@ -6885,7 +6935,7 @@ def finish_record(record, mark=""):
     """The record once all of the revision that was worked on is installed; mark: make_mark of the environment it was given."""
     running = {"digest": record["adopted"]["digest"], "packages": {item["name"]: item["package"] for item in record["components"]},
                "images": sorted({facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}),
-               "mark": mark}
+               "mark": mark, "type": record["type"]}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
     return dict(record, running=running, previous=previous, failures=0, retryAt=0, fetched=[])
@@ -6973,17 +7023,20 @@ def acknowledge_status(state, key, refused=None):
 # 16. Apply
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Tools = define("Tools", "config store drivers clock jitter",
-    "What applying takes: Settings, Store, {deployment type: driver}, functions for Unix seconds and a number in [0, 1).")
-Change = define("Change", "event name record deployment rollback",
-    "What hooks are told of: install, update or removal of the component `name`; rollback: on the way back to the version before.")
+Tools = define("Tools", "config store drivers clock jitter leave",
+    "What applying takes: Settings, Store, {deployment type: driver}, functions for Unix seconds, a number in [0, 1), and the removal of what"
+    " moves from where it was.")
+Change = define("Change", "event name record deployment rollback kind",
+    "What hooks are told of: install, update or removal of the component `name`; rollback: on the way back to the version before; kind: the"
+    " deployment type of what is removed.", None)
 
 
 def apply_target(target, record, containers, tools):
     """Makes one deployment as its target says; yields the record at each change, for the caller to make durable before the next step.
 
-    Everything is fetched and verified before the running version is touched (D-11, P-20).  A failure ends in a failed record, with
-    the version before running again where runtime.on_failure says so (P-8).
+    All that can fail or say no comes before the running version is touched, wherever it runs: everything is fetched and verified, and
+    every hook is asked (D-11, P-20).  A failure ends in a failed record, with the version before running again where
+    runtime.on_failure says so (P-8).
     """
     known = {component["name"]: component for component in record["components"]}
     if record["running"] and record["running"]["digest"] == target.digest == record["adopted"]["digest"]:
@@ -6996,20 +7049,30 @@ def apply_target(target, record, containers, tools):
             name = component.name
             driver = get_driver(target.deployment.type, tools)
             prepared.append(driver.prepare(target.deployment, component, known.get(name, {}).get("package"), tools.store))
-        for component, (workload, package) in zip(target.deployment.components, prepared):
-            name, earlier = component.name, known.get(component.name, {})
-            record = set_component(record, name, "installing")
-            yield record
-            change = Change("update" if earlier.get("package") else "install", name, record, target.deployment, False)
-            run_hooks("before", change, tools)
-            touched = True
-            services = carry_out(change, tools, lambda: driver.apply(
-                workload, containers, earlier.get("services", {}), time.monotonic() + component.timeout))
-            record = set_component(record, name, "installed", services=services, package=package)
-            if record["state"] != "installed":      # that word is the last one, said below once nothing else is left
+        with Hooks(tools) as hooks:
+            changes = [Change("update" if known.get(component.name, {}).get("package") else "install", component.name, record, target.deployment, False)
+                       for component in target.deployment.components]
+            for change in changes:
+                name = change.name
+                hooks.ask(change)
+            name, dropped = None, find_dropped(record, target.deployment, containers)
+            for change in dropped:
+                hooks.ask(change)
+            for component, change, (workload, package) in zip(target.deployment.components, changes, prepared):
+                name = component.name
+                record = set_component(record, name, "installing")
                 yield record
-        name = None
-        remove_dropped(record, target.deployment, containers, tools)
+                if not touched:
+                    tools.leave(record)
+                touched = True
+                services = hooks.carry_out(change, lambda: driver.apply(
+                    workload, containers, known.get(name, {}).get("services", {}), time.monotonic() + component.timeout))
+                record = set_component(record, name, "installed", services=services, package=package)
+                if record["state"] != "installed":  # that word is the last one, said below once nothing else is left
+                    yield record
+            name = None
+            for change in dropped:
+                remove_component(change, containers, hooks)
         yield finish_record(record, make_mark(tools.config.runtime.environment))
     except (ComponentError, CommandError) as error:
         error = error if isinstance(error, ComponentError) else ComponentError("INSTALL_FAILED", error.message)
@@ -7025,7 +7088,7 @@ def apply_target(target, record, containers, tools):
 def take_back(record, deployment, tools):
     """Removes what a first installation that failed has begun, so that nothing crashes on and on: (record, words for the error)."""
     try:
-        remove_dropped(record, deployment._replace(components=[]), observe_all(tools.drivers, {"": record}), tools, True)
+        remove_dropped(record, deployment._replace(components=[]), observe_all(tools.drivers, record), tools, True)
     except (ComponentError, CommandError) as error:
         return record, f"taking it back failed too: {error.message}"
     return dict(record, components=[dict(item, state="pending", services={}) for item in record["components"]]), "it is taken back until the next attempt"
@@ -7049,13 +7112,12 @@ def roll_back(record, tools):
         if data is None:
             raise ComponentError("INTERNAL", "its document is not in the state directory any more")
         deployment = parse_deployment(data, record["deploymentId"])
-        driver, containers = get_driver(deployment.type, tools), observe_all(tools.drivers, {"": record})
+        driver, containers = get_driver(deployment.type, tools), observe_all(tools.drivers, record)
         for component in deployment.components:
             workload, package = driver.prepare(deployment, component, before["packages"].get(component.name), tools.store)
-            change = Change("update", component.name, record, deployment, True)
-            run_hooks("before", change, tools)
-            services = carry_out(change, tools, lambda: driver.apply(
-                workload, containers, before["services"].get(component.name, {}), time.monotonic() + component.timeout))
+            with Hooks(tools) as hooks:
+                services = hooks.carry_out(hooks.ask(Change("update", component.name, record, deployment, True)), lambda: driver.apply(
+                    workload, containers, before["services"].get(component.name, {}), time.monotonic() + component.timeout))
             record = set_component(record, component.name, "installed", services=services, package=package)
             settled[component.name] = services
         remove_dropped(record, deployment, containers, tools, True)
@@ -7078,30 +7140,51 @@ def find_components(deployment_id, containers):
     return sorted({(c.component, c.type) for c in containers if c.deployment_id.lower() == deployment_id.lower()})
 
 
+def find_dropped(record, deployment, containers, rollback=False):
+    """[Change] for the components of a deployment that its document no longer has (D-19)."""
+    wanted = {(component.name, deployment.type) for component in deployment.components}
+    return [Change("removal", name, record, deployment, rollback, kind) for name, kind in find_components(deployment.deployment_id, containers)
+            if (name, kind) not in wanted]
+
+
 def remove_dropped(record, deployment, containers, tools, rollback=False):
     """Removes the components of a deployment that its document no longer has (D-19)."""
-    wanted = {(component.name, deployment.type) for component in deployment.components}
-    for name, kind in find_components(deployment.deployment_id, containers):
-        if (name, kind) not in wanted:
-            remove_component(Change("removal", name, record, deployment, rollback), kind, containers, tools)
+    with Hooks(tools) as hooks:
+        for change in [hooks.ask(change) for change in find_dropped(record, deployment, containers, rollback)]:
+            remove_component(change, containers, hooks)
 
 
-def remove_component(change, kind, containers, tools):
-    """Removes all of one component, between its hooks."""
-    run_hooks("before", change, tools)
-    carry_out(change, tools, lambda: tools.drivers[kind].remove(
+def remove_component(change, containers, hooks):
+    """Removes all of one component."""
+    hooks.carry_out(change, lambda: hooks.tools.drivers[change.kind].remove(
         change.record["deploymentId"], change.name, containers, time.monotonic() + COMPONENT_TIMEOUT))
 
 
-def carry_out(change, tools, act):
-    """What `act` returns or raises, once the hooks have been told what came of it."""
-    try:
+class Hooks:
+    """The operator's hooks around some changes: each is asked before the first change is made, and told what came of it or that nothing will."""
+
+    def __init__(self, tools):
+        self.tools, self.asked = tools, []
+
+    def __enter__(self):
+        return self
+
+    def ask(self, change):
+        """The change, once every hook agrees to it; raises ComponentError HOOK_FAILED."""
+        run_hooks("before", change, self.tools)
+        self.asked.append(change)
+        return change
+
+    def carry_out(self, change, act):
+        """What `act` returns or raises."""
         result = act()
-    except MargoError as error:
-        run_hooks("after", change, tools, error)
-        raise
-    run_hooks("after", change, tools)
-    return result
+        self.asked.remove(change)
+        run_hooks("after", change, self.tools)
+        return result
+
+    def __exit__(self, kind, error, _):
+        for change in self.asked if isinstance(error, MargoError) else ():
+            run_hooks("after", change, self.tools, error)
 
 
 def run_hooks(moment, change, tools, error=None):
@@ -7138,6 +7221,20 @@ def make_facts(change, event, error):
             if error else {"state": done, "code": "", "message": ""}}
 
 
+def give_up(record, action, containers, tools):
+    """The record once a deployment was repaired in vain too often: failed, with the end of the log of what does not last (P-6, P-7)."""
+    component, service = action.unstable
+    there = [container.id for container in containers if container.deployment_id.lower() == record["deploymentId"].lower() and (
+        container.component, container.service) == action.unstable]
+    try:                                            # without its document nobody knows what to mask
+        deployment = parse_deployment(tools.store.load_artifact(record["adopted"]["digest"]) or b"", record["deploymentId"])
+        words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], make_variables(deployment, component).values())
+    except MargoError:
+        words = ""
+    error = ComponentError("UNSTABLE", action.reason + words)
+    return dict(fail_record(record, component, error, tools.clock(), 0), retryAt=make_pause(record))
+
+
 def load_deployment(record, store):
     """The Deployment that a record tells of, as far as the state directory still has its document."""
     digest = (record["running"] or record["adopted"])["digest"]
@@ -7148,38 +7245,44 @@ def load_deployment(record, store):
 
 
 def apply_removal(record, version, containers, tools):
-    """Removes all of a deployment, last component first; yields the record at each change.  Only an empty engine counts as removed (D-21)."""
+    """Removes all of a deployment, last component first, once every hook agrees; yields the record at each change.  Only an empty engine
+    counts as removed (D-21)."""
     record = dict(set_component(record, None, "removing"), error=None, adopted=dict(record["adopted"], version=version))
     yield record
     names, deployment = [component["name"] for component in record["components"]], load_deployment(record, tools.store)
     known = [(name, record["type"]) for name in names[::-1]]
-    for name, kind in [found for found in find_components(record["deploymentId"], containers) if found not in known] + known:
-        try:
-            if kind in tools.drivers:
-                remove_component(Change("removal", name, record, deployment, False), kind, containers, tools)
-        except MargoError as error:
-            log("error", "removal failed", deployment=record["deploymentId"], component=name, reason=error.message)
-            code = error.code if error.code == "HOOK_FAILED" else "REMOVE_FAILED"
-            yield fail_record(record, name if name in names else None, ComponentError(code, error.message), tools.clock(), tools.jitter())
-            return
-        if (name, kind) in known:
-            record = set_component(record, name, "removed")
-            if record["state"] != "removed":        # that word is the last one, said below once nothing is left
-                yield record
+    changes = [Change("removal", name, record, deployment, False, kind) for name, kind in
+               [found for found in find_components(record["deploymentId"], containers) if found not in known] + known]
+    try:
+        with Hooks(tools) as hooks:
+            for change in changes:
+                if change.kind in tools.drivers:
+                    hooks.ask(change)
+            for change in changes:
+                if change in hooks.asked:
+                    remove_component(change, containers, hooks)
+                if (change.name, change.kind) in known:
+                    record = set_component(record, change.name, "removed")
+                    if record["state"] != "removed":            # that word is the last one, said below once nothing is left
+                        yield record
+    except MargoError as error:
+        log("error", "removal failed", deployment=record["deploymentId"], component=change.name, reason=error.message)
+        code = error.code if error.code == "HOOK_FAILED" else "REMOVE_FAILED"
+        yield fail_record(record, change.name if change.name in names else None, ComponentError(code, error.message), tools.clock(), tools.jitter())
+        return
     remove_folder(tools.store.path("deployments", record["deploymentId"].lower()))
     yield dict(record, state="removed", running=None, previous=None)
 
 
-def prune(state, store, places):
+def prune(state, store, drivers):
     """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked packages, images that
-    the agent pulled; nothing else on the device.  Changes state["pulled"].  places: {"" or child device id: Place} of what answers.
+    the agent pulled; nothing else on the device.  Changes state["pulled"].  drivers: {"" or child device id: [driver that answers]}.
     """
     digests, images = find_needed(state)
     store.prune_artifacts(digests)
     for entry in state["pulled"]:
         device_id, _, name = entry.rpartition(" ")
-        drivers = places[device_id].drivers if device_id in places else {}
-        if name not in images and any(driver.remove_image(name) for driver in drivers.values()):
+        if name not in images and any(driver.remove_image(name) for driver in drivers.get(device_id, ())):
             log("info", "image pruned", image=entry)
             state["pulled"] = [other for other in state["pulled"] if other != entry]
 
@@ -7303,6 +7406,11 @@ def make_clock_fault(now, stored):
     return f"the clock of this device says {make_time(now)}, and its state was written at {make_time(stored)}: set the clock"
 
 
+def find_nothing():
+    """The look at a child device that cannot be reached from here."""
+    raise CommandError("the engine's command that its connection needs is not installed here")
+
+
 class Agent:
     """The client of one WFM.  `Agent(config).cycle()` is all that a supervisor of your own needs to call.
 
@@ -7314,8 +7422,9 @@ class Agent:
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
         self.places = make_places(config, self.device_id)
-        self.observed = {}                          # {device id: [Container], None where it does not answer}, of this cycle
-        self.deaf = {}                              # {device id: CommandError, ComponentError} of those with which something is wrong
+        self.observed = {}                          # {device id: [Container]}, as far as it has been seen in this cycle
+        self.deaf = {}                              # {(device id, deployment type): CommandError} of what does not answer, Late: not yet
+        self.done = set()                           # {(device id, deployment id in lower case)} that this cycle is done with
         self.placed = {}                            # {deployment id in lower case: device id} that was chosen in this cycle
         self.faults = []                            # what went wrong in this cycle
         self.source = None                          # connected when the WFM is first needed
@@ -7559,7 +7668,8 @@ class Agent:
         homes = dict({key: record["deviceId"] for key, record in self.state["deployments"].items()}, **self.placed)
         homes.pop(key, None)
         loads = list(homes.values())
-        children = {place.device_id: self.observed.get(place.device_id, ()) is not None for place in self.places[1:]}
+        silence = {place.device_id: self.find_silence(place.device_id, {deployment.type}) for place in self.places[1:]}
+        children = {child: fault is None or isinstance(fault, Late) for child, fault in silence.items()}      # no choice hangs on who is quick
         found = find_place(deployment, self.placed.get(key, held), self.device_id, children, lambda child: self.find_reason(deployment, child),
                            {child: loads.count(child) for child in children})
         self.placed[key] = found
@@ -7577,112 +7687,140 @@ class Agent:
             return error
         return None
 
-    def observe(self):
-        """Looks at every device, all at once; {device id: CommandError} of those that do not answer."""
-        def look(place):
-            records = {key: record for key, record in self.state["deployments"].items()
-                       if place.device_id in (self.find_home(record), *record.get("left", ()))}
-            try:
-                if place is not self.places[0] and not place.drivers:
-                    raise CommandError("the engine's command that its connection needs is not installed here")
-                return observe_all(place.drivers, records)
-            except CommandError as error:
-                return error
+    def observe(self, targets):
+        """Looks at every device and all that runs workloads there, all at once; comes back as often as more has been seen.
 
-        if len(self.places) == 1:
-            seen = [look(self.places[0])]
-        else:
-            from concurrent.futures import ThreadPoolExecutor
-            with ThreadPoolExecutor(8) as pool:
-                seen = list(pool.map(look, self.places))
-        answers = {place.device_id: answer for place, answer in zip(self.places, seen)}
-        deaf = {key: answer for key, answer in answers.items() if isinstance(answer, CommandError)}
-        self.observed = {key: None if key in deaf else answer for key, answer in answers.items()}
-        for record in self.state["deployments"].values():
-            if record.get("left"):                  # until it is seen that nothing of it is there any more
-                record["left"] = [left for left in record["left"] if left in deaf or any(
-                    container.deployment_id.lower() == record["deploymentId"].lower() for container in self.observed.get(left) or ())]
-        return deaf
+        targets: what should run, so that a cluster is asked for what is new to it, too.
+        """
+        looks, devices = {}, [place.device_id for place in self.places]
+        records = [(record, [self.find_home(record), *record.get("left", ())]) for record in self.state["deployments"].values()]
+        records += [(begin_record(make_record(target, target.device_id), target), [target.device_id]) for target in targets if target.deployment]
+        for place in self.places:
+            here = [record for record, homes in records if place.device_id in homes]
+            found = list_looks(place.drivers, here) if place.drivers or place is self.places[0] else dict.fromkeys(("compose", "helm"), find_nothing)
+            looks.update(((place.device_id, kind), function) for kind, function in found.items())
+        self.observed, self.deaf, self.done = {device_id: [] for device_id in devices}, {key: Late("has not answered yet") for key in looks}, set()
+        for answers in look_at_all(looks):
+            for key, answer in answers:
+                self.deaf.pop(key)
+                if isinstance(answer, CommandError):
+                    self.deaf[key] = answer
+                else:
+                    self.observed[key[0]] += answer
+            for record in filter(lambda record: record.get("left"), self.state["deployments"].values()):
+                record["left"] = [left for left in record["left"] if self.is_left(record, left)]
+            yield
+
+    def is_left(self, record, device_id):
+        """Whether a deployment may still have something on a device that it has moved away from."""
+        return any(device_id == other for other, _ in self.deaf) or any(
+            container.deployment_id.lower() == record["deploymentId"].lower() for container in self.observed.get(device_id, ()))
+
+    def find_silence(self, device_id, kinds):
+        """Why some deployment types cannot be seen on a device: a CommandError, first of all Late; None where they can."""
+        faults = [self.deaf[device_id, kind] for kind in sorted(kinds) if (device_id, kind) in self.deaf]
+        return next((fault for fault in faults if isinstance(fault, Late)), faults[0] if faults else None)
+
+    def list_drivers(self, place):
+        """{deployment type: driver} of what answers on a device."""
+        return {kind: driver for kind, driver in place.drivers.items() if (place.device_id, kind) not in self.deaf}
 
     def plan(self, targets):
-        """[(Place, Action, Target or None)] of all devices, in order; removals first.  What moves is kept where it was until it is ready to
-        run, or runs, where it goes (see `leave`).
+        """[(Place, Action, Target or None)] of all devices, in order, of what can be decided by now; removals first.  What moves is kept where
+        it was until it is ready to run, or runs, where it goes (see `leave`).
 
-        What a child device needs that does not answer is refused by 102, what it has is left alone.
+        Nothing is done blindfold: what takes something that does not answer is refused by 102 on a child device and waits here.
         """
-        steps, by_id = [], {target.deployment_id.lower(): target for target in targets}
+        steps, by_id, runtime = [], {target.deployment_id.lower(): target for target in targets}, self.config.runtime
         for place in self.places:
-            containers = self.observed[place.device_id]
-            mine = [target for target in targets if target.device_id == place.device_id]
+            mine = {key: target for key, target in by_id.items() if target.device_id == place.device_id}
             records = {key: record for key, record in self.state["deployments"].items()
-                       if self.find_home(record) == place.device_id and (key not in by_id or by_id[key].device_id == place.device_id)}
-            runtime = self.config.runtime
-            for action in make_plan(mine, records, containers, time.time(), runtime.settle, make_mark(runtime.environment)):
-                key = action.deployment_id.lower()
-                target, known = by_id.get(key), self.state["deployments"].get(key)
-                if action.action == "remove" and target:
-                    if target.error or not known or (known["deviceId"], known["state"]) != (target.device_id, "installed"):
-                        continue
-                    action = action._replace(reason=f"belongs on {target.device_id}")
-                elif action.action == "install" and known and known["running"] and known["deviceId"] != place.device_id:
-                    action = action._replace(reason=f"moves here from {known['deviceId']}")
-                elif containers is None and place is not self.places[0] and action.action not in ("keep", "refuse"):
-                    error = ComponentError("102", f"child device {place.device_id} does not answer", source=self.device_id)
-                    target = target or Target(action.deployment_id, records[key]["adopted"]["digest"], records[key]["adopted"]["version"],
-                                              None, None, place.device_id)
-                    target, action = target._replace(error=error), action._replace(action="refuse", reason=f"102: {error.message}")
-                steps.append((place, action, target))
+                       if self.find_home(record) == place.device_id and (key not in by_id or key in mine)}
+            silent = {key: self.find_silence(place.device_id, find_kinds(records.get(key), mine.get(key))) for key in {**records, **mine}}
+            unseen = {key: fault for key, fault in silent.items() if fault}
+            for action in make_plan(list(mine.values()), records, self.observed[place.device_id], time.time(), runtime.settle,
+                                    make_mark(runtime.environment), unseen):
+                step = self.settle(place, action, by_id.get(action.deployment_id.lower()), unseen.get(action.deployment_id.lower()))
+                if step:
+                    steps.append((place, *step))
         return sorted(steps, key=lambda step: step[1].action != "remove")
+
+    def settle(self, place, action, target, fault):
+        """(Action, Target or None) as the devices allow it; None where it is not due.  fault: for which not all of it can be seen, or None."""
+        known, moves = self.state["deployments"].get(action.deployment_id.lower()), False
+        if action.action == "remove" and target:
+            if target.error or not known or (known["deviceId"], known["state"]) != (target.device_id, "installed"):
+                return None
+            return action._replace(reason=f"belongs on {target.device_id}"), target
+        if action.action == "install" and known and known["running"] and known["deviceId"] != place.device_id:
+            action, moves = action._replace(reason=f"moves here from {known['deviceId']}"), True
+        if isinstance(fault, Late) or moves and isinstance(self.find_silence(known["deviceId"], find_kinds(known)), Late):
+            return None
+        if fault and action.action not in ("keep", "refuse") and place is self.places[0]:
+            action = action._replace(action="keep", reason=f"waits ({action.reason}): {fault.message}", restore=False)
+        elif fault and action.action not in ("keep", "refuse"):
+            error = ComponentError("102", f"child device {place.device_id} does not answer", source=self.device_id)
+            target = target or Target(action.deployment_id, known["adopted"]["digest"], known["adopted"]["version"], None, None, place.device_id)
+            target, action = target._replace(error=error), action._replace(action="refuse", reason=f"102: {error.message}")
+        return action, target
 
     def reconcile(self):
         """Makes what runs match what was accepted; True where there was something to do.
 
-        An engine that does not answer is no engine without containers: nothing is done blindfold, and CommandError says so (D-16).
+        What does not answer has not nothing: nothing is done blindfold, and CommandError says so (D-16).  What answers is not held up by it.
         """
-        state, acted = self.state, False
-        if not state["accepted"]:
+        acted, accepted = False, self.state["accepted"]
+        if not accepted:
             return False                            # what runs is left alone until a WFM says what should
-        deaf = self.deaf = self.observe()
-        plan = self.plan(self.make_targets(state["accepted"], self.store.load_artifact))
+        for _ in self.observe(self.make_targets(accepted, self.store.load_artifact)):
+            acted = self.act(self.plan(self.make_targets(accepted, self.store.load_artifact))) or acted
+        if acted:
+            self.prune()
+        else:
+            self.tend()
+        if self.deaf:
+            words = [error.message if key == self.device_id else f"child device {key}: {error.message}" for (key, _), error in self.deaf.items()]
+            raise CommandError(f"{'; '.join(dict.fromkeys(words))}; what runs there is left as it is")
+        return acted
+
+    def act(self, plan):
+        """Carries out what of a plan this cycle is not done with; True where there was something to do."""
+        acted, plan = False, [step for step in plan if (step[0].device_id, step[1].deployment_id.lower()) not in self.done]
         if any(action.action != "keep" for _, action, _ in plan):
-            self.prune(deaf)                        # before anything is pulled, too (P-5)
+            self.prune()                            # before anything is pulled, too (P-5)
         for place, action, target in plan:
             if self.stopping():
                 raise Interrupted("ended before everything was done; the next run goes on from here")
+            self.done.add((place.device_id, action.deployment_id.lower()))
             try:
-                acted = action.action != "keep" and self.perform(place, action, target, self.observed[place.device_id]) or acted
+                acted = action.action != "keep" and self.perform(place, action, target) or acted
             except (CommandError, ComponentError) as error:
-                deaf[place.device_id] = error       # a leftover that cannot be removed: no deployment's failure, but not as it should be
-        if acted:
-            self.prune(deaf)
-        else:
-            self.tend(deaf)
-        if deaf:
-            words = [error.message if key == self.device_id else f"child device {key}: {error.message}" for key, error in deaf.items()]
-            raise CommandError(f"{'; '.join(words)}; what runs there is left as it is")
+                self.deaf[place.device_id, ""] = error      # a leftover that cannot be removed: no deployment's failure, but not as it should be
         return acted
 
-    def prune(self, deaf):
-        """Housekeeping on every device that answers; see the function of this name."""
+    def prune(self):
+        """Housekeeping with everything that answers; see the function of this name."""
         if self.config.runtime.prune:
-            prune(self.state, self.store, {place.device_id if place is not self.places[0] else "": place for place in self.places
-                                           if place.device_id not in deaf})
+            prune(self.state, self.store, {"" if place is self.places[0] else place.device_id: list(self.list_drivers(place).values())
+                                           for place in self.places})
 
-    def tend(self, deaf):
+    def tend(self):
         """What drivers have to do in each cycle that changes nothing."""
         for place in self.places:
-            for driver in place.drivers.values() if place.device_id not in deaf else ():
+            for driver in self.list_drivers(place).values():
                 driver.tend(self.observed[place.device_id], get_random())
 
-    def perform(self, place, action, target, containers):
+    def make_tools(self, place):
+        """What applying takes on a device."""
+        return Tools(self.config, self.store, self.list_drivers(place), time.time, get_random, self.leave)
+
+    def perform(self, place, action, target):
         """Carries out one action; each change is durable, and told where the WFM can be told, before the next step."""
-        key, tools = action.deployment_id.lower(), Tools(self.config, self.store, place.drivers, time.time, get_random)
+        key, tools, containers = action.deployment_id.lower(), self.make_tools(place), self.observed[place.device_id]
         record = self.state["deployments"].get(key)
         if action.action == "refuse" and not action.unstable and record and record["refused"] and (
                 record["error"]["message"], record["adopted"]["digest"]) == (target.error.message, target.digest):
             return False                            # refused before for the same reason, and told so
-        if containers is None and action.action != "refuse":
-            return False                            # nothing is done blindfold
         if action.action in ("install", "update") and self.is_downtime() and not (
                 record and record["deviceId"] == place.device_id and is_at_hand(record, target)):
             return False                            # a package or an image would have to be fetched (protocol 10)
@@ -7701,8 +7839,7 @@ class Agent:
         elif action.restore:
             steps = [restore(record, tools)]
         elif action.unstable:
-            error = ComponentError("UNSTABLE", action.reason)
-            steps = [dict(fail_record(record, action.unstable, error, time.time(), 0), retryAt=make_pause(record))]
+            steps = [give_up(record, action, containers, tools)]
         else:
             if not target.deployment and not target.error:
                 target = self.resolve_target(target, self.store.load_artifact)
@@ -7710,7 +7847,8 @@ class Agent:
                     log("error", "deployment failed", deployment=action.deployment_id, code=target.error.code, reason=target.error.message)
                 elif target.device_id != place.device_id:                           # it no longer fits where it is
                     place = next(other for other in self.places if other.device_id == target.device_id)
-                    return self.perform(place, action, target, self.observed[place.device_id])
+                    self.done.add((place.device_id, key))
+                    return not self.find_silence(place.device_id, {target.deployment.type}) and self.perform(place, action, target)
             steps = apply_target(target, record, containers, tools) if not target.error else [
                 fail_record(begin_record(record, target), None, target.error, time.time(), get_random(), refused=True)]
         record = self.keep(key, place, steps)
@@ -7719,14 +7857,15 @@ class Agent:
 
     def remove_stray(self, record, place):
         """Removes what a deployment has on a device where it does not belong; raises ComponentError, CommandError."""
-        tools = Tools(self.config, self.store, place.drivers, time.time, get_random)
         nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
-        remove_dropped(dict(record, deviceId=place.device_id), nothing, self.observed[place.device_id], tools)
+        remove_dropped(dict(record, deviceId=place.device_id), nothing, self.observed[place.device_id], self.make_tools(place))
+        self.observed[place.device_id] = [container for container in self.observed[place.device_id]
+                                          if container.deployment_id.lower() != record["deploymentId"].lower()]
 
     def leave(self, record):
         """Removes a deployment that moves from where it was: all that it takes is ready where it goes (D-11).
 
-        What does not answer, or cannot be removed now, is found again by the next cycle.
+        What does not answer, or cannot be removed now, is found again by the next cycle.  Raises ComponentError where a hook says no.
         """
         for place in self.places:
             if place.device_id in record.get("left", ()) and self.observed[place.device_id]:
@@ -7734,11 +7873,13 @@ class Agent:
                 try:
                     self.remove_stray(record, place)
                 except (CommandError, ComponentError) as error:
-                    self.deaf[place.device_id] = error
+                    if error.code == "HOOK_FAILED":
+                        raise
+                    self.deaf[place.device_id, ""] = error
 
     def keep(self, key, place, steps):
         """Makes each record of a deployment durable and tells the WFM, before the next step is taken; returns the last one."""
-        there, fetched, moving = "" if place is self.places[0] else place.device_id + " ", self.store.fetched, True
+        there, fetched = "" if place is self.places[0] else place.device_id + " ", self.store.fetched
         fetched.clear()
         for record in steps:
             for driver in place.drivers.values():
@@ -7751,8 +7892,6 @@ class Agent:
             enqueue_status(self.state, record, self.device_id)
             self.store.save_state(self.state)
             self.flush_outbox(quiet=True)
-            if moving and record["state"] == "installing":
-                moving = self.leave(record)
         return record
 
     def purge(self):
@@ -8069,18 +8208,24 @@ def command_plan(config, options):
             agent.check_removals(desired)
         except Waiting as error:
             log("warning", error.message)
-    deaf = agent.observe() if accepted else {}
-    if agent.device_id in deaf:
-        raise deaf[agent.device_id]
-    targets = agent.make_targets(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
-    plan = agent.plan(targets) if accepted else []
+
+    def make_targets():
+        return agent.make_targets(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
+
+    for _ in agent.observe(make_targets()) if accepted else ():
+        pass                                        # until all have answered
+    plan = agent.plan(make_targets()) if accepted else []
     if "--json" in options:
         actions = [{"deploymentId": a.deployment_id, "action": a.action, "reason": a.reason, "deviceId": p.device_id} for p, a, _ in plan]
-        return print_json({"version": accepted["version"] if accepted else None, "actions": actions})
-    print(f"desired state: version {accepted['version'] if accepted else 'none'}")
-    for place, action, _ in plan:
-        where = f"on {place.device_id}: " if len(agent.places) > 1 else ""
-        print(f"{action.action:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
+        print_json({"version": accepted["version"] if accepted else None, "actions": actions})
+    else:
+        print(f"desired state: version {accepted['version'] if accepted else 'none'}")
+        for place, action, _ in plan:
+            where = f"on {place.device_id}: " if len(agent.places) > 1 else ""
+            print(f"{action.action:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
+    for (device_id, _), fault in agent.deaf.items():
+        if device_id == agent.device_id:
+            raise fault
 
 
 def command_status(config, options):
@@ -8196,8 +8341,10 @@ def check_engine(agent):
 
 def check_children(agent):
     """Whether every child device answers."""
-    deaf = agent.observe() if agent.places[1:] else {}
-    words = [f"{key} does not answer ({error.message}); see its connection in device.children" for key, error in deaf.items() if key != agent.device_id]
+    for _ in agent.observe([]) if agent.places[1:] else ():
+        pass                                        # until all have answered
+    words = list(dict.fromkeys(f"{key} does not answer ({error.message}); see its connection in device.children"
+                               for (key, _), error in agent.deaf.items() if key != agent.device_id))
     if words:
         raise CommandError("; ".join(words))
     return "ok", f"{len(agent.places) - 1} answer" if agent.places[1:] else ""

@@ -3,14 +3,16 @@
 held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes [name], images [name],
            exits {service: code}: such a service has ended with this code as soon as it is started,
            unhealthy [service], restless [service] (restarted between any two looks), unpullable [image], deaf (true: every command
-           fails), stubborn (true: nothing can be removed), uncreatable (true: no container can be made), lethal (a command, at which
-           the agent is killed before it is carried out), slow (a file beside it): names of commands that hang,
+           fails), logless (true: no log can be had), stubborn (true: nothing can be removed), uncreatable (true: no container can be made), lethal (a command, at which
+           the agent is killed before it is carried out), slow (a file beside it): names of commands that hang, gate (another): the path
+           of a file for which `ps` waits,
            cut (n: the n-th command from now fails before its work, -n: after it), history (true: past.jsonl gets all after each command).
 """
 import fcntl
 import json
 import os
 import sys
+import time
 
 FOLDER = os.environ["FAKE_PODMAN"]
 
@@ -155,6 +157,8 @@ class Engine:
         sys.exit(1 if container["labels"]["org.margo.service"] in self.held["unhealthy"] else 0)
 
     def logs(self, arguments):
+        if self.held.get("logless"):
+            fail("this log driver cannot be read")
         _, container = self.find(split(arguments)[1][0])
         print("first line\n" + "\n".join(container["env"]) + "\nlast words")
 
@@ -166,6 +170,9 @@ def main():
     if os.path.exists(slow) and arguments[0] in open(slow).read().split():
         import subprocess
         subprocess.call(["sleep", "600"])
+    gate = os.path.join(FOLDER, "gate")
+    while arguments[0] == "ps" and os.path.exists(gate) and not os.path.exists(open(gate).read()):
+        time.sleep(0.05)
     with open(os.path.join(FOLDER, "lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with open(os.path.join(FOLDER, "calls.jsonl"), "a") as calls:

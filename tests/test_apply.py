@@ -1,6 +1,7 @@
 """Section 16, Apply: what is done to the engine and in which order, by the agent as a process on an engine of files."""
 import json
 import os
+import shutil
 import time
 import unittest
 
@@ -422,14 +423,19 @@ class Drift(ApplyCase):
             self.assertEqual(self.engine.containers()[self.name]["state"], "running")
 
     def test_a_repair_that_does_not_last_ends_as_a_failure(self):
-        """P-7: the WFM hears that the deployment failed instead of an endless row of successes; `retry` begins anew."""
+        """P-6, P-7, D-35: the WFM hears that the deployment failed, and the container's last words, instead of an endless row of successes;
+        `retry` begins anew.
+        """
+        self.publish("s3cret-value")
+        self.device.cycle()
         for count in range(6):
             with self.engine.open() as held:
                 held["containers"][self.name]["state"] = "exited"
             self.device.cycle(0 if count < 5 else 1)
         error = self.wfm.reports()[-1]["body"]["components"][0]["error"]
         self.assertEqual(error["code"], "UNSTABLE")
-        self.assertIn("web/main is exited although it was repaired 5 times", error["message"])
+        self.assertRegex(error["message"], r"(?s)web/main is exited although it was repaired 5 times.*log ends: first line.*GREETING=\*\*\*.*last words\Z")
+        self.assertNotIn("s3cret-value", str(self.wfm.lines("statuses.jsonl")))
         self.assertEqual(self.device.plan()[HELLO][0], "keep")
         self.commands("start")
         self.device.cycle(1)
@@ -437,6 +443,23 @@ class Drift(ApplyCase):
         self.try_again_now()
         self.device.cycle(0)
         self.assertEqual(self.engine.containers()[self.name]["state"], "running")
+
+    def test_a_log_that_cannot_be_had_or_masked_holds_no_failure_up(self):
+        """P-6, D-35: the engine has none, or the document that says what is secret is gone: the failure is told without it."""
+        for damage in (lambda: self.engine.change(logless=True), lambda: shutil.rmtree(os.path.join(self.device.state_dir, "artifacts"))):
+            state = self.device.state()
+            state["deployments"][HELLO].update(repairs=5, repairedAt=int(time.time()))
+            support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(state), 0o600)
+            with self.engine.open() as held:
+                held["containers"][self.name]["state"] = "exited"
+            damage()
+            self.device.cycle(1)
+            error = self.wfm.reports()[-1]["body"]["components"][0]["error"]
+            self.assertEqual(error["code"], "UNSTABLE")
+            self.assertNotIn("log ends", error["message"])
+            self.engine.change(logless=False)
+            self.try_again_now()
+            self.device.run("run", "--once")
 
     def test_what_got_unwell_is_made_anew(self):
         """Issue, Drift: unhealthy behind the agent's back, as the engine shows it."""

@@ -4,6 +4,7 @@ One agent, one engine of files for itself and one for each child; a connection i
 """
 import json
 import os
+import subprocess
 import unittest
 import unittest.mock
 
@@ -308,6 +309,21 @@ class Reporting(GatewayCase):
         self.assertEqual(self.exchanges()[5:], [("DELETE", B), ("DELETE", DEVICE)])
 
 
+class Alone(support.DeviceCase):
+    def test_a_device_without_children_asks_its_one_engine_without_threads(self):
+        """P-16: an unchanged poll loads no pool of threads, though helm is installed too."""
+        support.write(os.path.join(self.engine.folder, "bin", "helm"), "#!/bin/sh\nexit 1\n", 0o755)
+        self.device.set("runtime.kubeconfig", "/nowhere")
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+        self.device.cycle()
+        self.engine.forget_calls()
+        argv = self.device.command("run", "--once")
+        done = subprocess.run([argv[0], "-X", "importtime"] + argv[1:], env=self.device.env, stderr=subprocess.PIPE, universal_newlines=True)
+        self.assertEqual((done.returncode, [call[0] for call in self.engine.calls()]), (0, ["ps"]))
+        self.assertIn("subprocess", done.stderr)
+        self.assertNotIn("concurrent", done.stderr)
+
+
 class Routing(GatewayCase):
     def test_each_deployment_runs_where_it_is_directed(self):
         """C-135: status carries the child's full id from the first word to the last."""
@@ -398,6 +414,24 @@ class Routing(GatewayCase):
         self.device.run("retry")
         self.device.cycle(0)
         self.assertEqual((self.where(), self.report()[:2]), ({B: "two"}, (B, "installed")))
+
+    def test_a_move_that_a_hook_forbids_leaves_what_runs_alone(self):
+        """P-20, D-11: whether it is asked of the new place, for the last component there, or of the old one; and then it is made."""
+        for name in ("db", "web"):
+            self.wfm.add_package(support.make_compose(), name)
+        both = (("db", "1.0.0"), ("web", "1.0.0"))
+        self.publish(A, components=both)
+        self.device.cycle()
+        before, path = self.engines[A].containers(), os.path.join(self.device.folder, "hook")
+        self.device.set("hooks.run", [path])
+        self.publish(B, components=both, greeting="two")
+        for forbidden in ("before-install web", "before-removal db", "before-removal web", ""):
+            support.write(path, "#!/bin/sh\n[ \"$1 $(grep -o '\"component\":\"[a-z]*' | cut -d '\"' -f 4)\" != '%s' ]\n" % forbidden, 0o755)
+            self.device.run("retry")
+            self.device.cycle(1 if forbidden else 0)
+            if forbidden:
+                self.assertEqual((self.engines[A].containers(), self.engines[B].containers(), self.report()[:3]), (before, {}, (B, "failed", "HOOK_FAILED")))
+        self.assertEqual((self.where(), self.engines[A].containers(), self.report()[:2]), ({B: "two"}, {}, (B, "installed")))
 
     def test_what_nobody_knows_on_a_child_is_removed_and_what_is_not_ours_stays(self):
         """P-11, D-22"""
@@ -511,6 +545,48 @@ class Unreachable(GatewayCase):
         self.lose(A, False)
         self.device.cycle(0)
         self.assertEqual((self.where(), self.report()[:3]), ({A: "one"}, (A, "installed", None)))
+
+    def wait_for_install(self, *devices):
+        """Lets some engines hang until the next hook is told that something has been installed; the hooks' journal."""
+        path = os.path.join(self.device.folder, "installed")
+        support.write(os.path.join(self.device.folder, "hook"), f"#!/bin/sh\necho $1 $(cat) >> {path}.journal\ncase $1 in after-install) : > {path};; esac\n", 0o755)
+        self.device.set("hooks.run", ["hook"])
+        for device in devices:
+            support.write(os.path.join(self.engines[device].folder, "gate"), path)
+        return path + ".journal"
+
+    def test_one_that_hangs_does_not_hold_up_the_others(self):
+        """Issue 3: a child, or the own engine, answers only once something runs elsewhere; it is attended to in the same cycle."""
+        for slow in ((A,), (DEVICE, A)):
+            self.wait_for_install(*slow)
+            for device, deployment_id in ((DEVICE, HELLO), (A, SECOND), (B, THIRD)):
+                self.publish(device, deployment_id)
+            self.device.cycle(0)
+            self.assertEqual([self.where(name) for name in (HELLO, SECOND, THIRD)], [{DEVICE: "one"}, {A: "one"}, {B: "one"}])
+            for engine in self.engines.values():
+                engine.forget_calls()
+            self.device.cycle(0)
+            self.assertEqual([self.calls(engine) for engine in self.engines.values()], [["ps"]] * 3)
+            for name in (HELLO, SECOND, THIRD):
+                self.wfm.withdraw(name)
+            self.device.cycle(0)
+            os.remove(os.path.join(self.device.folder, "installed"))
+
+    def test_what_moves_away_from_one_that_is_slow_is_never_in_two_places(self):
+        """And a free choice does not hang on who is quick."""
+        self.publish(A)
+        self.device.cycle()
+        journal = self.wait_for_install(A)
+        self.publish(B, greeting="two")
+        self.publish(DEVICE, SECOND)
+        self.publish(f"{DEVICE}/*", THIRD)
+        self.device.cycle(0)
+        self.assertEqual([self.where(name) for name in (HELLO, SECOND, THIRD)], [{B: "two"}, {DEVICE: "one"}, {A: "one"}])
+        with open(journal) as file:
+            events = [line.split()[0] for line in file if HELLO in line]
+        self.assertEqual(events, ["before-install", "before-removal", "after-removal", "after-install"])
+        self.device.cycle(0)
+        self.assertEqual(self.device.state()["deployments"][HELLO]["left"], [])
 
     def test_what_runs_there_is_not_taken_for_drift(self):
         """D-16: no answer is no container that is missing; nothing new is reported of it."""

@@ -1,4 +1,6 @@
 """Section 14 with Helm: helm 3 and helm 4 against a Kubernetes API server in memory, charts in a real registry; the values as pure code."""
+import base64
+import gzip
 import json
 import os
 import shutil
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 import unittest
+import urllib.request
 
 import margo_agent
 from tests import support
@@ -377,6 +380,84 @@ class HelmCase:
         support.write(self.kubeconfig, good)
         self.device.cycle()
         self.assertIn("releases of ours", self.device.run("doctor").stdout)
+
+    def set_status(self, status):
+        """Makes the newest revision of the release what a power cut leaves of helm in the middle of something."""
+        path = f"{self.cluster}/api/v1/namespaces/plant-7/secrets"
+        with urllib.request.urlopen(path) as answer:
+            item = max((item for item in json.loads(answer.read().decode())["items"] if item["metadata"]["labels"].get("owner") == "helm"),
+                       key=lambda item: int(item["metadata"]["labels"]["version"]))
+        release = json.loads(gzip.decompress(base64.b64decode(base64.b64decode(item["data"]["release"]))).decode())
+        release["info"]["status"] = item["metadata"]["labels"]["status"] = status
+        item["data"]["release"] = base64.b64encode(base64.b64encode(gzip.compress(json.dumps(release).encode()))).decode()
+        urllib.request.urlopen(urllib.request.Request(f"{path}/{item['metadata']['name']}", json.dumps(item).encode(), method="PUT")).close()
+
+    def test_whatever_helm_was_in_the_middle_of_the_next_run_ends_it(self):
+        """D-25, P-9: "another operation is in progress" is helm's last word otherwise; it goes back to what was made here, not to what failed."""
+        self.publish(values={"greeting": "a"})
+        self.device.cycle()
+        for status in ("pending-rollback", "failed", "uninstalling", "superseded", "pending-install"):
+            made = self.device.state()["deployments"][HELLO]["components"][0]["services"]["release"]["hash"]
+            for _ in range(2):
+                self.helm("upgrade", f"web-{HELLO}", CHART, "--namespace", "plant-7", "--set", "greeting=bad")
+            self.set_status(status)
+            self.assertIn("drift", self.device.cycle(0), status)
+            self.assertEqual((self.releases()[f"web-{HELLO}"][2], self.values()), ("deployed", {"greeting": "a"}), status)
+            words = [item["description"] for item in json.loads(self.helm("history", f"web-{HELLO}", "--namespace", "plant-7", "--output", "json"))]
+            self.assertEqual(f"Rollback to {made}" in words, status in ("pending-rollback", "failed"), words)
+        self.calls()
+        self.device.cycle(0)
+        self.assertEqual([call[0] for call in self.calls()], ["list"])
+
+    def publish_compose(self, deployment_id, greeting):
+        self.wfm.publish(support.make_deployment(deployment_id, components=(("app", "1.0.0"),), registry=self.wfm.registry,
+                                                 parameters={"GREETING": greeting}), deployment_id)
+
+    def greetings(self):
+        """{deployment: what its container was given}."""
+        return {item["labels"]["org.margo.deployment"]: item["env"][0] for item in self.engine.containers().values()}
+
+    def test_a_silent_cluster_holds_back_only_what_needs_it_and_so_does_a_silent_engine(self):
+        """D-16, D-30: the run ends with 1 and says what it is; what was one kind and becomes the other waits for both."""
+        self.wfm.add_package(support.make_compose(), "app")
+        self.publish(values={"greeting": "a"})
+        self.publish_compose(OTHER, "a")
+        self.device.cycle()
+        with open(self.kubeconfig) as file:
+            good = file.read()
+        support.write(self.kubeconfig, good.replace(self.cluster, f"http://127.0.0.1:{support.free_port()}"))
+        self.publish(values={"greeting": "b"})
+        self.publish_compose(OTHER, "b")
+        self.calls()
+        log = self.device.cycle(1)
+        self.assertIn("the cluster does not answer", log)
+        self.assertEqual((self.greetings(), [call[0] for call in self.calls()]), ({OTHER: "GREETING=b"}, ["list"]))
+        self.assertEqual((self.wfm.statuses()[-1], self.wfm.statuses(OTHER)[-1]), ("installed", "installed"))
+        planned = self.device.run("plan", "--json")
+        self.assertEqual((planned.returncode, [item["action"] for item in json.loads(planned.stdout)["actions"]]), (1, ["keep", "keep"]))
+        self.assertIn("waits (another revision): the cluster does not answer", planned.stdout)
+        self.publish_compose(HELLO, "c")
+        self.publish(values={"greeting": "c"}, deployment_id=OTHER)
+        self.device.cycle(1)
+        self.assertEqual(self.greetings(), {OTHER: "GREETING=b"})
+        support.write(self.kubeconfig, good)
+        self.device.cycle(0)
+        self.assertEqual((self.greetings(), list(self.releases())), ({HELLO: "GREETING=c"}, [f"web-{OTHER}"]))
+
+        self.engine.change(deaf=True)
+        self.publish(values={"greeting": "d"}, deployment_id=OTHER)
+        self.publish_compose(HELLO, "d")
+        self.assertIn("the container engine does not answer", self.device.cycle(1))
+        self.assertEqual(self.values(f"web-{OTHER}"), {"greeting": "d"})
+        self.publish(values={"ready": False}, deployment_id=OTHER, timeout="0m3s")
+        self.device.cycle(1)                        # the way back does not take the engine either
+        self.assertIn("the version before runs again", self.wfm.reports(OTHER)[-1]["body"]["status"]["error"]["message"])
+        self.publish_compose(OTHER, "d")
+        self.device.cycle(1)
+        self.assertEqual(list(self.releases()), [f"web-{OTHER}"])
+        self.engine.change(deaf=False)
+        self.device.cycle(0)
+        self.assertEqual((self.greetings(), self.releases()), ({HELLO: "GREETING=d", OTHER: "GREETING=d"}, {}))
 
     def test_charts_need_the_registry_s_password_and_are_used_again_without_a_network(self):
         """P-1, P-20"""

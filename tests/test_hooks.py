@@ -51,18 +51,18 @@ class HookCase(support.DeviceCase):
 
 class Events(HookCase):
     def test_each_change_of_a_component_is_told_before_and_after(self):
-        """Issue 3: install, update and removal; a poll that finds nothing new calls nobody."""
+        """Issue 3, P-20: install, update and removal; all are asked before the first is made; a poll that finds nothing new calls nobody."""
         for name in ("db", "web"):
             self.wfm.add_package(support.make_compose(), name)
         self.publish((("db", "1.0.0"), ("web", "1.0.0")))
         self.device.cycle()
-        self.assertEqual(self.events(), ["before-install db 1.0.0", "after-install db 1.0.0", "before-install web 1.0.0", "after-install web 1.0.0"])
+        self.assertEqual(self.events(), ["before-install db 1.0.0", "before-install web 1.0.0", "after-install db 1.0.0", "after-install web 1.0.0"])
         self.device.cycle()
         self.assertEqual(self.events(), [])
         self.wfm.add_package(support.make_compose(), "web", "2.0.0")
         self.publish((("web", "2.0.0"),))
         self.device.cycle()
-        self.assertEqual(self.events(), ["before-update web 2.0.0", "after-update web 2.0.0", "before-removal db ", "after-removal db "])
+        self.assertEqual(self.events(), ["before-update web 2.0.0", "before-removal db ", "after-update web 2.0.0", "after-removal db "])
         self.wfm.withdraw()
         self.device.cycle()
         self.assertEqual(self.events(), ["before-removal web 2.0.0", "after-removal web 2.0.0"])
@@ -129,6 +129,24 @@ class Failure(HookCase):
         self.assertNotIn("rolled back", self.device.cycle(1))
         self.assertEqual(self.engine.containers(), before)
         self.assertEqual(self.events(), ["before-update web 1.0.0"])
+
+    def test_one_component_s_hook_that_says_no_keeps_all_others_as_they_are(self):
+        """P-20, D-19: the last one's, and that of one that is to be dropped; who had agreed is told that nothing came of it."""
+        for name in ("db", "web"):
+            self.wfm.add_package(support.make_compose(), name)
+        self.publish((("db", "1.0.0"), ("web", "1.0.0")))
+        self.device.cycle()
+        before = self.engine.containers()
+        self.told()
+        self.stop("before-removal")
+        self.publish((("db", "1.0.0"),), parameters={"GREETING": "two"})
+        self.assertNotIn("version before", self.device.cycle(1))
+        self.assertEqual(self.engine.containers(), before)
+        self.assertEqual([(event, facts["component"], facts["outcome"] and facts["outcome"]["code"]) for event, facts in self.told()],
+                         [("before-update", "db", None), ("before-removal", "web", None), ("after-update", "db", "HOOK_FAILED")])
+        self.wfm.withdraw()
+        self.device.cycle(1)
+        self.assertEqual(self.engine.containers(), before)
 
     def test_no_hook_bars_the_way_back(self):
         """P-8: the version before comes up, hooks are told of it, and one that says no is only logged."""

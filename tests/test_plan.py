@@ -27,7 +27,9 @@ def make_container(deployment_id=HELLO, component="web", service="main", label="
 
 
 def plan(targets, records, containers, now=NOW, **runtime):
-    actions = margo_agent.make_plan(targets, {record["deploymentId"].lower(): record for record in records}, containers, now, **runtime)
+    records = {record["deploymentId"].lower(): record for record in records}
+    unseen = {target.deployment_id.lower() for target in targets}.union(records) if containers is None else ()
+    actions = margo_agent.make_plan(targets, records, containers or [], now, unseen=unseen, **runtime)
     return [(action.deployment_id, action.action) for action in actions], [action.reason for action in actions]
 
 
@@ -138,7 +140,7 @@ class Stability(unittest.TestCase):
             pause = max(0, margo_agent.make_pause(record) - now)
             pauses.append(pause)
             action = self.act(record, [], now + 1)
-            self.assertEqual((action.action, action.unstable), ("refuse", "web") if pause else ("update", None))
+            self.assertEqual((action.action, action.unstable), ("refuse", ("web", "main")) if pause else ("update", None))
             self.assertEqual(self.act(record, [], now + pause).action, "update")
             now += pause
         self.assertEqual(pauses, [0, 0, 0, 0, 30, 60, 120, 240, 480, 960, 1920, 3600, 3600, 3600])

@@ -3,9 +3,11 @@
     python3 -m tests.bench.gateway [ROUNDS]
 
 Every engine is a shell that prints no container, so what is measured is the agent's own; 0, 1, 5 and 20 children in turn, ROUNDS times
-each (default 9).  Then one of two children hangs for ever while a deployment comes for the other: seconds of that cycle.
+each (default 9).  Then one of two children hangs for ever while a deployment comes for the other: seconds until that one runs, and of
+that cycle.
 """
 import statistics
+import subprocess
 import sys
 import time
 
@@ -44,8 +46,11 @@ def main():
         device.set("device.children", [make_child("a", {"CONTAINER_HOST": "unix:///a", "HANG": "1"}), make_child("b", {"CONTAINER_HOST": "unix:///b"})])
         wfm.publish(support.make_deployment(device=f"{support.DEVICE}/b", registry=wfm.registry))
         start = time.monotonic()
-        device.cycle(1)
-        print(f"one of two hangs: the other is installed after {time.monotonic() - start:.1f} s ({wfm.statuses()[-1]})")
+        process = subprocess.Popen(device.command("run", "--once"), env=device.env, stderr=subprocess.DEVNULL)
+        support.wait_for(lambda: "installed" in wfm.statuses(), 60)
+        installed = time.monotonic() - start
+        process.wait()
+        print(f"one of two hangs: the other is installed after {installed:.1f} s, the cycle ends after {time.monotonic() - start:.1f} s")
     finally:
         test.close()
 
