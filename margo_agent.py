@@ -2540,7 +2540,7 @@ def parse_trust_bundle(data):
         parse_certificate(anchor)
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid)")
-    numbers = [value.get(name) if isinstance(value.get(name), int) and 0 <= value.get(name) <= MAX_VERSION else None
+    numbers = [value.get(name) if type(value.get(name)) is int and 0 <= value.get(name) <= MAX_VERSION else None
                for name in ("spiffe_sequence", "spiffe_refresh_hint")]
     return TrustBundle(anchors, *numbers)
 

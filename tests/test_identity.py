@@ -195,7 +195,7 @@ class Bundles(unittest.TestCase):
 
     def test_numbers_that_make_no_sense_count_as_absent(self):
         """C-034."""
-        for value in (None, -1, 1.5, "7", [], {}, 10 ** 400):
+        for value in (None, True, False, -1, 1.5, "7", [], {}, 10 ** 400):
             self.assertEqual(self.parse(self.key(), spiffe_sequence=value, spiffe_refresh_hint=value)[1:], (None, None))
         self.assertEqual(self.parse(self.key(), spiffe_sequence=0, spiffe_refresh_hint=0)[1:], (0, 0))
 
