@@ -81,6 +81,8 @@ STOP_GRACE = 20                                     # seconds that the current s
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
 RESERVE = 256 * KIB                                 # kept in the state directory, to be given up for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
+MAX_TIMEOUT = 6 * 3600                              # seconds that one may ask for at most: meanwhile its device hears nobody (P-9)
+PULL_LIMIT = 86400                                  # seconds after which a pull that still moves is given up until the next attempt
 PULL_TIMEOUT = 3600                                 # seconds git may take, or a child's engine for an image: links are slow
 IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
 LOOKS, LOOK_PATIENCE = 8, 2                         # engines and clusters that are asked at once; seconds in which all should answer
@@ -2090,6 +2092,7 @@ def serve_pipes(process, data, timeout, limit, patient):
     import select
     import subprocess
     heard, deadline, moved = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}, time.monotonic() + timeout, 0
+    end = time.monotonic() + PULL_LIMIT
     open_pipes, tick, stdin = set(heard), 0.2, [process.stdin.fileno()] if data else []
     for pipe in list(heard) + stdin:
         os.set_blocking(pipe, False)
@@ -2114,7 +2117,7 @@ def serve_pipes(process, data, timeout, limit, patient):
             break
         if time.monotonic() > deadline:
             before, moved = moved, count_read(process.pid) if patient else 0
-            if moved - before < 4 * KIB:            # less is what keeps a dead connection alive
+            if moved - before < max(4, timeout) * KIB or time.monotonic() > end:        # less is what keeps a dead connection alive
                 raise subprocess.TimeoutExpired(process.args, 0)
             deadline = time.monotonic() + timeout
     process.wait(max(0.0, deadline - time.monotonic()))
@@ -3642,7 +3645,7 @@ def parse_component(item, where, schemes):
     timeout = COMPONENT_TIMEOUT
     if properties.get("timeout") is not None:
         minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
-        timeout = 60 * int(minutes) + int(seconds)
+        timeout = min(60 * int(minutes) + int(seconds), MAX_TIMEOUT)
     return Component(name, repository, revision, wait, timeout, find_extensions(item), key_location)
 
 
@@ -6423,10 +6426,13 @@ class ComposeDriver:
     def create(self, service, workload, folder, name, deadline):
         """Makes the container of a service, joined to its networks, not started yet."""
         arguments = ["create", f"--name={name}"] + [f"--label={key}={item}" for key, item in make_labels(workload, service.name, service.hash).items()]
+        arguments += ["--http-proxy=false"] if self.engine == "podman" else []      # else the agent's own proxy, password and all, is handed in
         arguments += self.write_environment(service, folder) + self.write_configs(service, folder) + service.arguments
         first, rest = service.networks[0], service.networks[1:]
         arguments += [f"--network={first[0]}"] + ([f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2] if first[1] is not None else [])
-        self.run(arguments + [service.image] + service.command, deadline - time.monotonic(), "INSTALL_FAILED")
+        output = self.run(arguments + [service.image] + service.command, deadline - time.monotonic())
+        if output.code:                             # its words may hold what parameters have put into the file
+            raise ComponentError("INSTALL_FAILED", f"{self.engine} create failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
         for network, aliases, addresses in rest:
             self.run(["network", "connect"] + [f"--alias={alias}" for alias in [service.name] + aliases] + addresses + [network, name],
                      deadline - time.monotonic(), "INSTALL_FAILED")
@@ -6469,7 +6475,7 @@ class ComposeDriver:
             selection = ["--no-deps", service.name] if service else ["--remove-orphans"]
             output = run_command(argv + ["up", "--detach"] + selection, max(1.0, deadline - time.monotonic()), env=environ)
             if output.code:
-                raise ComponentError("INSTALL_FAILED", f"{' '.join(self.provider)} up failed: {output.stderr[-1500:]}")
+                raise ComponentError("INSTALL_FAILED", f"{' '.join(self.provider)} up failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
 
     def inspect(self, workload):
         """{service: (state, exit code, restarts)} and {service: container id} of a component, as they are now."""

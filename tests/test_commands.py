@@ -4,6 +4,7 @@ import sys
 import tempfile
 import time
 import unittest
+from unittest import mock
 
 import margo_agent
 
@@ -68,6 +69,11 @@ class RunCommand(unittest.TestCase):
         for code, patient in ((read % 25, False), (read % 3 + "time.sleep(60)", True)):
             with self.assertRaises(margo_agent.CommandTimeout):
                 margo_agent.run_command(python(code), 1, patient=patient)
+
+    def test_one_that_moves_for_ever_ends_all_the_same(self):
+        """P-9: a registry that sends on and on would keep the device from its fleet manager."""
+        with mock.patch.object(margo_agent, "PULL_LIMIT", 0.5), self.assertRaises(margo_agent.CommandTimeout):
+            margo_agent.run_command(python("file = open('/dev/zero', 'rb', 0)\nfor _ in range(10 ** 9): file.read(65536)"), 1, patient=True)
 
     def test_what_a_helper_leaves_behind_does_not_hold_us_up(self):
         start = time.monotonic()

@@ -266,6 +266,11 @@ spec:
         self.assertEqual(caught.exception.code, "UNSUPPORTED_TYPE")
         self.assertIn("'wasm'", caught.exception.message)
 
+    def test_no_component_holds_its_device_back_for_ever(self):
+        """P-9: while one is waited for, nobody can take it back."""
+        for text, seconds in (("0m7s", 7), ("90m0s", 5400), ("999999m999999s", margo_agent.MAX_TIMEOUT)):
+            self.assertEqual(load(support.make_deployment(timeout=text)).components[0].timeout, seconds)
+
     def test_a_component_whose_name_no_folder_can_have_is_refused(self):
         with self.assertRaises(margo_agent.ComponentError) as caught:
             load(support.make_deployment(components=(("w" * 250, "1.0.0"),)))

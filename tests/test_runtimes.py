@@ -1789,13 +1789,20 @@ class CommandLines(DriverCase):
             ["create", f"--name={name}", f"--label=org.margo.deployment={support.HELLO}",
              "--label=org.margo.component=web", mark,
              "--label=org.margo.service=main", f"--label=org.margo.hash={service.hash}", "--label=org.margo.device=",
-             f"--env-file={self.folder}/main.env", config, "--init",
+             "--http-proxy=false", f"--env-file={self.folder}/main.env", config, "--init",
              "--publish=80:80", f"--volume={PROJECT}_data:/d", f"--network={PROJECT}_front", "--network-alias=main",
              "--network-alias=www", IMAGE,
              "sleep", "5"],
             ["network", "connect", "--alias=main", "--ip=10.1.0.5", f"{PROJECT}_back", name], ["start", name]])
         with open(config[len("--volume="):-len(":/app:ro")]) as file:
             self.assertEqual(file.read(), "x")
+
+    def test_what_the_engine_says_of_a_value_is_masked(self):
+        """D-35, contract: no value of a parameter in a log or a status."""
+        with self.engine.open() as held:
+            held["uncreatable"] = True
+        words = self.assertFails("INSTALL_FAILED", lambda: self.apply(make_document({}), parameters={"PASS": "localhost"}), "create failed")
+        self.assertNotIn("localhost", words)
 
     def test_a_network_mode_has_no_alias(self):
         self.apply(make_document({"network_mode": "host"}))
@@ -2270,9 +2277,9 @@ test ! -e {0}/fault || {{ cat {0}/fault >&2; exit 17; }}
         self.assertEqual(service["environment"], {"TEXT": "two\nlines"})
 
     def test_its_failure_carries_its_words(self):
-        support.write(os.path.join(self.seen, "fault"), "port is already allocated\n")
-        self.assertFails("INSTALL_FAILED", lambda: self.apply(make_document({})), "docker-compose up failed",
-                         "port is already allocated")
+        support.write(os.path.join(self.seen, "fault"), "port is already allocated for s3cret\n")
+        self.assertFails("INSTALL_FAILED", lambda: self.apply(make_document({}), parameters={"PASS": "s3cret"}), "docker-compose up failed",
+                         "port is already allocated for ***")
 
     def test_images_are_pulled_before_anything_is_touched(self):
         """P-20, D-11: also where a provider could pull by itself."""
