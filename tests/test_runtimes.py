@@ -848,7 +848,6 @@ class Readers(unittest.TestCase):
         self.assertEqual(margo_agent.to_pairs({"A": 1, "B": None, "C": ""}, "here"), {"A": "1", "B": None, "C": ""})
         self.assertEqual(margo_agent.to_pairs(["A=1", "B", "C=", "D=x=y"], "here"),
                          {"A": "1", "B": None, "C": "", "D": "x=y"})
-        self.assertEqual(margo_agent.to_pairs(["a:1:2"], "here", ":"), {"a": "1:2"})
         self.assertFault(lambda: margo_agent.to_pairs({"A": []}, "services.main.labels"),
                          "services.main.labels.A: expected a single value")
 
