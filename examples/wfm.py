@@ -1609,11 +1609,18 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def finish_request(self, request, client_address):
         request.settimeout(TIMEOUT)
-        try:
-            connection = self.make_context().wrap_socket(request, server_side=True)
-        except (OSError, ValueError, KeyError) as error:
-            self.log(client_address[0], f"{self.name}: no TLS connection: {error}")
-            return
+        with request.dup() as spare:
+            try:
+                connection = self.make_context().wrap_socket(request, server_side=True)
+            except (OSError, ValueError, KeyError) as error:
+                self.log(client_address[0], f"{self.name}: no TLS connection: {error}")
+                spare.settimeout(LINGER)
+                with contextlib.suppress(OSError):  # the alert says why; a close with unread bytes would take it away from the client
+                    spare.shutdown(socket.SHUT_WR)
+                    for _ in range(64):
+                        if not spare.recv(65536):
+                            break
+                return
         with connection:
             self.RequestHandlerClass(connection, client_address, self)
             with contextlib.suppress(OSError, ValueError):

@@ -11,7 +11,7 @@ from tests import support
 
 PURE = ("Records", "Encodings", "Desired state", "Plan", "Deployment status")
 WORLD = {"os", "random", "socket", "subprocess", "logging", "shutil", "fcntl", "select", "signal", "tempfile", "ssl", "urllib.request", "http.client"}
-BUDGET = 8400                       # lines of the whole file, blank ones and comments included
+BUDGET = 8600                       # lines of the whole file, blank ones and comments included
 LONGEST = 60                        # lines of one function
 
 with open(support.AGENT, encoding="utf-8") as file:
