@@ -410,7 +410,7 @@ class Trouble(GitCase):
         self.start()
         self.repository.git("config", "http.receivepack", "false", cwd=self.repository.bare)
         self.publish("two")
-        self.assertIn("HTTP 403", self.device.cycle(3))
+        self.assertIn("HTTP 403", self.device.cycle(5))
         self.assertIn("HTTP 403", self.device.cycle(5))
         self.assertEqual(self.device.status()["outbox"], 1)
         self.repository.git("config", "http.receivepack", "true", cwd=self.repository.bare)
