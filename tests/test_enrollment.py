@@ -122,12 +122,12 @@ class Enrollment(Site):
 
     def test_a_review_is_waited_for_with_the_same_key(self):
         """E-037, E-042: 202 is no failure; not before Retry-After, then the same request."""
-        self.mis.add_token(TOKEN, review=2)
+        self.mis.add_token(TOKEN, review=4)
         self.assertIn("has not decided yet", self.device.cycle(3))
         key = read(self.device.key)
         self.assertNotIn("asking", self.device.cycle(3))
         self.assertEqual(self.asked("simpleenroll"), [("simpleenroll", 202)])
-        time.sleep(2.1)
+        time.sleep(4.1)
         self.device.cycle()
         self.assertEqual((read(self.device.key), self.asked("simpleenroll")[1:]), (key, [("simpleenroll", 200)]))
 

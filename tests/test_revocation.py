@@ -119,6 +119,7 @@ class Lists(RevocationCase):
         self.mis.revoke("anchor", self.wfm_leaf.serial)
         self.cycle_due()
         before, old = len(self.wfm.requests()), self.leaf()
+        time.sleep(1.1)                             # times in certificates are whole seconds, and the new one has to end later
         self.let_retry(early=True)
         log = self.device.cycle(5)
         self.assertRegex(log, "is not renewed yet: the peer's certificate is revoked")
