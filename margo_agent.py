@@ -4181,14 +4181,15 @@ def check_mtls(config, state, now):
     own = load_identity(config)
     check_own(own.leaf, config, now)
     make_wfm_context(own, TrustBundle([own.leaf.der], None, None), config.wfm.min_tls)
-    lists, words = len(state["crls"]), own.spiffe_id.text
-    if config.identity.enrollment == "est":
+    lists, words, enrolled = len(state["crls"]), own.spiffe_id.text, config.identity.enrollment == "est"
+    if enrolled:
         words += f", renewed over EST (draft){' with a new key' * (config.identity.rekey == 'always')} after {make_time(make_renewal_time(own.leaf))}"
     level, words = judge_own(own.leaf, words + (f", {lists} revocation lists (draft)" if lists else ""), config, now)
-    if find_list_fault(state["crls"], now):
-        return "warn", f"{words}; {find_list_fault(state['crls'], now)}"
-    left, silence = (1 - RENEWAL_WINDOW[1]) * (own.leaf.not_after - own.leaf.not_before), find_longest(config.poll.downtime, now)
-    if config.identity.enrollment == "est" and left < silence:
+    fault = find_list_fault(state["crls"], now)
+    if fault:
+        return "warn", f"{words}; {fault}"
+    left, silence = (1 - RENEWAL_WINDOW[1]) * (own.leaf.not_after - own.leaf.not_before), find_longest(config.poll.downtime, now) if enrolled else 0
+    if left < silence:
         return "warn", f"{words}; a downtime of {silence / 3600:.1f} h (poll.downtime) may outlast it, because the latest renewal leaves {left / 3600:.1f} h:" \
                        " have it issued for longer"
     return level, words
