@@ -206,6 +206,8 @@ Container = define("Container", "id name deployment_id component service hash st
 Action = define("Action", "deployment_id action reason restore unstable",
     "One step of a plan: install, update, remove, keep or refuse, and why; `restore`: it is the version before that has to be mended;"
     " `unstable`: (component, service) that is repaired in vain.", False, None)
+Clock = define("Clock", "now boot uptime",
+    "A moment: Unix seconds by the wall clock, and by the clock that nobody sets the id of this boot and the seconds since.")
 Place = define("Place", "device_id device drivers",
     "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}.")
 Profile = define("Profile", "connect describe check",
@@ -974,6 +976,26 @@ def grow(first, times, cap):
 def find_left(record, now):
     """Seconds that a record of an attempt, {at, delay}, still asks to be waited; none before its time, where a clock was set back."""
     passed, delay = now - record.get("at", 0), record.get("delay", 0)
+    return delay - passed if 0 <= passed < delay else 0
+
+
+def make_wait(record, delay, clock):
+    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay, boot, uptime}.
+
+    record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
+    """
+    return {"failures": record.get("failures", 0) + 1, "at": clock.now, "delay": delay,
+            "boot": clock.boot, "uptime": clock.uptime}
+
+
+def find_wait(record, clock):
+    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this is the same boot.
+
+    Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
+    """
+    same = "uptime" in record and record["boot"] == clock.boot
+    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
+    delay = record.get("delay", 0)
     return delay - passed if 0 <= passed < delay else 0
 
 
@@ -1765,6 +1787,11 @@ def remove_file(path):
 def get_uptime():
     """(id of this boot, seconds since it): a clock that nobody sets and every process shares."""
     return (read_file("/proc/sys/kernel/random/boot_id", KIB) or b"").decode().strip(), time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def get_clock():
+    """The Clock now."""
+    return Clock(time.time(), *get_uptime())
 
 
 def sync_folder(folder):
@@ -7478,12 +7505,13 @@ class Agent:
 
     def check_patience(self, now, spread=True):
         """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now; spread: or a fleet just starts."""
-        boot, uptime = get_uptime()
+        clock = get_clock()
         if self.is_downtime():
             raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
-        left, why = find_patience(self.state["patience"], now, boot, uptime), "the WFM or a back-off asks"
-        if not left and spread and boot and uptime < START_WINDOW:
-            left, why = self.spread_start(boot, uptime), "a fleet that has just started does not arrive at once"
+        left, why = find_wait(self.state["patience"], clock), "the WFM or a back-off asks"
+        if not left and spread and clock.boot and clock.uptime < START_WINDOW:
+            left = self.spread_start(clock.boot, clock.uptime)
+            why = "a fleet that has just started does not arrive at once"
             self.starting = max(0, left)
         if left > 0:
             raise Silence(f"waiting until {make_time(now + left)}: {why}", retry_after=left)
@@ -7512,10 +7540,10 @@ class Agent:
         long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
         log("error", error.message, code=error.code, **long)
         if isinstance(error, (Unreachable, Refused, Untrusted)):
-            failures, (boot, uptime) = self.state["patience"].get("failures", 0) + 1, get_uptime()
-            delay = (make_backoff(failures, error.retry_after, error.strategy, get_random()) if isinstance(error, Unreachable)
-                     else error.retry_after or 0)
-            self.state["patience"] = {"failures": failures, "at": now, "delay": delay, "boot": boot, "uptime": uptime}
+            before, delay = self.state["patience"], error.retry_after or 0
+            if isinstance(error, Unreachable):
+                delay = make_backoff(before.get("failures", 0) + 1, error.retry_after, error.strategy, get_random())
+            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=now))
         if isinstance(error, (Unreachable, Untrusted)) or error.retry_after:
             self.source = None                      # one time-out a cycle is enough
 
@@ -7978,15 +8006,6 @@ def make_backoff(failures, asked, strategy, jitter):
     asked = asked or 0
     top = 0 if asked and strategy in ("fixed", "none") else grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP)
     return asked + jitter * max(0, top - asked)
-
-
-def find_patience(patience, now, boot, uptime):
-    """Seconds for which the WFM still wants to be left alone: by the clock that nobody sets where this is the same boot, else by the
-    wall clock, which may have jumped: no jump makes the wait longer than it was.
-    """
-    if patience.get("boot") == boot:
-        return find_left(dict(patience, at=patience["uptime"]), uptime)
-    return find_left(patience, now)
 
 
 def make_start(uptime, poll, known, jitter):
