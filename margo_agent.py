@@ -5391,8 +5391,9 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment, the"
     " child device it is for.", "")
-Service = define("Service", "name image arguments command environment files networks depends_on health pull hash",
-    "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start) or None.")
+Service = define("Service", "name image arguments command environment files networks depends_on health pull hash ports",
+    "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start)"
+    " or None; ports: the host's ports that it holds while it runs, see find_ports.", ())
 Project = define("Project", "services networks volumes document",
     "A compose file ready to run: services in starting order, {engine's name: create arguments}, and the resolved document.")
 
@@ -5630,26 +5631,44 @@ def make_ports(value, where):
             parts += [facts.get("published", "")] if address or "published" in facts else []
             item = ":".join(parts + [facts.get("target", "")]) + ("/" + facts["protocol"] if "protocol" in facts else "")
         text = to_text(item, place)
-        if not is_port(text):
-            raise make_fault(f"{place}: {make_printable(text, 60)!r} is not a port")
+        try:
+            parse_port(text)
+        except ValueError:
+            raise make_fault(f"{place}: {make_printable(text, 60)!r} is not a port") from None
         arguments.append(f"--publish={text}")
     return arguments
 
 
-def is_port(text):
-    """Whether a text is [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges that fit each other."""
+PORTS = re.compile(r"(?:(?:([0-9.]+|\[[0-9a-fA-F:.]+\]):)?([0-9]{1,5}(?:-[0-9]{1,5})?)?:)?([0-9]{1,5}(?:-[0-9]{1,5})?)"
+                   r"(?:/(tcp|udp|sctp))?")
+
+
+def parse_port(text):
+    """[[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] as [[address, host's port, protocol]]; raises ValueError.
+
+    The address is "" where it is every one.  A port that the engine chooses is not known, and not among them.
+    """
     import ipaddress
-    match = re.fullmatch(r"(?:(?:([0-9.]+|\[[0-9a-fA-F:.]+\]):)?([0-9]{1,5}(?:-[0-9]{1,5})?)?:)?([0-9]{1,5}(?:-[0-9]{1,5})?)(/(?:tcp|udp|sctp))?", text)
+    match = PORTS.fullmatch(text)
     if not match:
-        return False
+        raise ValueError(text)
+    address = ipaddress.ip_address((match.group(1) or "0.0.0.0").strip("[]"))
     ranges = [[int(number) for number in part.split("-")] for part in match.group(2, 3) if part]
     if not all(1 <= item[0] <= item[-1] <= 65535 for item in ranges):
-        return False
+        raise ValueError(text)
     sizes = [item[-1] - item[0] for item in ranges]
-    try:
-        return bool(ipaddress.ip_address((match.group(1) or "0.0.0.0").strip("[]"))) and sizes[-1] in (0, sizes[0])
-    except ValueError:
-        return False
+    if sizes[-1] not in (0, sizes[0]):
+        raise ValueError(text)
+    if not match.group(2) or sizes[-1] != sizes[0]:
+        return []
+    where = "" if address.is_unspecified else str(address)
+    return [[where, port, match.group(4) or "tcp"] for port in range(ranges[0][0], ranges[0][-1] + 1)]
+
+
+def find_ports(arguments):
+    """The host's ports that a container made with these arguments holds while it runs: [[address or "", port, protocol]]."""
+    published = [argument[len("--publish="):] for argument in arguments if argument.startswith("--publish=")]
+    return [port for text in published for port in parse_port(text)]
 
 
 def make_restart(value, where):
@@ -6090,7 +6109,8 @@ def make_service(name, service, document, workload, engine, volumes, networks):
         raise make_fault(f"{where}.pull_policy: {make_printable(pull, 40)!r} is not supported by the builtin driver")
     contents = {target: sha256_digest(text.encode("utf-8", "surrogateescape")) for target, text in files.items()}
     digest = sha256_digest(make_json([image, arguments, command, service["environment"], contents, joined]))[7:39]
-    return Service(name, image, arguments, command, service["environment"], files, joined, make_dependencies(service, name), health, pull, digest)
+    return Service(name, image, arguments, command, service["environment"], files, joined, make_dependencies(service, name),
+                   health, pull, digest, find_ports(arguments))
 
 
 def make_mounts(service, volumes, where):
@@ -6410,7 +6430,7 @@ class ComposeDriver:
         finished = self.await_startup(project.services, workload, deadline, runs) if workload.wait else set()
         there = {container.service: container for container in self.find(workload)}
         return {service.name: {"hash": service.hash, "finished": service.name in finished, "image": service.image,
-                               "id": there[service.name].id, "started": there[service.name].started}
+                               "id": there[service.name].id, "started": there[service.name].started, "ports": service.ports}
                 for service in project.services if service.name in there}
 
     def find(self, workload):
@@ -6597,9 +6617,12 @@ class ComposeDriver:
         return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
 
     def stop(self, ids, deadline):
-        """Stops containers within their own grace period, and kills them where that is longer than there is time; returns the deadline."""
+        """Stops containers within their own grace period, and kills them where that is longer than there is time; returns the deadline.
+
+        One that is not there any more is passed over.
+        """
         try:
-            self.run(["stop"] + ids, deadline - time.monotonic())
+            self.run(["stop"] + (["--ignore"] if self.engine == "podman" else []) + ids, deadline - time.monotonic())
         except CommandTimeout:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
             self.run(["kill"] + ids, 60)
@@ -6848,7 +6871,8 @@ class HelmDriver:
 def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; `child` and `others` as make_compose_driver takes them.
 
-    A driver has observe, tail_log, tend, prepare, apply, remove, remove_image and `pulled`; no other section knows what it drives.
+    A driver has observe, tail_log, tend, prepare, apply, remove, remove_image and `pulled`, and that of compose components `stop`; no
+    other section knows what it drives.
     """
     drivers = {"compose": make_compose_driver(config, child=child, others=others), "helm": make_helm_driver(config, os.environ, child)}
     return {kind: driver for kind, driver in drivers.items() if driver}
