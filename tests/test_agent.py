@@ -306,6 +306,12 @@ class Cycle(AgentCase):
         self.assertEqual((done.returncode, self.running()), (0, ["running"]), done.stderr)
         self.assertEqual(os.listdir(folder), ["margo_agent.py"])
 
+    def test_the_module_form_runs_from_its_folder_as_cron_does(self):
+        self.publish()
+        done = subprocess.run([sys.executable, "-m", "margo_agent", "-c", self.device.config_file, "run", "--once"],
+                              cwd=os.path.dirname(support.AGENT), env=self.device.env, stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual((done.returncode, self.running()), (0, ["running"]), done.stderr)
+
 
 class Times(unittest.TestCase):
     CONFIG = margo_agent.make_config({"wfm": {"url": "https://x"}, "identity": {"certificate": "c", "key": "k", "trust_bundle": "b"}}, "/", {})
