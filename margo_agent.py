@@ -26,6 +26,7 @@ are mistakes of other agents, which a test of the same mark keeps out.
 """
 # Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module that a poll may do
 # without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
+import io
 import os
 import re
 import sys
@@ -917,12 +918,19 @@ def parse_json(data, what):
     def refuse(word):
         raise ValueError(f"{word} is not JSON")
 
-    def read_number(text):
-        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")        # as newer Pythons have it
+    def read_int(text):
+        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")     # as newer Pythons have it
+
+    def read_float(text):
+        return float(text) if abs(float(text)) < float("inf") else refuse(text[:40])
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_int=read_number)
-        make_json(value)                            # what cannot be written again is not taken either
+        if data[:2] == b"\x1f\x8b":
+            raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_int=read_int,
+                           parse_float=read_float)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            make_json(value)                        # refuses a half character
         return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not usable JSON: {error}") from None
@@ -2207,15 +2215,16 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     """The one door to HTTP: one request, one connection, one Response, whatever its status.
 
     No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the TLS handshake and
-    each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see get_chain) before anything is sent (C-013).
-    Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
+    each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see get_chain) before anything is sent
+    (C-013).  Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
     """
     import http.client
     import ssl
     import urllib.error
     import urllib.request
     where = f"{method} {url}"
-    message = urllib.request.Request(url, data=body, headers=dict({"User-Agent": f"margo-agent/{__version__}"}, **headers), method=method)
+    headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
+    message = urllib.request.Request(url, data=body, headers=headers, method=method)
     try:
         with make_opener(context, check_peer).open(message, timeout=timeout) as response:
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
@@ -2225,103 +2234,141 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
         raise make_network_error(where, error) from None
 
 
-class Guard:
-    """Ends a connection that drips: all up to the body, and each piece of that, has to come within so many seconds of the one before.
+class Paced(io.RawIOBase):
+    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four time-outs.
 
-    So neither the words between the pieces may drip, or never end.  end: a function that cuts the connection.
+    So neither the words between the pieces may drip, or never end.
     """
 
-    def __init__(self, seconds, end):
-        import threading
-        self.seconds, self.end, self.late, self.over = seconds, end, False, threading.Event()
+    def __init__(self, connection):
+        self.connection, self.raw, self.timeout = connection, connection.makefile("rb", 0), connection.gettimeout()
         self.renew()
-        threading.Thread(target=self.watch, daemon=True).start()
 
     def renew(self):
         """Gives the next piece its time."""
-        self.due = time.monotonic() + self.seconds
+        self.due = time.monotonic() + 4 * self.timeout
 
-    def watch(self):
-        """Waits for the end of the answer, or of its time."""
-        while not self.late and not self.over.wait(max(0.0, self.due - time.monotonic())):
-            self.late = time.monotonic() >= self.due
-        if self.late:
-            self.end()
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        left = self.due - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.connection.settimeout(min(self.timeout, left))
+        return self.raw.readinto(buffer)
+
+    def makefile(self, mode):
+        """http.client takes this for the socket."""
+        return io.BufferedReader(self)
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+def open_connection(address, timeout, source=None):
+    """A socket to the first address of a (host, port) that answers; raises OSError.
+
+    Each next address is tried 250 ms after the one before, so that a dead one holds nobody up (RFC 8305).
+    """
+    import errno
+    import select
+    import socket
+    places, trying, code = socket.getaddrinfo(*address, type=socket.SOCK_STREAM), {}, 0
+    end = time.monotonic() + timeout
+    try:
+        while places or trying:
+            if places:
+                family, kind, protocol, _, place = places.pop(0)
+                try:
+                    peer = socket.socket(family, kind, protocol)
+                except OSError as error:            # a kernel without IPv6
+                    code = error.errno
+                    continue
+                trying[peer] = place
+                peer.setblocking(False)
+                peer.connect_ex(place)
+            pause = 0.25 if places else max(0.0, end - time.monotonic())
+            for peer in select.select([], list(trying), [], pause)[1]:
+                code = peer.connect_ex(trying.pop(peer))            # asked again, it says how it went
+                if code in (0, errno.EISCONN):
+                    peer.settimeout(timeout)
+                    return peer
+                peer.close()
+            if time.monotonic() >= end:
+                raise TimeoutError("timed out")
+        raise OSError(code, os.strerror(code))
+    finally:
+        for peer in trying:
+            peer.close()
 
 
 def make_opener(context, check_peer):
     """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no other schemes."""
     import http.client
-    import socket
     import urllib.request
 
-    class Connection(http.client.HTTPConnection if context is None else http.client.HTTPSConnection):
-        """A connection that is guarded, and whose peer is checked before the first byte of a request."""
+    class Answer(http.client.HTTPResponse):
+        """An answer that is paced; interim ones before it (such as 103) are passed over."""
 
-        wire = None
+        def __init__(self, connection, *arguments, **options):
+            self.paced = Paced(connection)
+            super().__init__(self.paced, *arguments, **options)
+
+        def begin(self):
+            super().begin()
+            while 102 <= self.status < 200:
+                self.headers = None
+                super().begin()
+
+    class Connection(http.client.HTTPConnection):
+        """A connection whose peer is checked before the first byte of a request."""
+
+        response_class, default_port = Answer, 443 if context else 80
 
         def connect(self):
-            self.guard = Guard(4 * self.timeout, self.cut)
+            self._create_connection = open_connection
             try:
                 super().connect()
-                self.wire = self.sock               # urllib takes the other reference away
+                if context:                         # an end that TLS does not tell of is none: the answer was cut
+                    host = self._tunnel_host or self.host
+                    self.sock = context.wrap_socket(self.sock, server_hostname=host, suppress_ragged_eofs=False)
                 if check_peer:
                     check_peer(get_chain(self.sock, context))
             except (OSError, MargoError):
-                self.guard.over.set()
                 self.close()
                 raise
 
-        def getresponse(self):
-            try:
-                response = super().getresponse()
-                response.guard = self.guard
-                return response
-            finally:
-                if self.guard.late:
-                    raise TimeoutError("timed out")
-
-        def cut(self):
-            """Ends the connection from outside of whatever waits for it."""
-            try:
-                socket.socket.shutdown(self.wire or self.sock, socket.SHUT_RDWR)
-            except (OSError, TypeError):
-                pass                                # it has ended by itself
-
-    class Handler(urllib.request.HTTPHandler if context is None else urllib.request.HTTPSHandler):
-        """urllib's own handler, but for the connection."""
-
-        def start(self, message):
-            secure = {} if context is None else {"context": context}
-            return self.do_open(lambda host, **options: Connection(host, **secure, **options), message)
-
-        if context is None:
-            http_open = start
-        else:
-            https_open = start
-
+    scheme, handler = "https" if context else "http", urllib.request.AbstractHTTPHandler()
+    setattr(handler, f"{scheme}_open", lambda message: handler.do_open(Connection, message))
+    setattr(handler, f"{scheme}_request", handler.do_request_)
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), Handler()):
-        opener.add_handler(handler)
+    for item in (urllib.request.ProxyHandler(), handler):
+        opener.add_handler(item)
     return opener
 
 
 def get_chain(connection, context):
-    """The peer's certificates (DER), leaf first: as verified, or as presented where nothing is.  Before Python 3.10 the leaf alone."""
+    """The peer's certificates (DER), leaf first: as verified, or as presented where nothing is.
+
+    Before Python 3.10 the leaf alone.
+    """
     import ssl
     kind = "get_unverified_chain" if context.verify_mode == ssl.CERT_NONE else "get_verified_chain"
-    get = getattr(connection, kind, None) or getattr(getattr(connection, "_sslobj", None), kind, None)     # public since 3.13
-    chain = [item if isinstance(item, bytes) else item.public_bytes(2) for item in (get and get()) or ()]   # 2: DER
+    inner = getattr(connection, "_sslobj", None)
+    get = getattr(connection, kind, None) or getattr(inner, kind, None) or tuple        # public since 3.13
+    chain = [item if isinstance(item, bytes) else item.public_bytes(2) for item in get() or ()]       # 2: DER
     return chain or [connection.getpeercert(binary_form=True)]
 
 
 def read_body(response, limit, timeout, where):
-    """The body of a response; Refused over `limit`, Unreachable when it is cut short or slower than 1 KiB/s over four time-outs."""
+    """The body of a response; Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs."""
     pieces, size, start = [], 0, time.monotonic()
     while True:
-        response.guard.renew()
+        response.paced.renew()
         piece = response.read1(65536)
-        if not piece or response.guard.late:
+        if not piece:
             break
         pieces.append(piece)
         size += len(piece)
@@ -2330,11 +2377,9 @@ def read_body(response, limit, timeout, where):
         elapsed = time.monotonic() - start
         if elapsed > 4 * timeout and size < KIB * elapsed:
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
-    response.guard.over.set()
-    if response.guard.late:
-        raise Unreachable(f"{where}: timed out at {size} bytes")
-    if not pieces and response.length is None and not response.chunked and where.startswith("GET") and response.status == 200:
-        raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes the end of a connection for that of a head
+    unframed = response.length is None and not response.chunked
+    if unframed and not pieces and where.startswith("GET") and response.status == 200:
+        raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes a broken head for a whole one
     if response.length:
         raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
     return b"".join(pieces)
@@ -2352,6 +2397,28 @@ def make_network_error(where, error):
     if isinstance(error, ssl.SSLError) and not broken:
         return Untrusted(f"{where}: TLS failed: {text}")
     return Unreachable(f"{where}: {text}")
+
+
+def make_authorization(secret, user=b""):
+    """The value of an Authorization header for a secret (bytes): Basic with a user, else Bearer."""
+    return "Basic " + make_base64(user + b":" + secret) if user else "Bearer " + secret.decode()
+
+
+def load_secret(key, path, fault):
+    """The bytes in a file that a setting names, without the line's end; raises `fault` of some words."""
+    try:
+        data = read_file(path, MAX_ANSWER)
+    except StorageError as error:
+        raise fault(f"{key}: {error.message}") from None
+    if data is None:
+        raise fault(f"{key} {path}: no such file")
+    return data.rstrip(b"\r\n")
+
+
+def find_looseness(key, path):
+    """What to say of a secret's file that others can read, "" where they cannot."""
+    mode = os.stat(path).st_mode & 0o777 if os.path.isfile(path) else 0
+    return f"{key} {path} has mode {mode:04o}; chmod 0600 it" if mode & 0o077 else ""
 
 
 def is_ssh_answering(address, timeout):
@@ -2381,33 +2448,43 @@ def parse_problem(body):
     kind = text("type")
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
-    seconds = value.get("retryAfterSeconds")
-    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in value.get("errors") or ()
-              if isinstance(item, dict)] if isinstance(value.get("errors"), list) else []
-    return Problem(kind, text("title") or text("error"), text("detail") or text("message"), value.get("retryable"),
-                   float(seconds) if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < 10 ** 9 else None,
-                   text("backoffStrategy"), errors)
+    wait = value.get("retryAfterSeconds")
+    wait = float(wait) if is_number(wait) and 0 <= wait < 10 ** 9 else None
+    errors = value["errors"] if isinstance(value.get("errors"), list) else []
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors if isinstance(item, dict)]
+    title, detail = text("title") or text("error"), text("detail") or text("message")
+    return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
+
+
+def find_verdict(status):
+    """What an HTTP status that is no success means: `denied`, `later` (to be asked again) or `refused`."""
+    if status in (401, 403):
+        return "denied"
+    return "later" if status in (408, 429) or status >= 500 else "refused"
 
 
 def check_response(response, where, accepted, now):
     """Returns the response if its status is one of `accepted`, else raises what it means to a client (protocol 10).
 
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  401 and 403: Untrusted.  What
-    says of itself that it can be retried, or is 408, 429 or 5xx: Unreachable.  Else Refused; its `code` is the type, or `HTTP <status>`.
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  Denied: Untrusted.  What says
+    of itself that it can be retried, or is `later`: Unreachable.  Else Refused; its `code` is the type, or `HTTP <status>`.
     """
     if response.status in accepted:
         return response
     problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
+    verdict = find_verdict(response.status)
     known = problem.type in REFUSALS
     kind = "" if known or problem.type in DENIALS + ("about:blank",) else problem.type
     words = "; ".join(part for part in [kind, problem.title, problem.detail] + problem.errors[:5] if part)
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
-    header = parse_retry_after(response.headers.get("Retry-After"), now)
-    retryable = problem.retryable if isinstance(problem.retryable, bool) else problem.strategy != "none" and (
-        response.status in (408, 429) or response.status >= 500)
-    facts = {"status": response.status, "strategy": problem.strategy, "retry_after": problem.retry_after if header is None else header}
-    if response.status in (401, 403) and not known or problem.type in DENIALS:
+    wait = parse_retry_after(response.headers.get("Retry-After"), now)
+    facts = {"status": response.status, "strategy": problem.strategy,
+             "retry_after": problem.retry_after if wait is None else wait}
+    if verdict == "denied" and not known or problem.type in DENIALS:
         raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
+    retryable = problem.retryable
+    if not isinstance(retryable, bool):
+        retryable = verdict == "later" and problem.strategy != "none"
     if retryable:
         raise Unreachable(message, **facts)
     if 300 <= response.status < 400 and response.status != 304:
@@ -3001,14 +3078,16 @@ def load_token(config):
     return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
 
 
-def make_authorization(config, token):
-    """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
+def load_enrollment_header(config):
+    """The enrollment token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
     path = config.identity.est.token_file
-    if not token.partition(b":")[2] or b"\n" in token:
+    user, _, secret = (load_token(config) or b"").partition(b":")
+    if not secret or b"\n" in user + secret:
         raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
-    if os.stat(path).st_mode & 0o077:
-        log("warning", "others can read the enrollment token; chmod 0600 it", path=path)
-    return "Basic " + make_base64(token)
+    loose = find_looseness("identity.est.token_file", path)
+    if loose:
+        log("warning", "others can read the enrollment token", reason=loose)
+    return make_authorization(secret, user)
 
 
 def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False):
@@ -3142,7 +3221,7 @@ def request_svid(config, store, state, renewed, mark, now):
         if settings.certificate:
             load_key_pair(context, settings.certificate, settings.key, "identity.est")
         else:
-            headers["Authorization"] = make_authorization(config, load_token(config) or b"")
+            headers["Authorization"] = load_enrollment_header(config)
         body = begin_enrollment(config, store, state, mark)
     log("info", "asking for an SVID", url=url)
     response = request("POST", url, headers, base64.encodebytes(body), context, config.wfm.timeout, MAX_CERTIFICATES, check_peer)
@@ -3207,7 +3286,7 @@ def check_est_response(response, operation, now):
     problem = parse_problem(response.body)
     words = problem.detail or problem.title if problem else make_printable(response.body[:500].decode("utf-8", "replace"))
     message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
-    if response.status in (408, 429) or response.status >= 500:
+    if find_verdict(response.status) == "later":
         raise Unreachable(message, retry_after=wait if wait is not None or not problem else problem.retry_after)
     raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
 
@@ -4234,11 +4313,10 @@ def check_signed(config, state, now):
 
 def judge_own(leaf, words, config, now):
     """(ok or warn, words) of an own certificate that can be used."""
-    key, days = config.identity.key, int((leaf.not_after - now) // 86400)
-    mode = os.stat(key).st_mode & 0o777 if os.path.isfile(key) else 0
-    if mode & 0o077:
-        return "warn", f"identity.key {key} has mode {mode:04o}; chmod 0600 it"
-    words = f"{words}, {days} days left"
+    loose = find_looseness("identity.key", config.identity.key)
+    if loose:
+        return "warn", loose
+    words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
     return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
 
 
@@ -4513,18 +4591,13 @@ def make_git_config(config, home, header):
 
 
 def load_git_header(git):
-    """The Authorization header's value for an https repository: bearer, or basic with git.username; None without a token (C-250, C-253)."""
+    """The Authorization of an https repository: bearer, or basic with git.username; None without a token (C-250, C-253)."""
     if not git.token_file:
         return None
-    try:
-        token = (read_file(git.token_file, MAX_ANSWER) or b"").decode("utf-8", "replace").strip()
-    except StorageError as error:
-        raise Untrusted(f"git.token_file: {error.message}") from None
-    if not re.fullmatch(r"[!-~]+", token):
-        raise Untrusted(f"git.token_file {git.token_file}: is not there, or is not one line of printable characters")
-    if not git.username:
-        return f"Bearer {token}"
-    return "Basic " + make_base64(f"{git.username}:{token}".encode())
+    token = load_secret("git.token_file", git.token_file, Untrusted).strip()
+    if not re.fullmatch(rb"[!-~]+", token):
+        raise Untrusted(f"git.token_file {git.token_file}: is not one line of printable characters")
+    return make_authorization(token, (git.username or "").encode())
 
 
 def make_ref_path(device_id):
@@ -4611,8 +4684,9 @@ def check_git(config, state, now):
         path = config.git[key]
         if path and not os.path.isfile(path):
             raise Untrusted(f"git.{key} {path}: is not there")
-        if path and os.stat(path).st_mode & 0o077:
-            return "warn", f"git.{key} {path} has mode {os.stat(path).st_mode & 0o777:04o}; chmod 0600 it"
+        loose = find_looseness(f"git.{key}", path or "")
+        if loose:
+            return "warn", loose
     return "ok", version
 
 
@@ -4930,26 +5004,25 @@ def parse_reference(repository, revision):
 
 def parse_challenge(header):
     """`WWW-Authenticate` to [(scheme in lower case, {parameter: value})] (RFC 9110, 11.6.1)."""
+    from urllib.request import parse_http_list
     challenges = []
-    for token, name, quoted, plain in re.findall(r'\b([A-Za-z]+)\b(?=\s+[A-Za-z]+=|\s*$)|\b([A-Za-z]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))', header or ""):
-        if token:
-            challenges.append((token.lower(), {}))
-        elif challenges:
-            challenges[-1][1][name.lower()] = re.sub(r"\\(.)", r"\1", quoted) if quoted else plain
+    for item in parse_http_list(header or ""):
+        scheme, parameter = re.fullmatch(r"(?s)(?:([A-Za-z]+)(?:\s+|\Z)(?!=))?(.*)", item).groups()
+        if scheme:
+            challenges.append((scheme.lower(), {}))
+        name, equals, value = parameter.partition("=")
+        if challenges and equals:
+            challenges[-1][1][name.strip().lower()] = value[1:-1] if value[:1] == '"' else value
     return challenges
 
 
 def load_credentials(host, settings):
-    """User name and password of a registry in base64, as Basic authentication takes them; None where none are configured."""
+    """Authorization of a registry by user name and password; None where none are configured."""
     if not settings.username or not settings.password_file:
         return None
-    try:
-        secret = read_file(settings.password_file, MAX_ANSWER)
-    except StorageError as error:
-        raise ComponentError("PULL_UNAUTHORIZED", f"registries.{host}.password_file: {error.message}") from None
-    if secret is None:
-        raise ComponentError("PULL_UNAUTHORIZED", f"registries.{host}.password_file {settings.password_file}: no such file")
-    return make_base64(f"{settings.username}:".encode() + secret.rstrip(b"\r\n"))
+    secret = load_secret(f"registries.{host}.password_file", settings.password_file,
+                         lambda words: ComponentError("PULL_UNAUTHORIZED", words))
+    return make_authorization(secret, settings.username.encode())
 
 
 class Registry:
@@ -4976,13 +5049,14 @@ class Registry:
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
-        """A Response with status 200 and at most `limit` bytes; raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED for any other."""
-        if response.status in (401, 403):
-            raise ComponentError("PULL_UNAUTHORIZED", f"{url}: HTTP {response.status}; set registries.{self.host}.username and password_file")
+        """A Response with status 200 and at most `limit` bytes; raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED."""
+        where = f"{url}: HTTP {response.status}"
+        if find_verdict(response.status) == "denied":
+            raise ComponentError("PULL_UNAUTHORIZED", f"{where}; set registries.{self.host}.username and password_file")
         if response.status != 200:
             hint = "there is no such package" if response.status == 404 else "it cannot be served now, tried again later"
             wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
-            raise ComponentError("PULL_FAILED", f"{url}: HTTP {response.status}; {hint}", retry_after=wait)
+            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
         if len(response.body) > limit:
             raise ComponentError("PULL_FAILED", f"{url}: the answer is longer than {limit} bytes, all that policy allows")
         return response
@@ -5023,7 +5097,6 @@ class Registry:
         """The Authorization that answers a challenge; raises ComponentError PULL_UNAUTHORIZED."""
         from urllib.parse import urlencode
         basic = load_credentials(self.host, self.settings)
-        basic = basic and f"Basic {basic}"
         for scheme, facts in challenges:
             if scheme == "basic" and basic:
                 return basic
@@ -5134,8 +5207,7 @@ def fetch_file(url, config, missing=False):
     """The bytes at an https URL, by the trust, credentials and redirect rules of its host's entry in `registries`; None where there is nothing, if `missing`."""
     host = url.split("/")[2]
     registry = Registry(host, config)
-    basic = load_credentials(host, registry.settings)
-    registry.authorization = basic and f"Basic {basic}"
+    registry.authorization = load_credentials(host, registry.settings)
     response = registry.fetch(url, "*/*", config.policy.max_artifact)
     if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
         return None
@@ -6392,7 +6464,7 @@ class ComposeDriver:
         options, program = [], [self.engine]
         basic = load_credentials(host, settings)
         if basic:
-            write_file(os.path.join(folder, "config.json"), make_json({"auths": {host: {"auth": basic}}}))
+            write_file(os.path.join(folder, "config.json"), make_json({"auths": {host: {"auth": basic[len("Basic "):]}}}))
             options, program = (["--authfile=" + os.path.join(folder, "config.json")], program) if self.engine == "podman" else (
                 [], [self.engine, "--config", folder])
         if self.engine == "podman" and settings.insecure:

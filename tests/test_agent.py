@@ -296,6 +296,15 @@ class Cycle(AgentCase):
                               timeout=60)
         self.assertEqual(done.stdout, b"0 unchanged\n")
 
+    def test_a_poll_needs_no_thread(self):
+        """A device at its limit of tasks installs and reports all the same (P-15: reads are paced, not watched)."""
+        code = ("import sys, threading\ndef start(thread): raise RuntimeError(\"can't start new thread\")\n"
+                "threading.Thread.start = start\nimport margo_agent\nsys.exit(margo_agent.main(sys.argv[1:]))")
+        self.publish()
+        done = subprocess.run([sys.executable, "-c", code] + self.device.command("run", "--once")[2:], cwd=support.ROOT,
+                              env=self.device.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+        self.assertEqual(done.returncode, 0, done.stdout)
+
     def test_the_file_works_alone_in_an_empty_folder(self):
         folder = support.make_folder(self)
         with open(support.AGENT, "rb") as file:
