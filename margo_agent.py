@@ -80,6 +80,9 @@ HISTORY = 20                                        # accepted desired states th
 MAX_NAMED = 100                                     # workloads of other owners that `status` names
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                                     # seconds that the current step may still take once the process is asked to end
+STOP_LIMIT = 90                                     # seconds after which the daemon's parent kills a cycle that was asked to end
+CYCLE_RETRY = 60                                    # seconds to the next cycle after one that said nothing
+HUNG = 1800                                         # seconds after which a cycle that does not move counts as hung, and is killed
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
 RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
@@ -150,6 +153,13 @@ CommandError = define_fault("CommandError", MargoError, "A helper program could 
 CommandMissing = define_fault("CommandMissing", CommandError, "The program is not installed.")
 CommandTimeout = define_fault("CommandTimeout", CommandError, "The program ran out of its time and was ended.")
 Late = define_fault("Late", CommandError, "What does not answer may still do so within this cycle.")
+
+
+def to_fault(error):
+    """The error as one that a person can act upon: Python's own words for a lack of memory are none."""
+    if isinstance(error, MemoryError):
+        return NoMemory("not enough memory for this step; end other programs on the device, or have it do less (see README, Small devices)")
+    return error
 
 
 class ComponentError(MargoError):
@@ -2308,7 +2318,7 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
     except urllib.error.URLError as error:
         raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError, RuntimeError) as error:      # the last: no thread for the guard
         raise make_network_error(where, error) from None
 
 
@@ -4454,8 +4464,7 @@ class GitSource:
         if accepted and accepted["version"] == head and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
-        head, files = self.work(lambda: self.fetch_files(base))
-        entries, documents, ignored = parse_files(files)
+        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
         for name in ignored:
             log("info", "ignored: not an ApplicationDeployment", name=name)
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
@@ -4475,7 +4484,7 @@ class GitSource:
             raise self.explain(error, "git-upload-pack") from None
 
     def fetch_files(self, base):
-        """(head commit, [(name, bytes)] of its documents), once the head is known to follow on `base`; raises Refused, Untrusted.
+        """(head commit, what read_files returns), once the head is known to follow on `base`; raises Refused, Untrusted.
 
         From a shallow copy that ends at the accepted commit, a plain fetch brings just the commits since and what is new in them, and
         that proves the descent; where the copy has gone, it is begun anew at the accepted commit, which a server gives if it still has it.
@@ -4494,7 +4503,7 @@ class GitSource:
             if not self.config.git.allow_rewrite:
                 raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
             log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
-        return head, self.read_files(head)
+        return head, self.read_files(head, base if base and self.has(base) else None)
 
     def prepare(self):
         """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing ever tidies it."""
@@ -4542,20 +4551,40 @@ class GitSource:
             raise Untrusted(f"commit {head} " + ("is not signed" if verdict == "N" else "has no good signature of git.allowed_signers")
                             + f" (git says {verdict}); the accepted state is kept")
 
-    def read_files(self, head):
-        """[(name, bytes)] of every YAML file below git.path; links, submodules and all else are not looked at.  Raises Refused."""
-        folder, policy = self.config.git.path, self.config.policy
-        listing = self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", head, *([folder + "/"] if folder else [])).stdout
-        if folder and not listing:
-            raise Refused(f"commit {head} has no folder {folder}; nothing is removed for that")
+    def read_files(self, head, base):
+        """What parse_files makes of the YAML files below git.path; links, submodules and all else are not looked at.  Raises Refused.
+
+        So does a path that held a deployment in the accepted commit, `base`, and holds something else now: only one that has gone is
+        a removal.
+        """
+        policy, listing = self.config.policy, self.list_tree(head)
+        if self.config.git.path and not listing:
+            raise Refused(f"commit {head} has no folder {self.config.git.path}; nothing is removed for that")
         blobs, ignored = find_blobs(listing, policy.max_document)
         for name in ignored:
             log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
         if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
-            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than {MAX_DEPLOYMENTS} or policy.max_unpacked")
+            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than {MAX_DEPLOYMENTS}"
+                          " or policy.max_unpacked")
+        found = parse_files(self.read_blobs(blobs))
+        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
+        for name, data in self.read_blobs(suspects):
+            if is_deployment(data):
+                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is none now, or lies below what is no"
+                              " folder; nothing is removed for that: remove the file itself, or put it right")
+        return found
+
+    def list_tree(self, commit):
+        """What `git ls-tree` prints of all that lies below git.path in a commit."""
+        folder = self.config.git.path
+        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *([folder + "/"] if folder else [])).stdout
+
+    def read_blobs(self, blobs):
+        """[(name, bytes)] of [(name, blob, size)]."""
         wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
-        data = self.git("cat-file", "--batch", data=wanted, limit=total + 256 * len(blobs) + 1).stdout if blobs else b""
+        limit = sum(size + 256 for _, _, size in blobs) + 1
+        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
         files, start = [], 0
         for name, blob, size in blobs:
             head_line = f"{blob} blob {size}\n".encode()
@@ -4684,47 +4713,101 @@ def make_ref_path(device_id):
     return re.sub(r"~|\.(?=\.|/|$|lock(/|$))|(?<![^/])\.", lambda found: f"%{ord(found.group()):02X}", device_id)
 
 
-def find_blobs(listing, max_document):
-    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree -r -z -l` prints; raises Refused."""
-    blobs, ignored = [], []
+def parse_listing(listing):
+    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints; names as Python has them of a file system."""
+    found = []
     for line in listing.split(b"\0")[:-1]:
         facts, _, name = line.partition(b"\t")
         mode, kind, blob, size = facts.decode("ascii").split()
-        if not name.lower().endswith((b".yaml", b".yml")):
+        is_file = kind == "blob" and mode.startswith("100")
+        found.append((name.decode("utf-8", "surrogateescape"), is_file, blob, int(size) if is_file else 0))
+    return found
+
+
+def find_blobs(listing, max_document):
+    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree` prints; raises Refused."""
+    blobs, ignored = [], []
+    for name, is_file, blob, size in parse_listing(listing):
+        if not name.lower().endswith((".yaml", ".yml")):
             continue
-        name = make_printable(name.decode("utf-8", "replace"), 200)
-        if kind != "blob" or not mode.startswith("100"):
+        if not is_file:
             ignored.append(name)
-        elif int(size) > max_document:
-            raise Refused(f"{name}: {size} bytes are more than policy.max_document ({max_document})")
+        elif size > max_document:
+            raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document ({max_document})")
         else:
-            blobs.append((name, blob, int(size)))
+            blobs.append((name, blob, size))
     return blobs, ignored
 
 
+def find_suspects(before, after, others):
+    """[(name, blob, size)] of YAML files of the accepted commit whose place holds something else now.
+
+    before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.  Something else is one of
+    those, a link, a submodule, a folder of that name, or any of them in place of a folder above.
+    """
+    files = {name: is_file for name, is_file, _, _ in parse_listing(after)}
+    folders = {parent for name in files for parent in list_parents(name)}
+    blobs, _ = find_blobs(before, float("inf"))
+    return [item for item in blobs if item[0] in others or item[0] in folders or not files.get(item[0], True)
+            or any(parent in files for parent in list_parents(item[0]))]
+
+
+def list_parents(name):
+    """The folders above a path: of a/b/c these are a and a/b."""
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
 def parse_files(files):
-    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment of any generation]); raises Refused."""
+    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment of any generation]).
+
+    Raises Refused for what nobody can have meant: it may stand for a deployment that would be removed.
+    """
     entries, documents, ignored, seen = [], {}, [], {}
     for name, data in files:
+        shown = make_printable(name, 200)
         try:
-            value = load_yaml(data)
+            value = parse_file(data)
             if not is_deployment(value):
                 ignored.append(name)
                 continue
             deployment_id = check_member(normalise_document(value), "id", "", UUID_PATTERN)
         except ValueError as error:                 # a YAMLError is one
-            raise Refused(f"{name}: {error}") from None
+            raise Refused(f"{shown}: {error}") from None
         if deployment_id.lower() in seen:
-            raise Refused(f"{name}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
-        seen[deployment_id.lower()] = name
+            raise Refused(f"{shown}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
+        seen[deployment_id.lower()] = shown
         digest = sha256_digest(data)
         documents[digest] = data
         entries.append(ManifestEntry(deployment_id, digest, len(data)))
     return entries, documents, ignored
 
 
+def parse_file(data):
+    """The YAML value of a file; raises ValueError where it holds something that stands for another file, or for nothing."""
+    if not data.strip():
+        raise ValueError("it is empty; to remove a deployment, remove its file")
+    value = load_yaml(data)
+    if not isinstance(value, (dict, list, type(None))):
+        raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an encrypted file is")
+    members = value if isinstance(value, dict) else {}
+    if "sops" in members:
+        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
+    if isinstance(members.get("spec"), dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
+        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
+    return value
+
+
 def is_deployment(value):
-    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it, which does not say."""
+    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it, which does not say.
+
+    value: as read, or still bytes.
+    """
+    if isinstance(value, bytes):
+        try:
+            value = load_yaml(value)
+        except YAMLError:
+            return False
     if not isinstance(value, dict):
         return False
     if "kind" in value or "apiVersion" in value:
@@ -7449,8 +7532,10 @@ def apply_target(target, record, containers, tools):
             for change in dropped:
                 remove_component(change, containers, hooks)
         yield finish_record(record, make_mark(tools.config.runtime.environment))
-    except (ComponentError, CommandError) as error:
-        error = error if isinstance(error, ComponentError) else ComponentError("INSTALL_FAILED", error.message)
+    except (ComponentError, CommandError, MemoryError) as error:
+        error = to_fault(error)
+        if not isinstance(error, ComponentError):
+            error = ComponentError("OUT_OF_MEMORY" if isinstance(error, NoMemory) else "INSTALL_FAILED", error.message)
         log("error", "deployment failed", deployment=target.deployment_id, component=name, code=error.code, reason=error.message)
         if touched and tools.config.runtime.on_failure != "rollback":
             record = dict(record, fallback=False)   # it is left as it is, for inspection
@@ -7496,7 +7581,8 @@ def roll_back(record, tools):
             record = set_component(record, component.name, "installed", services=services, package=package)
             settled[component.name] = services
         remove_dropped(record, deployment, containers, tools, True)
-    except (ComponentError, CommandError) as error:
+    except (ComponentError, CommandError, MemoryError) as error:
+        error = to_fault(error)
         log("error", "roll-back failed", deployment=record["deploymentId"], reason=error.message)
         return record, f"bringing the version before back failed too: {error.message}"
     log("warning", "rolled back; the version before runs again", deployment=record["deploymentId"], digest=before["digest"])
@@ -7819,9 +7905,9 @@ class Agent:
                     continue                        # there is no SVID to speak with
                 try:
                     changed = step() or changed
-                except MargoError as error:
-                    self.faults.append(error)
-                    self.note_fault(error, began)
+                except (MargoError, MemoryError) as error:
+                    self.faults.append(to_fault(error))
+                    self.note_fault(self.faults[-1], began)
             return self.conclude(max(self.faults, key=lambda fault: fault.exit, default=None), changed, began)
 
     def __enter__(self):
@@ -8434,12 +8520,16 @@ def command_run(config, options):
 def start_watch(options):
     """Turns this process into the parent of the daemon: a bare interpreter that holds `watch` and nothing else of this file.
 
-    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays behind.
+    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays behind; it is the compiled
+    form, which is there where this file's source is not.
     """
-    import inspect
-    program = f"{inspect.getsource(watch)}\nraise SystemExit(watch({make_child(options)!r}, 60.0))\n"
+    import marshal
+    parts = {part.__name__: part.__code__ for part in (notify, complain, start_cycle, read_answer, count_wakes, end_cycle, watch)}
+    program = (f"import marshal\nfor name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
+               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"raise SystemExit(watch({make_child(options)!r}, {CYCLE_RETRY}, {HUNG}, {STOP_LIMIT}))\n")
     reader, writer = os.pipe()
-    os.write(writer, program.encode())              # a pipe holds 64 KiB, watch is far smaller
+    os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
     os.dup2(reader, 0)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
@@ -8449,74 +8539,148 @@ def make_child(options):
     """The command line of one cycle: this very file, as a module where it can be, because then its compiled form is kept."""
     path = os.path.abspath(__file__)
     folder, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
     start = [sys.executable, "-I", "-S", path]
-    if name.endswith(".py"):
+    if suffix in (".py", ".pyc") and "." not in stem:
         code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); from importlib import import_module; "
-                f"sys.exit(import_module({name[:-3]!r}).main(sys.argv[1:]))")
+                f"sys.exit(import_module({stem!r}).main(sys.argv[1:]))")
         start = [sys.executable, "-I", "-S", "-c", code, folder]
     return start + options["arguments"] + ["--once"]
 
 
-def watch(child, fallback):
-    """The daemon's parent: runs `child` (an argument list) over and over; self-contained, because only its source is run.
+# The daemon's parent: these functions run in an interpreter that has nothing else of this file, so they import what they need.
+
+def notify(address, text):
+    """Tells systemd something, where it listens."""
+    if not address:
+        return
+    import socket
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
+            peer.connect("\0" + address[1:] if address.startswith("@") else address)
+            peer.send(text.encode())
+    except OSError:
+        pass                                        # nobody listens any more: no reason to end
+
+
+def complain(text):
+    """Writes one line as the log does."""
+    import os
+    import time
+    try:
+        os.write(2, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} error   {text}\n".encode())
+    except OSError:
+        pass                                        # nobody listens any more
+
+
+def start_cycle(child, signals):
+    """(process id, pipe by which it says how long to wait) of a new cycle; raises OSError."""
+    import os
+    import signal
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)                  # whoever else keeps the other end open cannot stop us
+    pid = os.fork()
+    if not pid:
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            os.set_inheritable(writer, True)
+            os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
+        except OSError as error:
+            complain(f"{child[0]} cannot be started ({error.strerror}); is Python still where it was?")
+        finally:
+            os._exit(127)
+    os.close(writer)
+    return pid, reader
+
+
+def read_answer(reader):
+    """What a cycle that has ended said by its pipe; closes it."""
+    import os
+    try:
+        return os.read(reader, 64)
+    except BlockingIOError:
+        return b""
+    finally:
+        os.close(reader)
+
+
+def count_wakes(pid):
+    """How often the kernel has let a process go on after a wait; where that cannot be told, another number each time."""
+    import time
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return int(file.read().partition("voluntary_ctxt_switches:")[2].split()[0])
+    except (OSError, IndexError):
+        return time.monotonic()
+
+
+def end_cycle(pid, limit):
+    """Asks a cycle to end after its current step, and kills it after `limit` seconds; the daemon's exit code."""
+    import os
+    import signal
+    import time
+    end = time.monotonic() + limit
+    os.kill(pid, signal.SIGTERM)
+    while not os.waitpid(pid, os.WNOHANG)[0]:
+        if time.monotonic() > end:
+            complain(f"the cycle did not end within {limit} s, and is killed")
+            os.kill(pid, signal.SIGKILL)
+            return 1
+        signal.sigtimedwait({signal.SIGCHLD}, 0.5)
+    return 0
+
+
+def watch(child, fallback, hung, limit):
+    """Runs `child` (an argument list) over and over; returns the exit code.
 
     A child says by a pipe how long to wait, else `fallback` seconds count.  SIGTERM and SIGINT end it after the current step, SIGHUP
-    starts a cycle at once (each reads the configuration anew).  Speaks systemd's notify protocol.
+    starts a cycle at once (each reads the configuration anew).  systemd's watchdog is fed while cycles can be started and move: one
+    that the kernel has not seen wake for `hung` seconds waits for what will never come, because each of its own waits is shorter, and
+    is killed.  Five in a row that cannot be started end the daemon.
     """
     import os
     import signal
     import time
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    address, beat = os.environ.get("NOTIFY_SOCKET"), int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
-
-    def notify(text):
-        if address:
-            import socket
-            try:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
-                    peer.connect("\0" + address[1:] if address.startswith("@") else address)
-                    peer.send(text.encode())
-            except OSError:
-                pass                                # nobody listens any more: no reason to end
-
-    def start():
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if not pid:
-            try:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
-                os.set_inheritable(writer, True)
-                os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
-            finally:
-                os._exit(70)
-        os.close(writer)
-        return pid, reader
-
-    notify("READY=1")
-    pid, reader, due, proven = 0, 0, 0.0, False
+    address, beat = os.environ.get("NOTIFY_SOCKET", ""), int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
+    notify(address, "READY=1")
+    pid, due, moved, seen, proven, failures = 0, 0.0, 0.0, None, False, 0
     while True:
-        if not pid and time.monotonic() >= due:
-            (pid, reader), due = start(), None
-        wait = beat if pid else min(beat, max(0.0, due - time.monotonic()))
-        number = getattr(signal.sigtimedwait(signals, wait), "si_signo", 0)
-        notify("WATCHDOG=1")
+        now = time.monotonic()
+        if not pid and now >= due:
+            try:
+                (pid, reader), due, moved = start_cycle(child, signals), None, now
+            except OSError as error:
+                complain(f"no cycle can be started ({error.strerror})")
+                failures, due = failures + 1, now + fallback
+        wait = hung / 4 if pid else max(0.0, due - now)
+        number = getattr(signal.sigtimedwait(signals, min(beat, wait)), "si_signo", 0)
+        now = time.monotonic()
         if number in (signal.SIGTERM, signal.SIGINT):
-            notify("STOPPING=1")
-            if pid:
-                os.kill(pid, signal.SIGTERM)
-                os.waitpid(pid, 0)
-            return 0
+            notify(address, "STOPPING=1")
+            return end_cycle(pid, limit) if pid else 0
         if number == signal.SIGHUP:
             due = 0.0
         ended, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
         if ended:
-            answer = os.read(reader, 64), os.close(reader)
+            answer = read_answer(reader)
             if status == 2 << 8 and not proven:     # a configuration that never worked
                 return 2
+            failures = failures + 1 if not answer and status in (1 << 8, 127 << 8) else 0      # Python itself failed, or is not there
             pid, proven = 0, True
-            due = time.monotonic() + float(answer[0] or fallback) if due is None else due
+            due = now + float(answer or fallback) if due is None else due
+        if failures >= 5:
+            complain("five cycles in a row could not be started; this process ends, so that its supervisor learns of it")
+            return 1
+        before, seen = seen, count_wakes(pid) if pid else None
+        moved = moved if pid and seen == before else now
+        if now - moved > hung:
+            complain(f"the cycle has not moved for {hung} s, and is killed")
+            os.kill(pid, signal.SIGKILL)
+        elif not failures:
+            notify(address, "WATCHDOG=1")
 
 
 def command_enroll(config, options):
@@ -8886,8 +9050,9 @@ def print_help():
     print(USAGE)
     for name, (function, known, operand) in COMMANDS.items():
         words = "".join(f"[{option} {value}".rstrip() + "]" for option, value in known.items()) or operand
-        print(f"  {name:13} {words:17} {function.__doc__}")
-    print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml\n" + __doc__[__doc__.index("Exit codes"):__doc__.index("Files.")])
+        print(f"  {name:13} {words:17} {function.__doc__ or ''}".rstrip())
+    print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml")
+    print("".join((__doc__ or "").partition("Exit codes")[1:]).partition("Files.")[0])          # python -OO keeps no docstrings
 
 
 def run_main(arguments):
@@ -8930,7 +9095,8 @@ def main(arguments=None):
         code = run_main(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
-    except MargoError as error:
+    except (MargoError, MemoryError) as error:
+        error = to_fault(error)
         log("error", error.message, code=error.code)
         return error.exit
     except BrokenPipeError:
@@ -8940,6 +9106,11 @@ def main(arguments=None):
         return 130
     except Exception as error:                      # a bug: one line for the operator, the rest for whoever mends it
         import errno
+        if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):        # `idna` needs unicodedata
+            log.form = "text"                       # the other form needs a module itself
+            log("error", f"this Python lacks a part of its standard library ({error}); install it (see README, Small devices)",
+                code=ConfigError.code)
+            return ConfigError.exit
         import traceback
         if getattr(error, "errno", 0) == errno.ENOSPC:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
