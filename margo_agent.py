@@ -80,14 +80,16 @@ HISTORY = 20                                        # accepted desired states th
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                                     # seconds that the current step may still take once the process is asked to end
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
-RESERVE = 256 * KIB                                 # kept in the state directory, to be given up for the state when the disk is full (P-4)
+RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
 MAX_TIMEOUT = 6 * 3600                              # seconds that one may ask for at most: meanwhile its device hears nobody (P-9)
 PULL_LIMIT = 86400                                  # seconds after which a pull that still moves is given up until the next attempt
 PULL_TIMEOUT = 3600                                 # seconds git may take, or a child's engine for an image: links are slow
 IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
 LOOKS, LOOK_PATIENCE = 8, 2                         # engines and clusters that are asked at once; seconds in which all should answer
-FREE_SPACE = 32 * MIB                               # stays free on a disk that something is fetched to (P-4)
+FREE_SPACE = 32 * MIB                               # at most stays free on a disk that something is fetched to (P-4)
+SHARE = 16                                          # of a small disk it is one part of so many that stays free, and that is kept
+CORPSE_GRACE = 5                                    # seconds in which a program that was killed has to be gone
 PUSH_ATTEMPTS = 5                                   # how often a status is put on top of what others pushed meanwhile
 MAX_PACKS = 50                                      # fetches after which the copy of a Git repository is begun anew
 EXPIRY_WARNING, EXPIRY_ADVICE = 0.2, 0.25           # shares of the own SVID's lifetime left: from when to warn, and when doctor does
@@ -138,6 +140,7 @@ NotRenewed = define_fault("NotRenewed", MargoError, "The own SVID could not be r
 Waiting = define_fault("Waiting", MargoError, "A desired state that removes a lot waits for its confirmation.", exit=3, code="REMOVALS_UNCONFIRMED")
 Interrupted = define_fault("Interrupted", MargoError, "The process was asked to end before everything was done.", exit=3, code="INTERRUPTED")
 StorageError = define_fault("StorageError", MargoError, "The state directory cannot be read or written.", exit=3, code="STORAGE")
+NoMemory = define_fault("NoMemory", MargoError, "The device has not enough memory for a step.", exit=3, code="MEMORY")
 Refused = define_fault("Refused", MargoError, "The desired state is refused as a whole; what runs stays as it is.", exit=4, code="REFUSED")
 Untrusted = define_fault("Untrusted", MargoError, "Own identity or the peer's cannot be trusted.", exit=5, code="UNTRUSTED")
 NoPath = define_fault("NoPath", Untrusted, "An issued SVID does not lead to the trust bundle.")
@@ -207,6 +210,8 @@ Container = define("Container", "id name deployment_id component service hash st
 Action = define("Action", "deployment_id action reason restore unstable",
     "One step of a plan: install, update, remove, keep or refuse, and why; `restore`: it is the version before that has to be mended;"
     " `unstable`: (component, service) that is repaired in vain.", False, None)
+Clock = define("Clock", "now boot uptime",
+    "A moment: Unix seconds by the wall clock, and by the clock that nobody sets the id of this boot and the seconds since.")
 Place = define("Place", "device_id device drivers",
     "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}.")
 Profile = define("Profile", "connect describe check",
@@ -982,6 +987,26 @@ def grow(first, times, cap):
 def find_left(record, now):
     """Seconds that a record of an attempt, {at, delay}, still asks to be waited; none before its time, where a clock was set back."""
     passed, delay = now - record.get("at", 0), record.get("delay", 0)
+    return delay - passed if 0 <= passed < delay else 0
+
+
+def make_wait(record, delay, clock):
+    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay, boot, uptime}.
+
+    record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
+    """
+    return {"failures": record.get("failures", 0) + 1, "at": clock.now, "delay": delay,
+            "boot": clock.boot, "uptime": clock.uptime}
+
+
+def find_wait(record, clock):
+    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this is the same boot.
+
+    Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
+    """
+    same = "uptime" in record and record["boot"] == clock.boot
+    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
+    delay = record.get("delay", 0)
     return delay - passed if 0 <= passed < delay else 0
 
 
@@ -1808,6 +1833,11 @@ def get_uptime():
     return (read_file("/proc/sys/kernel/random/boot_id", KIB) or b"").decode().strip(), time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def get_clock():
+    """The Clock now."""
+    return Clock(time.time(), *get_uptime())
+
+
 def sync_folder(folder):
     """Makes the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -1820,15 +1850,47 @@ def sync_folder(folder):
 def read_file(path, limit):
     """The bytes of a file, None where there is none; raises StorageError, also where it is longer than `limit`."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(limit + 1)
+        with open(path, "rb") as file:              # asked for is what there is: memory for the limit may not be there
+            size = min(limit, max(os.fstat(file.fileno()).st_size, 64 * KIB))
+            data = file.read(size + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror})") from None
-    if len(data) > limit:
-        raise StorageError(f"{path} is longer than {limit} bytes")
+    if len(data) > size:
+        raise StorageError(f"{path} is longer than {size} bytes")
     return data
+
+
+def make_folder(path, mode=0o700):
+    """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask; may raise OSError."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    if parent and parent != path:
+        make_folder(parent, mode)
+    try:
+        os.mkdir(path, mode)
+        os.chmod(path, mode)
+    except FileExistsError:
+        if not os.path.isdir(path):                 # else another process was faster
+            raise
+
+
+def empty_folder(path):
+    """Removes what lies in a folder of ours; what cannot be removed stays, and the log says so."""
+    try:
+        for name in os.listdir(path):
+            if not remove_file(os.path.join(path, name)):
+                remove_folder(os.path.join(path, name))
+    except (OSError, StorageError) as error:
+        log("warning", "temporary files cannot be removed", path=path, reason=str(error))
+
+
+def get_space(folder, most=FREE_SPACE):
+    """(bytes that are free on a disk, how many of them are to stay so): at most `most`, and one part of a small disk."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize, min(most, disk.f_blocks * disk.f_frsize // SHARE)
 
 
 def remove_folder(path):
@@ -1935,13 +1997,13 @@ class Store:
     def create(self):
         """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
-            for name in ("", "artifacts", "deployments", "crls"):
-                if not os.path.isdir(self.path(name)):
-                    os.makedirs(self.path(name), 0o700, exist_ok=True)
+            make_folder(os.path.dirname(self.folder), 0o755)
+            for name in ("artifacts", "deployments", "crls", "tmp"):
+                make_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
             if not os.path.exists(self.path("reserve")):
-                write_file(self.path("reserve"), bytes(RESERVE))
+                write_file(self.path("reserve"), bytes(get_space(self.folder, RESERVE)[1]))
         except StorageError as error:
             log("warning", "no space can be kept in reserve", reason=error.message)
         except OSError as error:
@@ -2049,8 +2111,9 @@ class Store:
         """Notes the last contact; whether that could be written."""
         path = self.memo_path()
         try:
-            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+            make_folder(os.path.dirname(path), 0o755)
             with open(path + ".tmp", "wb") as file:
+                os.fchmod(file.fileno(), 0o600)
                 file.write(make_json(memo))
             os.replace(path + ".tmp", path)
             return True
@@ -2079,6 +2142,31 @@ NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est n
              " runtime.compose", "docker-compose": "see runtime.compose", "podman-compose": "see runtime.compose", "helm": "see runtime.helm"}
 
 
+# Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between systemd and this process alone.
+SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+
+
+def list_folders(environ):
+    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them."""
+    folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
+    return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
+
+
+def get_command_environment(environ):
+    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR that is no folder."""
+    found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
+    if not os.path.isdir(found.get("TMPDIR", "/")):
+        del found["TMPDIR"]
+    return dict(found, PATH=os.pathsep.join(list_folders(environ)))
+
+
+def get_temporary(state_dir, environ):
+    """{TMPDIR: the folder for temporary files below the state directory}; {} where podman, rootless, would keep its own state there."""
+    runtime = environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
+
+
 def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", patient=False):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
@@ -2089,7 +2177,8 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", p
     import subprocess
     try:
         process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, env=env, cwd=cwd, start_new_session=True)
+                                   stderr=subprocess.PIPE, env=get_command_environment(os.environ if env is None else env), cwd=cwd,
+                                   start_new_session=True)
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
         raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
@@ -2166,14 +2255,21 @@ def serve_pipes(process, data, timeout, limit, patient):
 
 
 def kill_group(process):
-    """Ends what still runs of a process group and closes its pipes."""
+    """Ends what still runs of a process group and closes its pipes.
+
+    A process that hangs in the kernel, at a dead disk say, cannot be ended: it is left behind, and whoever waited goes on.
+    """
     import signal
+    import subprocess
     if process.returncode is None:
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass                                    # it ended by itself just now
-        process.wait()
+        try:
+            process.wait(CORPSE_GRACE)
+        except subprocess.TimeoutExpired:
+            log("warning", "a program cannot be ended, and is left behind", program=process.args[0], pid=process.pid)
     for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
         pipe.close()
 
@@ -4569,7 +4665,8 @@ def make_git_environment(config, home):
     options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}", f"ServerAliveInterval={timeout}"]
     options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"] if git.known_hosts else []
     options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"'] if git.ssh_key else []
-    return {"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
+    return {"PATH": os.environ.get("PATH", ""), **get_temporary(config.state_dir, os.environ),
+            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
             "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1", "GIT_NO_REPLACE_OBJECTS": "1",
             "GIT_SSH_COMMAND": " ".join(["ssh", "-F", "/dev/null"] + [quote(f"-o{option}") for option in options])}
 
@@ -4581,7 +4678,7 @@ def make_git_config(config, home, header):
         ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow", "always"),
         ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile", "/dev/null"),
         ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto", "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
+        ("transfer", "bundleURI", "false"), ("core", "sharedRepository", "0600"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
         ("http", "lowSpeedTime", str(seconds)), ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
     if config.identity.ca:
         settings += [("http", "sslCAInfo", config.identity.ca), ("http", "sslCAPath", os.path.join(home, "none"))]
@@ -4667,7 +4764,7 @@ def connect_git(config, store, state, keep):
         import tempfile
         temporary = tempfile.TemporaryDirectory(prefix="margo-git-")
         home = temporary.name
-    os.makedirs(os.path.join(home, "none"), 0o700, exist_ok=True)
+    make_folder(os.path.join(home, "none"))
     path, content = os.path.join(home, ".gitconfig"), make_git_config(config, home, header)
     if read_file(path, MAX_ANSWER) != content:
         write_file(path, content)
@@ -5222,7 +5319,8 @@ def check_package_signature(data, url, key, config):
     if signature is None:
         log("warning", "the document names a key, but there is no signature of the package beside it (.asc or .sig)", package=url)
         return
-    with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+    folder = os.path.join(config.state_dir, "tmp")
+    with tempfile.TemporaryDirectory(prefix="margo-gpg-", dir=folder if os.path.isdir(folder) else None) as home:
         paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
         for path, content in zip(paths, (key, signature, data)):
             write_file(path, content)
@@ -5237,11 +5335,10 @@ def check_package_signature(data, url, key, config):
 
 def check_space(folder, need, what):
     """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched (P-4)."""
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
-    if free < need + FREE_SPACE:
-        raise ComponentError("DISK_FULL", f"{what} takes about {need // MIB + 1} MiB, and of the {free // MIB} MiB that are free at {folder}"
-                             f" {FREE_SPACE // MIB} stay so; free some there")
+    free, margin = get_space(folder)
+    if free < need + margin:
+        raise ComponentError("DISK_FULL", f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
+                             f" {folder} {margin // KIB} stay so; free some there")
 
 
 def find_layers(image, platform, config):
@@ -5438,16 +5535,16 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     work = folder + ".tmp"
     try:
         remove_folder(work)
-        os.makedirs(os.path.join(work, "content"))
+        make_folder(os.path.join(work, "content"))
         for entry in sorted(entries, key=lambda item: item.kind == "link"):
             path = os.path.join(work, "content", entry.path)
-            os.makedirs(path if entry.kind == "folder" else os.path.dirname(path), exist_ok=True)
+            make_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
             if entry.kind == "file":
                 write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode, os.path.join(work, "part"))
             elif entry.kind == "link":
                 os.symlink(entry.link, path)
+        os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
         for path, _, _ in os.walk(os.path.join(work, "content")):
-            os.chmod(path, 0o755)                   # whatever the umask: containers of other users read them (C-161)
             sync_folder(path)
         os.rename(os.path.join(work, "content"), folder)
         os.rmdir(work)
@@ -5464,8 +5561,9 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment, the"
     " child device it is for.", "")
-Service = define("Service", "name image arguments command environment files networks depends_on health pull hash",
-    "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start) or None.")
+Service = define("Service", "name image arguments command environment files networks depends_on health pull hash ports",
+    "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start)"
+    " or None; ports: the host's ports that it holds while it runs, see find_ports.", ())
 Project = define("Project", "services networks volumes document",
     "A compose file ready to run: services in starting order, {engine's name: create arguments}, and the resolved document.")
 
@@ -5703,26 +5801,44 @@ def make_ports(value, where):
             parts += [facts.get("published", "")] if address or "published" in facts else []
             item = ":".join(parts + [facts.get("target", "")]) + ("/" + facts["protocol"] if "protocol" in facts else "")
         text = to_text(item, place)
-        if not is_port(text):
-            raise make_fault(f"{place}: {make_printable(text, 60)!r} is not a port")
+        try:
+            parse_port(text)
+        except ValueError:
+            raise make_fault(f"{place}: {make_printable(text, 60)!r} is not a port") from None
         arguments.append(f"--publish={text}")
     return arguments
 
 
-def is_port(text):
-    """Whether a text is [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges that fit each other."""
+PORTS = re.compile(r"(?:(?:([0-9.]+|\[[0-9a-fA-F:.]+\]):)?([0-9]{1,5}(?:-[0-9]{1,5})?)?:)?([0-9]{1,5}(?:-[0-9]{1,5})?)"
+                   r"(?:/(tcp|udp|sctp))?")
+
+
+def parse_port(text):
+    """[[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] as [[address, host's port, protocol]]; raises ValueError.
+
+    The address is "" where it is every one.  A port that the engine chooses is not known, and not among them.
+    """
     import ipaddress
-    match = re.fullmatch(r"(?:(?:([0-9.]+|\[[0-9a-fA-F:.]+\]):)?([0-9]{1,5}(?:-[0-9]{1,5})?)?:)?([0-9]{1,5}(?:-[0-9]{1,5})?)(/(?:tcp|udp|sctp))?", text)
+    match = PORTS.fullmatch(text)
     if not match:
-        return False
+        raise ValueError(text)
+    address = ipaddress.ip_address((match.group(1) or "0.0.0.0").strip("[]"))
     ranges = [[int(number) for number in part.split("-")] for part in match.group(2, 3) if part]
     if not all(1 <= item[0] <= item[-1] <= 65535 for item in ranges):
-        return False
+        raise ValueError(text)
     sizes = [item[-1] - item[0] for item in ranges]
-    try:
-        return bool(ipaddress.ip_address((match.group(1) or "0.0.0.0").strip("[]"))) and sizes[-1] in (0, sizes[0])
-    except ValueError:
-        return False
+    if sizes[-1] not in (0, sizes[0]):
+        raise ValueError(text)
+    if not match.group(2) or sizes[-1] != sizes[0]:
+        return []
+    where = "" if address.is_unspecified else str(address)
+    return [[where, port, match.group(4) or "tcp"] for port in range(ranges[0][0], ranges[0][-1] + 1)]
+
+
+def find_ports(arguments):
+    """The host's ports that a container made with these arguments holds while it runs: [[address or "", port, protocol]]."""
+    published = [argument[len("--publish="):] for argument in arguments if argument.startswith("--publish=")]
+    return [port for text in published for port in parse_port(text)]
 
 
 def make_restart(value, where):
@@ -6163,7 +6279,8 @@ def make_service(name, service, document, workload, engine, volumes, networks):
         raise make_fault(f"{where}.pull_policy: {make_printable(pull, 40)!r} is not supported by the builtin driver")
     contents = {target: sha256_digest(text.encode("utf-8", "surrogateescape")) for target, text in files.items()}
     digest = sha256_digest(make_json([image, arguments, command, service["environment"], contents, joined]))[7:39]
-    return Service(name, image, arguments, command, service["environment"], files, joined, make_dependencies(service, name), health, pull, digest)
+    return Service(name, image, arguments, command, service["environment"], files, joined, make_dependencies(service, name),
+                   health, pull, digest, find_ports(arguments))
 
 
 def make_mounts(service, volumes, where):
@@ -6280,7 +6397,7 @@ def is_settled(service, containers, known):
 
 def find_program(name, environ):
     """Where a program lies on PATH, or None; shutil.which without all that shutil brings along."""
-    paths = [os.path.join(folder, name) for folder in environ.get("PATH", os.defpath).split(os.pathsep)]
+    paths = [os.path.join(folder, name) for folder in list_folders(environ)]
     return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
 
 
@@ -6322,7 +6439,8 @@ def make_compose_driver(config, environ=None, child=None, others=()):
 
     child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all other devices.
     """
-    environ = os.environ if environ is None else environ
+    environ = dict(os.environ if environ is None else environ)
+    environ.update(get_temporary(config.state_dir, environ))
     if child:
         kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
@@ -6332,7 +6450,7 @@ def make_compose_driver(config, environ=None, child=None, others=()):
     engine = find_engine("docker" if docker else config.runtime.engine, environ)
     if config.runtime.compose == "off" or engine is None:
         return None
-    return ComposeDriver(engine, find_provider(config.runtime.compose, engine, environ), config, others=others)
+    return ComposeDriver(engine, find_provider(config.runtime.compose, engine, environ), config, environ, others=others)
 
 
 class ComposeDriver:
@@ -6414,11 +6532,11 @@ class ComposeDriver:
         if service.pull == "never":
             raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
-        self.check_space(service.image, "".join(arguments)[len("--platform="):])
+        environ = self.clear_temporary(self.check_space(service.image, "".join(arguments)[len("--platform="):]))
         program, options = self.make_access(find_registry(service.image))
         log("info", "an image is pulled", image=service.image)
         timeout = PULL_TIMEOUT if self.remote else timeout         # from here nobody sees whether it moves over there
-        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=self.environ, patient=True)
+        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ, patient=True)
         if output.code:                             # the system's own words for a full disk stand in every program's
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED", f"{self.engine} pull failed: {output.stderr[-1500:]}")
@@ -6426,14 +6544,34 @@ class ComposeDriver:
             self.pulled.append(service.image)
 
     def check_space(self, image, platform):
-        """Raises ComponentError DISK_FULL for an image that cannot fit where the engine keeps them, as far as that can be told (P-4)."""
+        """Bytes that are fetched for an image, as far as that can be told, else 0.
+
+        Raises ComponentError DISK_FULL where they cannot fit where the engine keeps its images (P-4).
+        """
         form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
         root = "" if self.remote else self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
         layers = find_layers(image, platform, self.config) if os.path.isdir(root) else []
         if layers:
             ids = self.run(["images", "--quiet", "--no-trunc"], 60).stdout.decode().split()
             there = self.run(["image", "inspect", "--format={{json .RootFS.Layers}}"] + sorted(set(ids)), 60).stdout.decode() if ids else ""
-            check_space(root, sum(size for layer, size in layers if layer not in there), f"image {image}")
+            layers = [(layer, size) for layer, size in layers if layer not in there]
+            check_space(root, sum(size for _, size in layers), f"image {image}")
+        return sum(size for _, size in layers)
+
+    def clear_temporary(self, need):
+        """The environment of a pull.  What earlier pulls that were cut off left behind for temporary files goes first.
+
+        Where an image of `need` bytes has no room there, on a small flash say, the engine uses the folder that it has by itself.
+        """
+        folder, environ = os.path.join(self.config.state_dir, "tmp"), self.environ
+        if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
+            return environ
+        empty_folder(folder)
+        free, margin = get_space(folder)
+        if free >= need + margin:
+            return environ
+        log("info", "an image does not fit below state_dir; the engine's own folder takes what it fetches", bytes=need, free=free)
+        return {key: value for key, value in environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says; credentials lie in a file of mode 0600."""
@@ -6441,7 +6579,7 @@ class ComposeDriver:
         if not settings:
             return [self.engine], []
         folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
-        os.makedirs(folder, 0o700, exist_ok=True)
+        make_folder(folder)
         options, program = [], [self.engine]
         basic = load_credentials(host, settings)
         if basic:
@@ -6483,7 +6621,7 @@ class ComposeDriver:
         finished = self.await_startup(project.services, workload, deadline, runs) if workload.wait else set()
         there = {container.service: container for container in self.find(workload)}
         return {service.name: {"hash": service.hash, "finished": service.name in finished, "image": service.image,
-                               "id": there[service.name].id, "started": there[service.name].started}
+                               "id": there[service.name].id, "started": there[service.name].started, "ports": service.ports}
                 for service in project.services if service.name in there}
 
     def find(self, workload):
@@ -6563,7 +6701,7 @@ class ComposeDriver:
         path = os.path.join(folder, "resolved.json")
         write_file(path, make_json(escape_dollars(project.document)))
         environ = {key: item for key, item in (self.environ or os.environ).items() if key in self.connection or key in (
-            "PATH", "HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONFIG", "CONTAINER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")}
+            "PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONFIG", "CONTAINER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")}
         argv = self.provider + ["--project-name", workload.project, "--file", path]
         if self.provider != ["podman-compose"]:
             argv += ["--project-directory", workload.folder, "--env-file", os.devnull]       # else the package's .env would steer it
@@ -6670,9 +6808,12 @@ class ComposeDriver:
         return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
 
     def stop(self, ids, deadline):
-        """Stops containers within their own grace period, and kills them where that is longer than there is time; returns the deadline."""
+        """Stops containers within their own grace period, and kills them where that is longer than there is time; returns the deadline.
+
+        One that is not there any more is passed over.
+        """
         try:
-            self.run(["stop"] + ids, deadline - time.monotonic())
+            self.run(["stop"] + (["--ignore"] if self.engine == "podman" else []) + ids, deadline - time.monotonic())
         except CommandTimeout:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
             self.run(["kill"] + ids, 60)
@@ -6797,7 +6938,8 @@ def make_helm_driver(config, environ, child=None):
     if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
         return None
     environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
-    return HelmDriver("helm" if setting == "auto" else setting, config, dict(environ, **({"KUBECONFIG": path} if path else {})))
+    environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
+    return HelmDriver("helm" if setting == "auto" else setting, config, environ)
 
 
 class HelmDriver:
@@ -6839,7 +6981,7 @@ class HelmDriver:
         name = make_release_name(component.name, deployment.deployment_id)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         try:
-            os.makedirs(folder, 0o700, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
         values_file = os.path.join(folder, content + ".json")
@@ -6921,7 +7063,8 @@ class HelmDriver:
 def make_drivers(config, child=None, others=()):
     """{deployment type: driver} of what a device can run; `child` and `others` as make_compose_driver takes them.
 
-    A driver has observe, tail_log, tend, prepare, apply, remove, remove_image and `pulled`; no other section knows what it drives.
+    A driver has observe, tail_log, tend, prepare, apply, remove, remove_image and `pulled`, and that of compose components `stop`; no
+    other section knows what it drives.
     """
     drivers = {"compose": make_compose_driver(config, child=child, others=others), "helm": make_helm_driver(config, os.environ, child)}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -7559,6 +7702,7 @@ class Agent:
         """Takes the state directory for this process and reads the state."""
         self.store.create()
         self.store.lock()
+        empty_folder(self.store.path("tmp"))
         try:
             self.state = self.store.load_state()
         except MargoError:
@@ -7578,12 +7722,13 @@ class Agent:
 
     def check_patience(self, now, spread=True):
         """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now; spread: or a fleet just starts."""
-        boot, uptime = get_uptime()
+        clock = get_clock()
         if self.is_downtime():
             raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
-        left, why = find_patience(self.state["patience"], now, boot, uptime), "the WFM or a back-off asks"
-        if not left and spread and boot and uptime < START_WINDOW:
-            left, why = self.spread_start(boot, uptime), "a fleet that has just started does not arrive at once"
+        left, why = find_wait(self.state["patience"], clock), "the WFM or a back-off asks"
+        if not left and spread and clock.boot and clock.uptime < START_WINDOW:
+            left = self.spread_start(clock.boot, clock.uptime)
+            why = "a fleet that has just started does not arrive at once"
             self.starting = max(0, left)
         if left > 0:
             raise Silence(f"waiting until {make_time(now + left)}: {why}", retry_after=left)
@@ -7612,10 +7757,10 @@ class Agent:
         long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
         log("error", error.message, code=error.code, **long)
         if isinstance(error, (Unreachable, Refused, Untrusted)):
-            failures, (boot, uptime) = self.state["patience"].get("failures", 0) + 1, get_uptime()
-            delay = (make_backoff(failures, error.retry_after, error.strategy, get_random()) if isinstance(error, Unreachable)
-                     else error.retry_after or 0)
-            self.state["patience"] = {"failures": failures, "at": now, "delay": delay, "boot": boot, "uptime": uptime}
+            before, delay = self.state["patience"], error.retry_after or 0
+            if isinstance(error, Unreachable):
+                delay = make_backoff(before.get("failures", 0) + 1, error.retry_after, error.strategy, get_random())
+            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=now))
         if isinstance(error, (Unreachable, Untrusted)) or error.retry_after:
             self.source = None                      # one time-out a cycle is enough
 
@@ -8080,15 +8225,6 @@ def make_backoff(failures, asked, strategy, jitter):
     return asked + jitter * max(0, top - asked)
 
 
-def find_patience(patience, now, boot, uptime):
-    """Seconds for which the WFM still wants to be left alone: by the clock that nobody sets where this is the same boot, else by the
-    wall clock, which may have jumped: no jump makes the wait longer than it was.
-    """
-    if patience.get("boot") == boot:
-        return find_left(dict(patience, at=patience["uptime"]), uptime)
-    return find_left(patience, now)
-
-
 def make_start(uptime, poll, known, jitter):
     """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power arrives spread over one
     interval (P-19).  One that never had a desired state asks at once.
@@ -8415,8 +8551,7 @@ def check_storage(agent):
         folder = os.path.dirname(folder) or "/"
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as its owner")
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
+    free, _ = get_space(folder)
     need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
     words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     return ("ok", words) if free > need else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
