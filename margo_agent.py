@@ -245,10 +245,6 @@ class YAMLError(ValueError):
         self.line, self.column = line, column
 
 
-class MergeKey(str):
-    """The plain scalar <<, which merges where it is a key."""
-
-
 class PlainInt(int):
     """A whole number that keeps its spelling, such as 0x1F or 007, in `source`."""
 
@@ -291,6 +287,7 @@ class YAMLReader:
     NAME = re.compile(r"[^\s,\[\]{}]+")
     TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
     QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")       # a key; without bound it takes 100 bytes for each
+    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")                                         # a plain key: quoted, it is text
     KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")     # its opposite takes 3 ms to compile
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
@@ -298,6 +295,7 @@ class YAMLReader:
     def __init__(self, text):
         text = text[1:] if text.startswith("\ufeff") else text
         text = text.replace("\r\n", "\n").replace("\r", "\n")
+        self.cut = text[-1:] not in " \n"           # the last line has no end, so a block scalar there does not get one either
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.closed = -1                            # where the last quoted scalar or flow collection ended
@@ -541,7 +539,7 @@ class YAMLReader:
         """A dictionary from (key, value, position); refuses what is no scalar or occurs twice; merges << last."""
         mapping, merges = {}, []
         for key, value, position in pairs:
-            if isinstance(key, MergeKey):
+            if key == "<<" and self.MERGE.match(self.text, position):
                 merges.append((value, position))
                 if len(merges) > 1:
                     self.fail("the key << occurs twice", position)
@@ -591,8 +589,10 @@ class YAMLReader:
             else:
                 lines.append(line[indent:])
             self.position = end + 1
-        self.next_line()
         content = "\n".join(lines) + "\n" if lines else ""
+        if self.cut and self.position >= len(self.text):
+            content = content[:-1]
+        self.next_line()
         body = content.rstrip("\n")
         tail = content[len(body):]
         if style == ">":
@@ -640,7 +640,7 @@ class YAMLReader:
             return CONSTANTS[text]
         match = self.NUMBER.match(text) if text[0] in "+-.0123456789" else None
         if not match:
-            return MergeKey(text) if text == "<<" else text
+            return text
         if match.group(1):
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
@@ -677,7 +677,7 @@ class YAMLReader:
                 self.fail(f"tag !!{tag} does not fit this collection")
             self.enter()
             self.position += 1
-            value = self.read_flow_sequence(parent, flow + 1) if character == "[" else self.read_flow_mapping(parent, flow + 1)
+            value = self.read_flow_collection(parent, flow + 1, "]" if character == "[" else "}")
             self.depth -= 1
             self.closed = self.position
             return self.finish(value, anchor, first)
@@ -714,49 +714,48 @@ class YAMLReader:
                 if self.position >= len(self.text):
                     self.fail("a flow collection is not closed")
                 indent = self.position - self.text.rfind("\n", 0, self.position) - 1
-                if indent <= parent or indent == 0 and self.at_marker():
+                closes = indent == parent and self.text[self.position] in "]}"      # as all readers take it
+                if indent <= parent and not closes or indent == 0 and self.at_marker():
                     self.fail("a flow collection is continued with too little indentation")
             else:
                 return
 
-    def read_flow_sequence(self, parent, flow):
-        """[ … ]; the position is behind the bracket."""
-        items = []
+    def read_flow_collection(self, parent, flow, closing):
+        """[ … ] or { … }; the position is behind its start.  A single pair in a sequence is a mapping of its own."""
+        text, items = self.text, []                 # of a mapping: (key, value, position)
         while True:
             self.skip_flow(parent)
-            if self.text[self.position] == "]":
+            start = self.position
+            if text[start] == closing:
                 self.position += 1
-                return items
-            if self.text[self.position] == ",":
-                self.fail("a value is missing before the comma")
-            items.append(self.read_flow_item(parent, flow))
-            self.end_flow_item(parent, "]")
-
-    def end_flow_item(self, parent, closing):
-        """The comma after an item, unless the collection ends."""
-        self.skip_flow(parent)
-        if self.text[self.position] == ",":
-            self.position += 1
-        elif self.text[self.position] != closing:
-            self.fail(f"a comma or {closing} is missing")
-
-    def read_flow_item(self, parent, flow):
-        """An item of a flow sequence: a node, or a single pair as a mapping of its own."""
-        start = self.position
-        explicit = self.text[start] == "?" and self.text[start + 1] in " \t\n"
-        if explicit:
-            self.position += 1
-            self.skip_flow(parent)
-        value = self.read_flow_node(parent, flow)
-        end = self.position
-        self.skip_flow(parent)
-        if not self.at_flow_value(end):
+                return items if closing == "]" else self.make_mapping(items)
+            explicit = text[start] == "?" and text[start + 1] in " \t\n"
             if explicit:
-                return self.make_mapping([(value, None, start)])
-            return value
-        if not explicit and ("\n" in self.text[start:self.position] or self.position - start > 1024):
-            self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
-        return self.make_mapping([(value, self.read_flow_value(parent, flow), start)])
+                self.position += 1
+                self.skip_flow(parent)
+            key, value = self.read_flow_node(parent, flow), None
+            end = self.position
+            self.skip_flow(parent)
+            # After a quoted key or a collection the colon may stand close to the value.
+            paired = text[self.position] == ":" and (text[self.position + 1] in " \t\n,[]{}" or self.closed == end)
+            if paired:
+                long = "\n" in text[start:self.position] or self.position - start > 1024
+                if long and closing == "]" and not explicit:
+                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
+                self.position += 1
+                self.skip_flow(parent)
+                value = self.read_flow_node(parent, flow)
+                self.skip_flow(parent)
+            elif end == start:
+                self.fail("a value is missing before the comma")
+            if closing == "}":
+                items.append((key, value, start))
+            else:
+                items.append(self.make_mapping([(key, value, start)]) if paired or explicit else key)
+            if text[self.position] == ",":
+                self.position += 1
+            elif text[self.position] != closing:
+                self.fail(f"a comma or {closing} is missing")
 
     def read_flow_node(self, parent, flow):
         """A node in a flow collection, None where there is nothing before its end."""
@@ -765,40 +764,6 @@ class YAMLReader:
             self.count()
             return None
         return self.read_flow(parent, flow)
-
-    def at_flow_value(self, key_end):
-        """Whether a colon here says that what was read is a key; after a quoted one or a collection it may stand close to the value."""
-        if self.text[self.position] != ":":
-            return False
-        return self.text[self.position + 1] in " \t\n,[]{}" or self.closed == key_end
-
-    def read_flow_value(self, parent, flow):
-        """The value after a colon."""
-        self.position += 1
-        self.skip_flow(parent)
-        return self.read_flow_node(parent, flow)
-
-    def read_flow_mapping(self, parent, flow):
-        """{ … }; the position is behind the brace."""
-        pairs = []
-        while True:
-            self.skip_flow(parent)
-            start = self.position
-            if self.text[start] == "}":
-                self.position += 1
-                return self.make_mapping(pairs)
-            if self.text[start] == "?" and self.text[start + 1] in " \t\n":
-                self.position += 1
-                self.skip_flow(parent)
-            key, value = self.read_flow_node(parent, flow), None
-            end = self.position
-            self.skip_flow(parent)
-            if self.at_flow_value(end):
-                value = self.read_flow_value(parent, flow)
-            elif end == start:
-                self.fail("a key is missing before the comma")
-            pairs.append((key, value, start))
-            self.end_flow_item(parent, "}")
 
     def read_plain(self, parent, flow, key):
         """A plain scalar's text, folded over its lines."""
