@@ -77,6 +77,7 @@ STATES = ("failed", "removing", "installing", "pending", "removed", "installed")
 RETRY_FIRST, RETRY_CAP = 30, 3600                   # seconds between attempts at a failed deployment
 REPAIRS = 5                                         # repairs within RETRY_CAP before pauses between them grow, too
 HISTORY = 20                                        # accepted desired states that `history` tells of
+MAX_NAMED = 100                                     # workloads of other owners that `status` names
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                                     # seconds that the current step may still take once the process is asked to end
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
@@ -203,10 +204,14 @@ Deployment = define("Deployment", "deployment_id name namespace device_id type c
     "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None; `extensions`: those of {spec, deploymentProfile}.", {})
 Target = define("Target", "deployment_id digest version deployment error device_id",
     "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it; `device_id`: where it is at home.", None)
-Container = define("Container", "id name deployment_id component service hash state type device_id started health",
-    "One container of ours (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, or `unhealthy`;"
+Container = define("Container", "id name deployment_id component service hash state type device_id started health owner",
+    "One container (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, or `unhealthy`;"
     " `hash` our mark, `type` the deployment type whose driver showed it, `device_id` the child device it was made for, `started` Unix"
-    " seconds where they are shown, `health` the engine's word where there is a check.", "", 0, "")
+    " seconds where they are shown, `health` the engine's word where there is a check, `owner` who made it, as far as a label says so.",
+    "", 0, "", "")
+Claim = define("Claim", "owner owners deployments ids",
+    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of: ids of deployments in lower"
+    " case and of containers; see is_ours.")
 Action = define("Action", "deployment_id action reason restore unstable",
     "One step of a plan: install, update, remove, keep or refuse, and why; `restore`: it is the version before that has to be mended;"
     " `unstable`: (component, service) that is repaired in vain.", False, None)
@@ -214,8 +219,9 @@ Clock = define("Clock", "now boot uptime",
     "A moment: Unix seconds by the wall clock, and by the clock that nobody sets the id of this boot and the seconds since.")
 Place = define("Place", "device_id device drivers",
     "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}.")
-Profile = define("Profile", "connect describe check",
-    "How a profile is served: functions that connect its source, tell `status` of its identity, and check that for `doctor`.")
+Profile = define("Profile", "connect describe check identify",
+    "How a profile is served: functions that connect its source, tell `status` of its identity, check that for `doctor`, and tell who the"
+    " client is by what is configured alone.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due.")
 
@@ -1894,12 +1900,14 @@ def make_state():
     drafts      the drafts in use, as the log was told
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
+    owners      [text]: what this agent has called itself on the engine, newest last (see make_owner)
     pulled      [image, after a child device's id and a space where it is there]: what the agent pulled, and may prune
     history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome; refused: what came after it}
     lastPoll    {at, result, detail} of the last cycle that had something to store
     """
     return {"schema": 1, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "dropped": {}, "reported": {},
-            "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [], "patience": {}, "waiting": None, "pulled": [], "history": [], "lastPoll": None}
+            "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [], "patience": {}, "waiting": None,
+            "owners": [], "pulled": [], "history": [], "lastPoll": None}
 
 
 def make_state_data(state):
@@ -1982,7 +1990,8 @@ class Store:
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.unlock()
-            raise Locked(f"another instance holds {self.path('lock')}; let it finish, or use another state_dir") from None
+            raise Locked(f"another margo-agent works on {self.folder}; wait until it is done, or stop it. A second agent beside it needs"
+                         " an identity of its own, not only a state_dir") from None
         except OSError as error:
             raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
 
@@ -4758,8 +4767,29 @@ def check_git(config, state, now):
     return "ok", version
 
 
-SERVED = {"mtls": Profile(connect_mtls, describe_mtls, check_mtls), "signed": Profile(connect_signed, describe_signed, check_signed),
-          "git": Profile(connect_git, describe_git, check_git)}
+def make_owner(identity, device_id):
+    """What an agent's workloads are labelled with: its identity as a client, without any login, and the device id."""
+    return re.sub(r"(?<=//)[^/]*@", "", identity) + "#" + device_id
+
+
+def identify_mtls(config):
+    """Who the client is, even by a certificate that has expired: its SPIFFE ID; raises Untrusted."""
+    return load_identity(config).spiffe_id.text
+
+
+def identify_signed(config):
+    """Its key, at this WFM; raises Untrusted."""
+    return f"{config.wfm.url}#{sha256_digest(load_signer(config).leaf.spki)}"
+
+
+def identify_git(config):
+    """The part of the repository that it follows."""
+    return f"{config.wfm.url}#{config.git.branch}:{config.git.path}"
+
+
+SERVED = {"mtls": Profile(connect_mtls, describe_mtls, check_mtls, identify_mtls),
+          "signed": Profile(connect_signed, describe_signed, check_signed, identify_signed),
+          "git": Profile(connect_git, describe_git, check_git, identify_git)}
 
 
 def connect_source(config, store, state, keep=True):
@@ -4996,6 +5026,25 @@ def make_pause(record):
     """Until when a further repair of a deployment waits: some are free, then the pauses grow (P-7)."""
     extra = record["repairs"] - REPAIRS + 1
     return record["repairedAt"] + grow(RETRY_FIRST, extra, RETRY_CAP) if extra > 0 else 0
+
+
+def make_claim(owner, state):
+    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its state."""
+    records = state["deployments"]
+    services = [component["services"] for record in records.values() for component in record["components"]]
+    services += [items for record in records.values() for items in (record["running"] or {}).get("services", {}).values()]
+    ids = {facts.get("id") for items in services for facts in items.values()}
+    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None})
+
+
+def is_ours(claim, deployment_id, owner, container_id=None):
+    """Whether a workload, or a network or volume of one, is this agent's.
+
+    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it is labelled by a stranger:
+    by the container's id, or by the deployment's where the label is of an earlier time, or older than such labels (contract, On the engine).
+    """
+    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
+    return known or container_id in claim.ids or owner == claim.owner != ""
 
 
 def make_mark(environment):
@@ -5523,9 +5572,9 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 # 14. Runtimes
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id",
+Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id owner",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment, the"
-    " child device it is for.", "")
+    " child device it is for, the owner to label it with.", "", "")
 Service = define("Service", "name image arguments command environment files networks depends_on health pull hash ports",
     "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start)"
     " or None; ports: the host's ports that it holds while it runs, see find_ports.", ())
@@ -5535,6 +5584,7 @@ Project = define("Project", "services networks volumes document",
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
+LABEL_OWNER = "org.margo.owner"
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -6036,13 +6086,19 @@ def make_project(document, workload, policy, engine, strict=True):
 
 def settle_service(service, workload, variables, where):
     """A service with its environment made and its paths absolute, so that every driver reads the same."""
-    labels = to_pairs(service.get("labels"), f"{where}.labels")
-    if any(key.startswith("org.margo.") for key in labels):
-        raise make_fault(f"{where}.labels: org.margo.… is the agent's own")
+    read_own_labels(service, where)
     service = dict(service, environment=make_environment(service, workload, variables, where))
     service.pop("env_file", None)
     volumes = [settle_mount(item, workload.folder) for item in to_items(service.get("volumes"), f"{where}.volumes")]
     return dict(service, volumes=volumes) if volumes else service
+
+
+def read_own_labels(value, where):
+    """`labels` of a service, network or volume as {name: text}; those by which the agent finds its own are not to be forged."""
+    labels = to_pairs(value.get("labels"), f"{where}.labels")
+    if any(key.startswith("org.margo.") for key in labels):
+        raise make_fault(f"{where}.labels: org.margo.… is the agent's own")
+    return labels
 
 
 def settle_mount(item, folder):
@@ -6078,9 +6134,10 @@ def settle_hashes(order, settled):
 def make_document(document, services, workload):
     """The compose file for a provider: only what is started, nothing left to interpolate, no path that is relative."""
     networks = dict({"default": None}, **to_mapping(document.get("networks"), "networks"))
-    document = dict(document, services=services, networks={
-        name: dict(item or {}, labels=dict(to_pairs((item or {}).get("labels"), f"networks.{name}.labels"), **{LABEL_PROJECT: workload.project}))
-        for name, item in networks.items()})
+    volumes = to_mapping(document.get("volumes"), "volumes")
+    document = dict(document, services=services,
+                    networks={name: add_labels(item, f"networks.{name}", workload) for name, item in networks.items()},
+                    volumes={name: add_labels(item, f"volumes.{name}", workload) for name, item in volumes.items()})
     for name, item in to_mapping(document.get("configs"), "configs").items():
         facts = to_mapping(item, f"configs.{name}")
         if facts.get("file") is not None:
@@ -6091,10 +6148,23 @@ def make_document(document, services, workload):
     return document
 
 
+def make_shared_labels(value, where, workload):
+    """{label: text} of a network or volume: its own, and by whom it was made for what."""
+    return dict(read_own_labels(value, where), **{LABEL_PROJECT: workload.project, LABEL_OWNER: workload.owner})
+
+
+def add_labels(value, where, workload):
+    """A network or volume of a compose file with its labels; what is external is another's."""
+    value = to_mapping(value, where)
+    external = to_flag(value.get("external", False), f"{where}.external")
+    return value if external else dict(value, labels=make_shared_labels(value, where, workload))
+
+
 def make_labels(workload, service, digest):
     """The labels by which containers are found again."""
     return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component, LABEL_PROJECT: workload.project,
-            LABEL_SERVICE: service, LABEL_HASH: digest, LABEL_DEVICE: workload.device_id}        # all of them: an image has labels of its own
+            LABEL_SERVICE: service, LABEL_HASH: digest, LABEL_DEVICE: workload.device_id,
+            LABEL_OWNER: workload.owner}            # all of them, whether empty or not: an image has labels of its own
 
 
 def make_environment(service, workload, variables, where):
@@ -6180,7 +6250,8 @@ def make_volumes(document, workload):
         if to_text(value.get("driver", "local"), f"{where}.driver") != "local":
             raise make_fault(f"{where}.driver: only local is supported")
         own, external = make_shared_name(name, value, workload, where, "volume")
-        volumes[name] = own, None if external else make_pairs("--label")(value.get("labels"), f"{where}.labels")
+        labels = make_shared_labels(value, where, workload)
+        volumes[name] = own, None if external else make_pairs("--label")(labels, f"{where}.labels")
     return volumes
 
 
@@ -6206,14 +6277,14 @@ def make_networks(document, workload):
         if to_text(value.get("driver", "bridge"), f"{where}.driver") != "bridge":
             raise make_fault(f"{where}.driver: only bridge is supported")
         own, external = make_shared_name(name, value, workload, where, "network")
-        arguments = make_pairs("--label")(value.get("labels"), f"{where}.labels")
+        arguments = make_pairs("--label")(make_shared_labels(value, where, workload), f"{where}.labels")
         arguments += make_switch("--internal")(value.get("internal", False), f"{where}.internal")
         ipam = to_mapping(value.get("ipam"), f"{where}.ipam")
         check_keys(ipam, ("config",), f"{where}.ipam")
         for item in to_items(ipam.get("config"), f"{where}.ipam.config"):
             check_keys(item, ("subnet", "gateway"), f"{where}.ipam.config")
             arguments += [f"--{key}={to_text(item[key], f'{where}.ipam.config')}" for key in sorted(item, reverse=True)]
-        networks[name] = own, None if external else arguments + [f"--label={LABEL_PROJECT}={workload.project}"]
+        networks[name] = own, None if external else arguments
     return networks
 
 
@@ -6399,10 +6470,16 @@ def make_child_environment(environ, connection):
     return dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
 
 
-def make_compose_driver(config, environ=None, child=None, others=()):
+def claim_nothing():
+    """The Claim of nobody."""
+    return Claim("", (), (), ())
+
+
+def make_compose_driver(config, environ=None, child=None, others=(), claim=claim_nothing):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
-    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all other devices.
+    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all other devices; claim:
+    a function for the Claim that holds now.
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
@@ -6410,12 +6487,14 @@ def make_compose_driver(config, environ=None, child=None, others=()):
         kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
         engine, compose = kinds and find_engine(max(kinds), environ), config.runtime.compose if config.runtime.compose != "off" else "auto"
-        return ComposeDriver(engine, find_provider(compose, engine, environ), config, environ, child, ["", *others]) if engine else None
+        provider = find_provider(compose, engine, environ)
+        return ComposeDriver(engine, provider, config, environ, child, ["", *others], claim) if engine else None
     docker = config.runtime.engine == "auto" and config.runtime.compose == "docker compose"        # what docker starts, docker shows
     engine = find_engine("docker" if docker else config.runtime.engine, environ)
     if config.runtime.compose == "off" or engine is None:
         return None
-    return ComposeDriver(engine, find_provider(config.runtime.compose, engine, environ), config, environ, others=others)
+    provider = find_provider(config.runtime.compose, engine, environ)
+    return ComposeDriver(engine, provider, config, environ, others=others, claim=claim)
 
 
 class ComposeDriver:
@@ -6424,8 +6503,9 @@ class ComposeDriver:
     Either way containers are found by their labels, by one query for all, and judged by what the engine shows of them.
     """
 
-    def __init__(self, engine, provider, config, environ=None, child=("", {}), others=()):
+    def __init__(self, engine, provider, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
         self.engine, self.provider, self.config, self.environ = engine, provider, config, environ
+        self.claim, self.strangers = claim, []      # [Container] that the last look has shown, and that are not ours
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even where they share the engine
         self.remote = bool(set(self.connection) & set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"})
@@ -6444,12 +6524,17 @@ class ComposeDriver:
         records: of the deployments that are known to need this driver; a leftover is looked for all the same (P-11).
         """
         facts = [".ID", ".Names"] + [f'(.Label "{name}")' for name in (
-            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE)] + [".State", ".Status"]
+            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER)] + [".State", ".Status"]
         form = "json" if self.engine == "podman" else "[" + ",".join(f"{{{{json {fact}}}}}" for fact in facts) + "]"
         output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 20 if self.remote else 60)
         if output.code:
             raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
-        return [container for container in parse_containers(output.stdout, self.engine) if container.device_id not in self.others]
+        ours, self.strangers = part_containers(parse_containers(output.stdout, self.engine), self.claim())
+        return [container for container in ours if container.device_id not in self.others]
+
+    def find_strangers(self):
+        """[Container] of other owners, as the last look has shown them."""
+        return self.strangers
 
     def prepare(self, deployment, component, known, store):
         """Fetches and verifies all that a component needs, touching nothing that runs: (what `apply` takes, package facts)."""
@@ -6457,8 +6542,33 @@ class ComposeDriver:
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         folder = unpack_package(data, package["digest"], folder, self.config.policy.max_unpacked, relaxed=not component.revision)
         workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
-                            make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id)
-        return self.resolve(workload, IMAGE_PATIENCE, bool(known) and known["digest"] == package["digest"]), package
+                            make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id,
+                            self.claim().owner)
+        prepared = self.resolve(workload, IMAGE_PATIENCE, bool(known) and known["digest"] == package["digest"])
+        self.check_names(*prepared)
+        return prepared, package
+
+    def check_names(self, workload, project):
+        """Raises ComponentError where a name that a component needs is another owner's, before anything is touched."""
+        between = "_" if self.provider == ["podman-compose"] else "-"
+        containers = [between.join((workload.project, service.name, "1")) for service in project.services]
+        advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
+        for kind, names, words in (("network", [name for name, arguments in project.networks.values() if arguments is not None], advice),
+                                   ("volume", list(project.volumes), advice), ("container", containers, "remove it there")):
+            for name, owner, found_id in self.inspect_names(kind, names):
+                if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
+                    raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {make_printable(owner, 300)}: {words}")
+
+    def inspect_names(self, kind, names):
+        """[(name, owner, id)] of the containers, networks or volumes of these names that there are."""
+        output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
+        found = []
+        for item in parse_json(output or b"[]", f"{kind} inspect"):
+            name = (item.get("Name") or item.get("name", "")).lstrip("/")
+            labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
+            if name in names:                       # what is asked for may be the beginning of an id, too
+                found.append((name, labels.get(LABEL_OWNER, ""), item.get("Id")))
+        return found
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
@@ -6810,11 +6920,20 @@ class ComposeDriver:
         project = make_project_name(component, deployment_id)
         self.remove_containers(ours(containers)[::-1], deadline)
         output = self.run(["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"], 60, "REMOVE_FAILED")
-        for name in output.stdout.decode().split():
-            self.run(["network", "rm", name], 60, "REMOVE_FAILED")
+        for name, owner, _ in self.inspect_names("network", output.stdout.decode().split()):
+            if is_ours(self.claim(), deployment_id, owner):
+                self.run(["network", "rm", name], 60, "REMOVE_FAILED")
         left = ours(self.observe())
         if left:
             raise ComponentError("REMOVE_FAILED", f"container {left[0].name} is still there")
+
+
+def part_containers(containers, claim):
+    """([Container] of ours, [Container] of others): from here on nobody sees what is not ours."""
+    parts = {True: [], False: []}
+    for item in containers:
+        parts[is_ours(claim, item.deployment_id, item.owner, item.id)].append(item)
+    return parts[True], parts[False]
 
 
 def escape_dollars(value):
@@ -6847,12 +6966,13 @@ def parse_containers(data, engine):
                 labels, (state, health) = item.get("Labels") or {}, find_health(item["State"].lower(), item.get("Status"))
                 containers.append(Container(item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], labels.get(LABEL_COMPONENT, ""),
                                             labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), state, "compose",
-                                            labels.get(LABEL_DEVICE, ""), item.get("StartedAt", 0), health))
+                                            labels.get(LABEL_DEVICE, ""), item.get("StartedAt", 0), health,
+                                            labels.get(LABEL_OWNER, "")))
         else:
             for line in data.splitlines():
-                *marks, device_id, state, status = parse_json(line, "docker ps")
+                *marks, device_id, owner, state, status = parse_json(line, "docker ps")
                 state, health = find_health(state, status)
-                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, health=health))
+                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, health=health, owner=owner))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
@@ -6863,7 +6983,12 @@ Release = define("Release", "deployment_id component name namespace chart values
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
 
 
-def parse_releases(data, records):
+def make_owner_value(owner):
+    """An owner as the value of a Kubernetes label, which has room for 63 letters and digits."""
+    return sha256_digest(owner.encode())[7:47]
+
+
+def parse_releases(data, records, owner=""):
     """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.  Raises CommandError."""
     names = {make_release_name(component["name"], record["deploymentId"]): (record["deploymentId"], component["name"])
              for record in records for component in record["components"]}
@@ -6875,7 +7000,8 @@ def parse_releases(data, records):
                 continue                            # somebody else's, whatever its labels say
             deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
             containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm"))
+                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm",
+                                        owner=owner))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
     return containers
@@ -6888,10 +7014,10 @@ def list_texts(value):
     return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
 
 
-def make_helm_driver(config, environ, child=None):
+def make_helm_driver(config, environ, child=None, claim=claim_nothing):
     """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything.
 
-    child: (device id, connection) of a child device, whose connection may name its cluster.
+    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for make_compose_driver.
     """
     setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
     if child and "KUBECONFIG" not in child[1]:
@@ -6904,18 +7030,18 @@ def make_helm_driver(config, environ, child=None):
         return None
     environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
     environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
-    return HelmDriver("helm" if setting == "auto" else setting, config, environ)
+    return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
 
 
 class HelmDriver:
     """Runs Helm components by the helm command, version 3 or 4.
 
-    Releases are ours by the label org.margo.deployment; all of them are seen by one `helm list`, which is asked only where a deployment
+    Releases are ours by the label org.margo.owner; all of them are seen by one `helm list`, which is asked only where a deployment
     needs Helm.  Charts are fetched and verified here, like Compose Archives, so helm needs no access to registries.
     """
 
-    def __init__(self, helm, config, environ):
-        self.helm, self.config, self.environ = helm, config, environ
+    def __init__(self, helm, config, environ, claim=claim_nothing):
+        self.helm, self.config, self.environ, self.claim = helm, config, environ, claim
         self.pulled = []                            # the cluster keeps the images
 
     def run(self, arguments, timeout):
@@ -6924,13 +7050,38 @@ class HelmDriver:
 
     def observe(self, records=()):
         """Every release of ours in any state; [] without asking where no deployment is known to need Helm.  Raises CommandError."""
-        if not records:
-            return []
-        output = self.run(["list", "--all-namespaces", f"--selector={LABEL_DEPLOYMENT}", "--max=0", "--output=json"]
+        found, claim = [], self.claim()
+        wanted = {make_release_name(component["name"], record["deploymentId"]) for record in records for component in record["components"]}
+        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
+            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
+            found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
+            if wanted <= {release.name for release in found}:
+                break                               # under an earlier owner is only what is missing
+        return found
+
+    def list(self, selector, *options):
+        """What `helm list` says of releases in any state; raises CommandError."""
+        output = self.run(["list", "--max=0", "--output=json", f"--selector={selector}"] + (list(options) or ["--all-namespaces"])
                           + [f"--{state}" for state in RELEASE_STATES], 60)
         if output.code:
             raise CommandError(f"the cluster does not answer (helm list: {output.stderr[-500:]})")
-        return parse_releases(output.stdout, records)
+        return output.stdout
+
+    def make_foreign(self):
+        """The selector of releases that carry no owner of this agent's, or none at all."""
+        claim = self.claim()
+        return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
+
+    def find_strangers(self):
+        """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
+        return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
+
+    def check_name(self, name, namespace):
+        """Raises ComponentError where a release of this name was made by somebody else."""
+        options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
+        if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
+                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
+            raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this agent: remove it there")
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
@@ -6944,6 +7095,7 @@ class HelmDriver:
         _, package = obtain_package(component, known, self.config, store, "helm")
         content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
         name = make_release_name(component.name, deployment.deployment_id)
+        self.check_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         try:
             make_folder(folder)
@@ -6967,10 +7119,10 @@ class HelmDriver:
             return {"release": facts}
         for container in present:
             self.repair(container, release.namespace, facts, deadline)
-        seconds = max(1, int(deadline - time.monotonic()))
+        seconds, owner = max(1, int(deadline - time.monotonic())), self.claim().owner
+        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}" + (f",{LABEL_OWNER}={make_owner_value(owner)}" if owner else "")
         output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
-                           f"--values={release.values_file}", f"--labels={LABEL_DEPLOYMENT}={release.deployment_id}",
-                           "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
+                           f"--values={release.values_file}", f"--labels={labels}", "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
                           + (["--wait"] if release.wait else []), seconds + 30)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
@@ -7025,23 +7177,24 @@ class HelmDriver:
         return False
 
 
-def make_drivers(config, child=None, others=()):
-    """{deployment type: driver} of what a device can run; `child` and `others` as make_compose_driver takes them.
+def make_drivers(config, child=None, others=(), claim=claim_nothing):
+    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-    A driver has observe, tail_log, tend, prepare, apply, remove, remove_image and `pulled`, and that of compose components `stop`; no
-    other section knows what it drives.
+    A driver has observe, find_strangers, tail_log, tend, prepare, apply, remove, remove_image and `pulled`, and that of compose
+    components `stop`; no other section knows what it drives.
     """
-    drivers = {"compose": make_compose_driver(config, child=child, others=others), "helm": make_helm_driver(config, os.environ, child)}
+    drivers = {"compose": make_compose_driver(config, child=child, others=others, claim=claim),
+               "helm": make_helm_driver(config, os.environ, child, claim)}
     return {kind: driver for kind, driver in drivers.items() if driver}
 
 
-def make_places(config, own_id):
-    """[Place] of this device and of each child, in this order."""
+def make_places(config, own_id, claim=claim_nothing):
+    """[Place] of this device and of each child, in this order; claim: as for make_compose_driver."""
     ids = [f"{own_id}/{child.id}" for child in config.device.children]
-    places = [Place(own_id, config.device, make_drivers(config, others=ids))]
+    places = [Place(own_id, config.device, make_drivers(config, others=ids, claim=claim))]
     for device_id, child in zip(ids, config.device.children):
         others = [other for other in ids if other != device_id]
-        places.append(Place(device_id, child, make_drivers(config, (device_id, child.connection), others)))
+        places.append(Place(device_id, child, make_drivers(config, (device_id, child.connection), others, claim)))
     return places
 
 
@@ -7636,7 +7789,8 @@ class Agent:
         self.config, self.stopping = config, stopping
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
-        self.places = make_places(config, self.device_id)
+        self.owner = None                           # what this agent's workloads are labelled with, once it has been asked for
+        self.places = make_places(config, self.device_id, self.make_claim)
         self.observed = {}                          # {device id: [Container]}, as far as it has been seen in this cycle
         self.deaf = {}                              # {(device id, deployment type): CommandError} of what does not answer, Late: not yet
         self.done = set()                           # {(device id, deployment id in lower case)} that this cycle is done with
@@ -7669,7 +7823,7 @@ class Agent:
         self.store.lock()
         empty_folder(self.store.path("tmp"))
         try:
-            self.state = self.store.load_state()
+            self.state, self.owner = self.store.load_state(), None
         except MargoError:
             self.store.unlock()
             raise
@@ -7684,6 +7838,34 @@ class Agent:
         if self.source is None:
             self.source = connect_source(self.config, self.store, self.state, keep)
         return self.source
+
+    def make_claim(self):
+        """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as the one before."""
+        owners = self.state["owners"]
+        if self.owner is None:
+            try:
+                self.owner = make_owner(SERVED[self.config.wfm.profile].identify(self.config), self.device_id)
+                if self.owner != (owners or [""])[-1]:
+                    self.state["owners"] = [owner for owner in owners if owner != self.owner][1 - HISTORY:] + [self.owner]
+            except Untrusted:
+                self.owner = (owners or [""])[-1]
+        return make_claim(self.owner, self.state)
+
+    def list_others(self, known=None):
+        """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at this device and its children has shown them.
+
+        known: what an earlier list told, so that clusters are not asked again.
+        """
+        others = {item["name"]: item for item in known or () if item["type"] == "helm"}
+        for place in self.places:
+            for kind, driver in self.list_drivers(place).items():
+                found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
+                if isinstance(found, CommandError):
+                    log("warning", "workloads of other owners cannot be named", device=place.device_id, reason=found.message)
+                    continue
+                others.update((item.id, {"owner": make_printable(item.owner), "deploymentId": item.deployment_id, "name": item.name,
+                                         "type": kind}) for item in found)
+        return list(others.values())
 
     def check_patience(self, now, spread=True):
         """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now; spread: or a fleet just starts."""
@@ -8172,7 +8354,8 @@ class Agent:
             log("error", error.message, code=error.code)
             codes.append(error.exit)
         memo = self.store.load_memo()
-        self.store.save_memo(dict(memo, lastPoll=last))
+        others = self.list_others(None if changed else memo.get("others"))[:MAX_NAMED] if self.observed else memo.get("others", [])
+        self.store.save_memo(dict(memo, lastPoll=last, others=others))
         return Outcome(max(codes), result, last["detail"], make_delay(self.config, state, fault, time.time(), get_random()))
 
 
@@ -8390,7 +8573,7 @@ def command_unenroll(config, options):
             except Untrusted as error:
                 log("warning", "the WFM does not know this client any more; the relationship is forgotten here", reason=error.message)
         kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
-        agent.state = dict(make_state(), deployments=kept)
+        agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
         for name in ("issued.p7", "issued.key", "issued.pem"):
             remove_file(agent.store.path(name))     # an enrollment under way is given up
@@ -8422,18 +8605,25 @@ def command_plan(config, options):
 
     for _ in agent.observe(make_targets()) if accepted else ():
         pass                                        # until all have answered
-    plan = agent.plan(make_targets()) if accepted else []
+    plan, others = agent.plan(make_targets()) if accepted else [], agent.list_others() if accepted else []
     if "--json" in options:
         actions = [{"deploymentId": a.deployment_id, "action": a.action, "reason": a.reason, "deviceId": p.device_id} for p, a, _ in plan]
-        print_json({"version": accepted["version"] if accepted else None, "actions": actions})
+        print_json({"version": accepted["version"] if accepted else None, "actions": actions, "others": others})
     else:
         print(f"desired state: version {accepted['version'] if accepted else 'none'}")
         for place, action, _ in plan:
             where = f"on {place.device_id}: " if len(agent.places) > 1 else ""
             print(f"{action.action:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
+        print_others(others, 8)
     for (device_id, _), fault in agent.deaf.items():
         if device_id == agent.device_id:
             raise fault
+
+
+def print_others(others, width):
+    """A line for each workload of another owner."""
+    for item in others:
+        print(f"{'other':{width}}{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}; it is left alone")
 
 
 def command_status(config, options):
@@ -8459,6 +8649,7 @@ def command_status(config, options):
             print(f"  {component['state']:8} {component['name']}{reason}")
         if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
             print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
+    print_others(document["others"], 11)
 
 
 def make_status_report(config, state, memo, now):
@@ -8476,7 +8667,8 @@ def make_status_report(config, state, memo, now):
             "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
             "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
             "outbox": len(state["outbox"]), "deployments": deployments,
-            "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()]}
+            "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
+            "others": memo.get("others", [])}
 
 
 def command_history(config, options):
@@ -8496,7 +8688,7 @@ def command_doctor(config, options):
     agent, failed = Agent(config), False
     agent.state = make_state()
     for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("children", check_children),
-                        ("registry", check_registries), ("hooks", check_hooks), ("labels", check_labels),
+                        ("others", check_others), ("registry", check_registries), ("hooks", check_hooks), ("labels", check_labels),
                         ("identity", lambda agent: SERVED[agent.config.wfm.profile].check(agent.config, agent.state, time.time())),
                         ("wfm", check_connection)):
         try:
@@ -8555,6 +8747,13 @@ def check_children(agent):
     if words:
         raise CommandError("; ".join(words))
     return "ok", f"{len(agent.places) - 1} answer" if agent.places[1:] else ""
+
+
+def check_others(agent):
+    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
+    others = agent.list_others()
+    words = "; ".join(dict.fromkeys(f"{item['name']} of {item['owner'] or 'no owner that is known'}" for item in others))
+    return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
 
 def check_registries(agent):

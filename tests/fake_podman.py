@@ -1,6 +1,6 @@
 """An engine of files that answers as podman does, for tests that need no real containers; see support.FakeEngine.
 
-held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes [name], images [name],
+held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes {name: labels}, images [name],
            exits {service: code}: such a service has ended with this code as soon as it is started,
            unhealthy [service], restless [service] (restarted between any two looks), unpullable [image], deaf (true: every command
            fails), logless (true: no log can be had), stubborn (true: nothing can be removed), uncreatable (true: no container can be made), lethal (a command, at which
@@ -48,7 +48,7 @@ class Engine:
 
     def __init__(self, held):
         self.held, self.lines = held, []
-        for key, value in (("containers", {}), ("networks", {}), ("volumes", []), ("images", []), ("exits", {}), ("unhealthy", []),
+        for key, value in (("containers", {}), ("networks", {}), ("volumes", {}), ("images", []), ("exits", {}), ("unhealthy", []),
                            ("unpullable", []), ("restless", []), ("count", 0)):
             held.setdefault(key, value)
 
@@ -97,6 +97,14 @@ class Engine:
         if name not in self.held["images"]:
             self.held["images"].append(name)
 
+    def show(self, kind, names):
+        """Prints those of some names that there are, and fails where one is missing."""
+        held = self.held[kind]
+        self.say(json.dumps([{"Name": name, "Labels": dict(label.split("=", 1) for label in held[name])} for name in names if name in held]))
+        for name in names:
+            if name not in held:
+                fail(f"no such {kind[:-1]}: {name}")
+
     def network(self, arguments):
         command, (options, names) = arguments[0], split(arguments[1:])
         networks = self.held["networks"]
@@ -105,19 +113,26 @@ class Engine:
             self.say("\n".join(name for name, labels in networks.items() if all(label in labels for label in wanted)))
         elif command == "create":
             networks[names[0]] = [value for name, value in options if name == "--label"]
-        elif command == "connect":
-            return
-        elif names[0] not in networks:
-            fail(f"unable to find network with name or ID {names[0]}", 1)
+        elif command == "inspect":
+            self.show("networks", names)
         elif command == "rm":
+            if names[0] not in networks:
+                fail(f"unable to find network with name or ID {names[0]}", 1)
             del networks[names[0]]
 
     def volume(self, arguments):
-        command, (_, names) = arguments[0], split(arguments[1:])
+        command, (options, names) = arguments[0], split(arguments[1:])
         if command == "create":
-            self.held["volumes"].append(names[0])
-        elif names[0] not in self.held["volumes"]:
-            fail(f"no volume with name {names[0]} found", 1)
+            self.held["volumes"][names[0]] = [value for name, value in options if name == "--label"]
+        else:
+            self.show("volumes", names)
+
+    def container(self, arguments):
+        _, names = split(arguments[1:])
+        there = [(name, self.held["containers"][name]) for name in names if name in self.held["containers"]]
+        self.say(json.dumps([{"Id": item["id"], "Name": name, "Config": {"Labels": item["labels"]}} for name, item in there]))
+        if len(there) < len(names):
+            fail("no such container")
 
     def create(self, arguments):
         options, operands = split(arguments)
