@@ -5059,26 +5059,31 @@ def make_actions(shares, records, containers, clock, settle=0, mark=""):
     records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a device where it is not at home any more is cleared
     once it runs where it belongs, or when it is about to.
     """
-    actions, homes, installed = [], {}, set()
+    homes = {target.deployment_id.lower(): "" if target.error else target.device_id
+             for share in shares for target in share.targets}
+    actions, strays, placed = [], [], set()
     for share in shares:
         device_id = share.device.device_id
-        homes.update((target.deployment_id.lower(), device_id) for target in share.targets if not target.error)
-        installed.update(key for key, record in share.records.items() if record["state"] == "installed")
-        plan = make_plan(share.targets, share.records, containers[device_id], clock, settle, mark, share.unseen)
-        actions += [hold_back(action, share)._replace(device_id=device_id) for action in plan]
-    going = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
-    wanted = {target.deployment_id.lower() for share in shares for target in share.targets}
-    found = []
-    for action in actions:
-        key = action.deployment_id.lower()
-        record = records.get(key)
-        if action.verb == "install" and record and record["running"] and record["deviceId"] != action.device_id:
-            found.append(action._replace(reason=f"moves here from {record['deviceId']}"))
-        elif action.verb != "remove" or key not in wanted:
-            found.append(action)
-        elif key in homes and (key in going or key in installed):
-            found.append(action._replace(verb="clear", reason=f"belongs on {homes[key]}"))
-    return sorted(found, key=lambda action: action.verb not in ("remove", "clear"))
+        placed.update(key for key, record in share.records.items() if record["state"] == "installed")
+        for action in make_plan(share.targets, share.records, containers[device_id], clock, settle, mark, share.unseen):
+            action = hold_back(action, share)._replace(device_id=device_id)
+            key = action.deployment_id.lower()
+            record = records.get(key)
+            if action.verb == "remove" and (key in homes or record and key not in share.records):
+                strays.append(action._replace(verb="clear"))
+                continue
+            if action.verb == "install" and record and record["running"] and record["deviceId"] != device_id:
+                action = action._replace(reason=f"moves here from {record['deviceId']}")
+            if action.verb in ("install", "update"):
+                placed.add(key)
+            actions.append(action)
+    for stray in strays:
+        key = stray.deployment_id.lower()
+        if key not in homes:
+            actions.append(stray)
+        elif homes[key] and key in placed:
+            actions.append(stray._replace(reason=f"belongs on {homes[key]}"))
+    return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
 
 
 def hold_back(action, share):
@@ -5239,8 +5244,8 @@ def make_groups(actions, records):
 def find_held_ports(record):
     """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold, as far as known."""
     services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
-    if record["fallback"] and record["running"]:                # the version before runs, until the new one has replaced it
-        services = record["running"].get("services", {}).values()
+    if record["fallback"] and "services" in (record["running"] or ()):
+        services = record["running"]["services"].values()       # the version before runs, until the new one has replaced it
     return {(record["deviceId"], *port) for item in services for facts in item.values() for port in facts.get("ports", ())}
 
 
@@ -7542,7 +7547,7 @@ def finish_record(record, mark=""):
                "packages": {item["name"]: item["package"] for item in record["components"]}}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
-    return dict(record, running=running, previous=previous, retry={}, fetched=[])
+    return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False)
 
 
 def make_history(state, entries, version, at):
@@ -8126,7 +8131,7 @@ class Agent:
         self.owner = None                           # what this agent's workloads are labelled with, once it has been asked for
         self.devices = [device for make in DEVICES for device in make(config, self.device_id, self.make_claim)]
         self.answering = {}                         # {device id: {deployment type: driver}} of what answered the last look
-        self.state = self.memo = None               # what state.json and the memo hold, while a cycle has them
+        self.state = None                           # what state.json holds, while a cycle has it
         self.source = None                          # connected when the WFM is first needed
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.starting = 0                           # seconds until the first contact since the device started
