@@ -6697,6 +6697,10 @@ def make_compose_driver(config, environ=None, child=None, others=(), claim=claim
     return ComposeDriver(engine, provider, config, environ, others=others, claim=claim)
 
 
+# Where podman looks for its own helpers, beside PATH.
+HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman", "/usr/lib/podman")
+
+
 class ComposeDriver:
     """Runs compose components: by an engine's own commands, or by a compose provider that is given a file with nothing left to settle.
 
@@ -6785,6 +6789,28 @@ class ComposeDriver:
         if self.provider:
             run_command(self.provider + ["version"], 60, env=self.environ)
         return f"{' '.join(self.provider or [self.engine, '(builtin)'])} answers, {count} containers of ours"
+
+    def ask(self, argv):
+        """The mapping that a program prints as JSON; {} where it prints none."""
+        try:
+            value = parse_json(run_command(argv, 60, env=self.environ).stdout, argv[0])
+        except (CommandError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def list_lacks(self):
+        """What podman's own helpers lack on this device: (words about what applications with a network fail by, words about the rest)."""
+        if self.engine != "podman" or self.remote or self.ask(["podman", "info", "--format=json"]).get("host", {}).get(
+                "networkBackend") != "netavark":
+            return [], []
+        environ = self.environ or os.environ
+        everywhere = {"PATH": os.pathsep.join(HELPER_FOLDERS + (*list_folders(environ),))}
+        backend = find_program("netavark", everywhere)
+        wanted = environ.get("NETAVARK_FW") or backend and self.ask([backend, "version"]).get("default_fw_driver", "iptables")
+        needs = [("netavark", "applications with a network fail"), ("aardvark-dns", "services do not find each other by name")]
+        needs += [(name, "applications with a network fail") for name in {"iptables": ["iptables"], "nftables": ["nft"]}.get(wanted, [])]
+        lacks = [f"{name} is not installed: {words}" for name, words in needs if not find_program(name, everywhere)]
+        return lacks, [] if find_program("catatonit", everywhere) else ["catatonit is not installed: `init: true` fails"]
 
     def resolve(self, workload, timeout, again=False, fetched=None):
         """The compose file read, checked and resolved, the images pulled: all that can fail without touching what runs (C-154, D-11).
@@ -9257,7 +9283,9 @@ def check_engine(agent):
         return "ok", "nothing here runs workloads; they run on child devices"
     if not drivers:
         return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
-    return "ok", "; ".join(driver.check() for driver in drivers.values())
+    words = [driver.check() for driver in drivers.values()]
+    lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
+    return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
 
 
 def check_others(agent):
