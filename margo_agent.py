@@ -80,6 +80,9 @@ HISTORY = 20                                        # accepted desired states th
 MAX_NAMED = 100                                     # workloads of other owners that `status` names
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                                     # seconds that the current step may still take once the process is asked to end
+STOP_LIMIT = 90                                     # seconds after which the daemon's parent kills a cycle that was asked to end
+CYCLE_RETRY = 60                                    # seconds to the next cycle after one that said nothing
+HUNG = 1800                                         # seconds after which a cycle that does not move counts as hung, and is killed
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
 RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
@@ -150,6 +153,13 @@ CommandError = define_fault("CommandError", MargoError, "A helper program could 
 CommandMissing = define_fault("CommandMissing", CommandError, "The program is not installed.")
 CommandTimeout = define_fault("CommandTimeout", CommandError, "The program ran out of its time and was ended.")
 Late = define_fault("Late", CommandError, "What does not answer may still do so within this cycle.")
+
+
+def to_fault(error):
+    """The error as one that a person can act upon: Python's own words for a lack of memory are none."""
+    if isinstance(error, MemoryError):
+        return NoMemory("not enough memory for this step; end other programs on the device, or have it do less (see README, Small devices)")
+    return error
 
 
 class ComponentError(MargoError):
@@ -251,10 +261,6 @@ class YAMLError(ValueError):
         self.line, self.column = line, column
 
 
-class MergeKey(str):
-    """The plain scalar <<, which merges where it is a key."""
-
-
 class PlainInt(int):
     """A whole number that keeps its spelling, such as 0x1F or 007, in `source`."""
 
@@ -297,6 +303,7 @@ class YAMLReader:
     NAME = re.compile(r"[^\s,\[\]{}]+")
     TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
     QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")       # a key; without bound it takes 100 bytes for each
+    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")                                         # a plain key: quoted, it is text
     KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")     # its opposite takes 3 ms to compile
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
@@ -304,6 +311,7 @@ class YAMLReader:
     def __init__(self, text):
         text = text[1:] if text.startswith("\ufeff") else text
         text = text.replace("\r\n", "\n").replace("\r", "\n")
+        self.cut = text[-1:] not in " \n"           # the last line has no end, so a block scalar there does not get one either
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.closed = -1                            # where the last quoted scalar or flow collection ended
@@ -547,7 +555,7 @@ class YAMLReader:
         """A dictionary from (key, value, position); refuses what is no scalar or occurs twice; merges << last."""
         mapping, merges = {}, []
         for key, value, position in pairs:
-            if isinstance(key, MergeKey):
+            if key == "<<" and self.MERGE.match(self.text, position):
                 merges.append((value, position))
                 if len(merges) > 1:
                     self.fail("the key << occurs twice", position)
@@ -597,8 +605,10 @@ class YAMLReader:
             else:
                 lines.append(line[indent:])
             self.position = end + 1
-        self.next_line()
         content = "\n".join(lines) + "\n" if lines else ""
+        if self.cut and self.position >= len(self.text):
+            content = content[:-1]
+        self.next_line()
         body = content.rstrip("\n")
         tail = content[len(body):]
         if style == ">":
@@ -646,7 +656,7 @@ class YAMLReader:
             return CONSTANTS[text]
         match = self.NUMBER.match(text) if text[0] in "+-.0123456789" else None
         if not match:
-            return MergeKey(text) if text == "<<" else text
+            return text
         if match.group(1):
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
@@ -683,7 +693,7 @@ class YAMLReader:
                 self.fail(f"tag !!{tag} does not fit this collection")
             self.enter()
             self.position += 1
-            value = self.read_flow_sequence(parent, flow + 1) if character == "[" else self.read_flow_mapping(parent, flow + 1)
+            value = self.read_flow_collection(parent, flow + 1, "]" if character == "[" else "}")
             self.depth -= 1
             self.closed = self.position
             return self.finish(value, anchor, first)
@@ -720,49 +730,48 @@ class YAMLReader:
                 if self.position >= len(self.text):
                     self.fail("a flow collection is not closed")
                 indent = self.position - self.text.rfind("\n", 0, self.position) - 1
-                if indent <= parent or indent == 0 and self.at_marker():
+                closes = indent == parent and self.text[self.position] in "]}"      # as all readers take it
+                if indent <= parent and not closes or indent == 0 and self.at_marker():
                     self.fail("a flow collection is continued with too little indentation")
             else:
                 return
 
-    def read_flow_sequence(self, parent, flow):
-        """[ … ]; the position is behind the bracket."""
-        items = []
+    def read_flow_collection(self, parent, flow, closing):
+        """[ … ] or { … }; the position is behind its start.  A single pair in a sequence is a mapping of its own."""
+        text, items = self.text, []                 # of a mapping: (key, value, position)
         while True:
             self.skip_flow(parent)
-            if self.text[self.position] == "]":
+            start = self.position
+            if text[start] == closing:
                 self.position += 1
-                return items
-            if self.text[self.position] == ",":
-                self.fail("a value is missing before the comma")
-            items.append(self.read_flow_item(parent, flow))
-            self.end_flow_item(parent, "]")
-
-    def end_flow_item(self, parent, closing):
-        """The comma after an item, unless the collection ends."""
-        self.skip_flow(parent)
-        if self.text[self.position] == ",":
-            self.position += 1
-        elif self.text[self.position] != closing:
-            self.fail(f"a comma or {closing} is missing")
-
-    def read_flow_item(self, parent, flow):
-        """An item of a flow sequence: a node, or a single pair as a mapping of its own."""
-        start = self.position
-        explicit = self.text[start] == "?" and self.text[start + 1] in " \t\n"
-        if explicit:
-            self.position += 1
-            self.skip_flow(parent)
-        value = self.read_flow_node(parent, flow)
-        end = self.position
-        self.skip_flow(parent)
-        if not self.at_flow_value(end):
+                return items if closing == "]" else self.make_mapping(items)
+            explicit = text[start] == "?" and text[start + 1] in " \t\n"
             if explicit:
-                return self.make_mapping([(value, None, start)])
-            return value
-        if not explicit and ("\n" in self.text[start:self.position] or self.position - start > 1024):
-            self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
-        return self.make_mapping([(value, self.read_flow_value(parent, flow), start)])
+                self.position += 1
+                self.skip_flow(parent)
+            key, value = self.read_flow_node(parent, flow), None
+            end = self.position
+            self.skip_flow(parent)
+            # After a quoted key or a collection the colon may stand close to the value.
+            paired = text[self.position] == ":" and (text[self.position + 1] in " \t\n,[]{}" or self.closed == end)
+            if paired:
+                long = "\n" in text[start:self.position] or self.position - start > 1024
+                if long and closing == "]" and not explicit:
+                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
+                self.position += 1
+                self.skip_flow(parent)
+                value = self.read_flow_node(parent, flow)
+                self.skip_flow(parent)
+            elif end == start:
+                self.fail("a value is missing before the comma")
+            if closing == "}":
+                items.append((key, value, start))
+            else:
+                items.append(self.make_mapping([(key, value, start)]) if paired or explicit else key)
+            if text[self.position] == ",":
+                self.position += 1
+            elif text[self.position] != closing:
+                self.fail(f"a comma or {closing} is missing")
 
     def read_flow_node(self, parent, flow):
         """A node in a flow collection, None where there is nothing before its end."""
@@ -771,40 +780,6 @@ class YAMLReader:
             self.count()
             return None
         return self.read_flow(parent, flow)
-
-    def at_flow_value(self, key_end):
-        """Whether a colon here says that what was read is a key; after a quoted one or a collection it may stand close to the value."""
-        if self.text[self.position] != ":":
-            return False
-        return self.text[self.position + 1] in " \t\n,[]{}" or self.closed == key_end
-
-    def read_flow_value(self, parent, flow):
-        """The value after a colon."""
-        self.position += 1
-        self.skip_flow(parent)
-        return self.read_flow_node(parent, flow)
-
-    def read_flow_mapping(self, parent, flow):
-        """{ … }; the position is behind the brace."""
-        pairs = []
-        while True:
-            self.skip_flow(parent)
-            start = self.position
-            if self.text[start] == "}":
-                self.position += 1
-                return self.make_mapping(pairs)
-            if self.text[start] == "?" and self.text[start + 1] in " \t\n":
-                self.position += 1
-                self.skip_flow(parent)
-            key, value = self.read_flow_node(parent, flow), None
-            end = self.position
-            self.skip_flow(parent)
-            if self.at_flow_value(end):
-                value = self.read_flow_value(parent, flow)
-            elif end == start:
-                self.fail("a key is missing before the comma")
-            pairs.append((key, value, start))
-            self.end_flow_item(parent, "}")
 
     def read_plain(self, parent, flow, key):
         """A plain scalar's text, folded over its lines."""
@@ -1243,19 +1218,110 @@ class Settings(dict):
             raise AttributeError(name) from None
 
 
-def read_text(value, base):
-    """A scalar as text; an unquoted number keeps its spelling.  All read_… functions: (YAML value, base folder) or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError("text")
-    return scalar_text(value)
+# The kit of readers.  A reader takes (value, base) and returns what it makes of the value, or raises ValueError of what is expected.
+# The value is YAML; `base` is the folder that relative file names start from.
+
+def scalar(expected, pattern=r"(?s).*", make=None):
+    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text; it may raise ValueError."""
+    def read(value, base):
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError(expected)
+        text = scalar_text(value)
+        if not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return make(text) if make else text
+    return read
+
+
+def choice(*words):
+    """A reader of one of some words."""
+    return scalar("one of " + ", ".join(words), "|".join(map(re.escape, words)))
+
+
+def checked(expected, test):
+    """A reader that takes a value as it is, if a test holds for it."""
+    def read(value, base):
+        if not test(value):
+            raise ValueError(expected)
+        return value
+    return read
+
+
+def list_of(read_item, expected):
+    """A reader of a list of what another reader takes; `expected` is said where it is none."""
+    def read(value, base):
+        if not isinstance(value, list):
+            raise ValueError(expected)
+        return [read_item(item, base) for item in value]
+    return read
+
+
+def is_number(value):
+    """Whether a value is a number that JSON can write; a boolean is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def is_mapping(value):
+    """Whether a value is a mapping whose keys are text."""
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def is_uri(key):
+    """Whether identity.key is a URI and not a file name."""
+    return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
+
+
+def parse_folder(text):
+    """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
+    parts = text.strip("/").split("/")
+    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", text):
+        raise ValueError("a folder inside the repository")
+    return "/".join(parts)
+
+
+HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
+GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
+# A repository's address as git takes it, which is never an option or a helper to git, or holds a password.
+GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
+               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
+BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"       # as git allows it
+                  r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
+PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"        # of a SubjectPublicKeyInfo (RFC 7469, 2.4)
+DURATION = "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
+
+read_text = scalar("text")
+read_name = scalar("text", "(?s).+")
+read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')            # what fits between quotes in an HTTP header
+read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")     # without user or fragment
+read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?", lambda text: text.rstrip("/"))
+read_address = scalar(
+    "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
+    rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
+    lambda text: text.rstrip("/") if text.startswith("https:") else text)
+read_branch = scalar("the name of a branch", BRANCH_PATTERN)
+read_folder = scalar("a folder inside the repository", make=parse_folder)
+read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
+read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
+read_pause = scalar("a duration", make=parse_duration)
+read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
+read_size = scalar("a size", make=parse_size)
+read_count = scalar("a whole number", "[0-9]{1,18}", int)
+read_share = scalar("a share from 0% to 100%", r"([0-9]{1,2}|100)%", lambda text: int(text[:-1]) / 100)
+read_device_id = scalar("letters, digits and . _ ~ - in segments parted by /",                          # C-086
+                        rf"(?!(.*/)?\.\.?(/|\Z)){DEVICE_ID_PATTERN}")
+read_mapping = checked("a mapping", is_mapping)
+
+
+def read_flag(value, base):
+    """true or false; `${NAME}` gives it as text."""
+    if not isinstance(value, bool) and value not in ("true", "false"):
+        raise ValueError("true or false")
+    return value in (True, "true")
 
 
 def read_path(value, base):
     """A file name, relative to the configuration file."""
-    text = read_text(value, base)
-    if not text or "\0" in text:
-        raise ValueError("a file name")
-    return os.path.join(base, text)
+    return os.path.join(base, scalar("a file name", r"(?s)[^\0]+")(value, base))
 
 
 def read_key(value, base):
@@ -1266,142 +1332,23 @@ def read_key(value, base):
     return text if is_uri(text) else read_path(text, base)
 
 
-def is_uri(key):
-    """Whether identity.key is a URI and not a file name."""
-    return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
+def read_path_or_url(value, base):
+    """A file name or an https URL."""
+    return read_url(value, base) if "://" in str(value) else read_path(value, base)
 
 
-def read_form(pattern, words):
-    """A reader for text of one form: the pattern, and what it is in words."""
-    def read(value, base):
-        text = read_text(value, base)
-        if not re.fullmatch(pattern, text):
-            raise ValueError(words)
-        return text
-    return read
-
-
-def read_choice(*words):
-    """A reader for one of some words."""
-    def read(value, base):
-        text = scalar_text(value) if isinstance(value, (str, int, float)) else None
-        if text not in words:
-            raise ValueError("one of " + ", ".join(words))
-        return text
-    return read
-
-
-def read_list(read_item, words):
-    """A reader for a list of what another reader takes; words: what is expected where it is no list."""
-    def read(value, base):
-        if not isinstance(value, list):
-            raise ValueError(words)
-        return [read_item(item, base) for item in value]
-    return read
-
-
-# What fits between quotes in an HTTP header; an https URL without user or fragment, as it is; a branch's name as git allows it; an
-# absolute path; the SHA-256 of a SubjectPublicKeyInfo (RFC 7469, 2.4).
-read_word = read_form(r'[ !#-\[\]-~]*', "printable ASCII without \" and \\")
-read_url = read_form(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?([/?][^\s#@]*)?", "an absolute https URL")
-read_branch = read_form(r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*", "the name of a branch")
-read_folders = read_list(read_form(r"(?s)/.*", "a list of absolute paths"), "a list of absolute paths")
-PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
-read_pins = read_list(read_form(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=", PINS), PINS)
+def read_helm(value, base):
+    """auto, off, or the path of the helm command."""
+    return value if value in ("auto", "off") else read_path(value, base)
 
 
 def read_components(value, base):
-    """What a request signature covers; without method, target and content digest it would be a signature for any request (C-062, C-063)."""
-    names = [read_word(item, base) for item in value] if isinstance(value, list) else []
+    """What a request signature covers: at least method, target and content digest, else it were one for any request (C-062, C-063)."""
+    names = list_of(read_word, "a list of components")(value, base)
     lower = [name.lower() for name in names]
     if not {"@method", "@target-uri", "content-digest"} <= set(lower) or len(set(lower)) < len(lower):
         raise ValueError("a list of components, @method, @target-uri and content-digest among them")
     return names
-
-
-def read_root_url(value, base):
-    """An absolute https URL without query, to which paths are appended."""
-    text = read_url(value, base)
-    if "?" in text:
-        raise ValueError("an absolute https URL without query")
-    return text.rstrip("/")
-
-
-def read_address(value, base):
-    """The root URL of a WFM, or a repository's address as git takes it; neither is ever an option or a helper to git, or holds a password."""
-    text = read_text(value, base)
-    host = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
-    if re.fullmatch(rf"file:///[^\x00-\x1f\x7f]*|ssh://{host}(:[0-9]{{1,5}})?/[!-~]+|{host}:(?!//)[A-Za-z0-9_~./][!-~]*", text):
-        return text
-    if not text.startswith("https://"):
-        raise ValueError("an https URL, or for profile git one of https, ssh or file, or host:path")
-    return read_root_url(value, base)
-
-
-def read_folder(value, base):
-    """A folder inside a repository without slashes around it; empty: the whole of it."""
-    parts = read_text(value, base).strip("/").split("/")
-    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", "".join(parts)):
-        raise ValueError("a folder inside the repository")
-    return "/".join(parts)
-
-
-def read_path_or_url(value, base):
-    """A file name or an https URL."""
-    text = read_text(value, base)
-    return read_url(text, base) if "://" in text else read_path(text, base)
-
-
-def read_duration(value, base):
-    """Seconds as float, greater than zero."""
-    seconds = parse_duration(read_text(value, base))
-    if not seconds:
-        raise ValueError("a duration greater than zero")
-    return seconds
-
-
-def read_pause(value, base):
-    """Seconds as float; zero is allowed."""
-    return parse_duration(read_text(value, base))
-
-
-def read_size(value, base):
-    """Bytes."""
-    return parse_size(read_text(value, base))
-
-
-def read_count(value, base):
-    """A whole number, zero or more; `${NAME}` gives it as text."""
-    if isinstance(value, bool) or not re.fullmatch("[0-9]{1,18}", str(value)):
-        raise ValueError("a whole number")
-    return int(value)
-
-
-def read_share(value, base):
-    """`10%` to 0.1."""
-    match = re.fullmatch(r"([0-9]{1,2}|100)%", read_text(value, base))
-    if not match:
-        raise ValueError("a share from 0% to 100%")
-    return int(match.group(1)) / 100
-
-
-def read_flag(value, base):
-    """true or false; `${NAME}` gives it as text."""
-    if not isinstance(value, bool) and value not in ("true", "false"):
-        raise ValueError("true or false")
-    return value in (True, "true")
-
-
-def read_mapping(value, base):
-    """A mapping, taken as it is."""
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError("a mapping")
-    return value
-
-
-def is_number(value):
-    """Whether a value is a number that JSON can write; a boolean is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def is_words(value, words):
@@ -1411,8 +1358,9 @@ def is_words(value, words):
 
 def is_equipment(value, kinds):
     """Whether a value is a list of {type: one of `kinds`, all else: text}."""
-    return isinstance(value, list) and all(isinstance(item, dict) and item.get("type") in kinds and all(isinstance(x, str) for x in item.values())
-                                           for item in value)
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and item.get("type") in kinds and all(isinstance(text, str) for text in item.values())
+        for item in value)
 
 
 def is_cpus(value):
@@ -1425,15 +1373,16 @@ def is_cpus(value):
 # Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
 PERIPHERALS, INTERFACES = "gpu display camera microphone speaker", "ethernet wifi cellular bluetooth usb canbus rs232"
 PROPERTIES = {
-    "memory": (lambda item: re.fullmatch(r"[0-9]{1,18}[KMG]i", str(item)), "a size such as 512Mi"),
-    "storage": (lambda item: re.fullmatch(r"[0-9]{1,18}[KMGTPE]i", str(item)), "a size such as 512Mi"),
-    "cpus": (is_cpus, "a list of {cores: number, architecture: amd64, arm64 or arm}"),
-    "peripherals": (lambda item: is_equipment(item, PERIPHERALS.split()), f"a list with the types {PERIPHERALS}"),
-    "interfaces": (lambda item: is_equipment(item, INTERFACES.split()), f"a list with the types {INTERFACES}"),
-    "otelCollector": (lambda item: item is True, "true, as Margo demands it where workloads run"),
-    "supportedRuntimes": (lambda item: is_words(item, ("oci", "custom")), "a list of oci, custom"),
-    "supportedDeploymentTypes": (lambda item: is_words(item, ("helm", "compose", "custom")), "a list of helm, compose, custom")}
-PROPERTIES.update((name, (lambda item: isinstance(item, str) and item, "text")) for name in ("vendor", "modelNumber", "serialNumber"))
+    "vendor": read_name, "modelNumber": read_name, "serialNumber": read_name,
+    "memory": scalar("a size such as 512Mi", "[0-9]{1,18}[KMG]i"),
+    "storage": scalar("a size such as 512Mi", "[0-9]{1,18}[KMGTPE]i"),
+    "cpus": checked("a list of {cores: number, architecture: amd64, arm64 or arm}", is_cpus),
+    "peripherals": checked(f"a list with the types {PERIPHERALS}", lambda item: is_equipment(item, PERIPHERALS.split())),
+    "interfaces": checked(f"a list with the types {INTERFACES}", lambda item: is_equipment(item, INTERFACES.split())),
+    "otelCollector": checked("true, as Margo demands it where workloads run", lambda item: item is True),
+    "supportedRuntimes": checked("a list of oci, custom", lambda item: is_words(item, ("oci", "custom"))),
+    "supportedDeploymentTypes": checked("a list of helm, compose, custom",
+                                        lambda item: is_words(item, ("helm", "compose", "custom")))}
 
 
 def read_properties(value, base):
@@ -1441,8 +1390,11 @@ def read_properties(value, base):
     for name, item in read_mapping(value, base).items():
         if name.startswith("x-") and not (re.fullmatch(EXTENSION_PATTERN, name) and isinstance(item, dict)):
             raise ValueError("a mapping in which x-NAME-extensions holds a mapping")
-        if name in PROPERTIES and not PROPERTIES[name][0](item):
-            raise ValueError(f"a mapping in which {name} is {PROPERTIES[name][1]}")
+        try:
+            if name in PROPERTIES:
+                PROPERTIES[name](item, base)
+        except ValueError as error:
+            raise ValueError(f"a mapping in which {name} is {error}") from None
     try:
         make_json(value)
     except (TypeError, ValueError):
@@ -1458,54 +1410,51 @@ def read_environment(value, base):
     return {name: read_text(item, base) for name, item in value.items()}
 
 
-def read_labels(value, base):
-    """Capability labels (C-087)."""
-    for item in read_mapping(value, base).values():
-        items = item if isinstance(item, list) else [item]
-        kinds = {"text" if isinstance(x, str) else "flag" if isinstance(x, bool) else "number" if is_number(x) else "" for x in items}
-        if "" in kinds or len(kinds) != 1 or (isinstance(item, list) and "flag" in kinds):
-            raise ValueError("a mapping of labels to text, number, boolean, or a list of texts or of numbers")
-    return value
+def get_kind(value):
+    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
+    kinds = ((bool, "boolean"), ((int, float), "number"), (str, "text"))
+    return next((kind for types, kind in kinds if isinstance(value, types)), None)
 
 
-def read_device_id(value, base):
-    """A device id of URL-unreserved characters (C-086)."""
-    text = read_text(value, base)
-    if not re.fullmatch(DEVICE_ID_PATTERN, text) or {".", ".."} & set(text.split("/")):
-        raise ValueError("letters, digits and . _ ~ - in segments parted by /")
-    return text
+def is_label(value):
+    """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
+    if not isinstance(value, list):
+        return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
+    return len(set(map(get_kind, value))) == 1 and all(isinstance(item, str) or is_number(item) for item in value)
 
 
-def read_helm(value, base):
-    """auto, off, or the path of the helm command."""
-    return value if value in ("auto", "off") else read_path(value, base)
+read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
+                      lambda value: is_mapping(value) and all(map(is_label, value.values())))
 
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MOMENT_PATTERN = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 
 
-def read_window(value, base):
-    """A window of device-local time to (days, start, end).
+def parse_window(text):
+    """A window of device-local time to (days, start, end); raises ValueError.
 
     `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later than the start.
     `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
     """
-    text, moment = read_text(value, base), r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3]):[0-5][0-9]"
-    if re.fullmatch(f"{moment}/{moment}", text):
-        start, end = text.split("/")
-        if start < end:
-            return None, start, end
-    day, clock = "(?:" + "|".join(DAYS) + ")", "([0-9]{2}):([0-9]{2})"
-    match = re.fullmatch(f"(?:({day})(?:-({day}))? )?{clock}-{clock}", text)
+    start, slash, end = text.partition("/")
+    if re.fullmatch(f"{MOMENT_PATTERN}/{MOMENT_PATTERN}", text) and start < end:
+        return None, start, end
+    day, clock = "(" + "|".join(DAYS) + ")", "([0-9]{2}):([0-5][0-9])"
+    match = re.fullmatch(f"(?:{day}(?:-{day})? )?{clock}-{clock}", text)
     if match:
-        first = DAYS.index(match.group(1)) if match.group(1) else 0
-        last = DAYS.index(match.group(2) or match.group(1)) if match.group(1) else 6
-        days = {(first + step) % 7 for step in range((last - first) % 7 + 1)}
-        hours, minutes = [int(x) for x in match.group(3, 5)], [int(x) for x in match.group(4, 6)]
-        start, end = (60 * hour + minute for hour, minute in zip(hours, minutes))
-        if max(minutes) < 60 and start < 1440 and end <= 1440:
+        first = match.group(1) or "Mon"
+        last = match.group(2) or match.group(1) or "Sun"
+        length = (DAYS.index(last) - DAYS.index(first)) % 7 + 1
+        days = {(DAYS.index(first) + step) % 7 for step in range(length)}
+        hours = [int(number) for number in match.group(3, 4, 5, 6)]
+        start, end = 60 * hours[0] + hours[1], 60 * hours[2] + hours[3]
+        if start < 1440 and end <= 1440:
             return days, start, end
     raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
+
+
+read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window)
 
 
 def is_within(windows, local):
@@ -1525,104 +1474,169 @@ def is_within(windows, local):
 
 def is_within_whole(windows, start, end):
     """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of device-local time."""
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in range(int(start), int(max(start, end)) + 1, 60))
+    moments = range(int(start), int(max(start, end)) + 1, 60)
+    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
 
 
 def find_longest(windows, now):
     """Seconds of the longest stretch that lies in windows, from `now` on; those of a date are taken one by one."""
     today = time.strftime("%Y-%m-%dT%H:%M", time.localtime(now))
-    dated = [time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M")) - time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M"))
-             for days, start, end in windows if days is None and end > today]
-    weekly, longest, stretch = [window for window in windows if window[0] is not None], 0, 0
+    longest, stretch = 0, 0
+    for days, start, end in windows:
+        if days is None and end > today:
+            first, last = (time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M")) for text in (start, end))
+            longest = max(longest, last - first)
+    weekly = [window for window in windows if window[0] is not None]
     for moment in range(0, 14 * 86400 if weekly else 0, 60):            # any two weeks: a stretch may begin in one and end in the next
         stretch = stretch + 60 if is_within(weekly, time.gmtime(moment)) else 0
         longest = max(longest, stretch)
-    return max(dated + [longest])
+    return longest
 
 
 # What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is reached by one of them.
-CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman", "DOCKER_HOST": "docker",
-               "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
-CHILD_SCHEMA = {
-    "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
-    "properties": (read_properties, {}), "labels": (read_labels, {}), "connection": (read_environment, {})}
+CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman",
+               "DOCKER_HOST": "docker", "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
 HOSTING = ("cpus", "memory", "storage")             # what a child device has to say of itself, because only what is here can be detected
 
-# Each setting: its reader and its default in the file's own spelling; None: not set.
+# Each setting: its reader, or that and the default in the file's own spelling.  What only one profile has, its part adds below.
+DEVICE_SCHEMA = {
+    "id": read_device_id, "vendor": read_text, "modelNumber": read_text, "serialNumber": read_text,
+    "properties": (read_properties, {}), "labels": (read_labels, {})}
+CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}))
+REGISTRY_SCHEMA = {
+    "mirror": read_text, "username": read_text, "password_file": read_path, "ca": read_path,
+    "insecure": (read_flag, False)}
 SCHEMA = {
     "state_dir": (read_path, "/var/lib/margo-agent"),
     "wfm": {
-        "profile": (read_choice(*PROFILES), "mtls"), "url": (read_address, None), "timeout": (read_duration, "30s"),
-        "min_tls": (read_choice("1.2", "1.3"), "1.3"), "dialect": (read_choice("a", "b"), "a"), "status_url": (read_root_url, None)},
+        "profile": (choice(*PROFILES), "mtls"), "url": read_address, "timeout": (read_duration, "30s"),
+        "min_tls": (choice("1.2", "1.3"), "1.3")},
     "identity": {
-        "certificate": (read_path, None), "key": (read_key, None), "trust_bundle": (read_path_or_url, None),
-        "discovery": (read_url, None), "ca": (read_path, None), "pins": (read_pins, []),
-        "enrollment": (read_choice("off", "est"), "off"), "revocation": (read_choice("off", "soft", "require"), "soft"),
-        "est": {"url": (read_root_url, None), "token_file": (read_path, None), "certificate": (read_path, None), "key": (read_path, None)},
-        "rekey": (read_choice("never", "always"), "never"), "refresh": (read_duration, "1h"), "algorithm": (read_choice(*ALGORITHMS), None),
-        "signature": {"label": (read_word, "sig1"), "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"]),
-                      "keyid": (read_word, None), "alg": (read_word, None)}},
-    "device": {
-        "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
-        "properties": (read_properties, {}), "labels": (read_labels, {}),
-        "children": (read_list(lambda item, base: item, "a list"), [])},                # see make_children
+        "certificate": read_path, "key": read_key, "trust_bundle": read_path_or_url,
+        "discovery": read_url, "ca": read_path, "pins": (read_pins, []), "refresh": (read_duration, "1h")},
+    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),         # see make_children
     "poll": {
         "interval": (read_duration, "60s"), "jitter": (read_share, "10%"),
-        "window": (read_list(read_window, "a list of windows"), []), "downtime": (read_list(read_window, "a list of windows"), [])},
+        "window": (list_of(read_window, "a list of windows"), []), "downtime": (list_of(read_window, "a list of windows"), [])},
     "runtime": {
-        "compose": (read_choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"), "auto"),
-        "engine": (read_choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"), "kubeconfig": (read_path, None),
-        "on_failure": (read_choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"), "environment": (read_environment, {}),
-        "prune": (read_flag, True)},
+        "compose": (choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"), "auto"),
+        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"), "kubeconfig": read_path,
+        "on_failure": (choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"),
+        "environment": (read_environment, {}), "prune": (read_flag, True)},
     "registries": (read_mapping, {}),
     "policy": {
         "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"), "max_unpacked": (read_size, "256Mi"),
-        "privileged": (read_choice("deny", "allow"), "deny"), "host_paths": (read_folders, []), "max_removals": (read_count, None)},
-    "hooks": {"run": (read_list(read_path, "a list of file names"), []), "timeout": (read_duration, "60s")},
-    "git": {
-        "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False), "allowed_signers": (read_path, None),
-        "allow_rewrite": (read_flag, False), "token_file": (read_path, None), "username": (read_text, None), "ssh_key": (read_path, None),
-        "known_hosts": (read_path, None)},
-    "log": {"level": (read_choice("debug", "info", "warning", "error"), "info")},
+        "privileged": (choice("deny", "allow"), "deny"), "host_paths": (read_folders, []), "max_removals": read_count},
+    "hooks": {"run": (list_of(read_path, "a list of file names"), []), "timeout": (read_duration, "60s")},
+    "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
 }
-REGISTRY_SCHEMA = {
-    "mirror": (read_text, None), "username": (read_text, None), "password_file": (read_path, None), "ca": (read_path, None),
-    "insecure": (read_flag, False)}
-REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key"), "git": ("wfm.url",),
-            "signed": ("wfm.url", "identity.certificate", "identity.key", "identity.ca")}
+REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key")}       # by profile
+CHECKS = []                                         # functions: configuration to [(whether it is wrong, key, words)]
 
+
+# Profile signed
+
+SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
+SCHEMA["identity"]["algorithm"] = choice(*ALGORITHMS)
+SCHEMA["identity"]["signature"] = {
+    "label": (read_word, "sig1"), "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"]),
+    "keyid": read_word, "alg": read_word}
+REQUIRED["signed"] = ("wfm.url", "identity.certificate", "identity.key", "identity.ca")
+
+# Profile git
+
+SCHEMA["wfm"]["status_url"] = read_root_url
+SCHEMA["git"] = {
+    "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False),
+    "allowed_signers": read_path, "allow_rewrite": (read_flag, False), "token_file": read_path,
+    "username": read_text, "ssh_key": read_path, "known_hosts": read_path}
+REQUIRED["git"] = ("wfm.url",)
+
+
+def check_git_settings(config):
+    """What only profile git has: [(whether it is wrong, key, words)]."""
+    wfm, git = config.wfm, config.git
+    return [
+        (wfm.profile != "git" and wfm.status_url, "wfm.status_url", "only profile git reports elsewhere; leave it out"),
+        (git.verify_signatures and not git.allowed_signers,
+         "git.allowed_signers", "not set, and needed for git.verify_signatures"),
+        (git.allow_rewrite and not git.verify_signatures,
+         "git.allow_rewrite", "a rewritten history is accepted only from signers; set git.verify_signatures, too"),
+        (git.username and not git.token_file,
+         "git.username", "is sent with the token of git.token_file, which is not set")]
+
+
+CHECKS.append(check_git_settings)
+
+# Enrollment and revocation
+
+SCHEMA["identity"]["enrollment"] = (choice("off", "est"), "off")
+SCHEMA["identity"]["est"] = {
+    "url": read_root_url, "token_file": read_path, "certificate": read_path, "key": read_path}
+SCHEMA["identity"]["rekey"] = (choice("never", "always"), "never")
+SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
+
+
+def is_combined(identity):
+    """Whether own certificate and key are one PEM file, which one rename replaces."""
+    return os.path.normpath(identity.key) == os.path.normpath(identity.certificate)
+
+
+def check_enrollment_settings(config):
+    """What only enrollment by EST has: [(whether it is wrong, key, words)]."""
+    identity, est = config.identity, config.identity.est
+    enrolled, pair = identity.enrollment == "est", {bool(est.certificate), bool(est.key)}
+    single = enrolled and identity.key and identity.certificate and is_combined(identity)
+    return [
+        (enrolled and config.wfm.profile != "mtls",
+         "identity.enrollment", "est gives an SVID, which only wfm.profile mtls uses"),
+        (enrolled and not est.url and not identity.discovery,
+         "identity.est.url", "not set, and no identity.discovery either; one of them says where to enroll"),
+        (enrolled and pair != {not est.token_file},
+         "identity.est", "either token_file, or certificate and key; found both, neither or a half"),
+        (identity.rekey == "always" and not single,
+         "identity.rekey", "always needs identity.enrollment est, and identity.key to be the file of identity.certificate,"
+         " so that one rename replaces both")]
+
+
+CHECKS.append(check_enrollment_settings)
+
+
+# The configuration as a whole
 
 def make_quote(value, secret=False):
-    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or what should be one that holds secrets, only its kind."""
+    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or of what holds secrets, only its kind."""
     if secret or isinstance(value, dict):
         return {dict: "a mapping", list: "a list"}.get(type(value), "text")
     return repr(make_printable(re.sub(r"(?<=pin-value=)[^;&?]*|(?<=//)[^/@\s]*(?=@)", "...", str(value)), 60))
 
 
 def make_settings(value, schema, base, where, faults):
-    """Reads one mapping of the configuration by its schema; each fault is appended to `faults` with the key it is about."""
+    """Reads one mapping of the configuration by its schema; each fault is appended to `faults` as (key, words)."""
     if value is not None and not isinstance(value, dict):
-        faults.append(f"{where[:-1] or 'the configuration'}: found {make_quote(value)}, expected a mapping")
+        faults.append((where[:-1] or "the configuration", f"found {make_quote(value)}, expected a mapping"))
         value = None
     value = value or {}
     for key in value:
         if key not in schema:
             import difflib
             near = difflib.get_close_matches(str(key), list(schema), 1, 0.5)
-            faults.append(f"{where}{key}: unknown key" + (f"; did you mean {where}{near[0]}?" if near else f"; known are {', '.join(schema)}"))
+            hint = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(schema)}"
+            faults.append((f"{where}{key}", f"unknown key; {hint}"))
     settings = Settings()
     for key, entry in schema.items():
         item = value.get(key)
         if isinstance(entry, dict):
             settings[key] = make_settings(item, entry, base, f"{where}{key}.", faults)
             continue
-        reader, default = entry
+        reader, default = entry if isinstance(entry, tuple) else (entry, None)
+        item = default if item is None else item
+        settings[key] = None
         try:
-            item = default if item is None else item
-            settings[key] = None if item is None else reader(item, base)
+            if item is not None:
+                settings[key] = reader(item, base)
         except ValueError as error:
-            faults.append(f"{where}{key}: found {make_quote(item, reader is read_environment)}, expected {error}")
-            settings[key] = None
+            faults.append((where + key, f"found {make_quote(item, reader is read_environment)}, expected {error}"))
     return settings
 
 
@@ -1630,15 +1644,17 @@ def make_children(items, base, faults):
     """The child devices of a see-thru gateway as a list of Settings; faults as make_settings tells them."""
     children = []
     for index, item in enumerate(items or ()):
-        where, known = f"device.children[{index}].", len(faults)
+        where = f"device.children[{index}]."
         child = make_settings(item, CHILD_SCHEMA, base, where, faults)
-        named = " ".join(fault.split(" ")[0] for fault in faults[known:])
-        needed = [key for key in CHILD_SCHEMA if child[key] is None] + [f"properties.{key}" for key in HOSTING if key not in (child.properties or {})]
-        faults += [f"{where}{key}: not set, and nothing else knows it" for key in needed if f"{where}{key.split('.')[0]}:" not in named]
+        named = {key for key, _ in faults}
+        needed = [key for key in CHILD_SCHEMA if child[key] is None]
+        needed += [f"properties.{key}" for key in HOSTING if key not in (child.properties or {})]
+        faults += [(where + key, "not set, and nothing else knows it") for key in needed if where + key.split(".")[0] not in named]
         if child.connection is not None and not set(child.connection) & set(CONNECTIONS):
-            faults.append(f"{where}connection: names no engine; expected one of {', '.join(CONNECTIONS)}")
-        faults += [f"{where}{key}: another child has the same" for key in ("id", "connection")
-                   if child[key] and child[key] in [other[key] for other in children]]
+            faults.append((f"{where}connection", f"names no engine; expected one of {', '.join(CONNECTIONS)}"))
+        for key in ("id", "connection"):
+            if child[key] and child[key] in [other[key] for other in children]:
+                faults.append((where + key, "another child has the same"))
         children.append(child)
     return children
 
@@ -1651,58 +1667,50 @@ def make_config(document, base, environ):
     faults = []
     document = expand_environment(document, environ, "", faults)
     config = make_settings(document, SCHEMA, base, "", faults)
-    config["registries"] = Settings({host: make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
-                                     for host, entry in (config["registries"] or {}).items()})
-    faults += [f"registries.{host}: no registry; expected its host or host:port, as oci://HOST names it"
-               for host in config.registries if not re.fullmatch(REGISTRY_PATTERN, host)]
+    registries = Settings()
+    for host, entry in (config["registries"] or {}).items():
+        registries[host] = make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
+        if not re.fullmatch(REGISTRY_PATTERN, host):
+            faults.append((f"registries.{host}", "no registry; expected its host or host:port, as oci://HOST names it"))
+    config["registries"] = registries
     config.device["children"] = make_children(config.device.children, base, faults)
-    for where, device in [("device.", config.device)] + [(f"device.children[{index}].", child) for index, child in enumerate(config.device.children)]:
-        named = [word for name in ("supportedRuntimes", "supportedDeploymentTypes") for word in (device.properties or {}).get(name, ())]
-        if "custom" in named and not device.labels:
-            faults.append(f"{where}labels: not set, and needed beside `custom`, for applications to select on")         # C-089
-    if config.device.children and config.wfm.profile != "mtls" and (config.wfm.profile, config.wfm.dialect) != ("signed", "b"):
-        faults.append("device.children: the protocol of this wfm.profile and wfm.dialect knows no child devices")
-    named = {fault.split(":")[0] for fault in faults}
-    faults += [fault for fault in check_profile(config) if fault.split(":")[0] not in named]
+    named = {key for key, _ in faults}
+    for check in (check_devices, check_profile, *CHECKS):
+        faults += [(key, words) for wrong, key, words in check(config) if wrong and key not in named]
     if faults:
-        raise ConfigError("; ".join(faults))
+        raise ConfigError("; ".join(f"{key}: {words}" for key, words in faults))
     return config
 
 
-def is_combined(identity):
-    """Whether own certificate and key are one PEM file, which one rename replaces."""
-    return os.path.normpath(identity.key) == os.path.normpath(identity.certificate)
+def check_devices(config):
+    """What shows only from several settings of this device and its children: [(whether it is wrong, key, words)]."""
+    wfm, children = config.wfm, config.device.children
+    faults = [(children and wfm.profile != "mtls" and (wfm.profile, wfm.dialect) != ("signed", "b"),
+               "device.children", "the protocol of this wfm.profile and wfm.dialect knows no child devices")]
+    places = {f"device.children[{index}].": child for index, child in enumerate(children)}
+    for where, device in {"device.": config.device, **places}.items():
+        properties = device.properties or {}
+        kinds = [*properties.get("supportedRuntimes", ()), *properties.get("supportedDeploymentTypes", ())]
+        faults.append(("custom" in kinds and not device.labels,                                            # C-089
+                       f"{where}labels", "not set, and needed beside `custom`, for applications to select on"))
+    return faults
 
 
 def check_profile(config):
-    """The faults of a configuration that depend on its profile: what that needs, and what only another one has."""
-    wfm, git, identity, est, faults = config.wfm, config.git, config.identity, config.identity.est, []
-    profile, mutual, enrolled = wfm.profile, wfm.profile == "mtls" or wfm.status_url is not None, identity.enrollment == "est"
-    for key in REQUIRED.get(profile, ()) + (REQUIRED["mtls"] if wfm.status_url else ()):
-        section, name = key.split(".")
-        if config[section][name] is None:
-            faults.append(f"{key}: not set, and needed for profile {profile}" + (" with wfm.status_url" if mutual and profile == "git" else ""))
-    rules = (
+    """What a profile needs, and what only another one has: [(whether it is wrong, key, words)]."""
+    wfm, identity = config.wfm, config.identity
+    mutual = wfm.profile == "mtls" or wfm.status_url
+    needed, suffix = REQUIRED.get(wfm.profile, ()), ""
+    if wfm.status_url:
+        needed, suffix = needed + REQUIRED["mtls"], " with wfm.status_url"
+    missing = [key for key in dict.fromkeys(needed) if config[key.split(".")[0]][key.split(".")[1]] is None]
+    return [(True, key, f"not set, and needed for profile {wfm.profile}{suffix}") for key in missing] + [
         (mutual and not identity.trust_bundle and not identity.discovery,
-         "identity.trust_bundle: not set, and no identity.discovery either; one of them says whom to trust"),
+         "identity.trust_bundle", "not set, and no identity.discovery either; one of them says whom to trust"),
         (mutual and identity.key and is_uri(identity.key),
-         "identity.key: found a URI, expected a file; only profile signed has openssl use the key"),
-        (profile != "git" and wfm.url and not wfm.url.startswith("https://"),
-         f"wfm.url: found {make_printable(wfm.url or '', 60)!r}, expected an absolute https URL"),
-        (profile != "git" and wfm.status_url, "wfm.status_url: only profile git reports elsewhere; leave it out"),
-        (git.verify_signatures and not git.allowed_signers, "git.allowed_signers: not set, and needed for git.verify_signatures"),
-        (git.allow_rewrite and not git.verify_signatures,
-         "git.allow_rewrite: a rewritten history is accepted only from signers; set git.verify_signatures, too"),
-        (git.username and not git.token_file, "git.username: is sent with the token of git.token_file, which is not set"),
-        (enrolled and profile != "mtls", "identity.enrollment: est gives an SVID, which only wfm.profile mtls uses"),
-        (enrolled and not est.url and not identity.discovery,
-         "identity.est.url: not set, and no identity.discovery either; one of them says where to enroll"),
-        (enrolled and (bool(est.token_file) == bool(est.certificate and est.key) or bool(est.certificate) != bool(est.key)),
-         "identity.est: either token_file, or certificate and key; found both, neither or a half"),
-        (identity.rekey == "always" and not (enrolled and identity.key and identity.certificate and is_combined(identity)),
-         "identity.rekey: always needs identity.enrollment est, and identity.key to be the file of identity.certificate, so that one rename replaces both"))
-    faults += [fault for wrong, fault in rules if wrong]
-    return sorted(set(faults), key=faults.index)
+         "identity.key", "found a URI, expected a file; only profile signed has openssl use the key"),
+        (wfm.profile != "git" and wfm.url and not wfm.url.startswith("https://"),
+         "wfm.url", f"found {make_printable(wfm.url or '', 60)!r}, expected an absolute https URL")]
 
 
 def expand_environment(value, environ, where, faults):
@@ -1716,7 +1724,7 @@ def expand_environment(value, environ, where, faults):
 
     def expand(match):
         if match.group(1) not in environ:
-            faults.append(f"{where[:-1]}: the environment variable {match.group(1)!r} is not set")
+            faults.append((where[:-1], f"the environment variable {match.group(1)!r} is not set"))
         return environ.get(match.group(1), "")
 
     return re.sub(r"\$\{([^}]*)\}", expand, value)
@@ -2308,7 +2316,7 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
     except urllib.error.URLError as error:
         raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError, RuntimeError) as error:      # the last: no thread for the guard
         raise make_network_error(where, error) from None
 
 
@@ -4454,8 +4462,7 @@ class GitSource:
         if accepted and accepted["version"] == head and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
-        head, files = self.work(lambda: self.fetch_files(base))
-        entries, documents, ignored = parse_files(files)
+        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
         for name in ignored:
             log("info", "ignored: not an ApplicationDeployment", name=name)
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
@@ -4475,7 +4482,7 @@ class GitSource:
             raise self.explain(error, "git-upload-pack") from None
 
     def fetch_files(self, base):
-        """(head commit, [(name, bytes)] of its documents), once the head is known to follow on `base`; raises Refused, Untrusted.
+        """(head commit, what read_files returns), once the head is known to follow on `base`; raises Refused, Untrusted.
 
         From a shallow copy that ends at the accepted commit, a plain fetch brings just the commits since and what is new in them, and
         that proves the descent; where the copy has gone, it is begun anew at the accepted commit, which a server gives if it still has it.
@@ -4494,7 +4501,7 @@ class GitSource:
             if not self.config.git.allow_rewrite:
                 raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
             log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
-        return head, self.read_files(head)
+        return head, self.read_files(head, base if base and self.has(base) else None)
 
     def prepare(self):
         """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing ever tidies it."""
@@ -4542,20 +4549,40 @@ class GitSource:
             raise Untrusted(f"commit {head} " + ("is not signed" if verdict == "N" else "has no good signature of git.allowed_signers")
                             + f" (git says {verdict}); the accepted state is kept")
 
-    def read_files(self, head):
-        """[(name, bytes)] of every YAML file below git.path; links, submodules and all else are not looked at.  Raises Refused."""
-        folder, policy = self.config.git.path, self.config.policy
-        listing = self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", head, *([folder + "/"] if folder else [])).stdout
-        if folder and not listing:
-            raise Refused(f"commit {head} has no folder {folder}; nothing is removed for that")
+    def read_files(self, head, base):
+        """What parse_files makes of the YAML files below git.path; links, submodules and all else are not looked at.  Raises Refused.
+
+        So does a path that held a deployment in the accepted commit, `base`, and holds something else now: only one that has gone is
+        a removal.
+        """
+        policy, listing = self.config.policy, self.list_tree(head)
+        if self.config.git.path and not listing:
+            raise Refused(f"commit {head} has no folder {self.config.git.path}; nothing is removed for that")
         blobs, ignored = find_blobs(listing, policy.max_document)
         for name in ignored:
             log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
         if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
-            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than {MAX_DEPLOYMENTS} or policy.max_unpacked")
+            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than {MAX_DEPLOYMENTS}"
+                          " or policy.max_unpacked")
+        found = parse_files(self.read_blobs(blobs))
+        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
+        for name, data in self.read_blobs(suspects):
+            if is_deployment(data):
+                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is none now, or lies below what is no"
+                              " folder; nothing is removed for that: remove the file itself, or put it right")
+        return found
+
+    def list_tree(self, commit):
+        """What `git ls-tree` prints of all that lies below git.path in a commit."""
+        folder = self.config.git.path
+        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *([folder + "/"] if folder else [])).stdout
+
+    def read_blobs(self, blobs):
+        """[(name, bytes)] of [(name, blob, size)]."""
         wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
-        data = self.git("cat-file", "--batch", data=wanted, limit=total + 256 * len(blobs) + 1).stdout if blobs else b""
+        limit = sum(size + 256 for _, _, size in blobs) + 1
+        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
         files, start = [], 0
         for name, blob, size in blobs:
             head_line = f"{blob} blob {size}\n".encode()
@@ -4684,47 +4711,101 @@ def make_ref_path(device_id):
     return re.sub(r"~|\.(?=\.|/|$|lock(/|$))|(?<![^/])\.", lambda found: f"%{ord(found.group()):02X}", device_id)
 
 
-def find_blobs(listing, max_document):
-    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree -r -z -l` prints; raises Refused."""
-    blobs, ignored = [], []
+def parse_listing(listing):
+    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints; names as Python has them of a file system."""
+    found = []
     for line in listing.split(b"\0")[:-1]:
         facts, _, name = line.partition(b"\t")
         mode, kind, blob, size = facts.decode("ascii").split()
-        if not name.lower().endswith((b".yaml", b".yml")):
+        is_file = kind == "blob" and mode.startswith("100")
+        found.append((name.decode("utf-8", "surrogateescape"), is_file, blob, int(size) if is_file else 0))
+    return found
+
+
+def find_blobs(listing, max_document):
+    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree` prints; raises Refused."""
+    blobs, ignored = [], []
+    for name, is_file, blob, size in parse_listing(listing):
+        if not name.lower().endswith((".yaml", ".yml")):
             continue
-        name = make_printable(name.decode("utf-8", "replace"), 200)
-        if kind != "blob" or not mode.startswith("100"):
+        if not is_file:
             ignored.append(name)
-        elif int(size) > max_document:
-            raise Refused(f"{name}: {size} bytes are more than policy.max_document ({max_document})")
+        elif size > max_document:
+            raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document ({max_document})")
         else:
-            blobs.append((name, blob, int(size)))
+            blobs.append((name, blob, size))
     return blobs, ignored
 
 
+def find_suspects(before, after, others):
+    """[(name, blob, size)] of YAML files of the accepted commit whose place holds something else now.
+
+    before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.  Something else is one of
+    those, a link, a submodule, a folder of that name, or any of them in place of a folder above.
+    """
+    files = {name: is_file for name, is_file, _, _ in parse_listing(after)}
+    folders = {parent for name in files for parent in list_parents(name)}
+    blobs, _ = find_blobs(before, float("inf"))
+    return [item for item in blobs if item[0] in others or item[0] in folders or not files.get(item[0], True)
+            or any(parent in files for parent in list_parents(item[0]))]
+
+
+def list_parents(name):
+    """The folders above a path: of a/b/c these are a and a/b."""
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
 def parse_files(files):
-    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment of any generation]); raises Refused."""
+    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment of any generation]).
+
+    Raises Refused for what nobody can have meant: it may stand for a deployment that would be removed.
+    """
     entries, documents, ignored, seen = [], {}, [], {}
     for name, data in files:
+        shown = make_printable(name, 200)
         try:
-            value = load_yaml(data)
+            value = parse_file(data)
             if not is_deployment(value):
                 ignored.append(name)
                 continue
             deployment_id = check_member(normalise_document(value), "id", "", UUID_PATTERN)
         except ValueError as error:                 # a YAMLError is one
-            raise Refused(f"{name}: {error}") from None
+            raise Refused(f"{shown}: {error}") from None
         if deployment_id.lower() in seen:
-            raise Refused(f"{name}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
-        seen[deployment_id.lower()] = name
+            raise Refused(f"{shown}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
+        seen[deployment_id.lower()] = shown
         digest = sha256_digest(data)
         documents[digest] = data
         entries.append(ManifestEntry(deployment_id, digest, len(data)))
     return entries, documents, ignored
 
 
+def parse_file(data):
+    """The YAML value of a file; raises ValueError where it holds something that stands for another file, or for nothing."""
+    if not data.strip():
+        raise ValueError("it is empty; to remove a deployment, remove its file")
+    value = load_yaml(data)
+    if not isinstance(value, (dict, list, type(None))):
+        raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an encrypted file is")
+    members = value if isinstance(value, dict) else {}
+    if "sops" in members:
+        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
+    if isinstance(members.get("spec"), dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
+        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
+    return value
+
+
 def is_deployment(value):
-    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it, which does not say."""
+    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it, which does not say.
+
+    value: as read, or still bytes.
+    """
+    if isinstance(value, bytes):
+        try:
+            value = load_yaml(value)
+        except YAMLError:
+            return False
     if not isinstance(value, dict):
         return False
     if "kind" in value or "apiVersion" in value:
@@ -4896,11 +4977,6 @@ def is_match(expression, look):
         return False
     found = any(get_kind(item) in kinds and item in values for item in items)
     return found == (operator == "In")
-
-
-def get_kind(value):
-    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
-    return "boolean" if isinstance(value, bool) else "number" if isinstance(value, (int, float)) else "text" if isinstance(value, str) else None
 
 
 def parse_limit(values):
@@ -7449,8 +7525,10 @@ def apply_target(target, record, containers, tools):
             for change in dropped:
                 remove_component(change, containers, hooks)
         yield finish_record(record, make_mark(tools.config.runtime.environment))
-    except (ComponentError, CommandError) as error:
-        error = error if isinstance(error, ComponentError) else ComponentError("INSTALL_FAILED", error.message)
+    except (ComponentError, CommandError, MemoryError) as error:
+        error = to_fault(error)
+        if not isinstance(error, ComponentError):
+            error = ComponentError("OUT_OF_MEMORY" if isinstance(error, NoMemory) else "INSTALL_FAILED", error.message)
         log("error", "deployment failed", deployment=target.deployment_id, component=name, code=error.code, reason=error.message)
         if touched and tools.config.runtime.on_failure != "rollback":
             record = dict(record, fallback=False)   # it is left as it is, for inspection
@@ -7496,7 +7574,8 @@ def roll_back(record, tools):
             record = set_component(record, component.name, "installed", services=services, package=package)
             settled[component.name] = services
         remove_dropped(record, deployment, containers, tools, True)
-    except (ComponentError, CommandError) as error:
+    except (ComponentError, CommandError, MemoryError) as error:
+        error = to_fault(error)
         log("error", "roll-back failed", deployment=record["deploymentId"], reason=error.message)
         return record, f"bringing the version before back failed too: {error.message}"
     log("warning", "rolled back; the version before runs again", deployment=record["deploymentId"], digest=before["digest"])
@@ -7819,9 +7898,9 @@ class Agent:
                     continue                        # there is no SVID to speak with
                 try:
                     changed = step() or changed
-                except MargoError as error:
-                    self.faults.append(error)
-                    self.note_fault(error, began)
+                except (MargoError, MemoryError) as error:
+                    self.faults.append(to_fault(error))
+                    self.note_fault(self.faults[-1], began)
             return self.conclude(max(self.faults, key=lambda fault: fault.exit, default=None), changed, began)
 
     def __enter__(self):
@@ -8434,12 +8513,16 @@ def command_run(config, options):
 def start_watch(options):
     """Turns this process into the parent of the daemon: a bare interpreter that holds `watch` and nothing else of this file.
 
-    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays behind.
+    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays behind; it is the compiled
+    form, which is there where this file's source is not.
     """
-    import inspect
-    program = f"{inspect.getsource(watch)}\nraise SystemExit(watch({make_child(options)!r}, 60.0))\n"
+    import marshal
+    parts = {part.__name__: part.__code__ for part in (notify, complain, start_cycle, read_answer, count_wakes, end_cycle, watch)}
+    program = (f"import marshal\nfor name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
+               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"raise SystemExit(watch({make_child(options)!r}, {CYCLE_RETRY}, {HUNG}, {STOP_LIMIT}))\n")
     reader, writer = os.pipe()
-    os.write(writer, program.encode())              # a pipe holds 64 KiB, watch is far smaller
+    os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
     os.dup2(reader, 0)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
@@ -8449,74 +8532,148 @@ def make_child(options):
     """The command line of one cycle: this very file, as a module where it can be, because then its compiled form is kept."""
     path = os.path.abspath(__file__)
     folder, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
     start = [sys.executable, "-I", "-S", path]
-    if name.endswith(".py"):
+    if suffix in (".py", ".pyc") and "." not in stem:
         code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); from importlib import import_module; "
-                f"sys.exit(import_module({name[:-3]!r}).main(sys.argv[1:]))")
+                f"sys.exit(import_module({stem!r}).main(sys.argv[1:]))")
         start = [sys.executable, "-I", "-S", "-c", code, folder]
     return start + options["arguments"] + ["--once"]
 
 
-def watch(child, fallback):
-    """The daemon's parent: runs `child` (an argument list) over and over; self-contained, because only its source is run.
+# The daemon's parent: these functions run in an interpreter that has nothing else of this file, so they import what they need.
+
+def notify(address, text):
+    """Tells systemd something, where it listens."""
+    if not address:
+        return
+    import socket
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
+            peer.connect("\0" + address[1:] if address.startswith("@") else address)
+            peer.send(text.encode())
+    except OSError:
+        pass                                        # nobody listens any more: no reason to end
+
+
+def complain(text):
+    """Writes one line as the log does."""
+    import os
+    import time
+    try:
+        os.write(2, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} error   {text}\n".encode())
+    except OSError:
+        pass                                        # nobody listens any more
+
+
+def start_cycle(child, signals):
+    """(process id, pipe by which it says how long to wait) of a new cycle; raises OSError."""
+    import os
+    import signal
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)                  # whoever else keeps the other end open cannot stop us
+    pid = os.fork()
+    if not pid:
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            os.set_inheritable(writer, True)
+            os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
+        except OSError as error:
+            complain(f"{child[0]} cannot be started ({error.strerror}); is Python still where it was?")
+        finally:
+            os._exit(127)
+    os.close(writer)
+    return pid, reader
+
+
+def read_answer(reader):
+    """What a cycle that has ended said by its pipe; closes it."""
+    import os
+    try:
+        return os.read(reader, 64)
+    except BlockingIOError:
+        return b""
+    finally:
+        os.close(reader)
+
+
+def count_wakes(pid):
+    """How often the kernel has let a process go on after a wait; where that cannot be told, another number each time."""
+    import time
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return int(file.read().partition("voluntary_ctxt_switches:")[2].split()[0])
+    except (OSError, IndexError):
+        return time.monotonic()
+
+
+def end_cycle(pid, limit):
+    """Asks a cycle to end after its current step, and kills it after `limit` seconds; the daemon's exit code."""
+    import os
+    import signal
+    import time
+    end = time.monotonic() + limit
+    os.kill(pid, signal.SIGTERM)
+    while not os.waitpid(pid, os.WNOHANG)[0]:
+        if time.monotonic() > end:
+            complain(f"the cycle did not end within {limit} s, and is killed")
+            os.kill(pid, signal.SIGKILL)
+            return 1
+        signal.sigtimedwait({signal.SIGCHLD}, 0.5)
+    return 0
+
+
+def watch(child, fallback, hung, limit):
+    """Runs `child` (an argument list) over and over; returns the exit code.
 
     A child says by a pipe how long to wait, else `fallback` seconds count.  SIGTERM and SIGINT end it after the current step, SIGHUP
-    starts a cycle at once (each reads the configuration anew).  Speaks systemd's notify protocol.
+    starts a cycle at once (each reads the configuration anew).  systemd's watchdog is fed while cycles can be started and move: one
+    that the kernel has not seen wake for `hung` seconds waits for what will never come, because each of its own waits is shorter, and
+    is killed.  Five in a row that cannot be started end the daemon.
     """
     import os
     import signal
     import time
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    address, beat = os.environ.get("NOTIFY_SOCKET"), int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
-
-    def notify(text):
-        if address:
-            import socket
-            try:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
-                    peer.connect("\0" + address[1:] if address.startswith("@") else address)
-                    peer.send(text.encode())
-            except OSError:
-                pass                                # nobody listens any more: no reason to end
-
-    def start():
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if not pid:
-            try:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
-                os.set_inheritable(writer, True)
-                os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
-            finally:
-                os._exit(70)
-        os.close(writer)
-        return pid, reader
-
-    notify("READY=1")
-    pid, reader, due, proven = 0, 0, 0.0, False
+    address, beat = os.environ.get("NOTIFY_SOCKET", ""), int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
+    notify(address, "READY=1")
+    pid, due, moved, seen, proven, failures = 0, 0.0, 0.0, None, False, 0
     while True:
-        if not pid and time.monotonic() >= due:
-            (pid, reader), due = start(), None
-        wait = beat if pid else min(beat, max(0.0, due - time.monotonic()))
-        number = getattr(signal.sigtimedwait(signals, wait), "si_signo", 0)
-        notify("WATCHDOG=1")
+        now = time.monotonic()
+        if not pid and now >= due:
+            try:
+                (pid, reader), due, moved = start_cycle(child, signals), None, now
+            except OSError as error:
+                complain(f"no cycle can be started ({error.strerror})")
+                failures, due = failures + 1, now + fallback
+        wait = hung / 4 if pid else max(0.0, due - now)
+        number = getattr(signal.sigtimedwait(signals, min(beat, wait)), "si_signo", 0)
+        now = time.monotonic()
         if number in (signal.SIGTERM, signal.SIGINT):
-            notify("STOPPING=1")
-            if pid:
-                os.kill(pid, signal.SIGTERM)
-                os.waitpid(pid, 0)
-            return 0
+            notify(address, "STOPPING=1")
+            return end_cycle(pid, limit) if pid else 0
         if number == signal.SIGHUP:
             due = 0.0
         ended, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
         if ended:
-            answer = os.read(reader, 64), os.close(reader)
+            answer = read_answer(reader)
             if status == 2 << 8 and not proven:     # a configuration that never worked
                 return 2
+            failures = failures + 1 if not answer and status in (1 << 8, 127 << 8) else 0      # Python itself failed, or is not there
             pid, proven = 0, True
-            due = time.monotonic() + float(answer[0] or fallback) if due is None else due
+            due = now + float(answer or fallback) if due is None else due
+        if failures >= 5:
+            complain("five cycles in a row could not be started; this process ends, so that its supervisor learns of it")
+            return 1
+        before, seen = seen, count_wakes(pid) if pid else None
+        moved = moved if pid and seen == before else now
+        if now - moved > hung:
+            complain(f"the cycle has not moved for {hung} s, and is killed")
+            os.kill(pid, signal.SIGKILL)
+        elif not failures:
+            notify(address, "WATCHDOG=1")
 
 
 def command_enroll(config, options):
@@ -8887,8 +9044,9 @@ def print_help():
     print(USAGE)
     for name, (function, known, operand) in COMMANDS.items():
         words = "".join(f"[{option} {value}".rstrip() + "]" for option, value in known.items()) or operand
-        print(f"  {name:13} {words:17} {function.__doc__}")
-    print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml\n" + __doc__[__doc__.index("Exit codes"):__doc__.index("Files.")])
+        print(f"  {name:13} {words:17} {function.__doc__ or ''}".rstrip())
+    print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml")
+    print("".join((__doc__ or "").partition("Exit codes")[1:]).partition("Files.")[0])          # python -OO keeps no docstrings
 
 
 def run_main(arguments):
@@ -8931,7 +9089,8 @@ def main(arguments=None):
         code = run_main(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
-    except MargoError as error:
+    except (MargoError, MemoryError) as error:
+        error = to_fault(error)
         log("error", error.message, code=error.code)
         return error.exit
     except BrokenPipeError:
@@ -8941,6 +9100,11 @@ def main(arguments=None):
         return 130
     except Exception as error:                      # a bug: one line for the operator, the rest for whoever mends it
         import errno
+        if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):        # `idna` needs unicodedata
+            log.form = "text"                       # the other form needs a module itself
+            log("error", f"this Python lacks a part of its standard library ({error}); install it (see README, Small devices)",
+                code=ConfigError.code)
+            return ConfigError.exit
         import traceback
         if getattr(error, "errno", 0) == errno.ENOSPC:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
