@@ -9163,15 +9163,15 @@ def command_plan(config, options):
         for action in actions:
             where = f"on {action.device_id}: " if len(agent.devices) > 1 else ""
             print(f"{action.verb:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
-        print_others(others, 8)
+        for words in make_others_words(others):
+            print(f"other   {words}; it is left alone")
     for fault in seen[agent.device_id].silent.values() if seen else ():
         raise fault
 
 
-def print_others(others, width):
-    """A line for each workload of another owner."""
-    for item in others:
-        print(f"{'other':{width}}{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}; it is left alone")
+def make_others_words(others):
+    """Each workload of another owner, in words."""
+    return [f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}" for item in others]
 
 
 def command_status(config, options):
@@ -9197,7 +9197,8 @@ def command_status(config, options):
             print(f"  {component['state']:8} {component['name']}{reason}")
         if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
             print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
-    print_others(document["others"], 11)
+    for words in make_others_words(document["others"]):
+        print(f"other      {words}; it is left alone")
 
 
 def make_status_report(config, state, memo, now):
@@ -9291,7 +9292,7 @@ def check_engine(agent):
 def check_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
     others = agent.list_others()
-    words = "; ".join(dict.fromkeys(f"{item['name']} of {item['owner'] or 'no owner that is known'}" for item in others))
+    words = "; ".join(make_others_words(others))
     return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
 
