@@ -1000,6 +1000,40 @@ def find_wait(record, clock):
     return delay - passed if 0 <= passed < delay else 0
 
 
+def make_backoff(failures, asked, strategy, jitter):
+    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
+    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
+    """
+    asked = asked or 0
+    if asked and strategy in ("fixed", "none"):
+        return asked
+    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
+
+
+def make_start(uptime, poll, known, jitter):
+    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
+    arrives spread over one interval (P-19).  One that never had a desired state asks at once.
+    """
+    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
+
+
+def make_delay(config, state, fault, clock, jitter):
+    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
+    an attempt is due.
+    """
+    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
+    patience = state["patience"]
+    if isinstance(fault, (Refused, Untrusted)):
+        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
+        return max(interval, patience.get("delay", 0), slower)
+    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
+    if left:
+        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
+    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
+                if record["state"] == "failed" and not record["refused"]]
+    return max(1.0, min([interval] + attempts))
+
+
 def parse_retry_after(text, now):
     """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is unreadable (C-056)."""
     if not text:
@@ -5179,29 +5213,6 @@ def make_action(target, record, containers, clock, settle, mark):
     return act("update", f"drift: {words}") if words else act("keep", "as desired")
 
 
-def make_claim(owner, state):
-    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
-    state.
-    """
-    records = state["deployments"]
-    services = [component["services"] for record in records.values() for component in record["components"]]
-    for record in records.values():
-        services += (record["running"] or {}).get("services", {}).values()
-    ids = {facts.get("id") for items in services for facts in items.values()}
-    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None})
-
-
-def is_ours(claim, deployment_id, owner, container_id=None):
-    """Whether a workload, or a network or volume of one, is this agent's.
-
-    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it
-    is labelled by a stranger: by the container's id, or by the deployment's where the label is of an earlier
-    time, or older than such labels (contract, On the engine).
-    """
-    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
-    return known or container_id in claim.ids or owner == claim.owner != ""
-
-
 def make_mark(environment):
     """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
     return sha256_digest(make_json(environment))[7:23] if environment else ""
@@ -5818,6 +5829,29 @@ Project = define("Project", "services networks volumes document",
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
+
+
+def make_claim(owner, state):
+    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
+    state.
+    """
+    records = state["deployments"]
+    services = [component["services"] for record in records.values() for component in record["components"]]
+    for record in records.values():
+        services += (record["running"] or {}).get("services", {}).values()
+    ids = {facts.get("id") for items in services for facts in items.values()}
+    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None})
+
+
+def is_ours(claim, deployment_id, owner, container_id=None):
+    """Whether a workload, or a network or volume of one, is this agent's.
+
+    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it
+    is labelled by a stranger: by the container's id, or by the deployment's where the label is of an earlier
+    time, or older than such labels (contract, On the engine).
+    """
+    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
+    return known or container_id in claim.ids or owner == claim.owner != ""
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -7514,6 +7548,24 @@ def observe_devices(devices, records):
     return seen
 
 
+def list_others(answering, known=None):
+    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown.
+
+    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not asked again.
+    """
+    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
+    for device_id, drivers in answering.items():
+        for kind, driver in drivers.items():
+            found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
+            if isinstance(found, CommandError):
+                log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
+                continue
+            for item in found:
+                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
+                                   "deploymentId": item.deployment_id}
+    return list(others.values())
+
+
 def observe_all(drivers, record):
     """Every container of ours on one device, as far as a deployment may have some there; raises CommandError where something does not answer."""
     return [container for function in list_looks(drivers, [record]).values() for container in function()]
@@ -8175,6 +8227,50 @@ def make_capabilities(detected, device, device_id, deployment_types):
     return document
 
 
+def report_devices(documents, source, store, state, always):
+    """PUTs what changed of {device id: capabilities document}, a gateway's own first; DELETEs that of a device that has
+    gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and saves state["enrollment"].
+    """
+    for device_id in documents:
+        report_device(device_id, documents, source, store, state, always)
+    devices = state["enrollment"]["devices"]
+    for device_id in sorted(set(devices) - set(documents), reverse=True):
+        try:
+            source.delete_capabilities(device_id)
+            log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
+        except Refused as error:
+            log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
+            if error.status < 400:
+                continue                            # nobody judged that: it is asked for again
+        devices.pop(device_id)
+        store.save_state(state)
+
+
+def report_device(device_id, documents, source, store, state, always, again=True):
+    """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
+    enrolled, own_id = state["enrollment"], next(iter(documents))
+    digest = sha256_digest(make_json(documents[device_id]))
+    devices = enrolled["devices"] if enrolled else {}
+    if devices.get(device_id) == digest and not always:
+        return
+    try:
+        source.put_capabilities(device_id, documents[device_id])
+        log("info", "capabilities reported", device=device_id)
+    except Refused as error:
+        if not enrolled:
+            raise
+        if again and device_id != own_id and error.code in ("gateway-not-found", "HTTP 404"):
+            report_device(own_id, documents, source, store, state, True)
+            report_device(device_id, documents, source, store, state, True, again=False)
+            return
+        log("error", "the WFM refuses the capabilities", device=device_id, reason=error.message)
+        if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
+            return                                  # no verdict on the document: it is sent again (C-082)
+    # What was refused is noted, too: it is not sent again unchanged.
+    state["enrollment"] = {"id": source.client_id, "devices": dict(devices, **{device_id: digest})}
+    store.save_state(state)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
 # 18. Agent
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -8323,25 +8419,6 @@ class Agent:
                 self.owner = (owners or [""])[-1]
         return make_claim(self.owner, self.state)
 
-    def list_others(self, known=None):
-        """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices
-        has shown them.
-
-        known: what an earlier list told, so that clusters are not asked again.
-        """
-        others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-        for device_id, drivers in self.answering.items():
-            for kind, driver in drivers.items():
-                found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
-                if isinstance(found, CommandError):
-                    log("warning", "workloads of other owners cannot be named", device=device_id,
-                        reason=found.message)
-                    continue
-                for item in found:
-                    others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
-                                       "deploymentId": item.deployment_id}
-        return list(others.values())
-
     def check_patience(self, spread=True):
         """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now.
 
@@ -8439,59 +8516,17 @@ class Agent:
         if fault:
             raise fault
 
-    def report_capabilities(self, always=False):
-        """PUTs the capabilities before anything else and where they changed, a gateway's own before its
-        children's; DELETEs those of a device that has gone (C-081, C-082, C-220, C-223).
-        """
-        for device in self.devices:
-            self.report_device(device, always)
-        devices = self.state["enrollment"]["devices"]
-        for device_id in sorted(set(devices) - {device.device_id for device in self.devices}, reverse=True):
-            try:
-                self.source.delete_capabilities(device_id)
-                log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
-            except Refused as error:
-                log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
-                if error.status < 400:
-                    continue                        # nobody judged that: it is asked for again
-            devices.pop(device_id)
-            self.store.save_state(self.state)
-
-    def report_device(self, device, always, again=True):
-        """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first
-        (protocol 2.2).
-        """
-        document = self.make_capabilities(device)
-        digest = sha256_digest(make_json(document))
-        enrolled = self.state["enrollment"]
-        devices = enrolled["devices"] if enrolled else {}
-        if devices.get(device.device_id) == digest and not always:
-            return
-        try:
-            self.source.put_capabilities(device.device_id, document)
-            log("info", "capabilities reported", device=device.device_id)
-        except Refused as error:
-            if not enrolled:
-                raise
-            if again and device is not self.devices[0] and error.code in ("gateway-not-found", "HTTP 404"):
-                self.report_device(self.devices[0], True)
-                self.report_device(device, True, again=False)
-                return
-            log("error", "the WFM refuses the capabilities", device=device.device_id, reason=error.message)
-            if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
-                return                              # no verdict on the document: it is sent again (C-082)
-        # What was refused is noted, too: it is not sent again unchanged.
-        devices = dict(devices, **{device.device_id: digest})
-        self.state["enrollment"] = {"id": self.source.client_id, "devices": devices}
-        self.store.save_state(self.state)
-
     def make_capabilities(self, device):
-        """The capabilities document of a device as it is now; a child is what the configuration says of it.
-        """
+        """The capabilities document of a device as it is now; a child is what the configuration says of it."""
         detected = {"peripherals": [], "interfaces": []}
         if not device.silence:
             detected = detect_properties(self.config.state_dir)
         return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
+
+    def report_capabilities(self, always=False):
+        """PUTs the capabilities of all devices before anything else, and again where they changed; see report_devices."""
+        documents = {device.device_id: self.make_capabilities(device) for device in self.devices}
+        report_devices(documents, self.source, self.store, self.state, always)
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one: first its documents, then the state, all durable
@@ -8744,19 +8779,6 @@ class Agent:
         self.store.save_state(self.state)
         self.flush_outbox(quiet=True)
 
-    def purge(self):
-        """Removes every workload and reports it; True where something could not be removed."""
-        if self.state["enrollment"]:
-            self.connect()
-        accepted = self.state["accepted"] or {"etag": None, "digest": "", "version": 0}
-        self.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
-        self.reconcile()
-        try:
-            self.flush_outbox()                     # also what a purge that was cut off has left to be told
-        except Untrusted as error:
-            log("warning", "the WFM does not take the last reports", reason=error.message)
-        return any(record["state"] != "removed" for record in self.state["deployments"].values())
-
     def flush_outbox(self, quiet=False):
         """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and
         `status` says so.
@@ -8809,10 +8831,10 @@ class Agent:
             log("error", error.message, code=error.code)
             code = max(code, error.exit)
         memo = self.store.load_memo()
-        others = memo.get("others", [])
+        others = memo.get("others")
         if self.answering:
-            others = self.list_others(None if self.changed else memo.get("others"))[:MAX_NAMED]
-        self.store.save_memo(dict(memo, lastPoll=last, others=others))
+            others = list_others(self.answering, None if self.changed else others)[:MAX_NAMED]
+        self.store.save_memo(dict(memo, lastPoll=last, others=others or []))
         delay = make_delay(self.config, state, fault, get_clock(), get_random())
         return Outcome(code, result, last["detail"], delay)
 
@@ -8844,40 +8866,6 @@ def judge_cycle(fault, changed, failed, waiting):
 def make_prefix(device):
     """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
     return device.device_id + " " if device.silence else ""
-
-
-def make_backoff(failures, asked, strategy, jitter):
-    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
-    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
-    """
-    asked = asked or 0
-    if asked and strategy in ("fixed", "none"):
-        return asked
-    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
-
-
-def make_start(uptime, poll, known, jitter):
-    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
-    arrives spread over one interval (P-19).  One that never had a desired state asks at once.
-    """
-    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
-
-
-def make_delay(config, state, fault, clock, jitter):
-    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
-    an attempt is due.
-    """
-    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
-    patience = state["patience"]
-    if isinstance(fault, (Refused, Untrusted)):
-        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
-        return max(interval, patience.get("delay", 0), slower)
-    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
-    if left:
-        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
-    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
-                if record["state"] == "failed" and not record["refused"]]
-    return max(1.0, min([interval] + attempts))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -9295,7 +9283,7 @@ def command_unenroll(config, options):
             print("not enrolled")
             return
         if "--purge" in options:
-            failed = agent.purge()
+            failed = purge(agent)
         if failed:
             raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge again")
         if state["enrollment"]:
@@ -9312,6 +9300,20 @@ def command_unenroll(config, options):
         remove_folder(agent.store.path("git"))      # its credential, too
         agent.store.save_memo({})
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
+
+
+def purge(agent):
+    """Removes every workload and reports it; True where something could not be removed."""
+    if agent.state["enrollment"]:
+        agent.connect()
+    accepted = agent.state["accepted"] or {"etag": None, "digest": "", "version": 0}
+    agent.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
+    agent.reconcile()
+    try:
+        agent.flush_outbox()                        # also what a purge that was cut off has left to be told
+    except Untrusted as error:
+        log("warning", "the WFM does not take the last reports", reason=error.message)
+    return any(record["state"] != "removed" for record in agent.state["deployments"].values())
 
 
 def command_plan(config, options):
@@ -9335,7 +9337,7 @@ def command_plan(config, options):
     actions, seen = [], {}
     if accepted:
         actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
-    others = agent.list_others()
+    others = list_others(agent.answering)
     changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
     actions = [action._replace(verb=PRINTED.get(action.verb, action.verb)) for action in actions
                if action.verb != "clear" or action.deployment_id not in changed]        # else it is part of a move
@@ -9476,7 +9478,7 @@ def check_engine(agent):
 
 def check_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
-    others = agent.list_others()
+    others = list_others(agent.answering)
     words = "; ".join(make_others_words(others))
     return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
