@@ -84,9 +84,7 @@ START_WINDOW = 300                                  # seconds since boot in whic
 RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
 MAX_TIMEOUT = 6 * 3600                              # seconds that one may ask for at most: meanwhile its device hears nobody (P-9)
-PULL_LIMIT = 86400                                  # seconds after which a pull that still moves is given up until the next attempt
-PULL_TIMEOUT = 3600                                 # seconds git may take, or a child's engine for an image: links are slow
-IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
+PULL_TIMEOUT = 3600                                 # seconds git, or an engine for an image, may take: links are slow (P-15)
 LOOKS, LOOK_PATIENCE = 8, 2                         # engines and clusters that are asked at once; seconds in which all should answer
 FREE_SPACE = 32 * MIB                               # at most stays free on a disk that something is fetched to (P-4)
 SHARE = 16                                          # of a small disk it is one part of so many that stays free, and that is kept
@@ -2141,12 +2139,12 @@ def get_temporary(state_dir, environ):
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", patient=False):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after `timeout` seconds or
-    when it prints more than `limit` bytes; `data` is all that it reads.  patient: the time begins anew as long as it reads more,
-    from wherever.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
+    when it prints more than `limit` bytes; `data` is all that it reads.  A non-zero exit code is an answer.  Raises
+    CommandMissing, CommandTimeout, CommandError.
     """
     import subprocess
     try:
@@ -2159,7 +2157,7 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", p
     except OSError as error:
         raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
     try:
-        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, patient)
+        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit)
     except subprocess.TimeoutExpired:
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
@@ -2175,34 +2173,22 @@ def limit_files(size):
     return soft
 
 
-def count_read(group):
-    """Bytes that the programs of a process group have read so far, from files, pipes and sockets."""
-    total = 0
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.getpgid(int(pid)) == group:
-                with open(f"/proc/{pid}/io") as file:
-                    total += int(file.readline().split()[1])
-        except (OSError, IndexError):
-            continue                                # it has ended meanwhile
-    return total
-
-
-def serve_pipes(process, data, timeout, limit, patient):
+def serve_pipes(process, data, timeout, limit):
     """Writes `data` to stdin, reads stdout and stderr until the process has ended; raises subprocess.TimeoutExpired, CommandError.
 
     A helper may leave something behind that keeps the pipes open, so their end is not waited for once the process itself has ended.
     """
     import select
     import subprocess
-    heard, deadline, moved = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}, time.monotonic() + timeout, 0
-    end = time.monotonic() + PULL_LIMIT
-    open_pipes, tick, stdin = set(heard), 0.2, [process.stdin.fileno()] if data else []
-    for pipe in list(heard) + stdin:
+    heard = {pipe.fileno(): bytearray() for pipe in (process.stdout, process.stderr)}
+    stdin = [process.stdin.fileno()] if data else []
+    deadline, open_pipes = time.monotonic() + timeout, set(heard)
+    for pipe in [*heard, *stdin]:
         os.set_blocking(pipe, False)
     while open_pipes or stdin:
         ended = process.poll() is not None          # asked before looking: what it wrote last is then in the pipes
-        ready, writable, _ = select.select(list(open_pipes), stdin, [], 0 if ended else max(0.0, min(tick, deadline - time.monotonic())))
+        pause = 0 if ended else max(0.0, min(0.2, deadline - time.monotonic()))
+        ready, writable, _ = select.select(list(open_pipes), stdin, [], pause)
         if writable:
             try:
                 data = data[os.write(stdin[0], data):]
@@ -2215,17 +2201,14 @@ def serve_pipes(process, data, timeout, limit, patient):
             heard[pipe] += piece
             if not piece:
                 open_pipes.discard(pipe)
-        if sum(len(part) for part in heard.values()) > limit:
+        if sum(map(len, heard.values())) > limit:
             raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
         if ended and not ready:
             break
         if time.monotonic() > deadline:
-            before, moved = moved, count_read(process.pid) if patient else 0
-            if moved - before < max(4, timeout) * KIB or time.monotonic() > end:        # less is what keeps a dead connection alive
-                raise subprocess.TimeoutExpired(process.args, 0)
-            deadline = time.monotonic() + timeout
+            raise subprocess.TimeoutExpired(process.args, 0)
     process.wait(max(0.0, deadline - time.monotonic()))
-    return tuple(bytes(heard[pipe.fileno()]) for pipe in (process.stdout, process.stderr))
+    return tuple(map(bytes, heard.values()))        # stdout was the first
 
 
 def kill_group(process):
@@ -5093,8 +5076,8 @@ CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
 CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-IMAGE_TYPES = f"{OCI_MANIFEST}, {OCI_INDEX}, application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json"
-ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
+ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
+                 "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
 MAX_ENTRIES = 10000                                 # files in one archive
 
 
@@ -5353,31 +5336,6 @@ def check_space(folder, need, what):
     if free < need + margin:
         raise ComponentError("DISK_FULL", f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
                              f" {folder} {margin // KIB} stay so; free some there")
-
-
-def find_layers(image, platform, config):
-    """[(what identifies a layer on the device, bytes as sent)] of an image as its registry tells; [] where it does not.
-
-    platform: such as `linux/arm64`, or "" for this machine's.
-    """
-    match = re.fullmatch(r"([^/]*[.:][^/]*|localhost)/(.+?)(?::([\w.-]+))?(?:@(sha256:[0-9a-f]{64}))?", image)
-    if not match or match.group(1) == "docker.io":
-        return []                                   # without a host of its own it may be anywhere
-    registry, name = Registry(match.group(1), config), match.group(2)
-    system, _, architecture = (platform or f"linux/{ARCHITECTURES.get(os.uname().machine)}").partition("/")
-    architecture = architecture.partition("/")[0]
-
-    def get(path):
-        return parse_json(registry.get(name, path, IMAGE_TYPES, config.policy.max_document).body, image)
-
-    try:
-        value = get(f"manifests/{match.group(4) or match.group(3) or 'latest'}")
-        if "manifests" in value:
-            value = get("manifests/" + next(item["digest"] for item in value["manifests"] if (
-                item["platform"]["os"], item["platform"]["architecture"]) == (system, architecture)))
-        return list(zip(map(str, get(f"blobs/{value['config']['digest']}")["rootfs"]["diff_ids"]), [int(layer["size"]) for layer in value["layers"]]))
-    except (MargoError, ValueError, KeyError, TypeError, StopIteration):
-        return []                                   # the pull itself says what is wrong
 
 
 def parse_package_manifest(data, where, max_artifact, kind="compose"):
@@ -6544,7 +6502,7 @@ class ComposeDriver:
         workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
                             make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id,
                             self.claim().owner)
-        prepared = self.resolve(workload, IMAGE_PATIENCE, bool(known) and known["digest"] == package["digest"])
+        prepared = self.resolve(workload, PULL_TIMEOUT, bool(known) and known["digest"] == package["digest"])
         self.check_names(*prepared)
         return prepared, package
 
@@ -6607,45 +6565,39 @@ class ComposeDriver:
         if service.pull == "never":
             raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
-        environ = self.clear_temporary(self.check_space(service.image, "".join(arguments)[len("--platform="):]))
+        environ = self.clear_temporary(self.check_space(service.image))
         program, options = self.make_access(find_registry(service.image))
         log("info", "an image is pulled", image=service.image)
-        timeout = PULL_TIMEOUT if self.remote else timeout         # from here nobody sees whether it moves over there
-        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ, patient=True)
+        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ)
         if output.code:                             # the system's own words for a full disk stand in every program's
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED", f"{self.engine} pull failed: {output.stderr[-1500:]}")
         if not present:
             self.pulled.append(service.image)
 
-    def check_space(self, image, platform):
-        """Bytes that are fetched for an image, as far as that can be told, else 0.
+    def check_space(self, image):
+        """The folder in which the engine keeps its images, "" where that is elsewhere.
 
-        Raises ComponentError DISK_FULL where they cannot fit where the engine keeps its images (P-4).
+        Raises ComponentError DISK_FULL where that is as good as full already (P-4); whether an image fits, its pull says.
         """
         form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
         root = "" if self.remote else self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
-        layers = find_layers(image, platform, self.config) if os.path.isdir(root) else []
-        if layers:
-            ids = self.run(["images", "--quiet", "--no-trunc"], 60).stdout.decode().split()
-            there = self.run(["image", "inspect", "--format={{json .RootFS.Layers}}"] + sorted(set(ids)), 60).stdout.decode() if ids else ""
-            layers = [(layer, size) for layer, size in layers if layer not in there]
-            check_space(root, sum(size for _, size in layers), f"image {image}")
-        return sum(size for _, size in layers)
+        if not os.path.isdir(root):
+            return ""
+        check_space(root, 0, f"image {image}")
+        return root
 
-    def clear_temporary(self, need):
+    def clear_temporary(self, root):
         """The environment of a pull.  What earlier pulls that were cut off left behind for temporary files goes first.
 
-        Where an image of `need` bytes has no room there, on a small flash say, the engine uses the folder that it has by itself.
+        Where the state directory has less room than the disk of `root`, where images are kept, the engine uses its own folder.
         """
         folder, environ = os.path.join(self.config.state_dir, "tmp"), self.environ
         if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
             return environ
         empty_folder(folder)
-        free, margin = get_space(folder)
-        if free >= need + margin:
+        if not root or get_space(folder)[0] >= get_space(root)[0]:
             return environ
-        log("info", "an image does not fit below state_dir; the engine's own folder takes what it fetches", bytes=need, free=free)
         return {key: value for key, value in environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):

@@ -1496,31 +1496,6 @@ class LooseArchives(ArchiveCase):
         self.assertIn("leads out", self.refuse(make_archive({"compose.yaml": COMPOSE, "l": link}, "")))
 
 
-class Layers(unittest.TestCase):
-    """P-4: what an image takes is asked of its registry only to know whether there is room; no answer of it is a fault."""
-
-    def find(self, platform="", **changes):
-        answers = {"manifests/1": dict({"config": {"digest": "c"}, "layers": [{"size": 5}]}, **changes.get("manifest", {})),
-                   "blobs/c": changes.get("config", {"rootfs": {"diff_ids": ["sha256:a"]}})}
-        config = margo_agent.make_config({"wfm": {"url": "https://wfm.example"}, "identity": {
-            "certificate": "c", "key": "k", "trust_bundle": "b"}}, "/", {})
-        with mock.patch.object(margo_agent.Registry, "get", lambda _, name, path, *more: margo_agent.Response(
-                200, {}, json.dumps(answers[path]).encode())):
-            return margo_agent.find_layers("r.example/a:1", platform, config)
-
-    def test_layers_and_their_sizes(self):
-        self.assertEqual(self.find(), [("sha256:a", 5)])
-
-    def test_an_odd_platform_or_answer_is_no_fault(self):
-        """An application names the platform, a registry what it likes."""
-        for platform in ("linux", "x", "linux/arm/v7", "/"):
-            self.assertEqual(self.find(platform), [("sha256:a", 5)])
-        for config in ({"rootfs": {"diff_ids": [1, None, ["x"]]}}, {"rootfs": {"diff_ids": 5}}, {"rootfs": None}, [], 5):
-            self.assertTrue(all(isinstance(layer, str) for layer, _ in self.find(config=config)))
-        for manifest in ({"layers": [{"size": "x"}]}, {"layers": None}, {"manifests": 5}, {"manifests": [1]}, {"manifests": []}):
-            self.assertEqual(self.find(manifest=manifest), [])
-
-
 class DockerRegistry(support.Service):
     """Debian's docker-registry on loopback with a storage of its own; `url` is where it listens."""
 

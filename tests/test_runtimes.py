@@ -1758,7 +1758,7 @@ class DriverCase(RuntimeCase):
         patch.start()
         self.addCleanup(patch.stop)
 
-    def run_here(self, argv, timeout, env=None, patient=False):
+    def run_here(self, argv, timeout, env=None):
         """The engine of files in this process: a process for each of hundreds of commands would take too long."""
         for argument in argv:
             self.assertNotIn(b"\0", os.fsencode(argument))
