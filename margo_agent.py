@@ -18,8 +18,8 @@ How to read it: from top to bottom.  A section uses only sections above it.
    2 Records                   9 Desired state            16 Apply
    3 Encodings                10 Desired-state sources    17 Capabilities
    4 Configuration            11 Eligibility              18 Agent
-   5 Store                    12 Plan                     19 Command line
-   6 Commands                 13 Packages
+   5 Store                    12 Plan                     19 Older documents
+   6 Commands                 13 Packages                 20 Command line
    7 Transport                14 Runtimes
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
 are mistakes of other agents, which a test of the same mark keeps out.
@@ -3579,18 +3579,34 @@ def is_crl_signed(path, issuer):
 
 NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
 COMPONENT_PATTERN = r"[a-z0-9]([a-z0-9-]{0,198}[a-z0-9])?"           # it becomes the name of a folder
-PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
 REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
                     r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
                     r"(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
 
+# Readers of documents, by the kit of the configuration; text is taken for text only where it is written as such.
+read_dict = checked("a mapping", lambda item: isinstance(item, dict))
+read_items = checked("a list", lambda item: isinstance(item, list))
 
-def check_member(value, key, where, pattern):
-    """value[key] as text that matches the pattern; raises ValueError."""
-    item = value.get(key)
-    if not isinstance(item, str) or not re.fullmatch(pattern, item, re.ASCII):
-        raise ValueError(f"{where}{key}: found {make_printable(str(item), 80)!r}, expected text of the form {pattern}")
-    return item
+
+def optional(read):
+    """A reader that takes nothing (null, or no such member), too."""
+    return lambda value, base: None if value is None else read(value, base)
+
+
+def text_of(pattern):
+    """A reader of text of one form."""
+    return checked(f"text of the form {pattern}",
+                   lambda item: isinstance(item, str) and bool(re.fullmatch(pattern, item, re.ASCII)))
+
+
+def check_member(value, key, where, read):
+    """value[key] as a reader (or text of a pattern) takes it; raises ValueError of what was found and what is expected."""
+    read = text_of(read) if isinstance(read, str) else read
+    try:
+        return read(value.get(key), "")
+    except ValueError as error:
+        found = make_printable(str(value.get(key)), 80)
+        raise ValueError(f"{where}{key}: found {found!r}, expected {error}") from None
 
 
 def parse_manifest(data, base_url):
@@ -3600,13 +3616,15 @@ def parse_manifest(data, base_url):
         if not isinstance(value, dict):
             raise ValueError("the state manifest is not an object")
         version = parse_version(value.get("manifestVersion"))
-        if not isinstance(value.get("deployments"), list) or len(value["deployments"]) > MAX_DEPLOYMENTS:
+        items = check_member(value, "deployments", "", read_items)
+        if len(items) > MAX_DEPLOYMENTS:
             raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
         entries, seen = [], set()
-        for index, item in enumerate(value["deployments"]):
-            entry = parse_manifest_entry(item, f"deployments[{index}].", base_url)
+        for index, item in enumerate(items):
+            where = f"deployments[{index}]."
+            entry = parse_manifest_entry(item, where, base_url)
             if entry.deployment_id.lower() in seen:
-                raise ValueError(f"deployments[{index}].deploymentId: {entry.deployment_id} occurs twice")
+                raise ValueError(f"{where}deploymentId: {entry.deployment_id} occurs twice")
             seen.add(entry.deployment_id.lower())
             entries.append(entry)
         digest, size = parse_manifest_bundle(value, entries, base_url)
@@ -3617,7 +3635,7 @@ def parse_manifest(data, base_url):
 
 def parse_version(value):
     """manifestVersion in full precision; raises ValueError (D-5)."""
-    if isinstance(value, float) and value.is_integer() and value < 2 ** 53:         # beyond it, a float does not tell which number was written
+    if isinstance(value, float) and value.is_integer() and value < 2 ** 53:         # beyond, a float does not tell which number was written
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
         raise ValueError(f"manifestVersion: found {make_printable(repr(value), 40)}, expected a whole number from 1 to 2^64-1")
@@ -3638,15 +3656,12 @@ def parse_manifest_bundle(value, entries, base_url):
     """(digest, size) of the bundle, (None, None) where nothing should run; raises ValueError (C-114)."""
     if "bundle" not in value:
         raise ValueError("bundle: missing (it is null where there are no deployments)")
-    bundle = value["bundle"]
+    bundle = check_member(value, "bundle", "", optional(read_dict))
     if (bundle is None) != (not entries):
         raise ValueError("bundle: is null if and only if there are no deployments")
     if bundle is None:
         return None, None
-    if not isinstance(bundle, dict):
-        raise ValueError("bundle: expected an object or null")
-    if bundle.get("mediaType") != BUNDLE_TYPE:
-        raise ValueError(f"bundle.mediaType: found {make_printable(str(bundle.get('mediaType')), 80)!r}, expected {BUNDLE_TYPE}")
+    check_member(bundle, "mediaType", "bundle.", checked(BUNDLE_TYPE, lambda item: item == BUNDLE_TYPE))
     digest = check_member(bundle, "digest", "bundle.", DIGEST_PATTERN)
     check_artifact_url(bundle, "bundle.", base_url, f"/bundles/{digest}")
     return digest, parse_advice(bundle)
@@ -3655,15 +3670,13 @@ def parse_manifest_bundle(value, entries, base_url):
 def parse_advice(item):
     """sizeBytes where it is usable; it decides what is cheaper to fetch and nothing else (C-110)."""
     size = item.get("sizeBytes")
-    return int(size) if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 <= size < 2 ** 53 else None
+    return int(size) if is_number(size) and 0 <= size < 2 ** 53 else None
 
 
 def check_artifact_url(item, where, base_url, path):
     """The `url` is only held against what id and digest say; nothing is ever fetched from it (C-058, protocol 2.1)."""
-    url = item.get("url")
-    if not isinstance(url, str):
-        raise ValueError(f"{where}url: expected text")
     from urllib.parse import unquote, urljoin
+    url = check_member(item, "url", where, r"(?s).*")
     absolute = urljoin(base_url, url)
     if url_origin(absolute) != url_origin(base_url) or not absolute.startswith("https:"):
         raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
@@ -3678,8 +3691,35 @@ def check_version(manifest, digest, accepted):
     if manifest.version == accepted["version"] and digest == accepted["digest"]:
         return False
     relation = "the same version with other content" if manifest.version == accepted["version"] else "an older version"
-    raise Refused(f"security: state manifest refused: version {manifest.version} is {relation} (accepted: {accepted['version']}); a replay,"
-                  " or a WFM restored from a backup: then unenroll and enroll again")
+    raise Refused(f"security: state manifest refused: version {manifest.version} is {relation} (accepted: {accepted['version']});"
+                  " a replay, or a WFM restored from a backup: then unenroll and enroll again")
+
+
+# How documents of one generation differ; other generations add what reads them to DIALECTS.  Such a function takes the document
+# (a mapping) and returns None, or (the document in rc.3's form, its Dialect); it may raise ValueError.
+Dialect = define("Dialect", "parse_package prefix addressed",
+    "What reads the package of a component (see parse_package), what stands before the pointers of a compose component's parameters,"
+    " and whether metadata.deviceId has to be there.")
+DIALECTS = []
+
+
+def parse_document(value):
+    """(an ApplicationDeployment in rc.3's form, its Dialect) of a YAML value; raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("the document is not a mapping")
+    for convert in DIALECTS:
+        found = convert(value)
+        if found:
+            return found
+    if "kind" in value or "apiVersion" in value:
+        raise ValueError("apiVersion and kind are of an older generation, which this agent was made without")
+    return value, Dialect(parse_package, "", True)
+
+
+def parse_package(properties, where, kind, schemes="oci"):
+    """(repository, revision, location of a key or None) of a component of type `kind`; raises ValueError (C-153)."""
+    repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
+    return repository, check_member(properties, "revision", where, REVISION_PATTERN), None
 
 
 def parse_deployment(data, deployment_id):
@@ -3688,125 +3728,74 @@ def parse_deployment(data, deployment_id):
     Unknown members and extensions are ignored wherever they stand (C-116); what is used is checked.
     """
     try:
-        value = normalise_document(load_yaml(data))
+        value, dialect = parse_document(load_yaml(data))
         own_id = check_member(value, "id", "", UUID_PATTERN)
         if own_id.lower() != deployment_id.lower():
             raise ValueError(f"id: found {own_id}, but the manifest names it {deployment_id}")      # C-115
-        metadata, spec = (check_mapping(value, key, "") for key in ("metadata", "spec"))
+        metadata = check_member(value, "metadata", "", read_dict)
+        spec = check_member(value, "spec", "", read_dict)
         check_member(spec, "applicationId", "spec.", r"[-a-z0-9]{1,200}")
-        profile = check_mapping(spec, "deploymentProfile", "spec.")
-        constraints = profile.get("deviceConstraints")
-        check_constraints(constraints)
-        kind, where = profile.get("type"), "spec.deploymentProfile."
-        components = profile.get("components")
+        profile, where = check_member(spec, "deploymentProfile", "spec.", read_dict), "spec.deploymentProfile."
+        constraints = check_member(profile, "deviceConstraints", where, optional(read_dict))
+        check_constraints(constraints or {}, f"{where}deviceConstraints.")
+        kind = profile.get("type")
         if kind not in ("compose", "helm"):
-            raise ComponentError("UNSUPPORTED_TYPE", f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs")
-        if not isinstance(components, list) or not components:
-            raise ValueError(f"{where}components: expected a list of at least one component")
-        schemes = "(oci|https)" if kind == "helm" and "kind" in value else "oci"        # charts of older generations (C-153)
-        components = [parse_component(item, f"{where}components[{index}].", schemes) for index, item in enumerate(components)]
-        known = {component.name for component in components}
-        if len(known) != len(components):
+            raise ComponentError("UNSUPPORTED_TYPE",
+                                 f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs")
+        items = check_member(profile, "components", where, checked("a list of at least one component",
+                                                                   lambda item: isinstance(item, list) and bool(item)))
+        components = [parse_component(item, f"{where}components[{index}].", kind, dialect) for index, item in enumerate(items)]
+        names = {component.name for component in components}
+        if len(names) != len(components):
             raise ValueError(f"{where}components: a name occurs twice")
-        parameters = parse_parameters(spec.get("parameters"), "ENV." if "kind" in value and kind == "compose" else "")
-        check_targets(parameters, known)
+        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "")
+        check_targets(parameters, names)
+        device_id = ""
+        if dialect.addressed or "deviceId" in metadata:
+            device_id = check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?")
         return Deployment(
             deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
-            check_member(metadata, "namespace", "metadata.", NAME_PATTERN),
-            "" if "kind" in value and "deviceId" not in metadata else      # older generations: the device that was given it
-            check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?"),
-            kind, components, parameters, constraints,
+            check_member(metadata, "namespace", "metadata.", NAME_PATTERN), device_id, kind, components, parameters, constraints,
             {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
 
 
-def normalise_document(value):
-    """An ApplicationDeployment of any generation (protocol 0 and 3.3) in rc.3's form, in which it is returned as it is; raises ValueError.
-
-    The older ones are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a namespace is `default`;
-    without `metadata.deviceId` it is for the device that was given it.
-    """
-    if not isinstance(value, dict):
-        raise ValueError("the document is not a mapping")
-    if "apiVersion" not in value and "kind" not in value:
-        return value
-    if value.get("kind") != "ApplicationDeployment":
-        raise ValueError(f"kind: found {make_printable(str(value.get('kind')), 80)!r}, expected ApplicationDeployment")
-    metadata, spec = (check_mapping(value, key, "") for key in ("metadata", "spec"))
-    profile, notes = check_mapping(spec, "deploymentProfile", "spec."), metadata.get("annotations")
-    notes = notes if isinstance(notes, dict) else {}
-    own_id, application = (next((holder[key] for holder in holders if key in holder), None)
-                           for key, holders in (("id", (value, notes, metadata)), ("applicationId", (spec, notes, metadata))))
-    kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
-    metadata = dict(metadata, name=metadata.get("name", application), namespace=metadata.get("namespace", "default"))
-    return dict(value, id=own_id, metadata=metadata, spec=dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind)))
-
-
 def make_outline(data, deployment_id):
     """Of a document that is refused, what its status needs: a Deployment that holds the names only; None where there are none."""
     try:
-        value = normalise_document(load_yaml(data))
-        names = [value["metadata"]["name"]] + [item["name"] for item in value["spec"]["deploymentProfile"]["components"]]
-        name, *components = [make_printable(check_member({"name": name}, "name", "", ".+")) for name in names]
-    except (ValueError, KeyError, TypeError):
+        value = parse_document(load_yaml(data))[0]
+        holders = [value["metadata"], *value["spec"]["deploymentProfile"]["components"]]
+        name, *components = [make_printable(check_member(holder, "name", "", ".+")) for holder in holders]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return Deployment(deployment_id, name, "", "", "", [Component(item, "", "", True, 0) for item in components], [], None)
 
 
-def check_mapping(value, key, where):
-    """value[key] as a mapping; raises ValueError."""
-    item = value.get(key)
-    if not isinstance(item, dict):
-        raise ValueError(f"{where}{key}: expected a mapping")
-    return item
-
-
-def check_constraints(constraints):
+def check_constraints(constraints, where):
     """Raises ValueError for deviceConstraints that cannot be read (protocol 3.2)."""
-    if constraints is None:
-        return
-    where = "spec.deploymentProfile.deviceConstraints"
-    if not isinstance(constraints, dict):
-        raise ValueError(f"{where}: expected a mapping")
-    capacity, rules = constraints.get("capacityRequirements"), constraints.get("eligibilityRules")
-    if not isinstance(capacity, (dict, type(None))):
-        raise ValueError(f"{where}.capacityRequirements: expected a mapping")
-    capacity = capacity or {}
+    capacity = check_member(constraints, "capacityRequirements", where, optional(read_dict)) or {}
+    check_member(constraints, "eligibilityRules", where, optional(read_items))
+    where += "capacityRequirements."
     for key, units in (("memory", "Mi|Gi|Ki"), ("storage", "Mi|Gi|Ki|Ti|Pi|Ei")):
-        if capacity.get(key) is not None:
-            check_member(capacity, key, f"{where}.capacityRequirements.", f"[0-9]{{1,40}}({units})")
-    cpu = capacity.get("cpu")
-    if cpu is not None:
-        cores, kinds = (cpu.get("cores"), cpu.get("architectures")) if isinstance(cpu, dict) else (None, None)
-        if isinstance(cores, bool) or not isinstance(cores, (int, float)) or not cores >= 0:        # NaN is not, either
-            raise ValueError(f"{where}.capacityRequirements.cpu.cores: expected a number")
-        if not isinstance(kinds, (list, type(None))):
-            raise ValueError(f"{where}.capacityRequirements.cpu.architectures: expected a list")
-    if not isinstance(rules, (list, type(None))):
-        raise ValueError(f"{where}.eligibilityRules: expected a list")
+        check_member(capacity, key, where, optional(text_of(f"[0-9]{{1,40}}({units})")))
+    if capacity.get("cpu") is not None:
+        cpu = capacity["cpu"] if isinstance(capacity["cpu"], dict) else {}
+        check_member(cpu, "cores", f"{where}cpu.", checked("a number", lambda item: get_kind(item) == "number" and item >= 0))
+        check_member(cpu, "architectures", f"{where}cpu.", optional(read_items))
 
 
-def parse_component(item, where, schemes):
-    """One element of `components`; schemes: pattern of what its repository may begin with.  Raises ValueError."""
+def parse_component(item, where, kind, dialect):
+    """One element of `components` of a deployment of type `kind`; raises ValueError."""
     if not isinstance(item, dict):
         raise ValueError(f"{where[:-1]}: expected a mapping")
     name = check_member(item, "name", where, COMPONENT_PATTERN)
-    properties = check_mapping(item, "properties", where)
+    properties = check_member(item, "properties", where, read_dict)
     where += "properties."
-    key_location, revision = None, ""
-    if "packageLocation" in properties and "repository" not in properties:      # protocol 6.5
-        repository = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN)
-        if properties.get("keyLocation"):
-            key_location = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
-    else:
-        repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
-        revision = check_member(properties, "revision", where, REVISION_PATTERN)
+    repository, revision, key_location = dialect.parse_package(properties, where, kind)
     wait = properties.get("wait", True)
-    if isinstance(wait, str) and wait.lower() in ("true", "false"):
-        wait = wait.lower() == "true"
-    if not isinstance(wait, bool):
-        raise ValueError(f"{where}wait: found {make_printable(str(wait), 40)!r}, expected true or false")
+    wait = wait.lower() if isinstance(wait, str) else wait
+    wait = check_member({"wait": wait}, "wait", where, read_flag)
     timeout = COMPONENT_TIMEOUT
     if properties.get("timeout") is not None:
         minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
@@ -3815,7 +3804,7 @@ def parse_component(item, where, schemes):
 
 
 def find_extensions(value):
-    """The specification extensions of a mapping, for hooks alone; what JSON has no words for is left out: no extension ever fails (C-116)."""
+    """The specification extensions of a mapping, for hooks alone; what JSON has no words for is left out: none ever fails (C-116)."""
     found = {}
     for key, item in value.items():
         if isinstance(key, str) and re.fullmatch(EXTENSION_PATTERN, key) and isinstance(item, dict):
@@ -3827,137 +3816,35 @@ def find_extensions(value):
     return found
 
 
-def parse_parameters(value, prefix=""):
+def parse_parameters(spec, prefix=""):
     """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers; raises ValueError."""
-    if value is None:
-        return []
-    if not isinstance(value, dict):
-        raise ValueError("spec.parameters: expected a mapping")
     parameters = []
-    for name, item in value.items():
+    for name, item in (check_member(spec, "parameters", "spec.", optional(read_dict)) or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
-        targets = item.get("targets") if isinstance(item, dict) else None
-        if not isinstance(targets, list):
-            raise ValueError(f"{where}.targets: expected a list")
-        found = item.get("value")
-        if any(isinstance(part, (dict, list)) for part in (found if isinstance(found, list) else [found])):
+        item = item if isinstance(item, dict) else {}
+        targets, value = check_member(item, "targets", f"{where}.", read_items), item.get("value")
+        if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
-        if found is None and "valueFrom" in item:
-            raise ComponentError("PARAMETER_INVALID", f"{where}: valueFrom is a draft that this agent does not follow, and there is no value to fall back on")
+        if value is None and "valueFrom" in item:
+            raise ComponentError("PARAMETER_INVALID", f"{where}: valueFrom is a draft that this agent does not follow, and there is"
+                                 " no value to fall back on")
+        reached = []
         for target in targets:
-            names = target.get("components") if isinstance(target, dict) else None
-            if not isinstance(names, list) or not isinstance(target.get("pointer"), str):
-                raise ValueError(f"{where}.targets: each has a pointer and a list of components")
-        parameters.append(Parameter(str(name), found, [
-            (target["pointer"][len(prefix) if target["pointer"].startswith(prefix) else 0:], target["components"]) for target in targets]))
+            target = target if isinstance(target, dict) else {}
+            pointer = check_member(target, "pointer", f"{where}.targets: ", r"(?s).*")
+            pointer = pointer[len(prefix):] if pointer.startswith(prefix) else pointer
+            reached.append((pointer, check_member(target, "components", f"{where}.targets: ", read_items)))
+        parameters.append(Parameter(str(name), value, reached))
     return parameters
 
 
-def check_targets(parameters, known):
-    """Raises ValueError for a parameter that reaches none of the components there are; further targets may be those of another profile."""
+def check_targets(parameters, names):
+    """Raises ValueError for a parameter that reaches no component there is; further targets may be those of another profile."""
     for parameter in parameters:
-        named = [name for _, names in parameter.targets for name in names]
-        if named and not known.intersection(map(str, named)):
-            raise ValueError(f"spec.parameters.{make_printable(parameter.name, 80)}.targets: {make_printable(str(named[0]), 80)!r} is not among"
-                             f" the components {', '.join(sorted(known))}")
-
-
-def find_parameters(deployment, component):
-    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
-    return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
-            for pointer, names in parameter.targets if component in names]
-
-
-# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
-TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
-
-
-def make_variables(deployment, component):
-    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID (protocol 7, C-180, C-182).
-
-    A later parameter for the same name wins; a list becomes JSON text.
-    """
-    variables = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
-                                 f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
-        value = parameter.value
-        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
-        if "\0" in variables[pointer]:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
-    folded = sorted(variables, key=str.lower)
-    for first, second in zip(folded, folded[1:]):
-        if first.lower() == second.lower():
-            raise ComponentError("PARAMETER_INVALID", f"the parameters {first} and {second} differ only in case")
-    return variables
-
-
-def make_values(deployment, component):
-    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
-
-    A later parameter for the same place wins.
-    """
-    values = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
-            set_value(values, parse_value_path(pointer), parameter.value)
-        except ValueError as error:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
-                                 f"{make_printable(pointer, 120)!r}: {error}") from None
-    return values
-
-
-def parse_value_path(pointer):
-    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
-        position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
-    return path
-
-
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        wanted = None if following is None else list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        place[step] = value if wanted is None else wanted() if held is None else held
-        place = place[step]
-
-
-def make_project_name(component, deployment_id):
-    """`<component>-<deploymentId>` as engines take names, at most 63 characters; what is changed or cut ends with a hash of the whole, so
-    that no two can meet (D-19, D-20).
-    """
-    whole = f"{component}-{deployment_id}"
-    name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
-    return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
-
-
-def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
-
-    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
-    """
-    whole = f"{component}-{deployment_id}".lower()
-    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
+        named = [str(name) for _, components in parameter.targets for name in components]
+        if named and not names.intersection(named):
+            raise ValueError(f"spec.parameters.{make_printable(parameter.name, 80)}.targets: {make_printable(named[0], 80)!r} is not"
+                             f" among the components {', '.join(sorted(names))}")
 
 
 def parse_bundle(data, entries, max_unpacked):
@@ -4692,7 +4579,7 @@ def parse_files(files):
             if not is_deployment(value):
                 ignored.append(name)
                 continue
-            deployment_id = check_member(normalise_document(value), "id", "", UUID_PATTERN)
+            deployment_id = check_member(parse_document(value)[0], "id", "", UUID_PATTERN)
         except ValueError as error:                 # a YAMLError is one
             raise Refused(f"{name}: {error}") from None
         if deployment_id.lower() in seen:
@@ -5218,13 +5105,17 @@ def obtain_package(component, known, config, store, kind):
     data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
     if data is not None:
         return data, known
-    if component.repository.startswith("oci:"):
-        digest, data = fetch_package(parse_reference(component.repository, component.revision), config, store, kind)
-    elif kind == "helm":
-        digest, data = fetch_chart(component.repository, component.revision, config, store)
-    else:
-        digest, data = fetch_located(component.repository, component.key_location, config, store)
+    fetch = FETCHERS[component.repository.partition(":")[0]]
+    digest, data = fetch(component, config, store, kind)
     return data, {"reference": reference, "digest": digest}
+
+
+def fetch_component(component, config, store, kind):
+    """The package of a component from a registry; see fetch_package."""
+    return fetch_package(parse_reference(component.repository, component.revision), config, store, kind)
+
+
+FETCHERS = {"oci": fetch_component}                 # by the scheme of a repository; other generations add theirs
 
 
 def fetch_package(reference, config, store, kind="compose"):
@@ -5257,77 +5148,6 @@ def fetch_from_registry(reference, registry, config, store, kind):
             raise ComponentError("DIGEST_MISMATCH", f"{where}: the layer should be {digest} of {size} bytes, it is {sha256_digest(data)} of {len(data)}")
         store.save_artifact(digest, data)
     return digest, data
-
-
-def fetch_chart(repository, revision, config, store):
-    """A chart of an older generation from `https://repository/NAME` by that repository's index: (digest, bytes), kept by its digest."""
-    from urllib.parse import urljoin
-    if config.wfm.profile == "mtls":
-        raise ComponentError("INVALID_DEPLOYMENT", f"{make_printable(repository)}: this generation takes charts from OCI registries only")
-    base, _, name = repository.rpartition("/")
-    try:
-        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
-        entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
-        url, wanted = urljoin(base + "/", entry["urls"][0]), entry.get("digest")
-    except YAMLError as error:
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
-    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
-    data = fetch_file(url, config)
-    digest = sha256_digest(data)
-    if wanted and str(wanted) not in (digest, digest[7:]):
-        raise ComponentError("DIGEST_MISMATCH", f"{url}: the index names {make_printable(str(wanted), 80)}, the chart has {digest}")
-    store.save_artifact(digest, data)
-    return digest, data
-
-
-def fetch_located(url, key_url, config, store):
-    """The package of an older generation from its https URL: (digest, bytes), kept by its digest (protocol 6.5); raises ComponentError.
-
-    Nothing vouches for its content but TLS and, where the document names a key, a detached signature beside it (URL.asc or URL.sig).
-    """
-    if config.wfm.profile == "mtls":
-        raise ComponentError("INVALID_DEPLOYMENT", f"packageLocation {make_printable(url)}: this generation takes packages from OCI registries only")
-    data = fetch_file(url, config)
-    if key_url:
-        check_package_signature(data, url, fetch_file(key_url, config), config)
-    digest = sha256_digest(data)
-    store.save_artifact(digest, data)
-    return digest, data
-
-
-def fetch_file(url, config, missing=False):
-    """The bytes at an https URL, by the trust, credentials and redirect rules of its host's entry in `registries`; None where there is nothing, if `missing`."""
-    host = url.split("/")[2]
-    registry = Registry(host, config)
-    registry.authorization = load_credentials(host, registry.settings)
-    response = registry.fetch(url, "*/*", config.policy.max_artifact)
-    if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
-        return None
-    return registry.check(response, url, config.policy.max_artifact).body
-
-
-def check_package_signature(data, url, key, config):
-    """Raises ComponentError unless gpg finds that the key signed the package; where no signature can be had, that is a warning."""
-    import tempfile
-    signature = next((found for found in (fetch_file(url + end, config, True) for end in (".asc", ".sig")) if found), None)
-    if signature is None:
-        log("warning", "the document names a key, but there is no signature of the package beside it (.asc or .sig)", package=url)
-        return
-    folder = os.path.join(config.state_dir, "tmp")
-    with tempfile.TemporaryDirectory(prefix="margo-gpg-", dir=folder if os.path.isdir(folder) else None) as home:
-        paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
-        for path, content in zip(paths, (key, signature, data)):
-            write_file(path, content)
-        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
-        try:
-            outputs = [run_command(gpg + ["--import", paths[0]], 60), run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)]
-        except CommandError as error:
-            raise ComponentError("PULL_FAILED", f"{url} is signed, and that cannot be checked: {error.message}") from None
-    if outputs[-1].code:
-        raise ComponentError("DIGEST_MISMATCH", f"{url}: the key at keyLocation did not sign this package: {outputs[-1].stderr[-300:]}")
 
 
 def check_space(folder, need, what):
@@ -5529,6 +5349,46 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 # ------------------------------------------------------------------------------------------------------------------------------
 # 14. Runtimes
 # ------------------------------------------------------------------------------------------------------------------------------
+
+def find_parameters(deployment, component):
+    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
+    return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
+            for pointer, names in parameter.targets if component in names]
+
+
+# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
+TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
+
+
+def make_variables(deployment, component):
+    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID (protocol 7, C-180, C-182).
+
+    A later parameter for the same name wins; a list becomes JSON text.
+    """
+    variables = {}
+    for parameter, pointer in find_parameters(deployment, component):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
+                                 f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
+        value = parameter.value
+        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
+        if "\0" in variables[pointer]:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
+    folded = sorted(variables, key=str.lower)
+    for first, second in zip(folded, folded[1:]):
+        if first.lower() == second.lower():
+            raise ComponentError("PARAMETER_INVALID", f"the parameters {first} and {second} differ only in case")
+    return variables
+
+
+def make_project_name(component, deployment_id):
+    """`<component>-<deploymentId>` as engines take names, at most 63 characters; what is changed or cut ends with a hash of the whole, so
+    that no two can meet (D-19, D-20).
+    """
+    whole = f"{component}-{deployment_id}"
+    name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
+    return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
+
 
 Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id owner",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment, the"
@@ -6985,6 +6845,64 @@ def make_helm_driver(config, environ, child=None, claim=claim_nothing):
     return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
 
 
+def make_values(deployment, component):
+    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
+
+    A later parameter for the same place wins.
+    """
+    values = {}
+    for parameter, pointer in find_parameters(deployment, component):
+        try:
+            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
+            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
+                raise ValueError("JSON has no such number")
+            set_value(values, parse_value_path(pointer), parameter.value)
+        except ValueError as error:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
+                                 f"{make_printable(pointer, 120)!r}: {error}") from None
+    return values
+
+
+def parse_value_path(pointer):
+    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
+    path, position = [], 0
+    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
+    while position < len(pointer) or not path or pointer.endswith("."):
+        match = token.match(pointer, position)
+        if not match:
+            raise ValueError("expected names parted by dots, each with [index] where it is a list")
+        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
+        position = match.end()
+        if len(path) > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        if not match.group(3):
+            break
+    return path
+
+
+def set_value(values, path, value):
+    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
+    place = values
+    for step, following in zip(path, path[1:] + [None]):
+        if isinstance(step, int):
+            place.extend([None] * (step + 1 - len(place)))
+        held = place[step] if isinstance(step, int) else place.get(step)
+        wanted = None if following is None else list if isinstance(following, int) else dict
+        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
+            raise ValueError("another parameter puts something of another kind there")
+        place[step] = value if wanted is None else wanted() if held is None else held
+        place = place[step]
+
+
+def make_release_name(component, deployment_id):
+    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
+
+    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
+    """
+    whole = f"{component}-{deployment_id}".lower()
+    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
+
+
 class HelmDriver:
     """Runs Helm components by the helm command, version 3 or 4.
 
@@ -8346,7 +8264,126 @@ def make_delay(config, state, fault, now, jitter):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 19. Command line
+# 19. Older documents (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
+
+
+def convert_older(value):
+    """An ApplicationDeployment of an older generation (protocol 0 and 3.3) in rc.3's form, see DIALECTS; raises ValueError.
+
+    They are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a namespace is `default`; without
+    `metadata.deviceId` it is for the device that was given it.
+    """
+    if "apiVersion" not in value and "kind" not in value:
+        return None
+    check_member(value, "kind", "", checked("ApplicationDeployment", lambda item: item == "ApplicationDeployment"))
+    metadata = check_member(value, "metadata", "", read_dict)
+    spec = check_member(value, "spec", "", read_dict)
+    profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
+    notes = metadata.get("annotations")
+    notes = notes if isinstance(notes, dict) else {}
+    own_id = next((holder["id"] for holder in (value, notes, metadata) if "id" in holder), None)
+    key = "applicationId"
+    application = next((holder[key] for holder in (spec, notes, metadata) if key in holder), None)
+    kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
+    metadata = {"name": application, "namespace": "default", **metadata}
+    spec = dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind))
+    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, "ENV.", False)
+
+
+def parse_older_package(properties, where, kind):
+    """parse_package of older generations, which name a package by its URL, too, and a chart by that of its repository (6.5)."""
+    if "packageLocation" not in properties or "repository" in properties:
+        return parse_package(properties, where, kind, "(oci|https)" if kind == "helm" else "oci")
+    url, key = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN), None
+    if properties.get("keyLocation"):
+        key = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
+    return url, "", key
+
+
+def fetch_older(component, config, store, kind):
+    """The package of a component of an older generation: (digest, bytes), kept by its digest; raises ComponentError.
+
+    Nothing vouches for its content but TLS, an index's digest and, where the document names a key, a signature.
+    """
+    url = component.repository
+    if config.wfm.profile == "mtls":
+        raise ComponentError("INVALID_DEPLOYMENT",
+                             f"{make_printable(url)}: this generation takes packages from OCI registries only")
+    if kind == "helm":
+        data = fetch_chart(url, component.revision, config)
+    else:
+        data = fetch_file(url, config)
+        if component.key_location:
+            check_package_signature(data, url, fetch_file(component.key_location, config), config)
+    digest = sha256_digest(data)
+    store.save_artifact(digest, data)
+    return digest, data
+
+
+def fetch_chart(repository, revision, config):
+    """The bytes of a chart from `https://repository/NAME` by that repository's index."""
+    from urllib.parse import urljoin
+    base, _, name = repository.rpartition("/")
+    try:
+        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
+        entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
+        url, wanted = urljoin(base + "/", entry["urls"][0]), entry.get("digest")
+    except YAMLError as error:
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
+    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
+    data = fetch_file(url, config)
+    digest = sha256_digest(data)
+    if wanted and str(wanted) not in (digest, digest[7:]):
+        words = f"the index names {make_printable(str(wanted), 80)}, the chart has {digest}"
+        raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
+    return data
+
+
+def fetch_file(url, config, missing=False):
+    """The bytes at an https URL, by what `registries` says of its host; None where there is nothing, if `missing`."""
+    host = url.split("/")[2]
+    registry = Registry(host, config)
+    registry.authorization = load_credentials(host, registry.settings)
+    response = registry.fetch(url, "*/*", config.policy.max_artifact)
+    if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
+        return None
+    return registry.check(response, url, config.policy.max_artifact).body
+
+
+def check_package_signature(data, url, key, config):
+    """Raises ComponentError unless gpg finds that the key signed the package; no signature to be had is a warning."""
+    import tempfile
+    signature = fetch_file(f"{url}.asc", config, True) or fetch_file(f"{url}.sig", config, True)
+    if not signature:
+        log("warning", "the document names a key, but there is no signature of the package beside it (.asc or .sig)", package=url)
+        return
+    with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+        paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
+        for path, content in zip(paths, (key, signature, data)):
+            write_file(path, content)
+        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
+        try:
+            run_command(gpg + ["--import", paths[0]], 60)
+            output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
+        except CommandError as error:
+            raise ComponentError("PULL_FAILED", f"{url} is signed, and that cannot be checked: {error.message}") from None
+    if output.code:
+        words = f"the key at keyLocation did not sign this package: {output.stderr[-300:]}"
+        raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
+
+
+DIALECTS.append(convert_older)
+FETCHERS["https"] = fetch_older
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 20. Command line
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):

@@ -76,7 +76,8 @@ def definitions():
     found = {}
     for node in TREE.body:
         names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [
-            target.id for item in getattr(node, "targets", []) for target in ast.walk(item) if isinstance(target, ast.Name)]
+            target.id for item in getattr(node, "targets", []) for target in ast.walk(item)
+            if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)]
         found.update((name, node.lineno) for name in names)
     return found
 

@@ -1394,7 +1394,8 @@ class Located(RegistryCase):
         output = io.StringIO()
         try:
             with contextlib.redirect_stderr(output):
-                return margo_agent.fetch_located(self.site.url + path, key and self.site.url + key, config, self.store)
+                component = margo_agent.Component("web", self.site.url + path, "", True, 0, {}, key and self.site.url + key)
+                return margo_agent.fetch_older(component, config, self.store, "compose")
         finally:
             self.log = output.getvalue()
 
