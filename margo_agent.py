@@ -333,6 +333,7 @@ class YAMLReader:
     KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
+    HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
 
     def __init__(self, text):
@@ -624,16 +625,11 @@ class YAMLReader:
 
     def read_block_scalar(self, parent):
         """A literal or folded scalar; the position is at its indicator."""
-        header = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n").match(
-            self.text, self.position
-        )
+        header = self.HEADER.match(self.text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        style, chomp, digit = (
-            header.group(1),
-            header.group(2) or header.group(5),
-            header.group(3) or header.group(4),
-        )
+        style, chomp = header.group(1), header.group(2) or header.group(5)
+        digit = header.group(3) or header.group(4)
         indent = max(parent, 0) + int(digit) if digit else None
         self.position, lines, blank = header.end(), [], 0
         while self.position < len(self.text):
@@ -747,11 +743,7 @@ class YAMLReader:
             anchor, tag = self.read_properties(anchor, tag)
             if flow and not key:
                 self.skip_flow(parent)
-                if (
-                    self.text[self.position] in ",]}"
-                    or self.text[self.position] == ":"
-                    and self.text[self.position + 1] in " \t\n,[]{}"
-                ):
+                if self.text[self.position] in ",]}" or self.at_colon():
                     return self.finish(self.make_scalar("", tag, True), anchor)
         character, first = self.text[self.position], self.nodes
         if character == "*":
@@ -828,8 +820,7 @@ class YAMLReader:
             end = self.position
             self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
-            paired = text[self.position] == ":" and (text[self.position + 1] in " \t\n,[]{}"
-                                                     or self.closed == end)
+            paired = self.at_colon() or self.closed == end and text[self.position] == ":"
             if paired:
                 long = "\n" in text[start:self.position] or self.position - start > 1024
                 if long and closing == "]" and not explicit:
@@ -852,11 +843,14 @@ class YAMLReader:
 
     def read_flow_node(self, parent, flow):
         """A node in a flow collection, None where there is nothing before its end."""
-        character = self.text[self.position]
-        if character in ",]}" or character == ":" and self.text[self.position + 1] in " \t\n,[]{}":
+        if self.text[self.position] in ",]}" or self.at_colon():
             self.count()
             return None
         return self.read_flow(parent, flow)
+
+    def at_colon(self):
+        """Whether a colon stands here that ends a key in a flow collection."""
+        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
 
     def read_plain(self, parent, flow, key):
         """A plain scalar's text, folded over its lines."""
@@ -1078,10 +1072,7 @@ def grow(first, times, cap):
 
 
 def find_left(record, now):
-    """Seconds that a record of an attempt, {at, delay}, still asks to be waited.
-
-    None before its time, where a clock was set back.
-    """
+    """Seconds still to wait after an attempt {at, delay}; 0 if the clock now stands before `at`."""
     passed, delay = now - record.get("at", 0), record.get("delay", 0)
     return delay - passed if 0 <= passed < delay else 0
 
@@ -2805,7 +2796,7 @@ def load_secret(key, path, fault):
     return data.rstrip(b"\r\n")
 
 
-def find_looseness(key, path):
+def ask_looseness(key, path):
     """What to say of a secret's file that others can read, "" where they cannot."""
     mode = os.stat(path).st_mode & 0o777 if os.path.isfile(path) else 0
     return f"{key} {path} has mode {mode:04o}; chmod 0600 it" if mode & 0o077 else ""
@@ -3480,7 +3471,7 @@ def load_enrollment_header(config):
     user, _, secret = (load_token(config) or b"").partition(b":")
     if not secret or b"\n" in user + secret:
         raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
-    loose = find_looseness("identity.est.token_file", path)
+    loose = ask_looseness("identity.est.token_file", path)
     if loose:
         log("warning", "others can read the enrollment token", reason=loose)
     return make_authorization(secret, user)
@@ -4665,7 +4656,7 @@ def check_signed(config, state, now):
 
 def judge_own(leaf, words, config, now):
     """(ok or warn, words) of an own certificate that can be used."""
-    loose = find_looseness("identity.key", config.identity.key)
+    loose = ask_looseness("identity.key", config.identity.key)
     if loose:
         return "warn", loose
     words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
@@ -5110,7 +5101,7 @@ def check_git(config, state, now):
         path = config.git[key]
         if path and not os.path.isfile(path):
             raise Untrusted(f"git.{key} {path}: is not there")
-        loose = find_looseness(f"git.{key}", path or "")
+        loose = ask_looseness(f"git.{key}", path or "")
         if loose:
             return "warn", loose
     return "ok", version
@@ -5847,53 +5838,48 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
 
     Raises ComponentError (C-155).
     """
-    def fault(text):
-        return ComponentError("ARCHIVE_INVALID", f"{where}: {text}")
-
     try:
         value = parse_json(data, "the OCI manifest")
+        if not isinstance(value, dict) or value.get("schemaVersion") != 2:
+            raise ValueError("not an OCI image manifest (schemaVersion 2)")
+        if "manifests" in value:
+            raise ValueError("an index of several images, where one Compose Archive is expected")
+        layer = find_layer(value, kind)
+        digest = check_member(layer, "digest", "the layer's ", DIGEST_PATTERN)
+        size = check_member(layer, "size", "the layer's ", checked("a number of bytes", is_size))
+        if size > max_artifact:
+            raise ValueError(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
     except ValueError as error:
-        raise fault(str(error)) from None
-    if not isinstance(value, dict) or value.get("schemaVersion") != 2:
-        raise fault("not an OCI image manifest (schemaVersion 2)")
-    if "manifests" in value:
-        raise fault("an index of several images, where one Compose Archive is expected")
-    layers = value.get("layers")
+        raise ComponentError("ARCHIVE_INVALID", f"{where}: {error}") from None
+    return digest, size
+
+
+def is_size(value):
+    """Whether a value is a whole number of at least one byte."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def find_layer(value, kind):
+    """The one layer of an OCI manifest that holds a package of a kind; raises ValueError."""
+    layers, wanted = value.get("layers"), COMPOSE_LAYER
     layers = layers if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else []
-    wanted = COMPOSE_LAYER
     if kind == "helm":
         wanted, config = CHART_LAYER, value.get("config")
         if not isinstance(config, dict) or config.get("mediaType") != CHART_CONFIG:
-            raise fault(f"not a Helm chart (its config is no {CHART_CONFIG})")
-        # beside it there may be its provenance
+            raise ValueError(f"not a Helm chart (its config is no {CHART_CONFIG})")
+        # Beside it there may be its provenance.
         layers = [layer for layer in layers if layer.get("mediaType") == CHART_LAYER]
     elif value.get("artifactType") != COMPOSE_ARTIFACT:
-        found = str(value.get("artifactType"))
-        hint = (
-            "; made by `docker compose publish`, which Margo does not take"
-            if found == "application/vnd.docker.compose.project"
-            else ""
-        )
-        raise fault(f"artifactType is {make_printable(found, 100)}, expected {COMPOSE_ARTIFACT}{hint}")
+        found, hint = str(value.get("artifactType")), ""
+        if found == "application/vnd.docker.compose.project":
+            hint = "; made by `docker compose publish`, which Margo does not take"
+        raise ValueError(f"artifactType is {make_printable(found, 100)}, expected {COMPOSE_ARTIFACT}{hint}")
     if len(layers) != 1:
-        raise fault("expected exactly one layer")
-    layer = layers[0]
-    if layer.get("mediaType") != wanted:
-        raise fault(
-            f"the layer's mediaType is {make_printable(str(layer.get('mediaType')), 100)}, expected {wanted}"
-        )
-    digest, size = layer.get("digest"), layer.get("size")
-    if (
-        not isinstance(digest, str)
-        or not re.fullmatch(DIGEST_PATTERN, digest)
-        or isinstance(size, bool)
-        or not isinstance(size, int)
-        or size < 1
-    ):
-        raise fault("the layer has no sha256 digest or no size")
-    if size > max_artifact:
-        raise fault(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
-    return digest, size
+        raise ValueError("expected exactly one layer")
+    found = make_printable(str(layers[0].get("mediaType")), 100)
+    if found != wanted:
+        raise ValueError(f"the layer's mediaType is {found}, expected {wanted}")
+    return layers[0]
 
 
 COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
@@ -9358,7 +9344,7 @@ def fetch_older(component, config, store, kind):
     else:
         data = fetch_file(url, config)
         if component.key_location:
-            check_package_signature(data, url, fetch_file(component.key_location, config), config)
+            run_signature_check(data, url, fetch_file(component.key_location, config), config)
     digest = sha256_digest(data)
     store.save_artifact(digest, data)
     return digest, data
@@ -9400,7 +9386,7 @@ def fetch_file(url, config, missing=False):
     return registry.check(response, url, config.policy.max_artifact).body
 
 
-def check_package_signature(data, url, key, config):
+def run_signature_check(data, url, key, config):
     """Raises ComponentError unless gpg finds that the key signed the package.
 
     No signature to be had is a warning.

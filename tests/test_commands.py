@@ -1,4 +1,4 @@
-"""Section 6, Commands: lists only, bounded in time and output, ended with the whole process group."""
+"""Commands: lists only, bounded in time and output, ended with the whole process group."""
 import os
 import sys
 import tempfile

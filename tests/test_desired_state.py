@@ -1,4 +1,4 @@
-"""Section 9, Desired state: bytes to manifest and deployments, each rule of the wire checked, each refusal naming the field."""
+"""Desired state: bytes to manifest and deployments, each rule of the wire checked, each refusal naming the field."""
 import gzip
 import io
 import json

@@ -1,4 +1,4 @@
-"""Section 13, Packages: OCI manifests, hostile archives, unpacking, and registries from the example's to a real one."""
+"""Packages: OCI manifests, hostile archives, unpacking, and registries from the example's to a real one."""
 import base64
 import contextlib
 import gzip
@@ -88,20 +88,20 @@ INVALID_MANIFESTS = [
     ("an image's layer", make_manifest(layer_members={"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip"}),
      "expected " + LAYER),
     ("no mediaType", make_manifest(layer_members={"mediaType": "dropped"}), "the layer's mediaType is None"),
-    ("no digest", make_manifest(layer_members={"digest": "dropped"}), "no sha256 digest"),
-    ("a short digest", make_manifest(layer_members={"digest": digest(b"")[:-1]}), "no sha256 digest"),
-    ("a long digest", make_manifest(layer_members={"digest": digest(b"") + "0"}), "no sha256 digest"),
-    ("a digest in capitals", make_manifest(layer_members={"digest": "sha256:" + "AB" * 32}), "no sha256 digest"),
-    ("sha512", make_manifest(layer_members={"digest": "sha512:" + "ab" * 64}), "no sha256 digest"),
+    ("no digest", make_manifest(layer_members={"digest": "dropped"}), "the layer's digest"),
+    ("a short digest", make_manifest(layer_members={"digest": digest(b"")[:-1]}), "the layer's digest"),
+    ("a long digest", make_manifest(layer_members={"digest": digest(b"") + "0"}), "the layer's digest"),
+    ("a digest in capitals", make_manifest(layer_members={"digest": "sha256:" + "AB" * 32}), "the layer's digest"),
+    ("sha512", make_manifest(layer_members={"digest": "sha512:" + "ab" * 64}), "the layer's digest"),
     ("a digest that is a path", make_manifest(layer_members={"digest": "sha256:../../" + "a" * 58}),
-     "no sha256 digest"),
-    ("a digest and a line end", make_manifest(layer_members={"digest": digest(b"") + "\n"}), "no sha256 digest"),
-    ("no size", make_manifest(layer_members={"size": "dropped"}), "no size"),
-    ("size 0", make_manifest(layer_members={"size": 0}), "no size"),
-    ("a negative size", make_manifest(layer_members={"size": -1}), "no size"),
-    ("a broken size", make_manifest(layer_members={"size": 10.0}), "no size"),
-    ("size as text", make_manifest(layer_members={"size": "10"}), "no size"),
-    ("size as a truth value", make_manifest(layer_members={"size": True}), "no size"),
+     "the layer's digest"),
+    ("a digest and a line end", make_manifest(layer_members={"digest": digest(b"") + "\n"}), "the layer's digest"),
+    ("the layer's size", make_manifest(layer_members={"size": "dropped"}), "the layer's size"),
+    ("size 0", make_manifest(layer_members={"size": 0}), "the layer's size"),
+    ("a negative size", make_manifest(layer_members={"size": -1}), "the layer's size"),
+    ("a broken size", make_manifest(layer_members={"size": 10.0}), "the layer's size"),
+    ("size as text", make_manifest(layer_members={"size": "10"}), "the layer's size"),
+    ("size as a truth value", make_manifest(layer_members={"size": True}), "the layer's size"),
     ("over the limit", make_manifest(layer_members={"size": MIB + 1}), "1048577 bytes, policy.max_artifact is 1048576"),
     ("nested without end", b'{"a":' * 100000, "not usable JSON"),
 ]

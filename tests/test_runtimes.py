@@ -1,4 +1,4 @@
-"""Section 14, Runtimes: what a compose file means, what it may not ask for, and what the engine is told.
+"""Runtimes: what a compose file means, what it may not ask for, and what the engine is told.
 
 tests/data/compose/valid: files that make_project must read as Docker Compose reads them; their head holds
 `# parameters: {JSON}` and `# files: {JSON of path: text}`.
