@@ -4866,7 +4866,8 @@ def judge_containers(found, facts, now, settle):
         return "is not the container that was made for it"
     if facts["finished"]:
         return ""
-    restless = container.started != facts.get("started", container.started) and 0 <= now - container.started < settle
+    moved = abs(container.started - facts.get("started", container.started)) > 2        # docker's words for it are round
+    restless = moved and 0 <= now - container.started < settle
     return f"is {container.state}" if container.state != "running" else "is being restarted over and over" if restless else ""
 
 
@@ -5368,10 +5369,23 @@ Service = define("Service", "name image arguments command environment files netw
     "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start)"
     " or None; ports: the host's ports that it holds while it runs, see find_ports.", ())
 Project = define("Project", "services networks volumes document",
-    "A compose file ready to run: services in starting order, {engine's name: create arguments}, and the resolved document.")
+    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for an external network), and"
+    " the resolved document.")
 
+
+Changes = define("Changes", "kept idle making late leaving",
+    "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no start, [Service]"
+    " to be made, names of those that can only be made after what leaves has left, and [[Container]] that leave, those that stop"
+    " together in one list, whoever depends on others first.")
+Job = define("Job", "workload project folder known deadline current runs volumes",
+    "One apply: what runs, in which folder its files are, what an earlier apply returned, until when; {service: id of its container}"
+    " as far as it has come, the ids of what ran before, and {service: {path: volume}} as it was.")
+Seen = define("Seen", "state code restarts health volumes",
+    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of the volumes in it.", 0, 0, "", {})
+Network = define("Network", "labels internal subnets gateways", "A network as `network inspect` shows it; two sets of texts at last.")
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
+AT_REST = ("exited", "created", "initialized", "stopped", "configured")            # an engine's words for what does not run
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 
 
@@ -5868,7 +5882,7 @@ def make_project(document, workload, policy, engine, strict=True):
         facts["labels"] = dict(to_pairs(facts.get("labels"), "labels"), **make_labels(workload, service.name, service.hash))
         if isinstance(facts.get("depends_on"), dict):               # what is not required may be a service that is not started
             facts["depends_on"] = {other: item for other, item in facts["depends_on"].items() if other in services}
-    return Project(order, networks, {name: args for name, args in volumes.values() if args is not None},
+    return Project(order, dict(networks.values()), {name: args for name, args in volumes.values() if args is not None},
                    make_document(document, settled, workload))
 
 
@@ -5927,6 +5941,11 @@ def make_document(document, services, workload):
             document["configs"] = dict(document["configs"], **{name: dict(facts, file=os.path.realpath(os.path.join(workload.folder, facts["file"])))})
     document.pop("name", None)
     return document
+
+
+def make_container_name(project, service):
+    """The name of a service's container."""
+    return f"{project}-{service}-1"
 
 
 def make_labels(workload, service, digest):
@@ -6051,7 +6070,8 @@ def make_networks(document, workload):
         for item in to_items(ipam.get("config"), f"{where}.ipam.config"):
             check_keys(item, ("subnet", "gateway"), f"{where}.ipam.config")
             arguments += [f"--{key}={to_text(item[key], f'{where}.ipam.config')}" for key in sorted(item, reverse=True)]
-        networks[name] = own, None if external else arguments + [f"--label={LABEL_PROJECT}={workload.project}"]
+        marks = [f"--label={LABEL_PROJECT}={workload.project}", f"--label={LABEL_HASH}={sha256_digest(make_json(arguments))[7:39]}"]
+        networks[name] = own, None if external else arguments + marks
     return networks
 
 
@@ -6143,7 +6163,7 @@ def make_attachments(service, workload, networks, where):
         if wanted:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         if text.startswith("service:"):
-            text = f"container:{workload.project}-{text[8:]}-1"
+            text = f"container:{make_container_name(workload.project, text[8:])}"
         elif text not in ("none", "host", "bridge"):
             raise make_fault(f"{where}.network_mode: {make_printable(text, 60)!r} is not supported by the builtin driver")
         return [(text, None)]
@@ -6160,22 +6180,27 @@ def make_attachments(service, workload, networks, where):
 
 
 def judge_startup(services, facts, healthy):
-    """Where a start stands: (failure or "", [what is waited for], {finished services}).
+    """Where a start stands: ((service, failure) or None, {service: what is waited for}, {finished services}).
 
-    facts: {service: (state, exit code, restarts)} as inspected; healthy: services whose health check has passed (C-163 to C-165).
+    facts: {service: Seen} of those that have a container; healthy: services whose health check has passed (C-163 to C-165).
     """
-    waiting, finished = [], set()
+    waiting, finished = {}, set()
     for service in services:
-        state, code, restarts = facts.get(service.name, ("missing", 0, 0))
-        if restarts or state in ("exited", "stopped", "dead") and code != 0:
-            return f"service {service.name} exited with code {code}" + (f" ({restarts} restarts)" if restarts else ""), [], finished
-        if state in ("exited", "stopped"):
+        seen = facts.get(service.name)
+        if seen is None:
+            return (service.name, f"the container of service {service.name} is gone: somebody removed it"), {}, finished
+        ended = seen.state in ("exited", "stopped", "dead")
+        if seen.restarts or ended and seen.code != 0:
+            code = f" with code {seen.code}" if ended else ""
+            again = f" ({seen.restarts} restarts)" if seen.restarts else ""
+            return (service.name, f"service {service.name} exited{code}{again}"), {}, finished
+        if ended:
             finished.add(service.name)
-        elif state != "running":
-            waiting.append(f"{service.name} is {state}")
+        elif seen.state != "running":
+            waiting[service.name] = f"{service.name} is {seen.state}"
         elif service.health and service.name not in healthy:
-            waiting.append(f"{service.name} is not healthy yet")
-    return "", waiting, finished
+            waiting[service.name] = f"{service.name} is not healthy yet"
+    return None, waiting, finished
 
 
 def mask(text, values):
@@ -6189,13 +6214,127 @@ def mask(text, values):
 def is_usable(container, service, known):
     """Whether a container is the one that was made for a service as it is wanted, in a state from which it can go on."""
     ours = not known or known["hash"] != service.hash or known.get("id", container.id) == container.id
-    return ours and container.hash == service.hash and container.state in ("running", "exited", "created", "stopped", "restarting")
+    return ours and container.hash == service.hash and container.state in (
+        "running", "exited", "created", "initialized", "stopped", "restarting")
 
 
 def is_settled(service, containers, known):
     """Whether a service has exactly the container that it should, running, or finished as it did before."""
     done = known and known["finished"] and known["hash"] == service.hash
     return len(containers) == 1 and is_usable(containers[0], service, known) and (containers[0].state == "running" or bool(done))
+
+
+def plan_services(services, present, known, project, networks):
+    """The Changes that lead from what is there to what is wanted (P-7, P-16).
+
+    present: [Container] of this component; known: what an earlier apply returned; project: the compose project; networks: names of
+    those that are about to be made.  Whose network is made anew, or belongs to a service that starts anew, is made anew, too.
+    """
+    kept, idle, making, late, stays = {}, set(), [], set(), set()
+    for service in services:
+        facts, owner = known.get(service.name), find_owner(service, services, project)
+        usable = [item for item in present if item.service == service.name and is_usable(item, service, facts)]
+        joined = {name for name, *_ in service.networks} & networks
+        if usable and not joined and (owner is None or owner in idle):
+            container = min(usable, key=lambda item: item.state != "running")
+            kept[service.name] = container
+            stays.add(container.id)
+            if container.state == "running" or facts and facts["finished"] and facts["hash"] == service.hash:
+                idle.add(service.name)
+        else:
+            making.append(service)
+            late.update([service.name] if joined or owner in late else [])
+    return Changes(kept, idle, making, late, order_leaving(services, [item for item in present if item.id not in stays]))
+
+
+def find_owner(service, services, project):
+    """The name of the service whose network a service shares, or None."""
+    name = service.networks[0][0].partition("container:")[2]
+    return next((other.name for other in services if name == make_container_name(project, other.name)), None)
+
+
+def order_leaving(services, leaving):
+    """[[Container]]: those that stop at once in one list, each before what it depends on; what the file no longer names goes first."""
+    by_name, names = {}, {service.name for service in services}
+    for item in leaving:
+        by_name.setdefault(item.service, []).append(item)
+    groups = [([], [item for item in leaving if item.service not in names])]
+    for service in reversed(services):
+        if any(service.name in other.depends_on for other in groups[-1][0]):
+            groups.append(([], []))
+        groups[-1][0].append(service)
+        groups[-1][1].extend(by_name.get(service.name, ()))
+    return [items for _, items in groups if items]
+
+
+def parse_network(item):
+    """An element of what `network inspect` prints, in either engine's spelling, to a Network."""
+    facts = {key.lower(): value for key, value in item.items()}
+    ranges = facts.get("subnets") or (facts.get("ipam") or {}).get("Config") or ()
+    ranges = [{key.lower(): value for key, value in part.items()} for part in ranges]
+    return Network(facts.get("labels") or {}, facts.get("internal", False), {make_range(part["subnet"]) for part in ranges if part.get("subnet")},
+                   {part["gateway"] for part in ranges if part.get("gateway")})
+
+
+def make_range(text):
+    """A subnet as every engine spells it; what is none stays as it is."""
+    import ipaddress
+    try:
+        return str(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        return text
+
+
+def is_same_network(network, arguments):
+    """Whether a network that is there is what these create arguments make.  One from before there was a mark is judged by what it is."""
+    if LABEL_HASH in network.labels:
+        return f"--label={LABEL_HASH}={network.labels[LABEL_HASH]}" in arguments
+    given = {}
+    for name, _, value in (argument.partition("=") for argument in arguments):
+        given.setdefault(name, set()).add(value)
+    labels = {f"{key}={value}" for key, value in network.labels.items()}
+    wanted = given.get("--label", set())
+    return (network.internal == ("--internal" in given) and {make_range(text) for text in given.get("--subnet", ())} <= network.subnets
+            and given.get("--gateway", set()) <= network.gateways
+            and all(text.startswith("org.margo.") for text in labels ^ wanted))
+
+
+def plan_networks(wanted, there, project):
+    """What becomes of networks: {name: create arguments} to be made, [names] to be removed before that, [names] to be removed at last.
+
+    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One of somebody else stays
+    as it is.  One that is no longer wanted goes first where a new one may be after its addresses.
+    """
+    ours = {name for name, network in there.items() if network.labels.get(LABEL_PROJECT) == project}
+    changed = [name for name in sorted(ours & set(wanted)) if wanted[name] is not None and not is_same_network(there[name], wanted[name])]
+    new = {name: arguments for name, arguments in wanted.items() if arguments is not None and (name not in there or name in changed)}
+    dropped = sorted(ours - set(wanted))
+    ranged = any(argument.startswith("--subnet=") for arguments in new.values() for argument in arguments)
+    return new, changed + (dropped if ranged else []), [] if ranged else dropped
+
+
+def find_targets(service):
+    """({path} in the container at which the compose file mounts something of a name, {path} of volumes without a name)."""
+    mounts = [argument.partition("=")[2].split(":") for argument in service.arguments if argument.startswith("--volume=")]
+    tmpfs = [argument.partition("=")[2].split(":")[0] for argument in service.arguments if argument.startswith("--tmpfs=")]
+    named = [parts[1] for parts in mounts if len(parts) > 1] + tmpfs + list(service.files)
+    return {make_path(path) for path in named}, {make_path(parts[0]) for parts in mounts if len(parts) == 1}
+
+
+def make_path(text):
+    """A path in a container in its shortest spelling."""
+    return re.sub("/+", "/", text).rstrip("/") or "/"
+
+
+def make_volume_names(service, project, declared, before):
+    """{path: volume} for each volume to which nobody gave a name: in the file, or `declared` by the image.
+
+    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path: volume} as it was in the
+    container before, which an earlier agent may have left to the engine to name.
+    """
+    named, unnamed = find_targets(service)
+    paths = (unnamed | {make_path(path) for path in declared}) - named
+    return {path: before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}" for path in sorted(paths)}
 
 
 def find_program(name, environ):
@@ -6267,6 +6406,7 @@ class ComposeDriver:
         self.others = frozenset(others)             # devices whose containers are not ours, even where they share the engine
         self.remote = bool(set(self.connection) & set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"})
         self.pulled = []                            # images that were not here before
+        self.images = set()                         # all that the agent has pulled so far
 
     def run(self, arguments, timeout, code=None):
         """The Output of one engine command; with `code` a failure raises ComponentError of that code."""
@@ -6286,7 +6426,8 @@ class ComposeDriver:
         output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 20 if self.remote else 60)
         if output.code:
             raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
-        return [container for container in parse_containers(output.stdout, self.engine) if container.device_id not in self.others]
+        found = parse_containers(output.stdout, self.engine, time.time())
+        return [container for container in found if container.device_id not in self.others]
 
     def prepare(self, deployment, component, known, store):
         """Fetches and verifies all that a component needs, touching nothing that runs: (what `apply` takes, package facts)."""
@@ -6380,83 +6521,238 @@ class ComposeDriver:
         return self.run(["image", "rm", name], 60).code == 0
 
     def apply(self, prepared, containers, known, deadline):
-        """Makes the component's containers as prepared; {service: {hash, finished, image}} once they run, or ComponentError.
+        """Makes the component's containers as prepared; {service: facts} once they run, or ComponentError, CommandError.
 
-        containers: as observed; known: what an earlier apply returned.  Unchanged services keep their containers; safe to repeat.
+        containers: as observed before it was prepared, so that the engine is asked again.  known: what an earlier apply returned.
+        Unchanged services keep their containers; safe to repeat.
         """
         workload, project = prepared
-        ours = {}
-        for container in containers:
-            if container.deployment_id.lower() == workload.deployment_id.lower() and container.component == workload.component:
-                ours.setdefault(container.service, []).append(container)
-        folder = os.path.dirname(workload.folder)
-        gone = [container for name, items in ours.items() for container in items if name not in {s.name for s in project.services}]
-        runs = {container.id for items in ours.values() for container in items if container.state == "running"}
-        if self.provider:
-            self.apply_provider(prepared, folder, ours, known, deadline)
-        else:
-            self.create_shared(project, deadline)
-            for service in project.services:
-                self.await_dependencies(service, project, workload, deadline, runs)
-                gone += self.apply_service(service, workload, folder, ours.get(service.name, []), known.get(service.name), deadline)
-        self.remove_containers(gone[::-1], deadline)                # who shares another's network goes before that one
-        finished = self.await_startup(project.services, workload, deadline, runs) if workload.wait else set()
-        there = {container.service: container for container in self.find(workload)}
-        return {service.name: {"hash": service.hash, "finished": service.name in finished, "image": service.image,
-                               "id": there[service.name].id, "started": there[service.name].started, "ports": service.ports}
-                for service in project.services if service.name in there}
+        present = self.find(workload)
+        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {},
+                  {container.id for container in present if container.state == "running"}, self.look_at_volumes(known, present))
+        finished = (self.apply_provider if self.provider else self.apply_builtin)(job, present)
+        there, seen = {container.id: container for container in self.find(workload)}, self.inspect(job.current.values())
+        result = {}
+        for service in project.services:
+            container_id = job.current.get(service.name, "")
+            volumes = seen[container_id].volumes if container_id in seen else {}
+            result[service.name] = {
+                "hash": service.hash, "finished": service.name in finished, "image": service.image, "id": container_id,
+                "started": there[container_id].started if container_id in there else 0, "ports": service.ports,
+                "volumes": {path: volumes[path] for path in sorted(set(volumes) - find_targets(service)[0])}}
+        return result
 
     def find(self, workload):
         """[Container] of one component as it is now."""
         return [container for container in self.observe() if container.component == workload.component
                 and container.deployment_id.lower() == workload.deployment_id.lower()]
 
-    def create_shared(self, project, deadline):
-        """Networks and volumes that are not there yet; what is there is left as it is."""
-        for kind, items in (("network", project.networks.values()), ("volume", project.volumes.items())):
-            for name, arguments in items:
-                if arguments is not None and self.run([kind, "inspect", name], 60).code:
-                    self.run([kind, "create"] + arguments + [name], deadline - time.monotonic(), "INSTALL_FAILED")
+    def carry_out(self, job, arguments):
+        """The Output of one command that has to succeed; its words may hold what parameters have put into the file."""
+        output = self.run(arguments, job.deadline - time.monotonic())
+        if output.code:
+            words = mask(output.stderr, job.workload.parameters.values())[-1500:]
+            raise ComponentError("INSTALL_FAILED", f"{self.engine} {arguments[0]} failed: {words}")
+        return output
 
-    def apply_service(self, service, workload, folder, present, known, deadline):
-        """One service: kept, started again, or made anew; returns the containers that it has no more use for, which do not run.
+    def apply_builtin(self, job, present):
+        """All that is new is made, then all that goes or changes is stopped, then the new is started; the set of finished services.
 
-        The new container is made while the old one runs, so that what cannot be made touches nothing; between them lie a stop and
-        a start (P-20).
+        So what cannot be made touches nothing, and ports, addresses and volumes change hands with one outage (P-20).  What was
+        replaced is removed last, because it is the quickest way back.
         """
-        name, same = f"{workload.project}-{service.name}-1", [item for item in present if is_usable(item, service, known)][:1]
-        if same:
-            self.remove_containers([item for item in present if item not in same], deadline)
-            if same[0].name != name:                # an update was cut off
-                self.run(["rename", same[0].id, name], deadline - time.monotonic(), "INSTALL_FAILED")
-            if same[0].state != "running" and not (known and known["finished"] and known["hash"] == service.hash):
-                self.run(["start", same[0].id], deadline - time.monotonic(), "INSTALL_FAILED")
-            return []
-        old = [item for item in present if item.state == "running"]
-        self.remove_containers([item for item in present if item not in old], deadline)
-        self.create(service, workload, folder, name + "-new" if old else name, deadline)
-        for item in old:
-            if item.name == name:
-                self.run(["rename", item.id, name + "-old"], deadline - time.monotonic(), "INSTALL_FAILED")
-        if old:
-            self.run(["rename", name + "-new", name], deadline - time.monotonic(), "INSTALL_FAILED")
-            self.stop([item.id for item in old], deadline)
-        self.run(["start", name], deadline - time.monotonic(), "INSTALL_FAILED")
-        return [item._replace(state="exited") for item in old]
+        networks = self.look_at_networks(job)
+        new, first, last = plan_networks(job.project.networks, networks, job.workload.project)
+        changes = plan_services(job.project.services, present, job.known, job.workload.project, set(new))
+        leaving = [container for group in changes.leaving for container in group]
+        first, inside = self.find_inside(first, job.project.networks, leaving)
+        if not first:
+            self.create_shared(job, "network", new)
+        self.create_shared(job, "volume", job.project.volumes)
+        job.current.update({name: container.id for name, container in changes.kept.items()})
+        names = {name: container.name for name, container in changes.kept.items()}
+        self.create_all(job, [item for item in changes.making if not first or item.name not in changes.late], leaving, names)
+        try:
+            self.halt(job, changes.leaving)
+            if first:
+                self.remove_containers(inside, job.deadline)
+                for name in first:
+                    self.carry_out(job, ["network", "rm", name])
+                self.create_shared(job, "network", new)
+                leaving = [container for container in leaving if container not in inside]
+                self.create_all(job, [item for item in changes.making if item.name in changes.late], leaving, names)
+            self.hand_names_over(job, leaving, names)
+            for service in job.project.services:
+                self.await_dependencies(service, job)
+                if service.name not in changes.idle:
+                    self.start(service, job, service.name in changes.kept)
+            finished = self.await_startup(job.project.services, job) if job.workload.wait else set()
+        except MargoError:
+            if leaving and self.config.runtime.on_failure != "rollback":        # there is no way back for which they would be kept
+                self.run(["rm", "--force"] + [container.id for container in leaving], 60)
+            raise
+        self.remove_containers([container._replace(state="exited") for container in leaving], job.deadline)
+        for name in last:
+            if self.run(["network", "rm", name], 60).code:
+                log("warning", "a network that is not needed any more stays, because somebody else uses it", network=name)
+        return finished
 
-    def create(self, service, workload, folder, name, deadline):
-        """Makes the container of a service, joined to its networks, not started yet."""
-        arguments = ["create", f"--name={name}"] + [f"--label={key}={item}" for key, item in make_labels(workload, service.name, service.hash).items()]
-        arguments += ["--http-proxy=false"] if self.engine == "podman" else []      # else the agent's own proxy, password and all, is handed in
-        arguments += self.write_environment(service, folder) + self.write_configs(service, folder) + service.arguments
-        first, rest = service.networks[0], service.networks[1:]
-        arguments += [f"--network={first[0]}"] + ([f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2] if first[1] is not None else [])
-        output = self.run(arguments + [service.image] + service.command, deadline - time.monotonic())
-        if output.code:                             # its words may hold what parameters have put into the file
-            raise ComponentError("INSTALL_FAILED", f"{self.engine} create failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
-        for network, aliases, addresses in rest:
-            self.run(["network", "connect"] + [f"--alias={alias}" for alias in [service.name] + aliases] + addresses + [network, name],
-                     deadline - time.monotonic(), "INSTALL_FAILED")
+    def look_at_networks(self, job):
+        """{name: Network} of those that the project names, as far as they are there, and of all others that were made for it."""
+        mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
+        names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
+        networks = {}
+        for name in sorted(set(names).union(job.project.networks)):
+            networks.update({name: network for network in self.ask(["network", "inspect", name], lambda items: list(map(parse_network, items)))})
+        return networks
+
+    def find_inside(self, names, wanted, leaving):
+        """(those of these networks that can be removed, [Container] in them); raises ComponentError for one that has to be and cannot."""
+        free, inside, ours = [], [], {container.id: container for container in leaving}
+        for name in names:
+            form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
+            ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
+            strange = [container_id for container_id in ids if container_id not in ours]
+            if strange and name in wanted:
+                raise ComponentError("INSTALL_FAILED", f"network {name} is defined anew, and container {strange[0][:12]}, which is not of"
+                                     " this component, is in it: disconnect it")
+            if not strange:
+                free.append(name)
+                inside += [ours[container_id] for container_id in ids if ours[container_id] not in inside]
+        return free, inside
+
+    def create_shared(self, job, kind, items):
+        """Networks or volumes that are not there yet; items: {name: create arguments}, None for what somebody else makes."""
+        for name, arguments in items.items():
+            if arguments is not None and self.run([kind, "inspect", name], 60).code:
+                self.carry_out(job, [kind, "create"] + arguments + [name])
+
+    def look_at_volumes(self, known, present):
+        """{service: {path: volume}} of what is there for each service, or was when it was installed."""
+        volumes = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
+        seen = self.inspect([container.id for container in present])
+        for container in sorted(present, key=lambda item: item.state == "running"):
+            if container.id in seen:
+                volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
+        return volumes
+
+    def create_all(self, job, services, leaving, names):
+        """Makes the containers of services beside those that leave, under another name where one of those has theirs."""
+        held = {container.name: container for container in leaving}
+        for service in services:
+            name = make_container_name(job.workload.project, service.name)
+            if name in held:
+                name += "-new"
+            if name in held:                        # an update was cut off, and another one follows
+                self.rename(job, held[name].id, f"{name}-old-{held[name].id[:12]}")
+            names[service.name] = name
+            job.current[service.name] = self.create(service, job, name)
+
+    def hand_names_over(self, job, leaving, names):
+        """Gives each container the name of its service, which one that leaves may have."""
+        for service, name in names.items():
+            own = make_container_name(job.workload.project, service)
+            for container in leaving if name != own else ():
+                if container.name == own:
+                    self.rename(job, container.id, f"{own}-old-{container.id[:12]}")
+            if name != own:
+                self.rename(job, job.current[service], own)
+
+    def rename(self, job, container_id, name):
+        """Renames a container."""
+        arguments = ["rename", container_id, name]
+        if self.run(arguments, job.deadline - time.monotonic()).code:
+            self.free_name(name)
+            self.carry_out(job, arguments)
+
+    def create(self, service, job, name):
+        """Makes the container of a service, joined to its networks, not started yet; its id.
+
+        Where that fails because of what the engine remembers wrongly, that is put right, and it is tried once more.
+        """
+        labels = make_labels(job.workload, service.name, service.hash)
+        marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
+        arguments = ["create"] + marks + self.make_options(service, job) + [service.image] + service.command
+        output = self.run(arguments, job.deadline - time.monotonic())
+        if not output.code:
+            words = output.stdout.decode("utf-8", "replace").split()
+        else:
+            if not self.free_name(name):
+                self.renew_image(service, marks)
+            words = self.carry_out(job, arguments).stdout.decode("utf-8", "replace").split()
+        for network, aliases, addresses in service.networks[1:]:
+            aliases = [f"--alias={alias}" for alias in [service.name] + aliases]
+            self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
+        return words[-1] if words else name
+
+    def make_options(self, service, job):
+        """The options of `create` for a service."""
+        project = job.workload.project
+        shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
+        declared = [] if shown.code else self.parse(shown.stdout.strip() or b"null", lambda value: list(value or ()))
+        volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
+        self.create_shared(job, "volume", {volume: [] for volume in volumes.values()})
+        options = ["--http-proxy=false"] if self.engine == "podman" else []     # else the agent's own proxy, password and all, is handed in
+        options += self.write_environment(service, job.folder) + self.write_configs(service, job.folder)
+        unnamed = {f"--volume={path}" for path in volumes}
+        options += [argument for argument in service.arguments if make_path(argument) not in unnamed]
+        options += [f"--volume={volume}:{path}" for path, volume in volumes.items()]
+        first, owner = service.networks[0], find_owner(service, job.project.services, project)
+        options.append(f"--network=container:{job.current[owner]}" if owner else f"--network={first[0]}")
+        if first[1] is not None:
+            options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
+        return options
+
+    def free_name(self, name):
+        """Frees a name that storage alone holds, which happens where podman is killed while it makes a container; whether it was so.
+
+        What `ps` shows is a container, and stays.
+        """
+        if self.engine != "podman":
+            return False
+        shown, held = [self.parse(self.run(["ps", "--all", "--format=json"] + more, 60).stdout or b"null", lambda items: {
+            other: item["Id"] for item in items or () for other in item["Names"] or ()}) for more in ([], ["--external"])]
+        if name in shown or name not in held:
+            return False
+        log("warning", "a name is freed that the engine's storage held for no container", container=name)
+        return self.run(["rm", "--force", held[name]], 60).code == 0
+
+    def renew_image(self, service, marks):
+        """Pulls an image of ours anew from which not even a bare container can be made, while its registry has it (P-1)."""
+        platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
+        if service.image not in self.images.union(self.pulled):
+            return
+        probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
+        if not probe.code:
+            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
+        elif find_layers(service.image, "".join(platform)[len("--platform="):], self.config) and self.remove_image(service.image):
+            log("warning", "a damaged image is pulled anew", image=service.image)
+            self.pull(service, IMAGE_PATIENCE)
+
+    def start(self, service, job, kept):
+        """Starts the container of a service; a kept one that cannot be started is made anew, with those that share its network."""
+        start = ["start", job.current[service.name]]
+        if not kept:
+            self.carry_out(job, start)
+        elif self.run(start, job.deadline - time.monotonic()).code:
+            log("warning", "a container that cannot be started is made anew", service=service.name)
+            services = job.project.services
+            again = [service] + [item for item in services if find_owner(item, services, job.workload.project) == service.name]
+            for item in reversed(again):
+                self.run(["rm", "--force", job.current[item.name]], job.deadline - time.monotonic(), "INSTALL_FAILED")
+            self.create_all(job, again, [], {})
+            self.carry_out(job, ["start", job.current[service.name]])
+
+    def halt(self, job, groups):
+        """Stops containers, one group after the other; what cannot be stopped is removed, so that nothing of it runs beside the new."""
+        deadline, ids = job.deadline, [container.id for group in groups for container in group]
+        for group in groups:
+            active = [container.id for container in group if container.state not in AT_REST]
+            deadline = self.stop(active, deadline) if active else deadline
+        seen = self.inspect(ids)
+        alive = [container_id for container_id in seen if seen[container_id].state not in AT_REST]
+        if alive:
+            self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600: values never stand on a command line."""
@@ -6474,12 +6770,16 @@ class ComposeDriver:
             arguments.append(f"--volume={path}:{target}:ro")
         return arguments
 
-    def apply_provider(self, prepared, folder, ours, known, deadline):
-        """Hands the resolved file to the compose provider; its environment holds nothing of the application.
+    def apply_provider(self, job, present):
+        """Hands the resolved file to the compose provider, whose environment holds nothing of the application; the finished services.
 
         Where some services are as they should be only the others are named to it: left to itself it makes those anew too.
         """
-        workload, project = prepared
+        ours = {}
+        for container in present:
+            ours.setdefault(container.service, []).append(container)
+        gone = [item for item in present if item.service not in {service.name for service in job.project.services}]
+        workload, project, folder, known, deadline = job[:5]
         path = os.path.join(folder, "resolved.json")
         write_file(path, make_json(escape_dollars(project.document)))
         environ = {key: item for key, item in (self.environ or os.environ).items() if key in self.connection or key in (
@@ -6492,71 +6792,89 @@ class ComposeDriver:
                                 and not is_usable(item, service, known.get(service.name))], deadline)      # it would leave such ones alone
         for service in [None] if len(changed) == len(project.services) else changed:
             if service:
-                self.await_dependencies(service, project, workload, deadline, [])
+                job.current.update(self.find_current(job))
+                self.await_dependencies(service, job)
             selection = ["--no-deps", service.name] if service else ["--remove-orphans"]
             output = run_command(argv + ["up", "--detach"] + selection, max(1.0, deadline - time.monotonic()), env=environ)
             if output.code:
                 raise ComponentError("INSTALL_FAILED", f"{' '.join(self.provider)} up failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
+        self.remove_containers(gone[::-1], deadline)                # who shares another's network goes before that one
+        job.current.update(self.find_current(job))
+        return self.await_startup(project.services, job) if workload.wait else set()
 
-    def inspect(self, workload):
-        """{service: (state, exit code, restarts)} and {service: container id} of a component, as they are now."""
-        ids = [container.id for container in self.find(workload)]
-        facts, names, health = {}, {}, {}
-        for item in parse_json(self.run(["inspect", "--type=container"] + ids, 60, "INSTALL_FAILED").stdout, "inspect") if ids else ():
-            service = item["Config"]["Labels"].get(LABEL_SERVICE)
-            state = item["State"]
-            facts[service] = state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0)
-            names[service] = item["Id"]
-            health[service] = (state.get("Health") or state.get("Healthcheck") or {}).get("Status")
-        return facts, names, health
+    def find_current(self, job):
+        """{service: id} of the containers that are as the project has them."""
+        marks = {service.name: service.hash for service in job.project.services}
+        return {item.service: item.id for item in self.find(job.workload) if marks.get(item.service) == item.hash}
 
-    def await_dependencies(self, service, project, workload, deadline, runs):
+    def parse(self, data, read):
+        """What `read` makes of the JSON that the engine printed; raises CommandError where that is of another form."""
+        try:
+            return read(parse_json(data, self.engine))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CommandError(f"{self.engine} answered in an unknown form ({type(error).__name__}: {error})") from None
+
+    def inspect(self, ids):
+        """{id: Seen} of those of these containers that are still there; raises CommandError where the engine does not answer."""
+        ids = list(ids)
+        return self.ask(["inspect", "--type=container"] + ids, lambda items: dict(map(parse_seen, items))) if ids else {}
+
+    def ask(self, arguments, read):
+        """What `read` makes of the list that an `inspect` prints of what is there, also where not all is."""
+        output = self.run(arguments, 60)
+        if not output.stdout.strip():
+            raise CommandError(f"{self.engine} {arguments[0]} failed: {output.stderr[-1500:]}")
+        return self.parse(output.stdout, read)
+
+    def await_dependencies(self, service, job):
         """Waits until what a service depends on is as its condition says."""
-        by_name = {item.name: item for item in project.services}
+        by_name = {item.name: item for item in job.project.services}
         for condition in ("service_healthy", "service_completed_successfully"):
             others = [by_name[name] for name, (wanted, _) in service.depends_on.items() if wanted == condition and name in by_name]
             if others:
-                self.await_startup(others, workload, deadline, runs, settle=0, complete=condition.endswith("successfully"))
+                self.await_startup(others, job, settle=0, complete=condition.endswith("successfully"))
 
-    def await_startup(self, services, workload, deadline, runs=(), settle=None, complete=False):
+    def await_startup(self, services, job, settle=None, complete=False):
         """Waits until all services run, are healthy, and stay so for runtime.settle; the set of those that finished with exit code 0.
 
-        Raises ComponentError at once for one that failed (C-164), or when the time is over.  runs: ids of containers that ran
-        before, whose earlier restarts are forgiven.  complete: wait for their end instead.
+        Raises ComponentError at once for one that failed (C-164), or when the time is over.  Earlier restarts of what ran before are
+        forgiven.  complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
+        ids = {service.name: job.current.get(service.name, "") for service in services}
         healthy, misses, calm, start, before = set(), {}, None, time.monotonic(), None
+        secrets = job.workload.parameters.values()
         while True:
-            facts, names, health = self.inspect(workload)
-            before = before or {name: facts[name][2] if names[name] in runs else 0 for name in facts}
-            facts = {name: (state, code, count - before.get(name, 0)) for name, (state, code, count) in facts.items()}
-            self.check_health([s for s in services if s.health and facts.get(s.name, "-")[0] == "running"], names, health, healthy, misses, start)
+            seen = self.inspect(filter(None, ids.values()))
+            before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
+            facts = {name: seen[key]._replace(restarts=seen[key].restarts - before.get(key, 0)) for name, key in ids.items() if key in seen}
+            checked = [item for item in services if item.health and item.name in facts and facts[item.name].state == "running"]
+            self.check_health(checked, ids, facts, healthy, misses, start)
             failure, waiting, finished = judge_startup(services, facts, healthy)
-            unwell = [s.name for s in services if s.health and misses.get(s.name, (0, 0))[0] >= s.health[1]]
+            unwell = [item.name for item in services if item.health and misses.get(item.name, (0, 0))[0] >= item.health[1]]
             if failure or unwell:
-                name = unwell[0] if unwell else failure.split()[1]
-                text = failure or f"service {name} is unhealthy"
-                raise ComponentError("UNHEALTHY" if unwell else "INSTALL_FAILED", text + self.tail_log(names.get(name), workload.parameters.values()))
+                name, words = failure or (unwell[0], f"service {unwell[0]} is unhealthy")
+                raise ComponentError("INSTALL_FAILED" if failure else "UNHEALTHY", words + self.tail_log(ids[name], secrets))
             if complete:
-                waiting = [f"{service.name} has not ended" for service in services if service.name not in finished]
+                waiting = {item.name: f"{item.name} has not ended" for item in services if item.name not in finished}
             now = time.monotonic()
             calm = None if waiting else calm or now
-            restless = any(not service.health and service.name not in finished for service in services)
-            if not waiting and (not restless or now - calm >= settle or now > deadline):
+            restless = any(not item.health and item.name not in finished for item in services)
+            if not waiting and (not restless or now - calm >= settle or now > job.deadline):
                 return finished
-            if now > deadline:
-                name = waiting[0].split()[0]
-                raise ComponentError("INSTALL_TIMEOUT", f"not up in time: {', '.join(waiting)}" + self.tail_log(names.get(name), workload.parameters.values()))
+            if now > job.deadline:
+                words = f"not up in time: {', '.join(waiting.values())}"
+                raise ComponentError("INSTALL_TIMEOUT", words + self.tail_log(ids[next(iter(waiting))], secrets))
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
-    def check_health(self, services, names, health, healthy, misses, start):
+    def check_health(self, services, ids, facts, healthy, misses, start):
         """Runs the health checks that podman may have nobody to run; a miss counts once an interval, after the start period."""
         for service in services:
             if self.engine != "podman":
-                passed = health.get(service.name) == "healthy"
-                lost = health.get(service.name) == "unhealthy"
+                passed = facts[service.name].health == "healthy"
+                lost = facts[service.name].health == "unhealthy"
             else:
-                passed = self.run(["healthcheck", "run", names[service.name]], 120).code == 0
+                passed = self.run(["healthcheck", "run", ids[service.name]], 120).code == 0
                 lost = False
             interval, retries, grace = service.health
             count, last = misses.get(service.name, (0, start + grace))
@@ -6594,9 +6912,12 @@ class ComposeDriver:
 
         One that is not there any more is passed over.
         """
+        patience = ["--ignore"] if self.engine == "podman" else []
         try:
-            self.run(["stop"] + (["--ignore"] if self.engine == "podman" else []) + ids, deadline - time.monotonic())
+            code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
         except CommandTimeout:
+            code = 1
+        if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
             self.run(["kill"] + ids, 60)
             deadline = time.monotonic() + 60
@@ -6605,7 +6926,7 @@ class ComposeDriver:
     def remove_containers(self, containers, deadline):
         """Stops containers within their own grace period and removes them."""
         ids = [container.id for container in containers]
-        active = [container.id for container in containers if container.state not in ("exited", "created", "stopped")]
+        active = [container.id for container in containers if container.state not in AT_REST]
         if active:
             deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
         if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
@@ -6614,7 +6935,9 @@ class ComposeDriver:
             left = [name for name in ids if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
             if not left:
                 return
-        self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
+        left = list(self.inspect(left))             # what is gone by itself is removed
+        if left:
+            self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
 
     def remove(self, deployment_id, component, containers, deadline):
         """Removes a component's containers, whatever their state, and its networks; volumes stay.  Needs no compose file.
@@ -6652,8 +6975,22 @@ def find_health(state, status):
     return "unhealthy" if (state, health) == ("running", "unhealthy") else state, health
 
 
-def parse_containers(data, engine):
-    """The engine's list of containers to [Container]; raises CommandError for what is not of the expected form."""
+def parse_seen(item):
+    """An element of what `inspect` prints of containers to (id, Seen)."""
+    state = item["State"]
+    health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
+    volumes = {make_path(mount["Destination"]): mount["Name"] for mount in item.get("Mounts") or () if mount.get("Type") == "volume"}
+    return item["Id"], Seen(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0), health, volumes)
+
+
+def find_started(status, now):
+    """About when a container was started, in Unix seconds, where docker's words for it are exact enough (`Up 3 seconds`), else 0."""
+    match = re.match("Up (Less than a|[0-9]+) seconds?", str(status))
+    return int(now) - int(match.group(1).replace("Less than a", "0")) if match else 0
+
+
+def parse_containers(data, engine, now=0):
+    """The engine's list of containers to [Container]; raises CommandError for what is not of the expected form.  now: Unix seconds."""
     containers = []
     try:
         if engine == "podman":
@@ -6668,8 +7005,8 @@ def parse_containers(data, engine):
         else:
             for line in data.splitlines():
                 *marks, device_id, state, status = parse_json(line, "docker ps")
-                state, health = find_health(state, status)
-                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, health=health))
+                started, (state, health) = find_started(status, now), find_health(state, status)
+                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, started=started, health=health))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
@@ -6732,7 +7069,7 @@ class HelmDriver:
 
     def __init__(self, helm, config, environ):
         self.helm, self.config, self.environ = helm, config, environ
-        self.pulled = []                            # the cluster keeps the images
+        self.pulled, self.images = [], set()        # the cluster keeps the images
 
     def run(self, arguments, timeout):
         """The Output of one helm command."""
@@ -7912,6 +8249,8 @@ class Agent:
         """Makes each record of a deployment durable and tells the WFM, before the next step is taken; returns the last one."""
         there, fetched = "" if place is self.places[0] else place.device_id + " ", self.store.fetched
         fetched.clear()
+        for driver in place.drivers.values():
+            driver.images.update(entry.rpartition(" ")[2] for entry in self.state["pulled"] if entry.rpartition(" ")[0] == there.strip())
         for record in steps:
             for driver in place.drivers.values():
                 fetched += driver.pulled

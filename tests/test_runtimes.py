@@ -1299,10 +1299,14 @@ class Shared(RuntimeCase):
                                  "foreign": {"external": True, "name": "plant"},
                                  "fixed": {"driver": "bridge",
                                            "ipam": {"config": [{"subnet": "10.1.0.0/24", "gateway": "10.1.0.1"}]}}}}
-        self.assertEqual(margo_agent.make_networks(document, self.make_workload()), {
+        networks = margo_agent.make_networks(document, self.make_workload())
+        digests = {name: arguments.pop() for name, (_, arguments) in networks.items() if arguments}
+        self.assertEqual(networks, {
             "default": (f"{PROJECT}_default", [mark]), "plain": (f"{PROJECT}_plain", [mark]),
             "inner": (f"{PROJECT}_inner", ["--label=a=b", "--internal", mark]), "foreign": ("plant", None),
             "fixed": (f"{PROJECT}_fixed", ["--subnet=10.1.0.0/24", "--gateway=10.1.0.1", mark])})
+        self.assertEqual(digests["plain"], digests["default"])
+        self.assertEqual(len(set(digests.values())), 3)
 
     def test_names_that_an_engine_would_take_for_something_else_are_refused(self):
         for name in ("../x", "a b", "-x", "a/b", "", "ns:/proc/1/ns/net"):
@@ -1508,50 +1512,55 @@ class JudgeStartup(unittest.TestCase):
         return margo_agent.Service(name, IMAGE, [], [], {}, {}, [], {}, health, "missing", "h")
 
     def test_where_a_start_stands(self):
-        """C-163, C-164, C-165, P-6, P-17: decided from what the engine shows, once-only services included."""
-        checked = (30, 3, 0)
+        """C-163, C-164, C-165, P-6, P-17: decided from what the engine shows, once-only services included.
+
+        E-17: a code is told only of what has ended.
+        """
+        checked, unwell = (30, 3, 0), {"one": "one is not healthy yet"}
         cases = [
-            # facts of `one`, its health check, healthy, failure, what is waited for, finished
-            (("running", 0, 0), None, (), "", [], set()),
-            (("running", 0, 0), checked, (), "", ["one is not healthy yet"], set()),
-            (("running", 0, 0), checked, ("one",), "", [], set()),
-            (("running", 0, 0), checked, ("other",), "", ["one is not healthy yet"], set()),
-            (("exited", 0, 0), None, (), "", [], {"one"}),
-            (("exited", 0, 0), checked, (), "", [], {"one"}),
-            (("stopped", 0, 0), None, (), "", [], {"one"}),
-            (("exited", 3, 0), None, (), "service one exited with code 3", [], set()),
-            (("exited", 137, 0), checked, ("one",), "service one exited with code 137", [], set()),
-            (("stopped", 1, 0), None, (), "service one exited with code 1", [], set()),
-            (("dead", 1, 0), None, (), "service one exited with code 1", [], set()),
-            (("running", 0, 2), None, (), "service one exited with code 0 (2 restarts)", [], set()),
-            (("running", 0, 1), checked, ("one",), "service one exited with code 0 (1 restarts)", [], set()),
-            (("restarting", 1, 1), None, (), "service one exited with code 1 (1 restarts)", [], set()),
-            (("exited", 0, 1), None, (), "service one exited with code 0 (1 restarts)", [], set()),
-            (("created", 0, 0), None, (), "", ["one is created"], set()),
-            (("configured", 0, 0), None, (), "", ["one is configured"], set()),
-            (("paused", 0, 0), None, (), "", ["one is paused"], set()),
-            (None, None, (), "", ["one is missing"], set())]
-        for facts, health, healthy, failure, waiting, finished in cases:
+            # what is seen of `one`, its health check, healthy, failure, what is waited for, finished
+            (("running",), None, (), None, {}, set()),
+            (("running",), checked, (), None, unwell, set()),
+            (("running",), checked, ("one",), None, {}, set()),
+            (("running",), checked, ("other",), None, unwell, set()),
+            (("exited",), None, (), None, {}, {"one"}),
+            (("exited",), checked, (), None, {}, {"one"}),
+            (("stopped",), None, (), None, {}, {"one"}),
+            (("exited", 3), None, (), "service one exited with code 3", {}, set()),
+            (("exited", 137), checked, ("one",), "service one exited with code 137", {}, set()),
+            (("stopped", 1), None, (), "service one exited with code 1", {}, set()),
+            (("dead", 1), None, (), "service one exited with code 1", {}, set()),
+            (("running", 0, 2), None, (), "service one exited (2 restarts)", {}, set()),
+            (("running", 0, 1), checked, ("one",), "service one exited (1 restarts)", {}, set()),
+            (("restarting", 1, 1), None, (), "service one exited (1 restarts)", {}, set()),
+            (("exited", 3, 1), None, (), "service one exited with code 3 (1 restarts)", {}, set()),
+            (("created",), None, (), None, {"one": "one is created"}, set()),
+            (("initialized",), None, (), None, {"one": "one is initialized"}, set()),
+            (("configured",), None, (), None, {"one": "one is configured"}, set()),
+            (("paused",), None, (), None, {"one": "one is paused"}, set()),
+            (None, None, (), "the container of service one is gone: somebody removed it", {}, set())]
+        for facts, health, healthy, words, waiting, finished in cases:
             with self.subTest(facts=facts, health=health, healthy=healthy):
-                found = margo_agent.judge_startup([self.make("one", health)], {"one": facts} if facts else {},
+                found = margo_agent.judge_startup([self.make("one", health)], {"one": margo_agent.Seen(*facts)} if facts else {},
                     set(healthy))
-                self.assertEqual(found, (failure, waiting, finished))
+                self.assertEqual(found, (("one", words) if words else None, waiting, finished))
+
+    def judge(self, services, **states):
+        """judge_startup where nothing is healthy yet."""
+        return margo_agent.judge_startup(services, {name: margo_agent.Seen(*facts) for name, facts in states.items()}, set())
 
     def test_one_failure_is_enough(self):
         services = [self.make("a"), self.make("b"), self.make("c")]
-        failure, _, _ = margo_agent.judge_startup(services, {"a": ("running", 0, 0), "b": ("created", 0, 0),
-            "c": ("exited", 5, 0)}, set())
-        self.assertEqual(failure, "service c exited with code 5")
+        failure, _, _ = self.judge(services, a=("running",), b=("created",), c=("exited", 5))
+        self.assertEqual(failure, ("c", "service c exited with code 5"))
 
     def test_every_service_is_waited_for(self):
-        services = [self.make("a"), self.make("b", (1, 1, 0)), self.make("c"), self.make("d")]
-        found = margo_agent.judge_startup(services, {"a": ("created", 0, 0), "b": ("running", 0, 0),
-            "c": ("exited", 0, 0)}, set())
-        self.assertEqual(found, ("", ["a is created", "b is not healthy yet", "d is missing"], {"c"}))
+        services = [self.make("a"), self.make("b", (1, 1, 0)), self.make("c")]
+        found = self.judge(services, a=("created",), b=("running",), c=("exited", 0))
+        self.assertEqual(found, (None, {"a": "a is created", "b": "b is not healthy yet"}, {"c"}))
 
     def test_containers_of_others_do_not_count(self):
-        self.assertEqual(margo_agent.judge_startup([self.make("a")], {"a": ("running", 0, 0), "b": ("exited", 1, 0)},
-            set()), ("", [], set()))
+        self.assertEqual(self.judge([self.make("a")], a=("running",), b=("exited", 1)), (None, {}, set()))
 
 
 class Masking(unittest.TestCase):
@@ -1756,15 +1765,15 @@ class DriverCase(RuntimeCase):
         self.add_file("compose.yaml", document if isinstance(document, str) else json.dumps(document))
         return self.driver.resolve(self.make_workload(**options), 60)
 
-    def apply(self, document, known=None, **options):
+    def apply(self, document, known=None, patience=60, **options):
         """One apply as the agent does it; what it returns."""
         return self.driver.apply(self.prepare(document, **options), self.driver.observe(), known or {},
-                                 time.monotonic() + 60)
+                                 time.monotonic() + patience)
 
     def changes(self):
         """The command lines so far that change something."""
         return [call for call in self.engine.calls() if call[0] not in ("ps", "inspect", "logs", "info",
-            "healthcheck") and "inspect" not in call[:2]]
+            "healthcheck") and "inspect" not in call[:2] and call[:2] != ["network", "ls"]]
 
     def ids(self):
         """{service: id of its container}."""
@@ -1794,9 +1803,11 @@ class CommandLines(DriverCase):
         prepared = self.prepare(document)
         service, name = prepared[1].services[0], f"{PROJECT}-main-1"
         self.driver.apply(prepared, self.driver.observe(), {}, time.monotonic() + 60)
-        calls = [call for call in self.changes() if call[0] != "rm"]
+        calls, mine = self.changes(), self.ids()["main"]
         config = next(argument for argument in calls[4] if re.match("--volume=.*:/app:ro$", argument))
         mark = f"--label=org.margo.project={PROJECT}"
+        for call in calls[:3]:
+            self.assertRegex(call.pop(-2), "^--label=org.margo.hash=[0-9a-f]{32}$")
         self.assertEqual(calls, [
             ["network", "create", mark, f"{PROJECT}_default"], ["network", "create", mark, f"{PROJECT}_front"],
             ["network", "create", "--internal", mark, f"{PROJECT}_back"],
@@ -1808,7 +1819,7 @@ class CommandLines(DriverCase):
              "--publish=80:80", f"--volume={PROJECT}_data:/d", f"--network={PROJECT}_front", "--network-alias=main",
              "--network-alias=www", IMAGE,
              "sleep", "5"],
-            ["network", "connect", "--alias=main", "--ip=10.1.0.5", f"{PROJECT}_back", name], ["start", name]])
+            ["network", "connect", "--alias=main", "--ip=10.1.0.5", f"{PROJECT}_back", name], ["start", mine]])
         with open(config[len("--volume="):-len(":/app:ro")]) as file:
             self.assertEqual(file.read(), "x")
 
@@ -2182,42 +2193,45 @@ class Startup(DriverCase):
         """C-152: and the log's end."""
         self.engine.change(unhealthy=["main"])
         document = make_document({"healthcheck": {"test": "true", "interval": "1h"}})
-        self.apply(document)
-        workload, project = self.prepare(document)
-        self.assertFails("INSTALL_TIMEOUT", lambda: self.driver.await_startup(project.services, workload,
-            time.monotonic()),
+        self.assertFails("INSTALL_TIMEOUT", lambda: self.apply(document, wait=True, patience=1),
                          "not up in time: main is not healthy yet", "last words")
 
-    def test_what_must_end_first_has_ended_before_the_next_is_made(self):
+    def starts(self):
+        """The services whose containers were started, in order."""
+        services = {item["id"]: item["labels"]["org.margo.service"] for item in self.engine.containers().values()}
+        return [services[call[1]] for call in self.changes() if call[0] == "start"]
+
+    def test_what_must_end_first_has_ended_before_the_next_is_started(self):
         self.engine.change(exits={"migrate": 0})
         document = {"services": {"main": {"image": IMAGE,
                                           "depends_on": {"migrate": {"condition": "service_completed_successfully"}}},
                                  "migrate": {"image": IMAGE}}}
         known = self.apply(document, wait=True)
         self.assertEqual({name: facts["finished"] for name, facts in known.items()}, {"migrate": True, "main": False})
-        started = [call[1] for call in self.changes() if call[0] == "start"]
-        self.assertEqual(started, [f"{PROJECT}-migrate-1", f"{PROJECT}-main-1"])
+        self.assertEqual(self.starts(), ["migrate", "main"])
 
-    def test_what_fails_first_keeps_the_next_from_being_made(self):
+    def test_what_fails_first_keeps_the_next_from_being_started(self):
         self.engine.change(exits={"migrate": 4})
         document = {"services": {"main": {"image": IMAGE,
                                           "depends_on": {"migrate": {"condition": "service_completed_successfully"}}},
                                  "migrate": {"image": IMAGE}}}
         self.assertFails("INSTALL_FAILED", lambda: self.apply(document), "service migrate exited with code 4")
-        self.assertEqual(set(self.ids()), {"migrate"})
+        self.assertEqual(self.starts(), ["migrate"])
 
-    def test_what_must_be_healthy_is_healthy_before_the_next_is_made(self):
+    def test_what_must_be_healthy_is_healthy_before_the_next_is_started(self):
         document = {"services": {"main": {"image": IMAGE, "depends_on": {"db": {"condition": "service_healthy"}}},
                                  "db": {"image": IMAGE, "healthcheck": self.CHECKED}}}
         self.apply(document)
         kinds = [call[0] for call in self.engine.calls()]
-        self.assertLess(kinds.index("healthcheck"), len(kinds) - 1 - kinds[::-1].index("create"))
-        self.assertEqual(kinds.count("create"), 2)
+        self.assertLess(kinds.index("healthcheck"), len(kinds) - 1 - kinds[::-1].index("start"))
+        self.assertEqual(self.starts(), ["db", "main"])
         self.engine.change(unhealthy=["db"])
         document["services"]["db"]["command"] = document["services"]["main"]["command"] = ["x"]
-        before = self.ids()
+        before = set(self.ids().values())
+        self.engine.forget_calls()
         self.assertFails("UNHEALTHY", lambda: self.apply(document), "service db is unhealthy")
-        self.assertEqual(self.ids()["main"], before["main"])
+        self.assertEqual(self.starts(), ["db"])
+        self.assertLess(before, {item["id"] for item in self.engine.containers().values()}, "the way back is gone")
 
 
 class Providers(DriverCase):
