@@ -26,6 +26,7 @@ are mistakes of other agents, which a test of the same mark keeps out.
 """
 # Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module that a poll may do
 # without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
+import io
 import os
 import re
 import sys
@@ -79,14 +80,16 @@ HISTORY = 20                                        # accepted desired states th
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                                     # seconds that the current step may still take once the process is asked to end
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
-RESERVE = 256 * KIB                                 # kept in the state directory, to be given up for the state when the disk is full (P-4)
+RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
 MAX_TIMEOUT = 6 * 3600                              # seconds that one may ask for at most: meanwhile its device hears nobody (P-9)
 PULL_LIMIT = 86400                                  # seconds after which a pull that still moves is given up until the next attempt
 PULL_TIMEOUT = 3600                                 # seconds git may take, or a child's engine for an image: links are slow
 IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
 LOOKS, LOOK_PATIENCE = 8, 2                         # engines and clusters that are asked at once; seconds in which all should answer
-FREE_SPACE = 32 * MIB                               # stays free on a disk that something is fetched to (P-4)
+FREE_SPACE = 32 * MIB                               # at most stays free on a disk that something is fetched to (P-4)
+SHARE = 16                                          # of a small disk it is one part of so many that stays free, and that is kept
+CORPSE_GRACE = 5                                    # seconds in which a program that was killed has to be gone
 PUSH_ATTEMPTS = 5                                   # how often a status is put on top of what others pushed meanwhile
 MAX_PACKS = 50                                      # fetches after which the copy of a Git repository is begun anew
 EXPIRY_WARNING, EXPIRY_ADVICE = 0.2, 0.25           # shares of the own SVID's lifetime left: from when to warn, and when doctor does
@@ -137,6 +140,7 @@ NotRenewed = define_fault("NotRenewed", MargoError, "The own SVID could not be r
 Waiting = define_fault("Waiting", MargoError, "A desired state that removes a lot waits for its confirmation.", exit=3, code="REMOVALS_UNCONFIRMED")
 Interrupted = define_fault("Interrupted", MargoError, "The process was asked to end before everything was done.", exit=3, code="INTERRUPTED")
 StorageError = define_fault("StorageError", MargoError, "The state directory cannot be read or written.", exit=3, code="STORAGE")
+NoMemory = define_fault("NoMemory", MargoError, "The device has not enough memory for a step.", exit=3, code="MEMORY")
 Refused = define_fault("Refused", MargoError, "The desired state is refused as a whole; what runs stays as it is.", exit=4, code="REFUSED")
 Untrusted = define_fault("Untrusted", MargoError, "Own identity or the peer's cannot be trusted.", exit=5, code="UNTRUSTED")
 NoPath = define_fault("NoPath", Untrusted, "An issued SVID does not lead to the trust bundle.")
@@ -206,6 +210,8 @@ Container = define("Container", "id name deployment_id component service hash st
 Action = define("Action", "deployment_id action reason restore unstable",
     "One step of a plan: install, update, remove, keep or refuse, and why; `restore`: it is the version before that has to be mended;"
     " `unstable`: (component, service) that is repaired in vain.", False, None)
+Clock = define("Clock", "now boot uptime",
+    "A moment: Unix seconds by the wall clock, and by the clock that nobody sets the id of this boot and the seconds since.")
 Place = define("Place", "device_id device drivers",
     "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}.")
 Profile = define("Profile", "connect describe check",
@@ -915,12 +921,19 @@ def parse_json(data, what):
     def refuse(word):
         raise ValueError(f"{word} is not JSON")
 
-    def read_number(text):
-        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")        # as newer Pythons have it
+    def read_int(text):
+        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")     # as newer Pythons have it
+
+    def read_float(text):
+        return float(text) if abs(float(text)) < float("inf") else refuse(text[:40])
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_int=read_number)
-        make_json(value)                            # what cannot be written again is not taken either
+        if data[:2] == b"\x1f\x8b":
+            raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_int=read_int,
+                           parse_float=read_float)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            make_json(value)                        # refuses a half character
         return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not usable JSON: {error}") from None
@@ -974,6 +987,26 @@ def grow(first, times, cap):
 def find_left(record, now):
     """Seconds that a record of an attempt, {at, delay}, still asks to be waited; none before its time, where a clock was set back."""
     passed, delay = now - record.get("at", 0), record.get("delay", 0)
+    return delay - passed if 0 <= passed < delay else 0
+
+
+def make_wait(record, delay, clock):
+    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay, boot, uptime}.
+
+    record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
+    """
+    return {"failures": record.get("failures", 0) + 1, "at": clock.now, "delay": delay,
+            "boot": clock.boot, "uptime": clock.uptime}
+
+
+def find_wait(record, clock):
+    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this is the same boot.
+
+    Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
+    """
+    same = "uptime" in record and record["boot"] == clock.boot
+    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
+    delay = record.get("delay", 0)
     return delay - passed if 0 <= passed < delay else 0
 
 
@@ -1767,6 +1800,11 @@ def get_uptime():
     return (read_file("/proc/sys/kernel/random/boot_id", KIB) or b"").decode().strip(), time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def get_clock():
+    """The Clock now."""
+    return Clock(time.time(), *get_uptime())
+
+
 def sync_folder(folder):
     """Makes the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -1779,15 +1817,47 @@ def sync_folder(folder):
 def read_file(path, limit):
     """The bytes of a file, None where there is none; raises StorageError, also where it is longer than `limit`."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(limit + 1)
+        with open(path, "rb") as file:              # asked for is what there is: memory for the limit may not be there
+            size = min(limit, max(os.fstat(file.fileno()).st_size, 64 * KIB))
+            data = file.read(size + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror})") from None
-    if len(data) > limit:
-        raise StorageError(f"{path} is longer than {limit} bytes")
+    if len(data) > size:
+        raise StorageError(f"{path} is longer than {size} bytes")
     return data
+
+
+def make_folder(path, mode=0o700):
+    """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask; may raise OSError."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    if parent and parent != path:
+        make_folder(parent, mode)
+    try:
+        os.mkdir(path, mode)
+        os.chmod(path, mode)
+    except FileExistsError:
+        if not os.path.isdir(path):                 # else another process was faster
+            raise
+
+
+def empty_folder(path):
+    """Removes what lies in a folder of ours; what cannot be removed stays, and the log says so."""
+    try:
+        for name in os.listdir(path):
+            if not remove_file(os.path.join(path, name)):
+                remove_folder(os.path.join(path, name))
+    except (OSError, StorageError) as error:
+        log("warning", "temporary files cannot be removed", path=path, reason=str(error))
+
+
+def get_space(folder, most=FREE_SPACE):
+    """(bytes that are free on a disk, how many of them are to stay so): at most `most`, and one part of a small disk."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize, min(most, disk.f_blocks * disk.f_frsize // SHARE)
 
 
 def remove_folder(path):
@@ -1894,13 +1964,13 @@ class Store:
     def create(self):
         """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
-            for name in ("", "artifacts", "deployments", "crls"):
-                if not os.path.isdir(self.path(name)):
-                    os.makedirs(self.path(name), 0o700, exist_ok=True)
+            make_folder(os.path.dirname(self.folder), 0o755)
+            for name in ("artifacts", "deployments", "crls", "tmp"):
+                make_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
             if not os.path.exists(self.path("reserve")):
-                write_file(self.path("reserve"), bytes(RESERVE))
+                write_file(self.path("reserve"), bytes(get_space(self.folder, RESERVE)[1]))
         except StorageError as error:
             log("warning", "no space can be kept in reserve", reason=error.message)
         except OSError as error:
@@ -2008,8 +2078,9 @@ class Store:
         """Notes the last contact; whether that could be written."""
         path = self.memo_path()
         try:
-            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+            make_folder(os.path.dirname(path), 0o755)
             with open(path + ".tmp", "wb") as file:
+                os.fchmod(file.fileno(), 0o600)
                 file.write(make_json(memo))
             os.replace(path + ".tmp", path)
             return True
@@ -2038,6 +2109,31 @@ NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est n
              " runtime.compose", "docker-compose": "see runtime.compose", "podman-compose": "see runtime.compose", "helm": "see runtime.helm"}
 
 
+# Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between systemd and this process alone.
+SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+
+
+def list_folders(environ):
+    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them."""
+    folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
+    return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
+
+
+def get_command_environment(environ):
+    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR that is no folder."""
+    found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
+    if not os.path.isdir(found.get("TMPDIR", "/")):
+        del found["TMPDIR"]
+    return dict(found, PATH=os.pathsep.join(list_folders(environ)))
+
+
+def get_temporary(state_dir, environ):
+    """{TMPDIR: the folder for temporary files below the state directory}; {} where podman, rootless, would keep its own state there."""
+    runtime = environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
+
+
 def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", patient=False):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
@@ -2048,7 +2144,8 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", p
     import subprocess
     try:
         process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, env=env, cwd=cwd, start_new_session=True)
+                                   stderr=subprocess.PIPE, env=get_command_environment(os.environ if env is None else env), cwd=cwd,
+                                   start_new_session=True)
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
         raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
@@ -2125,14 +2222,21 @@ def serve_pipes(process, data, timeout, limit, patient):
 
 
 def kill_group(process):
-    """Ends what still runs of a process group and closes its pipes."""
+    """Ends what still runs of a process group and closes its pipes.
+
+    A process that hangs in the kernel, at a dead disk say, cannot be ended: it is left behind, and whoever waited goes on.
+    """
     import signal
+    import subprocess
     if process.returncode is None:
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass                                    # it ended by itself just now
-        process.wait()
+        try:
+            process.wait(CORPSE_GRACE)
+        except subprocess.TimeoutExpired:
+            log("warning", "a program cannot be ended, and is left behind", program=process.args[0], pid=process.pid)
     for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
         pipe.close()
 
@@ -2180,15 +2284,16 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     """The one door to HTTP: one request, one connection, one Response, whatever its status.
 
     No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the TLS handshake and
-    each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see get_chain) before anything is sent (C-013).
-    Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
+    each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see get_chain) before anything is sent
+    (C-013).  Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
     """
     import http.client
     import ssl
     import urllib.error
     import urllib.request
     where = f"{method} {url}"
-    message = urllib.request.Request(url, data=body, headers=dict({"User-Agent": f"margo-agent/{__version__}"}, **headers), method=method)
+    headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
+    message = urllib.request.Request(url, data=body, headers=headers, method=method)
     try:
         with make_opener(context, check_peer).open(message, timeout=timeout) as response:
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
@@ -2198,103 +2303,141 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
         raise make_network_error(where, error) from None
 
 
-class Guard:
-    """Ends a connection that drips: all up to the body, and each piece of that, has to come within so many seconds of the one before.
+class Paced(io.RawIOBase):
+    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four time-outs.
 
-    So neither the words between the pieces may drip, or never end.  end: a function that cuts the connection.
+    So neither the words between the pieces may drip, or never end.
     """
 
-    def __init__(self, seconds, end):
-        import threading
-        self.seconds, self.end, self.late, self.over = seconds, end, False, threading.Event()
+    def __init__(self, connection):
+        self.connection, self.raw, self.timeout = connection, connection.makefile("rb", 0), connection.gettimeout()
         self.renew()
-        threading.Thread(target=self.watch, daemon=True).start()
 
     def renew(self):
         """Gives the next piece its time."""
-        self.due = time.monotonic() + self.seconds
+        self.due = time.monotonic() + 4 * self.timeout
 
-    def watch(self):
-        """Waits for the end of the answer, or of its time."""
-        while not self.late and not self.over.wait(max(0.0, self.due - time.monotonic())):
-            self.late = time.monotonic() >= self.due
-        if self.late:
-            self.end()
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        left = self.due - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.connection.settimeout(min(self.timeout, left))
+        return self.raw.readinto(buffer)
+
+    def makefile(self, mode):
+        """http.client takes this for the socket."""
+        return io.BufferedReader(self)
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+def open_connection(address, timeout, source=None):
+    """A socket to the first address of a (host, port) that answers; raises OSError.
+
+    Each next address is tried 250 ms after the one before, so that a dead one holds nobody up (RFC 8305).
+    """
+    import errno
+    import select
+    import socket
+    places, trying, code = socket.getaddrinfo(*address, type=socket.SOCK_STREAM), {}, 0
+    end = time.monotonic() + timeout
+    try:
+        while places or trying:
+            if places:
+                family, kind, protocol, _, place = places.pop(0)
+                try:
+                    peer = socket.socket(family, kind, protocol)
+                except OSError as error:            # a kernel without IPv6
+                    code = error.errno
+                    continue
+                trying[peer] = place
+                peer.setblocking(False)
+                peer.connect_ex(place)
+            pause = 0.25 if places else max(0.0, end - time.monotonic())
+            for peer in select.select([], list(trying), [], pause)[1]:
+                code = peer.connect_ex(trying.pop(peer))            # asked again, it says how it went
+                if code in (0, errno.EISCONN):
+                    peer.settimeout(timeout)
+                    return peer
+                peer.close()
+            if time.monotonic() >= end:
+                raise TimeoutError("timed out")
+        raise OSError(code, os.strerror(code))
+    finally:
+        for peer in trying:
+            peer.close()
 
 
 def make_opener(context, check_peer):
     """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no other schemes."""
     import http.client
-    import socket
     import urllib.request
 
-    class Connection(http.client.HTTPConnection if context is None else http.client.HTTPSConnection):
-        """A connection that is guarded, and whose peer is checked before the first byte of a request."""
+    class Answer(http.client.HTTPResponse):
+        """An answer that is paced; interim ones before it (such as 103) are passed over."""
 
-        wire = None
+        def __init__(self, connection, *arguments, **options):
+            self.paced = Paced(connection)
+            super().__init__(self.paced, *arguments, **options)
+
+        def begin(self):
+            super().begin()
+            while 102 <= self.status < 200:
+                self.headers = None
+                super().begin()
+
+    class Connection(http.client.HTTPConnection):
+        """A connection whose peer is checked before the first byte of a request."""
+
+        response_class, default_port = Answer, 443 if context else 80
 
         def connect(self):
-            self.guard = Guard(4 * self.timeout, self.cut)
+            self._create_connection = open_connection
             try:
                 super().connect()
-                self.wire = self.sock               # urllib takes the other reference away
+                if context:                         # an end that TLS does not tell of is none: the answer was cut
+                    host = self._tunnel_host or self.host
+                    self.sock = context.wrap_socket(self.sock, server_hostname=host, suppress_ragged_eofs=False)
                 if check_peer:
                     check_peer(get_chain(self.sock, context))
             except (OSError, MargoError):
-                self.guard.over.set()
                 self.close()
                 raise
 
-        def getresponse(self):
-            try:
-                response = super().getresponse()
-                response.guard = self.guard
-                return response
-            finally:
-                if self.guard.late:
-                    raise TimeoutError("timed out")
-
-        def cut(self):
-            """Ends the connection from outside of whatever waits for it."""
-            try:
-                socket.socket.shutdown(self.wire or self.sock, socket.SHUT_RDWR)
-            except (OSError, TypeError):
-                pass                                # it has ended by itself
-
-    class Handler(urllib.request.HTTPHandler if context is None else urllib.request.HTTPSHandler):
-        """urllib's own handler, but for the connection."""
-
-        def start(self, message):
-            secure = {} if context is None else {"context": context}
-            return self.do_open(lambda host, **options: Connection(host, **secure, **options), message)
-
-        if context is None:
-            http_open = start
-        else:
-            https_open = start
-
+    scheme, handler = "https" if context else "http", urllib.request.AbstractHTTPHandler()
+    setattr(handler, f"{scheme}_open", lambda message: handler.do_open(Connection, message))
+    setattr(handler, f"{scheme}_request", handler.do_request_)
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), Handler()):
-        opener.add_handler(handler)
+    for item in (urllib.request.ProxyHandler(), handler):
+        opener.add_handler(item)
     return opener
 
 
 def get_chain(connection, context):
-    """The peer's certificates (DER), leaf first: as verified, or as presented where nothing is.  Before Python 3.10 the leaf alone."""
+    """The peer's certificates (DER), leaf first: as verified, or as presented where nothing is.
+
+    Before Python 3.10 the leaf alone.
+    """
     import ssl
     kind = "get_unverified_chain" if context.verify_mode == ssl.CERT_NONE else "get_verified_chain"
-    get = getattr(connection, kind, None) or getattr(getattr(connection, "_sslobj", None), kind, None)     # public since 3.13
-    chain = [item if isinstance(item, bytes) else item.public_bytes(2) for item in (get and get()) or ()]   # 2: DER
+    inner = getattr(connection, "_sslobj", None)
+    get = getattr(connection, kind, None) or getattr(inner, kind, None) or tuple        # public since 3.13
+    chain = [item if isinstance(item, bytes) else item.public_bytes(2) for item in get() or ()]       # 2: DER
     return chain or [connection.getpeercert(binary_form=True)]
 
 
 def read_body(response, limit, timeout, where):
-    """The body of a response; Refused over `limit`, Unreachable when it is cut short or slower than 1 KiB/s over four time-outs."""
+    """The body of a response; Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs."""
     pieces, size, start = [], 0, time.monotonic()
     while True:
-        response.guard.renew()
+        response.paced.renew()
         piece = response.read1(65536)
-        if not piece or response.guard.late:
+        if not piece:
             break
         pieces.append(piece)
         size += len(piece)
@@ -2303,11 +2446,9 @@ def read_body(response, limit, timeout, where):
         elapsed = time.monotonic() - start
         if elapsed > 4 * timeout and size < KIB * elapsed:
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
-    response.guard.over.set()
-    if response.guard.late:
-        raise Unreachable(f"{where}: timed out at {size} bytes")
-    if not pieces and response.length is None and not response.chunked and where.startswith("GET") and response.status == 200:
-        raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes the end of a connection for that of a head
+    unframed = response.length is None and not response.chunked
+    if unframed and not pieces and where.startswith("GET") and response.status == 200:
+        raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes a broken head for a whole one
     if response.length:
         raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
     return b"".join(pieces)
@@ -2325,6 +2466,28 @@ def make_network_error(where, error):
     if isinstance(error, ssl.SSLError) and not broken:
         return Untrusted(f"{where}: TLS failed: {text}")
     return Unreachable(f"{where}: {text}")
+
+
+def make_authorization(secret, user=b""):
+    """The value of an Authorization header for a secret (bytes): Basic with a user, else Bearer."""
+    return "Basic " + make_base64(user + b":" + secret) if user else "Bearer " + secret.decode()
+
+
+def load_secret(key, path, fault):
+    """The bytes in a file that a setting names, without the line's end; raises `fault` of some words."""
+    try:
+        data = read_file(path, MAX_ANSWER)
+    except StorageError as error:
+        raise fault(f"{key}: {error.message}") from None
+    if data is None:
+        raise fault(f"{key} {path}: no such file")
+    return data.rstrip(b"\r\n")
+
+
+def find_looseness(key, path):
+    """What to say of a secret's file that others can read, "" where they cannot."""
+    mode = os.stat(path).st_mode & 0o777 if os.path.isfile(path) else 0
+    return f"{key} {path} has mode {mode:04o}; chmod 0600 it" if mode & 0o077 else ""
 
 
 def is_ssh_answering(address, timeout):
@@ -2354,33 +2517,43 @@ def parse_problem(body):
     kind = text("type")
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
-    seconds = value.get("retryAfterSeconds")
-    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in value.get("errors") or ()
-              if isinstance(item, dict)] if isinstance(value.get("errors"), list) else []
-    return Problem(kind, text("title") or text("error"), text("detail") or text("message"), value.get("retryable"),
-                   float(seconds) if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < 10 ** 9 else None,
-                   text("backoffStrategy"), errors)
+    wait = value.get("retryAfterSeconds")
+    wait = float(wait) if is_number(wait) and 0 <= wait < 10 ** 9 else None
+    errors = value["errors"] if isinstance(value.get("errors"), list) else []
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors if isinstance(item, dict)]
+    title, detail = text("title") or text("error"), text("detail") or text("message")
+    return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
+
+
+def find_verdict(status):
+    """What an HTTP status that is no success means: `denied`, `later` (to be asked again) or `refused`."""
+    if status in (401, 403):
+        return "denied"
+    return "later" if status in (408, 429) or status >= 500 else "refused"
 
 
 def check_response(response, where, accepted, now):
     """Returns the response if its status is one of `accepted`, else raises what it means to a client (protocol 10).
 
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  401 and 403: Untrusted.  What
-    says of itself that it can be retried, or is 408, 429 or 5xx: Unreachable.  Else Refused; its `code` is the type, or `HTTP <status>`.
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  Denied: Untrusted.  What says
+    of itself that it can be retried, or is `later`: Unreachable.  Else Refused; its `code` is the type, or `HTTP <status>`.
     """
     if response.status in accepted:
         return response
     problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
+    verdict = find_verdict(response.status)
     known = problem.type in REFUSALS
     kind = "" if known or problem.type in DENIALS + ("about:blank",) else problem.type
     words = "; ".join(part for part in [kind, problem.title, problem.detail] + problem.errors[:5] if part)
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
-    header = parse_retry_after(response.headers.get("Retry-After"), now)
-    retryable = problem.retryable if isinstance(problem.retryable, bool) else problem.strategy != "none" and (
-        response.status in (408, 429) or response.status >= 500)
-    facts = {"status": response.status, "strategy": problem.strategy, "retry_after": problem.retry_after if header is None else header}
-    if response.status in (401, 403) and not known or problem.type in DENIALS:
+    wait = parse_retry_after(response.headers.get("Retry-After"), now)
+    facts = {"status": response.status, "strategy": problem.strategy,
+             "retry_after": problem.retry_after if wait is None else wait}
+    if verdict == "denied" and not known or problem.type in DENIALS:
         raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
+    retryable = problem.retryable
+    if not isinstance(retryable, bool):
+        retryable = verdict == "later" and problem.strategy != "none"
     if retryable:
         raise Unreachable(message, **facts)
     if 300 <= response.status < 400 and response.status != 304:
@@ -2974,14 +3147,16 @@ def load_token(config):
     return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
 
 
-def make_authorization(config, token):
-    """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
+def load_enrollment_header(config):
+    """The enrollment token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
     path = config.identity.est.token_file
-    if not token.partition(b":")[2] or b"\n" in token:
+    user, _, secret = (load_token(config) or b"").partition(b":")
+    if not secret or b"\n" in user + secret:
         raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
-    if os.stat(path).st_mode & 0o077:
-        log("warning", "others can read the enrollment token; chmod 0600 it", path=path)
-    return "Basic " + make_base64(token)
+    loose = find_looseness("identity.est.token_file", path)
+    if loose:
+        log("warning", "others can read the enrollment token", reason=loose)
+    return make_authorization(secret, user)
 
 
 def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False):
@@ -3115,7 +3290,7 @@ def request_svid(config, store, state, renewed, mark, now):
         if settings.certificate:
             load_key_pair(context, settings.certificate, settings.key, "identity.est")
         else:
-            headers["Authorization"] = make_authorization(config, load_token(config) or b"")
+            headers["Authorization"] = load_enrollment_header(config)
         body = begin_enrollment(config, store, state, mark)
     log("info", "asking for an SVID", url=url)
     response = request("POST", url, headers, base64.encodebytes(body), context, config.wfm.timeout, MAX_CERTIFICATES, check_peer)
@@ -3180,7 +3355,7 @@ def check_est_response(response, operation, now):
     problem = parse_problem(response.body)
     words = problem.detail or problem.title if problem else make_printable(response.body[:500].decode("utf-8", "replace"))
     message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
-    if response.status in (408, 429) or response.status >= 500:
+    if find_verdict(response.status) == "later":
         raise Unreachable(message, retry_after=wait if wait is not None or not problem else problem.retry_after)
     raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
 
@@ -4207,11 +4382,10 @@ def check_signed(config, state, now):
 
 def judge_own(leaf, words, config, now):
     """(ok or warn, words) of an own certificate that can be used."""
-    key, days = config.identity.key, int((leaf.not_after - now) // 86400)
-    mode = os.stat(key).st_mode & 0o777 if os.path.isfile(key) else 0
-    if mode & 0o077:
-        return "warn", f"identity.key {key} has mode {mode:04o}; chmod 0600 it"
-    words = f"{words}, {days} days left"
+    loose = find_looseness("identity.key", config.identity.key)
+    if loose:
+        return "warn", loose
+    words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
     return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
 
 
@@ -4458,7 +4632,8 @@ def make_git_environment(config, home):
     options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}", f"ServerAliveInterval={timeout}"]
     options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"] if git.known_hosts else []
     options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"'] if git.ssh_key else []
-    return {"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
+    return {"PATH": os.environ.get("PATH", ""), **get_temporary(config.state_dir, os.environ),
+            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
             "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1", "GIT_NO_REPLACE_OBJECTS": "1",
             "GIT_SSH_COMMAND": " ".join(["ssh", "-F", "/dev/null"] + [quote(f"-o{option}") for option in options])}
 
@@ -4470,7 +4645,7 @@ def make_git_config(config, home, header):
         ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow", "always"),
         ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile", "/dev/null"),
         ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto", "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
+        ("transfer", "bundleURI", "false"), ("core", "sharedRepository", "0600"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
         ("http", "lowSpeedTime", str(seconds)), ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
     if config.identity.ca:
         settings += [("http", "sslCAInfo", config.identity.ca), ("http", "sslCAPath", os.path.join(home, "none"))]
@@ -4486,18 +4661,13 @@ def make_git_config(config, home, header):
 
 
 def load_git_header(git):
-    """The Authorization header's value for an https repository: bearer, or basic with git.username; None without a token (C-250, C-253)."""
+    """The Authorization of an https repository: bearer, or basic with git.username; None without a token (C-250, C-253)."""
     if not git.token_file:
         return None
-    try:
-        token = (read_file(git.token_file, MAX_ANSWER) or b"").decode("utf-8", "replace").strip()
-    except StorageError as error:
-        raise Untrusted(f"git.token_file: {error.message}") from None
-    if not re.fullmatch(r"[!-~]+", token):
-        raise Untrusted(f"git.token_file {git.token_file}: is not there, or is not one line of printable characters")
-    if not git.username:
-        return f"Bearer {token}"
-    return "Basic " + make_base64(f"{git.username}:{token}".encode())
+    token = load_secret("git.token_file", git.token_file, Untrusted).strip()
+    if not re.fullmatch(rb"[!-~]+", token):
+        raise Untrusted(f"git.token_file {git.token_file}: is not one line of printable characters")
+    return make_authorization(token, (git.username or "").encode())
 
 
 def make_ref_path(device_id):
@@ -4561,7 +4731,7 @@ def connect_git(config, store, state, keep):
         import tempfile
         temporary = tempfile.TemporaryDirectory(prefix="margo-git-")
         home = temporary.name
-    os.makedirs(os.path.join(home, "none"), 0o700, exist_ok=True)
+    make_folder(os.path.join(home, "none"))
     path, content = os.path.join(home, ".gitconfig"), make_git_config(config, home, header)
     if read_file(path, MAX_ANSWER) != content:
         write_file(path, content)
@@ -4584,8 +4754,9 @@ def check_git(config, state, now):
         path = config.git[key]
         if path and not os.path.isfile(path):
             raise Untrusted(f"git.{key} {path}: is not there")
-        if path and os.stat(path).st_mode & 0o077:
-            return "warn", f"git.{key} {path} has mode {os.stat(path).st_mode & 0o777:04o}; chmod 0600 it"
+        loose = find_looseness(f"git.{key}", path or "")
+        if loose:
+            return "warn", loose
     return "ok", version
 
 
@@ -4904,26 +5075,25 @@ def parse_reference(repository, revision):
 
 def parse_challenge(header):
     """`WWW-Authenticate` to [(scheme in lower case, {parameter: value})] (RFC 9110, 11.6.1)."""
+    from urllib.request import parse_http_list
     challenges = []
-    for token, name, quoted, plain in re.findall(r'\b([A-Za-z]+)\b(?=\s+[A-Za-z]+=|\s*$)|\b([A-Za-z]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))', header or ""):
-        if token:
-            challenges.append((token.lower(), {}))
-        elif challenges:
-            challenges[-1][1][name.lower()] = re.sub(r"\\(.)", r"\1", quoted) if quoted else plain
+    for item in parse_http_list(header or ""):
+        scheme, parameter = re.fullmatch(r"(?s)(?:([A-Za-z]+)(?:\s+|\Z)(?!=))?(.*)", item).groups()
+        if scheme:
+            challenges.append((scheme.lower(), {}))
+        name, equals, value = parameter.partition("=")
+        if challenges and equals:
+            challenges[-1][1][name.strip().lower()] = value[1:-1] if value[:1] == '"' else value
     return challenges
 
 
 def load_credentials(host, settings):
-    """User name and password of a registry in base64, as Basic authentication takes them; None where none are configured."""
+    """Authorization of a registry by user name and password; None where none are configured."""
     if not settings.username or not settings.password_file:
         return None
-    try:
-        secret = read_file(settings.password_file, MAX_ANSWER)
-    except StorageError as error:
-        raise ComponentError("PULL_UNAUTHORIZED", f"registries.{host}.password_file: {error.message}") from None
-    if secret is None:
-        raise ComponentError("PULL_UNAUTHORIZED", f"registries.{host}.password_file {settings.password_file}: no such file")
-    return make_base64(f"{settings.username}:".encode() + secret.rstrip(b"\r\n"))
+    secret = load_secret(f"registries.{host}.password_file", settings.password_file,
+                         lambda words: ComponentError("PULL_UNAUTHORIZED", words))
+    return make_authorization(secret, settings.username.encode())
 
 
 class Registry:
@@ -4950,13 +5120,14 @@ class Registry:
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
-        """A Response with status 200 and at most `limit` bytes; raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED for any other."""
-        if response.status in (401, 403):
-            raise ComponentError("PULL_UNAUTHORIZED", f"{url}: HTTP {response.status}; set registries.{self.host}.username and password_file")
+        """A Response with status 200 and at most `limit` bytes; raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED."""
+        where = f"{url}: HTTP {response.status}"
+        if find_verdict(response.status) == "denied":
+            raise ComponentError("PULL_UNAUTHORIZED", f"{where}; set registries.{self.host}.username and password_file")
         if response.status != 200:
             hint = "there is no such package" if response.status == 404 else "it cannot be served now, tried again later"
             wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
-            raise ComponentError("PULL_FAILED", f"{url}: HTTP {response.status}; {hint}", retry_after=wait)
+            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
         if len(response.body) > limit:
             raise ComponentError("PULL_FAILED", f"{url}: the answer is longer than {limit} bytes, all that policy allows")
         return response
@@ -4997,7 +5168,6 @@ class Registry:
         """The Authorization that answers a challenge; raises ComponentError PULL_UNAUTHORIZED."""
         from urllib.parse import urlencode
         basic = load_credentials(self.host, self.settings)
-        basic = basic and f"Basic {basic}"
         for scheme, facts in challenges:
             if scheme == "basic" and basic:
                 return basic
@@ -5108,8 +5278,7 @@ def fetch_file(url, config, missing=False):
     """The bytes at an https URL, by the trust, credentials and redirect rules of its host's entry in `registries`; None where there is nothing, if `missing`."""
     host = url.split("/")[2]
     registry = Registry(host, config)
-    basic = load_credentials(host, registry.settings)
-    registry.authorization = basic and f"Basic {basic}"
+    registry.authorization = load_credentials(host, registry.settings)
     response = registry.fetch(url, "*/*", config.policy.max_artifact)
     if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
         return None
@@ -5123,7 +5292,8 @@ def check_package_signature(data, url, key, config):
     if signature is None:
         log("warning", "the document names a key, but there is no signature of the package beside it (.asc or .sig)", package=url)
         return
-    with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+    folder = os.path.join(config.state_dir, "tmp")
+    with tempfile.TemporaryDirectory(prefix="margo-gpg-", dir=folder if os.path.isdir(folder) else None) as home:
         paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
         for path, content in zip(paths, (key, signature, data)):
             write_file(path, content)
@@ -5138,11 +5308,10 @@ def check_package_signature(data, url, key, config):
 
 def check_space(folder, need, what):
     """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched (P-4)."""
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
-    if free < need + FREE_SPACE:
-        raise ComponentError("DISK_FULL", f"{what} takes about {need // MIB + 1} MiB, and of the {free // MIB} MiB that are free at {folder}"
-                             f" {FREE_SPACE // MIB} stay so; free some there")
+    free, margin = get_space(folder)
+    if free < need + margin:
+        raise ComponentError("DISK_FULL", f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
+                             f" {folder} {margin // KIB} stay so; free some there")
 
 
 def find_layers(image, platform, config):
@@ -5339,16 +5508,16 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     work = folder + ".tmp"
     try:
         remove_folder(work)
-        os.makedirs(os.path.join(work, "content"))
+        make_folder(os.path.join(work, "content"))
         for entry in sorted(entries, key=lambda item: item.kind == "link"):
             path = os.path.join(work, "content", entry.path)
-            os.makedirs(path if entry.kind == "folder" else os.path.dirname(path), exist_ok=True)
+            make_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
             if entry.kind == "file":
                 write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode, os.path.join(work, "part"))
             elif entry.kind == "link":
                 os.symlink(entry.link, path)
+        os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
         for path, _, _ in os.walk(os.path.join(work, "content")):
-            os.chmod(path, 0o755)                   # whatever the umask: containers of other users read them (C-161)
             sync_folder(path)
         os.rename(os.path.join(work, "content"), folder)
         os.rmdir(work)
@@ -6339,7 +6508,7 @@ def make_volume_names(service, project, declared, before):
 
 def find_program(name, environ):
     """Where a program lies on PATH, or None; shutil.which without all that shutil brings along."""
-    paths = [os.path.join(folder, name) for folder in environ.get("PATH", os.defpath).split(os.pathsep)]
+    paths = [os.path.join(folder, name) for folder in list_folders(environ)]
     return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
 
 
@@ -6381,7 +6550,8 @@ def make_compose_driver(config, environ=None, child=None, others=()):
 
     child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all other devices.
     """
-    environ = os.environ if environ is None else environ
+    environ = dict(os.environ if environ is None else environ)
+    environ.update(get_temporary(config.state_dir, environ))
     if child:
         kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
@@ -6391,7 +6561,7 @@ def make_compose_driver(config, environ=None, child=None, others=()):
     engine = find_engine("docker" if docker else config.runtime.engine, environ)
     if config.runtime.compose == "off" or engine is None:
         return None
-    return ComposeDriver(engine, find_provider(config.runtime.compose, engine, environ), config, others=others)
+    return ComposeDriver(engine, find_provider(config.runtime.compose, engine, environ), config, environ, others=others)
 
 
 class ComposeDriver:
@@ -6475,11 +6645,11 @@ class ComposeDriver:
         if service.pull == "never":
             raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
-        self.check_space(service.image, "".join(arguments)[len("--platform="):])
+        environ = self.clear_temporary(self.check_space(service.image, "".join(arguments)[len("--platform="):]))
         program, options = self.make_access(find_registry(service.image))
         log("info", "an image is pulled", image=service.image)
         timeout = PULL_TIMEOUT if self.remote else timeout         # from here nobody sees whether it moves over there
-        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=self.environ, patient=True)
+        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ, patient=True)
         if output.code:                             # the system's own words for a full disk stand in every program's
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED", f"{self.engine} pull failed: {output.stderr[-1500:]}")
@@ -6487,14 +6657,34 @@ class ComposeDriver:
             self.pulled.append(service.image)
 
     def check_space(self, image, platform):
-        """Raises ComponentError DISK_FULL for an image that cannot fit where the engine keeps them, as far as that can be told (P-4)."""
+        """Bytes that are fetched for an image, as far as that can be told, else 0.
+
+        Raises ComponentError DISK_FULL where they cannot fit where the engine keeps its images (P-4).
+        """
         form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
         root = "" if self.remote else self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
         layers = find_layers(image, platform, self.config) if os.path.isdir(root) else []
         if layers:
             ids = self.run(["images", "--quiet", "--no-trunc"], 60).stdout.decode().split()
             there = self.run(["image", "inspect", "--format={{json .RootFS.Layers}}"] + sorted(set(ids)), 60).stdout.decode() if ids else ""
-            check_space(root, sum(size for layer, size in layers if layer not in there), f"image {image}")
+            layers = [(layer, size) for layer, size in layers if layer not in there]
+            check_space(root, sum(size for _, size in layers), f"image {image}")
+        return sum(size for _, size in layers)
+
+    def clear_temporary(self, need):
+        """The environment of a pull.  What earlier pulls that were cut off left behind for temporary files goes first.
+
+        Where an image of `need` bytes has no room there, on a small flash say, the engine uses the folder that it has by itself.
+        """
+        folder, environ = os.path.join(self.config.state_dir, "tmp"), self.environ
+        if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
+            return environ
+        empty_folder(folder)
+        free, margin = get_space(folder)
+        if free >= need + margin:
+            return environ
+        log("info", "an image does not fit below state_dir; the engine's own folder takes what it fetches", bytes=need, free=free)
+        return {key: value for key, value in environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says; credentials lie in a file of mode 0600."""
@@ -6502,11 +6692,11 @@ class ComposeDriver:
         if not settings:
             return [self.engine], []
         folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
-        os.makedirs(folder, 0o700, exist_ok=True)
+        make_folder(folder)
         options, program = [], [self.engine]
         basic = load_credentials(host, settings)
         if basic:
-            write_file(os.path.join(folder, "config.json"), make_json({"auths": {host: {"auth": basic}}}))
+            write_file(os.path.join(folder, "config.json"), make_json({"auths": {host: {"auth": basic[len("Basic "):]}}}))
             options, program = (["--authfile=" + os.path.join(folder, "config.json")], program) if self.engine == "podman" else (
                 [], [self.engine, "--config", folder])
         if self.engine == "podman" and settings.insecure:
@@ -6783,7 +6973,7 @@ class ComposeDriver:
         path = os.path.join(folder, "resolved.json")
         write_file(path, make_json(escape_dollars(project.document)))
         environ = {key: item for key, item in (self.environ or os.environ).items() if key in self.connection or key in (
-            "PATH", "HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONFIG", "CONTAINER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")}
+            "PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONFIG", "CONTAINER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")}
         argv = self.provider + ["--project-name", workload.project, "--file", path]
         if self.provider != ["podman-compose"]:
             argv += ["--project-directory", workload.folder, "--env-file", os.devnull]       # else the package's .env would steer it
@@ -7057,7 +7247,8 @@ def make_helm_driver(config, environ, child=None):
     if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
         return None
     environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
-    return HelmDriver("helm" if setting == "auto" else setting, config, dict(environ, **({"KUBECONFIG": path} if path else {})))
+    environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
+    return HelmDriver("helm" if setting == "auto" else setting, config, environ)
 
 
 class HelmDriver:
@@ -7099,7 +7290,7 @@ class HelmDriver:
         name = make_release_name(component.name, deployment.deployment_id)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         try:
-            os.makedirs(folder, 0o700, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
         values_file = os.path.join(folder, content + ".json")
@@ -7820,6 +8011,7 @@ class Agent:
         """Takes the state directory for this process and reads the state."""
         self.store.create()
         self.store.lock()
+        empty_folder(self.store.path("tmp"))
         try:
             self.state = self.store.load_state()
         except MargoError:
@@ -7839,12 +8031,13 @@ class Agent:
 
     def check_patience(self, now, spread=True):
         """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now; spread: or a fleet just starts."""
-        boot, uptime = get_uptime()
+        clock = get_clock()
         if self.is_downtime():
             raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
-        left, why = find_patience(self.state["patience"], now, boot, uptime), "the WFM or a back-off asks"
-        if not left and spread and boot and uptime < START_WINDOW:
-            left, why = self.spread_start(boot, uptime), "a fleet that has just started does not arrive at once"
+        left, why = find_wait(self.state["patience"], clock), "the WFM or a back-off asks"
+        if not left and spread and clock.boot and clock.uptime < START_WINDOW:
+            left = self.spread_start(clock.boot, clock.uptime)
+            why = "a fleet that has just started does not arrive at once"
             self.starting = max(0, left)
         if left > 0:
             raise Silence(f"waiting until {make_time(now + left)}: {why}", retry_after=left)
@@ -7873,10 +8066,10 @@ class Agent:
         long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
         log("error", error.message, code=error.code, **long)
         if isinstance(error, (Unreachable, Refused, Untrusted)):
-            failures, (boot, uptime) = self.state["patience"].get("failures", 0) + 1, get_uptime()
-            delay = (make_backoff(failures, error.retry_after, error.strategy, get_random()) if isinstance(error, Unreachable)
-                     else error.retry_after or 0)
-            self.state["patience"] = {"failures": failures, "at": now, "delay": delay, "boot": boot, "uptime": uptime}
+            before, delay = self.state["patience"], error.retry_after or 0
+            if isinstance(error, Unreachable):
+                delay = make_backoff(before.get("failures", 0) + 1, error.retry_after, error.strategy, get_random())
+            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=now))
         if isinstance(error, (Unreachable, Untrusted)) or error.retry_after:
             self.source = None                      # one time-out a cycle is enough
 
@@ -8343,15 +8536,6 @@ def make_backoff(failures, asked, strategy, jitter):
     return asked + jitter * max(0, top - asked)
 
 
-def find_patience(patience, now, boot, uptime):
-    """Seconds for which the WFM still wants to be left alone: by the clock that nobody sets where this is the same boot, else by the
-    wall clock, which may have jumped: no jump makes the wait longer than it was.
-    """
-    if patience.get("boot") == boot:
-        return find_left(dict(patience, at=patience["uptime"]), uptime)
-    return find_left(patience, now)
-
-
 def make_start(uptime, poll, known, jitter):
     """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power arrives spread over one
     interval (P-19).  One that never had a desired state asks at once.
@@ -8678,8 +8862,7 @@ def check_storage(agent):
         folder = os.path.dirname(folder) or "/"
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as its owner")
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
+    free, _ = get_space(folder)
     need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
     words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     return ("ok", words) if free > need else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")

@@ -29,7 +29,7 @@ class DaemonCase(support.DeviceCase):
         self.addCleanup(self.log.close)
         argv = self.device.command(*arguments)
         if hasty:
-            argv = [sys.executable, "-c", HASTY.format(root=support.ROOT)] + argv[2:]
+            argv = [sys.executable, "-c", HASTY.format(root=support.ROOT)] + argv[argv.index(support.AGENT) + 1:]
         process = subprocess.Popen(argv, env=dict(self.device.env, **env), stderr=self.log, stdin=subprocess.DEVNULL)
         self.addCleanup(support.end, process)
         return process
@@ -45,7 +45,7 @@ class DaemonCase(support.DeviceCase):
             try:
                 with open(f"/proc/{pid}/environ", "rb") as environ, open(f"/proc/{pid}/cmdline", "rb") as words:
                     line = words.read()
-                    if mark in environ.read() and (b"sleep\x00600" in line or b"fake_podman" in line):
+                    if mark in environ.read() and (b"sleep\x00600" in line or b"bin/podman" in line):
                         found.append(int(pid))
             except OSError:
                 continue

@@ -849,6 +849,12 @@ class Words(unittest.TestCase):
                     margo_agent.parse_json(data, "the state manifest")
                 self.assertIn("the state manifest is not usable JSON: ", str(caught.exception))
 
+    def test_json_that_comes_compressed_is_named_as_such(self):
+        """F-10: a proxy that codes what nobody asked to be coded is found by this message."""
+        with self.assertRaises(ValueError) as caught:
+            margo_agent.parse_json(b"\x1f\x8b\x08\0", "the state manifest")
+        self.assertIn("coded by gzip (Content-Encoding)", str(caught.exception))
+
     def test_durations(self):
         for text, seconds in (("90", 90), ("30s", 30), ("5m", 300), ("2h", 7200), ("1d", 86400), ("0", 0),
                               ("1.5h", 5400), ("0.25s", 0.25), ("007m", 420)):

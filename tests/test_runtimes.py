@@ -5,9 +5,7 @@ tests/data/compose/valid: files that make_project must read as Docker Compose re
 tests/data/compose/invalid: files to be refused; their first line is `# expected: CODE part of message`.
 """
 import atexit
-import contextlib
 import functools
-import io
 import itertools
 import json
 import os
@@ -22,7 +20,7 @@ import unittest
 from unittest import mock
 
 import margo_agent
-from tests import support
+from tests import fake_podman, support
 
 CORPUS = os.path.join(support.DATA, "compose")
 PROJECT = f"web-{support.HELLO}"
@@ -1748,18 +1746,10 @@ class DriverCase(RuntimeCase):
 
     def run_here(self, argv, timeout, env=None, patient=False):
         """The engine of files in this process: a process for each of hundreds of commands would take too long."""
-        from tests import fake_podman as engine     # it asks for FAKE_PODMAN as it is imported
         for argument in argv:
             self.assertNotIn(b"\0", os.fsencode(argument))
-        stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), mock.patch.object(sys, "argv",
-            argv), \
-                mock.patch.object(engine, "FOLDER", self.engine.folder):
-            try:
-                engine.main()
-            except SystemExit as end:
-                code = end.code or 0
-        return margo_agent.Output(code, stdout.getvalue().encode(), stderr.getvalue().strip())
+        code, stdout, stderr = fake_podman.answer(self.engine.folder, argv[1:], os.getpid())
+        return margo_agent.Output(code, stdout.encode(), stderr.strip())
 
     def prepare(self, document, **options):
         self.add_file("compose.yaml", document if isinstance(document, str) else json.dumps(document))
