@@ -6793,7 +6793,8 @@ class ComposeDriver:
         names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
         networks = {}
         for name in sorted(set(names).union(job.project.networks)):
-            networks.update({name: network for network in self.ask(["network", "inspect", name], lambda items: list(map(parse_network, items)))})
+            shown = self.run(["network", "inspect", name], 60).stdout.strip() or b"[]"
+            networks.update((name, network) for network in self.parse(shown, lambda items: list(map(parse_network, items))))
         return networks
 
     def find_inside(self, names, wanted, leaving):
@@ -6939,8 +6940,7 @@ class ComposeDriver:
         for group in groups:
             active = [container.id for container in group if container.state not in AT_REST]
             deadline = self.stop(active, deadline) if active else deadline
-        seen = self.inspect(ids)
-        alive = [container_id for container_id in seen if seen[container_id].state not in AT_REST]
+        alive = [item.id for item in self.find(job.workload) if item.id in ids and item.state not in AT_REST] if ids else []
         if alive:
             self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
 
@@ -7005,16 +7005,17 @@ class ComposeDriver:
             raise CommandError(f"{self.engine} answered in an unknown form ({type(error).__name__}: {error})") from None
 
     def inspect(self, ids):
-        """{id: Seen} of those of these containers that are still there; raises CommandError where the engine does not answer."""
-        ids = list(ids)
-        return self.ask(["inspect", "--type=container"] + ids, lambda items: dict(map(parse_seen, items))) if ids else {}
-
-    def ask(self, arguments, read):
-        """What `read` makes of the list that an `inspect` prints of what is there, also where not all is."""
-        output = self.run(arguments, 60)
-        if not output.stdout.strip():
-            raise CommandError(f"{self.engine} {arguments[0]} failed: {output.stderr[-1500:]}")
-        return self.parse(output.stdout, read)
+        """{id: Seen} of those of these containers that can be looked at; raises CommandError where the engine does not answer."""
+        ids, seen = list(ids), {}
+        output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
+        if output.stdout.strip():                   # without those that are gone
+            return self.parse(output.stdout, lambda items: dict(map(parse_seen, items)))
+        if len(ids) < 2:
+            self.observe()                          # where it answers, the container itself is damaged
+            return {}
+        for container_id in ids:
+            seen.update(self.inspect([container_id]))
+        return seen
 
     def await_dependencies(self, service, job):
         """Waits until what a service depends on is as its condition says."""
@@ -7125,7 +7126,7 @@ class ComposeDriver:
             left = [name for name in ids if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
             if not left:
                 return
-        left = list(self.inspect(left))             # what is gone by itself is removed
+        left = [container.id for container in self.observe() if container.id in left]       # what is gone by itself is removed
         if left:
             self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
 
