@@ -1,6 +1,6 @@
 """An engine of files that answers as podman does, for tests that need no real containers; see support.FakeEngine.
 
-held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes [name], images [name],
+held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes {name: labels}, images [name],
            external {name: id}: what storage alone holds, declared {image: [path]}: its volumes, unstartable [id],
            exits {service: code}: such a service has ended with this code as soon as it is started,
            unhealthy [service], restless [service] (restarted between any two looks), unpullable [image], deaf (true: every command
@@ -49,7 +49,7 @@ class Engine:
 
     def __init__(self, held):
         self.held, self.lines = held, []
-        for key, value in (("containers", {}), ("networks", {}), ("volumes", []), ("images", []), ("exits", {}), ("unhealthy", []),
+        for key, value in (("containers", {}), ("networks", {}), ("volumes", {}), ("images", []), ("exits", {}), ("unhealthy", []),
                            ("unpullable", []), ("restless", []), ("external", {}), ("declared", {}), ("unstartable", []), ("count", 0)):
             held.setdefault(key, value)
 
@@ -105,6 +105,14 @@ class Engine:
         if name not in self.held["images"]:
             self.held["images"].append(name)
 
+    def show(self, kind, names):
+        """Prints those of some names that there are, and fails where one is missing."""
+        held = self.held[kind]
+        self.say(json.dumps([{"Name": name, "Labels": dict(label.split("=", 1) for label in held[name])} for name in names if name in held]))
+        for name in names:
+            if name not in held:
+                fail(f"no such {kind[:-1]}: {name}")
+
     def network(self, arguments):
         command, (options, names) = arguments[0], split(arguments[1:])
         networks = self.held["networks"]
@@ -115,23 +123,28 @@ class Engine:
             networks[names[0]] = [value for name, value in options if name == "--label"]
         elif command == "connect":
             self.find(names[1])[1].setdefault("connected", []).append(names[0])
-        elif names[0] not in networks:
-            self.say("[]")
-            fail(f"unable to find network with name or ID {names[0]}", 1)
+        elif command == "inspect":
+            self.show("networks", names)
         elif command == "rm":
+            if names[0] not in networks:
+                fail(f"unable to find network with name or ID {names[0]}", 1)
             if list(self.select([("--filter", f"network={names[0]}")])):
                 fail(f"{names[0]!r} has associated containers with it", 2)
             del networks[names[0]]
-        elif command == "inspect":
-            made = networks[names[0]]
-            self.say(json.dumps([{"name": names[0], "labels": dict(item.partition("=")[::2] for item in made), "internal": False, "subnets": []}]))
 
     def volume(self, arguments):
-        command, (_, names) = arguments[0], split(arguments[1:])
+        command, (options, names) = arguments[0], split(arguments[1:])
         if command == "create":
-            self.held["volumes"].append(names[0])
-        elif names[0] not in self.held["volumes"]:
-            fail(f"no volume with name {names[0]} found", 1)
+            self.held["volumes"][names[0]] = [value for name, value in options if name == "--label"]
+        else:
+            self.show("volumes", names)
+
+    def container(self, arguments):
+        _, names = split(arguments[1:])
+        there = [(name, self.held["containers"][name]) for name in names if name in self.held["containers"]]
+        self.say(json.dumps([{"Id": item["id"], "Name": name, "Config": {"Labels": item["labels"]}} for name, item in there]))
+        if len(there) < len(names):
+            fail("no such container")
 
     def create(self, arguments):
         options, operands = split(arguments)

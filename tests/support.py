@@ -580,14 +580,18 @@ class DeviceCase(unittest.TestCase):
 class Engine:
     """A real podman with a storage of its own and an image of busybox; everything in it goes with the test class."""
 
-    kind = "podman"
+    kind, count = "podman", 0
 
     def __init__(self, test_class):
         require("podman")
         self.folder = tempfile.mkdtemp(prefix="margo-engine-")
+        Engine.count += 1
+        subnet = (os.getpid() * 8 + Engine.count) % 250                         # engines that live at the same time do not meet
         write(os.path.join(self.folder, "containers.conf"), "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n"
               f"[engine]\nruntime = \"{'runc' if shutil.which('runc') else 'crun'}\"\nevents_logger = \"file\"\ncgroup_manager = \"cgroupfs\"\n"
-              f"[network]\nnetwork_config_dir = \"{self.folder}/networks\"\n"
+              f"tmp_dir = \"{self.folder}/tmp\"\nlock_type = \"file\"\n"
+              f"[network]\nnetwork_config_dir = \"{self.folder}/networks\"\ndefault_subnet = \"10.{subnet}.255.0/24\"\n"
+              f"default_subnet_pools = [{{\"base\" = \"10.{subnet}.0.0/17\", \"size\" = 24}}]\n"
               + ("network_backend = \"netavark\"\n" if find_netavark() else ""))
         write(os.path.join(self.folder, "storage.conf"), f"[storage]\ndriver = \"vfs\"\ngraphroot = \"{self.folder}/graph\"\n"
               f"runroot = \"{self.folder}/run\"\n")
