@@ -5162,7 +5162,7 @@ def judge_containers(found, facts, now, settle):
         return "is not the container that was made for it"
     if facts["finished"]:
         return ""
-    moved = abs(container.started - facts.get("started", container.started)) > 2        # docker's words for it are round
+    moved = abs(container.started - facts.get("started", container.started)) > 2        # docker rounds it
     restless = moved and 0 <= now - container.started < settle
     return f"is {container.state}" if container.state != "running" else "is being restarted over and over" if restless else ""
 
@@ -5663,23 +5663,25 @@ Service = define("Service", "name image arguments command environment files netw
     "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start)"
     " or None; ports: the host's ports that it holds while it runs, see find_ports.", ())
 Project = define("Project", "services networks volumes document",
-    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for an external network), and"
-    " the resolved document.")
+    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for an"
+    " external network), and the resolved document.")
 
 
 Changes = define("Changes", "kept idle making late leaving",
-    "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no start, [Service]"
-    " to be made, names of those that can only be made after what leaves has left, and [[Container]] that leave, those that stop"
-    " together in one list, whoever depends on others first.")
+    "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no"
+    " start, [Service] to be made, names of those that can only be made after what leaves has left, and"
+    " [[Container]] that leave, those that stop together in one list, whoever depends on others first.")
 Job = define("Job", "workload project folder known deadline current runs volumes",
-    "One apply: what runs, in which folder its files are, what an earlier apply returned, until when; {service: id of its container}"
-    " as far as it has come, the ids of what ran before, and {service: {path: volume}} as it was.")
+    "One apply: what runs, in which folder its files are, what an earlier apply returned, until when; {service: id"
+    " of its container} as far as it has come, the ids of what ran before, {service: {path: volume}} as it was.")
 Seen = define("Seen", "state code restarts health volumes",
-    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of the volumes in it.", 0, 0, "", {})
-Network = define("Network", "labels internal subnets gateways", "A network as `network inspect` shows it; two sets of texts at last.")
+    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of the volumes in it.",
+    0, 0, "", {})
+Network = define("Network", "labels internal subnets gateways",
+    "A network as `network inspect` shows it; the last two are sets of texts.")
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
-AT_REST = ("exited", "created", "initialized", "stopped", "configured")            # an engine's words for what does not run
+AT_REST = ("exited", "created", "initialized", "stopped", "configured")     # an engine's words for what does not run
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
 
@@ -6177,8 +6179,8 @@ def make_project(document, workload, policy, engine, strict=True):
         facts["labels"] = dict(to_pairs(facts.get("labels"), "labels"), **make_labels(workload, service.name, service.hash))
         if isinstance(facts.get("depends_on"), dict):               # what is not required may be a service that is not started
             facts["depends_on"] = {other: item for other, item in facts["depends_on"].items() if other in services}
-    return Project(order, dict(networks.values()), {name: args for name, args in volumes.values() if args is not None},
-                   make_document(document, settled, workload))
+    own_volumes = {name: args for name, args in volumes.values() if args is not None}
+    return Project(order, dict(networks.values()), own_volumes, make_document(document, settled, workload))
 
 
 def settle_service(service, workload, variables, where):
@@ -6499,13 +6501,15 @@ def make_attachments(service, workload, networks, where):
 def judge_startup(services, facts, healthy):
     """Where a start stands: ((service, failure) or None, {service: what is waited for}, {finished services}).
 
-    facts: {service: Seen} of those that have a container; healthy: services whose health check has passed (C-163 to C-165).
+    facts: {service: Seen} of those that have a container; healthy: services whose health check has passed (C-163
+    to C-165).
     """
     waiting, finished = {}, set()
     for service in services:
         seen = facts.get(service.name)
         if seen is None:
-            return (service.name, f"the container of service {service.name} is gone: somebody removed it"), {}, finished
+            words = f"the container of service {service.name} is gone: somebody removed it"
+            return (service.name, words), {}, finished
         ended = seen.state in ("exited", "stopped", "dead")
         if seen.restarts or ended and seen.code != 0:
             code = f" with code {seen.code}" if ended else ""
@@ -6544,35 +6548,43 @@ def is_settled(service, containers, known):
 def plan_services(services, present, known, project, networks):
     """The Changes that lead from what is there to what is wanted (P-7, P-16).
 
-    present: [Container] of this component; known: what an earlier apply returned; project: the compose project; networks: names of
-    those that are about to be made.  Whose network is made anew, or belongs to a service that starts anew, is made anew, too.
+    present: [Container] of this component; known: what an earlier apply returned; project: the compose project;
+    networks: names of those that are about to be made.  Whose network is made anew, or belongs to a service that
+    starts anew, is made anew, too.
     """
-    kept, idle, making, late, stays = {}, set(), [], set(), set()
+    kept, idle, making, late = {}, set(), [], set()
     for service in services:
-        facts, owner = known.get(service.name), find_owner(service, services, project)
-        usable = [item for item in present if item.service == service.name and is_usable(item, service, facts)]
+        facts = known.get(service.name)
+        owner = find_owner(service, services, project)
+        mine = [item for item in present if item.service == service.name]
+        usable = [item for item in mine if is_usable(item, service, facts)]
         joined = {name for name, *_ in service.networks} & networks
         if usable and not joined and (owner is None or owner in idle):
             container = min(usable, key=lambda item: item.state != "running")
             kept[service.name] = container
-            stays.add(container.id)
             if container.state == "running" or facts and facts["finished"] and facts["hash"] == service.hash:
                 idle.add(service.name)
         else:
             making.append(service)
             late.update([service.name] if joined or owner in late else [])
-    return Changes(kept, idle, making, late, order_leaving(services, [item for item in present if item.id not in stays]))
+    leaving = [item for item in present if item not in kept.values()]
+    return Changes(kept, idle, making, late, order_leaving(services, leaving))
 
 
 def find_owner(service, services, project):
     """The name of the service whose network a service shares, or None."""
     name = service.networks[0][0].partition("container:")[2]
-    return next((other.name for other in services if name == make_container_name(project, other.name)), None)
+    names = {make_container_name(project, other.name): other.name for other in services}
+    return names.get(name)
 
 
 def order_leaving(services, leaving):
-    """[[Container]]: those that stop at once in one list, each before what it depends on; what the file no longer names goes first."""
-    by_name, names = {}, {service.name for service in services}
+    """[[Container]]: those that stop at once in one list, each before what it depends on.
+
+    What the file no longer names goes first.
+    """
+    by_name = {}
+    names = {service.name for service in services}
     for item in leaving:
         by_name.setdefault(item.service, []).append(item)
     groups = [([], [item for item in leaving if item.service not in names])]
@@ -6604,39 +6616,52 @@ def make_range(text):
 
 
 def is_same_network(network, arguments):
-    """Whether a network that is there is what these create arguments make.  One from before there was a mark is judged by what it is."""
+    """Whether a network that is there is what these create arguments make.
+
+    One from before there was a mark is judged by what it is.
+    """
     if LABEL_HASH in network.labels:
         return f"--label={LABEL_HASH}={network.labels[LABEL_HASH]}" in arguments
     given = {}
     for name, _, value in (argument.partition("=") for argument in arguments):
         given.setdefault(name, set()).add(value)
-    labels = {f"{key}={value}" for key, value in network.labels.items()}
-    wanted = given.get("--label", set())
-    return (network.internal == ("--internal" in given) and {make_range(text) for text in given.get("--subnet", ())} <= network.subnets
+    labels = {f"{key}={value}" for key, value in network.labels.items()} ^ given.get("--label", set())
+    subnets = {make_range(text) for text in given.get("--subnet", ())}
+    return (network.internal == ("--internal" in given) and subnets <= network.subnets
             and given.get("--gateway", set()) <= network.gateways
-            and all(text.startswith("org.margo.") for text in labels ^ wanted))
+            and all(text.startswith("org.margo.") for text in labels))
 
 
 def plan_networks(wanted, there, project):
-    """What becomes of networks: {name: create arguments} to be made, [names] to be removed before that, [names] to be removed at last.
+    """What becomes of networks: {name: create arguments} to be made, [names] to be removed before, and at last.
 
-    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One of somebody else stays
-    as it is.  One that is no longer wanted goes first where a new one may be after its addresses.
+    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One of
+    somebody else stays as it is.  One that is no longer wanted goes first where a new one may be after its addresses.
     """
     ours = {name for name, network in there.items() if network.labels.get(LABEL_PROJECT) == project}
-    changed = [name for name in sorted(ours & set(wanted)) if wanted[name] is not None and not is_same_network(there[name], wanted[name])]
-    new = {name: arguments for name, arguments in wanted.items() if arguments is not None and (name not in there or name in changed)}
+    new = {}
+    for name, arguments in wanted.items():
+        changed = name in ours and arguments is not None and not is_same_network(there[name], arguments)
+        if arguments is not None and (changed or name not in there):
+            new[name] = arguments
+    changed = sorted(ours.intersection(new))
     dropped = sorted(ours - set(wanted))
     ranged = any(argument.startswith("--subnet=") for arguments in new.values() for argument in arguments)
     return new, changed + (dropped if ranged else []), [] if ranged else dropped
 
 
 def find_targets(service):
-    """({path} in the container at which the compose file mounts something of a name, {path} of volumes without a name)."""
-    mounts = [argument.partition("=")[2].split(":") for argument in service.arguments if argument.startswith("--volume=")]
-    tmpfs = [argument.partition("=")[2].split(":")[0] for argument in service.arguments if argument.startswith("--tmpfs=")]
-    named = [parts[1] for parts in mounts if len(parts) > 1] + tmpfs + list(service.files)
-    return {make_path(path) for path in named}, {make_path(parts[0]) for parts in mounts if len(parts) == 1}
+    """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
+    named, unnamed = set(map(make_path, service.files)), set()
+    for option, _, text in (argument.partition("=") for argument in service.arguments):
+        parts = text.split(":")
+        if option == "--tmpfs":
+            named.add(make_path(parts[0]))
+        elif option == "--volume" and len(parts) > 1:
+            named.add(make_path(parts[1]))
+        elif option == "--volume":
+            unnamed.add(make_path(parts[0]))
+    return named, unnamed
 
 
 def make_path(text):
@@ -6647,12 +6672,14 @@ def make_path(text):
 def make_volume_names(service, project, declared, before):
     """{path: volume} for each volume to which nobody gave a name: in the file, or `declared` by the image.
 
-    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path: volume} as it was in the
-    container before, which an earlier agent may have left to the engine to name.
+    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path: volume}
+    as it was in the container before, which an earlier agent may have left to the engine to name.
     """
     named, unnamed = find_targets(service)
-    paths = (unnamed | {make_path(path) for path in declared}) - named
-    return {path: before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}" for path in sorted(paths)}
+    volumes = {}
+    for path in sorted(unnamed.union(map(make_path, declared)) - named):
+        volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+    return volumes
 
 
 def find_program(name, environ):
@@ -6779,7 +6806,8 @@ class ComposeDriver:
         between = "_" if self.provider == ["podman-compose"] else "-"
         containers = [between.join((workload.project, service.name, "1")) for service in project.services]
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
-        for kind, names, words in (("network", [name for name, arguments in project.networks.items() if arguments is not None], advice),
+        networks = [name for name, arguments in project.networks.items() if arguments is not None]
+        for kind, names, words in (("network", networks, advice),
                                    ("volume", list(project.volumes), advice), ("container", containers, "remove it there")):
             for name, owner, found_id in self.inspect_names(kind, names):
                 if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
@@ -6901,32 +6929,33 @@ class ComposeDriver:
     def apply(self, prepared, containers, known, deadline):
         """Makes the component's containers as prepared; {service: facts} once they run, or ComponentError, CommandError.
 
-        containers: as observed before it was prepared, so that the engine is asked again.  known: what an earlier apply returned.
-        Unchanged services keep their containers; safe to repeat.
+        containers: as observed before it was prepared, so that the engine is asked again.  known: what an earlier
+        apply returned.  Unchanged services keep their containers; safe to repeat.
         """
         workload, project = prepared
-        present = self.find(workload)
-        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {},
-                  {container.id for container in present if container.state == "running"}, self.look_at_volumes(known, present))
+        present = self.look_up(workload)
+        runs = {container.id for container in present if container.state == "running"}
+        volumes = self.look_at_volumes(known, present)
+        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
         finished = (self.apply_provider if self.provider else self.apply_builtin)(job, present)
-        there, seen = {container.id: container for container in self.find(workload)}, self.inspect(job.current.values())
-        result = {}
+        started = {container.id: container.started for container in self.look_up(workload)}
+        seen, result = self.inspect(job.current.values()), {}
         for service in project.services:
             container_id = job.current.get(service.name, "")
             volumes = seen[container_id].volumes if container_id in seen else {}
             result[service.name] = {
-                "hash": service.hash, "finished": service.name in finished, "image": service.image, "id": container_id,
-                "started": there[container_id].started if container_id in there else 0, "ports": service.ports,
+                "hash": service.hash, "finished": service.name in finished, "image": service.image,
+                "id": container_id, "started": started.get(container_id, 0), "ports": service.ports,
                 "volumes": {path: volumes[path] for path in sorted(set(volumes) - find_targets(service)[0])}}
         return result
 
-    def find(self, workload):
+    def look_up(self, workload):
         """[Container] of one component as it is now."""
         return [container for container in self.observe() if container.component == workload.component
                 and container.deployment_id.lower() == workload.deployment_id.lower()]
 
     def carry_out(self, job, arguments):
-        """The Output of one command that has to succeed; its words may hold what parameters have put into the file."""
+        """The Output of a command that has to succeed; its words may hold what parameters have put into the file."""
         output = self.run(arguments, job.deadline - time.monotonic())
         if output.code:
             words = mask(output.stderr, job.workload.parameters.values())[-1500:]
@@ -6934,22 +6963,23 @@ class ComposeDriver:
         return output
 
     def apply_builtin(self, job, present):
-        """All that is new is made, then all that goes or changes is stopped, then the new is started; the set of finished services.
+        """All that is new is made, then what goes or changes is stopped, then the new is started; the finished services.
 
-        So what cannot be made touches nothing, and ports, addresses and volumes change hands with one outage (P-20).  What was
-        replaced is removed last, because it is the quickest way back.
+        So what cannot be made touches nothing, and ports, addresses and volumes change hands with one outage (P-20).
+        What was replaced is removed last, because it is the quickest way back.
         """
-        networks = self.look_at_networks(job)
-        new, first, last = plan_networks(job.project.networks, networks, job.workload.project)
-        changes = plan_services(job.project.services, present, job.known, job.workload.project, set(new))
+        services, project = job.project.services, job.workload.project
+        new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
+        changes = plan_services(services, present, job.known, project, set(new))
         leaving = [container for group in changes.leaving for container in group]
-        first, inside = self.find_inside(first, job.project.networks, leaving)
+        first, inside = self.look_inside(first, job.project.networks, leaving)
         if not first:
             self.create_shared(job, "network", new)
         self.create_shared(job, "volume", job.project.volumes)
         job.current.update({name: container.id for name, container in changes.kept.items()})
         names = {name: container.name for name, container in changes.kept.items()}
-        self.create_all(job, [item for item in changes.making if not first or item.name not in changes.late], leaving, names)
+        late = changes.late if first else ()
+        self.create_all(job, [item for item in changes.making if item.name not in late], leaving, names)
         try:
             self.halt(job, changes.leaving)
             if first:
@@ -6958,51 +6988,56 @@ class ComposeDriver:
                     self.carry_out(job, ["network", "rm", name])
                 self.create_shared(job, "network", new)
                 leaving = [container for container in leaving if container not in inside]
-                self.create_all(job, [item for item in changes.making if item.name in changes.late], leaving, names)
+                self.create_all(job, [item for item in changes.making if item.name in late], leaving, names)
             self.hand_names_over(job, leaving, names)
-            for service in job.project.services:
+            for service in services:
                 self.await_dependencies(service, job)
                 if service.name not in changes.idle:
                     self.start(service, job, service.name in changes.kept)
-            finished = self.await_startup(job.project.services, job) if job.workload.wait else set()
+            finished = self.await_startup(services, job) if job.workload.wait else set()
         except MargoError:
-            if leaving and self.config.runtime.on_failure != "rollback":        # there is no way back for which they would be kept
+            if leaving and self.config.runtime.on_failure != "rollback":        # they are kept for the way back alone
                 self.run(["rm", "--force"] + [container.id for container in leaving], 60)
             raise
         self.remove_containers([container._replace(state="exited") for container in leaving], job.deadline)
         for name in last:
             if self.run(["network", "rm", name], 60).code:
-                log("warning", "a network that is not needed any more stays, because somebody else uses it", network=name)
+                log("warning", "a network that is not needed any more stays: somebody else uses it", network=name)
         return finished
 
     def look_at_networks(self, job):
-        """{name: Network} of those that the project names, as far as they are there, and of all others that were made for it."""
+        """{name: Network} of those that the project names, as far as they are there, and that were made for it."""
         mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
         names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        shown = self.run(["network", "inspect"] + sorted(set(names).union(job.project.networks)), 60).stdout
+        names = sorted(set(names).union(job.project.networks))
+        shown = self.run(["network", "inspect"] + names, 60).stdout
         networks = self.parse(shown.strip() or b"[]", lambda items: dict(map(parse_network, items)))
         for name, network in networks.items():
             if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
                 networks[name] = network._replace(labels={})        # it stays as it is
         return networks
 
-    def find_inside(self, names, wanted, leaving):
-        """(those of these networks that can be removed, [Container] in them); raises ComponentError for one that has to be and cannot."""
-        free, inside, ours = [], [], {container.id: container for container in leaving}
+    def look_inside(self, names, wanted, leaving):
+        """(those of these networks that can be removed, [Container] in them).
+
+        Raises ComponentError for one that has to be removed, and in which there is another container.
+        """
+        free, inside = [], []
+        ours = {container.id: container for container in leaving}
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
             ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
             strange = [container_id for container_id in ids if container_id not in ours]
             if strange and name in wanted:
-                raise ComponentError("INSTALL_FAILED", f"network {name} is defined anew, and container {strange[0][:12]}, which is not of"
-                                     " this component, is in it: disconnect it")
+                words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
+                raise ComponentError("INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
             if not strange:
                 free.append(name)
                 inside += [ours[container_id] for container_id in ids if ours[container_id] not in inside]
         return free, inside
 
     def create_shared(self, job, kind, items):
-        """Networks or volumes that are not there yet; items: {name: create arguments}, None for what somebody else makes."""
+        """Networks or volumes that are not there yet; items: {name: create arguments}, None for those of others."""
         for name, arguments in items.items():
             if arguments is not None and self.run([kind, "inspect", name], 60).code:
                 self.carry_out(job, [kind, "create"] + arguments + [name])
@@ -7017,7 +7052,7 @@ class ComposeDriver:
         return volumes
 
     def create_all(self, job, services, leaving, names):
-        """Makes the containers of services beside those that leave, under another name where one of those has theirs."""
+        """Makes the containers of services beside those that leave, under another name where one has theirs."""
         held = {container.name: container for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
@@ -7048,7 +7083,7 @@ class ComposeDriver:
     def create(self, service, job, name):
         """Makes the container of a service, joined to its networks, not started yet; its id.
 
-        Where that fails because of what the engine remembers wrongly, that is put right, and it is tried once more.
+        Where that fails because the engine remembers something wrongly, that is put right, and it is tried once more.
         """
         labels = make_labels(job.workload, service.name, service.hash)
         marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
@@ -7069,11 +7104,14 @@ class ComposeDriver:
         """The options of `create` for a service."""
         project = job.workload.project
         shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
-        declared = [] if shown.code else self.parse(shown.stdout.strip() or b"null", lambda value: list(value or ()))
+        text = b"" if shown.code else shown.stdout.strip()
+        declared = self.parse(text or b"null", lambda value: list(value or ()))
         volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
         labels = make_pairs("--label")(make_shared_labels({}, "labels", job.workload), "labels")
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
-        options = ["--http-proxy=false"] if self.engine == "podman" else []     # else the agent's own proxy, password and all, is handed in
+        options = []
+        if self.engine == "podman":                 # else the agent's own proxy, password and all, is handed in
+            options.append("--http-proxy=false")
         options += self.write_environment(service, job.folder) + self.write_configs(service, job.folder)
         unnamed = {f"--volume={path}" for path in volumes}
         options += [argument for argument in service.arguments if make_path(argument) not in unnamed]
@@ -7085,52 +7123,59 @@ class ComposeDriver:
         return options
 
     def free_name(self, name):
-        """Frees a name that storage alone holds, which happens where podman is killed while it makes a container; whether it was so.
+        """Frees a name that storage alone holds, as podman leaves it that is killed in `create`; whether it was so.
 
         What `ps` shows is a container, and stays.
         """
-        if self.engine != "podman":
+        if self.engine != "podman" or name in self.look_at_names([]):
             return False
-        shown, held = [self.parse(self.run(["ps", "--all", "--format=json"] + more, 60).stdout or b"null", lambda items: {
-            other: item["Id"] for item in items or () for other in item["Names"] or ()}) for more in ([], ["--external"])]
-        if name in shown or name not in held:
-            return False
-        log("warning", "a name is freed that the engine's storage held for no container", container=name)
-        return self.run(["rm", "--force", held[name]], 60).code == 0
+        held = self.look_at_names(["--external"]).get(name)
+        if held:
+            log("warning", "a name is freed that the engine's storage held for no container", container=name)
+        return bool(held) and self.run(["rm", "--force", held], 60).code == 0
+
+    def look_at_names(self, options):
+        """{name: id} of all that podman lists, whoever it belongs to."""
+        text = self.run(["ps", "--all", "--format=json"] + options, 60).stdout.strip()
+        return self.parse(text or b"[]", lambda items: {(item["Names"] or [""])[0]: item["Id"] for item in items or ()})
 
     def renew_image(self, service, marks):
-        """Pulls an image of ours anew from which not even a bare container can be made, while its registry has it (P-1)."""
+        """Pulls an image of ours anew from which not even a bare container can be made, if its registry has it (P-1)."""
         platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
         if service.image not in self.images.union(self.pulled):
             return
         probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
         if not probe.code:
             self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
-        elif find_layers(service.image, "".join(platform)[len("--platform="):], self.config) and self.remove_image(service.image):
+            return
+        there = find_layers(service.image, "".join(platform)[len("--platform="):], self.config)
+        if there and self.remove_image(service.image):
             log("warning", "a damaged image is pulled anew", image=service.image)
             self.pull(service, IMAGE_PATIENCE)
 
     def start(self, service, job, kept):
-        """Starts the container of a service; a kept one that cannot be started is made anew, with those that share its network."""
+        """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""
         start = ["start", job.current[service.name]]
         if not kept:
             self.carry_out(job, start)
         elif self.run(start, job.deadline - time.monotonic()).code:
             log("warning", "a container that cannot be started is made anew", service=service.name)
-            services = job.project.services
-            again = [service] + [item for item in services if find_owner(item, services, job.workload.project) == service.name]
+            services, project = job.project.services, job.workload.project
+            again = [item for item in services if service.name in (item.name, find_owner(item, services, project))]
             for item in reversed(again):
-                self.run(["rm", "--force", job.current[item.name]], job.deadline - time.monotonic(), "INSTALL_FAILED")
+                self.carry_out(job, ["rm", "--force", job.current[item.name]])
             self.create_all(job, again, [], {})
             self.carry_out(job, ["start", job.current[service.name]])
 
     def halt(self, job, groups):
-        """Stops containers, one group after the other; what cannot be stopped is removed, so that nothing of it runs beside the new."""
-        deadline, ids = job.deadline, [container.id for group in groups for container in group]
+        """Stops containers, group by group; what cannot be stopped is removed, so that none runs beside the new."""
+        deadline = job.deadline
+        ids = [container.id for group in groups for container in group]
         for group in groups:
             active = [container.id for container in group if container.state not in AT_REST]
             deadline = self.stop(active, deadline) if active else deadline
-        alive = [item.id for item in self.find(job.workload) if item.id in ids and item.state not in AT_REST] if ids else []
+        there = self.look_up(job.workload) if ids else []
+        alive = [item.id for item in there if item.id in ids and item.state not in AT_REST]
         if alive:
             self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
 
@@ -7151,14 +7196,16 @@ class ComposeDriver:
         return arguments
 
     def apply_provider(self, job, present):
-        """Hands the resolved file to the compose provider, whose environment holds nothing of the application; the finished services.
+        """Hands the resolved file to the compose provider, in whose environment nothing is the application's; the
+        finished services.
 
         Where some services are as they should be only the others are named to it: left to itself it makes those anew too.
         """
         ours = {}
         for container in present:
             ours.setdefault(container.service, []).append(container)
-        gone = [item for item in present if item.service not in {service.name for service in job.project.services}]
+        wanted = {service.name for service in job.project.services}
+        gone = [item for item in present if item.service not in wanted]
         workload, project, folder, known, deadline = job[:5]
         path = os.path.join(folder, "resolved.json")
         write_file(path, make_json(escape_dollars(project.document)))
@@ -7172,30 +7219,32 @@ class ComposeDriver:
                                 and not is_usable(item, service, known.get(service.name))], deadline)      # it would leave such ones alone
         for service in [None] if len(changed) == len(project.services) else changed:
             if service:
-                job.current.update(self.find_current(job))
+                job.current.update(self.look_up_current(job))
                 self.await_dependencies(service, job)
             selection = ["--no-deps", service.name] if service else ["--remove-orphans"]
             output = run_command(argv + ["up", "--detach"] + selection, max(1.0, deadline - time.monotonic()), env=environ)
             if output.code:
                 raise ComponentError("INSTALL_FAILED", f"{' '.join(self.provider)} up failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
-        self.remove_containers(gone[::-1], deadline)                # who shares another's network goes before that one
-        job.current.update(self.find_current(job))
+        self.remove_containers(gone[::-1], deadline)        # who shares another's network goes before that one
+        job.current.update(self.look_up_current(job))
         return self.await_startup(project.services, job) if workload.wait else set()
 
-    def find_current(self, job):
+    def look_up_current(self, job):
         """{service: id} of the containers that are as the project has them."""
         marks = {service.name: service.hash for service in job.project.services}
-        return {item.service: item.id for item in self.find(job.workload) if marks.get(item.service) == item.hash}
+        there = self.look_up(job.workload)
+        return {item.service: item.id for item in there if marks.get(item.service) == item.hash}
 
     def parse(self, data, read):
-        """What `read` makes of the JSON that the engine printed; raises CommandError where that is of another form."""
+        """What `read` makes of JSON that the engine printed; raises CommandError where that is of another form."""
         try:
             return read(parse_json(data, self.engine))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise CommandError(f"{self.engine} answered in an unknown form ({type(error).__name__}: {error})") from None
+            words = f"{type(error).__name__}: {error}"
+            raise CommandError(f"{self.engine} answered in an unknown form ({words})") from None
 
     def inspect(self, ids):
-        """{id: Seen} of those of these containers that can be looked at; raises CommandError where the engine does not answer."""
+        """{id: Seen} of those containers that can be looked at; raises CommandError where the engine does not answer."""
         ids, seen = list(ids), {}
         output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
         if output.stdout.strip():                   # without those that are gone
@@ -7218,8 +7267,8 @@ class ComposeDriver:
     def await_startup(self, services, job, settle=None, complete=False):
         """Waits until all services run, are healthy, and stay so for runtime.settle; the set of those that finished with exit code 0.
 
-        Raises ComponentError at once for one that failed (C-164), or when the time is over.  Earlier restarts of what ran before are
-        forgiven.  complete: wait for their end instead.
+        Raises ComponentError at once for one that failed (C-164), or when the time is over.  Earlier restarts of what
+        ran before are forgiven.  complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
         ids = {service.name: job.current.get(service.name, "") for service in services}
@@ -7228,16 +7277,20 @@ class ComposeDriver:
         while True:
             seen = self.inspect(filter(None, ids.values()))
             before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
-            facts = {name: seen[key]._replace(restarts=seen[key].restarts - before.get(key, 0)) for name, key in ids.items() if key in seen}
-            checked = [item for item in services if item.health and item.name in facts and facts[item.name].state == "running"]
-            self.check_health(checked, ids, facts, healthy, misses, start)
+            fresh = {key: item._replace(restarts=item.restarts - before.get(key, 0)) for key, item in seen.items()}
+            facts = {name: fresh[key] for name, key in ids.items() if key in fresh}
+            checked = [item for item in services if item.health]
+            running = [item for item in checked if item.name in facts and facts[item.name].state == "running"]
+            self.check_health(running, ids, facts, healthy, misses, start)
             failure, waiting, finished = judge_startup(services, facts, healthy)
-            unwell = [item.name for item in services if item.health and misses.get(item.name, (0, 0))[0] >= item.health[1]]
+            unwell = [item.name for item in checked if misses.get(item.name, (0, 0))[0] >= item.health[1]]
             if failure or unwell:
                 name, words = failure or (unwell[0], f"service {unwell[0]} is unhealthy")
-                raise ComponentError("INSTALL_FAILED" if failure else "UNHEALTHY", words + self.tail_log(ids[name], secrets))
+                code = "INSTALL_FAILED" if failure else "UNHEALTHY"
+                raise ComponentError(code, words + self.tail_log(ids[name], secrets))
             if complete:
-                waiting = {item.name: f"{item.name} has not ended" for item in services if item.name not in finished}
+                left = [item.name for item in services if item.name not in finished]
+                waiting = {name: f"{name} has not ended" for name in left}
             now = time.monotonic()
             calm = None if waiting else calm or now
             restless = any(not item.health and item.name not in finished for item in services)
@@ -7245,7 +7298,8 @@ class ComposeDriver:
                 return finished
             if now > job.deadline:
                 words = f"not up in time: {', '.join(waiting.values())}"
-                raise ComponentError("INSTALL_TIMEOUT", words + self.tail_log(ids[next(iter(waiting))], secrets))
+                log_end = self.tail_log(ids[next(iter(waiting))], secrets)
+                raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
     def check_health(self, services, ids, facts, healthy, misses, start):
@@ -7316,7 +7370,7 @@ class ComposeDriver:
             left = [name for name in ids if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
             if not left:
                 return
-        left = [container.id for container in self.observe() if container.id in left]       # what is gone by itself is removed
+        left = [container.id for container in self.observe() if container.id in left]       # others removed some
         if left:
             self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
 
@@ -7369,18 +7423,23 @@ def parse_seen(item):
     """An element of what `inspect` prints of containers to (id, Seen)."""
     state = item["State"]
     health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
-    volumes = {make_path(mount["Destination"]): mount["Name"] for mount in item.get("Mounts") or () if mount.get("Type") == "volume"}
-    return item["Id"], Seen(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0), health, volumes)
+    mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
+    volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
+    code, restarts = state.get("ExitCode", 0), item.get("RestartCount", 0)
+    return item["Id"], Seen(state["Status"], code, restarts, health, volumes)
 
 
 def find_started(status, now):
-    """About when a container was started, in Unix seconds, where docker's words for it are exact enough (`Up 3 seconds`), else 0."""
+    """About when docker says that a container was started, in Unix seconds; 0 where its words are too vague."""
     match = re.match("Up (Less than a|[0-9]+) seconds?", str(status))
     return int(now) - int(match.group(1).replace("Less than a", "0")) if match else 0
 
 
 def parse_containers(data, engine, now=0):
-    """The engine's list of containers to [Container]; raises CommandError for what is not of the expected form.  now: Unix seconds."""
+    """The engine's list of containers to [Container]; now: Unix seconds.
+
+    Raises CommandError for what is not of the expected form.
+    """
     containers = []
     try:
         if engine == "podman":
@@ -7397,8 +7456,8 @@ def parse_containers(data, engine, now=0):
             for line in data.splitlines():
                 *marks, device_id, owner, state, status = parse_json(line, "docker ps")
                 started, (state, health) = find_started(status, now), find_health(state, status)
-                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, started=started, health=health,
-                                            owner=owner))
+                facts = {"device_id": device_id, "started": started, "health": health, "owner": owner}
+                containers.append(Container(*marks, state=state, type="compose", **facts))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
@@ -8710,7 +8769,8 @@ class Agent:
         there, fetched = "" if place is self.places[0] else place.device_id + " ", self.store.fetched
         fetched.clear()
         for driver in place.drivers.values():
-            driver.images.update(entry.rpartition(" ")[2] for entry in self.state["pulled"] if entry.rpartition(" ")[0] == there.strip())
+            parts = [entry.rpartition(" ") for entry in self.state["pulled"]]
+            driver.images.update(name for device_id, _, name in parts if device_id == there.strip())
         for record in steps:
             for driver in place.drivers.values():
                 fetched += driver.pulled

@@ -7,6 +7,7 @@ held.json: containers {name: {id, image, labels, state, code, restarts, argv, en
            fails), logless (true: no log can be had), stubborn (true: nothing can be removed), uncreatable (true: no container can be made), lethal (a command, at which
            the agent is killed before it is carried out), slow (a file beside it): names of commands that hang, gate (another): the path
            of a file for which `ps` waits,
+           thief (n: before the n-th command from now somebody removes all containers), damaged [image]: no container can be made of it,
            cut (n: the n-th command from now fails before its work, -n: after it), history (true: past.jsonl gets all after each command).
 
 A test holds the engine open as a thread of its own (serve), to which fake_podman.pl hands its command lines; run as a program, it is a
@@ -50,7 +51,7 @@ class Engine:
     def __init__(self, held):
         self.held, self.lines = held, []
         for key, value in (("containers", {}), ("networks", {}), ("volumes", {}), ("images", []), ("exits", {}), ("unhealthy", []),
-                           ("unpullable", []), ("restless", []), ("external", {}), ("declared", {}), ("unstartable", []), ("count", 0)):
+                           ("unpullable", []), ("restless", []), ("external", {}), ("declared", {}), ("unstartable", []), ("damaged", []), ("count", 0)):
             held.setdefault(key, value)
 
     def say(self, text):
@@ -95,6 +96,7 @@ class Engine:
                 fail(f"{name}: image not known", 125)
             if arguments[0] == "rm":
                 self.held["images"].remove(name)
+                self.held["damaged"] = [other for other in self.held["damaged"] if other != name]
             elif "--format={{json .Config.Volumes}}" in arguments:
                 self.say(json.dumps({path: {} for path in self.held["declared"].get(name, ())} or None))
 
@@ -151,6 +153,8 @@ class Engine:
         name = dict(options)["--name"]
         if name in self.held["containers"] or name in self.held["external"]:
             fail(f"the container name {name} is already in use")
+        if operands[0] in self.held["damaged"]:
+            fail(f"creating container storage: Stat /graph/overlay/{operands[0]}/diff: no such file or directory")
         if operands[0] not in self.held["images"] or self.held.get("uncreatable"):
             fail(f"{operands[0]}: image not known")
         self.held["count"] += 1
@@ -256,6 +260,11 @@ def answer(folder, arguments, parent):
         cut = held.pop("cut", None) or 0
         if abs(cut) > 1:
             held["cut"] = cut - 1 if cut > 0 else cut + 1
+        thief = held.pop("thief", None) or 0
+        if thief > 1:
+            held["thief"] = thief - 1
+        if thief == 1:
+            held["containers"] = {}
         engine = Engine(held)
         try:
             if cut == 1:

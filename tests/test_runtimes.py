@@ -2159,6 +2159,175 @@ class Owners(DriverCase):
         self.assertEqual(len(self.driver.observe()), 1)
 
 
+class Handover(DriverCase):
+    """K-2: one outage, and nothing of the old runs beside the new."""
+
+    def test_all_is_made_then_the_old_stops_then_the_new_starts_then_the_old_goes(self):
+        self.apply({"services": {"a": {"image": IMAGE}, "b": {"image": IMAGE}, "c": {"image": IMAGE}}})
+        before = self.ids()
+        self.engine.forget_calls()
+        self.apply({"services": {"new": {"image": IMAGE}, "b": {"image": IMAGE, "command": ["x"]}, "c": {"image": IMAGE}}})
+        calls = [call for call in self.changes() if call[0] in ("create", "stop", "start", "rm")]
+        self.assertEqual([call[0] for call in calls], ["create", "create", "stop", "start", "start", "rm"])
+        self.assertEqual({*calls[2][2:]}, {before["a"], before["b"]})
+        self.assertEqual(self.ids()["c"], before["c"])
+        self.assertEqual(set(self.engine.containers()), {f"{PROJECT}-{name}-1" for name in ("new", "b", "c")})
+
+    def test_who_depends_on_another_stops_first(self):
+        def make(value):
+            return {"services": {name: {"image": IMAGE, "environment": {"V": value}, "depends_on": needs}
+                                 for name, needs in (("web", ["api"]), ("api", ["db"]), ("db", []), ("side", []))}}
+        self.apply(make("1"))
+        names = {container_id: name for name, container_id in self.ids().items()}
+        self.engine.forget_calls()
+        self.apply(make("2"))
+        stops = [{names[container_id] for container_id in call[2:]} for call in self.changes() if call[0] == "stop"]
+        order = {name: number for number, group in enumerate(stops) for name in group}
+        self.assertLess(order["web"], order["api"])
+        self.assertLess(order["api"], order["db"])
+
+    def test_the_way_back_starts_the_containers_that_were_there(self):
+        """K-1, P-8: their own layers and volumes are theirs again."""
+        old = {"services": {"a": {"image": IMAGE}, "b": {"image": IMAGE}}}
+        known = self.apply(old, wait=True)
+        self.engine.change(exits={"b": 3})
+        self.assertFails("INSTALL_FAILED", lambda: self.apply({"services": {name: {"image": IMAGE, "command": ["x"]} for name in "ab"}}, known, wait=True),
+                         "service b exited with code 3")
+        self.engine.change(exits={})
+        again = self.apply(old, known, wait=True)
+        self.assertEqual({name: facts["id"] for name, facts in again.items()}, {name: facts["id"] for name, facts in known.items()})
+        self.assertEqual(set(self.engine.containers()), {f"{PROJECT}-a-1", f"{PROJECT}-b-1"})
+
+    def test_without_a_way_back_the_old_does_not_stay(self):
+        self.config.runtime["on_failure"] = "keep"
+        self.apply(make_document({}))
+        before = self.ids()
+        self.engine.change(exits={"main": 3})
+        self.assertFails("INSTALL_FAILED", lambda: self.apply(make_document({"command": ["x"]}), wait=True), "exited with code 3")
+        self.assertNotIn(before["main"], {item["id"] for item in self.engine.containers().values()})
+
+    def test_what_cannot_be_made_touches_nothing(self):
+        """P-20"""
+        document = {"services": {"a": {"image": IMAGE}, "b": {"image": IMAGE}}}
+        self.apply(document)
+        before = self.ids()
+        self.engine.change(damaged=["localhost/bad:1"], images=[IMAGE, "localhost/bad:1"])
+        self.engine.forget_calls()
+        self.assertFails("INSTALL_FAILED", lambda: self.apply({"services": {
+            "a": {"image": IMAGE, "command": ["x"]}, "b": {"image": "localhost/bad:1"}}}), "create failed")
+        self.assertNotIn("stop", [call[0] for call in self.changes()])
+        self.assertEqual({name for name, item in self.engine.containers().items() if item["state"] == "running"},
+                         {f"{PROJECT}-a-1", f"{PROJECT}-b-1"})
+        self.apply(document)
+        self.assertEqual(self.ids(), before)
+
+
+class Volumes(DriverCase):
+    """K-1: what nobody named has a name of the agent's."""
+
+    def test_it_goes_on_with_whatever_is_made_in_its_place(self):
+        self.engine.change(declared={IMAGE: ["/data", "/cache", "/both", "/tmpfs"]})
+        document = make_document({"volumes": ["/own", "named:/cache"], "tmpfs": ["/tmpfs"]}, volumes={"named": None})
+        facts = self.apply(document)
+        volumes = facts["main"]["volumes"]
+        self.assertEqual(set(volumes), {"/data", "/both", "/own"})
+        with self.engine.open() as held:
+            self.assertEqual(set(held["volumes"]), {f"{PROJECT}_named", *volumes.values()})
+            for name in volumes.values():
+                self.assertIn(f"org.margo.project={PROJECT}", held["volumes"][name])
+        document["services"]["main"]["command"] = ["x"]
+        self.assertEqual(self.apply(document, facts)["main"]["volumes"], volumes)
+        with self.engine.open() as held:
+            held["containers"] = {}
+        self.assertEqual(self.apply(document)["main"]["volumes"], volumes)
+
+    def test_one_that_an_earlier_agent_left_to_the_engine_to_name_is_taken_over(self):
+        self.engine.change(declared={IMAGE: ["/data"]})
+        self.apply(make_document({}))
+        with self.engine.open() as held:
+            held["containers"][f"{PROJECT}-main-1"]["mounts"] = {"/data": "f" * 64}
+        facts = self.apply(make_document({"command": ["x"]}))
+        self.assertEqual(facts["main"]["volumes"], {"/data": "f" * 64})
+        with self.engine.open() as held:
+            held["containers"] = {}
+        self.assertEqual(self.apply(make_document({"command": ["x"]}), facts)["main"]["volumes"], {"/data": "f" * 64})
+
+
+class Memory(DriverCase):
+    """What the engine remembers wrongly is put right, once an attempt."""
+
+    def test_a_name_that_storage_alone_holds_is_freed(self):
+        """F-01: left by a create that was killed; also where an update needs it."""
+        name = f"{PROJECT}-main-1"
+        for held in (name, f"{name}-new"):
+            with self.subTest(held=held):
+                self.engine.change(external={held: "e" * 64})
+                self.apply(make_document({"command": [held]}))
+                self.assertEqual(set(self.engine.containers()), {name})
+
+    def test_a_container_that_cannot_be_started_is_made_anew_with_those_in_its_network(self):
+        """F-02"""
+        document = {"services": {"a": {"image": IMAGE, "volumes": ["/data"]}, "b": {"image": IMAGE, "network_mode": "service:a"}, "c": {"image": IMAGE}}}
+        facts = self.apply(document)
+        with self.engine.open() as held:
+            for item in held["containers"].values():
+                item["state"] = "exited"
+            held["unstartable"] = [facts["a"]["id"]]
+        again = self.apply(document, facts)
+        self.assertEqual([name for name in facts if facts[name]["id"] == again[name]["id"]], ["c"])
+        self.assertEqual(again["a"]["volumes"], facts["a"]["volumes"])
+        self.assertEqual({item["state"] for item in self.engine.containers().values()}, {"running"})
+        self.assertIn(f"--network=container:{again['a']['id']}", self.engine.containers()[f"{PROJECT}-b-1"]["argv"])
+
+    def test_a_damaged_image_of_ours_is_pulled_anew_and_no_other(self):
+        """F-02"""
+        document = make_document({"image": "registry.example/app:1"})
+        for mine, served, expected in ((True, True, True), (False, True, False), (True, False, False)):
+            with self.subTest(mine=mine, served=served), mock.patch.object(
+                    margo_agent, "find_layers", lambda *_, served=served: [("layer", 1)] if served else []):
+                self.engine.change(containers={}, images=["registry.example/app:1"], damaged=["registry.example/app:1"])
+                self.driver.images, self.driver.pulled = {"registry.example/app:1"} if mine else set(), []
+                self.engine.forget_calls()
+                if expected:
+                    self.apply(document)
+                else:
+                    self.assertFails("INSTALL_FAILED", lambda: self.apply(document), "no such file or directory")
+                self.assertEqual("pull" in [call[0] for call in self.changes()], expected)
+
+    def test_an_image_that_is_well_is_not_pulled_for_an_option_that_is_not(self):
+        self.driver.images = {IMAGE}
+        self.engine.change(external={f"{PROJECT}-main-1": "e" * 64})
+        self.apply(make_document({}))
+        self.assertNotIn(["image", "rm", IMAGE], self.changes())
+
+    def test_whatever_vanishes_at_whatever_moment_is_a_failure_that_heals(self):
+        """E-3 and its kind: somebody removes all containers before each command of an installation and of an update."""
+        def make(value):
+            return {"services": {"db": {"image": IMAGE, "environment": {"V": value}, "healthcheck": Startup.CHECKED},
+                                 "web": {"image": IMAGE, "environment": {"V": value}, "depends_on": {"db": {"condition": "service_healthy"}}}}}
+
+        for first in (None, make("1")):
+            number, calls = 0, 1
+            while number < calls:
+                number += 1
+                self.engine.change(containers={}, networks={}, thief=None)
+                known = self.apply(first, wait=True) if first else {}
+                self.engine.forget_calls()
+                self.engine.change(thief=number)
+                with self.subTest(first=bool(first), number=number):
+                    try:
+                        known = self.apply(make("2"), known, wait=True)
+                    except (margo_agent.ComponentError, margo_agent.CommandError):
+                        pass
+                    calls = max(calls, len(self.engine.calls()))
+                    self.engine.change(thief=None)
+                    after = self.apply(make("2"), known, wait=True)
+                    self.assertEqual({name: facts["id"] for name, facts in after.items()}, self.ids())
+                    self.assertEqual({item["state"] for item in self.engine.containers().values()}, {"running"})
+                    self.assertEqual(set(self.engine.containers()), {f"{PROJECT}-db-1", f"{PROJECT}-web-1"})
+            self.assertGreater(calls, 10)
+
+
 class Removal(DriverCase):
     def remove(self, component="web"):
         self.driver.remove(support.HELLO, component, self.driver.observe(), time.monotonic() + 60)
