@@ -1561,13 +1561,13 @@ class JudgeStartup(unittest.TestCase):
             (None, None, (), "the container of service one is gone: somebody removed it", {}, set())]
         for facts, health, healthy, words, waiting, finished in cases:
             with self.subTest(facts=facts, health=health, healthy=healthy):
-                found = margo_agent.judge_startup([self.make("one", health)], {"one": margo_agent.Seen(*facts)} if facts else {},
+                found = margo_agent.judge_startup([self.make("one", health)], {"one": margo_agent.Shown(*facts)} if facts else {},
                     set(healthy))
                 self.assertEqual(found, (("one", words) if words else None, waiting, finished))
 
     def judge(self, services, **states):
         """judge_startup where nothing is healthy yet."""
-        return margo_agent.judge_startup(services, {name: margo_agent.Seen(*facts) for name, facts in states.items()}, set())
+        return margo_agent.judge_startup(services, {name: margo_agent.Shown(*facts) for name, facts in states.items()}, set())
 
     def test_one_failure_is_enough(self):
         services = [self.make("a"), self.make("b"), self.make("c")]
@@ -1757,7 +1757,7 @@ class DriverCase(RuntimeCase):
 
     def setUp(self):
         super().setUp()
-        self.engine = support.FakeEngine(self)
+        self.engine, self.fetched = support.FakeEngine(self), []
         self.start_patch(mock.patch.dict(os.environ, self.engine.env))
         if not self.starts_processes:
             self.start_patch(mock.patch.object(margo_agent, "run_command", self.run_here))
@@ -1776,7 +1776,7 @@ class DriverCase(RuntimeCase):
 
     def prepare(self, document, **options):
         self.add_file("compose.yaml", document if isinstance(document, str) else json.dumps(document))
-        return self.driver.resolve(self.make_workload(**options), 60)
+        return self.driver.resolve(self.make_workload(**options), 60, fetched=self.fetched)
 
     def apply(self, document, known=None, patience=60, **options):
         """One apply as the agent does it; what it returns."""
@@ -1899,7 +1899,7 @@ class Preparation(DriverCase):
         """P-1: a device without network starts what it has."""
         self.prepare(make_document({}))
         self.assertEqual(self.changes(), [])
-        self.assertEqual(self.driver.pulled, [])
+        self.assertEqual(self.fetched, [])
 
     def test_pull_policies(self):
         for policy, image, expected in (("missing", "localhost/new:1", True),
@@ -1907,10 +1907,10 @@ class Preparation(DriverCase):
                                         ("always", "localhost/new:3", True), ("never", IMAGE, False)):
             with self.subTest(policy=policy, image=image):
                 self.engine.forget_calls()
-                self.driver.pulled = []
+                self.fetched = []
                 self.prepare(make_document({"image": image, "pull_policy": policy}))
                 self.assertEqual(self.changes(), [["pull", "--quiet", image]] if expected else [])
-                self.assertEqual(self.driver.pulled, [image] if image != IMAGE else [])
+                self.assertEqual(self.fetched, [image] if image != IMAGE else [])
 
     def test_the_platform_is_pulled_that_will_run(self):
         self.prepare(make_document({"image": "localhost/new:1", "platform": "linux/arm64"}))
@@ -2286,7 +2286,8 @@ class Memory(DriverCase):
             with self.subTest(mine=mine, served=served), mock.patch.object(
                     margo_agent, "find_layers", lambda *_, served=served: [("layer", 1)] if served else []):
                 self.engine.change(containers={}, images=["registry.example/app:1"], damaged=["registry.example/app:1"])
-                self.driver.images, self.driver.pulled = {"registry.example/app:1"} if mine else set(), []
+                images = frozenset(["registry.example/app:1"] if mine else [])
+                self.driver.claim = lambda images=images: self.claim._replace(images=images)
                 self.engine.forget_calls()
                 if expected:
                     self.apply(document)
@@ -2295,7 +2296,7 @@ class Memory(DriverCase):
                 self.assertEqual("pull" in [call[0] for call in self.changes()], expected)
 
     def test_an_image_that_is_well_is_not_pulled_for_an_option_that_is_not(self):
-        self.driver.images = {IMAGE}
+        self.driver.claim = lambda: self.claim._replace(images=frozenset([IMAGE]))
         self.engine.change(external={f"{PROJECT}-main-1": "e" * 64})
         self.apply(make_document({}))
         self.assertNotIn(["image", "rm", IMAGE], self.changes())
