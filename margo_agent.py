@@ -223,8 +223,8 @@ Container = define("Container", "id name deployment_id component service hash st
     " seconds where they are shown, `health` the engine's word where there is a check, `owner` who made it, as far as a label says so.",
     "", 0, "", "")
 Claim = define("Claim", "owner owners deployments ids images",
-    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of: ids of"
-    " deployments in lower case and of containers, see is_ours; and the state's `pulled`.", ())
+    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of:"
+    " ids of deployments in lower case and of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
     "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on; culprit: (component,"
     " service) that is repaired in vain.", None, "", None)
@@ -6768,7 +6768,8 @@ def plan_networks(wanted, there, project):
 
 def find_targets(service):
     """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
-    named, unnamed = set(map(make_path, service.files)), set()
+    named = set(map(make_path, service.files))
+    unnamed = set()
     for option, _, text in (argument.partition("=") for argument in service.arguments):
         parts = text.split(":")
         if option == "--tmpfs":
@@ -7094,7 +7095,8 @@ class ComposeDriver:
         job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
         finished = (self.apply_provider if self.provider else self.apply_builtin)(job, present)
         started = {container.id: container.started for container in self.look_up(workload)}
-        seen, result = self.inspect(job.current.values()), {}
+        seen = self.inspect(job.current.values())
+        result = {}
         for service in project.services:
             container_id = job.current.get(service.name, "")
             volumes = seen[container_id].volumes if container_id in seen else {}
@@ -7123,7 +7125,8 @@ class ComposeDriver:
         So what cannot be made touches nothing, and ports, addresses and volumes change hands with one outage (P-20).
         What was replaced is removed last, because it is the quickest way back.
         """
-        services, project = job.project.services, job.workload.project
+        services = job.project.services
+        project = job.workload.project
         new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
         changes = plan_services(services, present, job.known, project, set(new))
         leaving = [container for group in changes.leaving for container in group]
@@ -7271,7 +7274,8 @@ class ComposeDriver:
         unnamed = {f"--volume={path}" for path in volumes}
         options += [argument for argument in service.arguments if make_path(argument) not in unnamed]
         options += [f"--volume={volume}:{path}" for path, volume in volumes.items()]
-        first, owner = service.networks[0], find_owner(service, job.project.services, project)
+        first = service.networks[0]
+        owner = find_owner(service, job.project.services, project)
         options.append(f"--network=container:{job.current[owner]}" if owner else f"--network={first[0]}")
         if first[1] is not None:
             options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
@@ -7315,8 +7319,9 @@ class ComposeDriver:
             self.carry_out(job, start)
         elif self.run(start, job.deadline - time.monotonic()).code:
             log("warning", "a container that cannot be started is made anew", service=service.name)
-            services, project = job.project.services, job.workload.project
-            again = [item for item in services if service.name in (item.name, find_owner(item, services, project))]
+            services = job.project.services
+            owners = {item.name: find_owner(item, services, job.workload.project) for item in services}
+            again = [item for item in services if service.name in (item.name, owners[item.name])]
             for item in reversed(again):
                 self.carry_out(job, ["rm", "--force", job.current[item.name]])
             self.create_all(job, again, [], {})
@@ -7400,13 +7405,14 @@ class ComposeDriver:
 
     def inspect(self, ids):
         """{id: Shown} of those containers that can be looked at; raises CommandError where the engine does not answer."""
-        ids, seen = list(ids), {}
+        ids = list(ids)
         output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
         if output.stdout.strip():                   # without those that are gone
             return self.parse(output.stdout, lambda items: dict(map(parse_seen, items)))
         if len(ids) < 2:
             self.observe()                          # where it answers, the container itself is damaged
             return {}
+        seen = {}
         for container_id in ids:
             seen.update(self.inspect([container_id]))
         return seen
@@ -7580,8 +7586,8 @@ def parse_seen(item):
     health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
     mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
-    code, restarts = state.get("ExitCode", 0), item.get("RestartCount", 0)
-    return item["Id"], Shown(state["Status"], code, restarts, health, volumes)
+    restarts = item.get("RestartCount", 0)
+    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), restarts, health, volumes)
 
 
 def find_started(status, now):
