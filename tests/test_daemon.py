@@ -106,7 +106,7 @@ class Stop(DaemonCase):
         old = dict(os.environ)
         self.addCleanup(lambda: (os.environ.clear(), os.environ.update(old)))
         os.environ.update(self.device.env)
-        driver = margo_agent.Agent(margo_agent.load_config(self.device.config_file)).places[0].drivers["compose"]
+        driver = margo_agent.Agent(margo_agent.load_config(self.device.config_file)).devices[0].drivers["compose"]
         run = driver.run
         driver.run = lambda arguments, timeout, *rest: run(arguments, 1, *rest)
         with self.assertRaises(margo_agent.CommandTimeout):
