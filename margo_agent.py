@@ -2336,7 +2336,7 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
     except urllib.error.URLError as error:
         raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError, RuntimeError) as error:      # the last: no thread for the guard
+    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
         raise make_network_error(where, error) from None
 
 
