@@ -2136,13 +2136,13 @@ def read_file(path, limit):
     return data
 
 
-def make_folder(path, mode=0o700):
+def create_folder(path, mode=0o700):
     """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask; may raise OSError."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
     if parent and parent != path:
-        make_folder(parent, mode)
+        create_folder(parent, mode)
     try:
         os.mkdir(path, mode)
         os.chmod(path, mode)
@@ -2286,9 +2286,9 @@ class Store:
     def create(self):
         """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
-            make_folder(os.path.dirname(self.folder), 0o755)
+            create_folder(os.path.dirname(self.folder), 0o755)
             for name in ("artifacts", "deployments", "crls", "tmp"):
-                make_folder(self.path(name))
+                create_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
             if not os.path.exists(self.path("reserve")):
@@ -2400,7 +2400,7 @@ class Store:
         """Notes the last contact; whether that could be written."""
         path = self.memo_path()
         try:
-            make_folder(os.path.dirname(path), 0o755)
+            create_folder(os.path.dirname(path), 0o755)
             with open(path + ".tmp", "wb") as file:
                 os.fchmod(file.fileno(), 0o600)
                 file.write(make_json(memo))
@@ -2630,7 +2630,7 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
     except urllib.error.URLError as error:
         raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError, RuntimeError) as error:      # the last: no thread for the guard
+    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
         raise make_network_error(where, error) from None
 
 
@@ -4713,10 +4713,13 @@ class GitSource:
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
         """One git command on the repository: its Output; raises CommandError unless it ends with one of `codes` (None: any)."""
         folder = self.repository if command != "ls-remote" else os.path.join(self.home, "none")       # what is spoilt stops no poll (P-14)
+        before = os.umask(0o077)                    # what git writes is below the state directory
         try:
             output = run_command(["git", f"--git-dir={folder}", command, *arguments], timeout, env or self.env, self.home, **options)
         except CommandMissing as error:
             raise ConfigError(error.message) from None
+        finally:
+            os.umask(before)
         if codes and output.code not in codes:
             raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
         return output
@@ -4972,7 +4975,7 @@ def make_git_config(config, home, header):
         ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow", "always"),
         ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile", "/dev/null"),
         ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto", "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("core", "sharedRepository", "0600"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
+        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
         ("http", "lowSpeedTime", str(seconds)), ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
     if config.identity.ca:
         settings += [("http", "sslCAInfo", config.identity.ca), ("http", "sslCAPath", os.path.join(home, "none"))]
@@ -5112,7 +5115,7 @@ def connect_git(config, store, state, keep):
         import tempfile
         temporary = tempfile.TemporaryDirectory(prefix="margo-git-")
         home = temporary.name
-    make_folder(os.path.join(home, "none"))
+    create_folder(os.path.join(home, "none"))
     path, content = os.path.join(home, ".gitconfig"), make_git_config(config, home, header)
     if read_file(path, MAX_ANSWER) != content:
         write_file(path, content)
@@ -6078,10 +6081,10 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     work = folder + ".tmp"
     try:
         remove_folder(work)
-        make_folder(os.path.join(work, "content"))
+        create_folder(os.path.join(work, "content"))
         for entry in sorted(entries, key=lambda item: item.kind == "link"):
             path = os.path.join(work, "content", entry.path)
-            make_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
+            create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
             if entry.kind == "file":
                 write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode,
                            os.path.join(work, "part"))
@@ -7454,7 +7457,7 @@ class ComposeDriver:
         if not settings:
             return [self.engine], []
         folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
-        make_folder(folder)
+        create_folder(folder)
         options, program = [], [self.engine]
         basic = load_credentials(host, settings)
         if basic:
@@ -8192,7 +8195,7 @@ class HelmDriver:
         self.check_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         try:
-            make_folder(folder)
+            create_folder(folder)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
         values_file = os.path.join(folder, content + ".json")
@@ -10070,7 +10073,8 @@ def notify(address, text):
         return
     import socket
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK      # who does not read does not keep us
+        with socket.socket(socket.AF_UNIX, kind) as peer:
             peer.connect("\0" + address[1:] if address.startswith("@") else address)
             peer.send(text.encode())
     except OSError:
