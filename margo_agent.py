@@ -2021,7 +2021,7 @@ class Store:
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.unlock()
-            raise Locked(f"another margo-agent works on {self.folder}; wait until it is done, or stop it. A second agent beside it needs"
+            raise Locked(f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A second agent on this engine needs"
                          " an identity of its own, not only a state_dir") from None
         except OSError as error:
             raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
