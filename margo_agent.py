@@ -2306,7 +2306,7 @@ class Store:
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.unlock()
-            raise Locked(f"another margo-agent works on {self.folder}; wait until it is done, or stop it. A second agent beside it needs"
+            raise Locked(f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A second agent on this engine needs"
                          " an identity of its own, not only a state_dir") from None
         except OSError as error:
             raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
@@ -6749,9 +6749,8 @@ def make_document(document, services, workload):
     """The compose file for a provider: only what is started, nothing left to interpolate, no path that is relative."""
     networks = dict({"default": None}, **to_mapping(document.get("networks"), "networks"))
     volumes = to_mapping(document.get("volumes"), "volumes")
-    document = dict(document, services=services,
-                    networks={name: add_labels(item, f"networks.{name}", workload) for name, item in networks.items()},
-                    volumes={name: add_labels(item, f"volumes.{name}", workload) for name, item in volumes.items()})
+    document = dict(document, services=services, networks=add_labels(networks, "networks", workload),
+                    volumes=add_labels(volumes, "volumes", workload))
     for name, item in to_mapping(document.get("configs"), "configs").items():
         facts = to_mapping(item, f"configs.{name}")
         if facts.get("file") is not None:
@@ -6767,16 +6766,22 @@ def make_container_name(project, service):
     return f"{project}-{service}-1"
 
 
-def make_shared_labels(value, where, workload):
-    """{label: text} of a network or volume: its own, and by whom it was made for what."""
-    return dict(read_own_labels(value, where), **{LABEL_PROJECT: workload.project, LABEL_OWNER: workload.owner})
+def make_shared_labels(value, kind, name, workload):
+    """{label: text} of a network or volume: its own, and whose it is."""
+    mark = {LABEL_OWNER: workload.owner}
+    if kind == "networks":
+        mark[LABEL_PROJECT] = workload.project
+    return dict(read_own_labels(value, f"{kind}.{name}"), **mark)
 
 
-def add_labels(value, where, workload):
-    """A network or volume of a compose file with its labels; what is external is another's."""
-    value = to_mapping(value, where)
-    external = to_flag(value.get("external", False), f"{where}.external")
-    return value if external else dict(value, labels=make_shared_labels(value, where, workload))
+def add_labels(items, kind, workload):
+    """The networks or volumes of a compose file with their labels; what is external is another's."""
+    labelled = {}
+    for name, value in items.items():
+        value = to_mapping(value, f"{kind}.{name}")
+        external = to_flag(value.get("external", False), f"{kind}.{name}.external")
+        labelled[name] = value if external else dict(value, labels=make_shared_labels(value, kind, name, workload))
+    return labelled
 
 
 def make_labels(workload, service, digest):
@@ -6869,7 +6874,7 @@ def make_volumes(document, workload):
         if to_text(value.get("driver", "local"), f"{where}.driver") != "local":
             raise make_fault(f"{where}.driver: only local is supported")
         own, external = make_shared_name(name, value, workload, where, "volume")
-        labels = make_shared_labels(value, where, workload)
+        labels = make_shared_labels(value, "volumes", name, workload)
         volumes[name] = own, None if external else make_pairs("--label")(labels, f"{where}.labels")
     return volumes
 
@@ -6896,7 +6901,7 @@ def make_networks(document, workload):
         if to_text(value.get("driver", "bridge"), f"{where}.driver") != "bridge":
             raise make_fault(f"{where}.driver: only bridge is supported")
         own, external = make_shared_name(name, value, workload, where, "network")
-        arguments = make_pairs("--label")(make_shared_labels(value, where, workload), f"{where}.labels")
+        arguments = make_pairs("--label")(make_shared_labels(value, "networks", name, workload), f"{where}.labels")
         arguments += make_switch("--internal")(value.get("internal", False), f"{where}.internal")
         ipam = to_mapping(value.get("ipam"), f"{where}.ipam")
         check_keys(ipam, ("config",), f"{where}.ipam")
@@ -7322,6 +7327,8 @@ class ComposeDriver:
         again = bool(known) and known["digest"] == package["digest"]
         prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
         self.check_names(*prepared)
+        if self.provider:
+            self.keep_owners(*prepared)
         return prepared, package
 
     def check_names(self, workload, project):
@@ -7335,6 +7342,17 @@ class ComposeDriver:
             for name, owner, found_id in self.inspect_names(kind, names):
                 if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
                     raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {make_printable(owner, 300)}: {words}")
+
+    def keep_owners(self, workload, project):
+        """Lets a provider's file say of networks and volumes that are there whose they are by their labels: for one that is not in its
+        file as it was made docker compose stops everything, and goes no further."""
+        for kind in ("network", "volume"):
+            items = project.document[kind + "s"].items()
+            labels = {item.get("name", f"{workload.project}_{key}"): item["labels"] for key, item in items if item.get("labels")}
+            for name, owner, _ in self.inspect_names(kind, list(labels)):
+                labels[name][LABEL_OWNER] = owner
+                if not owner:                       # an older agent made it
+                    del labels[name][LABEL_OWNER]
 
     def inspect_names(self, kind, names):
         """[(name, owner, id)] of the containers, networks or volumes of these names that there are."""
