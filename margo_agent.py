@@ -5608,6 +5608,8 @@ def find_turn(waiting, held):
 # ------------------------------------------------------------------------------------------------------------------------------
 
 COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
+IMAGE_TYPES = ", ".join([OCI_MANIFEST, OCI_INDEX, "application/vnd.docker.distribution.manifest.v2+json",
+                         "application/vnd.docker.distribution.manifest.list.v2+json"])
 COMPOSE_LAYER = "application/vnd.org.margo.component.compose.tar+gzip"
 CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
 CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
@@ -5878,6 +5880,19 @@ def check_space(folder, need, what):
             f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
             f" {folder} {margin // KIB} stay so; free some there",
         )
+
+
+def ask_for_image(image, config):
+    """Whether an image's registry offers it now; of one that the name does not tell nothing is known."""
+    match = re.fullmatch(r"([^/]*[.:][^/]*|localhost)/(.+?)(?::([\w.-]+))?(?:@(sha256:[0-9a-f]{64}))?", image)
+    if not match:
+        return False
+    host, name, tag, digest = match.groups()
+    try:
+        Registry(host, config).get(name, f"manifests/{digest or tag or 'latest'}", IMAGE_TYPES, config.policy.max_document)
+    except MargoError:
+        return False
+    return True
 
 
 def parse_package_manifest(data, where, max_artifact, kind="compose"):
@@ -7718,10 +7733,9 @@ class ComposeDriver:
         if not probe.code:
             self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
             return
-        there = find_layers(service.image, "".join(platform)[len("--platform="):], self.config)
-        if there and self.remove_image(service.image):
+        if ask_for_image(service.image, self.config) and self.remove_image(service.image):
             log("warning", "a damaged image is pulled anew", image=service.image)
-            self.pull(service, IMAGE_PATIENCE)
+            self.pull(service, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
         """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""
