@@ -7872,7 +7872,7 @@ class Installation:
     def free_ports(self):
         """Stops what holds a port of the host, so that another deployment can take it."""
         self.touched = True
-        running = self.record["running"]
+        running = self.record["running"] or {}
         services = [item["services"] for item in self.record["components"]]
         if "services" in running:
             services = running["services"].values()
@@ -8517,14 +8517,14 @@ class Agent:
             raise fault
 
     def make_capabilities(self, device):
-        """The capabilities document of a device as it is now; a child is what the configuration says of it."""
+        """The capabilities document of a device as it is; a child is what the configuration says of it."""
         detected = {"peripherals": [], "interfaces": []}
         if not device.silence:
             detected = detect_properties(self.config.state_dir)
         return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
 
     def report_capabilities(self, always=False):
-        """PUTs the capabilities of all devices before anything else, and again where they changed; see report_devices."""
+        """PUTs the capabilities of all devices before anything else, and again where they changed."""
         documents = {device.device_id: self.make_capabilities(device) for device in self.devices}
         report_devices(documents, self.source, self.store, self.state, always)
 
@@ -9478,7 +9478,7 @@ def check_engine(agent):
 
 def check_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
-    others = list_others(agent.answering)
+    others = list_others({device.device_id: device.drivers for device in agent.devices})
     words = "; ".join(make_others_words(others))
     return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
