@@ -14,13 +14,14 @@ Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one
 Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All else may change.
 
 How to read it: from top to bottom.  A section uses only sections above it.
-   1 Constants and errors      8 Identity                 15 Deployment status
-   2 Records                   9 Desired state            16 Apply
-   3 Encodings                10 Desired-state sources    17 Capabilities
-   4 Configuration            11 Eligibility              18 Agent
-   5 Store                    12 Plan                     19 Gateway (optional)
-   6 Commands                 13 Packages                 20 Hooks (optional)
-   7 Transport                14 Runtimes                 21 Command line
+   1 Constants and errors         9 Transport                   17 Deployment status
+   2 Records                     10 Identity                    18 Apply
+   3 YAML                        11 Desired state               19 Capabilities
+   4 Small encodings             12 Desired-state sources       20 Agent
+   5 X.509                       13 Eligibility                 21 Gateway (optional)
+   6 Configuration               14 Plan                        22 Hooks (optional)
+   7 Store                       15 Packages                    23 Older documents (optional)
+   8 Commands                    16 Runtimes                    24 Command line
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
 are mistakes of other agents, which a test of the same mark keeps out.
 """
@@ -87,9 +88,7 @@ START_WINDOW = 300                                  # seconds since boot in whic
 RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
 MAX_TIMEOUT = 6 * 3600                              # seconds that one may ask for at most: meanwhile its device hears nobody (P-9)
-PULL_LIMIT = 86400                                  # seconds after which a pull that still moves is given up until the next attempt
-PULL_TIMEOUT = 3600                                 # seconds git may take, or a child's engine for an image: links are slow
-IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
+PULL_TIMEOUT = 3600                                 # seconds git, or an engine for an image, may take: links are slow (P-15)
 LOOKS = 8                                           # engines and clusters that are asked at once
 FREE_SPACE = 32 * MIB                               # at most stays free on a disk that something is fetched to (P-4)
 SHARE = 16                                          # of a small disk it is one part of so many that stays free, and that is kept
@@ -246,24 +245,32 @@ Outcome = define("Outcome", "code result detail delay",
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 3. Encodings
+# 3. YAML
 # ------------------------------------------------------------------------------------------------------------------------------
 
-# YAML 1.2, one document, core schema.  Parse functions go from coarse to fine; the position moves from token to token, and block
-# functions leave it at the first character of the next line that holds something, its column in `column` (-1 at the end).
+# YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
+# to token, and block functions leave it at the first character of the next line that holds something, its
+# column in `column` (-1 at the end).
 
 MAX_DEPTH, MAX_NODES = 64, 1000000
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
-FLOAT_PATTERN = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
+FLOAT_PATTERN = (
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True,
+             "TRUE": True,
              "false": False, "False": False, "FALSE": False}
-ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r", "e": "\x1b", " ": " ",
+ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
+           "e": "\x1b", " ": " ",
            '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
 
 
 class YAMLError(ValueError):
-    """A document that is no YAML 1.2 of one document, or that load_yaml refuses; `line` and `column` count from 1."""
+    """A document that is no YAML 1.2 of one document, or that load_yaml refuses.
+
+    `line` and `column` count from 1.
+    """
 
     def __init__(self, message, line, column):
         super().__init__(f"line {line}, column {column}: {message}")
@@ -279,10 +286,12 @@ class PlainFloat(float):
 
 
 def load_yaml(text):
-    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the core schema.
+    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the
+    core schema.
 
-    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser: what it does not
-    support it refuses (duplicate keys, keys that are no scalars, other tags, directives other than %YAML 1.2, a second document).
+    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser:
+    what it does not support it refuses (duplicate keys, keys that are no scalars, other tags, directives
+    other than %YAML 1.2, a second document).
     """
     if isinstance(text, (bytes, bytearray)):
         try:
@@ -293,7 +302,10 @@ def load_yaml(text):
 
 
 def scalar_text(value):
-    """A scalar as the text an environment variable gets: a plain number as it was spelt, true or false; raises TypeError."""
+    """A scalar as the text an environment variable gets: a plain number as it was spelt, true or false.
+
+    Raises TypeError.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if not isinstance(value, (str, int, float)):
@@ -305,22 +317,30 @@ class YAMLReader:
     """The reader of one document; see load_yaml."""
 
     SPACE = re.compile(r"[ \t]*")
-    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")                                 # empty and comment lines, then indentation
-    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")                                     # nothing more on this line
-    STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))       # of plain scalars: block, flow
+    # empty and comment lines, then indentation
+    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")
+    # nothing more on this line
+    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")
+    # of plain scalars: block, flow
+    STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
     NAME = re.compile(r"[^\s,\[\]{}]+")
     TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
-    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")       # a key; without bound it takes 100 bytes for each
-    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")                                         # a plain key: quoted, it is text
+    # a key; without bound it takes 100 bytes for each
+    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")
+    # a plain key: quoted, it is text
+    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
     KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
-    FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")     # its opposite takes 3 ms to compile
+    # its opposite takes 3 ms to compile
+    FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
+    HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
 
     def __init__(self, text):
         text = text[1:] if text.startswith("\ufeff") else text
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        self.cut = text[-1:] not in " \n"           # the last line has no end, so a block scalar there does not get one either
+        # the last line has no end, so a block scalar there does not get one either
+        self.cut = text[-1:] not in " \n"
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.closed = -1                            # where the last quoted scalar or flow collection ended
@@ -358,12 +378,15 @@ class YAMLReader:
             self.position += 3
             self.end_line()
         if self.position < len(self.text):
-            self.fail("a second document" if self.at_marker() else "more than one value, or wrong indentation")
+            self.fail("a second document" if self.at_marker()
+                      else "more than one value, or wrong indentation")
         return value
 
     def at_marker(self):
         """Whether --- or ... stands here, at the start of a line."""
-        return self.MARKER.match(self.text, self.position) and self.text[self.position - 1:self.position] in ("", "\n")
+        return self.MARKER.match(self.text, self.position) and self.text[
+            self.position - 1 : self.position
+        ] in ("", "\n")
 
     def next_line(self):
         """Goes to the next line that holds something."""
@@ -373,7 +396,8 @@ class YAMLReader:
             self.column = -1
         elif self.text[self.position] == "\t":
             after = self.SPACE.match(self.text, self.position).end()
-            if self.text[after] not in "[{":                        # only block structure is made by indentation
+            # only block structure is made by indentation
+            if self.text[after] not in "[{":
                 self.fail("a tab in the indentation")
             self.position = after
         elif self.column == 0 and self.text[self.position] in "-." and self.at_marker():
@@ -402,14 +426,17 @@ class YAMLReader:
     # Blocks
 
     def read_block(self, parent, sequence_at_parent=False, compact=True):
-        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper than `parent`."""
+        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper
+        than `parent`.
+        """
         start = self.position
         self.position = self.SPACE.match(self.text, start).end()
         if self.text[self.position] == "\n" or self.text[self.position] == "#" and self.position > start:
             return self.read_below(parent, sequence_at_parent, None, None)
         if "\t" in self.text[start:self.position]:
             compact = False
-        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent, compact, sequence_at_parent)
+        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent,
+                                  compact, sequence_at_parent)
 
     def read_below(self, parent, sequence_at_parent, anchor, tag):
         """A node that starts on a later line, or an empty one."""
@@ -455,7 +482,8 @@ class YAMLReader:
                 if not match or anchor:
                     self.fail("an anchor without a name, or a second one")
                 anchor = match.group(), self.position
-                self.anchors[anchor[0]] = self.position         # open: an alias to it from inside would be endless
+                # open: an alias to it from inside would be endless
+                self.anchors[anchor[0]] = self.position
             else:
                 match = self.TAG.match(self.text, self.position)
                 if tag:
@@ -478,10 +506,15 @@ class YAMLReader:
         self.fail(f"tag {tag} is not supported")
 
     def is_key(self):
-        """Whether an implicit key of a block mapping starts here; it lies on one line and has at most 1,024 characters."""
+        """Whether an implicit key of a block mapping starts here.
+
+        It lies on one line and has at most 1,024 characters.
+        """
         text, position = self.text, self.position
         while text[position] in "&!":
-            match = (self.NAME if text[position] == "&" else self.TAG).match(text, position + (text[position] == "&"))
+            match = (self.NAME if text[position] == "&" else self.TAG).match(
+                text, position + (text[position] == "&")
+            )
             end = match.end() if match else position
             position = self.SPACE.match(text, end).end()
             if position == end:
@@ -511,7 +544,8 @@ class YAMLReader:
     def finish(self, value, anchor, first=None):
         """Counts a node and keeps it under its anchor."""
         self.count()
-        if anchor and self.anchors[anchor[0]] == anchor[1]:         # else one that began later has that name now
+        # else one that began later has that name now
+        if anchor and self.anchors[anchor[0]] == anchor[1]:
             self.anchors[anchor[0]] = (value, self.nodes - (self.nodes - 1 if first is None else first))
         return value
 
@@ -561,7 +595,10 @@ class YAMLReader:
         return key
 
     def make_mapping(self, pairs):
-        """A dictionary from (key, value, position); refuses what is no scalar or occurs twice; merges << last."""
+        """A dictionary from (key, value, position); refuses what is no scalar or occurs twice.
+
+        Merges << last.
+        """
         mapping, merges = {}, []
         for key, value, position in pairs:
             if key == "<<" and self.MERGE.match(self.text, position):
@@ -571,7 +608,8 @@ class YAMLReader:
                 continue
             if isinstance(key, (dict, list)):
                 self.fail("a key that is no scalar is not supported", position)
-            if key in mapping or key != key and any(other != other for other in mapping):          # .nan differs from itself
+            # .nan differs from itself
+            if key in mapping or key != key and any(other != other for other in mapping):
                 self.fail(f"the key {str(key)[:60]!r} occurs twice", position)
             mapping[key] = value
         for value, position in merges:
@@ -587,17 +625,22 @@ class YAMLReader:
 
     def read_block_scalar(self, parent):
         """A literal or folded scalar; the position is at its indicator."""
-        header = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n").match(self.text, self.position)
+        header = self.HEADER.match(self.text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        style, chomp, digit = header.group(1), header.group(2) or header.group(5), header.group(3) or header.group(4)
+        style, chomp = header.group(1), header.group(2) or header.group(5)
+        digit = header.group(3) or header.group(4)
         indent = max(parent, 0) + int(digit) if digit else None
         self.position, lines, blank = header.end(), [], 0
         while self.position < len(self.text):
             end = self.text.index("\n", self.position)
             line = self.text[self.position:end]
             spaces = len(line) - len(line.lstrip(" "))
-            if line[spaces:spaces + 1] == "\t" and spaces <= (parent if indent is None else indent - 1) and spaces <= max(parent, 0):
+            if (
+                line[spaces:spaces + 1] == "\t"
+                and spaces <= (parent if indent is None else indent - 1)
+                and spaces <= max(parent, 0)
+            ):
                 self.fail("a tab in the indentation of a block scalar")
             if spaces == len(line) and (indent is None or spaces <= indent):
                 blank = max(blank, spaces)
@@ -628,7 +671,9 @@ class YAMLReader:
 
     @staticmethod
     def fold_block(body):
-        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are indented further."""
+        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are
+        indented further.
+        """
         lines, result, previous, empties = body.split("\n"), [], None, 0
         for line in lines:
             if not line:
@@ -654,7 +699,14 @@ class YAMLReader:
         value = self.resolve_plain(text)
         if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
             value = float(value)
-        kind = {bool: "bool", int: "int", PlainInt: "int", float: "float", PlainFloat: "float", type(None): "null"}.get(type(value))
+        kind = {
+            bool: "bool",
+            int: "int",
+            PlainInt: "int",
+            float: "float",
+            PlainFloat: "float",
+            type(None): "null",
+        }.get(type(value))
         if tag != kind:
             self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
         return value
@@ -683,12 +735,15 @@ class YAMLReader:
     # Flow
 
     def read_flow(self, parent, flow, anchor=None, tag=None, key=False):
-        """A node of flow style, a quoted or plain scalar, or an alias.  `flow`: depth of flow collections around it."""
+        """A node of flow style, a quoted or plain scalar, or an alias.
+
+        `flow`: depth of flow collections around it.
+        """
         if self.text[self.position] in "&!":
             anchor, tag = self.read_properties(anchor, tag)
             if flow and not key:
                 self.skip_flow(parent)
-                if self.text[self.position] in ",]}" or self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}":
+                if self.text[self.position] in ",]}" or self.at_colon():
                     return self.finish(self.make_scalar("", tag, True), anchor)
         character, first = self.text[self.position], self.nodes
         if character == "*":
@@ -746,7 +801,10 @@ class YAMLReader:
                 return
 
     def read_flow_collection(self, parent, flow, closing):
-        """[ … ] or { … }; the position is behind its start.  A single pair in a sequence is a mapping of its own."""
+        """[ … ] or { … }; the position is behind its start.
+
+        A single pair in a sequence is a mapping of its own.
+        """
         text, items = self.text, []                 # of a mapping: (key, value, position)
         while True:
             self.skip_flow(parent)
@@ -762,11 +820,12 @@ class YAMLReader:
             end = self.position
             self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
-            paired = text[self.position] == ":" and (text[self.position + 1] in " \t\n,[]{}" or self.closed == end)
+            paired = self.at_colon() or self.closed == end and text[self.position] == ":"
             if paired:
                 long = "\n" in text[start:self.position] or self.position - start > 1024
                 if long and closing == "]" and not explicit:
-                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
+                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters",
+                              start)
                 self.position += 1
                 self.skip_flow(parent)
                 value = self.read_flow_node(parent, flow)
@@ -784,17 +843,24 @@ class YAMLReader:
 
     def read_flow_node(self, parent, flow):
         """A node in a flow collection, None where there is nothing before its end."""
-        character = self.text[self.position]
-        if character in ",]}" or character == ":" and self.text[self.position + 1] in " \t\n,[]{}":
+        if self.text[self.position] in ",]}" or self.at_colon():
             self.count()
             return None
         return self.read_flow(parent, flow)
+
+    def at_colon(self):
+        """Whether a colon stands here that ends a key in a flow collection."""
+        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
 
     def read_plain(self, parent, flow, key):
         """A plain scalar's text, folded over its lines."""
         text, position = self.text, self.position
         character = text[position]
-        if character in "-?:" and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n") or character in ",[]{}#&*!|>'\"%@`":
+        if (
+            character in "-?:"
+            and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n")
+            or character in ",[]{}#&*!|>'\"%@`"
+        ):
             if character == ":" and key:
                 return ""
             self.fail(f"a value cannot start with {character!r} here")
@@ -804,7 +870,13 @@ class YAMLReader:
         while not key and text[stop.start()] == "\n" and stop.start() + 1 < len(text):
             after = re.compile(r"(?:[ \t]*\n)*( *)[ \t]*").match(text, stop.start() + 1)
             start, indent = after.end(), after.end(1) - after.start(1)
-            if start >= len(text) or indent <= parent or text[start] == "#" or flow and text[start] in ",[]{}":
+            if (
+                start >= len(text)
+                or indent <= parent
+                or text[start] == "#"
+                or flow
+                and text[start] in ",[]{}"
+            ):
                 break
             if flow and text[start] == ":" and text[start + 1] in " \t\n,[]{}":
                 break
@@ -858,7 +930,9 @@ class YAMLReader:
         return "\n" * match.group(1).count("\n") or " "
 
     def read_escape(self, parent, start):
-        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from being folded away."""
+        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from
+        being folded away.
+        """
         character = self.text[self.position + 1]
         if character == "\n":
             self.position += 1
@@ -871,8 +945,13 @@ class YAMLReader:
             self.position += 2
             return "\0" + ESCAPES[character]
         digits = self.text[self.position + 2:self.position + 2 + size]
-        if not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits) or int(digits, 16) > 0x10FFFF or 0xD800 <= int(digits, 16) <= 0xDFFF:
-            self.fail(f"\\{character}{digits} is no character")     # halves of a surrogate pair too: YAML takes each by itself
+        if (
+            not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits)
+            or int(digits, 16) > 0x10FFFF
+            or 0xD800 <= int(digits, 16) <= 0xDFFF
+        ):
+            # halves of a surrogate pair too: YAML takes each by itself
+            self.fail(f"\\{character}{digits} is no character")
         self.position += 2 + size
         return "\0" + chr(int(digits, 16))
 
@@ -883,6 +962,10 @@ def measure_depth(value):
     return 0 if items is None else 1 + max(map(measure_depth, items), default=0)
 
 
+# ------------------------------------------------------------------------------------------------------------------------------
+# 4. Small encodings
+# ------------------------------------------------------------------------------------------------------------------------------
+
 def sha256_digest(data):
     """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
     import hashlib
@@ -892,11 +975,14 @@ def sha256_digest(data):
 def make_json(value):
     """JSON as UTF-8 bytes in one stable form, so that equal values are equal bytes."""
     import json
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def parse_json(data, what):
-    """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character) to a value.
+    """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character)
+    to a value.
 
     Raises ValueError naming `what`.
     """
@@ -912,7 +998,8 @@ def parse_json(data, what):
         raise ValueError(f"{word} is not JSON")
 
     def read_int(text):
-        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")     # as newer Pythons have it
+        # as newer Pythons have it
+        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")
 
     def read_float(text):
         return float(text) if abs(float(text)) < float("inf") else refuse(text[:40])
@@ -920,7 +1007,8 @@ def parse_json(data, what):
     try:
         if data[:2] == b"\x1f\x8b":
             raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_int=read_int,
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
+                           parse_int=read_int,
                            parse_float=read_float)
         if re.search(rb"\\u[dD][89a-fA-F]", data):
             make_json(value)                        # refuses a half character
@@ -932,14 +1020,21 @@ def parse_json(data, what):
 def parse_duration(text):
     """`90`, `30s`, `5m`, `2h`, `1d` to seconds (float); raises ValueError."""
     match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?)([smhd]?)", text)
-    seconds = float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)] if match else -1
+    seconds = (
+        float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+        if match
+        else -1
+    )
     if not 0 <= seconds <= MAX_DURATION:
         raise ValueError("a duration: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d")
     return seconds
 
 
 def parse_size(text):
-    """`512`, `512Ki`, `64Mi`, `2Gi` ... to bytes; a space before the unit is read too (protocol 3.5); raises ValueError."""
+    """`512`, `512Ki`, `64Mi`, `2Gi` ... to bytes; a space before the unit is read too (protocol 3.5).
+
+    Raises ValueError.
+    """
     match = re.fullmatch(r"([0-9]{1,40})(?: ?([KMGTPE]i))?", text)
     if not match:
         raise ValueError("a size: bytes, or a number with Ki, Mi, Gi, Ti, Pi or Ei, such as 64Mi")
@@ -970,18 +1065,21 @@ def parse_base64(text):
 
 
 def grow(first, times, cap):
-    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each further one, at most `cap`."""
+    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each
+    further one, at most `cap`.
+    """
     return min(cap, first * 2 ** min(max(times - 1, 0), 30))
 
 
 def find_left(record, now):
-    """Seconds that a record of an attempt, {at, delay}, still asks to be waited; none before its time, where a clock was set back."""
+    """Seconds still to wait after an attempt {at, delay}; 0 if the clock now stands before `at`."""
     passed, delay = now - record.get("at", 0), record.get("delay", 0)
     return delay - passed if 0 <= passed < delay else 0
 
 
 def make_wait(record, delay, clock):
-    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay, boot, uptime}.
+    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay,
+    boot, uptime}.
 
     record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
     """
@@ -990,7 +1088,8 @@ def make_wait(record, delay, clock):
 
 
 def find_wait(record, clock):
-    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this is the same boot.
+    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this
+    is the same boot.
 
     Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
     """
@@ -1035,7 +1134,9 @@ def make_delay(config, state, fault, clock, jitter):
 
 
 def parse_retry_after(text, now):
-    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is unreadable (C-056)."""
+    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
+    unreadable (C-056).
+    """
     if not text:
         return None
     if re.fullmatch(r"[0-9]+", text.strip()):
@@ -1049,10 +1150,75 @@ def parse_retry_after(text, now):
         return None
 
 
-# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was read.
+def unpack_gzip(data, max_unpacked):
+    """The content of one whole gzip stream.
+
+    Raises ValueError over the limit or for a stream that is not just that.
+    """
+    import zlib
+    stream = zlib.decompressobj(31)
+    try:
+        plain = stream.decompress(data, max_unpacked + 1)
+    except zlib.error as error:
+        raise ValueError(f"not a readable tar+gzip ({error})") from None
+    if len(plain) > max_unpacked:
+        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
+    if not stream.eof or stream.unused_data:
+        raise ValueError("it is cut short, or something follows it")
+    return plain
+
+
+def unpack_tar(data, max_unpacked, max_entries):
+    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
+
+    Raises ValueError for what is none, or is over a limit.
+
+    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to
+    whatever size it claims.
+    """
+    import io
+    import itertools
+    import tarfile
+
+    class Headers(io.BytesIO):
+        """What tarfile reads: headers, forwards and up to a limit.
+
+        A negative size leads it in circles, and it keeps all that they hold.
+        """
+
+        left = 64 * MIB
+
+        def read(self, size=-1):
+            self.left -= size
+            if size < 0 or self.left < 0:
+                raise ValueError("headers that are too large, or of negative size")
+            return super().read(size)
+
+    plain = unpack_gzip(data, max_unpacked)
+    try:
+        with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
+            members = list(itertools.islice(archive, max_entries + 1))
+    except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a readable tar+gzip ({error})") from None
+    if len(members) > max_entries:
+        raise ValueError(f"more than {max_entries} entries")
+    return plain, members, archive.offset
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 5. X.509
+# ------------------------------------------------------------------------------------------------------------------------------
+
+# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
+# read.
 
 OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME = b"\x55\x1d\x13", b"\x55\x1d\x0f", b"\x55\x1d\x11"
-OID_SUBJECT_KEY, OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x0e", b"\x55\x1d\x23", b"\x55\x1d\x14", b"\x55\x1d\x1c"
+OID_SUBJECT_KEY, OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE = (
+    b"\x55\x1d\x0e",
+    b"\x55\x1d\x23",
+    b"\x55\x1d\x14",
+    b"\x55\x1d\x1c",
+)
 KEY_CERT_SIGN, CRL_SIGN = 5, 6                      # bits of keyUsage (RFC 5280, 4.2.1.3)
 
 
@@ -1097,12 +1263,16 @@ def parse_certificate(der):
         uris, is_ca, usage = read_extensions(extensions)
     except (IndexError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
-    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2], uris, is_ca, usage,
+    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after,
+                       spki[2], uris, is_ca, usage,
                        extensions)
 
 
 def parse_extensions(data):
-    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}; raises ValueError, IndexError."""
+    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}.
+
+    Raises ValueError, IndexError.
+    """
     found = {}
     for _, extension, raw in parse_der(parse_der(data)[0][1]) if data else ():
         parts = parse_der(extension)
@@ -1113,12 +1283,16 @@ def parse_extensions(data):
 
 
 def read_extensions(extensions):
-    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None); raises ValueError, IndexError."""
+    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None).
+
+    Raises ValueError, IndexError.
+    """
     names, constraints, bits = (parse_der(extensions[oid][1])[0][1] if oid in extensions else None
                                 for oid in (OID_SUBJECT_ALT_NAME, OID_BASIC_CONSTRAINTS, OID_KEY_USAGE))
     uris = [name.decode("ascii") for tag, name, _ in parse_der(names or b"") if tag == 0x86]
     is_ca = any(tag == 0x01 and flag != b"\x00" for tag, flag, _ in parse_der(constraints or b""))
-    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1)) if bits[1 + bit // 8] & (0x80 >> bit % 8)}
+    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1))
+                                       if bits[1 + bit // 8] & (0x80 >> bit % 8)}
     return uris, is_ca, usage
 
 
@@ -1126,13 +1300,16 @@ def find_key_id(item, oid):
     """The identifier of the subject's or the issuer's key in a Certificate or Crl, or None."""
     try:
         inner = parse_der(item.extensions[oid][1])[0][1]
-        return inner if oid == OID_SUBJECT_KEY else next(value for tag, value, _ in parse_der(inner) if tag == 0x80)
+        return inner if oid == OID_SUBJECT_KEY else next(value for tag, value, _ in parse_der(inner)
+                                                         if tag == 0x80)
     except (KeyError, IndexError, ValueError, StopIteration):
         return None
 
 
 def is_issuer(candidate, item):
-    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key identifier."""
+    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key
+    identifier.
+    """
     ids = find_key_id(candidate, OID_SUBJECT_KEY), find_key_id(item, OID_ISSUER_KEY)
     return candidate.subject == item.issuer and (None in ids or ids[0] == ids[1])
 
@@ -1141,7 +1318,14 @@ def make_chain(leaf, candidates):
     """[Certificate] from a leaf upwards, out of candidates in any order (E-039); roots are left out."""
     chain = [leaf]
     while len(chain) < 10:
-        found = next((item for item in candidates if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain), None)
+        found = next(
+            (
+                item
+                for item in candidates
+                if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain
+            ),
+            None,
+        )
         if found is None:
             break
         chain.append(found)
@@ -1149,7 +1333,10 @@ def make_chain(leaf, candidates):
 
 
 def parse_crl(data):
-    """A revocation list (DER or PEM) to (DER, Crl); raises ValueError, also for one whose meaning is not understood (E-085)."""
+    """A revocation list (DER or PEM) to (DER, Crl).
+
+    Raises ValueError, also for one whose meaning is not understood (E-085).
+    """
     try:
         der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
         fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
@@ -1157,28 +1344,39 @@ def parse_crl(data):
             raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
         extensions = parse_extensions(next(value for tag, value, _ in fields[5:] if tag == 0xA0))
-        scope = parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1]) if OID_CRL_SCOPE in extensions else []
+        scope = (
+            parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1]) if OID_CRL_SCOPE in extensions else []
+        )
         number = int.from_bytes(parse_der(extensions[OID_CRL_NUMBER][1])[0][1], "big")
         if number >= 2 ** 160:
             raise ValueError("its number has more than 20 octets")
     except (IndexError, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
         raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
-    strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical and oid not in (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)]
-    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:      # a name, and only user certificates, take nothing away for a leaf
-        raise ValueError(f"a list of a kind that is not understood (critical {', '.join(strange) or 'scope'})")
+    strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical
+               and oid not in (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)]
+    # a name, and only user certificates, take nothing away for a leaf
+    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:
+        raise ValueError(
+            f"a list of a kind that is not understood (critical {', '.join(strange) or 'scope'})"
+        )
     entries = fields[5][1] if fields[5][0] == 0x30 else b""
     return der, Crl(fields[2][2], times[0], times[1], entries, number, extensions)
 
 
 def is_listed(crl, serial):
-    """Whether a Crl lists a serial number; the walk is made only where its bytes occur at all, since lists can be long."""
+    """Whether a Crl lists a serial number.
+
+    The walk is made only where its bytes occur at all, since lists can be long.
+    """
     wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
-    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry, _ in parse_der(crl.entries))
+    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted
+                                         for _, entry, _ in parse_der(crl.entries))
 
 
 def parse_der_time(tag, value):
     """UTCTime or GeneralizedTime to Unix seconds; raises ValueError."""
-    import datetime                                 # http.client brings it along; what strptime brings takes 8 ms
+    # http.client brings it along; what strptime brings takes 8 ms
+    import datetime
     text = value.decode("ascii")
     if tag == 0x17:
         text = ("19" if text[:2] >= "50" else "20") + text
@@ -1188,54 +1386,11 @@ def parse_der_time(tag, value):
     return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
 
 
-def unpack_gzip(data, max_unpacked):
-    """The content of one whole gzip stream; raises ValueError over the limit or for a stream that is not just that."""
-    import zlib
-    stream = zlib.decompressobj(31)
-    try:
-        plain = stream.decompress(data, max_unpacked + 1)
-    except zlib.error as error:
-        raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if len(plain) > max_unpacked:
-        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
-    if not stream.eof or stream.unused_data:
-        raise ValueError("it is cut short, or something follows it")
-    return plain
-
-
-def unpack_tar(data, max_unpacked, max_entries):
-    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip; raises ValueError for what is none, or is over a limit.
-
-    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to whatever size it claims.
-    """
-    import io
-    import itertools
-    import tarfile
-
-    class Headers(io.BytesIO):
-        """What tarfile reads: headers, forwards and up to a limit.  A negative size leads it in circles, and it keeps all that they hold."""
-
-        left = 64 * MIB
-
-        def read(self, size=-1):
-            self.left -= size
-            if size < 0 or self.left < 0:
-                raise ValueError("headers that are too large, or of negative size")
-            return super().read(size)
-
-    plain = unpack_gzip(data, max_unpacked)
-    try:
-        with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
-            members = list(itertools.islice(archive, max_entries + 1))
-    except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
-        raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if len(members) > max_entries:
-        raise ValueError(f"more than {max_entries} entries")
-    return plain, members, archive.offset
-
-
 def parse_pem(text, label="CERTIFICATE"):
-    """Every certificate (or block of another label) of a PEM text as DER bytes, in order; raises ValueError."""
+    """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
+
+    Raises ValueError.
+    """
     found = []
     for block in text.split(f"-----BEGIN {label}-----")[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
@@ -1245,8 +1400,15 @@ def parse_pem(text, label="CERTIFICATE"):
     return found
 
 
+def make_pem(ders):
+    """Certificates (DER) as PEM text."""
+    import textwrap
+    bodies = ("\n".join(textwrap.wrap(make_base64(der), 64)) for der in ders)
+    return "".join(f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n" for body in bodies)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
-# 4. Configuration
+# 6. Configuration
 # ------------------------------------------------------------------------------------------------------------------------------
 
 class Settings(dict):
@@ -1261,11 +1423,14 @@ class Settings(dict):
             raise AttributeError(name) from None
 
 
-# The kit of readers.  A reader takes (value, base) and returns what it makes of the value, or raises ValueError of what is expected.
-# The value is YAML; `base` is the folder that relative file names start from.
+# The kit of readers. A reader takes (value, base) and returns what it makes of the value, or raises
+# ValueError of what is expected. The value is YAML; `base` is the folder that relative file names start from.
 
 def scalar(expected, pattern=r"(?s).*", make=None):
-    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text; it may raise ValueError."""
+    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text.
+
+    It may raise ValueError.
+    """
     def read(value, base):
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError(expected)
@@ -1329,14 +1494,20 @@ GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?
                rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
 BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"       # as git allows it
                   r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
-PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"        # of a SubjectPublicKeyInfo (RFC 7469, 2.4)
-DURATION = "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
+# of a SubjectPublicKeyInfo (RFC 7469, 2.4)
+PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
+DURATION = (
+    "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
+)
 
 read_text = scalar("text")
-read_name = scalar("text", "(?s).+")
-read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')            # what fits between quotes in an HTTP header
-read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")     # without user or fragment
-read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?", lambda text: text.rstrip("/"))
+read_name = checked("text", lambda value: isinstance(value, str) and value)
+# what fits between quotes in an HTTP header
+read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
+# without user or fragment
+read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
+read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
+                       lambda text: text.rstrip("/"))
 read_address = scalar(
     "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
     rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
@@ -1350,7 +1521,8 @@ read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
 read_size = scalar("a size", make=parse_size)
 read_count = scalar("a whole number", "[0-9]{1,18}", int)
 read_share = scalar("a share from 0% to 100%", r"([0-9]{1,2}|100)%", lambda text: int(text[:-1]) / 100)
-read_device_id = scalar("letters, digits and . _ ~ - in segments parted by /",                          # C-086
+# C-086
+read_device_id = scalar("letters, digits and . _ ~ - in segments parted by /",
                         rf"(?!(.*/)?\.\.?(/|\Z)){DEVICE_ID_PATTERN}")
 read_mapping = checked("a mapping", is_mapping)
 
@@ -1368,10 +1540,15 @@ def read_path(value, base):
 
 
 def read_key(value, base):
-    """A file name, or a URI such as pkcs11:… by which openssl finds a key; it stands on a command line, so it holds no PIN."""
+    """A file name, or a URI such as pkcs11:… by which openssl finds a key.
+
+    It stands on a command line, so it holds no PIN.
+    """
     text = read_text(value, base)
     if "pin-value=" in text:
-        raise ValueError("a URI without pin-value; name a file by pin-source, so that no command line shows the PIN")
+        raise ValueError(
+            "a URI without pin-value; name a file by pin-source, so that no command line shows the PIN"
+        )
     return text if is_uri(text) else read_path(text, base)
 
 
@@ -1386,7 +1563,9 @@ def read_helm(value, base):
 
 
 def read_components(value, base):
-    """What a request signature covers: at least method, target and content digest, else it were one for any request (C-062, C-063)."""
+    """What a request signature covers: at least method, target and content digest, else it were one for any
+    request (C-062, C-063).
+    """
     names = list_of(read_word, "a list of components")(value, base)
     lower = [name.lower() for name in names]
     if not {"@method", "@target-uri", "content-digest"} <= set(lower) or len(set(lower)) < len(lower):
@@ -1402,7 +1581,8 @@ def is_words(value, words):
 def is_equipment(value, kinds):
     """Whether a value is a list of {type: one of `kinds`, all else: text}."""
     return isinstance(value, list) and all(
-        isinstance(item, dict) and item.get("type") in kinds and all(isinstance(text, str) for text in item.values())
+        isinstance(item, dict) and item.get("type") in kinds
+        and all(isinstance(text, str) for text in item.values())
         for item in value)
 
 
@@ -1414,14 +1594,19 @@ def is_cpus(value):
 
 
 # Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
-PERIPHERALS, INTERFACES = "gpu display camera microphone speaker", "ethernet wifi cellular bluetooth usb canbus rs232"
+PERIPHERALS, INTERFACES = (
+    "gpu display camera microphone speaker",
+    "ethernet wifi cellular bluetooth usb canbus rs232",
+)
 PROPERTIES = {
     "vendor": read_name, "modelNumber": read_name, "serialNumber": read_name,
     "memory": scalar("a size such as 512Mi", "[0-9]{1,18}[KMG]i"),
     "storage": scalar("a size such as 512Mi", "[0-9]{1,18}[KMGTPE]i"),
     "cpus": checked("a list of {cores: number, architecture: amd64, arm64 or arm}", is_cpus),
-    "peripherals": checked(f"a list with the types {PERIPHERALS}", lambda item: is_equipment(item, PERIPHERALS.split())),
-    "interfaces": checked(f"a list with the types {INTERFACES}", lambda item: is_equipment(item, INTERFACES.split())),
+    "peripherals": checked(f"a list with the types {PERIPHERALS}",
+                           lambda item: is_equipment(item, PERIPHERALS.split())),
+    "interfaces": checked(f"a list with the types {INTERFACES}",
+                          lambda item: is_equipment(item, INTERFACES.split())),
     "otelCollector": checked("true, as Margo demands it where workloads run", lambda item: item is True),
     "supportedRuntimes": checked("a list of oci, custom", lambda item: is_words(item, ("oci", "custom"))),
     "supportedDeploymentTypes": checked("a list of helm, compose, custom",
@@ -1448,7 +1633,9 @@ def read_properties(value, base):
 def read_environment(value, base):
     """A mapping of environment variables to text."""
     for name in read_mapping(value, base):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(value[name], (bool, dict, list, type(None))):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(
+            value[name], (bool, dict, list, type(None))
+        ):
             raise ValueError(f"a mapping of variable names to text, which {make_printable(name)} is not")
     return {name: read_text(item, base) for name, item in value.items()}
 
@@ -1463,7 +1650,8 @@ def is_label(value):
     """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
     if not isinstance(value, list):
         return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
-    return len(set(map(get_kind, value))) == 1 and all(isinstance(item, str) or is_number(item) for item in value)
+    return len(set(map(get_kind, value))) == 1 and all(isinstance(item, str) or is_number(item)
+                                                       for item in value)
 
 
 read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
@@ -1477,8 +1665,8 @@ MOMENT_PATTERN = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T(?:[01]
 def parse_window(text):
     """A window of device-local time to (days, start, end); raises ValueError.
 
-    `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later than the start.
-    `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
+    `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later
+    than the start. `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
     """
     start, slash, end = text.partition("/")
     if re.fullmatch(f"{MOMENT_PATTERN}/{MOMENT_PATTERN}", text) and start < end:
@@ -1516,13 +1704,18 @@ def is_within(windows, local):
 
 
 def is_within_whole(windows, start, end):
-    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of device-local time."""
+    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of
+    device-local time.
+    """
     moments = range(int(start), int(max(start, end)) + 1, 60)
     return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
 
 
 def find_longest(windows, now):
-    """Seconds of the longest stretch that lies in windows, from `now` on; those of a date are taken one by one."""
+    """Seconds of the longest stretch that lies in windows, from `now` on.
+
+    Those of a date are taken one by one.
+    """
     today = time.strftime("%Y-%m-%dT%H:%M", time.localtime(now))
     longest, stretch = 0, 0
     for days, start, end in windows:
@@ -1530,18 +1723,23 @@ def find_longest(windows, now):
             first, last = (time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M")) for text in (start, end))
             longest = max(longest, last - first)
     weekly = [window for window in windows if window[0] is not None]
-    for moment in range(0, 14 * 86400 if weekly else 0, 60):            # any two weeks: a stretch may begin in one and end in the next
+    # any two weeks: a stretch may begin in one and end in the next
+    for moment in range(0, 14 * 86400 if weekly else 0, 60):
         stretch = stretch + 60 if is_within(weekly, time.gmtime(moment)) else 0
         longest = max(longest, stretch)
     return longest
 
 
-# What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is reached by one of them.
-CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman",
+# What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is
+# reached by one of them.
+CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman",
+               "CONTAINERS_STORAGE_CONF": "podman",
                "DOCKER_HOST": "docker", "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
-HOSTING = ("cpus", "memory", "storage")             # what a child device has to say of itself, because only what is here can be detected
+# what a child device has to say of itself, because only what is here can be detected
+HOSTING = ("cpus", "memory", "storage")
 
-# Each setting: its reader, or that and the default in the file's own spelling.  What only one profile has, its part adds below.
+# Each setting: its reader, or that and the default in the file's own spelling. What only one profile has, its
+# part adds below.
 DEVICE_SCHEMA = {
     "id": read_device_id, "vendor": read_text, "modelNumber": read_text, "serialNumber": read_text,
     "properties": (read_properties, {}), "labels": (read_labels, {})}
@@ -1557,23 +1755,30 @@ SCHEMA = {
     "identity": {
         "certificate": read_path, "key": read_key, "trust_bundle": read_path_or_url,
         "discovery": read_url, "ca": read_path, "pins": (read_pins, []), "refresh": (read_duration, "1h")},
-    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),         # see make_children
+    # see make_children
+    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),
     "poll": {
         "interval": (read_duration, "60s"), "jitter": (read_share, "10%"),
-        "window": (list_of(read_window, "a list of windows"), []), "downtime": (list_of(read_window, "a list of windows"), [])},
+        "window": (list_of(read_window, "a list of windows"), []),
+        "downtime": (list_of(read_window, "a list of windows"), [])},
     "runtime": {
-        "compose": (choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"), "auto"),
-        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"), "kubeconfig": read_path,
+        "compose": (choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"),
+                    "auto"),
+        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"),
+        "kubeconfig": read_path,
         "on_failure": (choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"),
         "environment": (read_environment, {}), "prune": (read_flag, True)},
     "registries": (read_mapping, {}),
     "policy": {
-        "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"), "max_unpacked": (read_size, "256Mi"),
-        "privileged": (choice("deny", "allow"), "deny"), "host_paths": (read_folders, []), "max_removals": read_count},
+        "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"),
+        "max_unpacked": (read_size, "256Mi"),
+        "privileged": (choice("deny", "allow"), "deny"), "host_paths": (read_folders, []),
+        "max_removals": read_count},
     "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
 }
 REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key")}       # by profile
-CHECKS = []                                         # functions: configuration to [(whether it is wrong, key, words)]
+# functions: configuration to [(whether it is wrong, key, words)]
+CHECKS = []
 
 
 # Profile signed
@@ -1581,7 +1786,8 @@ CHECKS = []                                         # functions: configuration t
 SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
 SCHEMA["identity"]["algorithm"] = choice(*ALGORITHMS)
 SCHEMA["identity"]["signature"] = {
-    "label": (read_word, "sig1"), "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"]),
+    "label": (read_word, "sig1"), "components": (read_components,
+                                                 ["@method", "@target-uri", "@authority", "content-digest"]),
     "keyid": read_word, "alg": read_word}
 REQUIRED["signed"] = ("wfm.url", "identity.certificate", "identity.key", "identity.ca")
 
@@ -1599,13 +1805,27 @@ def check_git_settings(config):
     """What only profile git has: [(whether it is wrong, key, words)]."""
     wfm, git = config.wfm, config.git
     return [
-        (wfm.profile != "git" and wfm.status_url, "wfm.status_url", "only profile git reports elsewhere; leave it out"),
-        (git.verify_signatures and not git.allowed_signers,
-         "git.allowed_signers", "not set, and needed for git.verify_signatures"),
-        (git.allow_rewrite and not git.verify_signatures,
-         "git.allow_rewrite", "a rewritten history is accepted only from signers; set git.verify_signatures, too"),
-        (git.username and not git.token_file,
-         "git.username", "is sent with the token of git.token_file, which is not set")]
+        (
+            wfm.profile != "git" and wfm.status_url,
+            "wfm.status_url",
+            "only profile git reports elsewhere; leave it out",
+        ),
+        (
+            git.verify_signatures and not git.allowed_signers,
+            "git.allowed_signers",
+            "not set, and needed for git.verify_signatures",
+        ),
+        (
+            git.allow_rewrite and not git.verify_signatures,
+            "git.allow_rewrite",
+            "a rewritten history is accepted only from signers; set git.verify_signatures, too",
+        ),
+        (
+            git.username and not git.token_file,
+            "git.username",
+            "is sent with the token of git.token_file, which is not set",
+        ),
+    ]
 
 
 CHECKS.append(check_git_settings)
@@ -1630,15 +1850,28 @@ def check_enrollment_settings(config):
     enrolled, pair = identity.enrollment == "est", {bool(est.certificate), bool(est.key)}
     single = enrolled and identity.key and identity.certificate and is_combined(identity)
     return [
-        (enrolled and config.wfm.profile != "mtls",
-         "identity.enrollment", "est gives an SVID, which only wfm.profile mtls uses"),
-        (enrolled and not est.url and not identity.discovery,
-         "identity.est.url", "not set, and no identity.discovery either; one of them says where to enroll"),
-        (enrolled and pair != {not est.token_file},
-         "identity.est", "either token_file, or certificate and key; found both, neither or a half"),
-        (identity.rekey == "always" and not single,
-         "identity.rekey", "always needs identity.enrollment est, and identity.key to be the file of identity.certificate,"
-         " so that one rename replaces both")]
+        (
+            enrolled and config.wfm.profile != "mtls",
+            "identity.enrollment",
+            "est gives an SVID, which only wfm.profile mtls uses",
+        ),
+        (
+            enrolled and not est.url and not identity.discovery,
+            "identity.est.url",
+            "not set, and no identity.discovery either; one of them says where to enroll",
+        ),
+        (
+            enrolled and pair != {not est.token_file},
+            "identity.est",
+            "either token_file, or certificate and key; found both, neither or a half",
+        ),
+        (
+            identity.rekey == "always" and not single,
+            "identity.rekey",
+            "always needs identity.enrollment est, and identity.key to be the file of identity.certificate,"
+            " so that one rename replaces both",
+        ),
+    ]
 
 
 CHECKS.append(check_enrollment_settings)
@@ -1647,14 +1880,19 @@ CHECKS.append(check_enrollment_settings)
 # The configuration as a whole
 
 def make_quote(value, secret=False):
-    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or of what holds secrets, only its kind."""
+    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or of what holds secrets,
+    only its kind.
+    """
     if secret or isinstance(value, dict):
         return {dict: "a mapping", list: "a list"}.get(type(value), "text")
     return repr(make_printable(re.sub(r"(?<=pin-value=)[^;&?]*|(?<=//)[^/@\s]*(?=@)", "...", str(value)), 60))
 
 
 def make_settings(value, schema, base, where, faults):
-    """Reads one mapping of the configuration by its schema; each fault is appended to `faults` as (key, words)."""
+    """Reads one mapping of the configuration by its schema.
+
+    Each fault is appended to `faults` as (key, words).
+    """
     if value is not None and not isinstance(value, dict):
         faults.append((where[:-1] or "the configuration", f"found {make_quote(value)}, expected a mapping"))
         value = None
@@ -1678,7 +1916,8 @@ def make_settings(value, schema, base, where, faults):
             if item is not None:
                 settings[key] = reader(item, base)
         except ValueError as error:
-            faults.append((where + key, f"found {make_quote(item, reader is read_environment)}, expected {error}"))
+            faults.append((where + key,
+                           f"found {make_quote(item, reader is read_environment)}, expected {error}"))
     return settings
 
 
@@ -1691,9 +1930,11 @@ def make_children(items, base, faults):
         named = {key for key, _ in faults}
         needed = [key for key in CHILD_SCHEMA if child[key] is None]
         needed += [f"properties.{key}" for key in HOSTING if key not in (child.properties or {})]
-        faults += [(where + key, "not set, and nothing else knows it") for key in needed if where + key.split(".")[0] not in named]
+        faults += [(where + key, "not set, and nothing else knows it") for key in needed if where
+                   + key.split(".")[0] not in named]
         if child.connection is not None and not set(child.connection) & set(CONNECTIONS):
-            faults.append((f"{where}connection", f"names no engine; expected one of {', '.join(CONNECTIONS)}"))
+            faults.append((f"{where}connection",
+                           f"names no engine; expected one of {', '.join(CONNECTIONS)}"))
         for key in ("id", "connection"):
             if child[key] and child[key] in [other[key] for other in children]:
                 faults.append((where + key, "another child has the same"))
@@ -1713,7 +1954,8 @@ def make_config(document, base, environ):
     for host, entry in (config["registries"] or {}).items():
         registries[host] = make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
         if not re.fullmatch(REGISTRY_PATTERN, host):
-            faults.append((f"registries.{host}", "no registry; expected its host or host:port, as oci://HOST names it"))
+            faults.append((f"registries.{host}",
+                           "no registry; expected its host or host:port, as oci://HOST names it"))
     config["registries"] = registries
     config.device["children"] = make_children(config.device.children, base, faults)
     named = {key for key, _ in faults}
@@ -1725,7 +1967,9 @@ def make_config(document, base, environ):
 
 
 def check_devices(config):
-    """What shows only from several settings of this device and its children: [(whether it is wrong, key, words)]."""
+    """What shows only from several settings of this device and its children: [(whether it is wrong, key,
+    words)].
+    """
     wfm, children = config.wfm, config.device.children
     faults = [(children and wfm.profile != "mtls" and (wfm.profile, wfm.dialect) != ("signed", "b"),
                "device.children", "the protocol of this wfm.profile and wfm.dialect knows no child devices")]
@@ -1733,8 +1977,10 @@ def check_devices(config):
     for where, device in {"device.": config.device, **places}.items():
         properties = device.properties or {}
         kinds = [*properties.get("supportedRuntimes", ()), *properties.get("supportedDeploymentTypes", ())]
-        faults.append(("custom" in kinds and not device.labels,                                            # C-089
-                       f"{where}labels", "not set, and needed beside `custom`, for applications to select on"))
+        # C-089
+        faults.append(("custom" in kinds and not device.labels,
+                       f"{where}labels",
+                       "not set, and needed beside `custom`, for applications to select on"))
     return faults
 
 
@@ -1748,7 +1994,8 @@ def check_profile(config):
     missing = [key for key in dict.fromkeys(needed) if config[key.split(".")[0]][key.split(".")[1]] is None]
     return [(True, key, f"not set, and needed for profile {wfm.profile}{suffix}") for key in missing] + [
         (mutual and not identity.trust_bundle and not identity.discovery,
-         "identity.trust_bundle", "not set, and no identity.discovery either; one of them says whom to trust"),
+         "identity.trust_bundle",
+         "not set, and no identity.discovery either; one of them says whom to trust"),
         (mutual and identity.key and is_uri(identity.key),
          "identity.key", "found a URI, expected a file; only profile signed has openssl use the key"),
         (wfm.profile != "git" and wfm.url and not wfm.url.startswith("https://"),
@@ -1758,7 +2005,8 @@ def check_profile(config):
 def expand_environment(value, environ, where, faults):
     """`${NAME}` in every text of the configuration; an unset name is a fault."""
     if isinstance(value, dict):
-        return {key: expand_environment(item, environ, f"{where}{key}.", faults) for key, item in value.items()}
+        return {key: expand_environment(item, environ, f"{where}{key}.", faults)
+                for key, item in value.items()}
     if isinstance(value, list):
         return [expand_environment(item, environ, where, faults) for item in value]
     if not isinstance(value, str) or "${" not in value:
@@ -1778,17 +2026,20 @@ def load_config(path, environ=None):
         with open(path, "rb") as file:
             document = load_yaml(file.read(MIB))
     except OSError as error:
-        raise ConfigError(f"configuration {path} cannot be read ({error.strerror}); name one by -c or $MARGO_CONFIG") from None
+        raise ConfigError(
+            f"configuration {path} cannot be read ({error.strerror}); name one by -c or $MARGO_CONFIG"
+        ) from None
     except YAMLError as error:
         raise ConfigError(f"configuration {path}: {error}") from None
     try:
-        return make_config(document, os.path.dirname(os.path.abspath(path)), os.environ if environ is None else environ)
+        return make_config(document, os.path.dirname(os.path.abspath(path)),
+                           os.environ if environ is None else environ)
     except ConfigError as error:
         raise ConfigError(f"configuration {path}: {error.message}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 5. Store
+# 7. Store
 # ------------------------------------------------------------------------------------------------------------------------------
 
 class Log:
@@ -2169,30 +2420,39 @@ class Store:
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 6. Commands
+# 8. Commands
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Output = define("Output", "code stdout stderr", "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
+Output = define("Output", "code stdout stderr",
+                "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
 
 # Which setting needs a program; a missing one is named with it (contract, Shape).
-NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it", "git": "wfm.profile git needs it",
-             "gpg": "the keyLocation of a package, or git.allowed_signers, needs it", "podman": "see runtime.engine", "docker": "see runtime.engine and"
-             " runtime.compose", "docker-compose": "see runtime.compose", "podman-compose": "see runtime.compose", "helm": "see runtime.helm"}
+NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it",
+             "git": "wfm.profile git needs it",
+             "gpg": "the keyLocation of a package, or git.allowed_signers, needs it",
+             "podman": "see runtime.engine", "docker": "see runtime.engine and"
+             " runtime.compose", "docker-compose": "see runtime.compose",
+             "podman-compose": "see runtime.compose", "helm": "see runtime.helm"}
 
 
-# Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between systemd and this process alone.
+# Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between
+# systemd and this process alone.
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
-SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID",
+                 "LISTEN_FDNAMES")
 
 
 def list_folders(environ):
-    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them."""
+    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them.
+    """
     folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
     return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
 
 
 def get_command_environment(environ):
-    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR that is no folder."""
+    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR
+    that is no folder.
+    """
     found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
     if not os.path.isdir(found.get("TMPDIR", "/")):
         del found["TMPDIR"]
@@ -2200,22 +2460,27 @@ def get_command_environment(environ):
 
 
 def get_temporary(state_dir, environ):
-    """{TMPDIR: the folder for temporary files below the state directory}; {} where podman, rootless, would keep its own state there."""
+    """{TMPDIR: the folder for temporary files below the state directory}.
+
+    {} where podman, rootless, would keep its own state there.
+    """
     runtime = environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", patient=False):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
-    argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after `timeout` seconds or
-    when it prints more than `limit` bytes; `data` is all that it reads.  patient: the time begins anew as long as it reads more,
-    from wherever.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
+    argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
+    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads.  A non-zero exit
+    code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
     """
     import subprocess
     try:
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, env=get_command_environment(os.environ if env is None else env), cwd=cwd,
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE,
+                                   env=get_command_environment(os.environ if env is None else env), cwd=cwd,
                                    start_new_session=True)
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
@@ -2223,50 +2488,46 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", p
     except OSError as error:
         raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
     try:
-        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, patient)
+        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit)
     except subprocess.TimeoutExpired:
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
         kill_group(process)
-    return Output(process.returncode, stdout, make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
+    return Output(process.returncode, stdout,
+                  make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
 
 
 def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes; returns what held before."""
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
+
+    Returns what held before.
+    """
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
     return soft
 
 
-def count_read(group):
-    """Bytes that the programs of a process group have read so far, from files, pipes and sockets."""
-    total = 0
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.getpgid(int(pid)) == group:
-                with open(f"/proc/{pid}/io") as file:
-                    total += int(file.readline().split()[1])
-        except (OSError, IndexError):
-            continue                                # it has ended meanwhile
-    return total
+def serve_pipes(process, data, timeout, limit):
+    """Writes `data` to stdin, reads stdout and stderr until the process has ended.
 
+    Raises subprocess.TimeoutExpired, CommandError.
 
-def serve_pipes(process, data, timeout, limit, patient):
-    """Writes `data` to stdin, reads stdout and stderr until the process has ended; raises subprocess.TimeoutExpired, CommandError.
-
-    A helper may leave something behind that keeps the pipes open, so their end is not waited for once the process itself has ended.
+    A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
+    process itself has ended.
     """
     import select
     import subprocess
-    heard, deadline, moved = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}, time.monotonic() + timeout, 0
-    end = time.monotonic() + PULL_LIMIT
-    open_pipes, tick, stdin = set(heard), 0.2, [process.stdin.fileno()] if data else []
-    for pipe in list(heard) + stdin:
+    heard = {pipe.fileno(): bytearray() for pipe in (process.stdout, process.stderr)}
+    stdin = [process.stdin.fileno()] if data else []
+    deadline, open_pipes = time.monotonic() + timeout, set(heard)
+    for pipe in [*heard, *stdin]:
         os.set_blocking(pipe, False)
     while open_pipes or stdin:
-        ended = process.poll() is not None          # asked before looking: what it wrote last is then in the pipes
-        ready, writable, _ = select.select(list(open_pipes), stdin, [], 0 if ended else max(0.0, min(tick, deadline - time.monotonic())))
+        # asked before looking: what it wrote last is then in the pipes
+        ended = process.poll() is not None
+        pause = 0 if ended else max(0.0, min(0.2, deadline - time.monotonic()))
+        ready, writable, _ = select.select(list(open_pipes), stdin, [], pause)
         if writable:
             try:
                 data = data[os.write(stdin[0], data):]
@@ -2279,23 +2540,21 @@ def serve_pipes(process, data, timeout, limit, patient):
             heard[pipe] += piece
             if not piece:
                 open_pipes.discard(pipe)
-        if sum(len(part) for part in heard.values()) > limit:
+        if sum(map(len, heard.values())) > limit:
             raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
         if ended and not ready:
             break
         if time.monotonic() > deadline:
-            before, moved = moved, count_read(process.pid) if patient else 0
-            if moved - before < max(4, timeout) * KIB or time.monotonic() > end:        # less is what keeps a dead connection alive
-                raise subprocess.TimeoutExpired(process.args, 0)
-            deadline = time.monotonic() + timeout
+            raise subprocess.TimeoutExpired(process.args, 0)
     process.wait(max(0.0, deadline - time.monotonic()))
-    return tuple(bytes(heard[pipe.fileno()]) for pipe in (process.stdout, process.stderr))
+    return tuple(map(bytes, heard.values()))        # stdout was the first
 
 
 def kill_group(process):
     """Ends what still runs of a process group and closes its pipes.
 
-    A process that hangs in the kernel, at a dead disk say, cannot be ended: it is left behind, and whoever waited goes on.
+    A process that hangs in the kernel, at a dead disk say, cannot be ended: it is left behind, and whoever
+    waited goes on.
     """
     import signal
     import subprocess
@@ -2307,13 +2566,14 @@ def kill_group(process):
         try:
             process.wait(CORPSE_GRACE)
         except subprocess.TimeoutExpired:
-            log("warning", "a program cannot be ended, and is left behind", program=process.args[0], pid=process.pid)
+            log("warning", "a program cannot be ended, and is left behind", program=process.args[0],
+                pid=process.pid)
     for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
         pipe.close()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 7. Transport
+# 9. Transport
 # ------------------------------------------------------------------------------------------------------------------------------
 
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
@@ -2323,16 +2583,12 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
     "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
 
 
-def make_pem(ders):
-    """Certificates (DER) as PEM text."""
-    import ssl
-    return "".join(map(ssl.DER_cert_to_PEM_cert, ders))
-
-
 def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
-    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the system's store.
+    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the
+    system's store.
 
-    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides (C-006).
+    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides
+    (C-006).
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -2340,23 +2596,27 @@ def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2 if min_tls == "1.2" else ssl.TLSVersion.TLSv1_3
         if anchors:
             context.check_hostname = False          # an SVID is recognised by its SPIFFE ID alone (C-014)
-            context.verify_flags |= 0x80000         # X509_V_FLAG_PARTIAL_CHAIN: an anchor need not be self-signed
+            # X509_V_FLAG_PARTIAL_CHAIN: an anchor need not be self-signed
+            context.verify_flags |= 0x80000
             context.load_verify_locations(cadata=make_pem(anchors))     # 3.7 with OpenSSL 3 takes no DER
         elif ca_file:
             context.load_verify_locations(cafile=ca_file)
         else:
             context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     except (OSError, ValueError) as error:
-        raise Untrusted(f"trust anchors {ca_file or 'of the trust bundle'} cannot be used ({error})") from None
+        raise Untrusted(
+            f"trust anchors {ca_file or 'of the trust bundle'} cannot be used ({error})"
+        ) from None
     return context
 
 
 def request(method, url, headers, body, context, timeout, limit, check_peer=None):
     """The one door to HTTP: one request, one connection, one Response, whatever its status.
 
-    No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the TLS handshake and
-    each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see get_chain) before anything is sent
-    (C-013).  Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
+    No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the
+    TLS handshake and each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see
+    get_chain) before anything is sent (C-013).  Raises Unreachable, Untrusted, Refused (body over the limit),
+    or what check_peer raises.
     """
     import http.client
     import ssl
@@ -2375,13 +2635,18 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
 
 
 class Paced(io.RawIOBase):
-    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four time-outs.
+    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four
+    time-outs.
 
     So neither the words between the pieces may drip, or never end.
     """
 
     def __init__(self, connection):
-        self.connection, self.raw, self.timeout = connection, connection.makefile("rb", 0), connection.gettimeout()
+        self.connection, self.raw, self.timeout = (
+            connection,
+            connection.makefile("rb", 0),
+            connection.gettimeout(),
+        )
         self.renew()
 
     def renew(self):
@@ -2445,7 +2710,9 @@ def open_connection(address, timeout, source=None):
 
 
 def make_opener(context, check_peer):
-    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no other schemes."""
+    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no
+    other schemes.
+    """
     import http.client
     import urllib.request
 
@@ -2471,9 +2738,11 @@ def make_opener(context, check_peer):
             self._create_connection = open_connection
             try:
                 super().connect()
-                if context:                         # an end that TLS does not tell of is none: the answer was cut
+                # an end that TLS does not tell of is none: the answer was cut
+                if context:
                     host = self._tunnel_host or self.host
-                    self.sock = context.wrap_socket(self.sock, server_hostname=host, suppress_ragged_eofs=False)
+                    self.sock = context.wrap_socket(self.sock, server_hostname=host,
+                                                    suppress_ragged_eofs=False)
                 if check_peer:
                     check_peer(get_chain(self.sock, context))
             except (OSError, MargoError):
@@ -2503,7 +2772,10 @@ def get_chain(connection, context):
 
 
 def read_body(response, limit, timeout, where):
-    """The body of a response; Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs."""
+    """The body of a response.
+
+    Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
+    """
     pieces, size, start = [], 0, time.monotonic()
     while True:
         response.paced.renew()
@@ -2519,7 +2791,8 @@ def read_body(response, limit, timeout, where):
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
     unframed = response.length is None and not response.chunked
     if unframed and not pieces and where.startswith("GET") and response.status == 200:
-        raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes a broken head for a whole one
+        # http.client takes a broken head for a whole one
+        raise Unreachable(f"{where}: the answer broke off in its head")
     if response.length:
         raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
     return b"".join(pieces)
@@ -2530,10 +2803,12 @@ def make_network_error(where, error):
     import ssl
     text = make_printable(str(error) or type(error).__name__)
     if isinstance(error, ssl.SSLCertVerificationError):
-        clock = "; is the clock of this device right?" if error.verify_code in (9, 10) else ""     # not yet valid, expired
+        # not yet valid, expired
+        clock = "; is the clock of this device right?" if error.verify_code in (9, 10) else ""
         return Untrusted(f"{where}: the peer's certificate is refused: {error.verify_message}{clock}")
     broken = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "timed out" in text
-    broken = broken or "unexpected eof" in text     # for which Python 3.7 with OpenSSL 3 has no class of its own
+    # for which Python 3.7 with OpenSSL 3 has no class of its own
+    broken = broken or "unexpected eof" in text
     if isinstance(error, ssl.SSLError) and not broken:
         return Untrusted(f"{where}: TLS failed: {text}")
     return Unreachable(f"{where}: {text}")
@@ -2555,7 +2830,7 @@ def load_secret(key, path, fault):
     return data.rstrip(b"\r\n")
 
 
-def find_looseness(key, path):
+def ask_looseness(key, path):
     """What to say of a secret's file that others can read, "" where they cannot."""
     mode = os.stat(path).st_mode & 0o777 if os.path.isfile(path) else 0
     return f"{key} {path} has mode {mode:04o}; chmod 0600 it" if mode & 0o077 else ""
@@ -2574,7 +2849,9 @@ def is_ssh_answering(address, timeout):
 
 
 def parse_problem(body):
-    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only explains one)."""
+    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only
+    explains one).
+    """
     try:
         value = parse_json(body, "problem")
     except ValueError:
@@ -2591,7 +2868,8 @@ def parse_problem(body):
     wait = value.get("retryAfterSeconds")
     wait = float(wait) if is_number(wait) and 0 <= wait < 10 ** 9 else None
     errors = value["errors"] if isinstance(value.get("errors"), list) else []
-    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors if isinstance(item, dict)]
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
+              if isinstance(item, dict)]
     title, detail = text("title") or text("error"), text("detail") or text("message")
     return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
 
@@ -2604,10 +2882,12 @@ def find_verdict(status):
 
 
 def check_response(response, where, accepted, now):
-    """Returns the response if its status is one of `accepted`, else raises what it means to a client (protocol 10).
+    """Returns the response if its status is one of `accepted`, else raises what it means to a client
+    (protocol 10).
 
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  Denied: Untrusted.  What says
-    of itself that it can be retried, or is `later`: Unreachable.  Else Refused; its `code` is the type, or `HTTP <status>`.
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).
+    Denied: Untrusted.  What says of itself that it can be retried, or is `later`: Unreachable.  Else Refused;
+    its `code` is the type, or `HTTP <status>`.
     """
     if response.status in accepted:
         return response
@@ -2628,12 +2908,13 @@ def check_response(response, where, accepted, now):
     if retryable:
         raise Unreachable(message, **facts)
     if 300 <= response.status < 400 and response.status != 304:
-        message += "; redirects are not followed: set wfm.url, or the setting this address came from, to the final one"
+        message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
+                    " to the final one")
     raise Refused(message, problem.type if known else f"HTTP {response.status}", **facts)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 8. Identity
+# 10. Identity
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def parse_spiffe_id(text):
@@ -3224,7 +3505,7 @@ def load_enrollment_header(config):
     user, _, secret = (load_token(config) or b"").partition(b":")
     if not secret or b"\n" in user + secret:
         raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
-    loose = find_looseness("identity.est.token_file", path)
+    loose = ask_looseness("identity.est.token_file", path)
     if loose:
         log("warning", "others can read the enrollment token", reason=loose)
     return make_authorization(secret, user)
@@ -3655,23 +3936,43 @@ def is_crl_signed(path, issuer):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 9. Desired state
+# 11. Desired state
 # ------------------------------------------------------------------------------------------------------------------------------
 
 NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
 COMPONENT_PATTERN = r"[a-z0-9]([a-z0-9-]{0,198}[a-z0-9])?"           # it becomes the name of a folder
-PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
 REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
                     r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
                     r"(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
 
+# Readers of documents, by the kit of the configuration; text is taken for text only where it is written as
+# such.
+read_dict = checked("a mapping", lambda item: isinstance(item, dict))
+read_items = checked("a list", lambda item: isinstance(item, list))
 
-def check_member(value, key, where, pattern):
-    """value[key] as text that matches the pattern; raises ValueError."""
-    item = value.get(key)
-    if not isinstance(item, str) or not re.fullmatch(pattern, item, re.ASCII):
-        raise ValueError(f"{where}{key}: found {make_printable(str(item), 80)!r}, expected text of the form {pattern}")
-    return item
+
+def optional(read):
+    """A reader that takes nothing (null, or no such member), too."""
+    return lambda value, base: None if value is None else read(value, base)
+
+
+def text_of(pattern):
+    """A reader of text of one form."""
+    return checked(f"text of the form {pattern}",
+                   lambda item: isinstance(item, str) and bool(re.fullmatch(pattern, item, re.ASCII)))
+
+
+def check_member(value, key, where, read):
+    """value[key] as a reader (or text of a pattern) takes it.
+
+    Raises ValueError of what was found and what is expected.
+    """
+    read = text_of(read) if isinstance(read, str) else read
+    try:
+        return read(value.get(key), "")
+    except ValueError as error:
+        found = make_printable(str(value.get(key)), 80)
+        raise ValueError(f"{where}{key}: found {found!r}, expected {error}") from None
 
 
 def parse_manifest(data, base_url):
@@ -3681,13 +3982,15 @@ def parse_manifest(data, base_url):
         if not isinstance(value, dict):
             raise ValueError("the state manifest is not an object")
         version = parse_version(value.get("manifestVersion"))
-        if not isinstance(value.get("deployments"), list) or len(value["deployments"]) > MAX_DEPLOYMENTS:
+        items = check_member(value, "deployments", "", read_items)
+        if len(items) > MAX_DEPLOYMENTS:
             raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
         entries, seen = [], set()
-        for index, item in enumerate(value["deployments"]):
-            entry = parse_manifest_entry(item, f"deployments[{index}].", base_url)
+        for index, item in enumerate(items):
+            where = f"deployments[{index}]."
+            entry = parse_manifest_entry(item, where, base_url)
             if entry.deployment_id.lower() in seen:
-                raise ValueError(f"deployments[{index}].deploymentId: {entry.deployment_id} occurs twice")
+                raise ValueError(f"{where}deploymentId: {entry.deployment_id} occurs twice")
             seen.add(entry.deployment_id.lower())
             entries.append(entry)
         digest, size = parse_manifest_bundle(value, entries, base_url)
@@ -3698,10 +4001,14 @@ def parse_manifest(data, base_url):
 
 def parse_version(value):
     """manifestVersion in full precision; raises ValueError (D-5)."""
-    if isinstance(value, float) and value.is_integer() and value < 2 ** 53:         # beyond it, a float does not tell which number was written
+    # beyond, a float does not tell which number was written
+    if isinstance(value, float) and value.is_integer() and value < 2 ** 53:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
-        raise ValueError(f"manifestVersion: found {make_printable(repr(value), 40)}, expected a whole number from 1 to 2^64-1")
+        raise ValueError(
+            f"manifestVersion: found {make_printable(repr(value), 40)},"
+            " expected a whole number from 1 to 2^64-1"
+        )
     return value
 
 
@@ -3710,7 +4017,8 @@ def parse_manifest_entry(item, where, base_url):
     if not isinstance(item, dict):
         raise ValueError(f"{where[:-1]}: expected an object")
     deployment_id = check_member(item, "deploymentId", where, UUID_PATTERN)
-    digest = check_member(item, "digest", where, DIGEST_PATTERN)        # another algorithm makes the manifest invalid (C-107)
+    # another algorithm makes the manifest invalid (C-107)
+    digest = check_member(item, "digest", where, DIGEST_PATTERN)
     check_artifact_url(item, where, base_url, f"/deployments/{deployment_id}/{digest}")
     return ManifestEntry(deployment_id, digest, parse_advice(item))
 
@@ -3719,15 +4027,12 @@ def parse_manifest_bundle(value, entries, base_url):
     """(digest, size) of the bundle, (None, None) where nothing should run; raises ValueError (C-114)."""
     if "bundle" not in value:
         raise ValueError("bundle: missing (it is null where there are no deployments)")
-    bundle = value["bundle"]
+    bundle = check_member(value, "bundle", "", optional(read_dict))
     if (bundle is None) != (not entries):
         raise ValueError("bundle: is null if and only if there are no deployments")
     if bundle is None:
         return None, None
-    if not isinstance(bundle, dict):
-        raise ValueError("bundle: expected an object or null")
-    if bundle.get("mediaType") != BUNDLE_TYPE:
-        raise ValueError(f"bundle.mediaType: found {make_printable(str(bundle.get('mediaType')), 80)!r}, expected {BUNDLE_TYPE}")
+    check_member(bundle, "mediaType", "bundle.", checked(BUNDLE_TYPE, lambda item: item == BUNDLE_TYPE))
     digest = check_member(bundle, "digest", "bundle.", DIGEST_PATTERN)
     check_artifact_url(bundle, "bundle.", base_url, f"/bundles/{digest}")
     return digest, parse_advice(bundle)
@@ -3736,15 +4041,16 @@ def parse_manifest_bundle(value, entries, base_url):
 def parse_advice(item):
     """sizeBytes where it is usable; it decides what is cheaper to fetch and nothing else (C-110)."""
     size = item.get("sizeBytes")
-    return int(size) if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 <= size < 2 ** 53 else None
+    return int(size) if is_number(size) and 0 <= size < 2 ** 53 else None
 
 
 def check_artifact_url(item, where, base_url, path):
-    """The `url` is only held against what id and digest say; nothing is ever fetched from it (C-058, protocol 2.1)."""
-    url = item.get("url")
-    if not isinstance(url, str):
-        raise ValueError(f"{where}url: expected text")
+    """The `url` is only held against what id and digest say.
+
+    Nothing is ever fetched from it (C-058, protocol 2.1).
+    """
     from urllib.parse import unquote, urljoin
+    url = check_member(item, "url", where, r"(?s).*")
     absolute = urljoin(base_url, url)
     if url_origin(absolute) != url_origin(base_url) or not absolute.startswith("https:"):
         raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
@@ -3753,141 +4059,154 @@ def check_artifact_url(item, where, base_url, path):
 
 
 def check_version(manifest, digest, accepted):
-    """Whether a manifest is new: True, or False for the very one that was accepted before; raises Refused (C-103, C-119)."""
+    """Whether a manifest is new: True, or False for the very one that was accepted before.
+
+    Raises Refused (C-103, C-119).
+    """
     if accepted is None or manifest.version > accepted["version"]:
         return True
     if manifest.version == accepted["version"] and digest == accepted["digest"]:
         return False
-    relation = "the same version with other content" if manifest.version == accepted["version"] else "an older version"
-    raise Refused(f"security: state manifest refused: version {manifest.version} is {relation} (accepted: {accepted['version']}); a replay,"
-                  " or a WFM restored from a backup: then unenroll and enroll again")
+    relation = (
+        "the same version with other content"
+        if manifest.version == accepted["version"]
+        else "an older version"
+    )
+    raise Refused(
+        f"security: state manifest refused: version {manifest.version} is {relation}"
+        f" (accepted: {accepted['version']});"
+        " a replay, or a WFM restored from a backup: then unenroll and enroll again"
+    )
+
+
+# How documents of one generation differ; other generations add what reads them to DIALECTS. Such a function
+# takes the document (a mapping) and returns None, or (the document in rc.3's form, its Dialect); it may raise
+# ValueError.
+Dialect = define(
+    "Dialect",
+    "parse_package prefix addressed",
+    "What reads the package of a component (see parse_package), what stands before the pointers of a compose"
+    " component's parameters,"
+    " and whether metadata.deviceId has to be there.",
+)
+DIALECTS = []
+
+
+def parse_document(value):
+    """(an ApplicationDeployment in rc.3's form, its Dialect) of a YAML value; raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("the document is not a mapping")
+    for convert in DIALECTS:
+        found = convert(value)
+        if found:
+            return found
+    if "kind" in value or "apiVersion" in value:
+        raise ValueError("apiVersion and kind are of an older generation, which this agent was made without")
+    return value, Dialect(parse_package, "", True)
+
+
+def parse_package(properties, where, kind, schemes="oci"):
+    """(repository, revision, location of a key or None) of a component of type `kind`.
+
+    Raises ValueError (C-153).
+    """
+    repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
+    return repository, check_member(properties, "revision", where, REVISION_PATTERN), None
 
 
 def parse_deployment(data, deployment_id):
-    """An ApplicationDeployment's bytes to a Deployment; raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
+    """An ApplicationDeployment's bytes to a Deployment.
+
+    Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
 
     Unknown members and extensions are ignored wherever they stand (C-116); what is used is checked.
     """
     try:
-        value = normalise_document(load_yaml(data))
+        value, dialect = parse_document(load_yaml(data))
         own_id = check_member(value, "id", "", UUID_PATTERN)
         if own_id.lower() != deployment_id.lower():
             raise ValueError(f"id: found {own_id}, but the manifest names it {deployment_id}")      # C-115
-        metadata, spec = (check_mapping(value, key, "") for key in ("metadata", "spec"))
+        metadata = check_member(value, "metadata", "", read_dict)
+        spec = check_member(value, "spec", "", read_dict)
         check_member(spec, "applicationId", "spec.", r"[-a-z0-9]{1,200}")
-        profile = check_mapping(spec, "deploymentProfile", "spec.")
-        constraints = profile.get("deviceConstraints")
-        check_constraints(constraints)
-        kind, where = profile.get("type"), "spec.deploymentProfile."
-        components = profile.get("components")
+        profile, where = (
+            check_member(spec, "deploymentProfile", "spec.", read_dict),
+            "spec.deploymentProfile.",
+        )
+        constraints = check_member(profile, "deviceConstraints", where, optional(read_dict))
+        check_constraints(constraints or {}, f"{where}deviceConstraints.")
+        kind = profile.get("type")
         if kind not in ("compose", "helm"):
-            raise ComponentError("UNSUPPORTED_TYPE", f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs")
-        if not isinstance(components, list) or not components:
-            raise ValueError(f"{where}components: expected a list of at least one component")
-        schemes = "(oci|https)" if kind == "helm" and "kind" in value else "oci"        # charts of older generations (C-153)
-        components = [parse_component(item, f"{where}components[{index}].", schemes) for index, item in enumerate(components)]
-        known = {component.name for component in components}
-        if len(known) != len(components):
+            raise ComponentError(
+                "UNSUPPORTED_TYPE",
+                f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs",
+            )
+        items = check_member(profile, "components", where, checked("a list of at least one component",
+                                                                   lambda item: isinstance(item, list)
+                                                                   and bool(item)))
+        components = [parse_component(item, f"{where}components[{index}].", kind, dialect)
+                      for index, item in enumerate(items)]
+        names = {component.name for component in components}
+        if len(names) != len(components):
             raise ValueError(f"{where}components: a name occurs twice")
-        parameters = parse_parameters(spec.get("parameters"), "ENV." if "kind" in value and kind == "compose" else "")
-        check_targets(parameters, known)
+        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "")
+        check_targets(parameters, names)
+        device_id = ""
+        if dialect.addressed or "deviceId" in metadata:
+            device_id = check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?")
         return Deployment(
             deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
-            check_member(metadata, "namespace", "metadata.", NAME_PATTERN),
-            "" if "kind" in value and "deviceId" not in metadata else      # older generations: the device that was given it
-            check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?"),
-            kind, components, parameters, constraints,
+            check_member(metadata, "namespace", "metadata.", NAME_PATTERN), device_id, kind, components,
+            parameters, constraints,
             {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
 
 
-def normalise_document(value):
-    """An ApplicationDeployment of any generation (protocol 0 and 3.3) in rc.3's form, in which it is returned as it is; raises ValueError.
-
-    The older ones are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a namespace is `default`;
-    without `metadata.deviceId` it is for the device that was given it.
-    """
-    if not isinstance(value, dict):
-        raise ValueError("the document is not a mapping")
-    if "apiVersion" not in value and "kind" not in value:
-        return value
-    if value.get("kind") != "ApplicationDeployment":
-        raise ValueError(f"kind: found {make_printable(str(value.get('kind')), 80)!r}, expected ApplicationDeployment")
-    metadata, spec = (check_mapping(value, key, "") for key in ("metadata", "spec"))
-    profile, notes = check_mapping(spec, "deploymentProfile", "spec."), metadata.get("annotations")
-    notes = notes if isinstance(notes, dict) else {}
-    own_id, application = (next((holder[key] for holder in holders if key in holder), None)
-                           for key, holders in (("id", (value, notes, metadata)), ("applicationId", (spec, notes, metadata))))
-    kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
-    metadata = dict(metadata, name=metadata.get("name", application), namespace=metadata.get("namespace", "default"))
-    return dict(value, id=own_id, metadata=metadata, spec=dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind)))
-
-
 def make_outline(data, deployment_id):
-    """Of a document that is refused, what its status needs: a Deployment that holds the names only; None where there are none."""
+    """Of a document that is refused, what its status needs: a Deployment that holds the names only.
+
+    None where there are none.
+    """
     try:
-        value = normalise_document(load_yaml(data))
-        names = [value["metadata"]["name"]] + [item["name"] for item in value["spec"]["deploymentProfile"]["components"]]
-        name, *components = [make_printable(check_member({"name": name}, "name", "", ".+")) for name in names]
-    except (ValueError, KeyError, TypeError):
+        value = parse_document(load_yaml(data))[0]
+        holders = [value["metadata"], *value["spec"]["deploymentProfile"]["components"]]
+        name, *components = [make_printable(check_member(holder, "name", "", ".+")) for holder in holders]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Deployment(deployment_id, name, "", "", "", [Component(item, "", "", True, 0) for item in components], [], None)
+    return Deployment(deployment_id, name, "", "", "",
+                      [Component(item, "", "", True, 0) for item in components], [], None)
 
 
-def check_mapping(value, key, where):
-    """value[key] as a mapping; raises ValueError."""
-    item = value.get(key)
-    if not isinstance(item, dict):
-        raise ValueError(f"{where}{key}: expected a mapping")
-    return item
-
-
-def check_constraints(constraints):
+def check_constraints(constraints, where):
     """Raises ValueError for deviceConstraints that cannot be read (protocol 3.2)."""
-    if constraints is None:
-        return
-    where = "spec.deploymentProfile.deviceConstraints"
-    if not isinstance(constraints, dict):
-        raise ValueError(f"{where}: expected a mapping")
-    capacity, rules = constraints.get("capacityRequirements"), constraints.get("eligibilityRules")
-    if not isinstance(capacity, (dict, type(None))):
-        raise ValueError(f"{where}.capacityRequirements: expected a mapping")
-    capacity = capacity or {}
+    capacity = check_member(constraints, "capacityRequirements", where, optional(read_dict)) or {}
+    check_member(constraints, "eligibilityRules", where, optional(read_items))
+    where += "capacityRequirements."
     for key, units in (("memory", "Mi|Gi|Ki"), ("storage", "Mi|Gi|Ki|Ti|Pi|Ei")):
-        if capacity.get(key) is not None:
-            check_member(capacity, key, f"{where}.capacityRequirements.", f"[0-9]{{1,40}}({units})")
-    cpu = capacity.get("cpu")
-    if cpu is not None:
-        cores, kinds = (cpu.get("cores"), cpu.get("architectures")) if isinstance(cpu, dict) else (None, None)
-        if isinstance(cores, bool) or not isinstance(cores, (int, float)) or not cores >= 0:        # NaN is not, either
-            raise ValueError(f"{where}.capacityRequirements.cpu.cores: expected a number")
-        if not isinstance(kinds, (list, type(None))):
-            raise ValueError(f"{where}.capacityRequirements.cpu.architectures: expected a list")
-    if not isinstance(rules, (list, type(None))):
-        raise ValueError(f"{where}.eligibilityRules: expected a list")
+        check_member(capacity, key, where, optional(text_of(f"[0-9]{{1,40}}({units})")))
+    if capacity.get("cpu") is not None:
+        cpu = capacity["cpu"] if isinstance(capacity["cpu"], dict) else {}
+        check_member(
+            cpu,
+            "cores",
+            f"{where}cpu.",
+            checked("a number", lambda item: get_kind(item) == "number" and item >= 0),
+        )
+        check_member(cpu, "architectures", f"{where}cpu.", optional(read_items))
 
 
-def parse_component(item, where, schemes):
-    """One element of `components`; schemes: pattern of what its repository may begin with.  Raises ValueError."""
+def parse_component(item, where, kind, dialect):
+    """One element of `components` of a deployment of type `kind`; raises ValueError."""
     if not isinstance(item, dict):
         raise ValueError(f"{where[:-1]}: expected a mapping")
     name = check_member(item, "name", where, COMPONENT_PATTERN)
-    properties = check_mapping(item, "properties", where)
+    properties = check_member(item, "properties", where, read_dict)
     where += "properties."
-    key_location, revision = None, ""
-    if "packageLocation" in properties and "repository" not in properties:      # protocol 6.5
-        repository = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN)
-        if properties.get("keyLocation"):
-            key_location = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
-    else:
-        repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
-        revision = check_member(properties, "revision", where, REVISION_PATTERN)
+    repository, revision, key_location = dialect.parse_package(properties, where, kind)
     wait = properties.get("wait", True)
-    if isinstance(wait, str) and wait.lower() in ("true", "false"):
-        wait = wait.lower() == "true"
-    if not isinstance(wait, bool):
-        raise ValueError(f"{where}wait: found {make_printable(str(wait), 40)!r}, expected true or false")
+    wait = wait.lower() if isinstance(wait, str) else wait
+    wait = check_member({"wait": wait}, "wait", where, read_flag)
     timeout = COMPONENT_TIMEOUT
     if properties.get("timeout") is not None:
         minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
@@ -3896,7 +4215,10 @@ def parse_component(item, where, schemes):
 
 
 def find_extensions(value):
-    """The specification extensions of a mapping, for hooks alone; what JSON has no words for is left out: no extension ever fails (C-116)."""
+    """The specification extensions of a mapping, for hooks alone.
+
+    What JSON has no words for is left out: none ever fails (C-116).
+    """
     found = {}
     for key, item in value.items():
         if isinstance(key, str) and re.fullmatch(EXTENSION_PATTERN, key) and isinstance(item, dict):
@@ -3908,143 +4230,56 @@ def find_extensions(value):
     return found
 
 
-def parse_parameters(value, prefix=""):
-    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers; raises ValueError."""
-    if value is None:
-        return []
-    if not isinstance(value, dict):
-        raise ValueError("spec.parameters: expected a mapping")
+def parse_parameters(spec, prefix=""):
+    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers.
+
+    Raises ValueError.
+    """
     parameters = []
-    for name, item in value.items():
+    for name, item in (check_member(spec, "parameters", "spec.", optional(read_dict)) or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
-        targets = item.get("targets") if isinstance(item, dict) else None
-        if not isinstance(targets, list):
-            raise ValueError(f"{where}.targets: expected a list")
-        found = item.get("value")
-        if any(isinstance(part, (dict, list)) for part in (found if isinstance(found, list) else [found])):
+        item = item if isinstance(item, dict) else {}
+        targets, value = check_member(item, "targets", f"{where}.", read_items), item.get("value")
+        if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
-        if found is None and "valueFrom" in item:
-            raise ComponentError("PARAMETER_INVALID", f"{where}: valueFrom is a draft that this agent does not follow, and there is no value to fall back on")
+        if value is None and "valueFrom" in item:
+            raise ComponentError(
+                "PARAMETER_INVALID",
+                f"{where}: valueFrom is a draft that this agent does not follow, and there is"
+                " no value to fall back on",
+            )
+        reached = []
         for target in targets:
-            names = target.get("components") if isinstance(target, dict) else None
-            if not isinstance(names, list) or not isinstance(target.get("pointer"), str):
-                raise ValueError(f"{where}.targets: each has a pointer and a list of components")
-        parameters.append(Parameter(str(name), found, [
-            (target["pointer"][len(prefix) if target["pointer"].startswith(prefix) else 0:], target["components"]) for target in targets]))
+            target = target if isinstance(target, dict) else {}
+            pointer = check_member(target, "pointer", f"{where}.targets: ", r"(?s).*")
+            pointer = pointer[len(prefix):] if pointer.startswith(prefix) else pointer
+            reached.append((pointer, check_member(target, "components", f"{where}.targets: ", read_items)))
+        parameters.append(Parameter(str(name), value, reached))
     return parameters
 
 
-def check_targets(parameters, known):
-    """Raises ValueError for a parameter that reaches none of the components there are; further targets may be those of another profile."""
+def check_targets(parameters, names):
+    """Raises ValueError for a parameter that reaches no component there is.
+
+    Further targets may be those of another profile.
+    """
     for parameter in parameters:
-        named = [name for _, names in parameter.targets for name in names]
-        if named and not known.intersection(map(str, named)):
-            raise ValueError(f"spec.parameters.{make_printable(parameter.name, 80)}.targets: {make_printable(str(named[0]), 80)!r} is not among"
-                             f" the components {', '.join(sorted(known))}")
-
-
-def find_parameters(deployment, component):
-    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
-    return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
-            for pointer, names in parameter.targets if component in names]
-
-
-# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
-TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
-
-
-def make_variables(deployment, component):
-    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID (protocol 7, C-180, C-182).
-
-    A later parameter for the same name wins; a list becomes JSON text.
-    """
-    variables = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
-                                 f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
-        value = parameter.value
-        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
-        if "\0" in variables[pointer]:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
-    folded = sorted(variables, key=str.lower)
-    for first, second in zip(folded, folded[1:]):
-        if first.lower() == second.lower():
-            raise ComponentError("PARAMETER_INVALID", f"the parameters {first} and {second} differ only in case")
-    return variables
-
-
-def make_values(deployment, component):
-    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
-
-    A later parameter for the same place wins.
-    """
-    values = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
-            set_value(values, parse_value_path(pointer), parameter.value)
-        except ValueError as error:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
-                                 f"{make_printable(pointer, 120)!r}: {error}") from None
-    return values
-
-
-def parse_value_path(pointer):
-    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
-        position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
-    return path
-
-
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        wanted = None if following is None else list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        place[step] = value if wanted is None else wanted() if held is None else held
-        place = place[step]
-
-
-def make_project_name(component, deployment_id):
-    """`<component>-<deploymentId>` as engines take names, at most 63 characters; what is changed or cut ends with a hash of the whole, so
-    that no two can meet (D-19, D-20).
-    """
-    whole = f"{component}-{deployment_id}"
-    name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
-    return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
-
-
-def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
-
-    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
-    """
-    whole = f"{component}-{deployment_id}".lower()
-    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
+        named = [str(name) for _, components in parameter.targets for name in components]
+        if named and not names.intersection(named):
+            raise ValueError(
+                f"spec.parameters.{make_printable(parameter.name, 80)}.targets:"
+                f" {make_printable(named[0], 80)!r} is not"
+                f" among the components {', '.join(sorted(names))}"
+            )
 
 
 def parse_bundle(data, entries, max_unpacked):
-    """A bundle's bytes to {digest: bytes}; raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
+    """A bundle's bytes to {digest: bytes}.
 
-    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name of its own.
+    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
+
+    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name
+    of its own.
     """
     wanted, documents = {entry.digest for entry in entries}, {}
     try:
@@ -4064,12 +4299,14 @@ def parse_bundle(data, entries, max_unpacked):
         documents[digest] = content
     missing = wanted - set(documents)
     if missing:
-        raise Refused(f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}")
+        raise Refused(
+            f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}"
+        )
     return documents
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 10. Desired-state sources
+# 12. Desired-state sources
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def check_digest(data, digest, what):
@@ -4453,7 +4690,7 @@ def check_signed(config, state, now):
 
 def judge_own(leaf, words, config, now):
     """(ok or warn, words) of an own certificate that can be used."""
-    loose = find_looseness("identity.key", config.identity.key)
+    loose = ask_looseness("identity.key", config.identity.key)
     if loose:
         return "warn", loose
     words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
@@ -4823,7 +5060,7 @@ def parse_files(files):
             if not is_deployment(value):
                 ignored.append(name)
                 continue
-            deployment_id = check_member(normalise_document(value), "id", "", UUID_PATTERN)
+            deployment_id = check_member(parse_document(value)[0], "id", "", UUID_PATTERN)
         except ValueError as error:                 # a YAMLError is one
             raise Refused(f"{shown}: {error}") from None
         if deployment_id.lower() in seen:
@@ -4898,7 +5135,7 @@ def check_git(config, state, now):
         path = config.git[key]
         if path and not os.path.isfile(path):
             raise Untrusted(f"git.{key} {path}: is not there")
-        loose = find_looseness(f"git.{key}", path or "")
+        loose = ask_looseness(f"git.{key}", path or "")
         if loose:
             return "warn", loose
     return "ok", version
@@ -4935,14 +5172,15 @@ def connect_source(config, store, state, keep=True):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 11. Eligibility
+# 13. Eligibility
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def check_eligibility(constraints, capabilities):
-    """Raises ComponentError INSUFFICIENT_CAPACITY or NOT_ELIGIBLE where a device does not meet `deviceConstraints` (protocol 8).
+    """Raises ComponentError INSUFFICIENT_CAPACITY or NOT_ELIGIBLE where a device does not meet
+    `deviceConstraints` (protocol 8).
 
-    capabilities: the document reported for the device; its totals count, not what is free.  Capacity comes first, rules only if it
-    holds (C-202); one rule that matches is enough, no rules are no condition (C-204).
+    capabilities: the document reported for the device; its totals count, not what is free.  Capacity comes
+    first, rules only if it holds (C-202); one rule that matches is enough, no rules are no condition (C-204).
     """
     if not constraints:
         return
@@ -4952,7 +5190,10 @@ def check_eligibility(constraints, capabilities):
         raise ComponentError("INSUFFICIENT_CAPACITY", lack)
     reasons = [find_mismatch(rule, properties, labels) for rule in constraints.get("eligibilityRules") or ()]
     if reasons and all(reasons):
-        raise ComponentError("NOT_ELIGIBLE", "; ".join(f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)))
+        raise ComponentError(
+            "NOT_ELIGIBLE",
+            "; ".join(f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)),
+        )
 
 
 def find_lack(required, properties):
@@ -4960,9 +5201,13 @@ def find_lack(required, properties):
     cpu = required.get("cpu")
     if cpu:
         wanted, entries = cpu.get("architectures"), properties.get("cpus") or ()
-        cores = [entry.get("cores", 0) for entry in entries if not wanted or entry.get("architecture") in wanted]
-        if max(cores, default=0) < cpu["cores"]:            # one entry must do: cores are never summed (C-203)
-            return f"cpu: {cpu['cores']} cores of {' or '.join(map(str, wanted or ['any architecture']))} are needed, there are {max(cores, default=0)}"
+        cores = [entry.get("cores", 0) for entry in entries if not wanted
+                 or entry.get("architecture") in wanted]
+        # one entry must do: cores are never summed (C-203)
+        most = max(cores, default=0)
+        if most < cpu["cores"]:
+            kinds = " or ".join(map(str, wanted or ["any architecture"]))
+            return f"cpu: {cpu['cores']} cores of {kinds} are needed, there are {most}"
     for key in ("memory", "storage"):
         if required.get(key) and parse_size(required[key]) > parse_size(properties.get(key, "0")):
             return f"{key}: {required[key]} are needed, there are {properties.get(key, 'none')}"
@@ -4970,28 +5215,49 @@ def find_lack(required, properties):
 
 
 def find_mismatch(rule, properties, labels):
-    """Why an eligibility rule does not match, in words, or "": all its selectors and all their expressions have to (C-204)."""
-    looks = {"propertySelector": lambda key: find_pointer(properties, key), "labelSelector": lambda key: (key in labels, labels.get(key))}
-    for name, look in looks.items():                        # label keys are exact, property keys are pointers (C-205)
-        selector = rule.get(name) if isinstance(rule, dict) else {}
-        if selector is None:
+    """Why an eligibility rule does not match, in words, or "": all its selectors and all their expressions
+    have to (C-204).
+    """
+    # label keys are exact, property keys are pointers (C-205)
+    def look_up(key):
+        return key in labels, labels.get(key)
+
+    rule = rule if isinstance(rule, dict) else {"propertySelector": ""}
+    for name, look in (("propertySelector", lambda key: find_pointer(properties, key)),
+                       ("labelSelector", look_up)):
+        if rule.get(name) is None:
             continue
-        expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
-        if not isinstance(expressions, list) or not expressions:
-            return f"{name} has no matchExpressions"
+        try:
+            expressions = get_expressions(rule, name)
+        except ValueError as error:
+            return str(error)
         for expression in expressions:
             try:
                 reason = "" if is_match(expression, look) else "is false"
-            except ValueError as error:                     # an expression that breaks the rules is false (C-212)
+            # an expression that breaks the rules is false (C-212)
+            except ValueError as error:
                 reason = f"is false, because {error}"
             if reason:
-                words = [str(expression.get(key)) for key in ("key", "operator", "values") if key in expression] if isinstance(expression, dict) else []
+                expression = expression if isinstance(expression, dict) else {}
+                words = [str(expression[key]) for key in ("key", "operator", "values") if key in expression]
                 return f"{name} {make_printable(' '.join(words), 200)} {reason}"
     return ""
 
 
+def get_expressions(holder, name):
+    """The matchExpressions of a selector; raises ValueError where there are none."""
+    selector = holder.get(name)
+    expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
+    if not isinstance(expressions, list) or not expressions:
+        raise ValueError(f"{name} has no matchExpressions")
+    return expressions
+
+
 def find_pointer(value, pointer):
-    """(True, what an RFC 6901 JSON Pointer leads to) or (False, None); raises ValueError for what is no pointer."""
+    """(True, what an RFC 6901 JSON Pointer leads to) or (False, None).
+
+    Raises ValueError for what is no pointer.
+    """
     if not isinstance(pointer, str) or not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
         raise ValueError("the key is no JSON Pointer")
     for part in pointer[1:].split("/"):
@@ -5006,17 +5272,22 @@ def find_pointer(value, pointer):
 
 
 def is_match(expression, look):
-    """Whether one matchExpression holds; look: key to (present, value).  Raises ValueError for one that breaks the rules."""
+    """Whether one matchExpression holds; look: key to (present, value).
+
+    Raises ValueError for one that breaks the rules.
+    """
     if not isinstance(expression, dict) or not isinstance(expression.get("key"), str):
         raise ValueError("it has no key")
     operator, values = expression.get("operator"), expression.get("values")
     if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):
-        raise ValueError(f"{operator} " + ("takes no values" if "values" in expression else "takes values"))        # C-208 to C-211
+        # C-208 to C-211
+        raise ValueError(f"{operator} takes {'no ' if 'values' in expression else ''}values")
     present, value = look(expression["key"])
     if operator in ("Exists", "DoesNotExist"):
         return present == (operator == "Exists")
     if operator in ("ContainsAll", "ContainsAny"):
-        return is_contained(expression.get("itemSelector"), value, all if operator == "ContainsAll" else any)
+        return is_contained(get_expressions(expression, "itemSelector"), value,
+                            all if operator == "ContainsAll" else any)
     if operator in ("Gt", "Lt"):
         limit = parse_limit(values)
         return get_kind(value) == "number" and (value > limit if operator == "Gt" else value < limit)
@@ -5027,7 +5298,8 @@ def is_match(expression, look):
         raise ValueError("values must be texts, or numbers, or one boolean")
     items = value if isinstance(value, list) else [value]
     others = (None, "boolean") if isinstance(value, list) else (None,)
-    if not present or not items or any(get_kind(item) in others for item in items):     # another type is false for both (C-206)
+    # another type is false for both (C-206)
+    if not present or not items or any(get_kind(item) in others for item in items):
         return False
     found = any(get_kind(item) in kinds and item in values for item in items)
     return found == (operator == "In")
@@ -5043,18 +5315,19 @@ def parse_limit(values):
     return limit
 
 
-def is_contained(selector, value, combine):
-    """Whether one object of an array meets all, or any, of a selector's expressions, their keys relative to it (C-211)."""
-    expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
-    if not isinstance(expressions, list) or not expressions:
-        raise ValueError("itemSelector has no matchExpressions")
+def is_contained(expressions, value, combine):
+    """Whether one object of an array meets all, or any, of a selector's expressions, their keys relative to
+    it (C-211).
+    """
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         return False
-    return any(combine([is_match(expression, lambda key, item=item: find_pointer(item, key)) for expression in expressions]) for item in value)
+    return any(combine([is_match(expression, lambda key, item=item: find_pointer(item, key))
+                        for expression in expressions])
+               for item in value)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 12. Plan
+# 14. Plan
 # ------------------------------------------------------------------------------------------------------------------------------
 
 # What `plan` calls a verb, where not by its own name.
@@ -5328,7 +5601,7 @@ def find_turn(waiting, held):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 13. Packages
+# 15. Packages
 # ------------------------------------------------------------------------------------------------------------------------------
 
 COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
@@ -5337,15 +5610,19 @@ CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
 CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-IMAGE_TYPES = f"{OCI_MANIFEST}, {OCI_INDEX}, application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json"
-ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
+ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
+                 "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
 MAX_ENTRIES = 10000                                 # files in one archive
 
 
 Reference = define("Reference", "host name tag",
     "Where a component's package lies: registry host[:port], repository name, tag.")
-Entry = define("Entry", "path kind mode link offset size",
-    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link target, place of its bytes.")
+Entry = define(
+    "Entry",
+    "path kind mode link offset size",
+    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link"
+    " target, place of its bytes.",
+)
 
 
 def parse_reference(repository, revision):
@@ -5353,8 +5630,16 @@ def parse_reference(repository, revision):
     part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
     match = re.fullmatch(rf"oci://({REGISTRY_PATTERN})/({part}(?:/{part})*)", repository)
     port = match and re.search(r":([0-9]+)\Z", match.group(1))
-    if not match or port and int(port.group(1)) > 65535 or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision):
-        raise ComponentError("INVALID_DEPLOYMENT", f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference")
+    if (
+        not match
+        or port
+        and int(port.group(1)) > 65535
+        or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision)
+    ):
+        raise ComponentError(
+            "INVALID_DEPLOYMENT",
+            f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference",
+        )
     return Reference(match.group(1), match.group(2), revision)
 
 
@@ -5382,17 +5667,22 @@ def load_credentials(host, settings):
 
 
 class Registry:
-    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never leave their host)."""
+    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never
+    leave their host).
+    """
 
     def __init__(self, host, config):
         self.host, self.timeout = host, config.wfm.timeout
         self.settings = config.registries.get(host) or make_settings({}, REGISTRY_SCHEMA, "", "", [])
         self.scheme = "http" if self.settings.insecure else "https"
         self.authorization = None
-        self.context = None                         # made when TLS is first needed: the system's store takes its time
+        # made when TLS is first needed: the system's store takes its time
+        self.context = None
 
     def get(self, name, path, accept, limit):
-        """GET below /v2/<name>/, with authentication where asked for and redirects followed; a Response with status 200.
+        """GET below /v2/<name>/, with authentication where asked for and redirects followed.
+
+        A Response with status 200.
 
         Raises ComponentError: PULL_UNAUTHORIZED, PULL_FAILED.
         """
@@ -5401,42 +5691,65 @@ class Registry:
             response = self.fetch(url, accept, limit)
             if response.status != 401 or attempt:
                 break
-            self.authorization = self.authenticate(parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name)
+            self.authorization = self.authenticate(
+                parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name
+            )
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
-        """A Response with status 200 and at most `limit` bytes; raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED."""
+        """A Response with status 200 and at most `limit` bytes.
+
+        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
+        """
         where = f"{url}: HTTP {response.status}"
         if find_verdict(response.status) == "denied":
-            raise ComponentError("PULL_UNAUTHORIZED", f"{where}; set registries.{self.host}.username and password_file")
+            raise ComponentError("PULL_UNAUTHORIZED",
+                                 f"{where}; set registries.{self.host}.username and password_file")
         if response.status != 200:
-            hint = "there is no such package" if response.status == 404 else "it cannot be served now, tried again later"
+            hint = (
+                "there is no such package"
+                if response.status == 404
+                else "it cannot be served now, tried again later"
+            )
             wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
             raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
         if len(response.body) > limit:
-            raise ComponentError("PULL_FAILED", f"{url}: the answer is longer than {limit} bytes, all that policy allows")
+            raise ComponentError("PULL_FAILED",
+                                 f"{url}: the answer is longer than {limit} bytes, all that policy allows")
         return response
 
     def fetch(self, url, accept, limit):
-        """One GET that follows at most five redirects; Authorization goes to this registry's own origin only."""
+        """One GET that follows at most five redirects.
+
+        Authorization goes to this registry's own origin only.
+        """
         from urllib.parse import urljoin, urlsplit
         try:
             origin = urlsplit(url)[:2]
             for _ in range(6):
                 parts = urlsplit(url)
                 if parts.scheme not in ("https", self.scheme):
-                    raise ComponentError("PULL_FAILED", f"{make_printable(url)}: redirected to a scheme that is not allowed")
+                    raise ComponentError("PULL_FAILED",
+                                         f"{make_printable(url)}: redirected to a scheme that is not allowed")
                 own, headers = parts[:2] == origin, {"Accept": accept}
                 if self.authorization and own:
                     headers["Authorization"] = self.authorization
                 response = self.request(url, headers, max(limit, MAX_ANSWER))
                 if response.status == 401 and not own:
-                    raise ComponentError("PULL_UNAUTHORIZED", f"{make_printable(url)}: HTTP 401 after a redirect; credentials are for {self.host} alone")
+                    raise ComponentError(
+                        "PULL_UNAUTHORIZED",
+                        f"{make_printable(url)}: HTTP 401 after a redirect;"
+                        f" credentials are for {self.host} alone",
+                    )
                 if response.status not in (301, 302, 303, 307, 308):
                     return response
                 url = urljoin(url, response.headers.get("Location") or "")
         except (MargoError, ValueError) as error:
-            raise error if isinstance(error, ComponentError) else ComponentError("PULL_FAILED", f"{make_printable(url)}: {error}") from None
+            raise (
+                error
+                if isinstance(error, ComponentError)
+                else ComponentError("PULL_FAILED", f"{make_printable(url)}: {error}")
+            ) from None
         raise ComponentError("PULL_FAILED", f"{make_printable(url)}: too many redirects")
 
     def request(self, url, headers, limit):
@@ -5457,8 +5770,13 @@ class Registry:
             if scheme == "basic" and basic:
                 return basic
             if scheme == "bearer" and facts.get("realm", "").startswith(("https://", self.scheme + "://")):
-                query = {"service": facts.get("service"), "scope": facts.get("scope") or f"repository:{name}:pull"}
-                url = facts["realm"] + ("&" if "?" in facts["realm"] else "?") + urlencode({key: item for key, item in query.items() if item})
+                query = {"service": facts.get("service"), "scope": facts.get("scope")
+                         or f"repository:{name}:pull"}
+                url = (
+                    facts["realm"]
+                    + ("&" if "?" in facts["realm"] else "?")
+                    + urlencode({key: item for key, item in query.items() if item})
+                )
                 headers = {"Authorization": basic} if basic else {}
                 try:
                     answer = parse_json(self.request(url, headers, MAX_ANSWER).body, "the token")
@@ -5467,215 +5785,164 @@ class Registry:
                         return "Bearer " + token
                 except (MargoError, ValueError, AttributeError) as error:
                     log("warning", "no token from the registry", registry=self.host, reason=str(error))
-        raise ComponentError("PULL_UNAUTHORIZED", f"registry {self.host} asks for a login; set registries.{self.host}.username and password_file")
+        raise ComponentError(
+            "PULL_UNAUTHORIZED",
+            f"registry {self.host} asks for a login; set registries.{self.host}.username and password_file",
+        )
 
 
 def obtain_package(component, known, config, store, kind):
-    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept; raises ComponentError.
+    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept.
 
-    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network or not (P-1).
+    Raises ComponentError.
+
+    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network
+    or not (P-1).
     """
     reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
     data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
     if data is not None:
         return data, known
-    if component.repository.startswith("oci:"):
-        digest, data = fetch_package(parse_reference(component.repository, component.revision), config, store, kind)
-    elif kind == "helm":
-        digest, data = fetch_chart(component.repository, component.revision, config, store)
-    else:
-        digest, data = fetch_located(component.repository, component.key_location, config, store)
+    fetch = FETCHERS[component.repository.partition(":")[0]]
+    digest, data = fetch(component, config, store, kind)
     return data, {"reference": reference, "digest": digest}
 
 
+def fetch_component(component, config, store, kind):
+    """The package of a component from a registry; see fetch_package."""
+    return fetch_package(parse_reference(component.repository, component.revision), config, store, kind)
+
+
+# by the scheme of a repository; other generations add theirs
+FETCHERS = {"oci": fetch_component}
+
+
 def fetch_package(reference, config, store, kind="compose"):
-    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified, kept by its digest.
+    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified,
+    kept by its digest.
 
     Raises ComponentError; what is in the store already is not fetched again.
     """
     mirror = (config.registries.get(reference.host) or {}).get("mirror")
     try:
         if mirror:
-            return fetch_from_registry(reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store, kind)
+            return fetch_from_registry(
+                reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store, kind
+            )
     except ComponentError as error:
-        log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror, reason=error.message)
+        log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror,
+            reason=error.message)
     return fetch_from_registry(reference, Registry(reference.host, config), config, store, kind)
 
 
 def fetch_from_registry(reference, registry, config, store, kind):
     """fetch_package from one registry (protocol 6.2)."""
     where = f"{registry.host}/{reference.name}:{reference.tag}"
-    answer = registry.get(reference.name, f"manifests/{reference.tag}", f"{OCI_MANIFEST}, {OCI_INDEX}", config.policy.max_document)
+    answer = registry.get(reference.name, f"manifests/{reference.tag}", f"{OCI_MANIFEST}, {OCI_INDEX}",
+                          config.policy.max_document)
     claimed = answer.headers.get("Docker-Content-Digest")
     if claimed and claimed.startswith("sha256:") and claimed != sha256_digest(answer.body):
-        raise ComponentError("DIGEST_MISMATCH", f"{where}: the registry names {claimed}, the manifest has {sha256_digest(answer.body)}")
+        raise ComponentError(
+            "DIGEST_MISMATCH",
+            f"{where}: the registry names {claimed}, the manifest has {sha256_digest(answer.body)}",
+        )
     digest, size = parse_package_manifest(answer.body, where, config.policy.max_artifact, kind)
     data = store.load_artifact(digest)
     if data is None:
-        check_space(store.folder, 5 * size, where)                  # it is kept, and unpacked to some times its size
-        data = registry.get(reference.name, f"blobs/{digest}", "*/*", min(size + 1, config.policy.max_artifact)).body
+        # it is kept, and unpacked to some times its size
+        check_space(store.folder, 5 * size, where)
+        data = registry.get(
+            reference.name, f"blobs/{digest}", "*/*", min(size + 1, config.policy.max_artifact)
+        ).body
         if len(data) != size or sha256_digest(data) != digest:
-            raise ComponentError("DIGEST_MISMATCH", f"{where}: the layer should be {digest} of {size} bytes, it is {sha256_digest(data)} of {len(data)}")
+            raise ComponentError(
+                "DIGEST_MISMATCH",
+                f"{where}: the layer should be {digest} of {size} bytes,"
+                f" it is {sha256_digest(data)} of {len(data)}",
+            )
         store.save_artifact(digest, data)
     return digest, data
 
 
-def fetch_chart(repository, revision, config, store):
-    """A chart of an older generation from `https://repository/NAME` by that repository's index: (digest, bytes), kept by its digest."""
-    from urllib.parse import urljoin
-    if config.wfm.profile == "mtls":
-        raise ComponentError("INVALID_DEPLOYMENT", f"{make_printable(repository)}: this generation takes charts from OCI registries only")
-    base, _, name = repository.rpartition("/")
-    try:
-        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
-        entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
-        url, wanted = urljoin(base + "/", entry["urls"][0]), entry.get("digest")
-    except YAMLError as error:
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
-    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
-    data = fetch_file(url, config)
-    digest = sha256_digest(data)
-    if wanted and str(wanted) not in (digest, digest[7:]):
-        raise ComponentError("DIGEST_MISMATCH", f"{url}: the index names {make_printable(str(wanted), 80)}, the chart has {digest}")
-    store.save_artifact(digest, data)
-    return digest, data
-
-
-def fetch_located(url, key_url, config, store):
-    """The package of an older generation from its https URL: (digest, bytes), kept by its digest (protocol 6.5); raises ComponentError.
-
-    Nothing vouches for its content but TLS and, where the document names a key, a detached signature beside it (URL.asc or URL.sig).
-    """
-    if config.wfm.profile == "mtls":
-        raise ComponentError("INVALID_DEPLOYMENT", f"packageLocation {make_printable(url)}: this generation takes packages from OCI registries only")
-    data = fetch_file(url, config)
-    if key_url:
-        check_package_signature(data, url, fetch_file(key_url, config), config)
-    digest = sha256_digest(data)
-    store.save_artifact(digest, data)
-    return digest, data
-
-
-def fetch_file(url, config, missing=False):
-    """The bytes at an https URL, by the trust, credentials and redirect rules of its host's entry in `registries`; None where there is nothing, if `missing`."""
-    host = url.split("/")[2]
-    registry = Registry(host, config)
-    registry.authorization = load_credentials(host, registry.settings)
-    response = registry.fetch(url, "*/*", config.policy.max_artifact)
-    if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
-        return None
-    return registry.check(response, url, config.policy.max_artifact).body
-
-
-def check_package_signature(data, url, key, config):
-    """Raises ComponentError unless gpg finds that the key signed the package; where no signature can be had, that is a warning."""
-    import tempfile
-    signature = next((found for found in (fetch_file(url + end, config, True) for end in (".asc", ".sig")) if found), None)
-    if signature is None:
-        log("warning", "the document names a key, but there is no signature of the package beside it (.asc or .sig)", package=url)
-        return
-    folder = os.path.join(config.state_dir, "tmp")
-    with tempfile.TemporaryDirectory(prefix="margo-gpg-", dir=folder if os.path.isdir(folder) else None) as home:
-        paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
-        for path, content in zip(paths, (key, signature, data)):
-            write_file(path, content)
-        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
-        try:
-            outputs = [run_command(gpg + ["--import", paths[0]], 60), run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)]
-        except CommandError as error:
-            raise ComponentError("PULL_FAILED", f"{url} is signed, and that cannot be checked: {error.message}") from None
-    if outputs[-1].code:
-        raise ComponentError("DIGEST_MISMATCH", f"{url}: the key at keyLocation did not sign this package: {outputs[-1].stderr[-300:]}")
-
-
 def check_space(folder, need, what):
-    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched (P-4)."""
+    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched
+    (P-4).
+    """
     free, margin = get_space(folder)
     if free < need + margin:
-        raise ComponentError("DISK_FULL", f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
-                             f" {folder} {margin // KIB} stay so; free some there")
-
-
-def find_layers(image, platform, config):
-    """[(what identifies a layer on the device, bytes as sent)] of an image as its registry tells; [] where it does not.
-
-    platform: such as `linux/arm64`, or "" for this machine's.
-    """
-    match = re.fullmatch(r"([^/]*[.:][^/]*|localhost)/(.+?)(?::([\w.-]+))?(?:@(sha256:[0-9a-f]{64}))?", image)
-    if not match or match.group(1) == "docker.io":
-        return []                                   # without a host of its own it may be anywhere
-    registry, name = Registry(match.group(1), config), match.group(2)
-    system, _, architecture = (platform or f"linux/{ARCHITECTURES.get(os.uname().machine)}").partition("/")
-    architecture = architecture.partition("/")[0]
-
-    def get(path):
-        return parse_json(registry.get(name, path, IMAGE_TYPES, config.policy.max_document).body, image)
-
-    try:
-        value = get(f"manifests/{match.group(4) or match.group(3) or 'latest'}")
-        if "manifests" in value:
-            value = get("manifests/" + next(item["digest"] for item in value["manifests"] if (
-                item["platform"]["os"], item["platform"]["architecture"]) == (system, architecture)))
-        return list(zip(map(str, get(f"blobs/{value['config']['digest']}")["rootfs"]["diff_ids"]), [int(layer["size"]) for layer in value["layers"]]))
-    except (MargoError, ValueError, KeyError, TypeError, StopIteration):
-        return []                                   # the pull itself says what is wrong
+        raise ComponentError(
+            "DISK_FULL",
+            f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
+            f" {folder} {margin // KIB} stay so; free some there",
+        )
 
 
 def parse_package_manifest(data, where, max_artifact, kind="compose"):
-    """An OCI manifest's bytes to (digest, size) of the one layer of a Compose Archive or Helm chart; raises ComponentError (C-155)."""
-    def fault(text):
-        return ComponentError("ARCHIVE_INVALID", f"{where}: {text}")
+    """An OCI manifest's bytes to (digest, size) of the one layer of a Compose Archive or Helm chart.
 
+    Raises ComponentError (C-155).
+    """
     try:
         value = parse_json(data, "the OCI manifest")
+        if not isinstance(value, dict) or value.get("schemaVersion") != 2:
+            raise ValueError("not an OCI image manifest (schemaVersion 2)")
+        if "manifests" in value:
+            raise ValueError("an index of several images, where one Compose Archive is expected")
+        layer = find_layer(value, kind)
+        digest = check_member(layer, "digest", "the layer's ", DIGEST_PATTERN)
+        size = check_member(layer, "size", "the layer's ", checked("a number of bytes", is_size))
+        if size > max_artifact:
+            raise ValueError(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
     except ValueError as error:
-        raise fault(str(error)) from None
-    if not isinstance(value, dict) or value.get("schemaVersion") != 2:
-        raise fault("not an OCI image manifest (schemaVersion 2)")
-    if "manifests" in value:
-        raise fault("an index of several images, where one Compose Archive is expected")
-    layers = value.get("layers")
+        raise ComponentError("ARCHIVE_INVALID", f"{where}: {error}") from None
+    return digest, size
+
+
+def is_size(value):
+    """Whether a value is a whole number of at least one byte."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def find_layer(value, kind):
+    """The one layer of an OCI manifest that holds a package of a kind; raises ValueError."""
+    layers, wanted = value.get("layers"), COMPOSE_LAYER
     layers = layers if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else []
-    wanted = COMPOSE_LAYER
     if kind == "helm":
         wanted, config = CHART_LAYER, value.get("config")
         if not isinstance(config, dict) or config.get("mediaType") != CHART_CONFIG:
-            raise fault(f"not a Helm chart (its config is no {CHART_CONFIG})")
-        layers = [layer for layer in layers if layer.get("mediaType") == CHART_LAYER]       # beside it there may be its provenance
+            raise ValueError(f"not a Helm chart (its config is no {CHART_CONFIG})")
+        # Beside it there may be its provenance.
+        layers = [layer for layer in layers if layer.get("mediaType") == CHART_LAYER]
     elif value.get("artifactType") != COMPOSE_ARTIFACT:
-        found = str(value.get("artifactType"))
-        hint = "; made by `docker compose publish`, which Margo does not take" if found == "application/vnd.docker.compose.project" else ""
-        raise fault(f"artifactType is {make_printable(found, 100)}, expected {COMPOSE_ARTIFACT}{hint}")
+        found, hint = str(value.get("artifactType")), ""
+        if found == "application/vnd.docker.compose.project":
+            hint = "; made by `docker compose publish`, which Margo does not take"
+        raise ValueError(f"artifactType is {make_printable(found, 100)}, expected {COMPOSE_ARTIFACT}{hint}")
     if len(layers) != 1:
-        raise fault("expected exactly one layer")
-    layer = layers[0]
-    if layer.get("mediaType") != wanted:
-        raise fault(f"the layer's mediaType is {make_printable(str(layer.get('mediaType')), 100)}, expected {wanted}")
-    digest, size = layer.get("digest"), layer.get("size")
-    if not isinstance(digest, str) or not re.fullmatch(DIGEST_PATTERN, digest) or isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise fault("the layer has no sha256 digest or no size")
-    if size > max_artifact:
-        raise fault(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
-    return digest, size
+        raise ValueError("expected exactly one layer")
+    found = make_printable(str(layers[0].get("mediaType")), 100)
+    if found != wanted:
+        raise ValueError(f"the layer's mediaType is {found}, expected {wanted}")
+    return layers[0]
 
 
 COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
 
 
 def check_archive(data, max_unpacked, relaxed=False):
-    """A Compose Archive's bytes to its tar bytes and [Entry]; raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
+    """A Compose Archive's bytes to its tar bytes and [Entry].
 
-    Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that a chain of them cannot
-    leave the top-level folder either.  relaxed: as older generations packed, there need be no top-level folder, and the compose file
-    may have its other names (protocol 6.5).
+    Raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
+
+    Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
+    a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
+    need be no top-level folder, and the compose file may have its other names (protocol 6.5).
     """
     entries, tops = {}, set()
     try:
         plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
-        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir() for member in members)
+        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir()
+                                for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
         if plain[end:].strip(b"\0"):
@@ -5689,14 +5956,18 @@ def check_archive(data, max_unpacked, relaxed=False):
         if compose is None and others and relaxed:
             compose = entries["compose.yaml"] = entries[others[0]]._replace(path="compose.yaml")
         if compose is None or compose.kind != "file":
-            raise ValueError("no compose.yaml in the top-level folder" + (f" ({others[0]} is not taken for it)" if others else ""))
+            raise ValueError("no compose.yaml in the top-level folder"
+                             + (f" ({others[0]} is not taken for it)" if others else ""))
         return plain, list(entries.values())
     except ValueError as error:
-        raise ComponentError("ARCHIVE_INVALID", f"Compose Archive refused: {make_printable(str(error))}") from None
+        raise ComponentError("ARCHIVE_INVALID",
+                             f"Compose Archive refused: {make_printable(str(error))}") from None
 
 
 def add_entry(member, entries, tops, top=""):
-    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder; raises ValueError.
+    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder.
+
+    Raises ValueError.
 
     top: the folder that an archive without one is taken to lie in.
     """
@@ -5716,16 +5987,22 @@ def add_entry(member, entries, tops, top=""):
     elif not path:
         raise ValueError(f"{name!r} stands at the top, where only one folder may stand")
     elif member.isfile() and not member.issparse():
-        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data, member.size)
+        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data,
+                      member.size)
     elif member.issym():
         if not member.linkname or not is_storable(member.linkname):
-            raise ValueError(f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path")
+            raise ValueError(
+                f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path"
+            )
         entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
     elif member.islnk():
         target = top + (member.linkname[2:] if member.linkname.startswith("./") else member.linkname)
         source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
         if source is None or source.kind != "file":
-            raise ValueError(f"the hard link {name!r} leads to {member.linkname!r}, which is no earlier file of the archive")
+            raise ValueError(
+                f"the hard link {name!r} leads to {member.linkname!r},"
+                " which is no earlier file of the archive"
+            )
         entry = source._replace(path=path)
     else:
         raise ValueError(f"{name!r} is neither file, folder nor link")
@@ -5742,7 +6019,9 @@ def is_storable(path):
 
 
 def check_tree(entries):
-    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of others, and for too many folders."""
+    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of
+    others, and for too many folders.
+    """
     folders = set()
     for path, entry in entries.items():
         parent = path.rpartition("/")[0]
@@ -5758,7 +6037,10 @@ def check_tree(entries):
 
 
 def resolve_link(path, entries, hops):
-    """The path in the archive that `path` stands for once links are followed; raises ValueError where that is outside."""
+    """The path in the archive that `path` stands for once links are followed.
+
+    Raises ValueError where that is outside.
+    """
     resolved = []
     todo = path.split("/")[::-1]
     while todo:
@@ -5782,9 +6064,12 @@ def resolve_link(path, entries, hops):
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
-    """Unpacks a verified archive to `parent`/<digest> and returns that folder; one that is there already is complete.
+    """Unpacks a verified archive to `parent`/<digest> and returns that folder.
 
-    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay for who uses them.
+    One that is there already is complete.
+
+    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay
+    for who uses them.
     """
     folder = os.path.join(parent, digest.split(":")[1][:16])
     if os.path.isdir(folder):
@@ -5798,7 +6083,8 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
             path = os.path.join(work, "content", entry.path)
             make_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
             if entry.kind == "file":
-                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode, os.path.join(work, "part"))
+                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode,
+                           os.path.join(work, "part"))
             elif entry.kind == "link":
                 os.symlink(entry.link, path)
         os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
@@ -5808,13 +6094,55 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
         os.rmdir(work)
         sync_folder(parent)
     except OSError as error:
-        raise StorageError(f"{folder} cannot be unpacked ({error.strerror}); free space or make it writable") from None
+        raise StorageError(
+            f"{folder} cannot be unpacked ({error.strerror}); free space or make it writable"
+        ) from None
     return folder
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 14. Runtimes
+# 16. Runtimes
 # ------------------------------------------------------------------------------------------------------------------------------
+
+def find_parameters(deployment, component):
+    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
+    return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
+            for pointer, names in parameter.targets if component in names]
+
+
+# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
+TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
+
+
+def make_variables(deployment, component):
+    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID (protocol 7, C-180, C-182).
+
+    A later parameter for the same name wins; a list becomes JSON text.
+    """
+    variables = {}
+    for parameter, pointer in find_parameters(deployment, component):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
+                                 f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
+        value = parameter.value
+        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
+        if "\0" in variables[pointer]:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
+    folded = sorted(variables, key=str.lower)
+    for first, second in zip(folded, folded[1:]):
+        if first.lower() == second.lower():
+            raise ComponentError("PARAMETER_INVALID", f"the parameters {first} and {second} differ only in case")
+    return variables
+
+
+def make_project_name(component, deployment_id):
+    """`<component>-<deploymentId>` as engines take names, at most 63 characters; what is changed or cut ends with a hash of the whole, so
+    that no two can meet (D-19, D-20).
+    """
+    whole = f"{component}-{deployment_id}"
+    name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
+    return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
+
 
 Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id owner",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment, the"
@@ -6819,7 +7147,7 @@ class ComposeDriver:
                             make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id,
                             self.claim().owner)
         again = bool(known) and known["digest"] == package["digest"]
-        prepared = self.resolve(workload, IMAGE_PATIENCE, again, fetched)
+        prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
         self.check_names(*prepared)
         return prepared, package
 
@@ -6915,44 +7243,38 @@ class ComposeDriver:
         if service.pull == "never":
             raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
-        environ = self.clear_temporary(self.check_space(service.image, "".join(arguments)[len("--platform="):]))
+        environ = self.clear_temporary(self.check_space(service.image))
         program, options = self.make_access(find_registry(service.image))
         log("info", "an image is pulled", image=service.image)
-        timeout = PULL_TIMEOUT if self.remote else timeout         # from here nobody sees whether it moves over there
-        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ, patient=True)
+        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ)
         if output.code:                             # the system's own words for a full disk stand in every program's
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED", f"{self.engine} pull failed: {output.stderr[-1500:]}")
         return [] if present else [service.image]
 
-    def check_space(self, image, platform):
-        """Bytes that are fetched for an image, as far as that can be told, else 0.
+    def check_space(self, image):
+        """The folder in which the engine keeps its images, "" where that is elsewhere.
 
-        Raises ComponentError DISK_FULL where they cannot fit where the engine keeps its images (P-4).
+        Raises ComponentError DISK_FULL where that is as good as full already (P-4); whether an image fits, its pull says.
         """
         form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
         root = "" if self.remote else self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
-        layers = find_layers(image, platform, self.config) if os.path.isdir(root) else []
-        if layers:
-            ids = self.run(["images", "--quiet", "--no-trunc"], 60).stdout.decode().split()
-            there = self.run(["image", "inspect", "--format={{json .RootFS.Layers}}"] + sorted(set(ids)), 60).stdout.decode() if ids else ""
-            layers = [(layer, size) for layer, size in layers if layer not in there]
-            check_space(root, sum(size for _, size in layers), f"image {image}")
-        return sum(size for _, size in layers)
+        if not os.path.isdir(root):
+            return ""
+        check_space(root, 0, f"image {image}")
+        return root
 
-    def clear_temporary(self, need):
+    def clear_temporary(self, root):
         """The environment of a pull.  What earlier pulls that were cut off left behind for temporary files goes first.
 
-        Where an image of `need` bytes has no room there, on a small flash say, the engine uses the folder that it has by itself.
+        Where the state directory has less room than the disk of `root`, where images are kept, the engine uses its own folder.
         """
         folder, environ = os.path.join(self.config.state_dir, "tmp"), self.environ
         if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
             return environ
         empty_folder(folder)
-        free, margin = get_space(folder)
-        if free >= need + margin:
+        if not root or get_space(folder)[0] >= get_space(root)[0]:
             return environ
-        log("info", "an image does not fit below state_dir; the engine's own folder takes what it fetches", bytes=need, free=free)
         return {key: value for key, value in environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):
@@ -7340,6 +7662,64 @@ def make_helm_driver(config, environ, child=None, claim=claim_nothing):
     return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
 
 
+def make_values(deployment, component):
+    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
+
+    A later parameter for the same place wins.
+    """
+    values = {}
+    for parameter, pointer in find_parameters(deployment, component):
+        try:
+            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
+            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
+                raise ValueError("JSON has no such number")
+            set_value(values, parse_value_path(pointer), parameter.value)
+        except ValueError as error:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
+                                 f"{make_printable(pointer, 120)!r}: {error}") from None
+    return values
+
+
+def parse_value_path(pointer):
+    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
+    path, position = [], 0
+    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
+    while position < len(pointer) or not path or pointer.endswith("."):
+        match = token.match(pointer, position)
+        if not match:
+            raise ValueError("expected names parted by dots, each with [index] where it is a list")
+        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
+        position = match.end()
+        if len(path) > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        if not match.group(3):
+            break
+    return path
+
+
+def set_value(values, path, value):
+    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
+    place = values
+    for step, following in zip(path, path[1:] + [None]):
+        if isinstance(step, int):
+            place.extend([None] * (step + 1 - len(place)))
+        held = place[step] if isinstance(step, int) else place.get(step)
+        wanted = None if following is None else list if isinstance(following, int) else dict
+        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
+            raise ValueError("another parameter puts something of another kind there")
+        place[step] = value if wanted is None else wanted() if held is None else held
+        place = place[step]
+
+
+def make_release_name(component, deployment_id):
+    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
+
+    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
+    """
+    whole = f"{component}-{deployment_id}".lower()
+    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
+
+
 class HelmDriver:
     """Runs Helm components by the helm command, version 3 or 4.
 
@@ -7572,7 +7952,7 @@ def observe_all(drivers, record):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 15. Deployment status
+# 17. Deployment status
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_record(target, device_id):
@@ -7763,7 +8143,7 @@ def acknowledge_status(state, key, refused=None):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 16. Apply
+# 18. Apply
 # ------------------------------------------------------------------------------------------------------------------------------
 
 Tools = define("Tools", "config store drivers containers device_id version quiet fetched clock jitter",
@@ -8118,10 +8498,11 @@ def prune(state, store, drivers):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 17. Capabilities
+# 19. Capabilities
 # ------------------------------------------------------------------------------------------------------------------------------
 
-VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy", "bond", "vlan", "vxlan", "flannel")
+VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy",
+                      "bond", "vlan", "vxlan", "flannel")
 
 
 def read_fact(*path):
@@ -8142,27 +8523,45 @@ def list_names(*path):
 
 
 def detect_properties(state_dir, root="/"):
-    """What the running system says of itself, in rc.3's property names; values that the device keeps from one poll to the next."""
+    """What the running system says of itself, in rc.3's property names.
+
+    Values that the device keeps from one poll to the next.
+    """
     cpu = {"cores": len(os.sched_getaffinity(0))}
     if os.uname().machine in ARCHITECTURES:
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
     return {
-        "vendor": detect_text(root, "sys_vendor", None) or "unknown", "modelNumber": detect_text(root, "product_name", "model") or "unknown",
+        "vendor": detect_text(root, "sys_vendor", None) or "unknown",
+        "modelNumber": detect_text(root, "product_name", "model") or "unknown",
         "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown", "cpus": [cpu],
-        "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi", "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
-        "peripherals": detect_peripherals(root), "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
+        "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
+        "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
+        "peripherals": detect_peripherals(root),
+        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
 
 
 def detect_text(root, dmi, tree):
-    """One fact from the firmware: DMI on a PC, the device tree elsewhere; placeholders of careless makers count as nothing."""
-    text = read_fact(root, "sys/class/dmi/id", dmi) or (tree and read_fact(root, "proc/device-tree", tree)) or ""
-    return "" if re.fullmatch(r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?", text) else make_printable(text, 120)
+    """One fact from the firmware: DMI on a PC, the device tree elsewhere.
+
+    Placeholders of careless makers count as nothing.
+    """
+    text = (
+        read_fact(root, "sys/class/dmi/id", dmi) or (tree and read_fact(root, "proc/device-tree", tree)) or ""
+    )
+    return (
+        ""
+        if re.fullmatch(r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?", text)
+        else make_printable(text, 120)
+    )
 
 
 def detect_interfaces(root):
-    """The kinds of interface there are; what comes and goes with containers is left out, so that the document does not change with them."""
+    """The kinds of interface there are.
+
+    What comes and goes with containers is left out, so that the document does not change with them.
+    """
     kinds = set()
     for name in list_names(root, "sys/class/net"):
         folder = os.path.join(root, "sys/class/net", name)
@@ -8172,12 +8571,17 @@ def detect_interfaces(root):
             kinds.add("cellular")
         elif read_fact(folder, "type") == "280":
             kinds.add("canbus")
-        elif read_fact(folder, "type") == "1" and not name.startswith(VIRTUAL_INTERFACES) and not os.path.isdir(os.path.join(folder, "bridge")):
+        elif (
+            read_fact(folder, "type") == "1"
+            and not name.startswith(VIRTUAL_INTERFACES)
+            and not os.path.isdir(os.path.join(folder, "bridge"))
+        ):
             kinds.add("ethernet")
     for kind, path in (("bluetooth", "sys/class/bluetooth"), ("usb", "sys/bus/usb/devices")):
         if list_names(root, path):
             kinds.add(kind)
-    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0") for name in list_names(root, "sys/class/tty")):
+    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0")
+           for name in list_names(root, "sys/class/tty")):
         kinds.add("rs232")
     return kinds
 
@@ -8190,8 +8594,10 @@ def detect_peripherals(root):
         found.append({"type": "gpu"})
     if any(read_fact(root, "sys/class/drm", name, "status") == "connected" for name in cards):
         found.append({"type": "display"})
-    cameras = {read_fact(root, "sys/class/video4linux", name, "name") for name in list_names(root, "sys/class/video4linux")}
-    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {})) for model in sorted(cameras)]
+    cameras = {read_fact(root, "sys/class/video4linux", name, "name")
+               for name in list_names(root, "sys/class/video4linux")}
+    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {}))
+              for model in sorted(cameras)]
     sound = list_names(root, "sys/class/sound")
     for kind, end in (("microphone", "c"), ("speaker", "p")):
         if any(re.fullmatch(rf"pcmC[0-9]+D[0-9]+{end}", name) for name in sound):
@@ -8200,27 +8606,39 @@ def detect_peripherals(root):
 
 
 def get_device_id(device, root="/"):
-    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved characters (C-086)."""
-    found = device.id or device.serialNumber or detect_text(root, "product_serial", "serial-number") or read_fact(root, "etc/machine-id")
+    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved
+    characters (C-086).
+    """
+    found = (
+        device.id
+        or device.serialNumber
+        or detect_text(root, "product_serial", "serial-number")
+        or read_fact(root, "etc/machine-id")
+    )
     name = found if device.id else re.sub(r"[^A-Za-z0-9._~-]+", "-", found).strip("-.")
     if not name:
-        raise ConfigError("device.id: not set, and this hardware has no serial number or machine id to take instead")
+        raise ConfigError(
+            "device.id: not set, and this hardware has no serial number or machine id to take instead"
+        )
     return name
 
 
 def make_capabilities(detected, device, device_id, deployment_types):
-    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says (C-085).
+    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says
+    (C-085).
 
     A device on which nothing runs workloads says nothing of hosting (C-084).
     """
-    properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types), otelCollector=True)
+    properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types),
+                      otelCollector=True)
     properties.update({key: device[key] for key in ("vendor", "modelNumber", "serialNumber") if device[key]})
     properties.update(device.properties)
     if not deployment_types:
         properties = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
     properties["id"] = device_id
     extensions = [name for name in properties if name.startswith("x-")]
-    document = {name: properties.pop(name) for name in extensions}          # they stand at the root (protocol 3.5)
+    # they stand at the root (protocol 3.5)
+    document = {name: properties.pop(name) for name in extensions}
     document["properties"] = properties
     if device.labels:
         document["labels"] = dict(device.labels)
@@ -8272,7 +8690,7 @@ def report_device(device_id, documents, source, store, state, always, again=True
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 18. Agent
+# 20. Agent
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_clock_fault(now, stored):
@@ -8869,7 +9287,7 @@ def make_prefix(device):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 19. Gateway (optional)
+# 21. Gateway (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def load_child_devices(config, own_id, claim):
@@ -8971,7 +9389,7 @@ ASSIGN.append(assign)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 20. Hooks (optional)
+# 22. Hooks (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def run_hooks(moment, change, tools, error):
@@ -9036,7 +9454,147 @@ EXAMINE.update(hooks=check_hooks)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 21. Command line
+# 23. Older documents (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
+
+
+def convert_older(value):
+    """An ApplicationDeployment of an older generation (protocol 0 and 3.3) in rc.3's form, see DIALECTS.
+
+    Raises ValueError.
+
+    They are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a
+    namespace is `default`; without `metadata.deviceId` it is for the device that was given it.
+    """
+    if "apiVersion" not in value and "kind" not in value:
+        return None
+    check_member(value, "kind", "", checked("ApplicationDeployment",
+                                            lambda item: item == "ApplicationDeployment"))
+    metadata = check_member(value, "metadata", "", read_dict)
+    spec = check_member(value, "spec", "", read_dict)
+    profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
+    notes = metadata.get("annotations")
+    notes = notes if isinstance(notes, dict) else {}
+    own_id = next((holder["id"] for holder in (value, notes, metadata) if "id" in holder), None)
+    key = "applicationId"
+    application = next((holder[key] for holder in (spec, notes, metadata) if key in holder), None)
+    kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
+    metadata = {"name": application, "namespace": "default", **metadata}
+    spec = dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind))
+    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, "ENV.", False)
+
+
+def parse_older_package(properties, where, kind):
+    """parse_package of older generations, which name a package by its URL, too, and a chart by that of its
+    repository (6.5).
+    """
+    if "packageLocation" not in properties or "repository" in properties:
+        return parse_package(properties, where, kind, "(oci|https)" if kind == "helm" else "oci")
+    url, key = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN), None
+    if properties.get("keyLocation"):
+        key = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
+    return url, "", key
+
+
+def fetch_older(component, config, store, kind):
+    """The package of a component of an older generation: (digest, bytes), kept by its digest.
+
+    Raises ComponentError.
+
+    Nothing vouches for its content but TLS, an index's digest and, where the document names a key, a
+    signature.
+    """
+    url = component.repository
+    if config.wfm.profile == "mtls":
+        raise ComponentError(
+            "INVALID_DEPLOYMENT",
+            f"{make_printable(url)}: this generation takes packages from OCI registries only",
+        )
+    if kind == "helm":
+        data = fetch_chart(url, component.revision, config)
+    else:
+        data = fetch_file(url, config)
+        if component.key_location:
+            run_signature_check(data, url, fetch_file(component.key_location, config), config)
+    digest = sha256_digest(data)
+    store.save_artifact(digest, data)
+    return digest, data
+
+
+def fetch_chart(repository, revision, config):
+    """The bytes of a chart from `https://repository/NAME` by that repository's index."""
+    from urllib.parse import urljoin
+    base, _, name = repository.rpartition("/")
+    try:
+        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
+        entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
+        url, wanted = urljoin(base + "/", entry["urls"][0]), entry.get("digest")
+    except YAMLError as error:
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
+    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
+    data = fetch_file(url, config)
+    digest = sha256_digest(data)
+    if wanted and str(wanted) not in (digest, digest[7:]):
+        words = f"the index names {make_printable(str(wanted), 80)}, the chart has {digest}"
+        raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
+    return data
+
+
+def fetch_file(url, config, missing=False):
+    """The bytes at an https URL, by what `registries` says of its host.
+
+    None where there is nothing, if `missing`.
+    """
+    host = url.split("/")[2]
+    registry = Registry(host, config)
+    registry.authorization = load_credentials(host, registry.settings)
+    response = registry.fetch(url, "*/*", config.policy.max_artifact)
+    if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
+        return None
+    return registry.check(response, url, config.policy.max_artifact).body
+
+
+def run_signature_check(data, url, key, config):
+    """Raises ComponentError unless gpg finds that the key signed the package.
+
+    No signature to be had is a warning.
+    """
+    import tempfile
+    signature = fetch_file(f"{url}.asc", config, True) or fetch_file(f"{url}.sig", config, True)
+    if not signature:
+        log(
+            "warning",
+            "the document names a key, but there is no signature of the package beside it (.asc or .sig)",
+            package=url,
+        )
+        return
+    with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+        paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
+        for path, content in zip(paths, (key, signature, data)):
+            write_file(path, content)
+        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
+        try:
+            run_command(gpg + ["--import", paths[0]], 60)
+            output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
+        except CommandError as error:
+            raise ComponentError("PULL_FAILED",
+                                 f"{url} is signed, and that cannot be checked: {error.message}") from None
+    if output.code:
+        words = f"the key at keyLocation did not sign this package: {output.stderr[-300:]}"
+        raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
+
+
+DIALECTS.append(convert_older)
+FETCHERS["https"] = fetch_older
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 24. Command line
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
