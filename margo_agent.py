@@ -5560,7 +5560,8 @@ def find_held_ports(record):
     if record["fallback"] and "services" in (record["running"] or ()):
         services = record["running"]["services"].values()       # the version before runs still
     facts = [facts for item in services for facts in item.values()]
-    return {(record["deviceId"], *port) for item in facts for port in item.get("ports", ())}
+    running = [item for item in facts if not item["finished"]]
+    return {(record["deviceId"], *port) for item in running for port in item.get("ports", ())}
 
 
 def find_clash(takes, holds):
@@ -8413,8 +8414,7 @@ def apply_removal(action, record, tools):
 
 
 def apply_clearing(action, record, tools):
-    """Removes what a deployment has on a device where it is not at home; raises ComponentError, CommandError.
-    """
+    """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
     yield None
     nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
     with Notices(tools) as notices:
@@ -8816,8 +8816,7 @@ class Agent:
         self.source = None
 
     def connect(self, keep=True):
-        """The source of the desired state, connected when it is first needed; raises Untrusted, Unreachable.
-        """
+        """The source of the desired state, connected when it is needed; raises Untrusted, Unreachable."""
         if self.source is None:
             self.source = connect_source(self.config, self.store, self.state, keep)
         return self.source
