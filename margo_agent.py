@@ -5563,7 +5563,8 @@ def find_held_ports(record):
     if record["fallback"] and "services" in (record["running"] or ()):
         services = record["running"]["services"].values()       # the version before runs still
     facts = [facts for item in services for facts in item.values()]
-    return {(record["deviceId"], *port) for item in facts for port in item.get("ports", ())}
+    running = [item for item in facts if not item["finished"]]
+    return {(record["deviceId"], *port) for item in running for port in item.get("ports", ())}
 
 
 def find_clash(takes, holds):
@@ -8694,7 +8695,7 @@ class Installation:
     def free_ports(self):
         """Stops what holds a port of the host, so that another deployment can take it."""
         self.touched = True
-        running = self.record["running"]
+        running = self.record["running"] or {}
         services = [item["services"] for item in self.record["components"]]
         if "services" in running:
             services = running["services"].values()
@@ -8855,8 +8856,7 @@ def apply_removal(action, record, tools):
 
 
 def apply_clearing(action, record, tools):
-    """Removes what a deployment has on a device where it is not at home; raises ComponentError, CommandError.
-    """
+    """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
     yield None
     nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
     with Notices(tools) as notices:
@@ -9258,8 +9258,7 @@ class Agent:
         self.source = None
 
     def connect(self, keep=True):
-        """The source of the desired state, connected when it is first needed; raises Untrusted, Unreachable.
-        """
+        """The source of the desired state, connected when it is needed; raises Untrusted, Unreachable."""
         if self.source is None:
             self.source = connect_source(self.config, self.store, self.state, keep)
         return self.source
@@ -9377,14 +9376,14 @@ class Agent:
             raise fault
 
     def make_capabilities(self, device):
-        """The capabilities document of a device as it is now; a child is what the configuration says of it."""
+        """The capabilities document of a device as it is; a child is what the configuration says of it."""
         detected = {"peripherals": [], "interfaces": []}
         if not device.silence:
             detected = detect_properties(self.config.state_dir)
         return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
 
     def report_capabilities(self, always=False):
-        """PUTs the capabilities of all devices before anything else, and again where they changed; see report_devices."""
+        """PUTs the capabilities of all devices before anything else, and again where they changed."""
         documents = {device.device_id: self.make_capabilities(device) for device in self.devices}
         report_devices(documents, self.source, self.store, self.state, always)
 
@@ -10479,7 +10478,7 @@ def check_engine(agent):
 
 def check_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
-    others = list_others(agent.answering)
+    others = list_others({device.device_id: device.drivers for device in agent.devices})
     words = "; ".join(make_others_words(others))
     return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
