@@ -1,4 +1,4 @@
-"""Section 14, Runtimes: what a compose file means, what it may not ask for, and what the engine is told.
+"""Runtimes: what a compose file means, what it may not ask for, and what the engine is told.
 
 tests/data/compose/valid: files that make_project must read as Docker Compose reads them; their head holds
 `# parameters: {JSON}` and `# files: {JSON of path: text}`.
@@ -1758,7 +1758,7 @@ class DriverCase(RuntimeCase):
         patch.start()
         self.addCleanup(patch.stop)
 
-    def run_here(self, argv, timeout, env=None, patient=False):
+    def run_here(self, argv, timeout, env=None):
         """The engine of files in this process: a process for each of hundreds of commands would take too long."""
         for argument in argv:
             self.assertNotIn(b"\0", os.fsencode(argument))
