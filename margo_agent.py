@@ -221,9 +221,9 @@ Container = define("Container", "id name deployment_id component service hash st
     " `hash` our mark, `type` the deployment type whose driver showed it, `device_id` the child device it was made for, `started` Unix"
     " seconds where they are shown, `health` the engine's word where there is a check, `owner` who made it, as far as a label says so.",
     "", 0, "", "")
-Claim = define("Claim", "owner owners deployments ids",
-    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of: ids of deployments in lower"
-    " case and of containers; see is_ours.")
+Claim = define("Claim", "owner owners deployments ids images",
+    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of:"
+    " ids of deployments in lower case and of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
     "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on; culprit: (component,"
     " service) that is repaired in vain.", None, "", None)
@@ -2306,7 +2306,7 @@ class Store:
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.unlock()
-            raise Locked(f"another margo-agent works on {self.folder}; wait until it is done, or stop it. A second agent beside it needs"
+            raise Locked(f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A second agent on this engine needs"
                          " an identity of its own, not only a state_dir") from None
         except OSError as error:
             raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
@@ -5528,7 +5528,7 @@ def judge_containers(found, facts, now, settle):
         return ""
     if container.state != "running":
         return f"is {container.state}"
-    restarted = container.started != facts.get("started", container.started)
+    restarted = abs(container.started - facts.get("started", container.started)) > 2        # docker rounds it
     return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
 
 
@@ -6154,10 +6154,25 @@ Service = define("Service", "name image arguments command environment files netw
     "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start)"
     " or None; ports: the host's ports that it holds while it runs, see find_ports.", ())
 Project = define("Project", "services networks volumes document",
-    "A compose file ready to run: services in starting order, {engine's name: create arguments}, and the resolved document.")
+    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for an"
+    " external network), and the resolved document.")
 
+
+Changes = define("Changes", "kept idle making late leaving",
+    "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no"
+    " start, [Service] to be made, names of those that can only be made after what leaves has left, and"
+    " [[Container]] that leave, those that stop together in one list, whoever depends on others first.")
+Job = define("Job", "workload project folder known deadline current runs volumes",
+    "One apply: what runs, in which folder its files are, what an earlier apply returned, until when; {service: id"
+    " of its container} as far as it has come, the ids of what ran before, {service: {path: volume}} as it was.")
+Shown = define("Shown", "state code restarts health volumes",
+    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of the volumes in it.",
+    0, 0, "", {})
+Network = define("Network", "labels internal subnets gateways",
+    "A network as `network inspect` shows it; the last two are sets of texts.")
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
+AT_REST = ("exited", "created", "initialized", "stopped", "configured")     # an engine's words for what does not run
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
 
@@ -6171,7 +6186,8 @@ def make_claim(owner, state):
     for record in records.values():
         services += (record["running"] or {}).get("services", {}).values()
     ids = {facts.get("id") for items in services for facts in items.values()}
-    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None})
+    owners, pulled = frozenset(state["owners"]), frozenset(state["pulled"])
+    return Claim(owner, owners, frozenset(records), ids - {None}, pulled)
 
 
 def is_ours(claim, deployment_id, owner, container_id=None):
@@ -6678,8 +6694,8 @@ def make_project(document, workload, policy, engine, strict=True):
         facts["labels"] = dict(to_pairs(facts.get("labels"), "labels"), **make_labels(workload, service.name, service.hash))
         if isinstance(facts.get("depends_on"), dict):               # what is not required may be a service that is not started
             facts["depends_on"] = {other: item for other, item in facts["depends_on"].items() if other in services}
-    return Project(order, networks, {name: args for name, args in volumes.values() if args is not None},
-                   make_document(document, settled, workload))
+    own_volumes = {name: args for name, args in volumes.values() if args is not None}
+    return Project(order, dict(networks.values()), own_volumes, make_document(document, settled, workload))
 
 
 def settle_service(service, workload, variables, where):
@@ -6733,9 +6749,8 @@ def make_document(document, services, workload):
     """The compose file for a provider: only what is started, nothing left to interpolate, no path that is relative."""
     networks = dict({"default": None}, **to_mapping(document.get("networks"), "networks"))
     volumes = to_mapping(document.get("volumes"), "volumes")
-    document = dict(document, services=services,
-                    networks={name: add_labels(item, f"networks.{name}", workload) for name, item in networks.items()},
-                    volumes={name: add_labels(item, f"volumes.{name}", workload) for name, item in volumes.items()})
+    document = dict(document, services=services, networks=add_labels(networks, "networks", workload),
+                    volumes=add_labels(volumes, "volumes", workload))
     for name, item in to_mapping(document.get("configs"), "configs").items():
         facts = to_mapping(item, f"configs.{name}")
         if facts.get("file") is not None:
@@ -6746,16 +6761,27 @@ def make_document(document, services, workload):
     return document
 
 
-def make_shared_labels(value, where, workload):
-    """{label: text} of a network or volume: its own, and by whom it was made for what."""
-    return dict(read_own_labels(value, where), **{LABEL_PROJECT: workload.project, LABEL_OWNER: workload.owner})
+def make_container_name(project, service):
+    """The name of a service's container."""
+    return f"{project}-{service}-1"
 
 
-def add_labels(value, where, workload):
-    """A network or volume of a compose file with its labels; what is external is another's."""
-    value = to_mapping(value, where)
-    external = to_flag(value.get("external", False), f"{where}.external")
-    return value if external else dict(value, labels=make_shared_labels(value, where, workload))
+def make_shared_labels(value, kind, name, workload):
+    """{label: text} of a network or volume: its own, and whose it is."""
+    mark = {LABEL_OWNER: workload.owner}
+    if kind == "networks":
+        mark[LABEL_PROJECT] = workload.project
+    return dict(read_own_labels(value, f"{kind}.{name}"), **mark)
+
+
+def add_labels(items, kind, workload):
+    """The networks or volumes of a compose file with their labels; what is external is another's."""
+    labelled = {}
+    for name, value in items.items():
+        value = to_mapping(value, f"{kind}.{name}")
+        external = to_flag(value.get("external", False), f"{kind}.{name}.external")
+        labelled[name] = value if external else dict(value, labels=make_shared_labels(value, kind, name, workload))
+    return labelled
 
 
 def make_labels(workload, service, digest):
@@ -6848,7 +6874,7 @@ def make_volumes(document, workload):
         if to_text(value.get("driver", "local"), f"{where}.driver") != "local":
             raise make_fault(f"{where}.driver: only local is supported")
         own, external = make_shared_name(name, value, workload, where, "volume")
-        labels = make_shared_labels(value, where, workload)
+        labels = make_shared_labels(value, "volumes", name, workload)
         volumes[name] = own, None if external else make_pairs("--label")(labels, f"{where}.labels")
     return volumes
 
@@ -6875,14 +6901,16 @@ def make_networks(document, workload):
         if to_text(value.get("driver", "bridge"), f"{where}.driver") != "bridge":
             raise make_fault(f"{where}.driver: only bridge is supported")
         own, external = make_shared_name(name, value, workload, where, "network")
-        arguments = make_pairs("--label")(make_shared_labels(value, where, workload), f"{where}.labels")
+        arguments = make_pairs("--label")(make_shared_labels(value, "networks", name, workload), f"{where}.labels")
         arguments += make_switch("--internal")(value.get("internal", False), f"{where}.internal")
         ipam = to_mapping(value.get("ipam"), f"{where}.ipam")
         check_keys(ipam, ("config",), f"{where}.ipam")
         for item in to_items(ipam.get("config"), f"{where}.ipam.config"):
             check_keys(item, ("subnet", "gateway"), f"{where}.ipam.config")
             arguments += [f"--{key}={to_text(item[key], f'{where}.ipam.config')}" for key in sorted(item, reverse=True)]
-        networks[name] = own, None if external else arguments
+        definition = [argument for argument in arguments if not argument.startswith("--label=org.margo.")]
+        mark = f"--label={LABEL_HASH}={sha256_digest(make_json(definition))[7:39]}"
+        networks[name] = own, None if external else arguments + [mark]
     return networks
 
 
@@ -6974,7 +7002,7 @@ def make_attachments(service, workload, networks, where):
         if wanted:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         if text.startswith("service:"):
-            text = f"container:{workload.project}-{text[8:]}-1"
+            text = f"container:{make_container_name(workload.project, text[8:])}"
         elif text not in ("none", "host", "bridge"):
             raise make_fault(f"{where}.network_mode: {make_printable(text, 60)!r} is not supported by the builtin driver")
         return [(text, None)]
@@ -6991,22 +7019,29 @@ def make_attachments(service, workload, networks, where):
 
 
 def judge_startup(services, facts, healthy):
-    """Where a start stands: (failure or "", [what is waited for], {finished services}).
+    """Where a start stands: ((service, failure) or None, {service: what is waited for}, {finished services}).
 
-    facts: {service: (state, exit code, restarts)} as inspected; healthy: services whose health check has passed (C-163 to C-165).
+    facts: {service: Shown} of those that have a container; healthy: services whose health check has passed (C-163
+    to C-165).
     """
-    waiting, finished = [], set()
+    waiting, finished = {}, set()
     for service in services:
-        state, code, restarts = facts.get(service.name, ("missing", 0, 0))
-        if restarts or state in ("exited", "stopped", "dead") and code != 0:
-            return f"service {service.name} exited with code {code}" + (f" ({restarts} restarts)" if restarts else ""), [], finished
-        if state in ("exited", "stopped"):
+        seen = facts.get(service.name)
+        if seen is None:
+            words = f"the container of service {service.name} is gone: somebody removed it"
+            return (service.name, words), {}, finished
+        ended = seen.state in ("exited", "stopped", "dead")
+        if seen.restarts or ended and seen.code != 0:
+            code = f" with code {seen.code}" if ended else ""
+            again = f" ({seen.restarts} restarts)" if seen.restarts else ""
+            return (service.name, f"service {service.name} exited{code}{again}"), {}, finished
+        if ended:
             finished.add(service.name)
-        elif state != "running":
-            waiting.append(f"{service.name} is {state}")
+        elif seen.state != "running":
+            waiting[service.name] = f"{service.name} is {seen.state}"
         elif service.health and service.name not in healthy:
-            waiting.append(f"{service.name} is not healthy yet")
-    return "", waiting, finished
+            waiting[service.name] = f"{service.name} is not healthy yet"
+    return None, waiting, finished
 
 
 def mask(text, values):
@@ -7020,13 +7055,152 @@ def mask(text, values):
 def is_usable(container, service, known):
     """Whether a container is the one that was made for a service as it is wanted, in a state from which it can go on."""
     ours = not known or known["hash"] != service.hash or known.get("id", container.id) == container.id
-    return ours and container.hash == service.hash and container.state in ("running", "exited", "created", "stopped", "restarting")
+    return ours and container.hash == service.hash and container.state in (
+        "running", "exited", "created", "initialized", "stopped", "restarting")
 
 
 def is_settled(service, containers, known):
     """Whether a service has exactly the container that it should, running, or finished as it did before."""
     done = known and known["finished"] and known["hash"] == service.hash
     return len(containers) == 1 and is_usable(containers[0], service, known) and (containers[0].state == "running" or bool(done))
+
+
+def plan_services(services, present, known, project, networks):
+    """The Changes that lead from what is there to what is wanted (P-7, P-16).
+
+    present: [Container] of this component; known: what an earlier apply returned; project: the compose project;
+    networks: names of those that are about to be made.  Whose network is made anew, or belongs to a service that
+    starts anew, is made anew, too.
+    """
+    kept, idle, making, late = {}, set(), [], set()
+    for service in services:
+        facts = known.get(service.name)
+        owner = find_owner(service, services, project)
+        mine = [item for item in present if item.service == service.name]
+        usable = [item for item in mine if is_usable(item, service, facts)]
+        joined = {name for name, *_ in service.networks} & networks
+        if usable and not joined and (owner is None or owner in idle):
+            container = min(usable, key=lambda item: item.state != "running")
+            kept[service.name] = container
+            if container.state == "running" or facts and facts["finished"] and facts["hash"] == service.hash:
+                idle.add(service.name)
+        else:
+            making.append(service)
+            late.update([service.name] if joined or owner in late else [])
+    leaving = [item for item in present if item not in kept.values()]
+    return Changes(kept, idle, making, late, order_leaving(services, leaving))
+
+
+def find_owner(service, services, project):
+    """The name of the service whose network a service shares, or None."""
+    name = service.networks[0][0].partition("container:")[2]
+    names = {make_container_name(project, other.name): other.name for other in services}
+    return names.get(name)
+
+
+def order_leaving(services, leaving):
+    """[[Container]]: those that stop at once in one list, each before what it depends on.
+
+    What the file no longer names goes first.
+    """
+    by_name = {}
+    names = {service.name for service in services}
+    for item in leaving:
+        by_name.setdefault(item.service, []).append(item)
+    groups = [([], [item for item in leaving if item.service not in names])]
+    for service in reversed(services):
+        if any(service.name in other.depends_on for other in groups[-1][0]):
+            groups.append(([], []))
+        groups[-1][0].append(service)
+        groups[-1][1].extend(by_name.get(service.name, ()))
+    return [items for _, items in groups if items]
+
+
+def parse_network(item):
+    """An element of what `network inspect` prints, in either engine's spelling, to (name, Network)."""
+    facts = {key.lower(): value for key, value in item.items()}
+    ranges = facts.get("subnets") or (facts.get("ipam") or {}).get("Config") or ()
+    ranges = [{key.lower(): value for key, value in part.items()} for part in ranges]
+    subnets = {make_range(part["subnet"]) for part in ranges if part.get("subnet")}
+    gateways = {part["gateway"] for part in ranges if part.get("gateway")}
+    return facts["name"], Network(facts.get("labels") or {}, facts.get("internal", False), subnets, gateways)
+
+
+def make_range(text):
+    """A subnet as every engine spells it; what is none stays as it is."""
+    import ipaddress
+    try:
+        return str(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        return text
+
+
+def is_same_network(network, arguments):
+    """Whether a network that is there is what these create arguments make.
+
+    One from before there was a mark is judged by what it is.
+    """
+    if LABEL_HASH in network.labels:
+        return f"--label={LABEL_HASH}={network.labels[LABEL_HASH]}" in arguments
+    given = {}
+    for name, _, value in (argument.partition("=") for argument in arguments):
+        given.setdefault(name, set()).add(value)
+    labels = {f"{key}={value}" for key, value in network.labels.items()} ^ given.get("--label", set())
+    subnets = {make_range(text) for text in given.get("--subnet", ())}
+    return (network.internal == ("--internal" in given) and subnets <= network.subnets
+            and given.get("--gateway", set()) <= network.gateways
+            and all(text.startswith("org.margo.") for text in labels))
+
+
+def plan_networks(wanted, there, project):
+    """What becomes of networks: {name: create arguments} to be made, [names] to be removed before, and at last.
+
+    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One of
+    somebody else stays as it is.  One that is no longer wanted goes first where a new one may be after its addresses.
+    """
+    ours = {name for name, network in there.items() if network.labels.get(LABEL_PROJECT) == project}
+    new = {}
+    for name, arguments in wanted.items():
+        changed = name in ours and arguments is not None and not is_same_network(there[name], arguments)
+        if arguments is not None and (changed or name not in there):
+            new[name] = arguments
+    changed = sorted(ours.intersection(new))
+    dropped = sorted(ours - set(wanted))
+    ranged = any(argument.startswith("--subnet=") for arguments in new.values() for argument in arguments)
+    return new, changed + (dropped if ranged else []), [] if ranged else dropped
+
+
+def find_targets(service):
+    """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
+    named = set(map(make_path, service.files))
+    unnamed = set()
+    for option, _, text in (argument.partition("=") for argument in service.arguments):
+        parts = text.split(":")
+        if option == "--tmpfs":
+            named.add(make_path(parts[0]))
+        elif option == "--volume" and len(parts) > 1:
+            named.add(make_path(parts[1]))
+        elif option == "--volume":
+            unnamed.add(make_path(parts[0]))
+    return named, unnamed
+
+
+def make_path(text):
+    """A path in a container in its shortest spelling."""
+    return re.sub("/+", "/", text).rstrip("/") or "/"
+
+
+def make_volume_names(service, project, declared, before):
+    """{path: volume} for each volume to which nobody gave a name: in the file, or `declared` by the image.
+
+    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path: volume}
+    as it was in the container before, which an earlier agent may have left to the engine to name.
+    """
+    named, unnamed = find_targets(service)
+    volumes = {}
+    for path in sorted(unnamed.union(map(make_path, declared)) - named):
+        volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+    return volumes
 
 
 def find_program(name, environ):
@@ -7130,7 +7304,8 @@ class ComposeDriver:
         output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 20 if self.remote else 60)
         if output.code:
             raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
-        ours, self.strangers = part_containers(parse_containers(output.stdout, self.engine), self.claim())
+        found = parse_containers(output.stdout, self.engine, time.time())
+        ours, self.strangers = part_containers(found, self.claim())
         return [container for container in ours if container.device_id not in self.others]
 
     def find_strangers(self):
@@ -7152,6 +7327,8 @@ class ComposeDriver:
         again = bool(known) and known["digest"] == package["digest"]
         prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
         self.check_names(*prepared)
+        if self.provider:
+            self.keep_owners(*prepared)
         return prepared, package
 
     def check_names(self, workload, project):
@@ -7159,17 +7336,29 @@ class ComposeDriver:
         between = "_" if self.provider == ["podman-compose"] else "-"
         containers = [between.join((workload.project, service.name, "1")) for service in project.services]
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
-        for kind, names, words in (("network", [name for name, arguments in project.networks.values() if arguments is not None], advice),
+        networks = [name for name, arguments in project.networks.items() if arguments is not None]
+        for kind, names, words in (("network", networks, advice),
                                    ("volume", list(project.volumes), advice), ("container", containers, "remove it there")):
             for name, owner, found_id in self.inspect_names(kind, names):
                 if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
                     raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {make_printable(owner, 300)}: {words}")
 
+    def keep_owners(self, workload, project):
+        """Lets a provider's file say of networks and volumes that are there whose they are by their labels: for one that is not in its
+        file as it was made docker compose stops everything, and goes no further."""
+        for kind in ("network", "volume"):
+            items = project.document[kind + "s"].items()
+            labels = {item.get("name", f"{workload.project}_{key}"): item["labels"] for key, item in items if item.get("labels")}
+            for name, owner, _ in self.inspect_names(kind, list(labels)):
+                labels[name][LABEL_OWNER] = owner
+                if not owner:                       # an older agent made it
+                    del labels[name][LABEL_OWNER]
+
     def inspect_names(self, kind, names):
         """[(name, owner, id)] of the containers, networks or volumes of these names that there are."""
         output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
         found = []
-        for item in parse_json(output or b"[]", f"{kind} inspect"):
+        for item in self.parse(output or b"[]", list):
             name = (item.get("Name") or item.get("name", "")).lstrip("/")
             labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
@@ -7305,83 +7494,261 @@ class ComposeDriver:
         return self.run(["image", "rm", name], 60).code == 0
 
     def apply(self, prepared, containers, known, deadline):
-        """Makes the component's containers as prepared; {service: {hash, finished, image}} once they run, or ComponentError.
+        """Makes the component's containers as prepared; {service: facts} once they run, or ComponentError, CommandError.
 
-        containers: as observed; known: what an earlier apply returned.  Unchanged services keep their containers; safe to repeat.
+        containers: as observed before it was prepared, so that the engine is asked again.  known: what an earlier
+        apply returned.  Unchanged services keep their containers; safe to repeat.
         """
         workload, project = prepared
-        ours = {}
-        for container in containers:
-            if container.deployment_id.lower() == workload.deployment_id.lower() and container.component == workload.component:
-                ours.setdefault(container.service, []).append(container)
-        folder = os.path.dirname(workload.folder)
-        gone = [container for name, items in ours.items() for container in items if name not in {s.name for s in project.services}]
-        runs = {container.id for items in ours.values() for container in items if container.state == "running"}
-        if self.provider:
-            self.apply_provider(prepared, folder, ours, known, deadline)
-        else:
-            self.create_shared(project, deadline)
-            for service in project.services:
-                self.await_dependencies(service, project, workload, deadline, runs)
-                gone += self.apply_service(service, workload, folder, ours.get(service.name, []), known.get(service.name), deadline)
-        self.remove_containers(gone[::-1], deadline)                # who shares another's network goes before that one
-        finished = self.await_startup(project.services, workload, deadline, runs) if workload.wait else set()
-        there = {container.service: container for container in self.find(workload)}
-        return {service.name: {"hash": service.hash, "finished": service.name in finished, "image": service.image,
-                               "id": there[service.name].id, "started": there[service.name].started, "ports": service.ports}
-                for service in project.services if service.name in there}
+        present = self.look_up(workload)
+        runs = {container.id for container in present if container.state == "running"}
+        volumes = self.look_at_volumes(known, present)
+        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
+        finished = (self.apply_provider if self.provider else self.apply_builtin)(job, present)
+        started = {container.id: container.started for container in self.look_up(workload)}
+        seen = self.inspect(job.current.values())
+        result = {}
+        for service in project.services:
+            container_id = job.current.get(service.name, "")
+            volumes = seen[container_id].volumes if container_id in seen else {}
+            result[service.name] = {
+                "hash": service.hash, "finished": service.name in finished, "image": service.image,
+                "id": container_id, "started": started.get(container_id, 0), "ports": service.ports,
+                "volumes": {path: volumes[path] for path in sorted(set(volumes) - find_targets(service)[0])}}
+        return result
 
-    def find(self, workload):
+    def look_up(self, workload):
         """[Container] of one component as it is now."""
         return [container for container in self.observe() if container.component == workload.component
                 and container.deployment_id.lower() == workload.deployment_id.lower()]
 
-    def create_shared(self, project, deadline):
-        """Networks and volumes that are not there yet; what is there is left as it is."""
-        for kind, items in (("network", project.networks.values()), ("volume", project.volumes.items())):
-            for name, arguments in items:
-                if arguments is not None and self.run([kind, "inspect", name], 60).code:
-                    self.run([kind, "create"] + arguments + [name], deadline - time.monotonic(), "INSTALL_FAILED")
+    def carry_out(self, job, arguments):
+        """The Output of a command that has to succeed; its words may hold what parameters have put into the file."""
+        output = self.run(arguments, job.deadline - time.monotonic())
+        if output.code:
+            words = mask(output.stderr, job.workload.parameters.values())[-1500:]
+            raise ComponentError("INSTALL_FAILED", f"{self.engine} {arguments[0]} failed: {words}")
+        return output
 
-    def apply_service(self, service, workload, folder, present, known, deadline):
-        """One service: kept, started again, or made anew; returns the containers that it has no more use for, which do not run.
+    def apply_builtin(self, job, present):
+        """All that is new is made, then what goes or changes is stopped, then the new is started; the finished services.
 
-        The new container is made while the old one runs, so that what cannot be made touches nothing; between them lie a stop and
-        a start (P-20).
+        So what cannot be made touches nothing, and ports, addresses and volumes change hands with one outage (P-20).
+        What was replaced is removed last, because it is the quickest way back.
         """
-        name, same = f"{workload.project}-{service.name}-1", [item for item in present if is_usable(item, service, known)][:1]
-        if same:
-            self.remove_containers([item for item in present if item not in same], deadline)
-            if same[0].name != name:                # an update was cut off
-                self.run(["rename", same[0].id, name], deadline - time.monotonic(), "INSTALL_FAILED")
-            if same[0].state != "running" and not (known and known["finished"] and known["hash"] == service.hash):
-                self.run(["start", same[0].id], deadline - time.monotonic(), "INSTALL_FAILED")
-            return []
-        old = [item for item in present if item.state == "running"]
-        self.remove_containers([item for item in present if item not in old], deadline)
-        self.create(service, workload, folder, name + "-new" if old else name, deadline)
-        for item in old:
-            if item.name == name:
-                self.run(["rename", item.id, name + "-old"], deadline - time.monotonic(), "INSTALL_FAILED")
-        if old:
-            self.run(["rename", name + "-new", name], deadline - time.monotonic(), "INSTALL_FAILED")
-            self.stop([item.id for item in old], deadline)
-        self.run(["start", name], deadline - time.monotonic(), "INSTALL_FAILED")
-        return [item._replace(state="exited") for item in old]
+        services = job.project.services
+        project = job.workload.project
+        new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
+        changes = plan_services(services, present, job.known, project, set(new))
+        leaving = [container for group in changes.leaving for container in group]
+        first, inside = self.look_inside(first, job.project.networks, leaving)
+        if not first:
+            self.create_shared(job, "network", new)
+        self.create_shared(job, "volume", job.project.volumes)
+        job.current.update({name: container.id for name, container in changes.kept.items()})
+        names = {name: container.name for name, container in changes.kept.items()}
+        late = changes.late if first else ()
+        self.create_all(job, [item for item in changes.making if item.name not in late], leaving, names)
+        try:
+            self.halt(job, changes.leaving)
+            if first:
+                self.remove_containers(inside, job.deadline)
+                for name in first:
+                    self.carry_out(job, ["network", "rm", name])
+                self.create_shared(job, "network", new)
+                leaving = [container for container in leaving if container not in inside]
+                self.create_all(job, [item for item in changes.making if item.name in late], leaving, names)
+            self.hand_names_over(job, leaving, names)
+            for service in services:
+                self.await_dependencies(service, job)
+                if service.name not in changes.idle:
+                    self.start(service, job, service.name in changes.kept)
+            finished = self.await_startup(services, job) if job.workload.wait else set()
+        except MargoError:
+            if leaving and self.config.runtime.on_failure != "rollback":        # they are kept for the way back alone
+                self.run(["rm", "--force"] + [container.id for container in leaving], 60)
+            raise
+        self.remove_containers([container._replace(state="exited") for container in leaving], job.deadline)
+        for name in last:
+            if self.run(["network", "rm", name], 60).code:
+                log("warning", "a network that is not needed any more stays: somebody else uses it", network=name)
+        return finished
 
-    def create(self, service, workload, folder, name, deadline):
-        """Makes the container of a service, joined to its networks, not started yet."""
-        arguments = ["create", f"--name={name}"] + [f"--label={key}={item}" for key, item in make_labels(workload, service.name, service.hash).items()]
-        arguments += ["--http-proxy=false"] if self.engine == "podman" else []      # else the agent's own proxy, password and all, is handed in
-        arguments += self.write_environment(service, folder) + self.write_configs(service, folder) + service.arguments
-        first, rest = service.networks[0], service.networks[1:]
-        arguments += [f"--network={first[0]}"] + ([f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2] if first[1] is not None else [])
-        output = self.run(arguments + [service.image] + service.command, deadline - time.monotonic())
-        if output.code:                             # its words may hold what parameters have put into the file
-            raise ComponentError("INSTALL_FAILED", f"{self.engine} create failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
-        for network, aliases, addresses in rest:
-            self.run(["network", "connect"] + [f"--alias={alias}" for alias in [service.name] + aliases] + addresses + [network, name],
-                     deadline - time.monotonic(), "INSTALL_FAILED")
+    def look_at_networks(self, job):
+        """{name: Network} of those that the project names, as far as they are there, and that were made for it."""
+        mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
+        names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
+        names = sorted(set(names).union(job.project.networks))
+        shown = self.run(["network", "inspect"] + names, 60).stdout
+        networks = self.parse(shown.strip() or b"[]", lambda items: dict(map(parse_network, items)))
+        for name, network in networks.items():
+            if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
+                networks[name] = network._replace(labels={})        # it stays as it is
+        return networks
+
+    def look_inside(self, names, wanted, leaving):
+        """(those of these networks that can be removed, [Container] in them).
+
+        Raises ComponentError for one that has to be removed, and in which there is another container.
+        """
+        free, inside = [], []
+        ours = {container.id: container for container in leaving}
+        for name in names:
+            form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
+            ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
+            strange = [container_id for container_id in ids if container_id not in ours]
+            if strange and name in wanted:
+                words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
+                raise ComponentError("INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
+            if not strange:
+                free.append(name)
+                inside += [ours[container_id] for container_id in ids if ours[container_id] not in inside]
+        return free, inside
+
+    def create_shared(self, job, kind, items):
+        """Networks or volumes that are not there yet; items: {name: create arguments}, None for those of others."""
+        for name, arguments in items.items():
+            if arguments is not None and self.run([kind, "inspect", name], 60).code:
+                self.carry_out(job, [kind, "create"] + arguments + [name])
+
+    def look_at_volumes(self, known, present):
+        """{service: {path: volume}} of what is there for each service, or was when it was installed."""
+        volumes = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
+        seen = self.inspect([container.id for container in present])
+        for container in sorted(present, key=lambda item: item.state == "running"):
+            if container.id in seen:
+                volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
+        return volumes
+
+    def create_all(self, job, services, leaving, names):
+        """Makes the containers of services beside those that leave, under another name where one has theirs."""
+        held = {container.name: container for container in leaving}
+        for service in services:
+            name = make_container_name(job.workload.project, service.name)
+            if name in held:
+                name += "-new"
+            if name in held:                        # an update was cut off, and another one follows
+                self.rename(job, held[name].id, f"{name}-old-{held[name].id[:12]}")
+            names[service.name] = name
+            job.current[service.name] = self.create(service, job, name)
+
+    def hand_names_over(self, job, leaving, names):
+        """Gives each container the name of its service, which one that leaves may have."""
+        for service, name in names.items():
+            own = make_container_name(job.workload.project, service)
+            for container in leaving if name != own else ():
+                if container.name == own:
+                    self.rename(job, container.id, f"{own}-old-{container.id[:12]}")
+            if name != own:
+                self.rename(job, job.current[service], own)
+
+    def rename(self, job, container_id, name):
+        """Renames a container."""
+        arguments = ["rename", container_id, name]
+        if self.run(arguments, job.deadline - time.monotonic()).code:
+            self.free_name(name)
+            self.carry_out(job, arguments)
+
+    def create(self, service, job, name):
+        """Makes the container of a service, joined to its networks, not started yet; its id.
+
+        Where that fails because the engine remembers something wrongly, that is put right, and it is tried once more.
+        """
+        labels = make_labels(job.workload, service.name, service.hash)
+        marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
+        arguments = ["create"] + marks + self.prepare_options(service, job) + [service.image] + service.command
+        output = self.run(arguments, job.deadline - time.monotonic())
+        if not output.code:
+            words = output.stdout.decode("utf-8", "replace").split()
+        else:
+            if not self.free_name(name):
+                self.renew_image(service, marks)
+            words = self.carry_out(job, arguments).stdout.decode("utf-8", "replace").split()
+        for network, aliases, addresses in service.networks[1:]:
+            aliases = [f"--alias={alias}" for alias in [service.name] + aliases]
+            self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
+        return words[-1] if words else name
+
+    def prepare_options(self, service, job):
+        """The options of `create` for a service; its files are written, and its volumes made."""
+        project = job.workload.project
+        shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
+        text = b"" if shown.code else shown.stdout.strip()
+        declared = self.parse(text or b"null", lambda value: list(value or ()))
+        volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
+        labels = make_pairs("--label")(make_shared_labels({}, "labels", job.workload), "labels")
+        self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
+        options = []
+        if self.engine == "podman":                 # else the agent's own proxy, password and all, is handed in
+            options.append("--http-proxy=false")
+        options += self.write_environment(service, job.folder) + self.write_configs(service, job.folder)
+        unnamed = {f"--volume={path}" for path in volumes}
+        options += [argument for argument in service.arguments if make_path(argument) not in unnamed]
+        options += [f"--volume={volume}:{path}" for path, volume in volumes.items()]
+        first = service.networks[0]
+        owner = find_owner(service, job.project.services, project)
+        options.append(f"--network=container:{job.current[owner]}" if owner else f"--network={first[0]}")
+        if first[1] is not None:
+            options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
+        return options
+
+    def free_name(self, name):
+        """Frees a name that storage alone holds, as podman leaves it that is killed in `create`; whether it was so.
+
+        What `ps` shows is a container, and stays.
+        """
+        if self.engine != "podman" or name in self.look_at_names([]):
+            return False
+        held = self.look_at_names(["--external"]).get(name)
+        if held:
+            log("warning", "a name is freed that the engine's storage held for no container", container=name)
+        return bool(held) and self.run(["rm", "--force", held], 60).code == 0
+
+    def look_at_names(self, options):
+        """{name: id} of all that podman lists, whoever it belongs to."""
+        text = self.run(["ps", "--all", "--format=json"] + options, 60).stdout.strip()
+        return self.parse(text or b"[]", lambda items: {(item["Names"] or [""])[0]: item["Id"] for item in items or ()})
+
+    def renew_image(self, service, marks):
+        """Pulls an image of ours anew from which not even a bare container can be made, if its registry has it (P-1)."""
+        platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
+        if f"{self.device_id} {service.image}".strip() not in self.claim().images:
+            return
+        probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
+        if not probe.code:
+            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
+            return
+        there = find_layers(service.image, "".join(platform)[len("--platform="):], self.config)
+        if there and self.remove_image(service.image):
+            log("warning", "a damaged image is pulled anew", image=service.image)
+            self.pull(service, IMAGE_PATIENCE)
+
+    def start(self, service, job, kept):
+        """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""
+        start = ["start", job.current[service.name]]
+        if not kept:
+            self.carry_out(job, start)
+        elif self.run(start, job.deadline - time.monotonic()).code:
+            log("warning", "a container that cannot be started is made anew", service=service.name)
+            services = job.project.services
+            owners = {item.name: find_owner(item, services, job.workload.project) for item in services}
+            again = [item for item in services if service.name in (item.name, owners[item.name])]
+            for item in reversed(again):
+                self.carry_out(job, ["rm", "--force", job.current[item.name]])
+            self.create_all(job, again, [], {})
+            self.carry_out(job, ["start", job.current[service.name]])
+
+    def halt(self, job, groups):
+        """Stops containers, group by group; what cannot be stopped is removed, so that none runs beside the new."""
+        deadline = job.deadline
+        ids = [container.id for group in groups for container in group]
+        for group in groups:
+            active = [container.id for container in group if container.state not in AT_REST]
+            deadline = self.stop(active, deadline) if active else deadline
+        there = self.look_up(job.workload) if ids else []
+        alive = [item.id for item in there if item.id in ids and item.state not in AT_REST]
+        if alive:
+            self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600: values never stand on a command line."""
@@ -7399,12 +7766,18 @@ class ComposeDriver:
             arguments.append(f"--volume={path}:{target}:ro")
         return arguments
 
-    def apply_provider(self, prepared, folder, ours, known, deadline):
-        """Hands the resolved file to the compose provider; its environment holds nothing of the application.
+    def apply_provider(self, job, present):
+        """Hands the resolved file to the compose provider, in whose environment nothing is the application's; the
+        finished services.
 
         Where some services are as they should be only the others are named to it: left to itself it makes those anew too.
         """
-        workload, project = prepared
+        ours = {}
+        for container in present:
+            ours.setdefault(container.service, []).append(container)
+        wanted = {service.name for service in job.project.services}
+        gone = [item for item in present if item.service not in wanted]
+        workload, project, folder, known, deadline = job[:5]
         path = os.path.join(folder, "resolved.json")
         write_file(path, make_json(escape_dollars(project.document)))
         environ = {key: item for key, item in (self.environ or os.environ).items() if key in self.connection or key in (
@@ -7417,71 +7790,98 @@ class ComposeDriver:
                                 and not is_usable(item, service, known.get(service.name))], deadline)      # it would leave such ones alone
         for service in [None] if len(changed) == len(project.services) else changed:
             if service:
-                self.await_dependencies(service, project, workload, deadline, [])
+                job.current.update(self.look_up_current(job))
+                self.await_dependencies(service, job)
             selection = ["--no-deps", service.name] if service else ["--remove-orphans"]
             output = run_command(argv + ["up", "--detach"] + selection, max(1.0, deadline - time.monotonic()), env=environ)
             if output.code:
                 raise ComponentError("INSTALL_FAILED", f"{' '.join(self.provider)} up failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
+        self.remove_containers(gone[::-1], deadline)        # who shares another's network goes before that one
+        job.current.update(self.look_up_current(job))
+        return self.await_startup(project.services, job) if workload.wait else set()
 
-    def inspect(self, workload):
-        """{service: (state, exit code, restarts)} and {service: container id} of a component, as they are now."""
-        ids = [container.id for container in self.find(workload)]
-        facts, names, health = {}, {}, {}
-        for item in parse_json(self.run(["inspect", "--type=container"] + ids, 60, "INSTALL_FAILED").stdout, "inspect") if ids else ():
-            service = item["Config"]["Labels"].get(LABEL_SERVICE)
-            state = item["State"]
-            facts[service] = state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0)
-            names[service] = item["Id"]
-            health[service] = (state.get("Health") or state.get("Healthcheck") or {}).get("Status")
-        return facts, names, health
+    def look_up_current(self, job):
+        """{service: id} of the containers that are as the project has them."""
+        marks = {service.name: service.hash for service in job.project.services}
+        there = self.look_up(job.workload)
+        return {item.service: item.id for item in there if marks.get(item.service) == item.hash}
 
-    def await_dependencies(self, service, project, workload, deadline, runs):
+    def parse(self, data, read):
+        """What `read` makes of JSON that the engine printed; raises CommandError where that is of another form."""
+        try:
+            return read(parse_json(data, self.engine))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            words = f"{type(error).__name__}: {error}"
+            raise CommandError(f"{self.engine} answered in an unknown form ({words})") from None
+
+    def inspect(self, ids):
+        """{id: Shown} of those containers that can be looked at; raises CommandError where the engine does not answer."""
+        ids = list(ids)
+        output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
+        if output.stdout.strip():                   # without those that are gone
+            return self.parse(output.stdout, lambda items: dict(map(parse_seen, items)))
+        if len(ids) < 2:
+            self.observe()                          # where it answers, the container itself is damaged
+            return {}
+        seen = {}
+        for container_id in ids:
+            seen.update(self.inspect([container_id]))
+        return seen
+
+    def await_dependencies(self, service, job):
         """Waits until what a service depends on is as its condition says."""
-        by_name = {item.name: item for item in project.services}
+        by_name = {item.name: item for item in job.project.services}
         for condition in ("service_healthy", "service_completed_successfully"):
             others = [by_name[name] for name, (wanted, _) in service.depends_on.items() if wanted == condition and name in by_name]
             if others:
-                self.await_startup(others, workload, deadline, runs, settle=0, complete=condition.endswith("successfully"))
+                self.await_startup(others, job, settle=0, complete=condition.endswith("successfully"))
 
-    def await_startup(self, services, workload, deadline, runs=(), settle=None, complete=False):
+    def await_startup(self, services, job, settle=None, complete=False):
         """Waits until all services run, are healthy, and stay so for runtime.settle; the set of those that finished with exit code 0.
 
-        Raises ComponentError at once for one that failed (C-164), or when the time is over.  runs: ids of containers that ran
-        before, whose earlier restarts are forgiven.  complete: wait for their end instead.
+        Raises ComponentError at once for one that failed (C-164), or when the time is over.  Earlier restarts of what
+        ran before are forgiven.  complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
+        ids = {service.name: job.current.get(service.name, "") for service in services}
         healthy, misses, calm, start, before = set(), {}, None, time.monotonic(), None
+        secrets = job.workload.parameters.values()
         while True:
-            facts, names, health = self.inspect(workload)
-            before = before or {name: facts[name][2] if names[name] in runs else 0 for name in facts}
-            facts = {name: (state, code, count - before.get(name, 0)) for name, (state, code, count) in facts.items()}
-            self.check_health([s for s in services if s.health and facts.get(s.name, "-")[0] == "running"], names, health, healthy, misses, start)
+            seen = self.inspect(filter(None, ids.values()))
+            before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
+            fresh = {key: item._replace(restarts=item.restarts - before.get(key, 0)) for key, item in seen.items()}
+            facts = {name: fresh[key] for name, key in ids.items() if key in fresh}
+            checked = [item for item in services if item.health]
+            running = [item for item in checked if item.name in facts and facts[item.name].state == "running"]
+            self.check_health(running, ids, facts, healthy, misses, start)
             failure, waiting, finished = judge_startup(services, facts, healthy)
-            unwell = [s.name for s in services if s.health and misses.get(s.name, (0, 0))[0] >= s.health[1]]
+            unwell = [item.name for item in checked if misses.get(item.name, (0, 0))[0] >= item.health[1]]
             if failure or unwell:
-                name = unwell[0] if unwell else failure.split()[1]
-                text = failure or f"service {name} is unhealthy"
-                raise ComponentError("UNHEALTHY" if unwell else "INSTALL_FAILED", text + self.tail_log(names.get(name), workload.parameters.values()))
+                name, words = failure or (unwell[0], f"service {unwell[0]} is unhealthy")
+                code = "INSTALL_FAILED" if failure else "UNHEALTHY"
+                raise ComponentError(code, words + self.tail_log(ids[name], secrets))
             if complete:
-                waiting = [f"{service.name} has not ended" for service in services if service.name not in finished]
+                left = [item.name for item in services if item.name not in finished]
+                waiting = {name: f"{name} has not ended" for name in left}
             now = time.monotonic()
             calm = None if waiting else calm or now
-            restless = any(not service.health and service.name not in finished for service in services)
-            if not waiting and (not restless or now - calm >= settle or now > deadline):
+            restless = any(not item.health and item.name not in finished for item in services)
+            if not waiting and (not restless or now - calm >= settle or now > job.deadline):
                 return finished
-            if now > deadline:
-                name = waiting[0].split()[0]
-                raise ComponentError("INSTALL_TIMEOUT", f"not up in time: {', '.join(waiting)}" + self.tail_log(names.get(name), workload.parameters.values()))
+            if now > job.deadline:
+                words = f"not up in time: {', '.join(waiting.values())}"
+                log_end = self.tail_log(ids[next(iter(waiting))], secrets)
+                raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
-    def check_health(self, services, names, health, healthy, misses, start):
+    def check_health(self, services, ids, facts, healthy, misses, start):
         """Runs the health checks that podman may have nobody to run; a miss counts once an interval, after the start period."""
         for service in services:
             if self.engine != "podman":
-                passed = health.get(service.name) == "healthy"
-                lost = health.get(service.name) == "unhealthy"
+                passed = facts[service.name].health == "healthy"
+                lost = facts[service.name].health == "unhealthy"
             else:
-                passed = self.run(["healthcheck", "run", names[service.name]], 120).code == 0
+                passed = self.run(["healthcheck", "run", ids[service.name]], 120).code == 0
                 lost = False
             interval, retries, grace = service.health
             count, last = misses.get(service.name, (0, start + grace))
@@ -7519,9 +7919,12 @@ class ComposeDriver:
 
         One that is not there any more is passed over.
         """
+        patience = ["--ignore"] if self.engine == "podman" else []
         try:
-            self.run(["stop"] + (["--ignore"] if self.engine == "podman" else []) + ids, deadline - time.monotonic())
+            code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
         except CommandTimeout:
+            code = 1
+        if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
             self.run(["kill"] + ids, 60)
             deadline = time.monotonic() + 60
@@ -7530,7 +7933,7 @@ class ComposeDriver:
     def remove_containers(self, containers, deadline):
         """Stops containers within their own grace period and removes them."""
         ids = [container.id for container in containers]
-        active = [container.id for container in containers if container.state not in ("exited", "created", "stopped")]
+        active = [container.id for container in containers if container.state not in AT_REST]
         if active:
             deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
         if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
@@ -7539,7 +7942,9 @@ class ComposeDriver:
             left = [name for name in ids if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
             if not left:
                 return
-        self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
+        left = [container.id for container in self.observe() if container.id in left]       # others removed some
+        if left:
+            self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
 
     def remove(self, deployment_id, component, containers, deadline):
         """Removes a component's containers, whatever their state, and its networks; volumes stay.  Needs no compose file.
@@ -7586,8 +7991,27 @@ def find_health(state, status):
     return "unhealthy" if (state, health) == ("running", "unhealthy") else state, health
 
 
-def parse_containers(data, engine):
-    """The engine's list of containers to [Container]; raises CommandError for what is not of the expected form."""
+def parse_seen(item):
+    """An element of what `inspect` prints of containers to (id, Shown)."""
+    state = item["State"]
+    health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
+    mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
+    volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
+    restarts = item.get("RestartCount", 0)
+    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), restarts, health, volumes)
+
+
+def find_started(status, now):
+    """About when docker says that a container was started, in Unix seconds; 0 where its words are too vague."""
+    match = re.match("Up (Less than a|[0-9]+) seconds?", str(status))
+    return int(now) - int(match.group(1).replace("Less than a", "0")) if match else 0
+
+
+def parse_containers(data, engine, now=0):
+    """The engine's list of containers to [Container]; now: Unix seconds.
+
+    Raises CommandError for what is not of the expected form.
+    """
     containers = []
     try:
         if engine == "podman":
@@ -7603,8 +8027,9 @@ def parse_containers(data, engine):
         else:
             for line in data.splitlines():
                 *marks, device_id, owner, state, status = parse_json(line, "docker ps")
-                state, health = find_health(state, status)
-                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, health=health, owner=owner))
+                started, (state, health) = find_started(status, now), find_health(state, status)
+                facts = {"device_id": device_id, "started": started, "health": health, "owner": owner}
+                containers.append(Container(*marks, state=state, type="compose", **facts))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
