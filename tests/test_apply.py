@@ -1,4 +1,4 @@
-"""Section 16, Apply: what is done to the engine and in which order, by the agent as a process on an engine of files."""
+"""Apply: what is done to the engine and in which order, by the agent as a process on an engine of files."""
 import json
 import os
 import shutil
