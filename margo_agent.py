@@ -5614,8 +5614,6 @@ CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
 CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-IMAGE_TYPES = ", ".join([OCI_MANIFEST, OCI_INDEX, "application/vnd.docker.distribution.manifest.v2+json",
-                         "application/vnd.docker.distribution.manifest.list.v2+json"])
 ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
                  "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
 MAX_ENTRIES = 10000                                 # files in one archive
@@ -5881,19 +5879,6 @@ def check_space(folder, need, what):
             f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
             f" {folder} {margin // KIB} stay so; free some there",
         )
-
-
-def ask_for_image(image, config):
-    """Whether an image's registry offers it now; of one that the name does not tell nothing is known."""
-    match = re.fullmatch(r"([^/]*[.:][^/]*|localhost)/(.+?)(?::([\w.-]+))?(?:@(sha256:[0-9a-f]{64}))?", image)
-    if not match:
-        return False
-    host, name, tag, digest = match.groups()
-    try:
-        Registry(host, config).get(name, f"manifests/{digest or tag or 'latest'}", IMAGE_TYPES, config.policy.max_document)
-    except MargoError:
-        return False
-    return True
 
 
 def parse_package_manifest(data, where, max_artifact, kind="compose"):
@@ -6202,8 +6187,8 @@ def make_claim(owner, state):
     for record in records.values():
         services += (record["running"] or {}).get("services", {}).values()
     ids = {facts.get("id") for items in services for facts in items.values()}
-    owners, pulled = frozenset(state["owners"]), frozenset(state["pulled"])
-    return Claim(owner, owners, frozenset(records), ids - {None}, pulled)
+    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None},
+                 frozenset(state["pulled"]))
 
 
 def is_ours(claim, deployment_id, owner, container_id=None):
@@ -7692,7 +7677,7 @@ class ComposeDriver:
         text = b"" if shown.code else shown.stdout.strip()
         declared = self.parse(text or b"null", lambda value: list(value or ()))
         volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
-        labels = make_pairs("--label")(make_shared_labels({}, "labels", job.workload), "labels")
+        labels = [f"--label={LABEL_OWNER}={job.workload.owner}"]
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
         options = []
         if self.engine == "podman":                 # else the agent's own proxy, password and all, is handed in
@@ -7734,9 +7719,15 @@ class ComposeDriver:
         if not probe.code:
             self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
             return
-        if ask_for_image(service.image, self.config) and self.remove_image(service.image):
+        asked = service._replace(pull="always")
+        try:
+            self.pull(asked, PULL_TIMEOUT)        # fetches nothing that storage thinks it has, but its registry answers
+        except (ComponentError, CommandError) as error:
+            log("warning", "a damaged image cannot be pulled anew now", image=service.image, reason=error.message)
+            return
+        if self.remove_image(service.image):
             log("warning", "a damaged image is pulled anew", image=service.image)
-            self.pull(service, PULL_TIMEOUT)
+            self.pull(asked, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
         """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""
