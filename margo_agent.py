@@ -221,9 +221,9 @@ Container = define("Container", "id name deployment_id component service hash st
     " `hash` our mark, `type` the deployment type whose driver showed it, `device_id` the child device it was made for, `started` Unix"
     " seconds where they are shown, `health` the engine's word where there is a check, `owner` who made it, as far as a label says so.",
     "", 0, "", "")
-Claim = define("Claim", "owner owners deployments ids",
-    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of: ids of deployments in lower"
-    " case and of containers; see is_ours.")
+Claim = define("Claim", "owner owners deployments ids images",
+    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of:"
+    " ids of deployments in lower case and of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
     "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on; culprit: (component,"
     " service) that is repaired in vain.", None, "", None)
@@ -1094,6 +1094,40 @@ def find_wait(record, clock):
     passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
     delay = record.get("delay", 0)
     return delay - passed if 0 <= passed < delay else 0
+
+
+def make_backoff(failures, asked, strategy, jitter):
+    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
+    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
+    """
+    asked = asked or 0
+    if asked and strategy in ("fixed", "none"):
+        return asked
+    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
+
+
+def make_start(uptime, poll, known, jitter):
+    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
+    arrives spread over one interval (P-19).  One that never had a desired state asks at once.
+    """
+    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
+
+
+def make_delay(config, state, fault, clock, jitter):
+    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
+    an attempt is due.
+    """
+    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
+    patience = state["patience"]
+    if isinstance(fault, (Refused, Untrusted)):
+        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
+        return max(interval, patience.get("delay", 0), slower)
+    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
+    if left:
+        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
+    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
+                if record["state"] == "failed" and not record["refused"]]
+    return max(1.0, min([interval] + attempts))
 
 
 def parse_retry_after(text, now):
@@ -2090,13 +2124,13 @@ def read_file(path, limit):
     return data
 
 
-def make_folder(path, mode=0o700):
+def create_folder(path, mode=0o700):
     """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask; may raise OSError."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
     if parent and parent != path:
-        make_folder(parent, mode)
+        create_folder(parent, mode)
     try:
         os.mkdir(path, mode)
         os.chmod(path, mode)
@@ -2240,9 +2274,9 @@ class Store:
     def create(self):
         """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
-            make_folder(os.path.dirname(self.folder), 0o755)
+            create_folder(os.path.dirname(self.folder), 0o755)
             for name in ("artifacts", "deployments", "crls", "tmp"):
-                make_folder(self.path(name))
+                create_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
             if not os.path.exists(self.path("reserve")):
@@ -2260,7 +2294,7 @@ class Store:
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.unlock()
-            raise Locked(f"another margo-agent works on {self.folder}; wait until it is done, or stop it. A second agent beside it needs"
+            raise Locked(f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A second agent on this engine needs"
                          " an identity of its own, not only a state_dir") from None
         except OSError as error:
             raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
@@ -2354,7 +2388,7 @@ class Store:
         """Notes the last contact; whether that could be written."""
         path = self.memo_path()
         try:
-            make_folder(os.path.dirname(path), 0o755)
+            create_folder(os.path.dirname(path), 0o755)
             with open(path + ".tmp", "wb") as file:
                 os.fchmod(file.fileno(), 0o600)
                 file.write(make_json(memo))
@@ -2584,7 +2618,7 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
     except urllib.error.URLError as error:
         raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError, RuntimeError) as error:      # the last: no thread for the guard
+    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
         raise make_network_error(where, error) from None
 
 
@@ -4659,10 +4693,13 @@ class GitSource:
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
         """One git command on the repository: its Output; raises CommandError unless it ends with one of `codes` (None: any)."""
         folder = self.repository if command != "ls-remote" else os.path.join(self.home, "none")       # what is spoilt stops no poll (P-14)
+        before = os.umask(0o077)                    # what git writes is below the state directory
         try:
             output = run_command(["git", f"--git-dir={folder}", command, *arguments], timeout, env or self.env, self.home, **options)
         except CommandMissing as error:
             raise ConfigError(error.message) from None
+        finally:
+            os.umask(before)
         if codes and output.code not in codes:
             raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
         return output
@@ -4918,7 +4955,7 @@ def make_git_config(config, home, header):
         ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow", "always"),
         ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile", "/dev/null"),
         ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto", "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("core", "sharedRepository", "0600"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
+        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
         ("http", "lowSpeedTime", str(seconds)), ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
     if config.identity.ca:
         settings += [("http", "sslCAInfo", config.identity.ca), ("http", "sslCAPath", os.path.join(home, "none"))]
@@ -5058,7 +5095,7 @@ def connect_git(config, store, state, keep):
         import tempfile
         temporary = tempfile.TemporaryDirectory(prefix="margo-git-")
         home = temporary.name
-    make_folder(os.path.join(home, "none"))
+    create_folder(os.path.join(home, "none"))
     path, content = os.path.join(home, ".gitconfig"), make_git_config(config, home, header)
     if read_file(path, MAX_ANSWER) != content:
         write_file(path, content)
@@ -5276,49 +5313,56 @@ def is_contained(expressions, value, combine):
 # 14. Plan
 # ------------------------------------------------------------------------------------------------------------------------------
 
-PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}     # what `plan` calls a verb, where not by its own name
+# What `plan` calls a verb, where not by its own name.
+PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}
 
 
 def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell of it."""
+    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell
+    of it.
+    """
     kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
     return kinds | ({target.deployment.type} if target and target.deployment else set())
 
 
 def needs_document(entry, record):
-    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that revision."""
+    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that
+    revision.
+    """
     if record is None or record["adopted"]["digest"] != entry.digest or record["refused"]:
         return True
     return record["state"] not in ("installed", "failed")
 
 
 def make_share(device, targets, records, silent):
-    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be seen now.
+    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be
+    seen now.
 
     silent: {deployment type: CommandError} of what does not answer there.
     """
     wanted = {target.deployment_id.lower(): target for target in targets}
     unseen = {}
     for key in {**records, **wanted}:
-        faults = [silent[kind] for kind in sorted(find_kinds(records.get(key), wanted.get(key))) if kind in silent]
-        if faults:
-            unseen[key] = faults[0]
+        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
+            unseen[key] = silent[kind]
     return Share(device, targets, records, unseen)
 
 
 def make_actions(shares, records, containers, clock, settle=0, mark=""):
     """[Action] for all devices, in order: removals first.
 
-    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a device where it is not at home any more is cleared
-    once it runs where it belongs, or when it is about to.
+    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a
+    device where it is not at home any more is cleared once it runs where it belongs, or when it is about to.
     """
     homes = {target.deployment_id.lower(): "" if target.error else target.device_id
              for share in shares for target in share.targets}
-    actions, strays, placed = [], [], set()
+    actions, strays = [], []
+    placed = set()              # what runs where it belongs, or is about to
     for share in shares:
         device_id = share.device.device_id
         placed.update(key for key, record in share.records.items() if record["state"] == "installed")
-        for action in make_plan(share.targets, share.records, containers[device_id], clock, settle, mark, share.unseen):
+        there = containers[device_id]
+        for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
             action = hold_back(action, share)._replace(device_id=device_id)
             key = action.deployment_id.lower()
             record = records.get(key)
@@ -5342,33 +5386,42 @@ def make_actions(shares, records, containers, clock, settle=0, mark=""):
 def hold_back(action, share):
     """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
 
-    It waits where this device itself does not answer; what the WFM is told of another one is the device's `silence`.
+    It waits where this device itself does not answer; what the WFM is told of another one is the device's
+    `silence`.
     """
-    fault, silence = share.unseen.get(action.deployment_id.lower()), share.device.silence
+    key = action.deployment_id.lower()
+    silence = share.device.silence
+    fault = share.unseen.get(key)
     if not fault or action.verb in ("keep", "refuse"):
         return action
     if not silence:
         return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
-    record = share.records.get(action.deployment_id.lower())
-    target = action.target or Target(action.deployment_id, record["adopted"]["digest"], record["adopted"]["version"], None, None)
-    return action._replace(verb="refuse", reason=f"{silence.code}: {silence.message}", target=target._replace(error=silence))
+    target = action.target
+    if not target:
+        adopted = share.records[key]["adopted"]
+        target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
+    reason = f"{silence.code}: {silence.message}"
+    return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
 
 
 def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
-    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own order.
+    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own
+    order.
 
-    targets: [Target], deployment and error both None where needs_document said so.  records: those of the state's `deployments`
-    that are at home here.  containers: [Container] as observed.  clock: a Clock.  settle, mark: `runtime.settle` and make_mark
-    of `runtime.environment`.  unseen: ids in lower case of deployments of which not everything could be observed (then nothing
-    is taken for drift).
+    targets: [Target], deployment and error both None where needs_document said so.  records: those of the
+    state's `deployments` that are at home here.  containers: [Container] as observed.  clock: a Clock.
+    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: ids in lower case of
+    deployments of which not everything could be observed (then nothing is taken for drift).
     """
     wanted = {target.deployment_id.lower() for target in targets}
     seen = {}
     for container in containers:
         seen.setdefault(container.deployment_id.lower(), []).append(container)
     orphans = {key: items[-1].deployment_id for key, items in seen.items()}
-    orphans.update((key, record["deploymentId"]) for key, record in records.items() if record["state"] != "removed")
-    plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans) if key not in wanted]
+    orphans.update((key, record["deploymentId"]) for key, record in records.items()
+                   if record["state"] != "removed")
+    plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans)
+            if key not in wanted]
     for target in targets:
         key = target.deployment_id.lower()
         there = None if key in unseen else seen.get(key, [])
@@ -5382,7 +5435,8 @@ def make_action(target, record, containers, clock, settle, mark):
         return Action(target.deployment_id, verb, reason, culprit=culprit)
 
     same = record and record["adopted"]["digest"] == target.digest
-    retry, pause = (find_wait(record["retry"], clock), find_wait(record["repair"], clock)) if record else (0, 0)
+    retry = find_wait(record["retry"], clock) if record else 0
+    pause = find_wait(record["repair"], clock) if record else 0
     if same and record["state"] == "failed" and record["fallback"] and not pause and (target.error or retry):
         words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
         if words:
@@ -5397,7 +5451,8 @@ def make_action(target, record, containers, clock, settle, mark):
     if record["refused"]:
         return act(change, "was refused before, and can be carried out now")
     if record["state"] == "failed" and retry:
-        return act("keep", f"failed ({record['error']['code']}); next attempt at {make_time(clock.now + retry)}")
+        due = make_time(clock.now + retry)
+        return act("keep", f"failed ({record['error']['code']}); next attempt at {due}")
     if record["state"] == "failed":
         return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
     if record["state"] in ("pending", "removed") and not record["running"]:
@@ -5407,30 +5462,11 @@ def make_action(target, record, containers, clock, settle, mark):
     services = {item["name"]: item["services"] for item in record["components"]}
     culprit, words = find_drift(services, containers, clock.now, settle)
     if words and pause:
-        return act("give_up", f"{words} although it was repaired {record['repair']['failures']} times; next attempt at"
-                   f" {make_time(clock.now + pause)}", culprit)
+        words += f" although it was repaired {record['repair']['failures']} times"
+        return act("give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit)
     if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
         return act("update", "runtime.environment has changed")
     return act("update", f"drift: {words}") if words else act("keep", "as desired")
-
-
-def make_claim(owner, state):
-    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its state."""
-    records = state["deployments"]
-    services = [component["services"] for record in records.values() for component in record["components"]]
-    services += [items for record in records.values() for items in (record["running"] or {}).get("services", {}).values()]
-    ids = {facts.get("id") for items in services for facts in items.values()}
-    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None})
-
-
-def is_ours(claim, deployment_id, owner, container_id=None):
-    """Whether a workload, or a network or volume of one, is this agent's.
-
-    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it is labelled by a stranger:
-    by the container's id, or by the deployment's where the label is of an earlier time, or older than such labels (contract, On the engine).
-    """
-    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
-    return known or container_id in claim.ids or owner == claim.owner != ""
 
 
 def make_mark(environment):
@@ -5439,7 +5475,8 @@ def make_mark(environment):
 
 
 def find_drift(services, containers, now, settle):
-    """((component, service), words) for what differs between what was installed and its containers, or ("", "") (P-12, D-23).
+    """((component, service), words) for what differs between what was installed and its containers, or ("",
+    "") (P-12, D-23).
 
     services: {component: {service: facts}}; containers: those of this deployment, or None.
     """
@@ -5457,7 +5494,9 @@ def find_drift(services, containers, now, settle):
 
 
 def judge_containers(found, facts, now, settle):
-    """What is wrong with the containers found for a service, in words, or "".  facts: what `apply` returned for it."""
+    """What is wrong with the containers found for a service, in words, or "".  facts: what `apply` returned
+    for it.
+    """
     if len(found) > 1:
         return f"has {len(found)} containers"
     if not found:
@@ -5469,15 +5508,17 @@ def judge_containers(found, facts, now, settle):
         return ""
     if container.state != "running":
         return f"is {container.state}"
-    restarted = container.started != facts.get("started", container.started)
+    restarted = abs(container.started - facts.get("started", container.started)) > 2        # docker rounds it
     return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
 
 
 def make_groups(actions, records):
-    """Actions in the order in which they are carried out, as [[Action]]; those of one group are made ready before any is done.
+    """Actions in the order in which they are carried out, as [[Action]]; those of one group are made ready
+    before any is done.
 
-    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group, because one may
-    take what another gives up; last what is new.  What is cleared because it moves is left to the step that it moves by.
+    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group,
+    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
+    the step that it moves by.
     """
     moving = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
     first, updates, new = [], [], []
@@ -5495,18 +5536,24 @@ def make_groups(actions, records):
 
 
 def find_held_ports(record):
-    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold, as far as known."""
+    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold,
+    as far as known.
+    """
     services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
     if record["fallback"] and "services" in (record["running"] or ()):
-        services = record["running"]["services"].values()       # the version before runs, until the new one has replaced it
-    return {(record["deviceId"], *port) for item in services for facts in item.values() for port in facts.get("ports", ())}
+        services = record["running"]["services"].values()       # the version before runs still
+    facts = [facts for item in services for facts in item.values()]
+    return {(record["deviceId"], *port) for item in facts for port in item.get("ports", ())}
 
 
 def find_clash(takes, holds):
-    """A port among those of `takes` that one of `holds` keeps from being taken, or None; the address "" is every one."""
+    """A port among those of `takes` that one of `holds` keeps from being taken, or None; the address "" is
+    every one.
+    """
     for port in sorted(takes):
         for device_id, address, *rest in holds:
-            if (device_id, *rest) == (port[0], *port[2:]) and (address == port[1] or "" in (address, port[1])):
+            meets = address == port[1] or "" in (address, port[1])
+            if meets and (device_id, *rest) == (port[0], *port[2:]):
                 return port
     return None
 
@@ -5514,9 +5561,9 @@ def find_clash(takes, holds):
 def find_turn(waiting, held):
     """Which of the deployments that are ready to be changed goes on now, and how: (id, verb, words).
 
-    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs: `go`; `fail`, in
-    words, where somebody keeps a port that it takes; `stop` for one that has to free its ports first, because each waits for
-    another one.
+    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs:
+    `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
+    ports first, because each waits for another one.
     """
     blocking = []
     for key, (takes, _) in waiting.items():
@@ -6006,10 +6053,10 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     work = folder + ".tmp"
     try:
         remove_folder(work)
-        make_folder(os.path.join(work, "content"))
+        create_folder(os.path.join(work, "content"))
         for entry in sorted(entries, key=lambda item: item.kind == "link"):
             path = os.path.join(work, "content", entry.path)
-            make_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
+            create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
             if entry.kind == "file":
                 write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode,
                            os.path.join(work, "part"))
@@ -6079,12 +6126,51 @@ Service = define("Service", "name image arguments command environment files netw
     "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start)"
     " or None; ports: the host's ports that it holds while it runs, see find_ports.", ())
 Project = define("Project", "services networks volumes document",
-    "A compose file ready to run: services in starting order, {engine's name: create arguments}, and the resolved document.")
+    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for an"
+    " external network), and the resolved document.")
 
+
+Changes = define("Changes", "kept idle making late leaving",
+    "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no"
+    " start, [Service] to be made, names of those that can only be made after what leaves has left, and"
+    " [[Container]] that leave, those that stop together in one list, whoever depends on others first.")
+Job = define("Job", "workload project folder known deadline current runs volumes",
+    "One apply: what runs, in which folder its files are, what an earlier apply returned, until when; {service: id"
+    " of its container} as far as it has come, the ids of what ran before, {service: {path: volume}} as it was.")
+Shown = define("Shown", "state code restarts health volumes",
+    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of the volumes in it.",
+    0, 0, "", {})
+Network = define("Network", "labels internal subnets gateways",
+    "A network as `network inspect` shows it; the last two are sets of texts.")
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
+AT_REST = ("exited", "created", "initialized", "stopped", "configured")     # an engine's words for what does not run
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
+
+
+def make_claim(owner, state):
+    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
+    state.
+    """
+    records = state["deployments"]
+    services = [component["services"] for record in records.values() for component in record["components"]]
+    for record in records.values():
+        services += (record["running"] or {}).get("services", {}).values()
+    ids = {facts.get("id") for items in services for facts in items.values()}
+    owners, pulled = frozenset(state["owners"]), frozenset(state["pulled"])
+    return Claim(owner, owners, frozenset(records), ids - {None}, pulled)
+
+
+def is_ours(claim, deployment_id, owner, container_id=None):
+    """Whether a workload, or a network or volume of one, is this agent's.
+
+    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it
+    is labelled by a stranger: by the container's id, or by the deployment's where the label is of an earlier
+    time, or older than such labels (contract, On the engine).
+    """
+    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
+    return known or container_id in claim.ids or owner == claim.owner != ""
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -6580,8 +6666,8 @@ def make_project(document, workload, policy, engine, strict=True):
         facts["labels"] = dict(to_pairs(facts.get("labels"), "labels"), **make_labels(workload, service.name, service.hash))
         if isinstance(facts.get("depends_on"), dict):               # what is not required may be a service that is not started
             facts["depends_on"] = {other: item for other, item in facts["depends_on"].items() if other in services}
-    return Project(order, networks, {name: args for name, args in volumes.values() if args is not None},
-                   make_document(document, settled, workload))
+    own_volumes = {name: args for name, args in volumes.values() if args is not None}
+    return Project(order, dict(networks.values()), own_volumes, make_document(document, settled, workload))
 
 
 def settle_service(service, workload, variables, where):
@@ -6635,9 +6721,8 @@ def make_document(document, services, workload):
     """The compose file for a provider: only what is started, nothing left to interpolate, no path that is relative."""
     networks = dict({"default": None}, **to_mapping(document.get("networks"), "networks"))
     volumes = to_mapping(document.get("volumes"), "volumes")
-    document = dict(document, services=services,
-                    networks={name: add_labels(item, f"networks.{name}", workload) for name, item in networks.items()},
-                    volumes={name: add_labels(item, f"volumes.{name}", workload) for name, item in volumes.items()})
+    document = dict(document, services=services, networks=add_labels(networks, "networks", workload),
+                    volumes=add_labels(volumes, "volumes", workload))
     for name, item in to_mapping(document.get("configs"), "configs").items():
         facts = to_mapping(item, f"configs.{name}")
         if facts.get("file") is not None:
@@ -6648,16 +6733,27 @@ def make_document(document, services, workload):
     return document
 
 
-def make_shared_labels(value, where, workload):
-    """{label: text} of a network or volume: its own, and by whom it was made for what."""
-    return dict(read_own_labels(value, where), **{LABEL_PROJECT: workload.project, LABEL_OWNER: workload.owner})
+def make_container_name(project, service):
+    """The name of a service's container."""
+    return f"{project}-{service}-1"
 
 
-def add_labels(value, where, workload):
-    """A network or volume of a compose file with its labels; what is external is another's."""
-    value = to_mapping(value, where)
-    external = to_flag(value.get("external", False), f"{where}.external")
-    return value if external else dict(value, labels=make_shared_labels(value, where, workload))
+def make_shared_labels(value, kind, name, workload):
+    """{label: text} of a network or volume: its own, and whose it is."""
+    mark = {LABEL_OWNER: workload.owner}
+    if kind == "networks":
+        mark[LABEL_PROJECT] = workload.project
+    return dict(read_own_labels(value, f"{kind}.{name}"), **mark)
+
+
+def add_labels(items, kind, workload):
+    """The networks or volumes of a compose file with their labels; what is external is another's."""
+    labelled = {}
+    for name, value in items.items():
+        value = to_mapping(value, f"{kind}.{name}")
+        external = to_flag(value.get("external", False), f"{kind}.{name}.external")
+        labelled[name] = value if external else dict(value, labels=make_shared_labels(value, kind, name, workload))
+    return labelled
 
 
 def make_labels(workload, service, digest):
@@ -6750,7 +6846,7 @@ def make_volumes(document, workload):
         if to_text(value.get("driver", "local"), f"{where}.driver") != "local":
             raise make_fault(f"{where}.driver: only local is supported")
         own, external = make_shared_name(name, value, workload, where, "volume")
-        labels = make_shared_labels(value, where, workload)
+        labels = make_shared_labels(value, "volumes", name, workload)
         volumes[name] = own, None if external else make_pairs("--label")(labels, f"{where}.labels")
     return volumes
 
@@ -6777,14 +6873,16 @@ def make_networks(document, workload):
         if to_text(value.get("driver", "bridge"), f"{where}.driver") != "bridge":
             raise make_fault(f"{where}.driver: only bridge is supported")
         own, external = make_shared_name(name, value, workload, where, "network")
-        arguments = make_pairs("--label")(make_shared_labels(value, where, workload), f"{where}.labels")
+        arguments = make_pairs("--label")(make_shared_labels(value, "networks", name, workload), f"{where}.labels")
         arguments += make_switch("--internal")(value.get("internal", False), f"{where}.internal")
         ipam = to_mapping(value.get("ipam"), f"{where}.ipam")
         check_keys(ipam, ("config",), f"{where}.ipam")
         for item in to_items(ipam.get("config"), f"{where}.ipam.config"):
             check_keys(item, ("subnet", "gateway"), f"{where}.ipam.config")
             arguments += [f"--{key}={to_text(item[key], f'{where}.ipam.config')}" for key in sorted(item, reverse=True)]
-        networks[name] = own, None if external else arguments
+        definition = [argument for argument in arguments if not argument.startswith("--label=org.margo.")]
+        mark = f"--label={LABEL_HASH}={sha256_digest(make_json(definition))[7:39]}"
+        networks[name] = own, None if external else arguments + [mark]
     return networks
 
 
@@ -6876,7 +6974,7 @@ def make_attachments(service, workload, networks, where):
         if wanted:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         if text.startswith("service:"):
-            text = f"container:{workload.project}-{text[8:]}-1"
+            text = f"container:{make_container_name(workload.project, text[8:])}"
         elif text not in ("none", "host", "bridge"):
             raise make_fault(f"{where}.network_mode: {make_printable(text, 60)!r} is not supported by the builtin driver")
         return [(text, None)]
@@ -6893,22 +6991,29 @@ def make_attachments(service, workload, networks, where):
 
 
 def judge_startup(services, facts, healthy):
-    """Where a start stands: (failure or "", [what is waited for], {finished services}).
+    """Where a start stands: ((service, failure) or None, {service: what is waited for}, {finished services}).
 
-    facts: {service: (state, exit code, restarts)} as inspected; healthy: services whose health check has passed (C-163 to C-165).
+    facts: {service: Shown} of those that have a container; healthy: services whose health check has passed (C-163
+    to C-165).
     """
-    waiting, finished = [], set()
+    waiting, finished = {}, set()
     for service in services:
-        state, code, restarts = facts.get(service.name, ("missing", 0, 0))
-        if restarts or state in ("exited", "stopped", "dead") and code != 0:
-            return f"service {service.name} exited with code {code}" + (f" ({restarts} restarts)" if restarts else ""), [], finished
-        if state in ("exited", "stopped"):
+        seen = facts.get(service.name)
+        if seen is None:
+            words = f"the container of service {service.name} is gone: somebody removed it"
+            return (service.name, words), {}, finished
+        ended = seen.state in ("exited", "stopped", "dead")
+        if seen.restarts or ended and seen.code != 0:
+            code = f" with code {seen.code}" if ended else ""
+            again = f" ({seen.restarts} restarts)" if seen.restarts else ""
+            return (service.name, f"service {service.name} exited{code}{again}"), {}, finished
+        if ended:
             finished.add(service.name)
-        elif state != "running":
-            waiting.append(f"{service.name} is {state}")
+        elif seen.state != "running":
+            waiting[service.name] = f"{service.name} is {seen.state}"
         elif service.health and service.name not in healthy:
-            waiting.append(f"{service.name} is not healthy yet")
-    return "", waiting, finished
+            waiting[service.name] = f"{service.name} is not healthy yet"
+    return None, waiting, finished
 
 
 def mask(text, values):
@@ -6922,13 +7027,152 @@ def mask(text, values):
 def is_usable(container, service, known):
     """Whether a container is the one that was made for a service as it is wanted, in a state from which it can go on."""
     ours = not known or known["hash"] != service.hash or known.get("id", container.id) == container.id
-    return ours and container.hash == service.hash and container.state in ("running", "exited", "created", "stopped", "restarting")
+    return ours and container.hash == service.hash and container.state in (
+        "running", "exited", "created", "initialized", "stopped", "restarting")
 
 
 def is_settled(service, containers, known):
     """Whether a service has exactly the container that it should, running, or finished as it did before."""
     done = known and known["finished"] and known["hash"] == service.hash
     return len(containers) == 1 and is_usable(containers[0], service, known) and (containers[0].state == "running" or bool(done))
+
+
+def plan_services(services, present, known, project, networks):
+    """The Changes that lead from what is there to what is wanted (P-7, P-16).
+
+    present: [Container] of this component; known: what an earlier apply returned; project: the compose project;
+    networks: names of those that are about to be made.  Whose network is made anew, or belongs to a service that
+    starts anew, is made anew, too.
+    """
+    kept, idle, making, late = {}, set(), [], set()
+    for service in services:
+        facts = known.get(service.name)
+        owner = find_owner(service, services, project)
+        mine = [item for item in present if item.service == service.name]
+        usable = [item for item in mine if is_usable(item, service, facts)]
+        joined = {name for name, *_ in service.networks} & networks
+        if usable and not joined and (owner is None or owner in idle):
+            container = min(usable, key=lambda item: item.state != "running")
+            kept[service.name] = container
+            if container.state == "running" or facts and facts["finished"] and facts["hash"] == service.hash:
+                idle.add(service.name)
+        else:
+            making.append(service)
+            late.update([service.name] if joined or owner in late else [])
+    leaving = [item for item in present if item not in kept.values()]
+    return Changes(kept, idle, making, late, order_leaving(services, leaving))
+
+
+def find_owner(service, services, project):
+    """The name of the service whose network a service shares, or None."""
+    name = service.networks[0][0].partition("container:")[2]
+    names = {make_container_name(project, other.name): other.name for other in services}
+    return names.get(name)
+
+
+def order_leaving(services, leaving):
+    """[[Container]]: those that stop at once in one list, each before what it depends on.
+
+    What the file no longer names goes first.
+    """
+    by_name = {}
+    names = {service.name for service in services}
+    for item in leaving:
+        by_name.setdefault(item.service, []).append(item)
+    groups = [([], [item for item in leaving if item.service not in names])]
+    for service in reversed(services):
+        if any(service.name in other.depends_on for other in groups[-1][0]):
+            groups.append(([], []))
+        groups[-1][0].append(service)
+        groups[-1][1].extend(by_name.get(service.name, ()))
+    return [items for _, items in groups if items]
+
+
+def parse_network(item):
+    """An element of what `network inspect` prints, in either engine's spelling, to (name, Network)."""
+    facts = {key.lower(): value for key, value in item.items()}
+    ranges = facts.get("subnets") or (facts.get("ipam") or {}).get("Config") or ()
+    ranges = [{key.lower(): value for key, value in part.items()} for part in ranges]
+    subnets = {make_range(part["subnet"]) for part in ranges if part.get("subnet")}
+    gateways = {part["gateway"] for part in ranges if part.get("gateway")}
+    return facts["name"], Network(facts.get("labels") or {}, facts.get("internal", False), subnets, gateways)
+
+
+def make_range(text):
+    """A subnet as every engine spells it; what is none stays as it is."""
+    import ipaddress
+    try:
+        return str(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        return text
+
+
+def is_same_network(network, arguments):
+    """Whether a network that is there is what these create arguments make.
+
+    One from before there was a mark is judged by what it is.
+    """
+    if LABEL_HASH in network.labels:
+        return f"--label={LABEL_HASH}={network.labels[LABEL_HASH]}" in arguments
+    given = {}
+    for name, _, value in (argument.partition("=") for argument in arguments):
+        given.setdefault(name, set()).add(value)
+    labels = {f"{key}={value}" for key, value in network.labels.items()} ^ given.get("--label", set())
+    subnets = {make_range(text) for text in given.get("--subnet", ())}
+    return (network.internal == ("--internal" in given) and subnets <= network.subnets
+            and given.get("--gateway", set()) <= network.gateways
+            and all(text.startswith("org.margo.") for text in labels))
+
+
+def plan_networks(wanted, there, project):
+    """What becomes of networks: {name: create arguments} to be made, [names] to be removed before, and at last.
+
+    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One of
+    somebody else stays as it is.  One that is no longer wanted goes first where a new one may be after its addresses.
+    """
+    ours = {name for name, network in there.items() if network.labels.get(LABEL_PROJECT) == project}
+    new = {}
+    for name, arguments in wanted.items():
+        changed = name in ours and arguments is not None and not is_same_network(there[name], arguments)
+        if arguments is not None and (changed or name not in there):
+            new[name] = arguments
+    changed = sorted(ours.intersection(new))
+    dropped = sorted(ours - set(wanted))
+    ranged = any(argument.startswith("--subnet=") for arguments in new.values() for argument in arguments)
+    return new, changed + (dropped if ranged else []), [] if ranged else dropped
+
+
+def find_targets(service):
+    """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
+    named = set(map(make_path, service.files))
+    unnamed = set()
+    for option, _, text in (argument.partition("=") for argument in service.arguments):
+        parts = text.split(":")
+        if option == "--tmpfs":
+            named.add(make_path(parts[0]))
+        elif option == "--volume" and len(parts) > 1:
+            named.add(make_path(parts[1]))
+        elif option == "--volume":
+            unnamed.add(make_path(parts[0]))
+    return named, unnamed
+
+
+def make_path(text):
+    """A path in a container in its shortest spelling."""
+    return re.sub("/+", "/", text).rstrip("/") or "/"
+
+
+def make_volume_names(service, project, declared, before):
+    """{path: volume} for each volume to which nobody gave a name: in the file, or `declared` by the image.
+
+    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path: volume}
+    as it was in the container before, which an earlier agent may have left to the engine to name.
+    """
+    named, unnamed = find_targets(service)
+    volumes = {}
+    for path in sorted(unnamed.union(map(make_path, declared)) - named):
+        volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+    return volumes
 
 
 def find_program(name, environ):
@@ -7032,7 +7276,8 @@ class ComposeDriver:
         output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 20 if self.remote else 60)
         if output.code:
             raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
-        ours, self.strangers = part_containers(parse_containers(output.stdout, self.engine), self.claim())
+        found = parse_containers(output.stdout, self.engine, time.time())
+        ours, self.strangers = part_containers(found, self.claim())
         return [container for container in ours if container.device_id not in self.others]
 
     def find_strangers(self):
@@ -7054,6 +7299,8 @@ class ComposeDriver:
         again = bool(known) and known["digest"] == package["digest"]
         prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
         self.check_names(*prepared)
+        if self.provider:
+            self.keep_owners(*prepared)
         return prepared, package
 
     def check_names(self, workload, project):
@@ -7061,17 +7308,29 @@ class ComposeDriver:
         between = "_" if self.provider == ["podman-compose"] else "-"
         containers = [between.join((workload.project, service.name, "1")) for service in project.services]
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
-        for kind, names, words in (("network", [name for name, arguments in project.networks.values() if arguments is not None], advice),
+        networks = [name for name, arguments in project.networks.items() if arguments is not None]
+        for kind, names, words in (("network", networks, advice),
                                    ("volume", list(project.volumes), advice), ("container", containers, "remove it there")):
             for name, owner, found_id in self.inspect_names(kind, names):
                 if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
                     raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {make_printable(owner, 300)}: {words}")
 
+    def keep_owners(self, workload, project):
+        """Lets a provider's file say of networks and volumes that are there whose they are by their labels: for one that is not in its
+        file as it was made docker compose stops everything, and goes no further."""
+        for kind in ("network", "volume"):
+            items = project.document[kind + "s"].items()
+            labels = {item.get("name", f"{workload.project}_{key}"): item["labels"] for key, item in items if item.get("labels")}
+            for name, owner, _ in self.inspect_names(kind, list(labels)):
+                labels[name][LABEL_OWNER] = owner
+                if not owner:                       # an older agent made it
+                    del labels[name][LABEL_OWNER]
+
     def inspect_names(self, kind, names):
         """[(name, owner, id)] of the containers, networks or volumes of these names that there are."""
         output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
         found = []
-        for item in parse_json(output or b"[]", f"{kind} inspect"):
+        for item in self.parse(output or b"[]", list):
             name = (item.get("Name") or item.get("name", "")).lstrip("/")
             labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
@@ -7188,7 +7447,7 @@ class ComposeDriver:
         if not settings:
             return [self.engine], []
         folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
-        make_folder(folder)
+        create_folder(folder)
         options, program = [], [self.engine]
         basic = load_credentials(host, settings)
         if basic:
@@ -7207,83 +7466,261 @@ class ComposeDriver:
         return self.run(["image", "rm", name], 60).code == 0
 
     def apply(self, prepared, containers, known, deadline):
-        """Makes the component's containers as prepared; {service: {hash, finished, image}} once they run, or ComponentError.
+        """Makes the component's containers as prepared; {service: facts} once they run, or ComponentError, CommandError.
 
-        containers: as observed; known: what an earlier apply returned.  Unchanged services keep their containers; safe to repeat.
+        containers: as observed before it was prepared, so that the engine is asked again.  known: what an earlier
+        apply returned.  Unchanged services keep their containers; safe to repeat.
         """
         workload, project = prepared
-        ours = {}
-        for container in containers:
-            if container.deployment_id.lower() == workload.deployment_id.lower() and container.component == workload.component:
-                ours.setdefault(container.service, []).append(container)
-        folder = os.path.dirname(workload.folder)
-        gone = [container for name, items in ours.items() for container in items if name not in {s.name for s in project.services}]
-        runs = {container.id for items in ours.values() for container in items if container.state == "running"}
-        if self.provider:
-            self.apply_provider(prepared, folder, ours, known, deadline)
-        else:
-            self.create_shared(project, deadline)
-            for service in project.services:
-                self.await_dependencies(service, project, workload, deadline, runs)
-                gone += self.apply_service(service, workload, folder, ours.get(service.name, []), known.get(service.name), deadline)
-        self.remove_containers(gone[::-1], deadline)                # who shares another's network goes before that one
-        finished = self.await_startup(project.services, workload, deadline, runs) if workload.wait else set()
-        there = {container.service: container for container in self.find(workload)}
-        return {service.name: {"hash": service.hash, "finished": service.name in finished, "image": service.image,
-                               "id": there[service.name].id, "started": there[service.name].started, "ports": service.ports}
-                for service in project.services if service.name in there}
+        present = self.look_up(workload)
+        runs = {container.id for container in present if container.state == "running"}
+        volumes = self.look_at_volumes(known, present)
+        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
+        finished = (self.apply_provider if self.provider else self.apply_builtin)(job, present)
+        started = {container.id: container.started for container in self.look_up(workload)}
+        seen = self.inspect(job.current.values())
+        result = {}
+        for service in project.services:
+            container_id = job.current.get(service.name, "")
+            volumes = seen[container_id].volumes if container_id in seen else {}
+            result[service.name] = {
+                "hash": service.hash, "finished": service.name in finished, "image": service.image,
+                "id": container_id, "started": started.get(container_id, 0), "ports": service.ports,
+                "volumes": {path: volumes[path] for path in sorted(set(volumes) - find_targets(service)[0])}}
+        return result
 
-    def find(self, workload):
+    def look_up(self, workload):
         """[Container] of one component as it is now."""
         return [container for container in self.observe() if container.component == workload.component
                 and container.deployment_id.lower() == workload.deployment_id.lower()]
 
-    def create_shared(self, project, deadline):
-        """Networks and volumes that are not there yet; what is there is left as it is."""
-        for kind, items in (("network", project.networks.values()), ("volume", project.volumes.items())):
-            for name, arguments in items:
-                if arguments is not None and self.run([kind, "inspect", name], 60).code:
-                    self.run([kind, "create"] + arguments + [name], deadline - time.monotonic(), "INSTALL_FAILED")
+    def carry_out(self, job, arguments):
+        """The Output of a command that has to succeed; its words may hold what parameters have put into the file."""
+        output = self.run(arguments, job.deadline - time.monotonic())
+        if output.code:
+            words = mask(output.stderr, job.workload.parameters.values())[-1500:]
+            raise ComponentError("INSTALL_FAILED", f"{self.engine} {arguments[0]} failed: {words}")
+        return output
 
-    def apply_service(self, service, workload, folder, present, known, deadline):
-        """One service: kept, started again, or made anew; returns the containers that it has no more use for, which do not run.
+    def apply_builtin(self, job, present):
+        """All that is new is made, then what goes or changes is stopped, then the new is started; the finished services.
 
-        The new container is made while the old one runs, so that what cannot be made touches nothing; between them lie a stop and
-        a start (P-20).
+        So what cannot be made touches nothing, and ports, addresses and volumes change hands with one outage (P-20).
+        What was replaced is removed last, because it is the quickest way back.
         """
-        name, same = f"{workload.project}-{service.name}-1", [item for item in present if is_usable(item, service, known)][:1]
-        if same:
-            self.remove_containers([item for item in present if item not in same], deadline)
-            if same[0].name != name:                # an update was cut off
-                self.run(["rename", same[0].id, name], deadline - time.monotonic(), "INSTALL_FAILED")
-            if same[0].state != "running" and not (known and known["finished"] and known["hash"] == service.hash):
-                self.run(["start", same[0].id], deadline - time.monotonic(), "INSTALL_FAILED")
-            return []
-        old = [item for item in present if item.state == "running"]
-        self.remove_containers([item for item in present if item not in old], deadline)
-        self.create(service, workload, folder, name + "-new" if old else name, deadline)
-        for item in old:
-            if item.name == name:
-                self.run(["rename", item.id, name + "-old"], deadline - time.monotonic(), "INSTALL_FAILED")
-        if old:
-            self.run(["rename", name + "-new", name], deadline - time.monotonic(), "INSTALL_FAILED")
-            self.stop([item.id for item in old], deadline)
-        self.run(["start", name], deadline - time.monotonic(), "INSTALL_FAILED")
-        return [item._replace(state="exited") for item in old]
+        services = job.project.services
+        project = job.workload.project
+        new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
+        changes = plan_services(services, present, job.known, project, set(new))
+        leaving = [container for group in changes.leaving for container in group]
+        first, inside = self.look_inside(first, job.project.networks, leaving)
+        if not first:
+            self.create_shared(job, "network", new)
+        self.create_shared(job, "volume", job.project.volumes)
+        job.current.update({name: container.id for name, container in changes.kept.items()})
+        names = {name: container.name for name, container in changes.kept.items()}
+        late = changes.late if first else ()
+        self.create_all(job, [item for item in changes.making if item.name not in late], leaving, names)
+        try:
+            self.halt(job, changes.leaving)
+            if first:
+                self.remove_containers(inside, job.deadline)
+                for name in first:
+                    self.carry_out(job, ["network", "rm", name])
+                self.create_shared(job, "network", new)
+                leaving = [container for container in leaving if container not in inside]
+                self.create_all(job, [item for item in changes.making if item.name in late], leaving, names)
+            self.hand_names_over(job, leaving, names)
+            for service in services:
+                self.await_dependencies(service, job)
+                if service.name not in changes.idle:
+                    self.start(service, job, service.name in changes.kept)
+            finished = self.await_startup(services, job) if job.workload.wait else set()
+        except MargoError:
+            if leaving and self.config.runtime.on_failure != "rollback":        # they are kept for the way back alone
+                self.run(["rm", "--force"] + [container.id for container in leaving], 60)
+            raise
+        self.remove_containers([container._replace(state="exited") for container in leaving], job.deadline)
+        for name in last:
+            if self.run(["network", "rm", name], 60).code:
+                log("warning", "a network that is not needed any more stays: somebody else uses it", network=name)
+        return finished
 
-    def create(self, service, workload, folder, name, deadline):
-        """Makes the container of a service, joined to its networks, not started yet."""
-        arguments = ["create", f"--name={name}"] + [f"--label={key}={item}" for key, item in make_labels(workload, service.name, service.hash).items()]
-        arguments += ["--http-proxy=false"] if self.engine == "podman" else []      # else the agent's own proxy, password and all, is handed in
-        arguments += self.write_environment(service, folder) + self.write_configs(service, folder) + service.arguments
-        first, rest = service.networks[0], service.networks[1:]
-        arguments += [f"--network={first[0]}"] + ([f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2] if first[1] is not None else [])
-        output = self.run(arguments + [service.image] + service.command, deadline - time.monotonic())
-        if output.code:                             # its words may hold what parameters have put into the file
-            raise ComponentError("INSTALL_FAILED", f"{self.engine} create failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
-        for network, aliases, addresses in rest:
-            self.run(["network", "connect"] + [f"--alias={alias}" for alias in [service.name] + aliases] + addresses + [network, name],
-                     deadline - time.monotonic(), "INSTALL_FAILED")
+    def look_at_networks(self, job):
+        """{name: Network} of those that the project names, as far as they are there, and that were made for it."""
+        mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
+        names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
+        names = sorted(set(names).union(job.project.networks))
+        shown = self.run(["network", "inspect"] + names, 60).stdout
+        networks = self.parse(shown.strip() or b"[]", lambda items: dict(map(parse_network, items)))
+        for name, network in networks.items():
+            if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
+                networks[name] = network._replace(labels={})        # it stays as it is
+        return networks
+
+    def look_inside(self, names, wanted, leaving):
+        """(those of these networks that can be removed, [Container] in them).
+
+        Raises ComponentError for one that has to be removed, and in which there is another container.
+        """
+        free, inside = [], []
+        ours = {container.id: container for container in leaving}
+        for name in names:
+            form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
+            ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
+            strange = [container_id for container_id in ids if container_id not in ours]
+            if strange and name in wanted:
+                words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
+                raise ComponentError("INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
+            if not strange:
+                free.append(name)
+                inside += [ours[container_id] for container_id in ids if ours[container_id] not in inside]
+        return free, inside
+
+    def create_shared(self, job, kind, items):
+        """Networks or volumes that are not there yet; items: {name: create arguments}, None for those of others."""
+        for name, arguments in items.items():
+            if arguments is not None and self.run([kind, "inspect", name], 60).code:
+                self.carry_out(job, [kind, "create"] + arguments + [name])
+
+    def look_at_volumes(self, known, present):
+        """{service: {path: volume}} of what is there for each service, or was when it was installed."""
+        volumes = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
+        seen = self.inspect([container.id for container in present])
+        for container in sorted(present, key=lambda item: item.state == "running"):
+            if container.id in seen:
+                volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
+        return volumes
+
+    def create_all(self, job, services, leaving, names):
+        """Makes the containers of services beside those that leave, under another name where one has theirs."""
+        held = {container.name: container for container in leaving}
+        for service in services:
+            name = make_container_name(job.workload.project, service.name)
+            if name in held:
+                name += "-new"
+            if name in held:                        # an update was cut off, and another one follows
+                self.rename(job, held[name].id, f"{name}-old-{held[name].id[:12]}")
+            names[service.name] = name
+            job.current[service.name] = self.create(service, job, name)
+
+    def hand_names_over(self, job, leaving, names):
+        """Gives each container the name of its service, which one that leaves may have."""
+        for service, name in names.items():
+            own = make_container_name(job.workload.project, service)
+            for container in leaving if name != own else ():
+                if container.name == own:
+                    self.rename(job, container.id, f"{own}-old-{container.id[:12]}")
+            if name != own:
+                self.rename(job, job.current[service], own)
+
+    def rename(self, job, container_id, name):
+        """Renames a container."""
+        arguments = ["rename", container_id, name]
+        if self.run(arguments, job.deadline - time.monotonic()).code:
+            self.free_name(name)
+            self.carry_out(job, arguments)
+
+    def create(self, service, job, name):
+        """Makes the container of a service, joined to its networks, not started yet; its id.
+
+        Where that fails because the engine remembers something wrongly, that is put right, and it is tried once more.
+        """
+        labels = make_labels(job.workload, service.name, service.hash)
+        marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
+        arguments = ["create"] + marks + self.prepare_options(service, job) + [service.image] + service.command
+        output = self.run(arguments, job.deadline - time.monotonic())
+        if not output.code:
+            words = output.stdout.decode("utf-8", "replace").split()
+        else:
+            if not self.free_name(name):
+                self.renew_image(service, marks)
+            words = self.carry_out(job, arguments).stdout.decode("utf-8", "replace").split()
+        for network, aliases, addresses in service.networks[1:]:
+            aliases = [f"--alias={alias}" for alias in [service.name] + aliases]
+            self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
+        return words[-1] if words else name
+
+    def prepare_options(self, service, job):
+        """The options of `create` for a service; its files are written, and its volumes made."""
+        project = job.workload.project
+        shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
+        text = b"" if shown.code else shown.stdout.strip()
+        declared = self.parse(text or b"null", lambda value: list(value or ()))
+        volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
+        labels = make_pairs("--label")(make_shared_labels({}, "labels", job.workload), "labels")
+        self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
+        options = []
+        if self.engine == "podman":                 # else the agent's own proxy, password and all, is handed in
+            options.append("--http-proxy=false")
+        options += self.write_environment(service, job.folder) + self.write_configs(service, job.folder)
+        unnamed = {f"--volume={path}" for path in volumes}
+        options += [argument for argument in service.arguments if make_path(argument) not in unnamed]
+        options += [f"--volume={volume}:{path}" for path, volume in volumes.items()]
+        first = service.networks[0]
+        owner = find_owner(service, job.project.services, project)
+        options.append(f"--network=container:{job.current[owner]}" if owner else f"--network={first[0]}")
+        if first[1] is not None:
+            options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
+        return options
+
+    def free_name(self, name):
+        """Frees a name that storage alone holds, as podman leaves it that is killed in `create`; whether it was so.
+
+        What `ps` shows is a container, and stays.
+        """
+        if self.engine != "podman" or name in self.look_at_names([]):
+            return False
+        held = self.look_at_names(["--external"]).get(name)
+        if held:
+            log("warning", "a name is freed that the engine's storage held for no container", container=name)
+        return bool(held) and self.run(["rm", "--force", held], 60).code == 0
+
+    def look_at_names(self, options):
+        """{name: id} of all that podman lists, whoever it belongs to."""
+        text = self.run(["ps", "--all", "--format=json"] + options, 60).stdout.strip()
+        return self.parse(text or b"[]", lambda items: {(item["Names"] or [""])[0]: item["Id"] for item in items or ()})
+
+    def renew_image(self, service, marks):
+        """Pulls an image of ours anew from which not even a bare container can be made, if its registry has it (P-1)."""
+        platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
+        if f"{self.device_id} {service.image}".strip() not in self.claim().images:
+            return
+        probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
+        if not probe.code:
+            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
+            return
+        there = find_layers(service.image, "".join(platform)[len("--platform="):], self.config)
+        if there and self.remove_image(service.image):
+            log("warning", "a damaged image is pulled anew", image=service.image)
+            self.pull(service, IMAGE_PATIENCE)
+
+    def start(self, service, job, kept):
+        """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""
+        start = ["start", job.current[service.name]]
+        if not kept:
+            self.carry_out(job, start)
+        elif self.run(start, job.deadline - time.monotonic()).code:
+            log("warning", "a container that cannot be started is made anew", service=service.name)
+            services = job.project.services
+            owners = {item.name: find_owner(item, services, job.workload.project) for item in services}
+            again = [item for item in services if service.name in (item.name, owners[item.name])]
+            for item in reversed(again):
+                self.carry_out(job, ["rm", "--force", job.current[item.name]])
+            self.create_all(job, again, [], {})
+            self.carry_out(job, ["start", job.current[service.name]])
+
+    def halt(self, job, groups):
+        """Stops containers, group by group; what cannot be stopped is removed, so that none runs beside the new."""
+        deadline = job.deadline
+        ids = [container.id for group in groups for container in group]
+        for group in groups:
+            active = [container.id for container in group if container.state not in AT_REST]
+            deadline = self.stop(active, deadline) if active else deadline
+        there = self.look_up(job.workload) if ids else []
+        alive = [item.id for item in there if item.id in ids and item.state not in AT_REST]
+        if alive:
+            self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600: values never stand on a command line."""
@@ -7301,12 +7738,18 @@ class ComposeDriver:
             arguments.append(f"--volume={path}:{target}:ro")
         return arguments
 
-    def apply_provider(self, prepared, folder, ours, known, deadline):
-        """Hands the resolved file to the compose provider; its environment holds nothing of the application.
+    def apply_provider(self, job, present):
+        """Hands the resolved file to the compose provider, in whose environment nothing is the application's; the
+        finished services.
 
         Where some services are as they should be only the others are named to it: left to itself it makes those anew too.
         """
-        workload, project = prepared
+        ours = {}
+        for container in present:
+            ours.setdefault(container.service, []).append(container)
+        wanted = {service.name for service in job.project.services}
+        gone = [item for item in present if item.service not in wanted]
+        workload, project, folder, known, deadline = job[:5]
         path = os.path.join(folder, "resolved.json")
         write_file(path, make_json(escape_dollars(project.document)))
         environ = {key: item for key, item in (self.environ or os.environ).items() if key in self.connection or key in (
@@ -7319,71 +7762,98 @@ class ComposeDriver:
                                 and not is_usable(item, service, known.get(service.name))], deadline)      # it would leave such ones alone
         for service in [None] if len(changed) == len(project.services) else changed:
             if service:
-                self.await_dependencies(service, project, workload, deadline, [])
+                job.current.update(self.look_up_current(job))
+                self.await_dependencies(service, job)
             selection = ["--no-deps", service.name] if service else ["--remove-orphans"]
             output = run_command(argv + ["up", "--detach"] + selection, max(1.0, deadline - time.monotonic()), env=environ)
             if output.code:
                 raise ComponentError("INSTALL_FAILED", f"{' '.join(self.provider)} up failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
+        self.remove_containers(gone[::-1], deadline)        # who shares another's network goes before that one
+        job.current.update(self.look_up_current(job))
+        return self.await_startup(project.services, job) if workload.wait else set()
 
-    def inspect(self, workload):
-        """{service: (state, exit code, restarts)} and {service: container id} of a component, as they are now."""
-        ids = [container.id for container in self.find(workload)]
-        facts, names, health = {}, {}, {}
-        for item in parse_json(self.run(["inspect", "--type=container"] + ids, 60, "INSTALL_FAILED").stdout, "inspect") if ids else ():
-            service = item["Config"]["Labels"].get(LABEL_SERVICE)
-            state = item["State"]
-            facts[service] = state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0)
-            names[service] = item["Id"]
-            health[service] = (state.get("Health") or state.get("Healthcheck") or {}).get("Status")
-        return facts, names, health
+    def look_up_current(self, job):
+        """{service: id} of the containers that are as the project has them."""
+        marks = {service.name: service.hash for service in job.project.services}
+        there = self.look_up(job.workload)
+        return {item.service: item.id for item in there if marks.get(item.service) == item.hash}
 
-    def await_dependencies(self, service, project, workload, deadline, runs):
+    def parse(self, data, read):
+        """What `read` makes of JSON that the engine printed; raises CommandError where that is of another form."""
+        try:
+            return read(parse_json(data, self.engine))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            words = f"{type(error).__name__}: {error}"
+            raise CommandError(f"{self.engine} answered in an unknown form ({words})") from None
+
+    def inspect(self, ids):
+        """{id: Shown} of those containers that can be looked at; raises CommandError where the engine does not answer."""
+        ids = list(ids)
+        output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
+        if output.stdout.strip():                   # without those that are gone
+            return self.parse(output.stdout, lambda items: dict(map(parse_seen, items)))
+        if len(ids) < 2:
+            self.observe()                          # where it answers, the container itself is damaged
+            return {}
+        seen = {}
+        for container_id in ids:
+            seen.update(self.inspect([container_id]))
+        return seen
+
+    def await_dependencies(self, service, job):
         """Waits until what a service depends on is as its condition says."""
-        by_name = {item.name: item for item in project.services}
+        by_name = {item.name: item for item in job.project.services}
         for condition in ("service_healthy", "service_completed_successfully"):
             others = [by_name[name] for name, (wanted, _) in service.depends_on.items() if wanted == condition and name in by_name]
             if others:
-                self.await_startup(others, workload, deadline, runs, settle=0, complete=condition.endswith("successfully"))
+                self.await_startup(others, job, settle=0, complete=condition.endswith("successfully"))
 
-    def await_startup(self, services, workload, deadline, runs=(), settle=None, complete=False):
+    def await_startup(self, services, job, settle=None, complete=False):
         """Waits until all services run, are healthy, and stay so for runtime.settle; the set of those that finished with exit code 0.
 
-        Raises ComponentError at once for one that failed (C-164), or when the time is over.  runs: ids of containers that ran
-        before, whose earlier restarts are forgiven.  complete: wait for their end instead.
+        Raises ComponentError at once for one that failed (C-164), or when the time is over.  Earlier restarts of what
+        ran before are forgiven.  complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
+        ids = {service.name: job.current.get(service.name, "") for service in services}
         healthy, misses, calm, start, before = set(), {}, None, time.monotonic(), None
+        secrets = job.workload.parameters.values()
         while True:
-            facts, names, health = self.inspect(workload)
-            before = before or {name: facts[name][2] if names[name] in runs else 0 for name in facts}
-            facts = {name: (state, code, count - before.get(name, 0)) for name, (state, code, count) in facts.items()}
-            self.check_health([s for s in services if s.health and facts.get(s.name, "-")[0] == "running"], names, health, healthy, misses, start)
+            seen = self.inspect(filter(None, ids.values()))
+            before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
+            fresh = {key: item._replace(restarts=item.restarts - before.get(key, 0)) for key, item in seen.items()}
+            facts = {name: fresh[key] for name, key in ids.items() if key in fresh}
+            checked = [item for item in services if item.health]
+            running = [item for item in checked if item.name in facts and facts[item.name].state == "running"]
+            self.check_health(running, ids, facts, healthy, misses, start)
             failure, waiting, finished = judge_startup(services, facts, healthy)
-            unwell = [s.name for s in services if s.health and misses.get(s.name, (0, 0))[0] >= s.health[1]]
+            unwell = [item.name for item in checked if misses.get(item.name, (0, 0))[0] >= item.health[1]]
             if failure or unwell:
-                name = unwell[0] if unwell else failure.split()[1]
-                text = failure or f"service {name} is unhealthy"
-                raise ComponentError("UNHEALTHY" if unwell else "INSTALL_FAILED", text + self.tail_log(names.get(name), workload.parameters.values()))
+                name, words = failure or (unwell[0], f"service {unwell[0]} is unhealthy")
+                code = "INSTALL_FAILED" if failure else "UNHEALTHY"
+                raise ComponentError(code, words + self.tail_log(ids[name], secrets))
             if complete:
-                waiting = [f"{service.name} has not ended" for service in services if service.name not in finished]
+                left = [item.name for item in services if item.name not in finished]
+                waiting = {name: f"{name} has not ended" for name in left}
             now = time.monotonic()
             calm = None if waiting else calm or now
-            restless = any(not service.health and service.name not in finished for service in services)
-            if not waiting and (not restless or now - calm >= settle or now > deadline):
+            restless = any(not item.health and item.name not in finished for item in services)
+            if not waiting and (not restless or now - calm >= settle or now > job.deadline):
                 return finished
-            if now > deadline:
-                name = waiting[0].split()[0]
-                raise ComponentError("INSTALL_TIMEOUT", f"not up in time: {', '.join(waiting)}" + self.tail_log(names.get(name), workload.parameters.values()))
+            if now > job.deadline:
+                words = f"not up in time: {', '.join(waiting.values())}"
+                log_end = self.tail_log(ids[next(iter(waiting))], secrets)
+                raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
-    def check_health(self, services, names, health, healthy, misses, start):
+    def check_health(self, services, ids, facts, healthy, misses, start):
         """Runs the health checks that podman may have nobody to run; a miss counts once an interval, after the start period."""
         for service in services:
             if self.engine != "podman":
-                passed = health.get(service.name) == "healthy"
-                lost = health.get(service.name) == "unhealthy"
+                passed = facts[service.name].health == "healthy"
+                lost = facts[service.name].health == "unhealthy"
             else:
-                passed = self.run(["healthcheck", "run", names[service.name]], 120).code == 0
+                passed = self.run(["healthcheck", "run", ids[service.name]], 120).code == 0
                 lost = False
             interval, retries, grace = service.health
             count, last = misses.get(service.name, (0, start + grace))
@@ -7421,9 +7891,12 @@ class ComposeDriver:
 
         One that is not there any more is passed over.
         """
+        patience = ["--ignore"] if self.engine == "podman" else []
         try:
-            self.run(["stop"] + (["--ignore"] if self.engine == "podman" else []) + ids, deadline - time.monotonic())
+            code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
         except CommandTimeout:
+            code = 1
+        if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
             self.run(["kill"] + ids, 60)
             deadline = time.monotonic() + 60
@@ -7432,7 +7905,7 @@ class ComposeDriver:
     def remove_containers(self, containers, deadline):
         """Stops containers within their own grace period and removes them."""
         ids = [container.id for container in containers]
-        active = [container.id for container in containers if container.state not in ("exited", "created", "stopped")]
+        active = [container.id for container in containers if container.state not in AT_REST]
         if active:
             deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
         if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
@@ -7441,7 +7914,9 @@ class ComposeDriver:
             left = [name for name in ids if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
             if not left:
                 return
-        self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
+        left = [container.id for container in self.observe() if container.id in left]       # others removed some
+        if left:
+            self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
 
     def remove(self, deployment_id, component, containers, deadline):
         """Removes a component's containers, whatever their state, and its networks; volumes stay.  Needs no compose file.
@@ -7488,8 +7963,27 @@ def find_health(state, status):
     return "unhealthy" if (state, health) == ("running", "unhealthy") else state, health
 
 
-def parse_containers(data, engine):
-    """The engine's list of containers to [Container]; raises CommandError for what is not of the expected form."""
+def parse_seen(item):
+    """An element of what `inspect` prints of containers to (id, Shown)."""
+    state = item["State"]
+    health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
+    mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
+    volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
+    restarts = item.get("RestartCount", 0)
+    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), restarts, health, volumes)
+
+
+def find_started(status, now):
+    """About when docker says that a container was started, in Unix seconds; 0 where its words are too vague."""
+    match = re.match("Up (Less than a|[0-9]+) seconds?", str(status))
+    return int(now) - int(match.group(1).replace("Less than a", "0")) if match else 0
+
+
+def parse_containers(data, engine, now=0):
+    """The engine's list of containers to [Container]; now: Unix seconds.
+
+    Raises CommandError for what is not of the expected form.
+    """
     containers = []
     try:
         if engine == "podman":
@@ -7505,8 +7999,9 @@ def parse_containers(data, engine):
         else:
             for line in data.splitlines():
                 *marks, device_id, owner, state, status = parse_json(line, "docker ps")
-                state, health = find_health(state, status)
-                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, health=health, owner=owner))
+                started, (state, health) = find_started(status, now), find_health(state, status)
+                facts = {"device_id": device_id, "started": started, "health": health, "owner": owner}
+                containers.append(Container(*marks, state=state, type="compose", **facts))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
@@ -7690,7 +8185,7 @@ class HelmDriver:
         self.check_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         try:
-            make_folder(folder)
+            create_folder(folder)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
         values_file = os.path.join(folder, content + ".json")
@@ -7833,6 +8328,24 @@ def observe_devices(devices, records):
     return seen
 
 
+def list_others(answering, known=None):
+    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown.
+
+    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not asked again.
+    """
+    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
+    for device_id, drivers in answering.items():
+        for kind, driver in drivers.items():
+            found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
+            if isinstance(found, CommandError):
+                log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
+                continue
+            for item in found:
+                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
+                                   "deploymentId": item.deployment_id}
+    return list(others.values())
+
+
 def observe_all(drivers, record):
     """Every container of ours on one device, as far as a deployment may have some there; raises CommandError where something does not answer."""
     return [container for function in list_looks(drivers, [record]).values() for container in function()]
@@ -7847,22 +8360,23 @@ def make_record(target, device_id):
 
     deviceId    the device where it is at home
     adopted     {digest, version}: the revision that is worked on
-    state       of the whole, follows from `components` ({name, state, error, services, package}); error: {code, source, message}
-    running     {digest, packages, images, mark, type} of the version that was installed last, and its {services} once another
-                revision is worked on; previous: the same of the one before
+    components  [{name, state, error, services, package}]; state and error of the whole follow from theirs
+    running     {digest, packages, images, mark, type} of the version that was installed last, and its
+                {services} once another revision is worked on; previous: the same of the one before
     fallback    whether `running` is what should run while the revision that is worked on has failed
     refused     whether the revision cannot be one, whatever is tried
-    fetched     digests of packages and names of images that are on the device for the revision that is worked on
+    fetched     digests of packages and names of images that are there for the revision that is worked on
     retry       failures in a row (see make_wait); repair: repairs without an hour's rest (P-7)
     """
-    return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id, "type": "compose",
-            "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None,
-            "running": None, "previous": None, "refused": False, "components": [], "fetched": [], "fallback": False,
-            "retry": {}, "repair": {}}
+    return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id,
+            "type": "compose", "adopted": {"digest": target.digest, "version": target.version},
+            "state": "pending", "error": None, "running": None, "previous": None, "refused": False,
+            "components": [], "fetched": [], "fallback": False, "retry": {}, "repair": {}}
 
 
 def begin_record(record, target):
-    """The record as work on the target's revision begins: all components pending, its version adopted (E-112, E-114).
+    """The record as work on the target's revision begins: all components pending, its version adopted (E-112,
+    E-114).
 
     What an earlier revision left (services, packages) stays known until the new one has replaced it.
     """
@@ -7873,7 +8387,8 @@ def begin_record(record, target):
     record = dict(record, state="pending", error=None, refused=False, components=components)
     if target.deployment:
         record.update(name=target.deployment.name, type=target.deployment.type or record["type"])
-    before, running = record["adopted"]["digest"], record["running"]
+    before = record["adopted"]["digest"]
+    running = record["running"]
     if before != target.digest:
         record.update(retry={}, repair={}, fetched=[])
         if running and running["digest"] == before:             # from here on it is the version before
@@ -7883,7 +8398,9 @@ def begin_record(record, target):
 
 
 def count_repair(record, clock):
-    """The record as a repair of what was installed begins: some are free, then the pauses after them grow (P-7)."""
+    """The record as a repair of what was installed begins: some are free, then the pauses after them grow
+    (P-7).
+    """
     last = record["repair"]
     recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
     repairs = last["failures"] if last and recent else 0
@@ -7893,21 +8410,22 @@ def count_repair(record, clock):
 
 def set_component(record, name, state, error=None, **facts):
     """The record with one component changed (None: all of them), its overall state following (C-133)."""
-    components = [dict(component, state=state, error=error, **facts) if name in (None, component["name"]) else component
-                  for component in record["components"]]
+    components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
+                  for item in record["components"]]
     states = [component["state"] for component in components] or [state]
     return dict(record, components=components, state=make_overall_state(states))
 
 
 def fail_record(record, component, error, clock, jitter, refused=False):
-    """The record after a ComponentError: the component failed, what comes later stays pending, the next attempt is due later
-    with each failure.
+    """The record after a ComponentError: the component failed, what comes later stays pending, the next
+    attempt is due later with each failure.
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
     asked = min(error.retry_after or 0, 2 * RETRY_CAP)
     delay = grow(RETRY_FIRST, record["retry"].get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
-    told = {"code": error.code, "source": error.source or component or record["name"], "message": error.message}
+    source = error.source or component or record["name"]
+    told = {"code": error.code, "source": source, "message": error.message}
     if component:
         record = set_component(record, component, "failed", told)
         told = dict(told, source=record["name"], message=f"component {component} failed: {error.message}")
@@ -7915,27 +8433,34 @@ def fail_record(record, component, error, clock, jitter, refused=False):
         components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
                       for item in record["components"]]
         record = dict(record, components=components)
-    return dict(record, state="failed", error=told, refused=refused, retry=make_wait(record["retry"], max(delay, asked), clock))
+    retry = make_wait(record["retry"], max(delay, asked), clock)
+    return dict(record, state="failed", error=told, refused=refused, retry=retry)
 
 
 def finish_record(record, mark=""):
-    """The record once all of the revision that was worked on is installed; mark: make_mark of its environment."""
+    """The record once all of the revision that was worked on is installed; mark: make_mark of its
+    environment.
+    """
     images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
-    running = {"digest": record["adopted"]["digest"], "images": sorted(images), "mark": mark, "type": record["type"],
-               "packages": {item["name"]: item["package"] for item in record["components"]}}
+    packages = {item["name"]: item["package"] for item in record["components"]}
+    running = {"digest": record["adopted"]["digest"], "packages": packages, "images": sorted(images),
+               "mark": mark, "type": record["type"]}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
     return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False)
 
 
 def make_history(state, entries, version, at):
-    """The history with one more accepted desired state: what it adds, changes and removes against the one before."""
-    old = {item["deploymentId"].lower(): item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
+    """The history with one more accepted desired state: what it adds, changes and removes against the one
+    before.
+    """
+    before = (state["accepted"] or {}).get("deployments", ())
+    old = {item["deploymentId"].lower(): item["digest"] for item in before}
     new = {entry.deployment_id.lower(): entry.digest for entry in entries}
     changed = sorted(key for key in new if key in old and new[key] != old[key])
     return state["history"][1 - HISTORY:] + [{
-        "version": version, "at": at, "added": sorted(set(new) - set(old)), "removed": sorted(set(old) - set(new)),
-        "changed": changed, "outcome": "pending"}]
+        "version": version, "at": at, "added": sorted(set(new) - set(old)),
+        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
 
 
 def make_outcome(state):
@@ -7943,12 +8468,15 @@ def make_outcome(state):
     records = state["deployments"].values()
     failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
               if record["state"] == "failed"]
-    done = len(records) == len(state["accepted"]["deployments"]) and all(record["state"] == "installed" for record in records)
+    installed = [record for record in records if record["state"] == "installed"]
+    done = len(installed) == len(records) == len(state["accepted"]["deployments"])
     return "; ".join(failed) or ("applied" if done else "pending")
 
 
 def find_needed(state):
-    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each deployment need (P-5)."""
+    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each
+    deployment need (P-5).
+    """
     digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
     images = set()
     for record in state["deployments"].values():
@@ -7970,7 +8498,9 @@ def make_overall_state(states):
 
 
 def make_status(record, device_id):
-    """A DeploymentStatusManifest (protocol 3.6): one entry a component, `error` only where there is one (C-131 to C-137)."""
+    """A DeploymentStatusManifest (protocol 3.6): one entry a component, `error` only where there is one
+    (C-131 to C-137).
+    """
     status = {"state": record["state"]}
     if record["state"] == "failed" and record["error"]:
         status["error"] = record["error"]
@@ -7981,12 +8511,16 @@ def make_status(record, device_id):
             entry["error"] = component["error"]
         components.append(entry)
     return {"deploymentId": record["deploymentId"], "deviceId": record.get("deviceId") or device_id,
-            "adoptedManifestVersion": record["adopted"]["version"], "status": status, "components": components}
+            "adoptedManifestVersion": record["adopted"]["version"], "status": status,
+            "components": components}
 
 
 def enqueue_status(state, record, device_id):
-    """Puts a record's status into the outbox, in place of an older one, unless the WFM has acknowledged the very same (C-139)."""
-    key, status = record["deploymentId"].lower(), make_status(record, device_id)
+    """Puts a record's status into the outbox, in place of an older one, unless the WFM has acknowledged the
+    very same (C-139).
+    """
+    key = record["deploymentId"].lower()
+    status = make_status(record, device_id)
     state["outbox"].pop(key, None)
     if state["reported"].get(key) != sha256_digest(make_json(status)):
         state["outbox"][key] = status
@@ -8013,22 +8547,26 @@ def acknowledge_status(state, key, refused=None):
 # ------------------------------------------------------------------------------------------------------------------------------
 
 Tools = define("Tools", "config store drivers containers device_id version quiet fetched clock jitter",
-    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device, [Container] there, the device's"
-    " id, the accepted version, whether nothing may be fetched now, a list for what is fetched (digests, images), functions for a"
-    " Clock and for a number in [0, 1).")
+    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device,"
+    " [Container] there, the device's id, the accepted version, whether nothing may be fetched now, a list"
+    " for what is fetched (digests, images), functions for a Clock and for a number in [0, 1).")
 Change = define("Change", "event name record deployment rollback kind",
-    "What listeners are told of: install, update or removal of the component `name`; rollback: on the way back to the version"
-    " before; kind: the deployment type of what is removed.", None)
+    "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
+    " back to the version before; kind: the deployment type of what is removed.", None)
 Revision = define("Revision", "deployment packages services",
-    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component: {service: facts}}.")
+    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component:"
+    " {service: facts}}.")
 Ready = define("Ready", "takes",
-    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's ports that it will take, as"
-    " find_held_ports has them.")
-LISTENERS = []              # functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise to forbid
+    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's"
+    " ports that it will take, as find_held_ports has them.")
+# Functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise Forbidden.
+LISTENERS = []
 
 
 class Notices:
-    """The changes of one step: every listener agrees to all of them before the first is made, and hears what came of each."""
+    """The changes of one step: every listener agrees to all of them before the first is made, and hears what
+    came of each.
+    """
 
     def __init__(self, tools):
         self.tools, self.agreed = tools, []
@@ -8054,19 +8592,21 @@ class Notices:
 
 
 class Installation:
-    """A deployment on its way to a version: the record so far, the component at work, and whether anything was touched."""
+    """A deployment on its way to a version: the record so far, the component at work, and whether anything
+    was touched.
+    """
 
     def __init__(self, record, tools):
         self.record, self.tools = record, tools
         self.name, self.touched, self.services = None, False, {}
 
     def run(self, revision, rollback=False):
-        """Makes a version run, and nothing else of its deployment; yields the record at each change, for the caller to make
-        durable before the next step, and Ready before anything is touched.
+        """Makes a version run, and nothing else of its deployment; yields the record at each change, for the
+        caller to make durable before the next step, and Ready before anything is touched.
 
-        All that can fail or say no comes before that: everything is fetched and verified, and every listener agrees (D-11, P-20).
-        One that is answered by True has to free its ports first, and is made again.  rollback: it is the version before that
-        is brought back, in one go.
+        All that can fail or say no comes before that: everything is fetched and verified, and every listener
+        agrees (D-11, P-20). One that is answered by True has to free its ports first, and is made again.
+        rollback: it is the version before that is brought back, in one go.
         """
         tools, deployment = self.tools, revision.deployment
         containers = observe_all(tools.drivers, self.record) if rollback else tools.containers
@@ -8076,15 +8616,18 @@ class Installation:
             driver = get_driver(deployment.type, tools)
             known = revision.packages.get(self.name)
             prepared.append(driver.prepare(deployment, component, known, tools.store, tools.fetched))
-        changes = [Change("update" if rollback or revision.packages.get(component.name) else "install", component.name,
-                          self.record, deployment, rollback) for component in deployment.components]
+        changes = []
+        for name in [component.name for component in deployment.components]:
+            event = "update" if rollback or revision.packages.get(name) else "install"
+            changes.append(Change(event, name, self.record, deployment, rollback))
         dropped = find_dropped(self.record, deployment, containers, rollback)
         with Notices(tools) as notices:
             for change in changes + dropped:
                 self.name = None if change.kind else change.name
                 notices.ask(change)
             self.name = None
-            takes = {(tools.device_id, *port) for workload, _ in prepared for port in driver.list_ports(workload)}
+            ports = [port for workload, _ in prepared for port in driver.list_ports(workload)]
+            takes = {(tools.device_id, *port) for port in ports}
             while not rollback and (yield Ready(takes)):
                 self.free_ports()
                 containers = observe_all(tools.drivers, self.record)
@@ -8094,11 +8637,13 @@ class Installation:
                     self.record = set_component(self.record, self.name, "installing")
                     yield self.record
                 self.touched = True
-                known, deadline = revision.services.get(self.name, {}), time.monotonic() + component.timeout
-                self.services[self.name] = services = driver.apply(workload, containers, known, deadline)
+                known = revision.services.get(self.name, {})
+                services = driver.apply(workload, containers, known, time.monotonic() + component.timeout)
+                self.services[self.name] = services
                 notices.tell(change)
-                self.record = set_component(self.record, self.name, "installed", services=services, package=package)
-                if not rollback and self.record["state"] != "installed":    # that is said once nothing else is left
+                facts = {"services": services, "package": package}
+                self.record = set_component(self.record, self.name, "installed", **facts)
+                if not rollback and self.record["state"] != "installed":    # said once nothing else is left
                     yield self.record
             self.name = None
             for change in dropped:
@@ -8106,18 +8651,25 @@ class Installation:
 
     def free_ports(self):
         """Stops what holds a port of the host, so that another deployment can take it."""
-        self.touched, running = True, self.record["running"]
-        services = running.get("services") or {item["name"]: item["services"] for item in self.record["components"]}
-        ids = [facts["id"] for item in services.values() for facts in item.values() if facts.get("ports")]
+        self.touched = True
+        running = self.record["running"]
+        services = [item["services"] for item in self.record["components"]]
+        if "services" in running:
+            services = running["services"].values()
+        facts = [facts for item in services for facts in item.values()]
+        ids = [item["id"] for item in facts if item.get("ports")]
         if ids:
             get_driver(running["type"], self.tools).stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
 
     def fail(self, error, deployment):
-        """The record after a failure, with the version before running again where runtime.on_failure says so (P-8)."""
+        """The record after a failure, with the version before running again where runtime.on_failure says so
+        (P-8).
+        """
         tools, name, words = self.tools, self.name, error.message
         code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
         code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
-        log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code, reason=words)
+        log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
+            reason=words)
         if self.touched and tools.config.runtime.on_failure != "rollback":
             self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
         elif self.touched and self.record["fallback"]:
@@ -8128,7 +8680,9 @@ class Installation:
         return fail_record(self.record, name, error, tools.clock(), tools.jitter())
 
     def take_back(self, deployment):
-        """Removes what a first installation has begun, so that nothing crashes on and on; what came of it, in words."""
+        """Removes what a first installation has begun, so that nothing crashes on and on; what came of it, in
+        words.
+        """
         try:
             list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
         except (ComponentError, CommandError, MemoryError) as error:
@@ -8139,7 +8693,8 @@ class Installation:
 
     def go_back(self):
         """Brings the version before back after an update that failed; what came of it, in words."""
-        before, self.services = self.record["running"], {}
+        before = self.record["running"]
+        self.services = {}
         try:
             data = self.tools.store.load_artifact(before["digest"])
             if data is None:
@@ -8158,11 +8713,12 @@ class Installation:
 
 def apply_install(action, record, tools):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
-    target, running = action.target, record["running"]
+    target = action.target
     if tools.quiet and not is_at_hand(record, target):
-        return                                      # a package or an image would have to be fetched (protocol 10)
+        return                                      # something would have to be fetched (protocol 10)
     revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
                         {item["name"]: item["services"] for item in record["components"]})
+    running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, tools.clock())
     job = Installation(begin_record(record, target), tools)
@@ -8185,7 +8741,9 @@ def apply_restore(action, record, tools):
 
 
 def apply_give_up(action, record, tools):
-    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last (P-6, P-7)."""
+    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last
+    (P-6, P-7).
+    """
     component, _ = action.culprit
     there = [container.id for container in find_containers(record["deploymentId"], tools.containers)
              if (container.component, container.service) == action.culprit]
@@ -8196,16 +8754,18 @@ def apply_give_up(action, record, tools):
         words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
     except MargoError:
         words = ""
-    failed = fail_record(record, component, ComponentError("UNSTABLE", action.reason + words), tools.clock(), 0)
+    error = ComponentError("UNSTABLE", action.reason + words)
+    failed = fail_record(record, component, error, tools.clock(), 0)
     yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
 
 
 def apply_refusal(action, record, tools):
     """Fails a deployment that cannot be what is wanted; what was said already is not said again."""
-    target = action.target
-    if record["refused"] and (record["error"]["message"], record["adopted"]["digest"]) == (target.error.message, target.digest):
-        return
-    yield fail_record(begin_record(record, target), None, target.error, tools.clock(), tools.jitter(), refused=True)
+    target, error = action.target, action.target.error
+    same = record["refused"] and record["adopted"]["digest"] == target.digest
+    if not same or record["error"]["message"] != error.message:
+        record = begin_record(record, target)
+        yield fail_record(record, None, error, tools.clock(), tools.jitter(), refused=True)
 
 
 def apply_nothing(action, record, tools):
@@ -8221,9 +8781,11 @@ def apply_removal(action, record, tools):
     adopted = dict(record["adopted"], version=tools.version)
     record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
     yield record
-    names, deployment = [component["name"] for component in record["components"]], load_deployment(record, tools.store)
+    deployment = load_deployment(record, tools.store)
+    names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
-    unknown = [found for found in find_components(record["deploymentId"], tools.containers) if found not in known]
+    there = find_components(record["deploymentId"], tools.containers)
+    unknown = [found for found in there if found not in known]
     changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
     name = None
     try:
@@ -8238,10 +8800,11 @@ def apply_removal(action, record, tools):
                     remove_component(change, tools.containers, notices)
                 if (change.name, change.kind) in known:
                     record = set_component(record, change.name, "removed")
-                    if record["state"] != "removed":            # that word is the last one, said below once nothing is left
+                    if record["state"] != "removed":            # said below, once nothing is left
                         yield record
     except MargoError as error:
-        log("error", "removal failed", deployment=record["deploymentId"], component=name, reason=error.message)
+        log("error", "removal failed", deployment=record["deploymentId"], component=name,
+            reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
         yield fail_record(record, name, ComponentError(code, error.message), tools.clock(), tools.jitter())
         return
@@ -8250,7 +8813,8 @@ def apply_removal(action, record, tools):
 
 
 def apply_clearing(action, record, tools):
-    """Removes what a deployment has on a device where it is not at home; raises ComponentError, CommandError."""
+    """Removes what a deployment has on a device where it is not at home; raises ComponentError, CommandError.
+    """
     yield None
     nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
     with Notices(tools) as notices:
@@ -8261,21 +8825,24 @@ def apply_clearing(action, record, tools):
             remove_component(change, tools.containers, notices)
 
 
-# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the record at each change, and
-# perhaps Ready; one that yields nothing has nothing to do.
-EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore, "give_up": apply_give_up,
-           "remove": apply_removal, "clear": apply_clearing, "refuse": apply_refusal, "keep": apply_nothing}
+# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the
+# record at each change, and perhaps Ready; one that yields nothing has nothing to do.
+EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
+           "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
+           "refuse": apply_refusal, "keep": apply_nothing}
 
 
 def is_at_hand(record, target):
     """Whether all that a target takes was on the device before."""
-    return target.digest in [version["digest"] for version in (record["running"], record["previous"]) if version]
+    versions = filter(None, (record["running"], record["previous"]))
+    return target.digest in [version["digest"] for version in versions]
 
 
 def get_driver(kind, tools):
     """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
     if kind not in tools.drivers:
-        raise ComponentError("UNSUPPORTED_TYPE", f"nothing on this device runs {kind} components; see runtime.{kind}")
+        words = f"nothing on this device runs {kind} components; see runtime.{kind}"
+        raise ComponentError("UNSUPPORTED_TYPE", words)
     return tools.drivers[kind]
 
 
@@ -8286,19 +8853,21 @@ def find_containers(deployment_id, containers):
 
 def find_components(deployment_id, containers):
     """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
-    return sorted({(container.component, container.type) for container in find_containers(deployment_id, containers)})
+    return sorted({(item.component, item.type) for item in find_containers(deployment_id, containers)})
 
 
 def find_dropped(record, deployment, containers, rollback=False):
     """[Change] for the components of a deployment that its document no longer has (D-19)."""
     wanted = {(component.name, deployment.type) for component in deployment.components}
-    return [Change("removal", name, record, deployment, rollback, kind)
-            for name, kind in find_components(deployment.deployment_id, containers) if (name, kind) not in wanted]
+    there = find_components(deployment.deployment_id, containers)
+    return [Change("removal", name, record, deployment, rollback, kind) for name, kind in there
+            if (name, kind) not in wanted]
 
 
 def remove_component(change, containers, notices):
     """Removes all of one component."""
-    driver, deadline = notices.tools.drivers[change.kind], time.monotonic() + COMPONENT_TIMEOUT
+    deadline = time.monotonic() + COMPONENT_TIMEOUT
+    driver = notices.tools.drivers[change.kind]
     driver.remove(change.record["deploymentId"], change.name, containers, deadline)
     notices.tell(change)
 
@@ -8313,8 +8882,8 @@ def load_deployment(record, store):
 
 
 def prune(state, store, drivers):
-    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked packages, images
-    that the agent pulled; nothing else on the device.
+    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked
+    packages, images that the agent pulled; nothing else on the device.
 
     Changes state["pulled"].  drivers: {prefix of an entry of `pulled`: [driver that answers]}.
     """
@@ -8322,7 +8891,8 @@ def prune(state, store, drivers):
     store.prune_artifacts(digests)
     for entry in state["pulled"]:
         device_id, space, name = entry.rpartition(" ")
-        if name not in images and any(driver.remove_image(name) for driver in drivers.get(device_id + space, ())):
+        there = drivers.get(device_id + space, ())
+        if name not in images and any(driver.remove_image(name) for driver in there):
             log("info", "image pruned", image=entry)
             state["pulled"] = [other for other in state["pulled"] if other != entry]
 
@@ -8470,13 +9040,58 @@ def make_capabilities(detected, device, device_id, deployment_types):
     return document
 
 
+def report_devices(documents, source, store, state, always):
+    """PUTs what changed of {device id: capabilities document}, a gateway's own first; DELETEs that of a device that has
+    gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and saves state["enrollment"].
+    """
+    for device_id in documents:
+        report_device(device_id, documents, source, store, state, always)
+    devices = state["enrollment"]["devices"]
+    for device_id in sorted(set(devices) - set(documents), reverse=True):
+        try:
+            source.delete_capabilities(device_id)
+            log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
+        except Refused as error:
+            log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
+            if error.status < 400:
+                continue                            # nobody judged that: it is asked for again
+        devices.pop(device_id)
+        store.save_state(state)
+
+
+def report_device(device_id, documents, source, store, state, always, again=True):
+    """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
+    enrolled, own_id = state["enrollment"], next(iter(documents))
+    digest = sha256_digest(make_json(documents[device_id]))
+    devices = enrolled["devices"] if enrolled else {}
+    if devices.get(device_id) == digest and not always:
+        return
+    try:
+        source.put_capabilities(device_id, documents[device_id])
+        log("info", "capabilities reported", device=device_id)
+    except Refused as error:
+        if not enrolled:
+            raise
+        if again and device_id != own_id and error.code in ("gateway-not-found", "HTTP 404"):
+            report_device(own_id, documents, source, store, state, True)
+            report_device(device_id, documents, source, store, state, True, again=False)
+            return
+        log("error", "the WFM refuses the capabilities", device=device_id, reason=error.message)
+        if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
+            return                                  # no verdict on the document: it is sent again (C-082)
+    # What was refused is noted, too: it is not sent again unchanged.
+    state["enrollment"] = {"id": source.client_id, "devices": dict(devices, **{device_id: digest})}
+    store.save_state(state)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
 # 20. Agent
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_clock_fault(now, stored):
     """What is wrong with a clock that stands before the last write of the state, in words."""
-    return f"the clock of this device says {make_time(now)}, and its state was written at {make_time(stored)}: set the clock"
+    return (f"the clock of this device says {make_time(now)}, and its state was written at"
+            f" {make_time(stored)}: set the clock")
 
 
 def load_own_device(config, device_id, claim):
@@ -8486,25 +9101,32 @@ def load_own_device(config, device_id, claim):
 
 
 def assign_here(targets, records, devices, silent, offers):
-    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol 9)."""
-    device, found = devices[0], []
+    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol
+    9).
+    """
+    device = devices[0]
+    own_id, found = device.device_id, []
     for target in targets:
         error = target.error
         if target.deployment and not error:
-            wanted = target.deployment.device_id or device.device_id
+            wanted = target.deployment.device_id or own_id
             error = find_reason(target.deployment, device, offers)
-            if wanted != device.device_id:
-                error = ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {device.device_id}")
-        found.append(target._replace(error=error, device_id=device.device_id))
-    return [make_share(device, found, records, silent[device.device_id])]
+            if wanted != own_id:
+                words = f"metadata.deviceId is {wanted}, this device is {own_id}"
+                error = ComponentError("WRONG_DEVICE", words)
+        found.append(target._replace(error=error, device_id=own_id))
+    return [make_share(device, found, records, silent[own_id])]
 
 
 def find_reason(deployment, device, offers):
-    """The ComponentError for which a deployment cannot run on a device, or None.  offers: {device id: capabilities document}."""
+    """The ComponentError for which a deployment cannot run on a device, or None.  offers: {device id:
+    capabilities document}.
+    """
     try:
         if deployment.type not in device.drivers:
+            words = f"nothing on {device.device_id} runs {deployment.type} components"
             hint = "" if device.silence else f"; see runtime.{deployment.type}"
-            raise ComponentError("UNSUPPORTED_TYPE", f"nothing on {device.device_id} runs {deployment.type} components{hint}")
+            raise ComponentError("UNSUPPORTED_TYPE", words + hint)
         if deployment.constraints:
             check_eligibility(deployment.constraints, offers[device.device_id])
     except ComponentError as error:
@@ -8512,7 +9134,7 @@ def find_reason(deployment, device, offers):
     return None
 
 
-# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words), which raises what fails}.
+# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words)}.
 EXAMINE = {}
 # What makes the devices that the agent serves, this one first: functions of (Settings, own device id,
 # claim).
@@ -8522,11 +9144,15 @@ ASSIGN = [assign_here]
 
 
 class Work:
-    """One action under way: its device, its generator, what it takes and holds there, and what has to be cleared before."""
+    """One action under way: its device, its generator, what it takes and holds there, and what has to be
+    cleared before.
+    """
 
     def __init__(self, action, device, steps, tools):
         self.action, self.device, self.steps, self.tools = action, device, steps, tools
-        self.takes, self.holds, self.before, self.begun = None, set(), [], False
+        self.takes = self.holds = frozenset()
+        self.before = []
+        self.begun = False
 
 
 class Agent:
@@ -8539,9 +9165,11 @@ class Agent:
         self.config, self.stopping = config, stopping
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
-        self.owner = None                           # what this agent's workloads are labelled with, once it has been asked for
-        self.devices = [device for make in DEVICES for device in make(config, self.device_id, self.make_claim)]
-        self.answering = {}                         # {device id: {deployment type: driver}} of what answered the last look
+        self.owner = None                           # what its workloads are labelled with, once known
+        self.devices = []
+        for load in DEVICES:
+            self.devices += load(config, self.device_id, self.make_claim)
+        self.answering = {}                         # {device id: {type: driver}} that answered the last look
         self.state = None                           # what state.json holds, while a cycle has it
         self.source = None                          # connected when the WFM is first needed
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
@@ -8552,8 +9180,8 @@ class Agent:
     def cycle(self):
         """One cycle: every step in turn.  Returns an Outcome.
 
-        Raises Locked where another instance works, StorageError where the state cannot be read; all other faults are in the
-        Outcome.
+        Raises Locked where another instance works, StorageError where the state cannot be read; all other
+        faults are in the Outcome.
         """
         with self:
             began = time.time()
@@ -8570,11 +9198,12 @@ class Agent:
         self.store.lock()
         empty_folder(self.store.path("tmp"))
         try:
-            self.state, self.owner = self.store.load_state(), None
+            self.state = self.store.load_state()
         except MargoError:
             self.store.unlock()
             raise
-        self.silent, self.changed, self.faults, self.answering = False, False, [], {}
+        self.owner, self.faults, self.answering = None, [], {}
+        self.silent = self.changed = False
         return self
 
     def __exit__(self, *_):
@@ -8582,38 +9211,26 @@ class Agent:
         self.source = None
 
     def connect(self, keep=True):
-        """The source of the desired state, connected when it is first needed; raises Untrusted, Unreachable."""
+        """The source of the desired state, connected when it is first needed; raises Untrusted, Unreachable.
+        """
         if self.source is None:
             self.source = connect_source(self.config, self.store, self.state, keep)
         return self.source
 
     def make_claim(self):
-        """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as the one before."""
+        """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as
+        the one before.
+        """
         owners = self.state["owners"]
         if self.owner is None:
             try:
                 self.owner = make_owner(SERVED[self.config.wfm.profile].identify(self.config), self.device_id)
                 if self.owner != (owners or [""])[-1]:
-                    self.state["owners"] = [owner for owner in owners if owner != self.owner][1 - HISTORY:] + [self.owner]
+                    before = [owner for owner in owners if owner != self.owner]
+                    self.state["owners"] = before[1 - HISTORY:] + [self.owner]
             except Untrusted:
                 self.owner = (owners or [""])[-1]
         return make_claim(self.owner, self.state)
-
-    def list_others(self, known=None):
-        """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown them.
-
-        known: what an earlier list told, so that clusters are not asked again.
-        """
-        others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-        for device_id, drivers in self.answering.items():
-            for kind, driver in drivers.items():
-                found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
-                if isinstance(found, CommandError):
-                    log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
-                    continue
-                others.update((item.id, {"owner": make_printable(item.owner), "deploymentId": item.deployment_id,
-                                         "name": item.name, "type": kind}) for item in found)
-        return list(others.values())
 
     def check_patience(self, spread=True):
         """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now.
@@ -8623,15 +9240,19 @@ class Agent:
         clock = get_clock()
         if self.is_downtime():
             raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
-        left, why = find_wait(self.state["patience"], clock), "the WFM or a back-off asks"
+        left = find_wait(self.state["patience"], clock)
+        why = "the WFM or a back-off asks"
         if not left and spread and clock.boot and clock.uptime < START_WINDOW:
-            left, why = self.spread_start(clock), "a fleet that has just started does not arrive at once"
+            left = self.spread_start(clock)
+            why = "a fleet that has just started does not arrive at once"
             self.starting = max(0, left)
         if left > 0:
             raise Silence(f"waiting until {make_time(clock.now + left)}: {why}", retry_after=left)
 
     def spread_start(self, clock):
-        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because each run would wait anew."""
+        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because each
+        run would wait anew.
+        """
         memo = self.store.load_memo()
         if memo.get("boot") != clock.boot:
             start = make_start(clock.uptime, self.config.poll, self.state["accepted"], get_random())
@@ -8645,7 +9266,8 @@ class Agent:
         return is_within(self.config.poll.downtime, time.localtime())
 
     def note_fault(self, error, began):
-        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks to the WFM.
+        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks
+        to the WFM.
 
         One time-out a cycle is enough, and without an SVID there is nothing to speak with.
         """
@@ -8656,21 +9278,25 @@ class Agent:
             log("debug", error.message)
             return
         stored = self.store.find_time()
-        if isinstance(error, Untrusted) and time.time() < stored:       # no verdict on certificates is one (P-2)
-            error.code, error.message = "CLOCK", f"{error.message}; {make_clock_fault(time.time(), stored)}"
+        if isinstance(error, Untrusted) and time.time() < stored:   # no verdict on certificates is one (P-2)
+            error.code = "CLOCK"
+            error.message += f"; {make_clock_fault(time.time(), stored)}"
         long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
         log("error", error.message, code=error.code, **long)
         if isinstance(error, (Unreachable, Refused, Untrusted)):
-            before, delay = self.state["patience"], error.retry_after or 0
+            before = self.state["patience"]
+            delay = error.retry_after or 0
             if isinstance(error, Unreachable):
-                delay = make_backoff(before.get("failures", 0) + 1, error.retry_after, error.strategy, get_random())
+                failures = before.get("failures", 0) + 1
+                delay = make_backoff(failures, error.retry_after, error.strategy, get_random())
             self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=began))
 
     def tend_identity(self):
         """Enrolls or renews where the configuration wants that automated and it is due (E-060)."""
-        now, downtime = time.time(), self.config.poll.downtime
+        now = time.time()
         if self.config.identity.enrollment == "est":
-            tend_identity(self.config, self.store, self.state, now, get_random(), lambda end: is_within_whole(downtime, now, end))
+            tend_identity(self.config, self.store, self.state, now, get_random(),
+                          lambda end: is_within_whole(self.config.poll.downtime, now, end))
 
     def refresh_revocation(self):
         """Fetches revocation lists where there are some and it is time."""
@@ -8685,7 +9311,8 @@ class Agent:
         if self.silent:
             return
         self.check_patience()
-        source, fault, desired = self.connect(), None, None
+        source = self.connect()
+        fault = desired = None
         self.report_capabilities()
         try:
             self.flush_outbox()
@@ -8702,73 +9329,43 @@ class Agent:
         if fault:
             raise fault
 
-    def report_capabilities(self, always=False):
-        """PUTs the capabilities before anything else and where they changed, a gateway's own before its children's; DELETEs
-        those of a device that has gone (C-081, C-082, C-220, C-223).
-        """
-        for device in self.devices:
-            self.report_device(device, always)
-        devices = self.state["enrollment"]["devices"]
-        for device_id in sorted(set(devices) - {device.device_id for device in self.devices}, reverse=True):
-            try:
-                self.source.delete_capabilities(device_id)
-                log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
-            except Refused as error:
-                log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
-                if error.status < 400:
-                    continue                        # nobody judged that: it is asked for again
-            devices.pop(device_id)
-            self.store.save_state(self.state)
-
-    def report_device(self, device, always, again=True):
-        """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
-        document, enrolled = self.make_capabilities(device), self.state["enrollment"]
-        digest, devices = sha256_digest(make_json(document)), (enrolled or {}).get("devices", {})
-        if devices.get(device.device_id) == digest and not always:
-            return
-        try:
-            self.source.put_capabilities(device.device_id, document)
-            log("info", "capabilities reported", device=device.device_id)
-        except Refused as error:
-            if not enrolled:
-                raise
-            if again and device is not self.devices[0] and error.code in ("gateway-not-found", "HTTP 404"):
-                self.report_device(self.devices[0], True)
-                self.report_device(device, True, again=False)
-                return
-            log("error", "the WFM refuses the capabilities", device=device.device_id, reason=error.message)
-            if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
-                return                              # that is no verdict on the document: it is sent again (C-082)
-        # What was refused is noted, too: it is not sent again unchanged.
-        self.state["enrollment"] = {"id": self.source.client_id, "devices": dict(devices, **{device.device_id: digest})}
-        self.store.save_state(self.state)
-
     def make_capabilities(self, device):
         """The capabilities document of a device as it is now; a child is what the configuration says of it."""
-        detected = {"peripherals": [], "interfaces": []} if device.silence else detect_properties(self.config.state_dir)
+        detected = {"peripherals": [], "interfaces": []}
+        if not device.silence:
+            detected = detect_properties(self.config.state_dir)
         return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
 
+    def report_capabilities(self, always=False):
+        """PUTs the capabilities of all devices before anything else, and again where they changed; see report_devices."""
+        documents = {device.device_id: self.make_capabilities(device) for device in self.devices}
+        report_devices(documents, self.source, self.store, self.state, always)
+
     def accept(self, desired):
-        """Makes a verified desired state the accepted one: first its documents, then the state, all durable (C-111)."""
+        """Makes a verified desired state the accepted one: first its documents, then the state, all durable
+        (C-111).
+        """
         self.check_removals(desired)
-        at, state = make_time(time.time()), self.state
+        state = self.state
+        at = make_time(time.time())
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
         state["waiting"] = None
         state["history"] = make_history(state, desired.entries, desired.version, at)
         entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
-        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": at,
-                             "deployments": entries}
+        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest,
+                             "acceptedAt": at, "deployments": entries}
         for entry in desired.entries:
             record = state["deployments"].get(entry.deployment_id.lower())
             same = record and record["adopted"]["digest"] == entry.digest
             if same and record["state"] not in ("removing", "removed"):
-                record["adopted"]["version"] = desired.version                  # the new manifest defines it too (E-113)
+                record["adopted"]["version"] = desired.version      # the new manifest defines it, too (E-113)
                 enqueue_status(state, record, self.device_id)
         new = [item for item in entries if item["deploymentId"].lower() not in state["deployments"]]
         targets = self.make_targets(dict(state["accepted"], deployments=new), self.store.load_artifact)
-        for target in [target for share in self.assign(targets, {}) for target in share.targets if not target.error]:
-            # Received, not started (protocol 5.1).  One that may run anywhere is at home here until it is placed.
+        targets = [target for share in self.assign(targets, {}) for target in share.targets]
+        for target in [target for target in targets if not target.error]:
+            # Received, not started (protocol 5.1); what may run anywhere is at home here until it is placed.
             home = target.device_id if target.deployment.device_id == target.device_id else self.device_id
             record = begin_record(make_record(target, home), target)
             state["deployments"][target.deployment_id.lower()] = record
@@ -8777,17 +9374,21 @@ class Agent:
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
     def check_removals(self, desired):
-        """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has confirmed it (contract, Guard)."""
-        limit, wanted = self.config.policy.max_removals, {entry.deployment_id.lower() for entry in desired.entries}
+        """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has
+        confirmed it (contract, Guard).
+        """
+        limit = self.config.policy.max_removals
+        wanted = {entry.deployment_id.lower() for entry in desired.entries}
         gone = [key for key in self.state["deployments"] if key not in wanted]
         if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
             self.state["waiting"] = desired.digest
-            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments, policy.max_removals is {limit};"
-                          " nothing is done until the next poll confirms it")
+            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments,"
+                          f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
     def make_targets(self, accepted, load_document):
         """[Target] of an accepted desired state; documents are read only where deciding takes them."""
-        targets, known = [], {device.device_id for device in self.devices}
+        targets = []
+        known = {device.device_id for device in self.devices}
         for item in accepted["deployments"]:
             target = Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
             record = self.state["deployments"].get(target.deployment_id.lower())
@@ -8800,38 +9401,46 @@ class Agent:
         data = load_document(target.digest)
         try:
             if data is None:
-                raise ComponentError("INTERNAL", "its document is missing from the state directory; the next poll brings it anew")
+                words = "its document is missing from the state directory; the next poll brings it anew"
+                raise ComponentError("INTERNAL", words)
             return target._replace(deployment=parse_deployment(data, target.deployment_id))
         except ComponentError as error:
             return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
 
     def assign(self, targets, silent):
-        """[Share] of each device.  silent: {device id: {deployment type: CommandError}} of what does not answer."""
-        offers = {device.device_id: self.make_capabilities(device) for device in self.devices} if any(
-            target.deployment and target.deployment.constraints for target in targets) else {}
+        """[Share] of each device.  silent: {device id: {deployment type: CommandError}} of what does not
+        answer.
+        """
+        offers = {}
+        if any(target.deployment and target.deployment.constraints for target in targets):
+            offers = {device.device_id: self.make_capabilities(device) for device in self.devices}
         silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
         return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
 
     def decide(self, accepted, load_document):
-        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all devices show now.
+        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all
+        devices show now.
 
-        Documents of what is not as it should be are read, and decided upon again: its device may have to be another one.
+        Documents of what is not as it should be are read, and decided upon again: its device may have to be
+        another one.
         """
-        targets, runtime = self.make_targets(accepted, load_document), self.config.runtime
-        new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment and not target.error]
+        targets = self.make_targets(accepted, load_document)
+        new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
         seen = observe_devices(self.devices, [*self.state["deployments"].values(), *new])
         silent = {device_id: sight.silent for device_id, sight in seen.items()}
-        self.answering = {device.device_id: {kind: driver for kind, driver in device.drivers.items()
-                                             if kind not in silent[device.device_id]} for device in self.devices}
         containers = {device_id: sight.containers for device_id, sight in seen.items()}
+        for device in self.devices:
+            answers = set(device.drivers) - set(silent[device.device_id])
+            self.answering[device.device_id] = {kind: device.drivers[kind] for kind in sorted(answers)}
+        settle = self.config.runtime.settle
+        mark = make_mark(self.config.runtime.environment)
         while True:
             shares = self.assign(targets, silent)
-            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), runtime.settle,
-                                   make_mark(runtime.environment))
-            unread = [action.target for action in actions if action.verb in ("install", "update") and not action.target.deployment]
+            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), settle, mark)
+            unread = {action.deployment_id for action in actions
+                      if action.verb in ("install", "update") and not action.target.deployment}
             if not unread:
                 return actions, seen
-            unread = {target.deployment_id for target in unread}
             targets = [self.read_target(target, load_document) if target.deployment_id in unread else target
                        for target in targets]
 
@@ -8851,8 +9460,8 @@ class Agent:
             self.prune()                            # before anything is pulled, too (P-5)
         troubles = self.carry_out(actions, seen)
         for device in self.devices:
-            for fault in seen[device.device_id].silent.values():
-                troubles.append(f"child device {device.device_id}: {fault.message}" if device.silence else fault.message)
+            name = f"child device {device.device_id}: " if device.silence else ""
+            troubles += [name + fault.message for fault in seen[device.device_id].silent.values()]
             if not self.changed:
                 for driver in self.answering[device.device_id].values():
                     driver.tend(seen[device.device_id].containers, get_random())
@@ -8864,8 +9473,8 @@ class Agent:
     def prune(self):
         """Housekeeping with everything that answers; see the function of this name."""
         if self.config.runtime.prune:
-            prune(self.state, self.store, {make_prefix(device): list(self.answering[device.device_id].values())
-                                           for device in self.devices})
+            drivers = [self.answering[device.device_id].values() for device in self.devices]
+            prune(self.state, self.store, dict(zip(map(make_prefix, self.devices), drivers)))
 
     def carry_out(self, actions, seen):
         """Carries out a plan: group by group, and in a group whatever is ready whose turn it is.
@@ -8892,7 +9501,8 @@ class Agent:
             while ready:
                 self.check_stopping()
                 waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
-                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items() if key not in ready}
+                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items()
+                        if key not in ready}
                 key, verb, words = find_turn(waiting, held)
                 if not self.take_turn(ready[key], verb, words, troubles):
                     ready.pop(key)
@@ -8905,18 +9515,20 @@ class Agent:
 
     def begin(self, action, seen):
         """The Work on an action, before its first step."""
-        key, accepted = action.deployment_id.lower(), self.state["accepted"]
+        key = action.deployment_id.lower()
         device = next(device for device in self.devices if device.device_id == action.device_id)
         record = self.state["deployments"].get(key)
         holds = find_held_ports(record) if record else set()
         if record and record["deviceId"] not in seen and action.verb != "keep":
-            log("warning", "its device is no longer configured; what runs there is forgotten", deployment=action.deployment_id,
-                device=record["deviceId"])
+            log("warning", "its device is no longer configured; what runs there is forgotten",
+                deployment=action.deployment_id, device=record["deviceId"])
         if not record or action.verb != "clear" and action.target and record["deviceId"] != device.device_id:
             target = action.target or Target(action.deployment_id, "", 0, None, None)
-            record = make_record(target, device.device_id)      # new here: what it has elsewhere is cleared there
-        tools = Tools(self.config, self.store, self.answering[device.device_id], seen[device.device_id].containers, device.device_id,
-                      accepted["version"], self.is_downtime(), [], get_clock, get_random)
+            record = make_record(target, device.device_id)      # new here; elsewhere it is cleared
+        device_id = device.device_id
+        containers = seen[device_id].containers
+        tools = Tools(self.config, self.store, self.answering[device_id], containers, device_id,
+                      self.state["accepted"]["version"], self.is_downtime(), [], get_clock, get_random)
         work = Work(action, device, EXECUTE[action.verb](action, record, tools), tools)
         work.holds = holds
         return work
@@ -8944,8 +9556,8 @@ class Agent:
     def advance(self, work, answer=None, fault=None):
         """Carries on with a step until it is ready to change something, or done; whether it is ready.
 
-        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer, fault: what its
-        claim is answered by.
+        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer,
+        fault: what its claim is answered by.
         """
         action, item = work.action, None
         try:
@@ -8953,7 +9565,8 @@ class Agent:
             while not isinstance(item, Ready):
                 if not work.begun:
                     word = PRINTED.get(action.verb, action.verb)
-                    log("error" if word == "refuse" else "info", word, deployment=action.deployment_id, reason=action.reason)
+                    log("error" if word == "refuse" else "info", word, deployment=action.deployment_id,
+                        reason=action.reason)
                 work.begun = self.changed = True
                 if item:
                     self.keep(work, item)
@@ -8969,38 +9582,28 @@ class Agent:
     def keep(self, work, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
         fetched = work.tools.fetched
-        images = [make_prefix(work.device) + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
+        prefix = make_prefix(work.device)
+        images = [prefix + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
         self.state["pulled"] = sorted(set(self.state["pulled"]).union(images))
-        if record["state"] not in ("installed", "removed"):                     # the next attempt finds it here (P-15)
+        if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
             record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
         self.state["deployments"][record["deploymentId"].lower()] = record
         enqueue_status(self.state, record, self.device_id)
         self.store.save_state(self.state)
         self.flush_outbox(quiet=True)
 
-    def purge(self):
-        """Removes every workload and reports it; True where something could not be removed."""
-        if self.state["enrollment"]:
-            self.connect()
-        accepted = self.state["accepted"] or {"etag": None, "digest": "", "version": 0}
-        self.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
-        self.reconcile()
-        try:
-            self.flush_outbox()                     # also what an earlier purge, that did not come to its end, has left to be told
-        except Untrusted as error:
-            log("warning", "the WFM does not take the last reports", reason=error.message)
-        return any(record["state"] != "removed" for record in self.state["deployments"].values())
-
     def flush_outbox(self, quiet=False):
-        """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and `status` says so.
+        """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and
+        `status` says so.
 
-        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of applying; trouble on the
-        wire then only means that it is sent later.
+        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of
+        applying; trouble on the wire then only means that it is sent later.
         """
         for key in list(self.state["outbox"]):
             if self.silent or not self.source:
                 return
-            status, refused = self.state["outbox"][key], None
+            status = self.state["outbox"][key]
+            refused = None
             try:
                 self.source.post_status(status["deploymentId"], status)
             except (Refused, Unreachable, Untrusted) as error:
@@ -9011,13 +9614,18 @@ class Agent:
                     self.note_fault(error, time.time())
                     log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
                     return
-                refused = {"state": status["status"]["state"], "at": make_time(time.time()), "reason": error.message}
-                log("error", "the WFM refuses a status for good; it is dropped", deployment=key, reason=error.message)
+                refused = {"state": status["status"]["state"], "at": make_time(time.time()),
+                           "reason": error.message}
+                log("error", "the WFM refuses a status for good; it is dropped", deployment=key,
+                    reason=error.message)
             acknowledge_status(self.state, key, refused)
 
     def conclude(self, began):
-        """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something changed."""
-        state, fault = self.state, max(self.faults, key=lambda fault: fault.exit, default=None)
+        """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something
+        changed.
+        """
+        state = self.state
+        fault = max(self.faults, key=lambda fault: fault.exit, default=None)
         failed = any(record["state"] == "failed" for record in state["deployments"].values())
         result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"]))
         if state["history"] and state["accepted"]:
@@ -9036,27 +9644,30 @@ class Agent:
             log("error", error.message, code=error.code)
             code = max(code, error.exit)
         memo = self.store.load_memo()
-        others = memo.get("others", [])
+        others = memo.get("others")
         if self.answering:
-            others = self.list_others(None if self.changed else memo.get("others"))[:MAX_NAMED]
-        self.store.save_memo(dict(memo, lastPoll=last, others=others))
-        return Outcome(code, result, last["detail"], make_delay(self.config, state, fault, get_clock(), get_random()))
+            others = list_others(self.answering, None if self.changed else others)[:MAX_NAMED]
+        self.store.save_memo(dict(memo, lastPoll=last, others=others or []))
+        delay = make_delay(self.config, state, fault, get_clock(), get_random())
+        return Outcome(code, result, last["detail"], delay)
 
 
-# What a cycle does, in order: functions of the Agent; what they return is of no account, and a MargoError ends that step alone.
+# What a cycle does, in order: functions of the Agent.  A MargoError ends that step alone.
 STEPS = [Agent.tend_identity, Agent.exchange, Agent.refresh_revocation, Agent.reconcile, Agent.flush_outbox]
 
 
 def judge_cycle(fault, changed, failed, waiting):
     """(word of `lastPoll.result`, exit code) of a cycle.
 
-    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a deployment has failed.
-    waiting: whether a status waits in the outbox.  The operator's own silence is no fault.
+    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
+    deployment has failed. waiting: whether a status waits in the outbox.  The operator's own silence is no
+    fault.
     """
     silence = isinstance(fault, Silence) and not fault.exit
     code = 0 if silence or not fault else fault.exit
     code = max(code, 1 if failed else 0, 3 if waiting and not silence else 0)
-    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"), (MargoError, "failed"))
+    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"),
+             (MargoError, "failed"))
     for kind, word in words if not silence else ():
         if isinstance(fault, kind):
             return word, code
@@ -9070,44 +9681,14 @@ def make_prefix(device):
     return device.device_id + " " if device.silence else ""
 
 
-def make_backoff(failures, asked, strategy, jitter):
-    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at what it asked for and
-    never less (C-056); exactly that where it says `fixed` or `none` (C-057).
-    """
-    asked = asked or 0
-    if asked and strategy in ("fixed", "none"):
-        return asked
-    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
-
-
-def make_start(uptime, poll, known, jitter):
-    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power arrives spread
-    over one interval (P-19).  One that never had a desired state asks at once.
-    """
-    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
-
-
-def make_delay(config, state, fault, clock, jitter):
-    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where an attempt is due."""
-    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
-    patience = state["patience"]
-    if isinstance(fault, (Refused, Untrusted)):
-        return max(interval, patience.get("delay", 0), grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP))
-    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
-    if left:
-        return max(1.0, min(interval, left))        # waiting for the WFM is no reason to leave workloads unwatched
-    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
-                if record["state"] == "failed" and not record["refused"]]
-    return max(1.0, min([interval] + attempts))
-
-
 # ------------------------------------------------------------------------------------------------------------------------------
 # 21. Gateway (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def load_child_devices(config, own_id, claim):
     """[Device] of each child of a see-thru gateway (protocol 9).  claim: as for make_compose_driver."""
-    ids, devices = [f"{own_id}/{child.id}" for child in config.device.children], []
+    devices = []
+    ids = [f"{own_id}/{child.id}" for child in config.device.children]
     for device_id, child in zip(ids, config.device.children):
         others = [other for other in ids if other != device_id]
         silence = ComponentError("102", f"child device {device_id} does not answer", source=own_id)
@@ -9119,36 +9700,46 @@ def load_child_devices(config, own_id, claim):
 def assign(targets, records, devices, silent, offers):
     """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
 
-    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent: {device id: {deployment
-    type: CommandError}} of what does not answer.  offers: {device id: capabilities document}, where a rule asks for one.
+    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent:
+    {device id: {deployment type: CommandError}} of what does not answer.  offers: {device id: capabilities
+    document}, where a rule asks for one.
     """
-    known, own_id = {device.device_id: device for device in devices}, devices[0].device_id
-    homes = {key: record["deviceId"] if record["deviceId"] in known else own_id for key, record in records.items()}
-    held, found = dict(homes), []
+    known = {device.device_id: device for device in devices}
+    own_id, *children = known
+    before = {key: record["deviceId"] if record["deviceId"] in known else own_id
+              for key, record in records.items()}
+    homes = dict(before)
+    found = []
     for target in targets:
-        key, error = target.deployment_id.lower(), target.error
-        others = [home for other, home in homes.items() if other != key]
+        key = target.deployment_id.lower()
+        error = target.error
         if target.deployment and not error:
-            reasons = {device_id: find_reason(target.deployment, device, offers) for device_id, device in known.items()}
-            answers = {device.device_id: target.deployment.type not in silent[device.device_id] for device in devices[1:]}
+            others = [home for other, home in homes.items() if other != key]
+            loads = {child: others.count(child) for child in children}
+            answers = {child: target.deployment.type not in silent[child] for child in children}
+            reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
             try:
-                homes[key] = find_place(target.deployment, held.get(key), own_id, answers, reasons.get,
-                                        {device_id: others.count(device_id) for device_id in known})
+                held = before.get(key)
+                homes[key] = find_place(target.deployment, held, own_id, answers, reasons.get, loads)
                 error = reasons[homes[key]]
             except ComponentError as fault:
                 error = fault
         found.append(target._replace(error=error, device_id=homes.get(key, own_id)))
-    return [make_share(device, [target for target in found if target.device_id == device_id],
-                       {key: record for key, record in records.items() if held[key] == homes[key] == device_id}, silent[device_id])
-            for device_id, device in known.items()]
+    shares = []
+    for device_id, device in known.items():
+        mine = {key: record for key, record in records.items() if before[key] == homes[key] == device_id}
+        wanted = [target for target in found if target.device_id == device_id]
+        shares.append(make_share(device, wanted, mine, silent[device_id]))
+    return shares
 
 
 def find_place(deployment, held, own_id, children, find_reason, loads):
-    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103 (protocol 9).
+    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103
+    (protocol 9).
 
-    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device id to why it cannot run
-    there, or "".  loads: {device id: deployments that are there}.  A free choice falls on the least loaded child that answers, and
-    stays; a document that names no device is for this one.
+    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device
+    id to why it cannot run there, or "".  loads: {device id: deployments that are there}.  A free choice
+    falls on the least loaded child that answers, and stays; a document that names no device is for this one.
     """
     wanted = deployment.device_id or own_id
     if wanted == own_id or wanted in children:
@@ -9159,17 +9750,20 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:
             raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
-        raise ComponentError("101", f"child device {parent or wanted} is not known; known are {', '.join(children)}", source=own_id)
+        words = f"child device {parent or wanted} is not known; known are {', '.join(children)}"
+        raise ComponentError("101", words, source=own_id)
     reasons = {child: find_reason(child) for child in children}
     fit = [child for child in children if not reasons[child]]
     if held in fit:
         return held
     if not fit:
-        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items()) or "this device is no gateway"
-        raise ComponentError("103", f"no child device can take it: {words}", source=own_id)
+        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items())
+        words = f"no child device can take it: {words or 'this device is no gateway'}"
+        raise ComponentError("103", words, source=own_id)
     there = [child for child in fit if children[child]]
     if not there:
-        raise ComponentError("102", f"none of the child devices that could take it answers: {', '.join(fit)}", source=own_id)
+        words = f"none of the child devices that could take it answers: {', '.join(fit)}"
+        raise ComponentError("102", words, source=own_id)
     return min(there, key=lambda child: loads.get(child, 0))
 
 
@@ -9194,25 +9788,29 @@ ASSIGN.append(assign)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def run_hooks(moment, change, tools, error):
-    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the facts as JSON on stdin.
+    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the
+    facts as JSON on stdin.
 
-    Raises Forbidden HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way back to the version
-    before, that is only logged.  Values of parameters are not among the facts: no process but the application gets them.
+    Raises Forbidden HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way
+    back to the version before, that is only logged.  Values of parameters are not among the facts: no process
+    but the application gets them.
     """
-    facts, event = {}, f"{moment}-{change.event}"
+    facts = {}
+    event = f"{moment}-{change.event}"
     for path in tools.config.hooks.run:
         facts = facts or make_facts(change, event, error)
         environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
         try:
-            output = run_command([path, event], tools.config.hooks.timeout, env=environ, data=make_json(facts))
+            output = run_command([path, event], tools.config.hooks.timeout, env=environ,
+                                 data=make_json(facts))
             words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
         except CommandError as fault:
             words = fault.message
         if words and moment == "before" and not change.rollback:
             raise Forbidden("HOOK_FAILED", f"hook {path} {event} {words}")
         if words:
-            log("error", "a hook failed; the change stands", hook=path, hookEvent=event, deployment=facts["deploymentId"],
-                reason=words)
+            log("error", "a hook failed; the change stands", hook=path, hookEvent=event,
+                deployment=facts["deploymentId"], reason=words)
 
 
 def make_facts(change, event, error):
@@ -9223,10 +9821,12 @@ def make_facts(change, event, error):
     outcome = {"state": "removed" if change.event == "removal" else "installed", "code": "", "message": ""}
     if error:
         outcome = {"state": "failed", "code": error.code, "message": error.message}
-    extensions = dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions, component=component.extensions)
-    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"], "name": record["name"],
-            "namespace": deployment.namespace, "deviceId": record["deviceId"], "type": deployment.type, "component": change.name,
-            "repository": component.repository, "revision": component.revision, "extensions": extensions,
+    extensions = dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions,
+                      component=component.extensions)
+    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"],
+            "name": record["name"], "namespace": deployment.namespace, "deviceId": record["deviceId"],
+            "type": deployment.type, "component": change.name, "repository": component.repository,
+            "revision": component.revision, "extensions": extensions,
             "outcome": None if event.startswith("before") else outcome}
 
 
@@ -9242,7 +9842,8 @@ def check_hooks(agent):
     return "ok", f"{len(hooks)} to be run around changes" if hooks else ""
 
 
-SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []), "timeout": (read_duration, "60s")})
+SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []),
+                     "timeout": (read_duration, "60s")})
 LISTENERS.append(run_hooks)
 EXAMINE.update(hooks=check_hooks)
 
@@ -9457,7 +10058,8 @@ def notify(address, text):
         return
     import socket
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK      # who does not read does not keep us
+        with socket.socket(socket.AF_UNIX, kind) as peer:
             peer.connect("\0" + address[1:] if address.startswith("@") else address)
             peer.send(text.encode())
     except OSError:
@@ -9635,7 +10237,7 @@ def command_unenroll(config, options):
             print("not enrolled")
             return
         if "--purge" in options:
-            failed = agent.purge()
+            failed = purge(agent)
         if failed:
             raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge again")
         if state["enrollment"]:
@@ -9652,6 +10254,20 @@ def command_unenroll(config, options):
         remove_folder(agent.store.path("git"))      # its credential, too
         agent.store.save_memo({})
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
+
+
+def purge(agent):
+    """Removes every workload and reports it; True where something could not be removed."""
+    if agent.state["enrollment"]:
+        agent.connect()
+    accepted = agent.state["accepted"] or {"etag": None, "digest": "", "version": 0}
+    agent.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
+    agent.reconcile()
+    try:
+        agent.flush_outbox()                        # also what a purge that was cut off has left to be told
+    except Untrusted as error:
+        log("warning", "the WFM does not take the last reports", reason=error.message)
+    return any(record["state"] != "removed" for record in agent.state["deployments"].values())
 
 
 def command_plan(config, options):
@@ -9675,7 +10291,7 @@ def command_plan(config, options):
     actions, seen = [], {}
     if accepted:
         actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
-    others = agent.list_others()
+    others = list_others(agent.answering)
     changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
     actions = [action._replace(verb=PRINTED.get(action.verb, action.verb)) for action in actions
                if action.verb != "clear" or action.deployment_id not in changed]        # else it is part of a move
@@ -9816,7 +10432,7 @@ def check_engine(agent):
 
 def check_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
-    others = agent.list_others()
+    others = list_others(agent.answering)
     words = "; ".join(make_others_words(others))
     return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
