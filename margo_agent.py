@@ -5593,6 +5593,8 @@ CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
 CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+IMAGE_TYPES = (f"{OCI_MANIFEST}, {OCI_INDEX}, application/vnd.docker.distribution.manifest.v2+json,"
+               " application/vnd.docker.distribution.manifest.list.v2+json")
 ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
                  "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
 MAX_ENTRIES = 10000                                 # files in one archive
@@ -5850,6 +5852,23 @@ def check_space(folder, need, what):
             f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
             f" {folder} {margin // KIB} stay so; free some there",
         )
+
+
+def ask_for_image(image, config):
+    """Whether an image's registry has it now.
+
+    False where that is not known: without a host of its own it may be anywhere.
+    """
+    match = re.fullmatch(r"([^/]*[.:][^/]*|localhost)/(.+?)(?::([\w.-]+))?(?:@(sha256:[0-9a-f]{64}))?", image)
+    if not match or match.group(1) == "docker.io":
+        return False
+    host, name, tag, digest = match.groups()
+    try:
+        path = f"manifests/{digest or tag or 'latest'}"
+        Registry(host, config).get(name, path, IMAGE_TYPES, config.policy.max_document)
+    except MargoError:
+        return False
+    return True
 
 
 def parse_package_manifest(data, where, max_artifact, kind="compose"):
@@ -7690,10 +7709,9 @@ class ComposeDriver:
         if not probe.code:
             self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
             return
-        there = find_layers(service.image, "".join(platform)[len("--platform="):], self.config)
-        if there and self.remove_image(service.image):
+        if ask_for_image(service.image, self.config) and self.remove_image(service.image):
             log("warning", "a damaged image is pulled anew", image=service.image)
-            self.pull(service, IMAGE_PATIENCE)
+            self.pull(service, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
         """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""

@@ -2296,7 +2296,7 @@ class Memory(DriverCase):
         document = make_document({"image": "registry.example/app:1"})
         for mine, served, expected in ((True, True, True), (False, True, False), (True, False, False)):
             with self.subTest(mine=mine, served=served), mock.patch.object(
-                    margo_agent, "find_layers", lambda *_, served=served: [("layer", 1)] if served else []):
+                    margo_agent, "ask_for_image", lambda *_, served=served: served):
                 self.engine.change(containers={}, images=["registry.example/app:1"], damaged=["registry.example/app:1"])
                 images = frozenset(["registry.example/app:1"] if mine else [])
                 self.driver.claim = lambda images=images: self.claim._replace(images=images)
