@@ -1,4 +1,4 @@
-"""Section 19, Command line: commands, options, exit codes, output for people and for machines."""
+"""Command line: commands, options, exit codes, output for people and for machines."""
 import importlib
 import io
 import json
