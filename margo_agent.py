@@ -7699,13 +7699,13 @@ class ComposeDriver:
             return
         asked = service._replace(pull="always")
         try:
-            self.pull(asked, IMAGE_PATIENCE)        # fetches nothing that storage thinks it has, but its registry answers
+            self.pull(asked, PULL_TIMEOUT)        # fetches nothing that storage thinks it has, but its registry answers
         except (ComponentError, CommandError) as error:
             log("warning", "a damaged image cannot be pulled anew now", image=service.image, reason=error.message)
             return
         if self.remove_image(service.image):
             log("warning", "a damaged image is pulled anew", image=service.image)
-            self.pull(asked, IMAGE_PATIENCE)
+            self.pull(asked, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
         """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""
