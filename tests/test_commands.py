@@ -123,6 +123,34 @@ class RunCommand(unittest.TestCase):
         with mock.patch.object(os, "geteuid", lambda: 0):
             self.assertEqual(margo_agent.get_temporary("/s", {}), {"TMPDIR": "/s/tmp"})
 
+    def test_what_podman_s_network_lacks_is_told_without_starting_anything(self):
+        """E5, E16, F-20: netavark of Debian 12 wants iptables, that of Debian 13 wants nft; catatonit is a note."""
+        with tempfile.TemporaryDirectory() as folder:
+            def put(name, words="{}"):
+                path = os.path.join(folder, name)
+                with open(path, "w") as file:
+                    file.write(f"#!/bin/sh\necho '{words}'\n")
+                os.chmod(path, 0o755)
+
+            def list_lacks():
+                lacks, notes = margo_agent.ComposeDriver("podman", None, None, {"PATH": folder}).list_lacks()
+                return [words.split()[0] for words in lacks], [words.split()[0] for words in notes]
+
+            with mock.patch.multiple(margo_agent, HELPER_FOLDERS=(), SYSTEM_FOLDERS=()):
+                put("podman", '{"host": {"networkBackend": "netavark"}}')
+                self.assertEqual(list_lacks(), (["netavark", "aardvark-dns"], ["catatonit"]))
+                put("netavark", '{"version": "1.4.0"}')
+                self.assertEqual(list_lacks(), (["aardvark-dns", "iptables"], ["catatonit"]))
+                put("netavark", '{"version": "1.14.0", "default_fw_driver": "nftables"}')
+                for name in ("aardvark-dns", "iptables", "catatonit"):
+                    put(name)
+                self.assertEqual(list_lacks(), (["nft"], []))
+                put("nft")
+                self.assertEqual(list_lacks(), ([], []))
+                for words in ('{"host": {"networkBackend": "cni"}}', "garbage", "[]"):
+                    put("podman", words)
+                    self.assertEqual(list_lacks(), ([], []))
+
     def test_one_that_cannot_be_killed_is_left_behind(self):
         """F-04: a program that hangs in the kernel at a dead disk; here frozen, which SIGKILL does not end either where cgroups are of version 1."""
         group = f"/sys/fs/cgroup/freezer/margo-test-{os.getpid()}"

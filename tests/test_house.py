@@ -39,8 +39,8 @@ MtlsSource.check_peer Store.find_time check_clock check_est_response check_git c
 check_own_anchor check_own_chain check_policy check_registries check_signed
 check_space check_status check_storage find_engine find_longest find_own_leaf
 find_program find_provider find_signer is_crl_signed is_signed is_ssh_answering is_within_whole make_child
-make_compose_driver make_configs make_csr make_document make_drivers make_environment make_folder
-make_git_environment make_helm_driver make_issued_chain make_mis_context make_next_key make_opener
+make_compose_driver make_configs make_csr make_document make_drivers make_environment
+make_git_environment make_helm_driver make_issued_chain make_mis_context make_next_key make_opener make_places
 make_private_key make_project make_public_key make_renewal_csr make_service make_wfm_context parse_certs_only
 """.split()
 

@@ -1287,8 +1287,8 @@ class Shared(RuntimeCase):
                                 "foreign": {"external": True},
                                 "both": {"external": "true", "name": "theirs"}}}
         self.assertEqual(margo_agent.make_volumes(document, self.make_workload()), {
-            "plain": (f"{PROJECT}_plain", MARKS), "labelled": (f"{PROJECT}_labelled", ["--label=a=b"] + MARKS),
-            "named": ("own", MARKS), "foreign": ("foreign", None),
+            "plain": (f"{PROJECT}_plain", MARKS[:1]), "labelled": (f"{PROJECT}_labelled", ["--label=a=b"] + MARKS[:1]),
+            "named": ("own", MARKS[:1]), "foreign": ("foreign", None),
             "both": ("theirs", None)})
         project = self.settle(make_document({}, **document))
         self.assertEqual(set(project.volumes), {f"{PROJECT}_plain", f"{PROJECT}_labelled", "own"})
@@ -1419,11 +1419,10 @@ class Shared(RuntimeCase):
         """Contract, On the engine.  What is external is another's, and stays as it is written."""
         shared = {"data": {"labels": ["a=b"]}, "plant": {"external": True}}
         document = self.settle(make_document({}, networks=shared, volumes=shared), strict=False).document
-        marks = {"org.margo.project": PROJECT, "org.margo.owner": OWNER}
-        for kind in ("networks", "volumes"):
-            self.assertEqual(document[kind]["data"]["labels"], dict(marks, a="b"))
-            self.assertEqual(document[kind]["plant"], {"external": True})
-        self.assertEqual(document["networks"]["default"]["labels"], marks)
+        mark, project = {"org.margo.owner": OWNER}, {"org.margo.project": PROJECT}
+        self.assertEqual(document["volumes"], {"data": {"labels": dict(mark, a="b")}, "plant": {"external": True}})
+        self.assertEqual(document["networks"], {"data": {"labels": dict(mark, a="b", **project)}, "plant": {"external": True},
+                                                "default": {"labels": dict(mark, **project)}})
 
     def test_the_owner_is_no_part_of_the_hash(self):
         """What an older agent made keeps running when the agent is updated."""
@@ -1824,7 +1823,7 @@ class CommandLines(DriverCase):
         self.assertEqual(calls, [
             ["network", "create", *MARKS, f"{PROJECT}_default"], ["network", "create", *MARKS, f"{PROJECT}_front"],
             ["network", "create", *MARKS, "--internal", f"{PROJECT}_back"],
-            ["volume", "create", "--label=a=b", *MARKS, f"{PROJECT}_data"],
+            ["volume", "create", "--label=a=b", MARKS[0], f"{PROJECT}_data"],
             ["create", f"--name={name}", f"--label=org.margo.deployment={support.HELLO}",
              "--label=org.margo.component=web", mark,
              "--label=org.margo.service=main", f"--label=org.margo.hash={service.hash}", "--label=org.margo.device=",
@@ -2103,7 +2102,7 @@ class Owners(DriverCase):
     """Whose something on the engine is (contract, On the engine)."""
 
     def check_names(self, document):
-        self.driver.check_names(*self.prepare(document))
+        self.driver.ask_names(*self.prepare(document))
 
     def test_one_rule_says_what_is_ours(self):
         claim = margo_agent.Claim("me", {"me", "I-then"}, {support.HELLO}, {"recorded"})
@@ -2126,7 +2125,7 @@ class Owners(DriverCase):
                 labels = dict(mine["labels"], **{"org.margo.owner": owner})
                 held["containers"][name] = dict(mine, id=name, labels=labels)
         self.assertEqual({item.name for item in self.driver.observe()}, {f"{PROJECT}-main-1", "forged"})
-        self.assertEqual([(item.name, item.owner) for item in self.driver.find_strangers()], [("theirs", "stranger")])
+        self.assertEqual([(item.name, item.owner) for item in self.driver.ask_strangers()], [("theirs", "stranger")])
 
     def test_a_name_of_a_stranger_s_fails_the_component_before_anything_is_touched(self):
         document = make_document({"volumes": ["data:/d"]}, volumes={"data": None})
@@ -2151,6 +2150,19 @@ class Owners(DriverCase):
             held["networks"] = {"plant": ["org.margo.owner=stranger"]}
         self.check_names(make_document({"volumes": ["data:/d", "plant:/p"]}, volumes={"data": None, "plant": {"external": True}},
                                        networks={"plant": {"external": True}}))
+
+    def test_what_a_provider_made_before_is_in_its_file_as_it_was_made(self):
+        """docker compose would stop everything for a network or volume that has another label now."""
+        self.claim, self.driver.provider = self.claim._replace(owners={"earlier"}), ["docker-compose"]
+        with self.engine.open() as held:
+            held["volumes"] = {f"{PROJECT}_data": [], "named": ["org.margo.owner=earlier"]}
+            held["networks"] = {f"{PROJECT}_default": [f"org.margo.project={PROJECT}"]}
+        prepared = self.prepare(make_document({}, volumes={"data": None, "named": {"name": "named"}, "new": None},
+                                              networks={"plant": {"external": True}}))
+        self.driver.keep_owners(*prepared)
+        found = {name: item.get("labels", {}).get("org.margo.owner") for kind in ("volumes", "networks")
+                 for name, item in prepared[1].document[kind].items()}
+        self.assertEqual(found, {"data": None, "named": "earlier", "new": OWNER, "plant": None, "default": None})
 
     def test_what_an_earlier_identity_made_is_still_ours(self):
         self.apply(make_document({}))
@@ -2345,7 +2357,7 @@ class Removal(DriverCase):
         self.remove()
         self.assertEqual(self.engine.containers(), {})
         with self.engine.open() as held:
-            self.assertEqual((held["networks"], held["volumes"]), ({}, {f"{PROJECT}_data": [mark[len("--label="):] for mark in MARKS]}))
+            self.assertEqual((held["networks"], held["volumes"]), ({}, {f"{PROJECT}_data": [f"org.margo.owner={OWNER}"]}))
 
     def test_networks_of_another_owner_stay(self):
         """Contract, On the engine: whatever other labels something has, its owner says whose it is."""
