@@ -7695,7 +7695,7 @@ class ComposeDriver:
         text = b"" if shown.code else shown.stdout.strip()
         declared = self.parse(text or b"null", lambda value: list(value or ()))
         volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
-        labels = make_pairs("--label")(make_shared_labels({}, "labels", job.workload), "labels")
+        labels = make_pairs("--label")(make_shared_labels({}, "volumes", "", job.workload), "labels")
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
         options = []
         if self.engine == "podman":                 # else the agent's own proxy, password and all, is handed in
