@@ -2288,14 +2288,14 @@ TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence` and `spiffe_refresh_hint` in seconds, each None where there is none.")
 Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
     "A discovery document: texts, {name: value} of what COMPANIONS read in it, and words about what was passed over.")
-Companion = define("Companion", "wanted parse limits flaw watch remark",
+Companion = define("Companion", "wanted parse limits flaw judge remark",
     """What an optional room has to say about identity and trust; each member is a function, or None.
 
     wanted(config): whether its part of the discovery document is needed.
     parse(members, document_url, public, held): (value of its part, [words about what was passed over]).
     limits(state): [seconds] after each of which the trust bundle is asked for again at the latest.
     flaw(store, state, leaf): why an own SVID that is valid is of no use, "" where it is.
-    watch(config, store, state, source, keep): a function (leaf, now) that raises Untrusted for the WFM's leaf.
+    judge(config, store, state, source, keep): a function (leaf, now) that raises Untrusted for the WFM's leaf.
     remark(state, now): what `status` should warn of, or "".
     """, None, None, None, None, None, None)
 COMPANIONS = {}                     # {name of its part in state["trust"]: Companion}; optional rooms add themselves
@@ -3376,7 +3376,7 @@ class MtlsSource(HttpSource):
         super().__init__(config)
         self.identity, self.client_id, self.peer = identity, identity.spiffe_id.text, identity.wfm_spiffe_id.text
         self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
-        self.watches = []                           # what companions hold against the WFM's leaf
+        self.judges = []                            # functions (leaf, now) of companions, which raise Untrusted
         self.chain = []                             # what the WFM presented last (DER), leaf first
 
     def ask(self, method, url, headers, body, limit):
@@ -3387,8 +3387,8 @@ class MtlsSource(HttpSource):
         """Raises Untrusted unless the peer is our WFM, and no companion has anything against it."""
         now = time.time()
         leaf = check_wfm(chain[0], self.identity, now)
-        for watch in self.watches:
-            watch(leaf, now)
+        for judge in self.judges:
+            judge(leaf, now)
         self.chain = chain
 
     def put_capabilities(self, device_id, document):
@@ -3481,8 +3481,8 @@ class Mtls(Profile):
         """The MtlsSource of an Identity, with what companions have to say."""
         source = MtlsSource(self.config, identity, bundle)
         for companion in COMPANIONS.values():
-            watch = companion.watch and companion.watch(self.config, self.store, self.state, source, keep)
-            source.watches += [watch] if watch else []
+            if companion.judge:
+                source.judges.append(companion.judge(self.config, self.store, self.state, source, keep))
         return source
 
     def describe(self, now):
@@ -8486,7 +8486,7 @@ def refresh_revocation(config, store, state, source=None):
     refresh_crls(config, store, state, issuers, lambda: fetch_issuers(source) if blind else [])
 
 
-def watch_wfm(config, store, state, source, keep):
+def load_judge(config, store, state, source, keep):
     """A function that holds the WFM's leaf against the lists at hand; by `require` they are fetched before anything is said."""
     mode = config.identity.revocation
     if mode == "require" and keep:
@@ -8494,9 +8494,11 @@ def watch_wfm(config, store, state, source, keep):
     crls, listed = load_crls(store, state), state["trust"].get("crls") or ()
     if is_revoked(source.identity.leaf, crls):
         log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued", id=source.client_id)
-    if mode == "off" or mode == "soft" and not listed and not crls:
-        return None
-    return lambda leaf, now: judge_status(leaf, crls, listed, mode, now)
+
+    def judge(leaf, now):
+        if mode == "require" or mode == "soft" and (listed or crls):
+            judge_status(leaf, crls, listed, mode, now)
+    return judge
 
 
 def parse_crl_uris(members, document_url, public, held):
@@ -8535,7 +8537,7 @@ def refresh_after_poll(agent):
 
 
 COMPANIONS["crls"] = Companion(
-    lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=find_own_flaw, watch=watch_wfm,
+    lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=find_own_flaw, judge=load_judge,
     limits=lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],             # E-090
     remark=find_list_fault)
 STEPS["after"].append(refresh_after_poll)
