@@ -14,19 +14,21 @@ Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one
 Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All else may change.
 
 How to read it: from top to bottom.  A section uses only sections above it.
-   1 Constants and errors      9 Desired state            17 Capabilities
-   2 Records                  10 Desired-state source     18 Agent
-   3 Encodings                11 Eligibility              19 Signed (optional)
-   4 Configuration            12 Plan                     20 Git (optional)
-   5 Store                    13 Packages                 21 Enrollment (optional)
-   6 Commands                 14 Runtimes                 22 Revocation (optional)
-   7 Transport                15 Deployment status        23 Command line
-   8 Identity and trust       16 Apply
+   1 Constants and errors     10 Desired-state source     19 Gateway (optional)
+   2 Records                  11 Eligibility              20 Hooks (optional)
+   3 Encodings                12 Plan                     21 Signed (optional)
+   4 Configuration            13 Packages                 22 Git (optional)
+   5 Store                    14 Runtimes                 23 Enrollment (optional)
+   6 Commands                 15 Deployment status        24 Revocation (optional)
+   7 Transport                16 Apply                    25 Command line
+   8 Identity and trust       17 Capabilities
+   9 Desired state            18 Agent
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
 are mistakes of other agents, which a test of the same mark keeps out.
 """
 # Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module that a poll may do
 # without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
+import io
 import os
 import re
 import sys
@@ -41,11 +43,8 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 # 1. Constants and errors
 # ------------------------------------------------------------------------------------------------------------------------------
 
-# What optional rooms add where they are defined; nothing outside names anything in them.
+# What optional rooms add where they are defined; nothing outside names anything in them.  See also CHECKS, STEPS and EXAMINE.
 PROFILES = {}                       # {wfm.profile: its Profile class}
-RULES = []                          # functions of a configuration: [what is wrong with it, each beginning with the key]
-STEPS = {"before": [], "after": []}     # functions of an Agent that a cycle calls before and after it speaks with the WFM
-CHECKS = {}                         # {name: function of an Agent}: what `doctor` looks at beside its own, (level, words)
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of configuration and value, called first)}}
 TRACES = []                         # names in the state directory that `unenroll` removes
 
@@ -81,17 +80,23 @@ STATES = ("failed", "removing", "installing", "pending", "removed", "installed")
 RETRY_FIRST, RETRY_CAP = 30, 3600                   # seconds between attempts at a failed deployment
 REPAIRS = 5                                         # repairs within RETRY_CAP before pauses between them grow, too
 HISTORY = 20                                        # accepted desired states that `history` tells of
+MAX_NAMED = 100                                     # workloads of other owners that `status` names
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                                     # seconds that the current step may still take once the process is asked to end
+STOP_LIMIT = 90                                     # seconds after which the daemon's parent kills a cycle that was asked to end
+CYCLE_RETRY = 60                                    # seconds to the next cycle after one that said nothing
+HUNG = 1800                                         # seconds after which a cycle that does not move counts as hung, and is killed
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
-RESERVE = 256 * KIB                                 # kept in the state directory, to be given up for the state when the disk is full (P-4)
+RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
 MAX_TIMEOUT = 6 * 3600                              # seconds that one may ask for at most: meanwhile its device hears nobody (P-9)
 PULL_LIMIT = 86400                                  # seconds after which a pull that still moves is given up until the next attempt
 PULL_TIMEOUT = 3600                                 # seconds git may take, or a child's engine for an image: links are slow
 IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
-LOOKS, LOOK_PATIENCE = 8, 2                         # engines and clusters that are asked at once; seconds in which all should answer
-FREE_SPACE = 32 * MIB                               # stays free on a disk that something is fetched to (P-4)
+LOOKS = 8                                           # engines and clusters that are asked at once
+FREE_SPACE = 32 * MIB                               # at most stays free on a disk that something is fetched to (P-4)
+SHARE = 16                                          # of a small disk it is one part of so many that stays free, and that is kept
+CORPSE_GRACE = 5                                    # seconds in which a program that was killed has to be gone
 
 
 class MargoError(Exception):
@@ -123,13 +128,20 @@ Silence = define_fault("Silence", Unreachable, "No request is made now, by the o
 Waiting = define_fault("Waiting", MargoError, "A desired state that removes a lot waits for its confirmation.", exit=3, code="REMOVALS_UNCONFIRMED")
 Interrupted = define_fault("Interrupted", MargoError, "The process was asked to end before everything was done.", exit=3, code="INTERRUPTED")
 StorageError = define_fault("StorageError", MargoError, "The state directory cannot be read or written.", exit=3, code="STORAGE")
+NoMemory = define_fault("NoMemory", MargoError, "The device has not enough memory for a step.", exit=3, code="MEMORY")
 Refused = define_fault("Refused", MargoError, "The desired state is refused as a whole; what runs stays as it is.", exit=4, code="REFUSED")
 Untrusted = define_fault("Untrusted", MargoError, "Own identity or the peer's cannot be trusted.", exit=5, code="UNTRUSTED")
 Locked = define_fault("Locked", MargoError, "Another instance works on the same state directory.", exit=6, code="LOCKED")
 CommandError = define_fault("CommandError", MargoError, "A helper program could not be run to its end.", exit=1, code="COMMAND")
 CommandMissing = define_fault("CommandMissing", CommandError, "The program is not installed.")
 CommandTimeout = define_fault("CommandTimeout", CommandError, "The program ran out of its time and was ended.")
-Late = define_fault("Late", CommandError, "What does not answer may still do so within this cycle.")
+
+
+def to_fault(error):
+    """The error as one that a person can act upon: Python's own words for a lack of memory are none."""
+    if isinstance(error, MemoryError):
+        return NoMemory("not enough memory for this step; end other programs on the device, or have it do less (see README, Small devices)")
+    return error
 
 
 class ComponentError(MargoError):
@@ -143,6 +155,10 @@ class ComponentError(MargoError):
 
     def __init__(self, code, message, **facts):
         super().__init__(message[:MAX_MESSAGE] + ("..." if len(message) > MAX_MESSAGE else ""), code, **facts)
+
+
+class Forbidden(ComponentError):
+    """Somebody who is asked before a change says no to it."""
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -172,17 +188,27 @@ Deployment = define("Deployment", "deployment_id name namespace device_id type c
     "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None; `extensions`: those of {spec, deploymentProfile}.", {})
 Target = define("Target", "deployment_id digest version deployment error device_id",
     "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it; `device_id`: where it is at home.", None)
-Container = define("Container", "id name deployment_id component service hash state type device_id started health",
-    "One container of ours (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, or `unhealthy`;"
+Container = define("Container", "id name deployment_id component service hash state type device_id started health owner",
+    "One container (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, or `unhealthy`;"
     " `hash` our mark, `type` the deployment type whose driver showed it, `device_id` the child device it was made for, `started` Unix"
-    " seconds where they are shown, `health` the engine's word where there is a check.", "", 0, "")
-Action = define("Action", "deployment_id action reason restore unstable",
-    "One step of a plan: install, update, remove, keep or refuse, and why; `restore`: it is the version before that has to be mended;"
-    " `unstable`: (component, service) that is repaired in vain.", False, None)
+    " seconds where they are shown, `health` the engine's word where there is a check, `owner` who made it, as far as a label says so.",
+    "", 0, "", "")
+Claim = define("Claim", "owner owners deployments ids",
+    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of: ids of deployments in lower"
+    " case and of containers; see is_ours.")
+Action = define("Action", "deployment_id verb reason target device_id culprit",
+    "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on; culprit: (component,"
+    " service) that is repaired in vain.", None, "", None)
 Clock = define("Clock", "now boot uptime",
     "A moment: Unix seconds by the wall clock, and by the clock that nobody sets the id of this boot and the seconds since.")
-Place = define("Place", "device_id device drivers",
-    "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}.")
+Device = define("Device", "device_id settings drivers silence",
+    "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}; of another one than this:"
+    " the ComponentError that the WFM is told where it does not answer.", None)
+Seen = define("Seen", "containers silent",
+    "What a device shows now: [Container], and {deployment type: CommandError} of what does not answer.")
+Share = define("Share", "device targets records unseen",
+    "What a device has to care for: its Device, [Target] that should run there, {id in lower case: record} of what is at home"
+    " there, {id in lower case: CommandError} of what cannot be seen now.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due.")
 
@@ -210,10 +236,6 @@ class YAMLError(ValueError):
     def __init__(self, message, line, column):
         super().__init__(f"line {line}, column {column}: {message}")
         self.line, self.column = line, column
-
-
-class MergeKey(str):
-    """The plain scalar <<, which merges where it is a key."""
 
 
 class PlainInt(int):
@@ -258,6 +280,7 @@ class YAMLReader:
     NAME = re.compile(r"[^\s,\[\]{}]+")
     TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
     QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")       # a key; without bound it takes 100 bytes for each
+    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")                                         # a plain key: quoted, it is text
     KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")     # its opposite takes 3 ms to compile
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
@@ -265,6 +288,7 @@ class YAMLReader:
     def __init__(self, text):
         text = text[1:] if text.startswith("\ufeff") else text
         text = text.replace("\r\n", "\n").replace("\r", "\n")
+        self.cut = text[-1:] not in " \n"           # the last line has no end, so a block scalar there does not get one either
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.closed = -1                            # where the last quoted scalar or flow collection ended
@@ -508,7 +532,7 @@ class YAMLReader:
         """A dictionary from (key, value, position); refuses what is no scalar or occurs twice; merges << last."""
         mapping, merges = {}, []
         for key, value, position in pairs:
-            if isinstance(key, MergeKey):
+            if key == "<<" and self.MERGE.match(self.text, position):
                 merges.append((value, position))
                 if len(merges) > 1:
                     self.fail("the key << occurs twice", position)
@@ -558,8 +582,10 @@ class YAMLReader:
             else:
                 lines.append(line[indent:])
             self.position = end + 1
-        self.next_line()
         content = "\n".join(lines) + "\n" if lines else ""
+        if self.cut and self.position >= len(self.text):
+            content = content[:-1]
+        self.next_line()
         body = content.rstrip("\n")
         tail = content[len(body):]
         if style == ">":
@@ -607,7 +633,7 @@ class YAMLReader:
             return CONSTANTS[text]
         match = self.NUMBER.match(text) if text[0] in "+-.0123456789" else None
         if not match:
-            return MergeKey(text) if text == "<<" else text
+            return text
         if match.group(1):
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
@@ -644,7 +670,7 @@ class YAMLReader:
                 self.fail(f"tag !!{tag} does not fit this collection")
             self.enter()
             self.position += 1
-            value = self.read_flow_sequence(parent, flow + 1) if character == "[" else self.read_flow_mapping(parent, flow + 1)
+            value = self.read_flow_collection(parent, flow + 1, "]" if character == "[" else "}")
             self.depth -= 1
             self.closed = self.position
             return self.finish(value, anchor, first)
@@ -681,49 +707,48 @@ class YAMLReader:
                 if self.position >= len(self.text):
                     self.fail("a flow collection is not closed")
                 indent = self.position - self.text.rfind("\n", 0, self.position) - 1
-                if indent <= parent or indent == 0 and self.at_marker():
+                closes = indent == parent and self.text[self.position] in "]}"      # as all readers take it
+                if indent <= parent and not closes or indent == 0 and self.at_marker():
                     self.fail("a flow collection is continued with too little indentation")
             else:
                 return
 
-    def read_flow_sequence(self, parent, flow):
-        """[ … ]; the position is behind the bracket."""
-        items = []
+    def read_flow_collection(self, parent, flow, closing):
+        """[ … ] or { … }; the position is behind its start.  A single pair in a sequence is a mapping of its own."""
+        text, items = self.text, []                 # of a mapping: (key, value, position)
         while True:
             self.skip_flow(parent)
-            if self.text[self.position] == "]":
+            start = self.position
+            if text[start] == closing:
                 self.position += 1
-                return items
-            if self.text[self.position] == ",":
-                self.fail("a value is missing before the comma")
-            items.append(self.read_flow_item(parent, flow))
-            self.end_flow_item(parent, "]")
-
-    def end_flow_item(self, parent, closing):
-        """The comma after an item, unless the collection ends."""
-        self.skip_flow(parent)
-        if self.text[self.position] == ",":
-            self.position += 1
-        elif self.text[self.position] != closing:
-            self.fail(f"a comma or {closing} is missing")
-
-    def read_flow_item(self, parent, flow):
-        """An item of a flow sequence: a node, or a single pair as a mapping of its own."""
-        start = self.position
-        explicit = self.text[start] == "?" and self.text[start + 1] in " \t\n"
-        if explicit:
-            self.position += 1
-            self.skip_flow(parent)
-        value = self.read_flow_node(parent, flow)
-        end = self.position
-        self.skip_flow(parent)
-        if not self.at_flow_value(end):
+                return items if closing == "]" else self.make_mapping(items)
+            explicit = text[start] == "?" and text[start + 1] in " \t\n"
             if explicit:
-                return self.make_mapping([(value, None, start)])
-            return value
-        if not explicit and ("\n" in self.text[start:self.position] or self.position - start > 1024):
-            self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
-        return self.make_mapping([(value, self.read_flow_value(parent, flow), start)])
+                self.position += 1
+                self.skip_flow(parent)
+            key, value = self.read_flow_node(parent, flow), None
+            end = self.position
+            self.skip_flow(parent)
+            # After a quoted key or a collection the colon may stand close to the value.
+            paired = text[self.position] == ":" and (text[self.position + 1] in " \t\n,[]{}" or self.closed == end)
+            if paired:
+                long = "\n" in text[start:self.position] or self.position - start > 1024
+                if long and closing == "]" and not explicit:
+                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
+                self.position += 1
+                self.skip_flow(parent)
+                value = self.read_flow_node(parent, flow)
+                self.skip_flow(parent)
+            elif end == start:
+                self.fail("a value is missing before the comma")
+            if closing == "}":
+                items.append((key, value, start))
+            else:
+                items.append(self.make_mapping([(key, value, start)]) if paired or explicit else key)
+            if text[self.position] == ",":
+                self.position += 1
+            elif text[self.position] != closing:
+                self.fail(f"a comma or {closing} is missing")
 
     def read_flow_node(self, parent, flow):
         """A node in a flow collection, None where there is nothing before its end."""
@@ -732,40 +757,6 @@ class YAMLReader:
             self.count()
             return None
         return self.read_flow(parent, flow)
-
-    def at_flow_value(self, key_end):
-        """Whether a colon here says that what was read is a key; after a quoted one or a collection it may stand close to the value."""
-        if self.text[self.position] != ":":
-            return False
-        return self.text[self.position + 1] in " \t\n,[]{}" or self.closed == key_end
-
-    def read_flow_value(self, parent, flow):
-        """The value after a colon."""
-        self.position += 1
-        self.skip_flow(parent)
-        return self.read_flow_node(parent, flow)
-
-    def read_flow_mapping(self, parent, flow):
-        """{ … }; the position is behind the brace."""
-        pairs = []
-        while True:
-            self.skip_flow(parent)
-            start = self.position
-            if self.text[start] == "}":
-                self.position += 1
-                return self.make_mapping(pairs)
-            if self.text[start] == "?" and self.text[start + 1] in " \t\n":
-                self.position += 1
-                self.skip_flow(parent)
-            key, value = self.read_flow_node(parent, flow), None
-            end = self.position
-            self.skip_flow(parent)
-            if self.at_flow_value(end):
-                value = self.read_flow_value(parent, flow)
-            elif end == start:
-                self.fail("a key is missing before the comma")
-            pairs.append((key, value, start))
-            self.end_flow_item(parent, "}")
 
     def read_plain(self, parent, flow, key):
         """A plain scalar's text, folded over its lines."""
@@ -888,12 +879,19 @@ def parse_json(data, what):
     def refuse(word):
         raise ValueError(f"{word} is not JSON")
 
-    def read_number(text):
-        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")        # as newer Pythons have it
+    def read_int(text):
+        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")     # as newer Pythons have it
+
+    def read_float(text):
+        return float(text) if abs(float(text)) < float("inf") else refuse(text[:40])
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_int=read_number)
-        make_json(value)                            # what cannot be written again is not taken either
+        if data[:2] == b"\x1f\x8b":
+            raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_int=read_int,
+                           parse_float=read_float)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            make_json(value)                        # refuses a half character
         return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not usable JSON: {error}") from None
@@ -944,12 +942,6 @@ def grow(first, times, cap):
     return min(cap, first * 2 ** min(max(times - 1, 0), 30))
 
 
-def find_left(record, now):
-    """Seconds that a record of an attempt, {at, delay}, still asks to be waited; none before its time, where a clock was set back."""
-    passed, delay = now - record.get("at", 0), record.get("delay", 0)
-    return delay - passed if 0 <= passed < delay else 0
-
-
 def make_wait(record, delay, clock):
     """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay, boot, uptime}.
 
@@ -964,7 +956,7 @@ def find_wait(record, clock):
 
     Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
     """
-    same = "uptime" in record and record["boot"] == clock.boot
+    same = bool(clock.boot) and record.get("boot") == clock.boot
     passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
     delay = record.get("delay", 0)
     return delay - passed if 0 <= passed < delay else 0
@@ -1158,19 +1150,98 @@ class Settings(dict):
             raise AttributeError(name) from None
 
 
-def read_text(value, base):
-    """A scalar as text; an unquoted number keeps its spelling.  All read_… functions: (YAML value, base folder) or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError("text")
-    return scalar_text(value)
+# The kit of readers.  A reader takes (value, base) and returns what it makes of the value, or raises ValueError of what is expected.
+# The value is YAML; `base` is the folder that relative file names start from.
+
+def scalar(expected, pattern=r"(?s).*", make=None):
+    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text; it may raise ValueError."""
+    def read(value, base):
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError(expected)
+        text = scalar_text(value)
+        if not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return make(text) if make else text
+    return read
+
+
+def choice(*words):
+    """A reader of one of some words."""
+    return scalar("one of " + ", ".join(words), "|".join(map(re.escape, words)))
+
+
+def checked(expected, test):
+    """A reader that takes a value as it is, if a test holds for it."""
+    def read(value, base):
+        if not test(value):
+            raise ValueError(expected)
+        return value
+    return read
+
+
+def list_of(read_item, expected):
+    """A reader of a list of what another reader takes; `expected` is said where it is none."""
+    def read(value, base):
+        if not isinstance(value, list):
+            raise ValueError(expected)
+        return [read_item(item, base) for item in value]
+    return read
+
+
+def is_number(value):
+    """Whether a value is a number that JSON can write; a boolean is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def is_mapping(value):
+    """Whether a value is a mapping whose keys are text."""
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def is_uri(key):
+    """Whether identity.key is a URI and not a file name."""
+    return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
+
+
+HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
+GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
+# A repository's address as git takes it, which is never an option or a helper to git, or holds a password.
+GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
+               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
+PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"        # of a SubjectPublicKeyInfo (RFC 7469, 2.4)
+DURATION = "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
+
+read_text = scalar("text")
+read_name = scalar("text", "(?s).+")
+read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')            # what fits between quotes in an HTTP header
+read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")     # without user or fragment
+read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?", lambda text: text.rstrip("/"))
+read_address = scalar(
+    "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
+    rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
+    lambda text: text.rstrip("/") if text.startswith("https:") else text)
+read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
+read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
+read_pause = scalar("a duration", make=parse_duration)
+read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
+read_size = scalar("a size", make=parse_size)
+read_count = scalar("a whole number", "[0-9]{1,18}", int)
+read_share = scalar("a share from 0% to 100%", r"([0-9]{1,2}|100)%", lambda text: int(text[:-1]) / 100)
+read_device_id = scalar("letters, digits and . _ ~ - in segments parted by /",                          # C-086
+                        rf"(?!(.*/)?\.\.?(/|\Z)){DEVICE_ID_PATTERN}")
+read_mapping = checked("a mapping", is_mapping)
+
+
+def read_flag(value, base):
+    """true or false; `${NAME}` gives it as text."""
+    if not isinstance(value, bool) and value not in ("true", "false"):
+        raise ValueError("true or false")
+    return value in (True, "true")
 
 
 def read_path(value, base):
     """A file name, relative to the configuration file."""
-    text = read_text(value, base)
-    if not text or "\0" in text:
-        raise ValueError("a file name")
-    return os.path.join(base, text)
+    return os.path.join(base, scalar("a file name", r"(?s)[^\0]+")(value, base))
 
 
 def read_key(value, base):
@@ -1181,123 +1252,14 @@ def read_key(value, base):
     return text if is_uri(text) else read_path(text, base)
 
 
-def is_uri(key):
-    """Whether identity.key is a URI and not a file name."""
-    return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
-
-
-def read_form(pattern, words):
-    """A reader for text of one form: the pattern, and what it is in words."""
-    def read(value, base):
-        text = read_text(value, base)
-        if not re.fullmatch(pattern, text):
-            raise ValueError(words)
-        return text
-    return read
-
-
-def read_choice(*words):
-    """A reader for one of some words."""
-    def read(value, base):
-        text = scalar_text(value) if isinstance(value, (str, int, float)) else None
-        if text not in words:
-            raise ValueError("one of " + ", ".join(words))
-        return text
-    return read
-
-
-def read_list(read_item, words):
-    """A reader for a list of what another reader takes; words: what is expected where it is no list."""
-    def read(value, base):
-        if not isinstance(value, list):
-            raise ValueError(words)
-        return [read_item(item, base) for item in value]
-    return read
-
-
-# What fits between quotes in an HTTP header; an https URL without user or fragment, as it is; an absolute path; the SHA-256 of a SubjectPublicKeyInfo (RFC 7469, 2.4).
-read_word = read_form(r'[ !#-\[\]-~]*', "printable ASCII without \" and \\")
-read_url = read_form(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?([/?][^\s#@]*)?", "an absolute https URL")
-read_folders = read_list(read_form(r"(?s)/.*", "a list of absolute paths"), "a list of absolute paths")
-PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
-read_pins = read_list(read_form(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=", PINS), PINS)
-
-
-def read_root_url(value, base):
-    """An absolute https URL without query, to which paths are appended."""
-    text = read_url(value, base)
-    if "?" in text:
-        raise ValueError("an absolute https URL without query")
-    return text.rstrip("/")
-
-
-def read_address(value, base):
-    """The root URL of a WFM, or a repository's address as git takes it; neither is ever an option or a helper to git, or holds a password."""
-    text = read_text(value, base)
-    host = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
-    if re.fullmatch(rf"file:///[^\x00-\x1f\x7f]*|ssh://{host}(:[0-9]{{1,5}})?/[!-~]+|{host}:(?!//)[A-Za-z0-9_~./][!-~]*", text):
-        return text
-    if not text.startswith("https://"):
-        raise ValueError("an https URL, or for profile git one of https, ssh or file, or host:path")
-    return read_root_url(value, base)
-
-
 def read_path_or_url(value, base):
     """A file name or an https URL."""
-    text = read_text(value, base)
-    return read_url(text, base) if "://" in text else read_path(text, base)
+    return read_url(value, base) if "://" in str(value) else read_path(value, base)
 
 
-def read_duration(value, base):
-    """Seconds as float, greater than zero."""
-    seconds = parse_duration(read_text(value, base))
-    if not seconds:
-        raise ValueError("a duration greater than zero")
-    return seconds
-
-
-def read_pause(value, base):
-    """Seconds as float; zero is allowed."""
-    return parse_duration(read_text(value, base))
-
-
-def read_size(value, base):
-    """Bytes."""
-    return parse_size(read_text(value, base))
-
-
-def read_count(value, base):
-    """A whole number, zero or more; `${NAME}` gives it as text."""
-    if isinstance(value, bool) or not re.fullmatch("[0-9]{1,18}", str(value)):
-        raise ValueError("a whole number")
-    return int(value)
-
-
-def read_share(value, base):
-    """`10%` to 0.1."""
-    match = re.fullmatch(r"([0-9]{1,2}|100)%", read_text(value, base))
-    if not match:
-        raise ValueError("a share from 0% to 100%")
-    return int(match.group(1)) / 100
-
-
-def read_flag(value, base):
-    """true or false; `${NAME}` gives it as text."""
-    if not isinstance(value, bool) and value not in ("true", "false"):
-        raise ValueError("true or false")
-    return value in (True, "true")
-
-
-def read_mapping(value, base):
-    """A mapping, taken as it is."""
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError("a mapping")
-    return value
-
-
-def is_number(value):
-    """Whether a value is a number that JSON can write; a boolean is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+def read_helm(value, base):
+    """auto, off, or the path of the helm command."""
+    return value if value in ("auto", "off") else read_path(value, base)
 
 
 def is_words(value, words):
@@ -1307,8 +1269,9 @@ def is_words(value, words):
 
 def is_equipment(value, kinds):
     """Whether a value is a list of {type: one of `kinds`, all else: text}."""
-    return isinstance(value, list) and all(isinstance(item, dict) and item.get("type") in kinds and all(isinstance(x, str) for x in item.values())
-                                           for item in value)
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and item.get("type") in kinds and all(isinstance(text, str) for text in item.values())
+        for item in value)
 
 
 def is_cpus(value):
@@ -1321,15 +1284,16 @@ def is_cpus(value):
 # Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
 PERIPHERALS, INTERFACES = "gpu display camera microphone speaker", "ethernet wifi cellular bluetooth usb canbus rs232"
 PROPERTIES = {
-    "memory": (lambda item: re.fullmatch(r"[0-9]{1,18}[KMG]i", str(item)), "a size such as 512Mi"),
-    "storage": (lambda item: re.fullmatch(r"[0-9]{1,18}[KMGTPE]i", str(item)), "a size such as 512Mi"),
-    "cpus": (is_cpus, "a list of {cores: number, architecture: amd64, arm64 or arm}"),
-    "peripherals": (lambda item: is_equipment(item, PERIPHERALS.split()), f"a list with the types {PERIPHERALS}"),
-    "interfaces": (lambda item: is_equipment(item, INTERFACES.split()), f"a list with the types {INTERFACES}"),
-    "otelCollector": (lambda item: item is True, "true, as Margo demands it where workloads run"),
-    "supportedRuntimes": (lambda item: is_words(item, ("oci", "custom")), "a list of oci, custom"),
-    "supportedDeploymentTypes": (lambda item: is_words(item, ("helm", "compose", "custom")), "a list of helm, compose, custom")}
-PROPERTIES.update((name, (lambda item: isinstance(item, str) and item, "text")) for name in ("vendor", "modelNumber", "serialNumber"))
+    "vendor": read_name, "modelNumber": read_name, "serialNumber": read_name,
+    "memory": scalar("a size such as 512Mi", "[0-9]{1,18}[KMG]i"),
+    "storage": scalar("a size such as 512Mi", "[0-9]{1,18}[KMGTPE]i"),
+    "cpus": checked("a list of {cores: number, architecture: amd64, arm64 or arm}", is_cpus),
+    "peripherals": checked(f"a list with the types {PERIPHERALS}", lambda item: is_equipment(item, PERIPHERALS.split())),
+    "interfaces": checked(f"a list with the types {INTERFACES}", lambda item: is_equipment(item, INTERFACES.split())),
+    "otelCollector": checked("true, as Margo demands it where workloads run", lambda item: item is True),
+    "supportedRuntimes": checked("a list of oci, custom", lambda item: is_words(item, ("oci", "custom"))),
+    "supportedDeploymentTypes": checked("a list of helm, compose, custom",
+                                        lambda item: is_words(item, ("helm", "compose", "custom")))}
 
 
 def read_properties(value, base):
@@ -1337,8 +1301,11 @@ def read_properties(value, base):
     for name, item in read_mapping(value, base).items():
         if name.startswith("x-") and not (re.fullmatch(EXTENSION_PATTERN, name) and isinstance(item, dict)):
             raise ValueError("a mapping in which x-NAME-extensions holds a mapping")
-        if name in PROPERTIES and not PROPERTIES[name][0](item):
-            raise ValueError(f"a mapping in which {name} is {PROPERTIES[name][1]}")
+        try:
+            if name in PROPERTIES:
+                PROPERTIES[name](item, base)
+        except ValueError as error:
+            raise ValueError(f"a mapping in which {name} is {error}") from None
     try:
         make_json(value)
     except (TypeError, ValueError):
@@ -1354,54 +1321,51 @@ def read_environment(value, base):
     return {name: read_text(item, base) for name, item in value.items()}
 
 
-def read_labels(value, base):
-    """Capability labels (C-087)."""
-    for item in read_mapping(value, base).values():
-        items = item if isinstance(item, list) else [item]
-        kinds = {"text" if isinstance(x, str) else "flag" if isinstance(x, bool) else "number" if is_number(x) else "" for x in items}
-        if "" in kinds or len(kinds) != 1 or (isinstance(item, list) and "flag" in kinds):
-            raise ValueError("a mapping of labels to text, number, boolean, or a list of texts or of numbers")
-    return value
+def get_kind(value):
+    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
+    kinds = ((bool, "boolean"), ((int, float), "number"), (str, "text"))
+    return next((kind for types, kind in kinds if isinstance(value, types)), None)
 
 
-def read_device_id(value, base):
-    """A device id of URL-unreserved characters (C-086)."""
-    text = read_text(value, base)
-    if not re.fullmatch(DEVICE_ID_PATTERN, text) or {".", ".."} & set(text.split("/")):
-        raise ValueError("letters, digits and . _ ~ - in segments parted by /")
-    return text
+def is_label(value):
+    """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
+    if not isinstance(value, list):
+        return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
+    return len(set(map(get_kind, value))) == 1 and all(isinstance(item, str) or is_number(item) for item in value)
 
 
-def read_helm(value, base):
-    """auto, off, or the path of the helm command."""
-    return value if value in ("auto", "off") else read_path(value, base)
+read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
+                      lambda value: is_mapping(value) and all(map(is_label, value.values())))
 
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MOMENT_PATTERN = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 
 
-def read_window(value, base):
-    """A window of device-local time to (days, start, end).
+def parse_window(text):
+    """A window of device-local time to (days, start, end); raises ValueError.
 
     `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later than the start.
     `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
     """
-    text, moment = read_text(value, base), r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3]):[0-5][0-9]"
-    if re.fullmatch(f"{moment}/{moment}", text):
-        start, end = text.split("/")
-        if start < end:
-            return None, start, end
-    day, clock = "(?:" + "|".join(DAYS) + ")", "([0-9]{2}):([0-9]{2})"
-    match = re.fullmatch(f"(?:({day})(?:-({day}))? )?{clock}-{clock}", text)
+    start, slash, end = text.partition("/")
+    if re.fullmatch(f"{MOMENT_PATTERN}/{MOMENT_PATTERN}", text) and start < end:
+        return None, start, end
+    day, clock = "(" + "|".join(DAYS) + ")", "([0-9]{2}):([0-5][0-9])"
+    match = re.fullmatch(f"(?:{day}(?:-{day})? )?{clock}-{clock}", text)
     if match:
-        first = DAYS.index(match.group(1)) if match.group(1) else 0
-        last = DAYS.index(match.group(2) or match.group(1)) if match.group(1) else 6
-        days = {(first + step) % 7 for step in range((last - first) % 7 + 1)}
-        hours, minutes = [int(x) for x in match.group(3, 5)], [int(x) for x in match.group(4, 6)]
-        start, end = (60 * hour + minute for hour, minute in zip(hours, minutes))
-        if max(minutes) < 60 and start < 1440 and end <= 1440:
+        first = match.group(1) or "Mon"
+        last = match.group(2) or match.group(1) or "Sun"
+        length = (DAYS.index(last) - DAYS.index(first)) % 7 + 1
+        days = {(DAYS.index(first) + step) % 7 for step in range(length)}
+        hours = [int(number) for number in match.group(3, 4, 5, 6)]
+        start, end = 60 * hours[0] + hours[1], 60 * hours[2] + hours[3]
+        if start < 1440 and end <= 1440:
             return days, start, end
     raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
+
+
+read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window)
 
 
 def is_within(windows, local):
@@ -1421,82 +1385,84 @@ def is_within(windows, local):
 
 def is_within_whole(windows, start, end):
     """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of device-local time."""
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in range(int(start), int(max(start, end)) + 1, 60))
+    moments = range(int(start), int(max(start, end)) + 1, 60)
+    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
 
 
 # What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is reached by one of them.
-CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman", "DOCKER_HOST": "docker",
-               "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
-CHILD_SCHEMA = {
-    "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
-    "properties": (read_properties, {}), "labels": (read_labels, {}), "connection": (read_environment, {})}
+CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman",
+               "DOCKER_HOST": "docker", "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
 HOSTING = ("cpus", "memory", "storage")             # what a child device has to say of itself, because only what is here can be detected
 
-# Each setting: its reader and its default in the file's own spelling; None: not set.
+# Each setting: its reader, or that and the default in the file's own spelling.  What only one profile has, its part adds below.
+DEVICE_SCHEMA = {
+    "id": read_device_id, "vendor": read_text, "modelNumber": read_text, "serialNumber": read_text,
+    "properties": (read_properties, {}), "labels": (read_labels, {})}
+CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}))
+REGISTRY_SCHEMA = {
+    "mirror": read_text, "username": read_text, "password_file": read_path, "ca": read_path,
+    "insecure": (read_flag, False)}
 SCHEMA = {
     "state_dir": (read_path, "/var/lib/margo-agent"),
     "wfm": {
-        "profile": (lambda value, base: read_choice(*PROFILES)(value, base), "mtls"), "url": (read_address, None), "timeout": (read_duration, "30s"),
-        "min_tls": (read_choice("1.2", "1.3"), "1.3")},
+        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls"), "url": read_address, "timeout": (read_duration, "30s"),
+        "min_tls": (choice("1.2", "1.3"), "1.3")},
     "identity": {
-        "certificate": (read_path, None), "key": (read_key, None), "trust_bundle": (read_path_or_url, None),
-        "discovery": (read_url, None), "ca": (read_path, None), "pins": (read_pins, []),
-        "refresh": (read_duration, "1h")},
-    "device": {
-        "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
-        "properties": (read_properties, {}), "labels": (read_labels, {}),
-        "children": (read_list(lambda item, base: item, "a list"), [])},                # see make_children
+        "certificate": read_path, "key": read_key, "trust_bundle": read_path_or_url,
+        "discovery": read_url, "ca": read_path, "pins": (read_pins, []), "refresh": (read_duration, "1h")},
+    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),         # see make_children
     "poll": {
         "interval": (read_duration, "60s"), "jitter": (read_share, "10%"),
-        "window": (read_list(read_window, "a list of windows"), []), "downtime": (read_list(read_window, "a list of windows"), [])},
+        "window": (list_of(read_window, "a list of windows"), []), "downtime": (list_of(read_window, "a list of windows"), [])},
     "runtime": {
-        "compose": (read_choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"), "auto"),
-        "engine": (read_choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"), "kubeconfig": (read_path, None),
-        "on_failure": (read_choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"), "environment": (read_environment, {}),
-        "prune": (read_flag, True)},
+        "compose": (choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"), "auto"),
+        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"), "kubeconfig": read_path,
+        "on_failure": (choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"),
+        "environment": (read_environment, {}), "prune": (read_flag, True)},
     "registries": (read_mapping, {}),
     "policy": {
         "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"), "max_unpacked": (read_size, "256Mi"),
-        "privileged": (read_choice("deny", "allow"), "deny"), "host_paths": (read_folders, []), "max_removals": (read_count, None)},
-    "hooks": {"run": (read_list(read_path, "a list of file names"), []), "timeout": (read_duration, "60s")},
-    "log": {"level": (read_choice("debug", "info", "warning", "error"), "info")},
+        "privileged": (choice("deny", "allow"), "deny"), "host_paths": (read_folders, []), "max_removals": read_count},
+    "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
 }
-REGISTRY_SCHEMA = {
-    "mirror": (read_text, None), "username": (read_text, None), "password_file": (read_path, None), "ca": (read_path, None),
-    "insecure": (read_flag, False)}
+CHECKS = []                                         # functions: configuration to [(whether it is wrong, key, words)]
 
+
+# The configuration as a whole
 
 def make_quote(value, secret=False):
-    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or what should be one that holds secrets, only its kind."""
+    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or of what holds secrets, only its kind."""
     if secret or isinstance(value, dict):
         return {dict: "a mapping", list: "a list"}.get(type(value), "text")
     return repr(make_printable(re.sub(r"(?<=pin-value=)[^;&?]*|(?<=//)[^/@\s]*(?=@)", "...", str(value)), 60))
 
 
 def make_settings(value, schema, base, where, faults):
-    """Reads one mapping of the configuration by its schema; each fault is appended to `faults` with the key it is about."""
+    """Reads one mapping of the configuration by its schema; each fault is appended to `faults` as (key, words)."""
     if value is not None and not isinstance(value, dict):
-        faults.append(f"{where[:-1] or 'the configuration'}: found {make_quote(value)}, expected a mapping")
+        faults.append((where[:-1] or "the configuration", f"found {make_quote(value)}, expected a mapping"))
         value = None
     value = value or {}
     for key in value:
         if key not in schema:
             import difflib
             near = difflib.get_close_matches(str(key), list(schema), 1, 0.5)
-            faults.append(f"{where}{key}: unknown key" + (f"; did you mean {where}{near[0]}?" if near else f"; known are {', '.join(schema)}"))
+            hint = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(schema)}"
+            faults.append((f"{where}{key}", f"unknown key; {hint}"))
     settings = Settings()
     for key, entry in schema.items():
         item = value.get(key)
         if isinstance(entry, dict):
             settings[key] = make_settings(item, entry, base, f"{where}{key}.", faults)
             continue
-        reader, default = entry
+        reader, default = entry if isinstance(entry, tuple) else (entry, None)
+        item = default if item is None else item
+        settings[key] = None
         try:
-            item = default if item is None else item
-            settings[key] = None if item is None else reader(item, base)
+            if item is not None:
+                settings[key] = reader(item, base)
         except ValueError as error:
-            faults.append(f"{where}{key}: found {make_quote(item, reader is read_environment)}, expected {error}")
-            settings[key] = None
+            faults.append((where + key, f"found {make_quote(item, reader is read_environment)}, expected {error}"))
     return settings
 
 
@@ -1504,15 +1470,17 @@ def make_children(items, base, faults):
     """The child devices of a see-thru gateway as a list of Settings; faults as make_settings tells them."""
     children = []
     for index, item in enumerate(items or ()):
-        where, known = f"device.children[{index}].", len(faults)
+        where = f"device.children[{index}]."
         child = make_settings(item, CHILD_SCHEMA, base, where, faults)
-        named = " ".join(fault.split(" ")[0] for fault in faults[known:])
-        needed = [key for key in CHILD_SCHEMA if child[key] is None] + [f"properties.{key}" for key in HOSTING if key not in (child.properties or {})]
-        faults += [f"{where}{key}: not set, and nothing else knows it" for key in needed if f"{where}{key.split('.')[0]}:" not in named]
+        named = {key for key, _ in faults}
+        needed = [key for key in CHILD_SCHEMA if child[key] is None]
+        needed += [f"properties.{key}" for key in HOSTING if key not in (child.properties or {})]
+        faults += [(where + key, "not set, and nothing else knows it") for key in needed if where + key.split(".")[0] not in named]
         if child.connection is not None and not set(child.connection) & set(CONNECTIONS):
-            faults.append(f"{where}connection: names no engine; expected one of {', '.join(CONNECTIONS)}")
-        faults += [f"{where}{key}: another child has the same" for key in ("id", "connection")
-                   if child[key] and child[key] in [other[key] for other in children]]
+            faults.append((f"{where}connection", f"names no engine; expected one of {', '.join(CONNECTIONS)}"))
+        for key in ("id", "connection"):
+            if child[key] and child[key] in [other[key] for other in children]:
+                faults.append((where + key, "another child has the same"))
         children.append(child)
     return children
 
@@ -1525,26 +1493,39 @@ def make_config(document, base, environ):
     faults = []
     document = expand_environment(document, environ, "", faults)
     config = make_settings(document, SCHEMA, base, "", faults)
-    config["registries"] = Settings({host: make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
-                                     for host, entry in (config["registries"] or {}).items()})
-    faults += [f"registries.{host}: no registry; expected its host or host:port, as oci://HOST names it"
-               for host in config.registries if not re.fullmatch(REGISTRY_PATTERN, host)]
+    registries = Settings()
+    for host, entry in (config["registries"] or {}).items():
+        registries[host] = make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
+        if not re.fullmatch(REGISTRY_PATTERN, host):
+            faults.append((f"registries.{host}", "no registry; expected its host or host:port, as oci://HOST names it"))
+    config["registries"] = registries
     config.device["children"] = make_children(config.device.children, base, faults)
-    for where, device in [("device.", config.device)] + [(f"device.children[{index}].", child) for index, child in enumerate(config.device.children)]:
-        named = [word for name in ("supportedRuntimes", "supportedDeploymentTypes") for word in (device.properties or {}).get(name, ())]
-        if "custom" in named and not device.labels:
-            faults.append(f"{where}labels: not set, and needed beside `custom`, for applications to select on")         # C-089
-    profile = PROFILES.get(config.wfm.profile)
-    if config.device.children and profile and not profile.takes_children(config):
-        faults.append("device.children: the protocol of this wfm.profile and wfm.dialect knows no child devices")
-    named = {fault.split(":")[0] for fault in faults}
-    further = profile.find_faults(config) if profile else []
-    for rule in RULES:
-        further += rule(config)
-    faults += [fault for fault in dict.fromkeys(further) if fault.split(":")[0] not in named]
+    named = {key for key, _ in faults}
+    for check in (check_devices, check_profile, *CHECKS):
+        faults += [(key, words) for wrong, key, words in check(config) if wrong and key not in named]
     if faults:
-        raise ConfigError("; ".join(faults))
+        raise ConfigError("; ".join(f"{key}: {words}" for key, words in faults))
     return config
+
+
+def check_devices(config):
+    """What shows only from several settings of this device and its children: [(whether it is wrong, key, words)]."""
+    profile, children = PROFILES.get(config.wfm.profile), config.device.children
+    faults = [(children and profile and not profile.takes_children(config),
+               "device.children", "the protocol of this wfm.profile and wfm.dialect knows no child devices")]
+    places = {f"device.children[{index}].": child for index, child in enumerate(children)}
+    for where, device in {"device.": config.device, **places}.items():
+        properties = device.properties or {}
+        kinds = [*properties.get("supportedRuntimes", ()), *properties.get("supportedDeploymentTypes", ())]
+        faults.append(("custom" in kinds and not device.labels,                                            # C-089
+                       f"{where}labels", "not set, and needed beside `custom`, for applications to select on"))
+    return faults
+
+
+def check_profile(config):
+    """What its profile has to say of a configuration: [(whether it is wrong, key, words)]."""
+    profile = PROFILES.get(config.wfm.profile)
+    return profile.check_settings(config) if profile else []
 
 
 def expand_environment(value, environ, where, faults):
@@ -1558,7 +1539,7 @@ def expand_environment(value, environ, where, faults):
 
     def expand(match):
         if match.group(1) not in environ:
-            faults.append(f"{where[:-1]}: the environment variable {match.group(1)!r} is not set")
+            faults.append((where[:-1], f"the environment variable {match.group(1)!r} is not set"))
         return environ.get(match.group(1), "")
 
     return re.sub(r"\$\{([^}]*)\}", expand, value)
@@ -1665,15 +1646,47 @@ def sync_folder(folder):
 def read_file(path, limit):
     """The bytes of a file, None where there is none; raises StorageError, also where it is longer than `limit`."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(limit + 1)
+        with open(path, "rb") as file:              # asked for is what there is: memory for the limit may not be there
+            size = min(limit, max(os.fstat(file.fileno()).st_size, 64 * KIB))
+            data = file.read(size + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror})") from None
-    if len(data) > limit:
-        raise StorageError(f"{path} is longer than {limit} bytes")
+    if len(data) > size:
+        raise StorageError(f"{path} is longer than {size} bytes")
     return data
+
+
+def make_folder(path, mode=0o700):
+    """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask; may raise OSError."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    if parent and parent != path:
+        make_folder(parent, mode)
+    try:
+        os.mkdir(path, mode)
+        os.chmod(path, mode)
+    except FileExistsError:
+        if not os.path.isdir(path):                 # else another process was faster
+            raise
+
+
+def empty_folder(path):
+    """Removes what lies in a folder of ours; what cannot be removed stays, and the log says so."""
+    try:
+        for name in os.listdir(path):
+            if not remove_file(os.path.join(path, name)):
+                remove_folder(os.path.join(path, name))
+    except (OSError, StorageError) as error:
+        log("warning", "temporary files cannot be removed", path=path, reason=str(error))
+
+
+def get_space(folder, most=FREE_SPACE):
+    """(bytes that are free on a disk, how many of them are to stay so): at most `most`, and one part of a small disk."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize, min(most, disk.f_blocks * disk.f_frsize // SHARE)
 
 
 def remove_folder(path):
@@ -1713,12 +1726,14 @@ def make_state():
     drafts      the drafts in use, as the log was told
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
+    owners      [text]: what this agent has called itself on the engine, newest last (see make_owner)
     pulled      [image, after a child device's id and a space where it is there]: what the agent pulled, and may prune
     history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome; refused: what came after it}
     lastPoll    {at, result, detail} of the last cycle that had something to store
     """
-    return {"schema": 1, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "dropped": {}, "reported": {},
-            "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [], "patience": {}, "waiting": None, "pulled": [], "history": [], "lastPoll": None}
+    return {"schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "dropped": {}, "reported": {},
+            "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [], "patience": {}, "waiting": None,
+            "owners": [], "pulled": [], "history": [], "lastPoll": None}
 
 
 def make_state_data(state):
@@ -1740,18 +1755,32 @@ def parse_state(data, path):
         raise ValueError(f"{path} is not a state of this agent")
     if state["schema"] > blank["schema"]:
         raise StorageError(f"{path} has schema {state['schema']}, this agent knows {blank['schema']}; use the newer agent")
-    state = dict(blank, **state)
+    state = dict(blank, **dict(state, schema=blank["schema"]))
     state.pop("sum", None)
     outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
     try:
         state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
         wrong = [key for key, value in blank.items() if value is not None and type(state[key]) is not type(value)]
         wrong += [key for key, record in state["deployments"].items() if "adopted" not in record]
+        state["deployments"] = {key: migrate_record(record) for key, record in state["deployments"].items()}
     except (TypeError, KeyError, AttributeError):
         wrong = ["outbox or deployments"]
     if wrong:
         raise ValueError(f"{path} is not a state of this agent ({', '.join(wrong)})")
     return state
+
+
+def migrate_record(record):
+    """A deployment's record as of schema 2, in place of moments of the wall clock that of schema 1 has waits (see make_wait)."""
+    record = {key: value for key, value in record.items() if key != "left"}
+    if "retryAt" in record:
+        at, failures = record.pop("retryAt") - 2 * RETRY_CAP, record.pop("failures", 0)
+        record["retry"] = {"failures": failures, "at": at, "delay": 2 * RETRY_CAP} if failures else {}
+    if "repairs" in record:
+        at, failures = record.pop("repairedAt", 0), record.pop("repairs")
+        pause = grow(RETRY_FIRST, failures + 1 - REPAIRS, RETRY_CAP) if failures >= REPAIRS else 0
+        record["repair"] = {"failures": failures, "at": at, "delay": pause} if failures else {}
+    return record
 
 
 def make_core(state):
@@ -1772,8 +1801,7 @@ class Store:
         self.folder = folder
         self.saved = self.core = None               # bytes of state.json as they lie on the disk, and of what its copy is kept for
         self.locked = None
-        self.memo = None                            # what load_memo read; nobody else writes it while this process has the lock
-        self.fetched = []                           # digests of packages and names of images that the deployment at work has fetched
+        self.memo = None                            # as load_memo read it; while this process has the lock it is right
 
     def path(self, *names):
         """A path below the state directory."""
@@ -1782,13 +1810,13 @@ class Store:
     def create(self):
         """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
-            for name in ("", "artifacts", "deployments"):
-                if not os.path.isdir(self.path(name)):
-                    os.makedirs(self.path(name), 0o700, exist_ok=True)
+            make_folder(os.path.dirname(self.folder), 0o755)
+            for name in ("artifacts", "deployments", "tmp"):
+                make_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
             if not os.path.exists(self.path("reserve")):
-                write_file(self.path("reserve"), bytes(RESERVE))
+                write_file(self.path("reserve"), bytes(get_space(self.folder, RESERVE)[1]))
         except StorageError as error:
             log("warning", "no space can be kept in reserve", reason=error.message)
         except OSError as error:
@@ -1803,7 +1831,8 @@ class Store:
             self.memo = None
         except BlockingIOError:
             self.unlock()
-            raise Locked(f"another instance holds {self.path('lock')}; let it finish, or use another state_dir") from None
+            raise Locked(f"another margo-agent works on {self.folder}; wait until it is done, or stop it. A second agent beside it needs"
+                         " an identity of its own, not only a state_dir") from None
         except OSError as error:
             raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
 
@@ -1869,7 +1898,6 @@ class Store:
     def save_artifact(self, digest, data):
         """Keeps verified content under its digest."""
         write_file(self.path("artifacts", digest.replace(":", "-")), data)
-        self.fetched.append(digest)
 
     def prune_artifacts(self, digests):
         """Removes every artifact, and every unpacked package, whose digest is not among `digests`."""
@@ -1897,8 +1925,9 @@ class Store:
         """Notes the last contact; whether that could be written."""
         path = self.memo_path()
         try:
-            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+            make_folder(os.path.dirname(path), 0o755)
             with open(path + ".tmp", "wb") as file:
+                os.fchmod(file.fileno(), 0o600)
                 file.write(make_json(memo))
             os.replace(path + ".tmp", path)
             self.memo = memo
@@ -1930,6 +1959,31 @@ NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est n
              " runtime.compose", "docker-compose": "see runtime.compose", "podman-compose": "see runtime.compose", "helm": "see runtime.helm"}
 
 
+# Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between systemd and this process alone.
+SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+
+
+def list_folders(environ):
+    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them."""
+    folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
+    return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
+
+
+def get_command_environment(environ):
+    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR that is no folder."""
+    found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
+    if not os.path.isdir(found.get("TMPDIR", "/")):
+        del found["TMPDIR"]
+    return dict(found, PATH=os.pathsep.join(list_folders(environ)))
+
+
+def get_temporary(state_dir, environ):
+    """{TMPDIR: the folder for temporary files below the state directory}; {} where podman, rootless, would keep its own state there."""
+    runtime = environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
+
+
 def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", patient=False):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
@@ -1940,7 +1994,8 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", p
     import subprocess
     try:
         process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, env=env, cwd=cwd, start_new_session=True)
+                                   stderr=subprocess.PIPE, env=get_command_environment(os.environ if env is None else env), cwd=cwd,
+                                   start_new_session=True)
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
         raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
@@ -2017,14 +2072,21 @@ def serve_pipes(process, data, timeout, limit, patient):
 
 
 def kill_group(process):
-    """Ends what still runs of a process group and closes its pipes."""
+    """Ends what still runs of a process group and closes its pipes.
+
+    A process that hangs in the kernel, at a dead disk say, cannot be ended: it is left behind, and whoever waited goes on.
+    """
     import signal
+    import subprocess
     if process.returncode is None:
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass                                    # it ended by itself just now
-        process.wait()
+        try:
+            process.wait(CORPSE_GRACE)
+        except subprocess.TimeoutExpired:
+            log("warning", "a program cannot be ended, and is left behind", program=process.args[0], pid=process.pid)
     for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
         pipe.close()
 
@@ -2072,121 +2134,160 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     """The one door to HTTP: one request, one connection, one Response, whatever its status.
 
     No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the TLS handshake and
-    each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see get_chain) before anything is sent (C-013).
-    Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
+    each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see get_chain) before anything is sent
+    (C-013).  Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
     """
     import http.client
     import ssl
     import urllib.error
     import urllib.request
     where = f"{method} {url}"
-    message = urllib.request.Request(url, data=body, headers=dict({"User-Agent": f"margo-agent/{__version__}"}, **headers), method=method)
+    headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
+    message = urllib.request.Request(url, data=body, headers=headers, method=method)
     try:
         with make_opener(context, check_peer).open(message, timeout=timeout) as response:
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
     except urllib.error.URLError as error:
         raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError, RuntimeError) as error:      # the last: no thread for the guard
         raise make_network_error(where, error) from None
 
 
-class Guard:
-    """Ends a connection that drips: all up to the body, and each piece of that, has to come within so many seconds of the one before.
+class Paced(io.RawIOBase):
+    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four time-outs.
 
-    So neither the words between the pieces may drip, or never end.  end: a function that cuts the connection.
+    So neither the words between the pieces may drip, or never end.
     """
 
-    def __init__(self, seconds, end):
-        import threading
-        self.seconds, self.end, self.late, self.over = seconds, end, False, threading.Event()
+    def __init__(self, connection):
+        self.connection, self.raw, self.timeout = connection, connection.makefile("rb", 0), connection.gettimeout()
         self.renew()
-        threading.Thread(target=self.watch, daemon=True).start()
 
     def renew(self):
         """Gives the next piece its time."""
-        self.due = time.monotonic() + self.seconds
+        self.due = time.monotonic() + 4 * self.timeout
 
-    def watch(self):
-        """Waits for the end of the answer, or of its time."""
-        while not self.late and not self.over.wait(max(0.0, self.due - time.monotonic())):
-            self.late = time.monotonic() >= self.due
-        if self.late:
-            self.end()
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        left = self.due - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.connection.settimeout(min(self.timeout, left))
+        return self.raw.readinto(buffer)
+
+    def makefile(self, mode):
+        """http.client takes this for the socket."""
+        return io.BufferedReader(self)
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+def open_connection(address, timeout, source=None):
+    """A socket to the first address of a (host, port) that answers; raises OSError.
+
+    Each next address is tried 250 ms after the one before, so that a dead one holds nobody up (RFC 8305).
+    """
+    import errno
+    import select
+    import socket
+    places, trying, code = socket.getaddrinfo(*address, type=socket.SOCK_STREAM), {}, 0
+    end = time.monotonic() + timeout
+    try:
+        while places or trying:
+            if places:
+                family, kind, protocol, _, place = places.pop(0)
+                try:
+                    peer = socket.socket(family, kind, protocol)
+                except OSError as error:            # a kernel without IPv6
+                    code = error.errno
+                    continue
+                trying[peer] = place
+                peer.setblocking(False)
+                peer.connect_ex(place)
+            pause = 0.25 if places else max(0.0, end - time.monotonic())
+            for peer in select.select([], list(trying), [], pause)[1]:
+                code = peer.connect_ex(trying.pop(peer))            # asked again, it says how it went
+                if code in (0, errno.EISCONN):
+                    peer.settimeout(timeout)
+                    return peer
+                peer.close()
+            if time.monotonic() >= end:
+                raise TimeoutError("timed out")
+        raise OSError(code, os.strerror(code))
+    finally:
+        for peer in trying:
+            peer.close()
 
 
 def make_opener(context, check_peer):
     """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no other schemes."""
     import http.client
-    import socket
     import urllib.request
 
-    class Connection(http.client.HTTPConnection if context is None else http.client.HTTPSConnection):
-        """A connection that is guarded, and whose peer is checked before the first byte of a request."""
+    class Answer(http.client.HTTPResponse):
+        """An answer that is paced; interim ones before it (such as 103) are passed over."""
 
-        wire = None
+        def __init__(self, connection, *arguments, **options):
+            self.paced = Paced(connection)
+            super().__init__(self.paced, *arguments, **options)
+
+        def begin(self):
+            super().begin()
+            while 102 <= self.status < 200:
+                self.headers = None
+                super().begin()
+
+    class Connection(http.client.HTTPConnection):
+        """A connection whose peer is checked before the first byte of a request."""
+
+        response_class, default_port = Answer, 443 if context else 80
 
         def connect(self):
-            self.guard = Guard(4 * self.timeout, self.cut)
+            self._create_connection = open_connection
             try:
                 super().connect()
-                self.wire = self.sock               # urllib takes the other reference away
+                if context:                         # an end that TLS does not tell of is none: the answer was cut
+                    host = self._tunnel_host or self.host
+                    self.sock = context.wrap_socket(self.sock, server_hostname=host, suppress_ragged_eofs=False)
                 if check_peer:
                     check_peer(get_chain(self.sock, context))
             except (OSError, MargoError):
-                self.guard.over.set()
                 self.close()
                 raise
 
-        def getresponse(self):
-            try:
-                response = super().getresponse()
-                response.guard = self.guard
-                return response
-            finally:
-                if self.guard.late:
-                    raise TimeoutError("timed out")
-
-        def cut(self):
-            """Ends the connection from outside of whatever waits for it."""
-            try:
-                socket.socket.shutdown(self.wire or self.sock, socket.SHUT_RDWR)
-            except (OSError, TypeError):
-                pass                                # it has ended by itself
-
-    class Handler(urllib.request.HTTPHandler if context is None else urllib.request.HTTPSHandler):
-        """urllib's own handler, but for the connection."""
-
-        def start(self, message):
-            secure = {} if context is None else {"context": context}
-            return self.do_open(lambda host, **options: Connection(host, **secure, **options), message)
-
-        if context is None:
-            http_open = start
-        else:
-            https_open = start
-
+    scheme, handler = "https" if context else "http", urllib.request.AbstractHTTPHandler()
+    setattr(handler, f"{scheme}_open", lambda message: handler.do_open(Connection, message))
+    setattr(handler, f"{scheme}_request", handler.do_request_)
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), Handler()):
-        opener.add_handler(handler)
+    for item in (urllib.request.ProxyHandler(), handler):
+        opener.add_handler(item)
     return opener
 
 
 def get_chain(connection, context):
-    """The peer's certificates (DER), leaf first: as verified, or as presented where nothing is.  Before Python 3.10 the leaf alone."""
+    """The peer's certificates (DER), leaf first: as verified, or as presented where nothing is.
+
+    Before Python 3.10 the leaf alone.
+    """
     import ssl
     kind = "get_unverified_chain" if context.verify_mode == ssl.CERT_NONE else "get_verified_chain"
-    get = getattr(connection, kind, None) or getattr(getattr(connection, "_sslobj", None), kind, None)     # public since 3.13
-    chain = [item if isinstance(item, bytes) else item.public_bytes(2) for item in (get and get()) or ()]   # 2: DER
+    inner = getattr(connection, "_sslobj", None)
+    get = getattr(connection, kind, None) or getattr(inner, kind, None) or tuple        # public since 3.13
+    chain = [item if isinstance(item, bytes) else item.public_bytes(2) for item in get() or ()]       # 2: DER
     return chain or [connection.getpeercert(binary_form=True)]
 
 
 def read_body(response, limit, timeout, where):
-    """The body of a response; Refused over `limit`, Unreachable when it is cut short or slower than 1 KiB/s over four time-outs."""
+    """The body of a response; Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs."""
     pieces, size, start = [], 0, time.monotonic()
     while True:
-        response.guard.renew()
+        response.paced.renew()
         piece = response.read1(65536)
-        if not piece or response.guard.late:
+        if not piece:
             break
         pieces.append(piece)
         size += len(piece)
@@ -2195,11 +2296,9 @@ def read_body(response, limit, timeout, where):
         elapsed = time.monotonic() - start
         if elapsed > 4 * timeout and size < KIB * elapsed:
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
-    response.guard.over.set()
-    if response.guard.late:
-        raise Unreachable(f"{where}: timed out at {size} bytes")
-    if not pieces and response.length is None and not response.chunked and where.startswith("GET") and response.status == 200:
-        raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes the end of a connection for that of a head
+    unframed = response.length is None and not response.chunked
+    if unframed and not pieces and where.startswith("GET") and response.status == 200:
+        raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes a broken head for a whole one
     if response.length:
         raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
     return b"".join(pieces)
@@ -2219,6 +2318,28 @@ def make_network_error(where, error):
     return Unreachable(f"{where}: {text}")
 
 
+def make_authorization(secret, user=b""):
+    """The value of an Authorization header for a secret (bytes): Basic with a user, else Bearer."""
+    return "Basic " + make_base64(user + b":" + secret) if user else "Bearer " + secret.decode()
+
+
+def load_secret(key, path, fault):
+    """The bytes in a file that a setting names, without the line's end; raises `fault` of some words."""
+    try:
+        data = read_file(path, MAX_ANSWER)
+    except StorageError as error:
+        raise fault(f"{key}: {error.message}") from None
+    if data is None:
+        raise fault(f"{key} {path}: no such file")
+    return data.rstrip(b"\r\n")
+
+
+def find_looseness(key, path):
+    """What to say of a secret's file that others can read, "" where they cannot."""
+    mode = os.stat(path).st_mode & 0o777 if os.path.isfile(path) else 0
+    return f"{key} {path} has mode {mode:04o}; chmod 0600 it" if mode & 0o077 else ""
+
+
 def parse_problem(body):
     """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only explains one)."""
     try:
@@ -2234,33 +2355,43 @@ def parse_problem(body):
     kind = text("type")
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
-    seconds = value.get("retryAfterSeconds")
-    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in value.get("errors") or ()
-              if isinstance(item, dict)] if isinstance(value.get("errors"), list) else []
-    return Problem(kind, text("title") or text("error"), text("detail") or text("message"), value.get("retryable"),
-                   float(seconds) if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < 10 ** 9 else None,
-                   text("backoffStrategy"), errors)
+    wait = value.get("retryAfterSeconds")
+    wait = float(wait) if is_number(wait) and 0 <= wait < 10 ** 9 else None
+    errors = value["errors"] if isinstance(value.get("errors"), list) else []
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors if isinstance(item, dict)]
+    title, detail = text("title") or text("error"), text("detail") or text("message")
+    return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
+
+
+def find_verdict(status):
+    """What an HTTP status that is no success means: `denied`, `later` (to be asked again) or `refused`."""
+    if status in (401, 403):
+        return "denied"
+    return "later" if status in (408, 429) or status >= 500 else "refused"
 
 
 def check_response(response, where, accepted, now):
     """Returns the response if its status is one of `accepted`, else raises what it means to a client (protocol 10).
 
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  401 and 403: Untrusted.  What
-    says of itself that it can be retried, or is 408, 429 or 5xx: Unreachable.  Else Refused; its `code` is the type, or `HTTP <status>`.
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  Denied: Untrusted.  What says
+    of itself that it can be retried, or is `later`: Unreachable.  Else Refused; its `code` is the type, or `HTTP <status>`.
     """
     if response.status in accepted:
         return response
     problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
+    verdict = find_verdict(response.status)
     known = problem.type in REFUSALS
     kind = "" if known or problem.type in DENIALS + ("about:blank",) else problem.type
     words = "; ".join(part for part in [kind, problem.title, problem.detail] + problem.errors[:5] if part)
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
-    header = parse_retry_after(response.headers.get("Retry-After"), now)
-    retryable = problem.retryable if isinstance(problem.retryable, bool) else problem.strategy != "none" and (
-        response.status in (408, 429) or response.status >= 500)
-    facts = {"status": response.status, "strategy": problem.strategy, "retry_after": problem.retry_after if header is None else header}
-    if response.status in (401, 403) and not known or problem.type in DENIALS:
+    wait = parse_retry_after(response.headers.get("Retry-After"), now)
+    facts = {"status": response.status, "strategy": problem.strategy,
+             "retry_after": problem.retry_after if wait is None else wait}
+    if verdict == "denied" and not known or problem.type in DENIALS:
         raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
+    retryable = problem.retryable
+    if not isinstance(retryable, bool):
+        retryable = verdict == "later" and problem.strategy != "none"
     if retryable:
         raise Unreachable(message, **facts)
     if 300 <= response.status < 400 and response.status != 304:
@@ -2272,22 +2403,23 @@ def check_response(response, where, accepted, now):
 # 8. Identity and trust
 # ------------------------------------------------------------------------------------------------------------------------------
 
-EXPIRY_WARNING = 0.2                # share of the own certificate's lifetime that is left when `run` begins to warn
+EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
 EXPIRY_ADVICE = 0.25                # ... and when `doctor` does
 CLOCK_SKEW = 300                    # seconds that another clock may be ahead of ours
 DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
-KEY_KINDS = {                       # identity.algorithm: what openssl makes a key from; those that are not named sign by RSA
+KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that are not named sign by RSA
     "ecdsa-p256-sha256": ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
     "ecdsa-p384-sha384": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
     "ed25519": ["ED25519"]}
 
-SpiffeId = define("SpiffeId", "text trust_domain path", "A SPIFFE ID, its trust domain and its path (with leading slash).")
+SpiffeId = define("SpiffeId", "text trust_domain path",
+                  "A SPIFFE ID, its trust domain and its path (with leading slash).")
 Identity = define("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file",
-    "The own SVID: SPIFFE ID, the WFM's SPIFFE ID that follows from it (C-009), the leaf Certificate, the two files.")
+    "The own SVID: SPIFFE ID, the WFM's that follows from it (C-009), the leaf Certificate, the two files.")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
-    "Trust anchors (DER), `spiffe_sequence` and `spiffe_refresh_hint` in seconds, each None where there is none.")
+    "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
 Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
-    "A discovery document: texts, {name: value} of what COMPANIONS read in it, and words about what was passed over.")
+    "A discovery document: texts, {name: value} of what COMPANIONS read, words about what was left out.")
 Companion = define("Companion", "wanted parse limits flaw judge remark",
     """What an optional room has to say about identity and trust; each member is a function, or None.
 
@@ -2295,10 +2427,10 @@ Companion = define("Companion", "wanted parse limits flaw judge remark",
     parse(members, document_url, public, held): (value of its part, [words about what was passed over]).
     limits(state): [seconds] after each of which the trust bundle is asked for again at the latest.
     flaw(store, state, leaf): why an own SVID that is valid is of no use, "" where it is.
-    judge(config, store, state, source, keep): a function (leaf, now) that raises Untrusted for the WFM's leaf.
+    judge(config, store, state, source, keep): a function (leaf, now) that raises Untrusted for a WFM's leaf.
     remark(state, now): what `status` should warn of, or "".
     """, None, None, None, None, None, None)
-COMPANIONS = {}                     # {name of its part in state["trust"]: Companion}; optional rooms add themselves
+COMPANIONS = {}  # {name of its part in state["trust"]: Companion}; optional rooms add themselves
 
 
 def parse_spiffe_id(text):
@@ -2310,7 +2442,8 @@ def parse_spiffe_id(text):
 
 
 def check_leaf(certificate):
-    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011)."""
+    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011).
+    """
     if len(certificate.uris) != 1:
         raise ValueError(f"subjectAltName holds {len(certificate.uris)} URIs, an X.509-SVID has exactly one")
     if certificate.is_ca:
@@ -2321,7 +2454,9 @@ def check_leaf(certificate):
 
 
 def check_validity(certificate, now):
-    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds); the clock may be at fault."""
+    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds); the clock may be at
+    fault.
+    """
     clock = f"the clock of this device says {make_time(now)}"
     if now < certificate.not_before:
         raise ValueError(f"not valid before {make_time(certificate.not_before)}, and {clock}; set the clock")
@@ -2343,7 +2478,8 @@ def make_identity(leaf, certificate_file, key_file):
     if not match:
         raise ValueError(f"{spiffe_id.text} is not a WFM client's id"
                          " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
-    wfm = SpiffeId(f"spiffe://{spiffe_id.trust_domain}{match.group(1)}", spiffe_id.trust_domain, match.group(1))
+    wfm = SpiffeId(f"spiffe://{spiffe_id.trust_domain}{match.group(1)}", spiffe_id.trust_domain,
+                   match.group(1))
     return Identity(spiffe_id, wfm, leaf, certificate_file, key_file)
 
 
@@ -2354,7 +2490,9 @@ def load_identity(config):
 
 
 def load_own(config, parse):
-    """What `parse` makes of the DER chain in identity.certificate; raises Untrusted: which file, and what is wrong with it."""
+    """What `parse` makes of the DER chain in identity.certificate; raises Untrusted: which file, and what is
+    wrong with it.
+    """
     path = config.identity.certificate
     try:
         data = read_file(path, MAX_CERTIFICATES)
@@ -2379,9 +2517,12 @@ def check_own(leaf, config, now):
 
 
 def check_enrollment(state, client_id):
-    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM at a time (C-052)."""
+    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM at a time
+    (C-052).
+    """
     if state["enrollment"] and state["enrollment"]["id"] != client_id:
-        raise Untrusted(f"the own identity is {client_id}, but this device is enrolled as {state['enrollment']['id']};"
+        raise Untrusted(f"the own identity is {client_id}, but this device is enrolled as"
+                        f" {state['enrollment']['id']};"
                         " unenroll first")
 
 
@@ -2394,7 +2535,8 @@ def warn_of_expiry(leaf, store, now):
     """Foresees the end of the own certificate: one line a day."""
     memo = store.load_memo()
     if is_expiring(leaf, now) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        log("warning", "the own certificate expires soon; have it renewed", notAfter=make_time(leaf.not_after),
+        log("warning", "the own certificate expires soon; have it renewed",
+            notAfter=make_time(leaf.not_after),
             days=int((leaf.not_after - now) // 86400))
         store.save_memo(dict(memo, warnedAt=now))
 
@@ -2402,13 +2544,15 @@ def warn_of_expiry(leaf, store, now):
 def describe_own(config, load, known_id, now):
     """{id, notAfter, warning} of the own certificate, as `status` shows it; never raises.
 
-    load: load_identity, or what another profile has in its place.  known_id: the id of a client whose certificate has none.
+    load: load_identity, or what another profile has in its place.  known_id: the id of a client whose
+    certificate has none.
     """
     try:
         own = load(config)
     except Untrusted as error:
         return {"id": known_id, "notAfter": "", "warning": error.message}
-    days, warning = int((own.leaf.not_after - now) // 86400), ""
+    days = int((own.leaf.not_after - now) // 86400)
+    warning = ""
     if days < 0:
         warning = "expired"
     elif is_expiring(own.leaf, now):
@@ -2419,11 +2563,10 @@ def describe_own(config, load, known_id, now):
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    key, days = config.identity.key, int((leaf.not_after - now) // 86400)
-    mode = os.stat(key).st_mode & 0o777 if os.path.isfile(key) else 0
-    if mode & 0o077:
-        return "warn", f"identity.key {key} has mode {mode:04o}; chmod 0600 it"
-    words = f"{words}, {days} days left"
+    loose = find_looseness("identity.key", config.identity.key)
+    if loose:
+        return "warn", loose
+    words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
     return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
 
 
@@ -2435,7 +2578,7 @@ def note_draft(store, state, what):
         store.save_state(state)
 
 
-def find_flaw(store, state, leaf):
+def load_flaw(store, state, leaf):
     """Why an own SVID that is valid is of no use, as a companion knows it; "" where none does."""
     flaws = [item.flaw(store, state, leaf) for item in COMPANIONS.values() if item.flaw]
     return next(filter(None, flaws), "")
@@ -2451,14 +2594,17 @@ def check_wfm(der, identity, now):
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
     ours = identity.wfm_spiffe_id
     if peer.trust_domain != ours.trust_domain:
-        raise Untrusted(f"the peer is of trust domain {peer.trust_domain}, this client of {ours.trust_domain}")
+        raise Untrusted(f"the peer is of trust domain {peer.trust_domain},"
+                        f" this client of {ours.trust_domain}")
     if peer.text != ours.text:
         raise Untrusted(f"the peer is {peer.text}, this client's WFM is {ours.text}")
     return leaf
 
 
 def load_wfm_context(identity, anchors, min_tls):
-    """The SSLContext towards the WFM: own SVID chain (C-004), the given anchors (DER) and nothing else (C-006)."""
+    """The SSLContext towards the WFM: own SVID chain (C-004), the given anchors (DER) and nothing else
+    (C-006).
+    """
     context = make_tls_context(anchors, min_tls=min_tls)
     load_key_pair(context, identity.certificate_file, identity.key_file)
     return context
@@ -2467,9 +2613,10 @@ def load_wfm_context(identity, anchors, min_tls):
 def load_key_pair(context, certificate_file, key_file, where="identity"):
     """Lets an SSLContext present a chain; raises Untrusted.
 
-    An operator replaces two files one after the other (E-010).  Between the two this raises; the next run finds a pair.
+    An operator replaces two files one after the other (E-010).  Between the two this raises; the next run
+    finds a pair.
     """
-    asked = []                                      # nobody can type a password here; to raise in there upsets Python 3.7
+    asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
     try:
         context.load_cert_chain(certificate_file, key_file, lambda: asked.append(True) or "")
     except FileNotFoundError:
@@ -2491,14 +2638,16 @@ def run_own_handshake(certificate_file, key_file, anchors):
     OpenSSL judges, in a handshake with itself (E-012).
     """
     import ssl
-    client, server = make_tls_context(anchors), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    client = make_tls_context(anchors)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     client.verify_mode = ssl.CERT_NONE              # only the server's side is asked, as a WFM would be
     server.verify_mode = ssl.CERT_REQUIRED
     server.verify_flags |= 0x80000                  # X509_V_FLAG_PARTIAL_CHAIN: see make_tls_context
     server.load_verify_locations(cadata=make_pem(anchors))
     for context in (client, server):
         load_key_pair(context, certificate_file, key_file)
-    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    there = ssl.MemoryBIO()
+    back = ssl.MemoryBIO()
     ends = [client.wrap_bio(back, there), server.wrap_bio(there, back, server_side=True)]
     for end in ends * 3:
         try:
@@ -2512,17 +2661,19 @@ def run_own_handshake(certificate_file, key_file, anchors):
 def judge_own_chain(config, identity, bundle, store, state, keep):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
-    A chain that did once is used on after the bundle has changed, since the WFM decides; `strays` in the state's trust then
-    names it.  The handshake is made once for each pair of chain and bundle.
+    A chain that did once is used on after the bundle has changed, since the WFM decides; `strays` in the
+    state's trust then names it.  The handshake is made once for each pair of chain and bundle.
     """
-    mark, memo = sha256_digest(identity.leaf.der + b"".join(bundle.anchors)), store.load_memo()
+    mark = sha256_digest(identity.leaf.der + b"".join(bundle.anchors))
+    memo = store.load_memo()
     if memo.get("checked") == mark:
         return
     leaf = sha256_digest(identity.leaf.der)
     try:
         run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
     except ValueError as error:
-        message = f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust bundle ({error})"
+        message = f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+        message += f" bundle ({error})"
         if state["identity"] != leaf:
             raise Untrusted(message) from None
         log("error", f"{message} any more; have it issued anew")
@@ -2537,7 +2688,9 @@ def judge_own_chain(config, identity, bundle, store, state, keep):
 # Trust bundle and discovery.
 
 def parse_trust_bundle(data):
-    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034, C-036, C-037)."""
+    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034, C-036,
+    C-037).
+    """
     value = {}
     if b"-----BEGIN CERTIFICATE-----" in data:
         anchors = parse_pem(data.decode("ascii"))
@@ -2551,7 +2704,8 @@ def parse_trust_bundle(data):
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid)")
     numbers = [value.get(name) for name in ("spiffe_sequence", "spiffe_refresh_hint")]
-    return TrustBundle(anchors, *[item if type(item) is int and 0 <= item <= MAX_VERSION else None for item in numbers])
+    good = [item if type(item) is int and 0 <= item <= MAX_VERSION else None for item in numbers]
+    return TrustBundle(anchors, *good)
 
 
 def parse_jwks(keys):
@@ -2572,7 +2726,8 @@ def check_sequence(bundle, trust, trust_domain):
     """Returns a TrustBundle; raises ValueError where its sequence went back (C-043)."""
     known = trust.get("sequence") if trust.get("trustDomain") == trust_domain else None
     if known is not None and bundle.sequence is not None and bundle.sequence < known:
-        raise ValueError(f"spiffe_sequence went back from {known} to {bundle.sequence} (a security event, or a rebuilt"
+        raise ValueError(f"spiffe_sequence went back from {known} to {bundle.sequence} (a security event, or"
+                         " a rebuilt"
                          " identity service: then unenroll and enroll again)")
     return bundle
 
@@ -2580,8 +2735,9 @@ def check_sequence(bundle, trust, trust_domain):
 def parse_discovery(data, document_url, trust_domain, public, held=None):
     """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
-    trust_domain: of the own SVID, None where there is none yet.  public: whether the document was authenticated by the
-    system's store; the bundle must then have the same origin.  held: the state's `trust`, as it was before.
+    trust_domain: of the own SVID, None where there is none yet.  public: whether the document was
+    authenticated by the system's store; the bundle must then have the same origin.  held: the state's
+    `trust`, as it was before.
     """
     value = parse_json(data, "the discovery document")
     if not isinstance(value, dict) or not isinstance(value.get("trustDomain"), str):
@@ -2604,7 +2760,8 @@ def parse_discovered(name, reader, members, document_url, public):
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if public and find_origin(uri) != find_origin(document_url):
-        raise ValueError(f"{name} {uri} is of another origin than the document; set identity.ca to allow that")
+        raise ValueError(f"{name} {uri} is of another origin than the document;"
+                         " set identity.ca to allow that")
     return uri
 
 
@@ -2616,11 +2773,13 @@ def find_origin(url):
 
 
 def fetch_discovery(config, trust_domain, now, held=None):
-    """The Discovery of identity.discovery; None where there is no such document and identity.trust_bundle is a URL (C-046).
+    """The Discovery of identity.discovery; None where there is no such document and identity.trust_bundle is
+    a URL (C-046).
 
     Raises Unreachable, Untrusted, Refused.
     """
-    settings, where = config.identity, f"identity.discovery {config.identity.discovery}"
+    settings = config.identity
+    where = f"identity.discovery {config.identity.discovery}"
     answer = fetch_from_mis(settings.discovery, config, {"Accept": JSON_TYPE})          # C-045
     if answer.status == 404 and "://" in (settings.trust_bundle or ""):
         return None
@@ -2636,8 +2795,11 @@ def fetch_discovery(config, trust_domain, now, held=None):
 
 
 def fetch_bundle(config, url, trust, now):
-    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged; raises Unreachable, Untrusted, Refused."""
-    headers, accepted = {"Accept": JSON_TYPE}, (200,)                                   # C-045
+    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged; raises Unreachable,
+    Untrusted, Refused.
+    """
+    headers = {"Accept": JSON_TYPE}
+    accepted = (200,)  # C-045
     if trust.get("etag") and trust.get("source") == url:
         headers["If-None-Match"] = trust["etag"]
         accepted = (200, 304)
@@ -2652,7 +2814,9 @@ def is_remote(settings):
 
 
 def load_trust_bundle(config, store):
-    """The TrustBundle at hand, None where an identity service has to be asked first; raises Untrusted for a file of no use."""
+    """The TrustBundle at hand, None where an identity service has to be asked first; raises Untrusted for a
+    file of no use.
+    """
     remote = is_remote(config.identity)
     path = store.path("trust-bundle.json") if remote else config.identity.trust_bundle
     data = read_file(path, MAX_CERTIFICATES)
@@ -2670,7 +2834,8 @@ def load_trust_bundle(config, store):
 def is_bundle_due(config, state, held, asked, now):
     """Whether the identity service has to be asked again; asked: when it was last (Unix seconds)."""
     trust = state["trust"]
-    known = [name in trust for name, item in COMPANIONS.items() if item.wanted(config) and config.identity.discovery]
+    known = [name in trust for name,
+             item in COMPANIONS.items() if item.wanted(config) and config.identity.discovery]
     if not held or "source" not in trust or not all(known):
         return True
     periods = [held.refresh_hint or config.identity.refresh]
@@ -2682,11 +2847,13 @@ def is_bundle_due(config, state, held, asked, now):
 def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, since=None):
     """The current TrustBundle, fetched when due; a new one replaces all anchors at once (C-038 to C-042).
 
-    trust_domain: of the own SVID, None where there is none yet.  keep: store what was fetched.  since: what was fetched
-    before that moment is due.  Where it cannot be fetched or is refused the current one stays; without any: Unreachable or
-    Untrusted.
+    trust_domain: of the own SVID, None where there is none yet.  keep: store what was fetched.  since: what
+    was fetched before that moment is due.  Where it cannot be fetched or is refused the current one stays;
+    without any: Unreachable or Untrusted.
     """
-    held, trust, remote = load_trust_bundle(config, store), state["trust"], is_remote(config.identity)
+    held = load_trust_bundle(config, store)
+    trust = state["trust"]
+    remote = is_remote(config.identity)
     asked = store.load_memo().get("trust") or trust.get("refreshedAt") or 0
     if remote and asked >= (since or 0) and not is_bundle_due(config, state, held, asked, now):
         return held
@@ -2697,7 +2864,8 @@ def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, sinc
     except (ValueError, MargoError) as error:
         reason = getattr(error, "message", str(error))
         if held and remote:
-            log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use", reason=reason)
+            log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use",
+                reason=reason)
             return held
         if isinstance(error, Unreachable):
             raise
@@ -2706,7 +2874,9 @@ def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, sinc
 
 def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     """The TrustBundle as the identity service has it now; raises ValueError, MargoError."""
-    trust, url, found = state["trust"], config.identity.trust_bundle, None
+    trust = state["trust"]
+    url = config.identity.trust_bundle
+    found = None
     if config.identity.discovery:
         found = fetch_discovery(config, trust_domain, now, trust)
     if found:
@@ -2736,11 +2906,13 @@ def is_address(host):
 
 
 def obtain_mis_context(config, url):
-    """(SSLContext, check_peer) for the identity service at a URL: by identity.ca or the system's store, by pins, or both.
+    """(SSLContext, check_peer) for the identity service at a URL: by identity.ca or the system's store, by
+    pins, or both.
 
-    The trust bundle has no say here (C-030, C-044).  A pin says which key is trusted, not where its certificate is.  So over
-    a first connection, on which nothing is said, the service shows its certificates.  Those whose key is pinned become the
-    only anchors of the next connection, and OpenSSL judges as ever (E-005).
+    The trust bundle has no say here (C-030, C-044).  A pin says which key is trusted, not where its
+    certificate is.  So over a first connection, on which nothing is said, the service shows its certificates.
+    Those whose key is pinned become the only anchors of the next connection, and OpenSSL judges as ever
+    (E-005).
     """
     import ssl
     settings, timeout = config.identity, config.wfm.timeout
@@ -2755,7 +2927,7 @@ def obtain_mis_context(config, url):
     if not pinned:
         raise Untrusted(f"{url}: it presents no certificate whose key is in identity.pins")
     narrow = make_tls_context(pinned, min_tls=config.wfm.min_tls)
-    narrow.check_hostname = not is_address(find_origin(url)[0])         # an address has no name to check (E-016)
+    narrow.check_hostname = not is_address(find_origin(url)[0])  # an address has no name to check (E-016)
     if not settings.ca:
         return narrow, None
     leaf = fetch_chain(url, narrow, timeout)[0]
@@ -2776,7 +2948,8 @@ def make_pin(der):
 
 
 def fetch_chain(url, context, timeout):
-    """The certificates of the service at a URL (DER), leaf first; the connection ends before anything is said.
+    """The certificates of the service at a URL (DER), leaf first; the connection ends before anything is
+    said.
 
     Before Python 3.10 it is openssl that shows what lies above the leaf.
     """
@@ -2808,7 +2981,9 @@ def fetch_from_mis(url, config, headers, limit=MAX_CERTIFICATES):
 # Keys, which openssl makes and uses; the agent never holds a private one.
 
 def run_openssl(arguments, data=b"", expected=b"", timeout=60):
-    """What one openssl command prints on stdout; raises CommandError where it fails or does not say `expected`."""
+    """What one openssl command prints on stdout; raises CommandError where it fails or does not say
+    `expected`.
+    """
     output = run_command(["openssl"] + arguments, timeout, data=data)
     if output.code or expected not in output.stdout + output.stderr.encode():
         raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
@@ -2816,7 +2991,9 @@ def run_openssl(arguments, data=b"", expected=b"", timeout=60):
 
 
 def lend_file(data):
-    """A file that holds `data` until it is closed, in memory where that goes; openssl wants a name for some things."""
+    """A file that holds `data` until it is closed, in memory where that goes; openssl wants a name for some
+    things.
+    """
     import tempfile
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     file = tempfile.NamedTemporaryFile(prefix="margo-", dir=memory)
@@ -2826,7 +3003,9 @@ def lend_file(data):
 
 
 def obtain_key(path, algorithm=None):
-    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did.  Raises CommandError (C-018, E-030)."""
+    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did.  Raises CommandError (C-018,
+    E-030).
+    """
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
     kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"])
@@ -2836,14 +3015,18 @@ def obtain_key(path, algorithm=None):
 
 
 def load_public_key(path):
-    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate; raises CommandError."""
+    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate; raises
+    CommandError.
+    """
     return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
 
 
 def run_csr(path, form="PEM"):
-    """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035)."""
+    """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035).
+    """
     expected = b"CERTIFICATE REQUEST" if form == "PEM" else b""
-    return run_openssl(["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path], b"", expected)
+    return run_openssl(["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path],
+                       b"", expected)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3274,9 +3457,9 @@ def check_digest(data, digest, what):
 def is_bundle_cheaper(manifest, missing):
     """Whether one bundle costs less than the missing documents one by one.
 
-    A request of its own costs a TLS connection, which is worth about 6 KiB on the wire and two more round trips.  Documents
-    compress about four to one in a bundle; where the manifest does not say sizes, more than three missing documents are taken
-    as the point.
+    A request of its own costs a TLS connection, which is worth about 6 KiB on the wire and two more round
+    trips.  Documents compress about four to one in a bundle; where the manifest does not say sizes, more than
+    three missing documents are taken as the point.
     """
     sizes = [entry.size for entry in missing]
     if len(missing) < 2 or None in sizes or manifest.bundle_size is None:
@@ -3285,10 +3468,11 @@ def is_bundle_cheaper(manifest, missing):
 
 
 class HttpSource:
-    """Base of the sources over HTTP.  A subclass gives `ask` (how to send a request) and `root` (the path prefix).
+    """Base of the sources over HTTP.  A subclass gives `ask` (how to send a request) and `root` (the path
+    prefix).
 
-    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in the shape of
-    rc.3, and says who it speaks as (`client_id`) and with (`peer`).
+    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in
+    the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
     """
 
     root = "/api/v1"
@@ -3298,7 +3482,9 @@ class HttpSource:
 
     def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
         """One request to the WFM; raises what check_response raises."""
-        body, headers, path = None, dict(headers or {}), self.root + path
+        body = None
+        headers = dict(headers or {})
+        path = self.root + path
         if document is not None:
             body = make_json(document)
             headers["Content-Type"] = JSON_TYPE
@@ -3308,27 +3494,32 @@ class HttpSource:
 
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
-        headers, accepted = {"Accept": MANIFEST_TYPE}, (200,)                           # C-100
+        headers = {"Accept": MANIFEST_TYPE}
+        accepted = (200,)  # C-100
         if etag:
             headers["If-None-Match"] = etag                                             # C-101
             accepted = (200, 304)
         return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
 
     def fetch_desired(self, accepted, load_artifact):
-        """None where nothing changed, else a Desired whose every byte is verified; raises what `send` raises, and Refused.
+        """None where nothing changed, else a Desired whose every byte is verified; raises what `send` raises,
+        and Refused.
 
-        accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at hand.
+        accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
+        hand.
         """
-        incomplete = bool(accepted and accepted.get("incomplete"))                  # a document was lost here (D-9)
+        incomplete = bool(accepted and accepted.get("incomplete"))  # a document was lost here (D-9)
         response = self.fetch_manifest(accepted.get("etag") if accepted and not incomplete else None)
         if response.status == 304:                                                  # C-102
             return None
-        digest, etag = sha256_digest(response.body), response.headers.get("ETag")
+        digest = sha256_digest(response.body)
+        etag = response.headers.get("ETag")
         manifest = parse_manifest(response.body, self.config.wfm.url)
         if etag and etag != f'"{digest}"':                                          # C-118
-            log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag, digest=digest)
+            log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
+                digest=digest)
         if not check_version(manifest, digest, accepted) and not incomplete:
-            accepted["etag"] = etag                 # the last one (C-101), so that the next poll may be answered by 304
+            accepted["etag"] = etag  # the last one (C-101), so that the next poll may be answered by 304
             return None
         known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
         documents = self.fetch_documents(manifest, known)
@@ -3340,11 +3531,13 @@ class HttpSource:
         policy = self.config.policy
         if is_bundle_cheaper(manifest, missing):
             try:
-                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,), limit=policy.max_artifact)
+                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,),
+                                     limit=policy.max_artifact)
             except Refused as error:
                 if error.code not in ("invalid-bundle", "HTTP 404"):
                     raise
-                log("info", "the bundle cannot be had, documents are fetched one by one", reason=error.message)
+                log("info", "the bundle cannot be had, documents are fetched one by one",
+                    reason=error.message)
             else:
                 check_digest(response.body, manifest.bundle_digest, "bundle")
                 documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
@@ -3354,12 +3547,14 @@ class HttpSource:
             documents[entry.digest] = self.fetch_document(entry)
             left -= len(documents[entry.digest])
             if left < 0:
-                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all together")
+                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
+                              " together")
         return documents
 
     def fetch_document(self, entry):
         """One ApplicationDeployment's bytes, verified."""
-        path, limit = f"/deployments/{entry.deployment_id}/{entry.digest}", self.config.policy.max_document
+        path = f"/deployments/{entry.deployment_id}/{entry.digest}"
+        limit = self.config.policy.max_document
         response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=limit)
         check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
         return response.body
@@ -3374,14 +3569,17 @@ class MtlsSource(HttpSource):
 
     def __init__(self, config, identity, bundle):
         super().__init__(config)
-        self.identity, self.client_id, self.peer = identity, identity.spiffe_id.text, identity.wfm_spiffe_id.text
+        self.identity = identity
+        self.client_id = identity.spiffe_id.text
+        self.peer = identity.wfm_spiffe_id.text
         self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
-        self.judges = []                            # functions (leaf, now) of companions, which raise Untrusted
+        self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
         self.chain = []                             # what the WFM presented last (DER), leaf first
 
     def ask(self, method, url, headers, body, limit):
         """One request, sent once the peer is known to be our WFM."""
-        return request(method, url, headers, body, self.context, self.config.wfm.timeout, limit, self.check_peer)
+        return request(method, url, headers, body, self.context, self.config.wfm.timeout, limit,
+                       self.check_peer)
 
     def check_peer(self, chain):
         """Raises Untrusted unless the peer is our WFM, and no companion has anything against it."""
@@ -3401,49 +3599,36 @@ class MtlsSource(HttpSource):
 
 
 class Profile:
-    """How one word of wfm.profile is served; PROFILES has the class of each."""
+    """How one word of wfm.profile is served; PROFILES has the class of each.  Beside what is here a class has
+
+    connect(keep=True): the source of the desired state, and the sink of reports; keep: it
+    stores what it learns.
+    describe(now): what `status` says of the own identity, {id, notAfter, warning}; never raises.
+    check(now): what `doctor` says of it, (ok or warn, words).
+    identify(): who the client is for as long as it serves one WFM, without state or network. All but
+    `describe` raise Untrusted, connect also Unreachable.
+    """
 
     settings = ()                                   # what the configuration has to say for it
+    https = True                                    # whether wfm.url has to be one of https
 
     def __init__(self, config, store, state):
         self.config, self.store, self.state = config, store, state
 
     @classmethod
-    def find_faults(cls, config):
-        """What is wrong with a configuration for this profile, each beginning with the key."""
-        faults = []
-        for key in cls.settings:
-            section, name = key.split(".")
-            if config[section][name] is None:
-                faults.append(f"{key}: not set, and needed for profile {config.wfm.profile}")
-        return faults
-
-    @staticmethod
-    def is_https(config):
-        """A fault in a list where wfm.url is not one of https."""
-        if not config.wfm.url or config.wfm.url.startswith("https://"):
-            return []
-        return [f"wfm.url: found {make_printable(config.wfm.url, 60)!r}, expected an absolute https URL"]
+    def check_settings(cls, config, suffix=""):
+        """What is wrong with a configuration for this profile: [(whether it is wrong, key, words)]."""
+        url = config.wfm.url
+        words = f"not set, and needed for profile {config.wfm.profile}{suffix}"
+        values = {key: config[key.split(".")[0]][key.split(".")[1]] for key in cls.settings}
+        return [(value is None, key, words) for key, value in values.items()] + [
+            (cls.https and not suffix and url and not url.startswith("https://"),
+             "wfm.url", f"found {make_printable(url or '', 60)!r}, expected an absolute https URL")]
 
     @staticmethod
     def takes_children(config):
         """Whether the protocol knows the child devices of a gateway."""
         return False
-
-    def connect(self, keep=True):
-        """The source of the desired state, and the sink of reports; keep: what is learnt is stored.
-
-        Raises Untrusted, Unreachable.
-        """
-        raise NotImplementedError
-
-    def describe(self, now):
-        """What `status` says of the own identity: {id, notAfter, warning}; never raises."""
-        raise NotImplementedError
-
-    def check(self, now):
-        """What `doctor` says of the own identity: (ok or warn, words); raises Untrusted."""
-        raise NotImplementedError
 
 
 class Mtls(Profile):
@@ -3452,15 +3637,14 @@ class Mtls(Profile):
     settings = ("wfm.url", "identity.certificate", "identity.key")
 
     @classmethod
-    def find_faults(cls, config):
-        faults, settings = super().find_faults(config), config.identity
-        if config.wfm.profile == "mtls":
-            faults += cls.is_https(config)
-        if not settings.trust_bundle and not settings.discovery:
-            faults.append("identity.trust_bundle: not set, and no identity.discovery either; one of them says whom to trust")
-        if settings.key and is_uri(settings.key):
-            faults.append("identity.key: found a URI, expected a file; only profile signed has openssl use the key")
-        return faults
+    def check_settings(cls, config, suffix=""):
+        settings = config.identity
+        return super().check_settings(config, suffix) + [
+            (not settings.trust_bundle and not settings.discovery,
+             "identity.trust_bundle",
+             "not set, and no identity.discovery either; one of them says whom to trust"),
+            (settings.key and is_uri(settings.key),
+             "identity.key", "found a URI, expected a file; only profile signed has openssl use the key")]
 
     @staticmethod
     def takes_children(config):
@@ -3468,7 +3652,10 @@ class Mtls(Profile):
 
     def connect(self, keep=True, client_id=None):
         """See Profile; client_id: as whom this device is enrolled, where that is not its SPIFFE ID."""
-        config, store, state, now = self.config, self.store, self.state, time.time()
+        config = self.config
+        store = self.store
+        state = self.state
+        now = time.time()
         identity = load_identity(config)
         check_enrollment(state, client_id or identity.spiffe_id.text)
         check_own(identity.leaf, config, now)
@@ -3491,7 +3678,7 @@ class Mtls(Profile):
         found = describe_own(self.config, load_identity, known_id, now)
         warnings = [found["warning"]]
         if found["notAfter"]:
-            warnings.insert(0, find_flaw(self.store, state, load_identity(self.config).leaf))
+            warnings.insert(0, load_flaw(self.store, state, load_identity(self.config).leaf))
         warnings += [item.remark(state, now) for item in COMPANIONS.values() if item.remark]
         return dict(found, warning="; ".join(filter(None, warnings)))
 
@@ -3500,6 +3687,17 @@ class Mtls(Profile):
         check_own(own.leaf, self.config, now)
         load_wfm_context(own, [own.leaf.der], self.config.wfm.min_tls)
         return judge_own(own.leaf, own.spiffe_id.text, self.config, now)
+
+    def identify(self):
+        """The SPIFFE ID, also of a certificate that has expired."""
+        return load_identity(self.config).spiffe_id.text
+
+
+def make_owner(identity, device_id):
+    """What an agent's workloads are labelled with: its identity as a client, without any login, and the
+    device id.
+    """
+    return re.sub(r"(?<=//)[^/]*@", "", identity) + "#" + device_id
 
 
 PROFILES["mtls"] = Mtls
@@ -3604,11 +3802,6 @@ def is_match(expression, look):
     return found == (operator == "In")
 
 
-def get_kind(value):
-    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
-    return "boolean" if isinstance(value, bool) else "number" if isinstance(value, (int, float)) else "text" if isinstance(value, str) else None
-
-
 def parse_limit(values):
     """The one number that Gt and Lt compare with; raises ValueError (C-210)."""
     limit = values[0] if isinstance(values, list) and len(values) == 1 else None
@@ -3633,53 +3826,86 @@ def is_contained(selector, value, combine):
 # 12. Plan
 # ------------------------------------------------------------------------------------------------------------------------------
 
-def find_place(deployment, held, own_id, children, find_reason, loads):
-    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103 (protocol 9).
-
-    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device id to why it cannot run
-    there, or "".  loads: {device id: deployments that are there}.  A free choice falls on the least loaded child that answers, and
-    stays; a document that names no device is for this one.
-    """
-    wanted = deployment.device_id or own_id
-    if wanted == own_id or wanted in children:
-        return wanted
-    if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
-        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
-    if wanted != f"{own_id}/*":
-        parent = wanted[:-2] if wanted.endswith("/*") else None
-        if parent in children:
-            raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
-        raise ComponentError("101", f"child device {parent or wanted} is not known; known are {', '.join(children)}", source=own_id)
-    reasons = {child: find_reason(child) for child in children}
-    fit = [child for child in children if not reasons[child]]
-    if held in fit:
-        return held
-    if not fit:
-        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items()) or "this device is no gateway"
-        raise ComponentError("103", f"no child device can take it: {words}", source=own_id)
-    there = [child for child in fit if children[child]]
-    if not there:
-        raise ComponentError("102", f"none of the child devices that could take it answers: {', '.join(fit)}", source=own_id)
-    return min(there, key=lambda child: loads.get(child, 0))
+PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}     # what `plan` calls a verb, where not by its own name
 
 
 def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: whose drivers have to tell of it before anything is done."""
+    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell of it."""
     kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
     return kinds | ({target.deployment.type} if target and target.deployment else set())
 
 
 def needs_document(entry, record):
-    """Whether deciding on a manifest entry takes its document: not for what is installed, or was tried and failed, in that revision."""
-    return record is None or record["adopted"]["digest"] != entry.digest or record["refused"] or record["state"] not in ("installed", "failed")
+    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that revision."""
+    if record is None or record["adopted"]["digest"] != entry.digest or record["refused"]:
+        return True
+    return record["state"] not in ("installed", "failed")
 
 
-def make_plan(targets, records, containers, now, settle=0, mark="", unseen=()):
-    """What to do, in order, as [Action]: removals first, to free what they hold, then the manifest's own order.
+def make_share(device, targets, records, silent):
+    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be seen now.
 
-    targets: [Target], deployment and error both None where needs_document said so.  records: the state's `deployments`.
-    containers: [Container] as observed.  settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: ids in lower
-    case of deployments of which not everything could be observed (then nothing is taken for drift).
+    silent: {deployment type: CommandError} of what does not answer there.
+    """
+    wanted = {target.deployment_id.lower(): target for target in targets}
+    unseen = {}
+    for key in {**records, **wanted}:
+        faults = [silent[kind] for kind in sorted(find_kinds(records.get(key), wanted.get(key))) if kind in silent]
+        if faults:
+            unseen[key] = faults[0]
+    return Share(device, targets, records, unseen)
+
+
+def make_actions(shares, records, containers, clock, settle=0, mark=""):
+    """[Action] for all devices, in order: removals first.
+
+    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a device where it is not at home any more is cleared
+    once it runs where it belongs, or when it is about to.
+    """
+    actions, homes, installed = [], {}, set()
+    for share in shares:
+        device_id = share.device.device_id
+        homes.update((target.deployment_id.lower(), device_id) for target in share.targets if not target.error)
+        installed.update(key for key, record in share.records.items() if record["state"] == "installed")
+        plan = make_plan(share.targets, share.records, containers[device_id], clock, settle, mark, share.unseen)
+        actions += [hold_back(action, share)._replace(device_id=device_id) for action in plan]
+    going = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
+    wanted = {target.deployment_id.lower() for share in shares for target in share.targets}
+    found = []
+    for action in actions:
+        key = action.deployment_id.lower()
+        record = records.get(key)
+        if action.verb == "install" and record and record["running"] and record["deviceId"] != action.device_id:
+            found.append(action._replace(reason=f"moves here from {record['deviceId']}"))
+        elif action.verb != "remove" or key not in wanted:
+            found.append(action)
+        elif key in homes and (key in going or key in installed):
+            found.append(action._replace(verb="clear", reason=f"belongs on {homes[key]}"))
+    return sorted(found, key=lambda action: action.verb not in ("remove", "clear"))
+
+
+def hold_back(action, share):
+    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
+
+    It waits where this device itself does not answer; what the WFM is told of another one is the device's `silence`.
+    """
+    fault, silence = share.unseen.get(action.deployment_id.lower()), share.device.silence
+    if not fault or action.verb in ("keep", "refuse"):
+        return action
+    if not silence:
+        return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
+    record = share.records.get(action.deployment_id.lower())
+    target = action.target or Target(action.deployment_id, record["adopted"]["digest"], record["adopted"]["version"], None, None)
+    return action._replace(verb="refuse", reason=f"{silence.code}: {silence.message}", target=target._replace(error=silence))
+
+
+def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
+    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own order.
+
+    targets: [Target], deployment and error both None where needs_document said so.  records: those of the state's `deployments`
+    that are at home here.  containers: [Container] as observed.  clock: a Clock.  settle, mark: `runtime.settle` and make_mark
+    of `runtime.environment`.  unseen: ids in lower case of deployments of which not everything could be observed (then nothing
+    is taken for drift).
     """
     wanted = {target.deployment_id.lower() for target in targets}
     seen = {}
@@ -3690,20 +3916,22 @@ def make_plan(targets, records, containers, now, settle=0, mark="", unseen=()):
     plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans) if key not in wanted]
     for target in targets:
         key = target.deployment_id.lower()
-        plan.append(make_action(target, records.get(key), None if key in unseen else seen.get(key, []), now, settle, mark))
+        there = None if key in unseen else seen.get(key, [])
+        plan.append(make_action(target, records.get(key), there, clock, settle, mark)._replace(target=target))
     return plan
 
 
-def make_action(target, record, containers, now, settle, mark):
+def make_action(target, record, containers, clock, settle, mark):
     """The Action for one deployment that is wanted; containers: its own."""
-    def act(action, reason, **more):
-        return Action(target.deployment_id, action, reason, **more)
+    def act(verb, reason, culprit=None):
+        return Action(target.deployment_id, verb, reason, culprit=culprit)
 
     same = record and record["adopted"]["digest"] == target.digest
-    if same and record["state"] == "failed" and record["fallback"] and (target.error or is_ahead(record["retryAt"], now)):
-        words = find_drift(record["running"]["services"], containers, now, settle)[1]
-        if words and not is_ahead(make_pause(record), now):
-            return act("update", f"drift: {words}; the version before is brought back", restore=True)
+    retry, pause = (find_wait(record["retry"], clock), find_wait(record["repair"], clock)) if record else (0, 0)
+    if same and record["state"] == "failed" and record["fallback"] and not pause and (target.error or retry):
+        words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
+        if words:
+            return act("restore", f"drift: {words}; the version before is brought back")
     if target.error:
         return act("refuse", f"{target.error.code}: {target.error.message}")
     if record is None:
@@ -3713,32 +3941,41 @@ def make_action(target, record, containers, now, settle, mark):
         return act(change, "another revision")
     if record["refused"]:
         return act(change, "was refused before, and can be carried out now")
+    if record["state"] == "failed" and retry:
+        return act("keep", f"failed ({record['error']['code']}); next attempt at {make_time(clock.now + retry)}")
     if record["state"] == "failed":
-        if is_ahead(record["retryAt"], now):
-            return act("keep", f"failed ({record['error']['code']}); next attempt at {make_time(record['retryAt'])}")
-        return act(change, f"failed before, attempt {record['failures'] + 1}")
+        return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
     if record["state"] in ("pending", "removed") and not record["running"]:
         return act("install", "new")
     if record["state"] != "installed":
         return act(change, f"was interrupted while {record['state']}")
-    place, words = find_drift({item["name"]: item["services"] for item in record["components"]}, containers, now, settle)
-    if words and is_ahead(make_pause(record), now):
-        return act("refuse", f"{words} although it was repaired {record['repairs']} times; next attempt at {make_time(make_pause(record))}",
-                   unstable=place)
+    services = {item["name"]: item["services"] for item in record["components"]}
+    culprit, words = find_drift(services, containers, clock.now, settle)
+    if words and pause:
+        return act("give_up", f"{words} although it was repaired {record['repair']['failures']} times; next attempt at"
+                   f" {make_time(clock.now + pause)}", culprit)
     if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
         return act("update", "runtime.environment has changed")
     return act("update", f"drift: {words}") if words else act("keep", "as desired")
 
 
-def is_ahead(moment, now):
-    """Whether a moment of ours lies ahead; one that is too far ahead was made by a clock that was wrong (P-2)."""
-    return now < moment <= now + 2 * RETRY_CAP
+def make_claim(owner, state):
+    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its state."""
+    records = state["deployments"]
+    services = [component["services"] for record in records.values() for component in record["components"]]
+    services += [items for record in records.values() for items in (record["running"] or {}).get("services", {}).values()]
+    ids = {facts.get("id") for items in services for facts in items.values()}
+    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None})
 
 
-def make_pause(record):
-    """Until when a further repair of a deployment waits: some are free, then the pauses grow (P-7)."""
-    extra = record["repairs"] - REPAIRS + 1
-    return record["repairedAt"] + grow(RETRY_FIRST, extra, RETRY_CAP) if extra > 0 else 0
+def is_ours(claim, deployment_id, owner, container_id=None):
+    """Whether a workload, or a network or volume of one, is this agent's.
+
+    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it is labelled by a stranger:
+    by the container's id, or by the deployment's where the label is of an earlier time, or older than such labels (contract, On the engine).
+    """
+    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
+    return known or container_id in claim.ids or owner == claim.owner != ""
 
 
 def make_mark(environment):
@@ -3766,15 +4003,82 @@ def find_drift(services, containers, now, settle):
 
 def judge_containers(found, facts, now, settle):
     """What is wrong with the containers found for a service, in words, or "".  facts: what `apply` returned for it."""
-    if len(found) != 1:
-        return f"has {len(found)} containers" if found else "" if facts["finished"] else "has no container"
+    if len(found) > 1:
+        return f"has {len(found)} containers"
+    if not found:
+        return "" if facts["finished"] else "has no container"
     container = found[0]
     if container.hash != facts["hash"] or container.id != facts.get("id", container.id):
         return "is not the container that was made for it"
     if facts["finished"]:
         return ""
-    restless = container.started != facts.get("started", container.started) and 0 <= now - container.started < settle
-    return f"is {container.state}" if container.state != "running" else "is being restarted over and over" if restless else ""
+    if container.state != "running":
+        return f"is {container.state}"
+    restarted = container.started != facts.get("started", container.started)
+    return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
+
+
+def make_groups(actions, records):
+    """Actions in the order in which they are carried out, as [[Action]]; those of one group are made ready before any is done.
+
+    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group, because one may
+    take what another gives up; last what is new.  What is cleared because it moves is left to the step that it moves by.
+    """
+    moving = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
+    first, updates, new = [], [], []
+    for action in actions:
+        record = records.get(action.deployment_id.lower())
+        if action.verb not in ("install", "update"):
+            first += [] if action.verb == "clear" and action.deployment_id.lower() in moving else [[action]]
+        elif not record or not record["running"]:
+            new.append([action])
+        elif record["running"]["digest"] == action.target.digest and record["deviceId"] == action.device_id:
+            first.append([action])
+        else:
+            updates.append(action)
+    return first + [updates] + new
+
+
+def find_held_ports(record):
+    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold, as far as known."""
+    services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
+    if record["fallback"] and record["running"]:                # the version before runs, until the new one has replaced it
+        services = record["running"].get("services", {}).values()
+    return {(record["deviceId"], *port) for item in services for facts in item.values() for port in facts.get("ports", ())}
+
+
+def find_clash(takes, holds):
+    """A port among those of `takes` that one of `holds` keeps from being taken, or None; the address "" is every one."""
+    for port in sorted(takes):
+        for device_id, address, *rest in holds:
+            if (device_id, *rest) == (port[0], *port[2:]) and (address == port[1] or "" in (address, port[1])):
+                return port
+    return None
+
+
+def find_turn(waiting, held):
+    """Which of the deployments that are ready to be changed goes on now, and how: (id, verb, words).
+
+    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs: `go`; `fail`, in
+    words, where somebody keeps a port that it takes; `stop` for one that has to free its ports first, because each waits for
+    another one.
+    """
+    blocking = []
+    for key, (takes, _) in waiting.items():
+        rivals = [(other, ports, ports) for other, ports in held.items()]
+        rivals += [(other, holds, keeps) for other, (keeps, holds) in waiting.items() if other != key]
+        blocked = False
+        for other, holds, keeps in rivals:
+            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
+            if port:
+                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
+                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
+            if find_clash(takes, holds):
+                blocking.append(other)
+                blocked = True
+        if not blocked:
+            return key, "go", ""
+    return blocking[0], "stop", ""
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -3810,26 +4114,25 @@ def parse_reference(repository, revision):
 
 def parse_challenge(header):
     """`WWW-Authenticate` to [(scheme in lower case, {parameter: value})] (RFC 9110, 11.6.1)."""
+    from urllib.request import parse_http_list
     challenges = []
-    for token, name, quoted, plain in re.findall(r'\b([A-Za-z]+)\b(?=\s+[A-Za-z]+=|\s*$)|\b([A-Za-z]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))', header or ""):
-        if token:
-            challenges.append((token.lower(), {}))
-        elif challenges:
-            challenges[-1][1][name.lower()] = re.sub(r"\\(.)", r"\1", quoted) if quoted else plain
+    for item in parse_http_list(header or ""):
+        scheme, parameter = re.fullmatch(r"(?s)(?:([A-Za-z]+)(?:\s+|\Z)(?!=))?(.*)", item).groups()
+        if scheme:
+            challenges.append((scheme.lower(), {}))
+        name, equals, value = parameter.partition("=")
+        if challenges and equals:
+            challenges[-1][1][name.strip().lower()] = value[1:-1] if value[:1] == '"' else value
     return challenges
 
 
 def load_credentials(host, settings):
-    """User name and password of a registry in base64, as Basic authentication takes them; None where none are configured."""
+    """Authorization of a registry by user name and password; None where none are configured."""
     if not settings.username or not settings.password_file:
         return None
-    try:
-        secret = read_file(settings.password_file, MAX_ANSWER)
-    except StorageError as error:
-        raise ComponentError("PULL_UNAUTHORIZED", f"registries.{host}.password_file: {error.message}") from None
-    if secret is None:
-        raise ComponentError("PULL_UNAUTHORIZED", f"registries.{host}.password_file {settings.password_file}: no such file")
-    return make_base64(f"{settings.username}:".encode() + secret.rstrip(b"\r\n"))
+    secret = load_secret(f"registries.{host}.password_file", settings.password_file,
+                         lambda words: ComponentError("PULL_UNAUTHORIZED", words))
+    return make_authorization(secret, settings.username.encode())
 
 
 class Registry:
@@ -3856,13 +4159,14 @@ class Registry:
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
-        """A Response with status 200 and at most `limit` bytes; raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED for any other."""
-        if response.status in (401, 403):
-            raise ComponentError("PULL_UNAUTHORIZED", f"{url}: HTTP {response.status}; set registries.{self.host}.username and password_file")
+        """A Response with status 200 and at most `limit` bytes; raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED."""
+        where = f"{url}: HTTP {response.status}"
+        if find_verdict(response.status) == "denied":
+            raise ComponentError("PULL_UNAUTHORIZED", f"{where}; set registries.{self.host}.username and password_file")
         if response.status != 200:
             hint = "there is no such package" if response.status == 404 else "it cannot be served now, tried again later"
             wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
-            raise ComponentError("PULL_FAILED", f"{url}: HTTP {response.status}; {hint}", retry_after=wait)
+            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
         if len(response.body) > limit:
             raise ComponentError("PULL_FAILED", f"{url}: the answer is longer than {limit} bytes, all that policy allows")
         return response
@@ -3903,7 +4207,6 @@ class Registry:
         """The Authorization that answers a challenge; raises ComponentError PULL_UNAUTHORIZED."""
         from urllib.parse import urlencode
         basic = load_credentials(self.host, self.settings)
-        basic = basic and f"Basic {basic}"
         for scheme, facts in challenges:
             if scheme == "basic" and basic:
                 return basic
@@ -4014,8 +4317,7 @@ def fetch_file(url, config, missing=False):
     """The bytes at an https URL, by the trust, credentials and redirect rules of its host's entry in `registries`; None where there is nothing, if `missing`."""
     host = url.split("/")[2]
     registry = Registry(host, config)
-    basic = load_credentials(host, registry.settings)
-    registry.authorization = basic and f"Basic {basic}"
+    registry.authorization = load_credentials(host, registry.settings)
     response = registry.fetch(url, "*/*", config.policy.max_artifact)
     if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
         return None
@@ -4029,7 +4331,8 @@ def check_package_signature(data, url, key, config):
     if signature is None:
         log("warning", "the document names a key, but there is no signature of the package beside it (.asc or .sig)", package=url)
         return
-    with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+    folder = os.path.join(config.state_dir, "tmp")
+    with tempfile.TemporaryDirectory(prefix="margo-gpg-", dir=folder if os.path.isdir(folder) else None) as home:
         paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
         for path, content in zip(paths, (key, signature, data)):
             write_file(path, content)
@@ -4044,11 +4347,10 @@ def check_package_signature(data, url, key, config):
 
 def check_space(folder, need, what):
     """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched (P-4)."""
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
-    if free < need + FREE_SPACE:
-        raise ComponentError("DISK_FULL", f"{what} takes about {need // MIB + 1} MiB, and of the {free // MIB} MiB that are free at {folder}"
-                             f" {FREE_SPACE // MIB} stay so; free some there")
+    free, margin = get_space(folder)
+    if free < need + margin:
+        raise ComponentError("DISK_FULL", f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
+                             f" {folder} {margin // KIB} stay so; free some there")
 
 
 def find_layers(image, platform, config):
@@ -4245,16 +4547,16 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     work = folder + ".tmp"
     try:
         remove_folder(work)
-        os.makedirs(os.path.join(work, "content"))
+        make_folder(os.path.join(work, "content"))
         for entry in sorted(entries, key=lambda item: item.kind == "link"):
             path = os.path.join(work, "content", entry.path)
-            os.makedirs(path if entry.kind == "folder" else os.path.dirname(path), exist_ok=True)
+            make_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
             if entry.kind == "file":
                 write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode, os.path.join(work, "part"))
             elif entry.kind == "link":
                 os.symlink(entry.link, path)
+        os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
         for path, _, _ in os.walk(os.path.join(work, "content")):
-            os.chmod(path, 0o755)                   # whatever the umask: containers of other users read them (C-161)
             sync_folder(path)
         os.rename(os.path.join(work, "content"), folder)
         os.rmdir(work)
@@ -4268,9 +4570,9 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 # 14. Runtimes
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id",
+Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id owner",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment, the"
-    " child device it is for.", "")
+    " child device it is for, the owner to label it with.", "", "")
 Service = define("Service", "name image arguments command environment files networks depends_on health pull hash ports",
     "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start)"
     " or None; ports: the host's ports that it holds while it runs, see find_ports.", ())
@@ -4280,6 +4582,7 @@ Project = define("Project", "services networks volumes document",
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
+LABEL_OWNER = "org.margo.owner"
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -4781,13 +5084,19 @@ def make_project(document, workload, policy, engine, strict=True):
 
 def settle_service(service, workload, variables, where):
     """A service with its environment made and its paths absolute, so that every driver reads the same."""
-    labels = to_pairs(service.get("labels"), f"{where}.labels")
-    if any(key.startswith("org.margo.") for key in labels):
-        raise make_fault(f"{where}.labels: org.margo.… is the agent's own")
+    read_own_labels(service, where)
     service = dict(service, environment=make_environment(service, workload, variables, where))
     service.pop("env_file", None)
     volumes = [settle_mount(item, workload.folder) for item in to_items(service.get("volumes"), f"{where}.volumes")]
     return dict(service, volumes=volumes) if volumes else service
+
+
+def read_own_labels(value, where):
+    """`labels` of a service, network or volume as {name: text}; those by which the agent finds its own are not to be forged."""
+    labels = to_pairs(value.get("labels"), f"{where}.labels")
+    if any(key.startswith("org.margo.") for key in labels):
+        raise make_fault(f"{where}.labels: org.margo.… is the agent's own")
+    return labels
 
 
 def settle_mount(item, folder):
@@ -4823,9 +5132,10 @@ def settle_hashes(order, settled):
 def make_document(document, services, workload):
     """The compose file for a provider: only what is started, nothing left to interpolate, no path that is relative."""
     networks = dict({"default": None}, **to_mapping(document.get("networks"), "networks"))
-    document = dict(document, services=services, networks={
-        name: dict(item or {}, labels=dict(to_pairs((item or {}).get("labels"), f"networks.{name}.labels"), **{LABEL_PROJECT: workload.project}))
-        for name, item in networks.items()})
+    volumes = to_mapping(document.get("volumes"), "volumes")
+    document = dict(document, services=services,
+                    networks={name: add_labels(item, f"networks.{name}", workload) for name, item in networks.items()},
+                    volumes={name: add_labels(item, f"volumes.{name}", workload) for name, item in volumes.items()})
     for name, item in to_mapping(document.get("configs"), "configs").items():
         facts = to_mapping(item, f"configs.{name}")
         if facts.get("file") is not None:
@@ -4836,10 +5146,23 @@ def make_document(document, services, workload):
     return document
 
 
+def make_shared_labels(value, where, workload):
+    """{label: text} of a network or volume: its own, and by whom it was made for what."""
+    return dict(read_own_labels(value, where), **{LABEL_PROJECT: workload.project, LABEL_OWNER: workload.owner})
+
+
+def add_labels(value, where, workload):
+    """A network or volume of a compose file with its labels; what is external is another's."""
+    value = to_mapping(value, where)
+    external = to_flag(value.get("external", False), f"{where}.external")
+    return value if external else dict(value, labels=make_shared_labels(value, where, workload))
+
+
 def make_labels(workload, service, digest):
     """The labels by which containers are found again."""
     return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component, LABEL_PROJECT: workload.project,
-            LABEL_SERVICE: service, LABEL_HASH: digest, LABEL_DEVICE: workload.device_id}        # all of them: an image has labels of its own
+            LABEL_SERVICE: service, LABEL_HASH: digest, LABEL_DEVICE: workload.device_id,
+            LABEL_OWNER: workload.owner}            # all of them, whether empty or not: an image has labels of its own
 
 
 def make_environment(service, workload, variables, where):
@@ -4925,7 +5248,8 @@ def make_volumes(document, workload):
         if to_text(value.get("driver", "local"), f"{where}.driver") != "local":
             raise make_fault(f"{where}.driver: only local is supported")
         own, external = make_shared_name(name, value, workload, where, "volume")
-        volumes[name] = own, None if external else make_pairs("--label")(value.get("labels"), f"{where}.labels")
+        labels = make_shared_labels(value, where, workload)
+        volumes[name] = own, None if external else make_pairs("--label")(labels, f"{where}.labels")
     return volumes
 
 
@@ -4951,14 +5275,14 @@ def make_networks(document, workload):
         if to_text(value.get("driver", "bridge"), f"{where}.driver") != "bridge":
             raise make_fault(f"{where}.driver: only bridge is supported")
         own, external = make_shared_name(name, value, workload, where, "network")
-        arguments = make_pairs("--label")(value.get("labels"), f"{where}.labels")
+        arguments = make_pairs("--label")(make_shared_labels(value, where, workload), f"{where}.labels")
         arguments += make_switch("--internal")(value.get("internal", False), f"{where}.internal")
         ipam = to_mapping(value.get("ipam"), f"{where}.ipam")
         check_keys(ipam, ("config",), f"{where}.ipam")
         for item in to_items(ipam.get("config"), f"{where}.ipam.config"):
             check_keys(item, ("subnet", "gateway"), f"{where}.ipam.config")
             arguments += [f"--{key}={to_text(item[key], f'{where}.ipam.config')}" for key in sorted(item, reverse=True)]
-        networks[name] = own, None if external else arguments + [f"--label={LABEL_PROJECT}={workload.project}"]
+        networks[name] = own, None if external else arguments
     return networks
 
 
@@ -5107,7 +5431,7 @@ def is_settled(service, containers, known):
 
 def find_program(name, environ):
     """Where a program lies on PATH, or None; shutil.which without all that shutil brings along."""
-    paths = [os.path.join(folder, name) for folder in environ.get("PATH", os.defpath).split(os.pathsep)]
+    paths = [os.path.join(folder, name) for folder in list_folders(environ)]
     return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
 
 
@@ -5144,22 +5468,31 @@ def make_child_environment(environ, connection):
     return dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
 
 
-def make_compose_driver(config, environ=None, child=None, others=()):
+def claim_nothing():
+    """The Claim of nobody."""
+    return Claim("", (), (), ())
+
+
+def make_compose_driver(config, environ=None, child=None, others=(), claim=claim_nothing):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
-    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all other devices.
+    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all other devices; claim:
+    a function for the Claim that holds now.
     """
-    environ = os.environ if environ is None else environ
+    environ = dict(os.environ if environ is None else environ)
+    environ.update(get_temporary(config.state_dir, environ))
     if child:
         kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
         engine, compose = kinds and find_engine(max(kinds), environ), config.runtime.compose if config.runtime.compose != "off" else "auto"
-        return ComposeDriver(engine, find_provider(compose, engine, environ), config, environ, child, ["", *others]) if engine else None
+        provider = find_provider(compose, engine, environ)
+        return ComposeDriver(engine, provider, config, environ, child, ["", *others], claim) if engine else None
     docker = config.runtime.engine == "auto" and config.runtime.compose == "docker compose"        # what docker starts, docker shows
     engine = find_engine("docker" if docker else config.runtime.engine, environ)
     if config.runtime.compose == "off" or engine is None:
         return None
-    return ComposeDriver(engine, find_provider(config.runtime.compose, engine, environ), config, others=others)
+    provider = find_provider(config.runtime.compose, engine, environ)
+    return ComposeDriver(engine, provider, config, environ, others=others, claim=claim)
 
 
 class ComposeDriver:
@@ -5168,12 +5501,12 @@ class ComposeDriver:
     Either way containers are found by their labels, by one query for all, and judged by what the engine shows of them.
     """
 
-    def __init__(self, engine, provider, config, environ=None, child=("", {}), others=()):
+    def __init__(self, engine, provider, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
         self.engine, self.provider, self.config, self.environ = engine, provider, config, environ
+        self.claim, self.strangers = claim, []      # [Container] that the last look has shown, and that are not ours
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even where they share the engine
         self.remote = bool(set(self.connection) & set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"})
-        self.pulled = []                            # images that were not here before
 
     def run(self, arguments, timeout, code=None):
         """The Output of one engine command; with `code` a failure raises ComponentError of that code."""
@@ -5188,21 +5521,61 @@ class ComposeDriver:
         records: of the deployments that are known to need this driver; a leftover is looked for all the same (P-11).
         """
         facts = [".ID", ".Names"] + [f'(.Label "{name}")' for name in (
-            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE)] + [".State", ".Status"]
+            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER)] + [".State", ".Status"]
         form = "json" if self.engine == "podman" else "[" + ",".join(f"{{{{json {fact}}}}}" for fact in facts) + "]"
         output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 20 if self.remote else 60)
         if output.code:
             raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
-        return [container for container in parse_containers(output.stdout, self.engine) if container.device_id not in self.others]
+        ours, self.strangers = part_containers(parse_containers(output.stdout, self.engine), self.claim())
+        return [container for container in ours if container.device_id not in self.others]
 
-    def prepare(self, deployment, component, known, store):
-        """Fetches and verifies all that a component needs, touching nothing that runs: (what `apply` takes, package facts)."""
+    def find_strangers(self):
+        """[Container] of other owners, as the last look has shown them."""
+        return self.strangers
+
+    def prepare(self, deployment, component, known, store, fetched):
+        """Fetches and verifies all that a component needs, touching nothing that runs: (what `apply` takes, package facts).
+
+        fetched: a list to which digests of packages and names of new images are added, also where it then fails.
+        """
         data, package = obtain_package(component, known, self.config, store, "compose")
+        fetched.append(package["digest"])
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         folder = unpack_package(data, package["digest"], folder, self.config.policy.max_unpacked, relaxed=not component.revision)
         workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
-                            make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id)
-        return self.resolve(workload, IMAGE_PATIENCE, bool(known) and known["digest"] == package["digest"]), package
+                            make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id,
+                            self.claim().owner)
+        again = bool(known) and known["digest"] == package["digest"]
+        prepared = self.resolve(workload, IMAGE_PATIENCE, again, fetched)
+        self.check_names(*prepared)
+        return prepared, package
+
+    def check_names(self, workload, project):
+        """Raises ComponentError where a name that a component needs is another owner's, before anything is touched."""
+        between = "_" if self.provider == ["podman-compose"] else "-"
+        containers = [between.join((workload.project, service.name, "1")) for service in project.services]
+        advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
+        for kind, names, words in (("network", [name for name, arguments in project.networks.values() if arguments is not None], advice),
+                                   ("volume", list(project.volumes), advice), ("container", containers, "remove it there")):
+            for name, owner, found_id in self.inspect_names(kind, names):
+                if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
+                    raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {make_printable(owner, 300)}: {words}")
+
+    def inspect_names(self, kind, names):
+        """[(name, owner, id)] of the containers, networks or volumes of these names that there are."""
+        output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
+        found = []
+        for item in parse_json(output or b"[]", f"{kind} inspect"):
+            name = (item.get("Name") or item.get("name", "")).lstrip("/")
+            labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
+            if name in names:                       # what is asked for may be the beginning of an id, too
+                found.append((name, labels.get(LABEL_OWNER, ""), item.get("Id")))
+        return found
+
+    @staticmethod
+    def list_ports(prepared):
+        """[[address or "", port, protocol]] of the host that what was prepared will hold."""
+        return [port for service in prepared[1].services for port in service.ports]
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
@@ -5211,10 +5584,11 @@ class ComposeDriver:
             run_command(self.provider + ["version"], 60, env=self.environ)
         return f"{' '.join(self.provider or [self.engine, '(builtin)'])} answers, {count} containers of ours"
 
-    def resolve(self, workload, timeout, again=False):
+    def resolve(self, workload, timeout, again=False, fetched=None):
         """The compose file read, checked and resolved, the images pulled: all that can fail without touching what runs (C-154, D-11).
 
         again: this package ran here before; then an image that is here will do where its registry does not answer (P-1).
+        fetched: as in prepare.
         """
         try:
             document = load_yaml(read_inside(workload.folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape"))
@@ -5225,7 +5599,9 @@ class ComposeDriver:
             if self.remote and (service.files or list(find_binds(project.document["services"][service.name].get("volumes"), "volumes"))):
                 raise make_fault(f"services.{service.name}: configs and bind mounts are files of the gateway, which a child device does not see")
             try:
-                self.pull(service, timeout)
+                new = self.pull(service, timeout)
+                if fetched is not None:
+                    fetched += new
             except (ComponentError, CommandError) as error:
                 if not again or self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code:
                     raise error if isinstance(error, ComponentError) else ComponentError("PULL_FAILED", f"image {service.image}: {error.message}") from None
@@ -5233,34 +5609,56 @@ class ComposeDriver:
         return workload, project
 
     def pull(self, service, timeout):
-        """Has a service's image on the device; one that is there is not asked for again unless pull_policy says so (P-1)."""
+        """Has a service's image on the device; returns [its name] where it was not there before.
+
+        One that is there is not asked for again unless pull_policy says so (P-1).
+        """
         import errno
         present = self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code == 0
         if present and service.pull != "always":
-            return
+            return []
         if service.pull == "never":
             raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
-        self.check_space(service.image, "".join(arguments)[len("--platform="):])
+        environ = self.clear_temporary(self.check_space(service.image, "".join(arguments)[len("--platform="):]))
         program, options = self.make_access(find_registry(service.image))
         log("info", "an image is pulled", image=service.image)
         timeout = PULL_TIMEOUT if self.remote else timeout         # from here nobody sees whether it moves over there
-        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=self.environ, patient=True)
+        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ, patient=True)
         if output.code:                             # the system's own words for a full disk stand in every program's
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED", f"{self.engine} pull failed: {output.stderr[-1500:]}")
-        if not present:
-            self.pulled.append(service.image)
+        return [] if present else [service.image]
 
     def check_space(self, image, platform):
-        """Raises ComponentError DISK_FULL for an image that cannot fit where the engine keeps them, as far as that can be told (P-4)."""
+        """Bytes that are fetched for an image, as far as that can be told, else 0.
+
+        Raises ComponentError DISK_FULL where they cannot fit where the engine keeps its images (P-4).
+        """
         form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
         root = "" if self.remote else self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
         layers = find_layers(image, platform, self.config) if os.path.isdir(root) else []
         if layers:
             ids = self.run(["images", "--quiet", "--no-trunc"], 60).stdout.decode().split()
             there = self.run(["image", "inspect", "--format={{json .RootFS.Layers}}"] + sorted(set(ids)), 60).stdout.decode() if ids else ""
-            check_space(root, sum(size for layer, size in layers if layer not in there), f"image {image}")
+            layers = [(layer, size) for layer, size in layers if layer not in there]
+            check_space(root, sum(size for _, size in layers), f"image {image}")
+        return sum(size for _, size in layers)
+
+    def clear_temporary(self, need):
+        """The environment of a pull.  What earlier pulls that were cut off left behind for temporary files goes first.
+
+        Where an image of `need` bytes has no room there, on a small flash say, the engine uses the folder that it has by itself.
+        """
+        folder, environ = os.path.join(self.config.state_dir, "tmp"), self.environ
+        if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
+            return environ
+        empty_folder(folder)
+        free, margin = get_space(folder)
+        if free >= need + margin:
+            return environ
+        log("info", "an image does not fit below state_dir; the engine's own folder takes what it fetches", bytes=need, free=free)
+        return {key: value for key, value in environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says; credentials lie in a file of mode 0600."""
@@ -5268,11 +5666,11 @@ class ComposeDriver:
         if not settings:
             return [self.engine], []
         folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
-        os.makedirs(folder, 0o700, exist_ok=True)
+        make_folder(folder)
         options, program = [], [self.engine]
         basic = load_credentials(host, settings)
         if basic:
-            write_file(os.path.join(folder, "config.json"), make_json({"auths": {host: {"auth": basic}}}))
+            write_file(os.path.join(folder, "config.json"), make_json({"auths": {host: {"auth": basic[len("Basic "):]}}}))
             options, program = (["--authfile=" + os.path.join(folder, "config.json")], program) if self.engine == "podman" else (
                 [], [self.engine, "--config", folder])
         if self.engine == "podman" and settings.insecure:
@@ -5390,7 +5788,7 @@ class ComposeDriver:
         path = os.path.join(folder, "resolved.json")
         write_file(path, make_json(escape_dollars(project.document)))
         environ = {key: item for key, item in (self.environ or os.environ).items() if key in self.connection or key in (
-            "PATH", "HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONFIG", "CONTAINER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")}
+            "PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONFIG", "CONTAINER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")}
         argv = self.provider + ["--project-name", workload.project, "--file", path]
         if self.provider != ["podman-compose"]:
             argv += ["--project-directory", workload.folder, "--env-file", os.devnull]       # else the package's .env would steer it
@@ -5534,11 +5932,20 @@ class ComposeDriver:
         project = make_project_name(component, deployment_id)
         self.remove_containers(ours(containers)[::-1], deadline)
         output = self.run(["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"], 60, "REMOVE_FAILED")
-        for name in output.stdout.decode().split():
-            self.run(["network", "rm", name], 60, "REMOVE_FAILED")
+        for name, owner, _ in self.inspect_names("network", output.stdout.decode().split()):
+            if is_ours(self.claim(), deployment_id, owner):
+                self.run(["network", "rm", name], 60, "REMOVE_FAILED")
         left = ours(self.observe())
         if left:
             raise ComponentError("REMOVE_FAILED", f"container {left[0].name} is still there")
+
+
+def part_containers(containers, claim):
+    """([Container] of ours, [Container] of others): from here on nobody sees what is not ours."""
+    parts = {True: [], False: []}
+    for item in containers:
+        parts[is_ours(claim, item.deployment_id, item.owner, item.id)].append(item)
+    return parts[True], parts[False]
 
 
 def escape_dollars(value):
@@ -5571,12 +5978,13 @@ def parse_containers(data, engine):
                 labels, (state, health) = item.get("Labels") or {}, find_health(item["State"].lower(), item.get("Status"))
                 containers.append(Container(item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], labels.get(LABEL_COMPONENT, ""),
                                             labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), state, "compose",
-                                            labels.get(LABEL_DEVICE, ""), item.get("StartedAt", 0), health))
+                                            labels.get(LABEL_DEVICE, ""), item.get("StartedAt", 0), health,
+                                            labels.get(LABEL_OWNER, "")))
         else:
             for line in data.splitlines():
-                *marks, device_id, state, status = parse_json(line, "docker ps")
+                *marks, device_id, owner, state, status = parse_json(line, "docker ps")
                 state, health = find_health(state, status)
-                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, health=health))
+                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, health=health, owner=owner))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
@@ -5587,7 +5995,12 @@ Release = define("Release", "deployment_id component name namespace chart values
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
 
 
-def parse_releases(data, records):
+def make_owner_value(owner):
+    """An owner as the value of a Kubernetes label, which has room for 63 letters and digits."""
+    return sha256_digest(owner.encode())[7:47]
+
+
+def parse_releases(data, records, owner=""):
     """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.  Raises CommandError."""
     names = {make_release_name(component["name"], record["deploymentId"]): (record["deploymentId"], component["name"])
              for record in records for component in record["components"]}
@@ -5599,7 +6012,8 @@ def parse_releases(data, records):
                 continue                            # somebody else's, whatever its labels say
             deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
             containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm"))
+                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm",
+                                        owner=owner))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
     return containers
@@ -5612,10 +6026,10 @@ def list_texts(value):
     return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
 
 
-def make_helm_driver(config, environ, child=None):
+def make_helm_driver(config, environ, child=None, claim=claim_nothing):
     """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything.
 
-    child: (device id, connection) of a child device, whose connection may name its cluster.
+    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for make_compose_driver.
     """
     setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
     if child and "KUBECONFIG" not in child[1]:
@@ -5627,19 +6041,19 @@ def make_helm_driver(config, environ, child=None):
     if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
         return None
     environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
-    return HelmDriver("helm" if setting == "auto" else setting, config, dict(environ, **({"KUBECONFIG": path} if path else {})))
+    environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
+    return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
 
 
 class HelmDriver:
     """Runs Helm components by the helm command, version 3 or 4.
 
-    Releases are ours by the label org.margo.deployment; all of them are seen by one `helm list`, which is asked only where a deployment
+    Releases are ours by the label org.margo.owner; all of them are seen by one `helm list`, which is asked only where a deployment
     needs Helm.  Charts are fetched and verified here, like Compose Archives, so helm needs no access to registries.
     """
 
-    def __init__(self, helm, config, environ):
-        self.helm, self.config, self.environ = helm, config, environ
-        self.pulled = []                            # the cluster keeps the images
+    def __init__(self, helm, config, environ, claim=claim_nothing):
+        self.helm, self.config, self.environ, self.claim = helm, config, environ, claim
 
     def run(self, arguments, timeout):
         """The Output of one helm command."""
@@ -5647,13 +6061,38 @@ class HelmDriver:
 
     def observe(self, records=()):
         """Every release of ours in any state; [] without asking where no deployment is known to need Helm.  Raises CommandError."""
-        if not records:
-            return []
-        output = self.run(["list", "--all-namespaces", f"--selector={LABEL_DEPLOYMENT}", "--max=0", "--output=json"]
+        found, claim = [], self.claim()
+        wanted = {make_release_name(component["name"], record["deploymentId"]) for record in records for component in record["components"]}
+        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
+            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
+            found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
+            if wanted <= {release.name for release in found}:
+                break                               # under an earlier owner is only what is missing
+        return found
+
+    def list(self, selector, *options):
+        """What `helm list` says of releases in any state; raises CommandError."""
+        output = self.run(["list", "--max=0", "--output=json", f"--selector={selector}"] + (list(options) or ["--all-namespaces"])
                           + [f"--{state}" for state in RELEASE_STATES], 60)
         if output.code:
             raise CommandError(f"the cluster does not answer (helm list: {output.stderr[-500:]})")
-        return parse_releases(output.stdout, records)
+        return output.stdout
+
+    def make_foreign(self):
+        """The selector of releases that carry no owner of this agent's, or none at all."""
+        claim = self.claim()
+        return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
+
+    def find_strangers(self):
+        """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
+        return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
+
+    def check_name(self, name, namespace):
+        """Raises ComponentError where a release of this name was made by somebody else."""
+        options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
+        if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
+                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
+            raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this agent: remove it there")
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
@@ -5661,15 +6100,17 @@ class HelmDriver:
         version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
         return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
 
-    def prepare(self, deployment, component, known, store):
+    def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release, package facts)."""
         values = make_values(deployment, component.name)
         _, package = obtain_package(component, known, self.config, store, "helm")
+        fetched.append(package["digest"])
         content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
         name = make_release_name(component.name, deployment.deployment_id)
+        self.check_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         try:
-            os.makedirs(folder, 0o700, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
         values_file = os.path.join(folder, content + ".json")
@@ -5690,10 +6131,10 @@ class HelmDriver:
             return {"release": facts}
         for container in present:
             self.repair(container, release.namespace, facts, deadline)
-        seconds = max(1, int(deadline - time.monotonic()))
+        seconds, owner = max(1, int(deadline - time.monotonic())), self.claim().owner
+        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}" + (f",{LABEL_OWNER}={make_owner_value(owner)}" if owner else "")
         output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
-                           f"--values={release.values_file}", f"--labels={LABEL_DEPLOYMENT}={release.deployment_id}",
-                           "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
+                           f"--values={release.values_file}", f"--labels={labels}", "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
                           + (["--wait"] if release.wait else []), seconds + 30)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
@@ -5736,6 +6177,11 @@ class HelmDriver:
         if ours and self.find(deployment_id, component, self.observe([record])):
             raise ComponentError("REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
+    @staticmethod
+    def list_ports(release):
+        """[]: none of this host."""
+        return []
+
     def tail_log(self, container, secrets):
         """Nothing: the cluster keeps the logs."""
         return ""
@@ -5748,29 +6194,27 @@ class HelmDriver:
         return False
 
 
-def make_drivers(config, child=None, others=()):
-    """{deployment type: driver} of what a device can run; `child` and `others` as make_compose_driver takes them.
+def make_drivers(config, child=None, others=(), claim=claim_nothing):
+    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-    A driver has observe, tail_log, tend, prepare, apply, remove, remove_image and `pulled`, and that of compose components `stop`; no
-    other section knows what it drives.
+    A driver has observe, find_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
+    host, stop; no other section knows what it drives.
     """
-    drivers = {"compose": make_compose_driver(config, child=child, others=others), "helm": make_helm_driver(config, os.environ, child)}
+    drivers = {"compose": make_compose_driver(config, child=child, others=others, claim=claim),
+               "helm": make_helm_driver(config, os.environ, child, claim)}
     return {kind: driver for kind, driver in drivers.items() if driver}
 
 
-def make_places(config, own_id):
-    """[Place] of this device and of each child, in this order."""
-    ids = [f"{own_id}/{child.id}" for child in config.device.children]
-    places = [Place(own_id, config.device, make_drivers(config, others=ids))]
-    for device_id, child in zip(ids, config.device.children):
-        others = [other for other in ids if other != device_id]
-        places.append(Place(device_id, child, make_drivers(config, (device_id, child.connection), others)))
-    return places
+def find_nothing():
+    """The look at a child device that cannot be reached from here."""
+    raise CommandError("the engine's command that its connection needs is not installed here")
 
 
 def list_looks(drivers, records):
-    """{deployment type: function that looks} of what has to be asked on one device: an engine in any case, because a leftover is looked for
-    there (P-11), a cluster only where a deployment needs it."""
+    """{deployment type: function that looks} of what has to be asked on one device.
+
+    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a deployment needs one.
+    """
     known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
     return {kind: lambda kind=kind: drivers[kind].observe(known[kind]) for kind in drivers if kind == "compose" or known[kind]}
 
@@ -5783,21 +6227,30 @@ def try_look(function):
         return error
 
 
-def look_at_all(looks):
-    """Carries out {key: function that looks}; yields [(key, [Container] or CommandError)] of what has answered since, until all has.
+def observe_devices(devices, records):
+    """{device id: Seen}: all engines are asked at once, and each is waited for up to its own limit.
 
-    One look is simply done.  Several wait at once, and what answers late holds nobody up: after LOOK_PATIENCE the others are told.
+    records: those of all deployments that are there, or will be.
     """
+    looks, seen = [], {device.device_id: Seen([], {}) for device in devices}
+    for device in devices:
+        found = list_looks(device.drivers, records)
+        if device.silence and not device.drivers:
+            found = dict.fromkeys(("compose", "helm"), find_nothing)
+        looks += [(device.device_id, kind, function) for kind, function in found.items()]
+    functions = [function for _, _, function in looks]
     if len(looks) < 2:
-        yield [(key, try_look(function)) for key, function in looks.items()]
-        return
-    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-    with ThreadPoolExecutor(LOOKS) as pool:
-        waiting = {pool.submit(try_look, function): key for key, function in looks.items()}
-        done = wait(waiting, LOOK_PATIENCE).done
-        while done or waiting:
-            yield [(waiting.pop(future), future.result()) for future in done]
-            done = wait(waiting, return_when=FIRST_COMPLETED).done
+        answers = list(map(try_look, functions))
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(LOOKS) as pool:
+            answers = list(pool.map(try_look, functions))
+    for (device_id, kind, _), answer in zip(looks, answers):
+        if isinstance(answer, CommandError):
+            seen[device_id].silent[kind] = answer
+        else:
+            seen[device_id].containers.extend(answer)
+    return seen
 
 
 def observe_all(drivers, record):
@@ -5812,86 +6265,104 @@ def observe_all(drivers, record):
 def make_record(target, device_id):
     """The record of a deployment that was not known before; see begin_record for one that begins a revision.
 
-    adopted: the revision that is worked on, fetched: what is on the device for it (digests, images); running, previous: {digest,
-    packages, images, mark, type} of the last two that were installed, and {services} of `running` once another revision is worked on;
-    fallback: `running` is what should run when that has failed; repairs: how many there were without an hour's rest, repairedAt: the last;
-    deviceId: where it is at home, left (once it has moved): where something of it may still be.
+    deviceId    the device where it is at home
+    adopted     {digest, version}: the revision that is worked on
+    state       of the whole, follows from `components` ({name, state, error, services, package}); error: {code, source, message}
+    running     {digest, packages, images, mark, type} of the version that was installed last, and its {services} once another
+                revision is worked on; previous: the same of the one before
+    fallback    whether `running` is what should run while the revision that is worked on has failed
+    refused     whether the revision cannot be one, whatever is tried
+    fetched     digests of packages and names of images that are on the device for the revision that is worked on
+    retry       failures in a row (see make_wait); repair: repairs without an hour's rest (P-7)
     """
     return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id, "type": "compose",
-            "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None, "running": None,
-            "previous": None, "refused": False, "failures": 0, "retryAt": 0, "components": [], "fetched": [], "fallback": False,
-            "repairs": 0, "repairedAt": 0}
+            "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None,
+            "running": None, "previous": None, "refused": False, "components": [], "fetched": [], "fallback": False,
+            "retry": {}, "repair": {}}
 
 
 def begin_record(record, target):
-    """The record as work on the target's revision begins: all its components pending, its version adopted (E-112, E-114).
+    """The record as work on the target's revision begins: all components pending, its version adopted (E-112, E-114).
 
     What an earlier revision left (services, packages) stays known until the new one has replaced it.
     """
     old = {component["name"]: component for component in record["components"]}
     names = [component.name for component in target.deployment.components] if target.deployment else list(old)
-    same = record["adopted"]["digest"] == target.digest
-    components = [dict(old.get(name) or {"name": name, "services": {}, "package": None}, state="pending", error=None) for name in names]
-    facts = {"name": target.deployment.name, "type": target.deployment.type or record["type"]} if target.deployment else {}
-    kept, running = {} if same else {"failures": 0, "retryAt": 0, "fetched": [], "repairs": 0}, record["running"]
-    if running and running["digest"] == record["adopted"]["digest"] != target.digest:       # from here on it is the version before
-        running = dict(running, services={name: component["services"] for name, component in old.items()})
-    return dict(record, **facts, **kept, state="pending", error=None, refused=False, adopted={"digest": target.digest, "version": target.version},
-                components=components, running=running, fallback=bool(running and running["digest"] != target.digest))
+    blank = {"services": {}, "package": None}
+    components = [dict(old.get(name, blank), name=name, state="pending", error=None) for name in names]
+    record = dict(record, state="pending", error=None, refused=False, components=components)
+    if target.deployment:
+        record.update(name=target.deployment.name, type=target.deployment.type or record["type"])
+    before, running = record["adopted"]["digest"], record["running"]
+    if before != target.digest:
+        record.update(retry={}, repair={}, fetched=[])
+        if running and running["digest"] == before:             # from here on it is the version before
+            running = dict(running, services={name: component["services"] for name, component in old.items()})
+    return dict(record, adopted={"digest": target.digest, "version": target.version}, running=running,
+                fallback=bool(running and running["digest"] != target.digest))
 
 
-def count_repair(record, now):
-    """The record as a repair of what was installed begins (P-7)."""
-    again = record["repairedAt"] <= now < max(record["repairedAt"], make_pause(record)) + RETRY_CAP
-    return dict(record, repairs=record["repairs"] + 1 if again else 1, repairedAt=int(now))
+def count_repair(record, clock):
+    """The record as a repair of what was installed begins: some are free, then the pauses after them grow (P-7)."""
+    last = record["repair"]
+    recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
+    repairs = last["failures"] if last and recent else 0
+    pause = grow(RETRY_FIRST, repairs + 2 - REPAIRS, RETRY_CAP) if repairs + 1 >= REPAIRS else 0
+    return dict(record, repair=make_wait({"failures": repairs}, pause, clock))
 
 
 def set_component(record, name, state, error=None, **facts):
     """The record with one component changed (None: all of them), its overall state following (C-133)."""
     components = [dict(component, state=state, error=error, **facts) if name in (None, component["name"]) else component
                   for component in record["components"]]
-    return dict(record, components=components, state=make_overall_state([component["state"] for component in components] or [state]))
+    states = [component["state"] for component in components] or [state]
+    return dict(record, components=components, state=make_overall_state(states))
 
 
-def fail_record(record, component, error, now, jitter, refused=False):
-    """The record after a ComponentError: the component failed, what comes later stays pending, the next attempt is due with growing delay.
+def fail_record(record, component, error, clock, jitter, refused=False):
+    """The record after a ComponentError: the component failed, what comes later stays pending, the next attempt is due later
+    with each failure.
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
-    delay = max(grow(RETRY_FIRST, record["failures"] + 1, RETRY_CAP) * (0.75 + 0.5 * jitter), min(error.retry_after or 0, 2 * RETRY_CAP))
-    error_object = {"code": error.code, "source": error.source or component or record["name"], "message": error.message}
+    asked = min(error.retry_after or 0, 2 * RETRY_CAP)
+    delay = grow(RETRY_FIRST, record["retry"].get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
+    told = {"code": error.code, "source": error.source or component or record["name"], "message": error.message}
     if component:
-        record = set_component(record, component, "failed", error_object)
-        error_object = dict(error_object, source=record["name"], message=f"component {component} failed: {error.message}")
-    elif record["components"]:
-        record = dict(record, components=[dict(item, state="failed", error=dict(error_object, source=error.source or item["name"]))
-                                          for item in record["components"]])
-    return dict(record, state="failed", error=error_object, refused=refused, failures=record["failures"] + 1, retryAt=int(now + delay))
+        record = set_component(record, component, "failed", told)
+        told = dict(told, source=record["name"], message=f"component {component} failed: {error.message}")
+    else:
+        components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
+                      for item in record["components"]]
+        record = dict(record, components=components)
+    return dict(record, state="failed", error=told, refused=refused, retry=make_wait(record["retry"], max(delay, asked), clock))
 
 
 def finish_record(record, mark=""):
-    """The record once all of the revision that was worked on is installed; mark: make_mark of the environment it was given."""
-    running = {"digest": record["adopted"]["digest"], "packages": {item["name"]: item["package"] for item in record["components"]},
-               "images": sorted({facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}),
-               "mark": mark, "type": record["type"]}
+    """The record once all of the revision that was worked on is installed; mark: make_mark of its environment."""
+    images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
+    running = {"digest": record["adopted"]["digest"], "images": sorted(images), "mark": mark, "type": record["type"],
+               "packages": {item["name"]: item["package"] for item in record["components"]}}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
-    return dict(record, running=running, previous=previous, failures=0, retryAt=0, fetched=[])
+    return dict(record, running=running, previous=previous, retry={}, fetched=[])
 
 
 def make_history(state, entries, version, at):
     """The history with one more accepted desired state: what it adds, changes and removes against the one before."""
     old = {item["deploymentId"].lower(): item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
     new = {entry.deployment_id.lower(): entry.digest for entry in entries}
+    changed = sorted(key for key in new if key in old and new[key] != old[key])
     return state["history"][1 - HISTORY:] + [{
         "version": version, "at": at, "added": sorted(set(new) - set(old)), "removed": sorted(set(old) - set(new)),
-        "changed": sorted(key for key in new if key in old and new[key] != old[key]), "outcome": "pending"}]
+        "changed": changed, "outcome": "pending"}]
 
 
 def make_outcome(state):
     """How the newest accepted desired state stands: applied, pending, or which deployments failed and why."""
     records = state["deployments"].values()
-    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records if record["state"] == "failed"]
+    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
+              if record["state"] == "failed"]
     done = len(records) == len(state["accepted"]["deployments"]) and all(record["state"] == "installed" for record in records)
     return "; ".join(failed) or ("applied" if done else "pending")
 
@@ -5905,11 +6376,10 @@ def find_needed(state):
         images.update(record["fetched"])
         packages = [item["package"] for item in record["components"]]
         images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
-        for version in (record["running"], record["previous"]):
-            if version:
-                digests.add(version["digest"])
-                packages += version["packages"].values()
-                images.update(version["images"])
+        for version in filter(None, (record["running"], record["previous"])):
+            digests.add(version["digest"])
+            packages += version["packages"].values()
+            images.update(version["images"])
         digests.update(package["digest"] for package in packages if package)
     return digests, images
 
@@ -5943,8 +6413,9 @@ def enqueue_status(state, record, device_id):
 
 
 def acknowledge_status(state, key, refused=None):
-    """The WFM has this status (or will never take it; `refused` says why): out of the outbox; a removed deployment is forgotten with
-    its last report.
+    """The WFM has this status (or will never take it; `refused` says why): out of the outbox.
+
+    A removed deployment is forgotten with its last report.
     """
     status = state["outbox"].pop(key)
     state["dropped"].pop(key, None)
@@ -5961,109 +6432,264 @@ def acknowledge_status(state, key, refused=None):
 # 16. Apply
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Tools = define("Tools", "config store drivers clock jitter leave",
-    "What applying takes: Settings, Store, {deployment type: driver}, functions for Unix seconds, a number in [0, 1), and the removal of what"
-    " moves from where it was.")
+Tools = define("Tools", "config store drivers containers device_id version quiet fetched clock jitter",
+    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device, [Container] there, the device's"
+    " id, the accepted version, whether nothing may be fetched now, a list for what is fetched (digests, images), functions for a"
+    " Clock and for a number in [0, 1).")
 Change = define("Change", "event name record deployment rollback kind",
-    "What hooks are told of: install, update or removal of the component `name`; rollback: on the way back to the version before; kind: the"
-    " deployment type of what is removed.", None)
+    "What listeners are told of: install, update or removal of the component `name`; rollback: on the way back to the version"
+    " before; kind: the deployment type of what is removed.", None)
+Revision = define("Revision", "deployment packages services",
+    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component: {service: facts}}.")
+Ready = define("Ready", "takes",
+    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's ports that it will take, as"
+    " find_held_ports has them.")
+LISTENERS = []              # functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise to forbid
 
 
-def apply_target(target, record, containers, tools):
-    """Makes one deployment as its target says; yields the record at each change, for the caller to make durable before the next step.
+class Notices:
+    """The changes of one step: every listener agrees to all of them before the first is made, and hears what came of each."""
 
-    All that can fail or say no comes before the running version is touched, wherever it runs: everything is fetched and verified, and
-    every hook is asked (D-11, P-20).  A failure ends in a failed record, with the version before running again where
-    runtime.on_failure says so (P-8).
-    """
-    known = {component["name"]: component for component in record["components"]}
-    if record["running"] and record["running"]["digest"] == target.digest == record["adopted"]["digest"]:
-        record = count_repair(record, tools.clock())
-    record, name, touched = begin_record(record, target), None, False
-    yield record
-    try:
+    def __init__(self, tools):
+        self.tools, self.agreed = tools, []
+
+    def __enter__(self):
+        return self
+
+    def ask(self, change):
+        """Raises ComponentError where a listener forbids the change."""
+        for listener in LISTENERS:
+            listener("before", change, self.tools, None)
+        self.agreed.append(change)
+
+    def tell(self, change, error=None):
+        """The change has been made, or nothing comes of it."""
+        self.agreed.remove(change)
+        for listener in LISTENERS:
+            listener("after", change, self.tools, error)
+
+    def __exit__(self, kind, error, _):
+        for change in self.agreed[:] if isinstance(error, MargoError) else ():
+            self.tell(change, error)
+
+
+class Installation:
+    """A deployment on its way to a version: the record so far, the component at work, and whether anything was touched."""
+
+    def __init__(self, record, tools):
+        self.record, self.tools = record, tools
+        self.name, self.touched, self.services = None, False, {}
+
+    def run(self, revision, rollback=False):
+        """Makes a version run, and nothing else of its deployment; yields the record at each change, for the caller to make
+        durable before the next step, and Ready before anything is touched.
+
+        All that can fail or say no comes before that: everything is fetched and verified, and every listener agrees (D-11, P-20).
+        One that is answered by True has to free its ports first, and is made again.  rollback: it is the version before that
+        is brought back, in one go.
+        """
+        tools, deployment = self.tools, revision.deployment
+        containers = observe_all(tools.drivers, self.record) if rollback else tools.containers
         prepared = []
-        for component in target.deployment.components:
-            name = component.name
-            driver = get_driver(target.deployment.type, tools)
-            prepared.append(driver.prepare(target.deployment, component, known.get(name, {}).get("package"), tools.store))
-        with Hooks(tools) as hooks:
-            changes = [Change("update" if known.get(component.name, {}).get("package") else "install", component.name, record, target.deployment, False)
-                       for component in target.deployment.components]
-            for change in changes:
-                name = change.name
-                hooks.ask(change)
-            name, dropped = None, find_dropped(record, target.deployment, containers)
-            for change in dropped:
-                hooks.ask(change)
-            for component, change, (workload, package) in zip(target.deployment.components, changes, prepared):
-                name = component.name
-                record = set_component(record, name, "installing")
-                yield record
-                if not touched:
-                    tools.leave(record)
-                touched = True
-                services = hooks.carry_out(change, lambda: driver.apply(
-                    workload, containers, known.get(name, {}).get("services", {}), time.monotonic() + component.timeout))
-                record = set_component(record, name, "installed", services=services, package=package)
-                if record["state"] != "installed":  # that word is the last one, said below once nothing else is left
-                    yield record
-            name = None
-            for change in dropped:
-                remove_component(change, containers, hooks)
-        yield finish_record(record, make_mark(tools.config.runtime.environment))
-    except (ComponentError, CommandError) as error:
-        error = error if isinstance(error, ComponentError) else ComponentError("INSTALL_FAILED", error.message)
-        log("error", "deployment failed", deployment=target.deployment_id, component=name, code=error.code, reason=error.message)
-        if touched and tools.config.runtime.on_failure != "rollback":
-            record = dict(record, fallback=False)   # it is left as it is, for inspection
-        elif touched and (record["fallback"] or not record["running"]):
-            record, words = roll_back(record, tools) if record["fallback"] else take_back(record, target.deployment, tools)
-            error = ComponentError(error.code, f"{error.message}; {words}", retry_after=error.retry_after)
-        yield fail_record(record, name, error, tools.clock(), tools.jitter())
-
-
-def take_back(record, deployment, tools):
-    """Removes what a first installation that failed has begun, so that nothing crashes on and on: (record, words for the error)."""
-    try:
-        remove_dropped(record, deployment._replace(components=[]), observe_all(tools.drivers, record), tools, True)
-    except (ComponentError, CommandError) as error:
-        return record, f"taking it back failed too: {error.message}"
-    return dict(record, components=[dict(item, state="pending", services={}) for item in record["components"]]), "it is taken back until the next attempt"
-
-
-def restore(record, tools):
-    """The record once the version before has been mended while a failed one waits for its next attempt; its error stays (P-1, P-12)."""
-    mended, _ = roll_back(count_repair(record, tools.clock()), tools)
-    components = [dict(new, state=old["state"], error=old["error"]) for new, old in zip(mended["components"], record["components"])]
-    return dict(mended, state="failed", error=record["error"], components=components)
-
-
-def roll_back(record, tools):
-    """Brings the version before back after an update that failed: (record, what came of it in words).
-
-    Components that run the version before count as installed.
-    """
-    before, settled = record["running"], {}
-    try:
-        data = tools.store.load_artifact(before["digest"])
-        if data is None:
-            raise ComponentError("INTERNAL", "its document is not in the state directory any more")
-        deployment = parse_deployment(data, record["deploymentId"])
-        driver, containers = get_driver(deployment.type, tools), observe_all(tools.drivers, record)
         for component in deployment.components:
-            workload, package = driver.prepare(deployment, component, before["packages"].get(component.name), tools.store)
-            with Hooks(tools) as hooks:
-                services = hooks.carry_out(hooks.ask(Change("update", component.name, record, deployment, True)), lambda: driver.apply(
-                    workload, containers, before["services"].get(component.name, {}), time.monotonic() + component.timeout))
-            record = set_component(record, component.name, "installed", services=services, package=package)
-            settled[component.name] = services
-        remove_dropped(record, deployment, containers, tools, True)
-    except (ComponentError, CommandError) as error:
-        log("error", "roll-back failed", deployment=record["deploymentId"], reason=error.message)
-        return record, f"bringing the version before back failed too: {error.message}"
-    log("warning", "rolled back; the version before runs again", deployment=record["deploymentId"], digest=before["digest"])
-    return dict(record, running=dict(before, services=settled)), "the version before runs again"
+            self.name = component.name
+            driver = get_driver(deployment.type, tools)
+            known = revision.packages.get(self.name)
+            prepared.append(driver.prepare(deployment, component, known, tools.store, tools.fetched))
+        changes = [Change("update" if rollback or revision.packages.get(component.name) else "install", component.name,
+                          self.record, deployment, rollback) for component in deployment.components]
+        dropped = find_dropped(self.record, deployment, containers, rollback)
+        with Notices(tools) as notices:
+            for change in changes + dropped:
+                self.name = None if change.kind else change.name
+                notices.ask(change)
+            self.name = None
+            takes = {(tools.device_id, *port) for workload, _ in prepared for port in driver.list_ports(workload)}
+            while not rollback and (yield Ready(takes)):
+                self.free_ports()
+                containers = observe_all(tools.drivers, self.record)
+            for component, change, (workload, package) in zip(deployment.components, changes, prepared):
+                self.name = component.name
+                if not rollback:
+                    self.record = set_component(self.record, self.name, "installing")
+                    yield self.record
+                self.touched = True
+                known, deadline = revision.services.get(self.name, {}), time.monotonic() + component.timeout
+                self.services[self.name] = services = driver.apply(workload, containers, known, deadline)
+                notices.tell(change)
+                self.record = set_component(self.record, self.name, "installed", services=services, package=package)
+                if not rollback and self.record["state"] != "installed":    # that is said once nothing else is left
+                    yield self.record
+            self.name = None
+            for change in dropped:
+                remove_component(change, containers, notices)
+
+    def free_ports(self):
+        """Stops what holds a port of the host, so that another deployment can take it."""
+        self.touched, running = True, self.record["running"]
+        services = running.get("services") or {item["name"]: item["services"] for item in self.record["components"]}
+        ids = [facts["id"] for item in services.values() for facts in item.values() if facts.get("ports")]
+        if ids:
+            get_driver(running["type"], self.tools).stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
+
+    def fail(self, error, deployment):
+        """The record after a failure, with the version before running again where runtime.on_failure says so (P-8)."""
+        tools, name, words = self.tools, self.name, error.message
+        code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
+        code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
+        log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code, reason=words)
+        if self.touched and tools.config.runtime.on_failure != "rollback":
+            self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
+        elif self.touched and self.record["fallback"]:
+            words = f"{words}; {self.go_back()}"
+        elif self.touched and not self.record["running"]:
+            words = f"{words}; {self.take_back(deployment)}"
+        error = ComponentError(code, words, retry_after=error.retry_after)
+        return fail_record(self.record, name, error, tools.clock(), tools.jitter())
+
+    def take_back(self, deployment):
+        """Removes what a first installation has begun, so that nothing crashes on and on; what came of it, in words."""
+        try:
+            list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
+        except (ComponentError, CommandError, MemoryError) as error:
+            return f"taking it back failed too: {to_fault(error).message}"
+        components = [dict(item, state="pending", services={}) for item in self.record["components"]]
+        self.record = dict(self.record, components=components)
+        return "it is taken back until the next attempt"
+
+    def go_back(self):
+        """Brings the version before back after an update that failed; what came of it, in words."""
+        before, self.services = self.record["running"], {}
+        try:
+            data = self.tools.store.load_artifact(before["digest"])
+            if data is None:
+                raise ComponentError("INTERNAL", "its document is not in the state directory any more")
+            deployment = parse_deployment(data, self.record["deploymentId"])
+            list(self.run(Revision(deployment, before["packages"], before["services"]), rollback=True))
+        except (ComponentError, CommandError, MemoryError) as error:
+            words = to_fault(error).message
+            log("error", "roll-back failed", deployment=self.record["deploymentId"], reason=words)
+            return f"bringing the version before back failed too: {words}"
+        log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
+            digest=before["digest"])
+        self.record = dict(self.record, running=dict(before, services=self.services))
+        return "the version before runs again"
+
+
+def apply_install(action, record, tools):
+    """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
+    target, running = action.target, record["running"]
+    if tools.quiet and not is_at_hand(record, target):
+        return                                      # a package or an image would have to be fetched (protocol 10)
+    revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
+                        {item["name"]: item["services"] for item in record["components"]})
+    if running and running["digest"] == target.digest == record["adopted"]["digest"]:
+        record = count_repair(record, tools.clock())
+    job = Installation(begin_record(record, target), tools)
+    yield job.record
+    try:
+        yield from job.run(revision)
+        yield finish_record(job.record, make_mark(tools.config.runtime.environment))
+    except (ComponentError, CommandError, MemoryError) as error:
+        yield job.fail(to_fault(error), target.deployment)
+
+
+def apply_restore(action, record, tools):
+    """Mends the version before while a failed one waits for its next attempt; its error stays (P-1, P-12)."""
+    yield record
+    job = Installation(count_repair(record, tools.clock()), tools)
+    job.go_back()
+    components = [dict(new, state=old["state"], error=old["error"])
+                  for new, old in zip(job.record["components"], record["components"])]
+    yield dict(job.record, state="failed", error=record["error"], components=components)
+
+
+def apply_give_up(action, record, tools):
+    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last (P-6, P-7)."""
+    component, _ = action.culprit
+    there = [container.id for container in find_containers(record["deploymentId"], tools.containers)
+             if (container.component, container.service) == action.culprit]
+    try:                                            # without its document nobody knows what to mask
+        data = tools.store.load_artifact(record["adopted"]["digest"]) or b""
+        deployment = parse_deployment(data, record["deploymentId"])
+        secrets = make_variables(deployment, component).values()
+        words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
+    except MargoError:
+        words = ""
+    failed = fail_record(record, component, ComponentError("UNSTABLE", action.reason + words), tools.clock(), 0)
+    yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
+
+
+def apply_refusal(action, record, tools):
+    """Fails a deployment that cannot be what is wanted; what was said already is not said again."""
+    target = action.target
+    if record["refused"] and (record["error"]["message"], record["adopted"]["digest"]) == (target.error.message, target.digest):
+        return
+    yield fail_record(begin_record(record, target), None, target.error, tools.clock(), tools.jitter(), refused=True)
+
+
+def apply_nothing(action, record, tools):
+    """Does nothing."""
+    yield from ()
+
+
+def apply_removal(action, record, tools):
+    """Removes all of a deployment, last component first, once every listener agrees.
+
+    Only an empty engine counts as removed (D-21).
+    """
+    adopted = dict(record["adopted"], version=tools.version)
+    record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
+    yield record
+    names, deployment = [component["name"] for component in record["components"]], load_deployment(record, tools.store)
+    known = [(name, record["type"]) for name in names[::-1]]
+    unknown = [found for found in find_components(record["deploymentId"], tools.containers) if found not in known]
+    changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
+    name = None
+    try:
+        with Notices(tools) as notices:
+            for change in changes:
+                name = change.name if change.name in names else None
+                if change.kind in tools.drivers:
+                    notices.ask(change)
+            for change in changes:
+                name = change.name if change.name in names else None
+                if change.kind in tools.drivers:
+                    remove_component(change, tools.containers, notices)
+                if (change.name, change.kind) in known:
+                    record = set_component(record, change.name, "removed")
+                    if record["state"] != "removed":            # that word is the last one, said below once nothing is left
+                        yield record
+    except MargoError as error:
+        log("error", "removal failed", deployment=record["deploymentId"], component=name, reason=error.message)
+        code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
+        yield fail_record(record, name, ComponentError(code, error.message), tools.clock(), tools.jitter())
+        return
+    remove_folder(tools.store.path("deployments", record["deploymentId"].lower()))
+    yield dict(record, state="removed", running=None, previous=None)
+
+
+def apply_clearing(action, record, tools):
+    """Removes what a deployment has on a device where it is not at home; raises ComponentError, CommandError."""
+    yield None
+    nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
+    with Notices(tools) as notices:
+        dropped = find_dropped(dict(record, deviceId=tools.device_id), nothing, tools.containers)
+        for change in dropped:
+            notices.ask(change)
+        for change in dropped:
+            remove_component(change, tools.containers, notices)
+
+
+# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the record at each change, and
+# perhaps Ready; one that yields nothing has nothing to do.
+EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore, "give_up": apply_give_up,
+           "remove": apply_removal, "clear": apply_clearing, "refuse": apply_refusal, "keep": apply_nothing}
+
+
+def is_at_hand(record, target):
+    """Whether all that a target takes was on the device before."""
+    return target.digest in [version["digest"] for version in (record["running"], record["previous"]) if version]
 
 
 def get_driver(kind, tools):
@@ -6073,104 +6699,28 @@ def get_driver(kind, tools):
     return tools.drivers[kind]
 
 
+def find_containers(deployment_id, containers):
+    """The containers of one deployment."""
+    return [container for container in containers if container.deployment_id.lower() == deployment_id.lower()]
+
+
 def find_components(deployment_id, containers):
     """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
-    return sorted({(c.component, c.type) for c in containers if c.deployment_id.lower() == deployment_id.lower()})
+    return sorted({(container.component, container.type) for container in find_containers(deployment_id, containers)})
 
 
 def find_dropped(record, deployment, containers, rollback=False):
     """[Change] for the components of a deployment that its document no longer has (D-19)."""
     wanted = {(component.name, deployment.type) for component in deployment.components}
-    return [Change("removal", name, record, deployment, rollback, kind) for name, kind in find_components(deployment.deployment_id, containers)
-            if (name, kind) not in wanted]
+    return [Change("removal", name, record, deployment, rollback, kind)
+            for name, kind in find_components(deployment.deployment_id, containers) if (name, kind) not in wanted]
 
 
-def remove_dropped(record, deployment, containers, tools, rollback=False):
-    """Removes the components of a deployment that its document no longer has (D-19)."""
-    with Hooks(tools) as hooks:
-        for change in [hooks.ask(change) for change in find_dropped(record, deployment, containers, rollback)]:
-            remove_component(change, containers, hooks)
-
-
-def remove_component(change, containers, hooks):
+def remove_component(change, containers, notices):
     """Removes all of one component."""
-    hooks.carry_out(change, lambda: hooks.tools.drivers[change.kind].remove(
-        change.record["deploymentId"], change.name, containers, time.monotonic() + COMPONENT_TIMEOUT))
-
-
-class Hooks:
-    """The operator's hooks around some changes: each is asked before the first change is made, and told what came of it or that nothing will."""
-
-    def __init__(self, tools):
-        self.tools, self.asked = tools, []
-
-    def __enter__(self):
-        return self
-
-    def ask(self, change):
-        """The change, once every hook agrees to it; raises ComponentError HOOK_FAILED."""
-        run_hooks("before", change, self.tools)
-        self.asked.append(change)
-        return change
-
-    def carry_out(self, change, act):
-        """What `act` returns or raises."""
-        result = act()
-        self.asked.remove(change)
-        run_hooks("after", change, self.tools)
-        return result
-
-    def __exit__(self, kind, error, _):
-        for change in self.asked if isinstance(error, MargoError) else ():
-            run_hooks("after", change, self.tools, error)
-
-
-def run_hooks(moment, change, tools, error=None):
-    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the facts as JSON on stdin.
-
-    Raises ComponentError HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way back to the version
-    before, that is only logged.  Values of parameters are not among the facts: no process but the application gets them.
-    """
-    facts, event = {}, f"{moment}-{change.event}"
-    for path in tools.config.hooks.run:
-        facts = facts or make_facts(change, event, error)
-        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
-        try:
-            output = run_command([path, event], tools.config.hooks.timeout, env=environ, data=make_json(facts))
-            words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
-        except CommandError as fault:
-            words = fault.message
-        if words and moment == "before" and not change.rollback:
-            raise ComponentError("HOOK_FAILED", f"hook {path} {event} {words}")
-        if words:
-            log("error", "a hook failed; the change stands", hook=path, hookEvent=event, deployment=facts["deploymentId"], reason=words)
-
-
-def make_facts(change, event, error):
-    """What a hook is told of the change of a component."""
-    record, deployment = change.record, change.deployment
-    component = next((item for item in deployment.components if item.name == change.name), Component(change.name, "", "", True, 0))
-    done = "removed" if change.event == "removal" else "installed"
-    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"], "name": record["name"],
-            "namespace": deployment.namespace, "deviceId": record["deviceId"], "type": deployment.type, "component": change.name,
-            "repository": component.repository, "revision": component.revision,
-            "extensions": dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions, component=component.extensions),
-            "outcome": None if event.startswith("before") else {"state": "failed", "code": error.code, "message": error.message}
-            if error else {"state": done, "code": "", "message": ""}}
-
-
-def give_up(record, action, containers, tools):
-    """The record once a deployment was repaired in vain too often: failed, with the end of the log of what does not last (P-6, P-7)."""
-    component, service = action.unstable
-    there = [container.id for container in containers if container.deployment_id.lower() == record["deploymentId"].lower() and (
-        container.component, container.service) == action.unstable]
-    try:                                            # without its document nobody knows what to mask
-        deployment = parse_deployment(tools.store.load_artifact(record["adopted"]["digest"]) or b"", record["deploymentId"])
-        words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], make_variables(deployment, component).values())
-    except MargoError:
-        words = ""
-    error = ComponentError("UNSTABLE", action.reason + words)
-    return dict(fail_record(record, component, error, tools.clock(), 0), retryAt=make_pause(record))
+    driver, deadline = notices.tools.drivers[change.kind], time.monotonic() + COMPONENT_TIMEOUT
+    driver.remove(change.record["deploymentId"], change.name, containers, deadline)
+    notices.tell(change)
 
 
 def load_deployment(record, store):
@@ -6182,45 +6732,17 @@ def load_deployment(record, store):
         return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
 
 
-def apply_removal(record, version, containers, tools):
-    """Removes all of a deployment, last component first, once every hook agrees; yields the record at each change.  Only an empty engine
-    counts as removed (D-21)."""
-    record = dict(set_component(record, None, "removing"), error=None, adopted=dict(record["adopted"], version=version))
-    yield record
-    names, deployment = [component["name"] for component in record["components"]], load_deployment(record, tools.store)
-    known = [(name, record["type"]) for name in names[::-1]]
-    changes = [Change("removal", name, record, deployment, False, kind) for name, kind in
-               [found for found in find_components(record["deploymentId"], containers) if found not in known] + known]
-    try:
-        with Hooks(tools) as hooks:
-            for change in changes:
-                if change.kind in tools.drivers:
-                    hooks.ask(change)
-            for change in changes:
-                if change in hooks.asked:
-                    remove_component(change, containers, hooks)
-                if (change.name, change.kind) in known:
-                    record = set_component(record, change.name, "removed")
-                    if record["state"] != "removed":            # that word is the last one, said below once nothing is left
-                        yield record
-    except MargoError as error:
-        log("error", "removal failed", deployment=record["deploymentId"], component=change.name, reason=error.message)
-        code = error.code if error.code == "HOOK_FAILED" else "REMOVE_FAILED"
-        yield fail_record(record, change.name if change.name in names else None, ComponentError(code, error.message), tools.clock(), tools.jitter())
-        return
-    remove_folder(tools.store.path("deployments", record["deploymentId"].lower()))
-    yield dict(record, state="removed", running=None, previous=None)
-
-
 def prune(state, store, drivers):
-    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked packages, images that
-    the agent pulled; nothing else on the device.  Changes state["pulled"].  drivers: {"" or child device id: [driver that answers]}.
+    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked packages, images
+    that the agent pulled; nothing else on the device.
+
+    Changes state["pulled"].  drivers: {prefix of an entry of `pulled`: [driver that answers]}.
     """
     digests, images = find_needed(state)
     store.prune_artifacts(digests)
     for entry in state["pulled"]:
-        device_id, _, name = entry.rpartition(" ")
-        if name not in images and any(driver.remove_image(name) for driver in drivers.get(device_id, ())):
+        device_id, space, name = entry.rpartition(" ")
+        if name not in images and any(driver.remove_image(name) for driver in drivers.get(device_id + space, ())):
             log("info", "image pruned", image=entry)
             state["pulled"] = [other for other in state["pulled"] if other != entry]
 
@@ -6348,9 +6870,54 @@ def make_clock_fault(now, stored):
     return f"the clock of this device says {make_time(now)}, and its state was written at {make_time(stored)}: set the clock"
 
 
-def find_nothing():
-    """The look at a child device that cannot be reached from here."""
-    raise CommandError("the engine's command that its connection needs is not installed here")
+def load_own_device(config, device_id, claim):
+    """[Device]: this one.  claim: as for make_compose_driver."""
+    others = [f"{device_id}/{child.id}" for child in config.device.children]
+    return [Device(device_id, config.device, make_drivers(config, others=others, claim=claim))]
+
+
+def assign_here(targets, records, devices, silent, offers):
+    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol 9)."""
+    device, found = devices[0], []
+    for target in targets:
+        error = target.error
+        if target.deployment and not error:
+            wanted = target.deployment.device_id or device.device_id
+            error = find_reason(target.deployment, device, offers)
+            if wanted != device.device_id:
+                error = ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {device.device_id}")
+        found.append(target._replace(error=error, device_id=device.device_id))
+    return [make_share(device, found, records, silent[device.device_id])]
+
+
+def find_reason(deployment, device, offers):
+    """The ComponentError for which a deployment cannot run on a device, or None.  offers: {device id: capabilities document}."""
+    try:
+        if deployment.type not in device.drivers:
+            hint = "" if device.silence else f"; see runtime.{deployment.type}"
+            raise ComponentError("UNSUPPORTED_TYPE", f"nothing on {device.device_id} runs {deployment.type} components{hint}")
+        if deployment.constraints:
+            check_eligibility(deployment.constraints, offers[device.device_id])
+    except ComponentError as error:
+        return error
+    return None
+
+
+# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words), which raises what fails}.
+EXAMINE = {}
+# What makes the devices that the agent serves, this one first: functions of (Settings, own device id,
+# claim).
+DEVICES = [load_own_device]
+# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
+ASSIGN = [assign_here]
+
+
+class Work:
+    """One action under way: its device, its generator, what it takes and holds there, and what has to be cleared before."""
+
+    def __init__(self, action, device, steps, tools):
+        self.action, self.device, self.steps, self.tools = action, device, steps, tools
+        self.takes, self.holds, self.before, self.begun = None, set(), [], False
 
 
 class Agent:
@@ -6363,44 +6930,43 @@ class Agent:
         self.config, self.stopping = config, stopping
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
-        self.places = make_places(config, self.device_id)
-        self.observed = {}                          # {device id: [Container]}, as far as it has been seen in this cycle
-        self.deaf = {}                              # {(device id, deployment type): CommandError} of what does not answer, Late: not yet
-        self.done = set()                           # {(device id, deployment id in lower case)} that this cycle is done with
-        self.placed = {}                            # {deployment id in lower case: device id} that was chosen in this cycle
-        self.faults = []                            # what went wrong in this cycle
+        self.owner = None                           # what this agent's workloads are labelled with, once it has been asked for
+        self.devices = [device for make in DEVICES for device in make(config, self.device_id, self.make_claim)]
+        self.answering = {}                         # {device id: {deployment type: driver}} of what answered the last look
+        self.state = self.memo = None               # what state.json and the memo hold, while a cycle has them
         self.source = None                          # connected when the WFM is first needed
+        self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
         self.starting = 0                           # seconds until the first contact since the device started
-        self.state = None
+        self.changed = False                        # whether this cycle had something to do
+        self.faults = []                            # what went wrong in this cycle
 
     def cycle(self):
-        """One cycle: flush the outbox, poll, verify, plan, apply, report.  Returns an Outcome.
+        """One cycle: every step in turn.  Returns an Outcome.
 
-        Raises Locked where another instance works, StorageError where the state cannot be read; all other faults are in the Outcome.
+        Raises Locked where another instance works, StorageError where the state cannot be read; all other faults are in the
+        Outcome.
         """
         with self:
-            self.faults, changed, began = [], False, time.time()
-            steps = STEPS["before"] + [Agent.exchange] + STEPS["after"] + [Agent.reconcile, Agent.flush_outbox]
-            for step in steps:
-                if step == Agent.exchange and self.faults and isinstance(self.faults[0], (Unreachable, Untrusted)):
-                    continue                        # there is no SVID to speak with
+            began = time.time()
+            for step in STEPS:
                 try:
-                    changed = step(self) or changed
-                except MargoError as error:
-                    self.faults.append(error)
-                    self.note_fault(error, began)
-            return self.conclude(max(self.faults, key=lambda fault: fault.exit, default=None), changed, began)
+                    step(self)
+                except (MargoError, MemoryError) as error:
+                    self.note_fault(to_fault(error), began)
+            return self.conclude(began)
 
     def __enter__(self):
         """Takes the state directory for this process and reads the state."""
         self.store.create()
         self.store.lock()
+        empty_folder(self.store.path("tmp"))
         try:
-            self.state = self.store.load_state()
+            self.state, self.owner = self.store.load_state(), None
         except MargoError:
             self.store.unlock()
             raise
+        self.silent, self.changed, self.faults, self.answering = False, False, [], {}
         return self
 
     def __exit__(self, *_):
@@ -6417,34 +6983,71 @@ class Agent:
         """How wfm.profile is served."""
         return PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
 
-    def check_patience(self, now, spread=True):
-        """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now; spread: or a fleet just starts."""
+    def make_claim(self):
+        """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as the one before."""
+        owners = self.state["owners"]
+        if self.owner is None:
+            try:
+                self.owner = make_owner(self.get_profile().identify(), self.device_id)
+                if self.owner != (owners or [""])[-1]:
+                    self.state["owners"] = [owner for owner in owners if owner != self.owner][1 - HISTORY:] + [self.owner]
+            except Untrusted:
+                self.owner = (owners or [""])[-1]
+        return make_claim(self.owner, self.state)
+
+    def list_others(self, known=None):
+        """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown them.
+
+        known: what an earlier list told, so that clusters are not asked again.
+        """
+        others = {item["name"]: item for item in known or () if item["type"] == "helm"}
+        for device_id, drivers in self.answering.items():
+            for kind, driver in drivers.items():
+                found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
+                if isinstance(found, CommandError):
+                    log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
+                    continue
+                others.update((item.id, {"owner": make_printable(item.owner), "deploymentId": item.deployment_id,
+                                         "name": item.name, "type": kind}) for item in found)
+        return list(others.values())
+
+    def check_patience(self, spread=True):
+        """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now.
+
+        spread: or where a whole fleet may just be starting.
+        """
         clock = get_clock()
         if self.is_downtime():
             raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
         left, why = find_wait(self.state["patience"], clock), "the WFM or a back-off asks"
         if not left and spread and clock.boot and clock.uptime < START_WINDOW:
-            left = self.spread_start(clock.boot, clock.uptime)
-            why = "a fleet that has just started does not arrive at once"
+            left, why = self.spread_start(clock), "a fleet that has just started does not arrive at once"
             self.starting = max(0, left)
         if left > 0:
-            raise Silence(f"waiting until {make_time(now + left)}: {why}", retry_after=left)
+            raise Silence(f"waiting until {make_time(clock.now + left)}: {why}", retry_after=left)
 
-    def spread_start(self, boot, uptime):
-        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because then each run would wait anew."""
+    def spread_start(self, clock):
+        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because each run would wait anew."""
         memo = self.store.load_memo()
-        if memo.get("boot") != boot:
-            memo = dict(memo, boot=boot, start=make_start(uptime, self.config.poll, self.state["accepted"], get_random()))
+        if memo.get("boot") != clock.boot:
+            start = make_start(clock.uptime, self.config.poll, self.state["accepted"], get_random())
+            memo = dict(memo, boot=clock.boot, start=start)
             if not self.store.save_memo(memo):
                 return 0
-        return memo["start"] - uptime
+        return memo["start"] - clock.uptime
 
     def is_downtime(self):
         """Whether the operator wants no communication now."""
         return is_within(self.config.poll.downtime, time.localtime())
 
-    def note_fault(self, error, now):
-        """Logs what went wrong, and keeps the back-off that follows from it."""
+    def note_fault(self, error, began):
+        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks to the WFM.
+
+        One time-out a cycle is enough, and without an SVID there is nothing to speak with.
+        """
+        self.faults.append(error)
+        self.silent = self.silent or isinstance(error, (Unreachable, Untrusted)) or bool(
+            isinstance(error, Refused) and error.retry_after)
         if isinstance(error, Silence):
             log("debug", error.message)
             return
@@ -6457,17 +7060,17 @@ class Agent:
             before, delay = self.state["patience"], error.retry_after or 0
             if isinstance(error, Unreachable):
                 delay = make_backoff(before.get("failures", 0) + 1, error.retry_after, error.strategy, get_random())
-            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=now))
-        if isinstance(error, (Unreachable, Untrusted)) or error.retry_after:
-            self.source = None                      # one time-out a cycle is enough
+            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=began))
 
     def exchange(self):
-        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.  True where a new one was accepted.
+        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
 
         A WFM that answers, and does not take a status, is polled all the same (P-9).
         """
-        self.check_patience(time.time())
-        source, fault = self.connect(), None
+        if self.silent:
+            return
+        self.check_patience()
+        source, fault, desired = self.connect(), None, None
         self.report_capabilities()
         try:
             self.flush_outbox()
@@ -6475,24 +7078,23 @@ class Agent:
             if not error.status:
                 raise
             fault = error
-        desired = None
         if not self.config.poll.window or is_within(self.config.poll.window, time.localtime()):
             desired = source.fetch_desired(self.state["accepted"], self.store.load_artifact)
             self.state["patience"] = self.state["patience"] if fault else {}
         if desired:
             self.accept(desired)
+            self.changed = True
         if fault:
             raise fault
-        return bool(desired)
 
     def report_capabilities(self, always=False):
-        """PUTs the capabilities before anything else and where they changed, a gateway's own before its children's; DELETEs those of a
-        device that has gone (C-081, C-082, C-220, C-223).
+        """PUTs the capabilities before anything else and where they changed, a gateway's own before its children's; DELETEs
+        those of a device that has gone (C-081, C-082, C-220, C-223).
         """
-        for place in self.places:
-            self.report_device(place, always)
+        for device in self.devices:
+            self.report_device(device, always)
         devices = self.state["enrollment"]["devices"]
-        for device_id in sorted(set(devices) - {place.device_id for place in self.places}, reverse=True):
+        for device_id in sorted(set(devices) - {device.device_id for device in self.devices}, reverse=True):
             try:
                 self.source.delete_capabilities(device_id)
                 log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
@@ -6503,340 +7105,270 @@ class Agent:
             devices.pop(device_id)
             self.store.save_state(self.state)
 
-    def report_device(self, place, always, again=True):
+    def report_device(self, device, always, again=True):
         """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
-        document, enrolled = self.make_capabilities(place), self.state["enrollment"]
+        document, enrolled = self.make_capabilities(device), self.state["enrollment"]
         digest, devices = sha256_digest(make_json(document)), (enrolled or {}).get("devices", {})
-        if devices.get(place.device_id) == digest and not always:
+        if devices.get(device.device_id) == digest and not always:
             return
         try:
-            self.source.put_capabilities(place.device_id, document)
-            log("info", "capabilities reported", device=place.device_id)
+            self.source.put_capabilities(device.device_id, document)
+            log("info", "capabilities reported", device=device.device_id)
         except Refused as error:
             if not enrolled:
                 raise
-            if again and place is not self.places[0] and error.code in ("gateway-not-found", "HTTP 404"):
-                self.report_device(self.places[0], True)
-                self.report_device(place, True, again=False)
+            if again and device is not self.devices[0] and error.code in ("gateway-not-found", "HTTP 404"):
+                self.report_device(self.devices[0], True)
+                self.report_device(device, True, again=False)
                 return
-            log("error", "the WFM refuses the capabilities", device=place.device_id, reason=error.message)
+            log("error", "the WFM refuses the capabilities", device=device.device_id, reason=error.message)
             if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
                 return                              # that is no verdict on the document: it is sent again (C-082)
-        self.state["enrollment"] = {"id": self.source.client_id, "devices": dict(devices, **{place.device_id: digest})}     # also what was
-        self.store.save_state(self.state)                                                   # refused: it is not sent again unchanged
+        # What was refused is noted, too: it is not sent again unchanged.
+        self.state["enrollment"] = {"id": self.source.client_id, "devices": dict(devices, **{device.device_id: digest})}
+        self.store.save_state(self.state)
 
-    def make_capabilities(self, place):
+    def make_capabilities(self, device):
         """The capabilities document of a device as it is now; a child is what the configuration says of it."""
-        detected = detect_properties(self.config.state_dir) if place is self.places[0] else {"peripherals": [], "interfaces": []}
-        return make_capabilities(detected, place.device, place.device_id, sorted(place.drivers))
+        detected = {"peripherals": [], "interfaces": []} if device.silence else detect_properties(self.config.state_dir)
+        return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one: first its documents, then the state, all durable (C-111)."""
         self.check_removals(desired)
-        at = make_time(time.time())
+        at, state = make_time(time.time()), self.state
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
-        state = self.state
         state["waiting"] = None
         state["history"] = make_history(state, desired.entries, desired.version, at)
+        entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
         state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": at,
-                             "deployments": [{"deploymentId": e.deployment_id, "digest": e.digest} for e in desired.entries]}
+                             "deployments": entries}
         for entry in desired.entries:
             record = state["deployments"].get(entry.deployment_id.lower())
-            held = record and record["adopted"]["digest"] == entry.digest and record["state"] not in ("removing", "removed")
-            if held:                                # already: the new manifest defines it too (E-113)
-                record["adopted"]["version"] = desired.version
+            same = record and record["adopted"]["digest"] == entry.digest
+            if same and record["state"] not in ("removing", "removed"):
+                record["adopted"]["version"] = desired.version                  # the new manifest defines it too (E-113)
                 enqueue_status(state, record, self.device_id)
-            elif not record:                        # received, not started (protocol 5.1)
-                target = Target(entry.deployment_id, entry.digest, desired.version, None, None)
-                target = self.resolve_target(target, self.store.load_artifact)
-                if not target.error:
-                    home = self.device_id if target.deployment.device_id != target.device_id else target.device_id      # `*`: not yet placed
-                    record = state["deployments"][entry.deployment_id.lower()] = begin_record(make_record(target, home), target)
-                    enqueue_status(state, record, self.device_id)
+        new = [item for item in entries if item["deploymentId"].lower() not in state["deployments"]]
+        targets = self.make_targets(dict(state["accepted"], deployments=new), self.store.load_artifact)
+        for target in [target for share in self.assign(targets, {}) for target in share.targets if not target.error]:
+            # Received, not started (protocol 5.1).  One that may run anywhere is at home here until it is placed.
+            home = target.device_id if target.deployment.device_id == target.device_id else self.device_id
+            record = begin_record(make_record(target, home), target)
+            state["deployments"][target.deployment_id.lower()] = record
+            enqueue_status(state, record, self.device_id)
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
     def check_removals(self, desired):
         """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has confirmed it (contract, Guard)."""
         limit, wanted = self.config.policy.max_removals, {entry.deployment_id.lower() for entry in desired.entries}
-        gone = [record["deploymentId"] for key, record in self.state["deployments"].items() if key not in wanted]
+        gone = [key for key in self.state["deployments"] if key not in wanted]
         if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
             self.state["waiting"] = desired.digest
-            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments, policy.max_removals is {limit}; nothing is"
-                          " done until the next poll confirms it")
+            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments, policy.max_removals is {limit};"
+                          " nothing is done until the next poll confirms it")
 
     def make_targets(self, accepted, load_document):
         """[Target] of an accepted desired state; documents are read only where deciding takes them."""
-        targets, self.placed = [], {}
-        for item in accepted["deployments"] if accepted else ():
-            entry = ManifestEntry(item["deploymentId"], item["digest"], None)
-            record = self.state["deployments"].get(entry.deployment_id.lower())
-            target = Target(entry.deployment_id, entry.digest, accepted["version"], None, None, record and record["deviceId"])
-            needed = needs_document(entry, record) or self.find_home(record) != record["deviceId"]
-            targets.append(self.resolve_target(target, load_document) if needed else target)
+        targets, known = [], {device.device_id for device in self.devices}
+        for item in accepted["deployments"]:
+            target = Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
+            record = self.state["deployments"].get(target.deployment_id.lower())
+            needed = needs_document(target, record) or record["deviceId"] not in known
+            targets.append(self.read_target(target, load_document) if needed else target)
         return targets
 
-    def find_home(self, record):
-        """The device that answers for a record: where the deployment is, or this one where that has gone from the configuration."""
-        return record["deviceId"] if record["deviceId"] in {place.device_id for place in self.places} else self.device_id
-
-    def resolve_target(self, target, load_document):
-        """The target with its Deployment and its device, or with the ComponentError for which it cannot be one."""
-        key = target.deployment_id.lower()
-        record = self.state["deployments"].get(key)
-        home = self.find_home(record) if record else self.device_id
+    def read_target(self, target, load_document):
+        """The target with its Deployment, or with the ComponentError for which there is none."""
+        data = load_document(target.digest)
         try:
-            data = load_document(target.digest)
             if data is None:
-                if self.state["accepted"]:
-                    self.state["accepted"]["incomplete"] = True
                 raise ComponentError("INTERNAL", "its document is missing from the state directory; the next poll brings it anew")
-            target = target._replace(deployment=parse_deployment(data, target.deployment_id))
-            home = self.find_device(target.deployment, key, home)
-            reason = self.find_reason(target.deployment, home)
-            if reason:
-                raise reason
+            return target._replace(deployment=parse_deployment(data, target.deployment_id))
         except ComponentError as error:
-            target = target._replace(error=error, deployment=target.deployment or data and make_outline(data, target.deployment_id))
-        return target._replace(device_id=home)
+            return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
 
-    def find_device(self, deployment, key, held):
-        """The id of the device that a deployment is for; raises ComponentError."""
-        homes = dict({key: record["deviceId"] for key, record in self.state["deployments"].items()}, **self.placed)
-        homes.pop(key, None)
-        loads = list(homes.values())
-        silence = {place.device_id: self.find_silence(place.device_id, {deployment.type}) for place in self.places[1:]}
-        children = {child: fault is None or isinstance(fault, Late) for child, fault in silence.items()}      # no choice hangs on who is quick
-        found = find_place(deployment, self.placed.get(key, held), self.device_id, children, lambda child: self.find_reason(deployment, child),
-                           {child: loads.count(child) for child in children})
-        self.placed[key] = found
-        return found
+    def assign(self, targets, silent):
+        """[Share] of each device.  silent: {device id: {deployment type: CommandError}} of what does not answer."""
+        offers = {device.device_id: self.make_capabilities(device) for device in self.devices} if any(
+            target.deployment and target.deployment.constraints for target in targets) else {}
+        silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
+        return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
 
-    def find_reason(self, deployment, device_id):
-        """The ComponentError for which a deployment cannot run on a device, or None."""
-        place = next(place for place in self.places if place.device_id == device_id)
-        try:
-            if place is not self.places[0] and deployment.type not in place.drivers:
-                raise ComponentError("UNSUPPORTED_TYPE", f"nothing there runs {deployment.type} components")
-            if deployment.constraints:
-                check_eligibility(deployment.constraints, self.make_capabilities(place))
-        except ComponentError as error:
-            return error
-        return None
+    def decide(self, accepted, load_document):
+        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all devices show now.
 
-    def observe(self, targets):
-        """Looks at every device and all that runs workloads there, all at once; comes back as often as more has been seen.
-
-        targets: what should run, so that a cluster is asked for what is new to it, too.
+        Documents of what is not as it should be are read, and decided upon again: its device may have to be another one.
         """
-        looks, devices = {}, [place.device_id for place in self.places]
-        records = [(record, [self.find_home(record), *record.get("left", ())]) for record in self.state["deployments"].values()]
-        records += [(begin_record(make_record(target, target.device_id), target), [target.device_id]) for target in targets if target.deployment]
-        for place in self.places:
-            here = [record for record, homes in records if place.device_id in homes]
-            found = list_looks(place.drivers, here) if place.drivers or place is self.places[0] else dict.fromkeys(("compose", "helm"), find_nothing)
-            looks.update(((place.device_id, kind), function) for kind, function in found.items())
-        self.observed, self.deaf, self.done = {device_id: [] for device_id in devices}, {key: Late("has not answered yet") for key in looks}, set()
-        for answers in look_at_all(looks):
-            for key, answer in answers:
-                self.deaf.pop(key)
-                if isinstance(answer, CommandError):
-                    self.deaf[key] = answer
-                else:
-                    self.observed[key[0]] += answer
-            for record in filter(lambda record: record.get("left"), self.state["deployments"].values()):
-                record["left"] = [left for left in record["left"] if self.is_left(record, left)]
-            yield
-
-    def is_left(self, record, device_id):
-        """Whether a deployment may still have something on a device that it has moved away from."""
-        return any(device_id == other for other, _ in self.deaf) or any(
-            container.deployment_id.lower() == record["deploymentId"].lower() for container in self.observed.get(device_id, ()))
-
-    def find_silence(self, device_id, kinds):
-        """Why some deployment types cannot be seen on a device: a CommandError, first of all Late; None where they can."""
-        faults = [self.deaf[device_id, kind] for kind in sorted(kinds) if (device_id, kind) in self.deaf]
-        return next((fault for fault in faults if isinstance(fault, Late)), faults[0] if faults else None)
-
-    def list_drivers(self, place):
-        """{deployment type: driver} of what answers on a device."""
-        return {kind: driver for kind, driver in place.drivers.items() if (place.device_id, kind) not in self.deaf}
-
-    def plan(self, targets):
-        """[(Place, Action, Target or None)] of all devices, in order, of what can be decided by now; removals first.  What moves is kept where
-        it was until it is ready to run, or runs, where it goes (see `leave`).
-
-        Nothing is done blindfold: what takes something that does not answer is refused by 102 on a child device and waits here.
-        """
-        steps, by_id, runtime = [], {target.deployment_id.lower(): target for target in targets}, self.config.runtime
-        for place in self.places:
-            mine = {key: target for key, target in by_id.items() if target.device_id == place.device_id}
-            records = {key: record for key, record in self.state["deployments"].items()
-                       if self.find_home(record) == place.device_id and (key not in by_id or key in mine)}
-            silent = {key: self.find_silence(place.device_id, find_kinds(records.get(key), mine.get(key))) for key in {**records, **mine}}
-            unseen = {key: fault for key, fault in silent.items() if fault}
-            for action in make_plan(list(mine.values()), records, self.observed[place.device_id], time.time(), runtime.settle,
-                                    make_mark(runtime.environment), unseen):
-                step = self.settle(place, action, by_id.get(action.deployment_id.lower()), unseen.get(action.deployment_id.lower()))
-                if step:
-                    steps.append((place, *step))
-        return sorted(steps, key=lambda step: step[1].action != "remove")
-
-    def settle(self, place, action, target, fault):
-        """(Action, Target or None) as the devices allow it; None where it is not due.  fault: for which not all of it can be seen, or None."""
-        known, moves = self.state["deployments"].get(action.deployment_id.lower()), False
-        if action.action == "remove" and target:
-            if target.error or not known or (known["deviceId"], known["state"]) != (target.device_id, "installed"):
-                return None
-            return action._replace(reason=f"belongs on {target.device_id}"), target
-        if action.action == "install" and known and known["running"] and known["deviceId"] != place.device_id:
-            action, moves = action._replace(reason=f"moves here from {known['deviceId']}"), True
-        if isinstance(fault, Late) or moves and isinstance(self.find_silence(known["deviceId"], find_kinds(known)), Late):
-            return None
-        if fault and action.action not in ("keep", "refuse") and place is self.places[0]:
-            action = action._replace(action="keep", reason=f"waits ({action.reason}): {fault.message}", restore=False)
-        elif fault and action.action not in ("keep", "refuse"):
-            error = ComponentError("102", f"child device {place.device_id} does not answer", source=self.device_id)
-            target = target or Target(action.deployment_id, known["adopted"]["digest"], known["adopted"]["version"], None, None, place.device_id)
-            target, action = target._replace(error=error), action._replace(action="refuse", reason=f"102: {error.message}")
-        return action, target
+        targets, runtime = self.make_targets(accepted, load_document), self.config.runtime
+        new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment and not target.error]
+        seen = observe_devices(self.devices, [*self.state["deployments"].values(), *new])
+        silent = {device_id: sight.silent for device_id, sight in seen.items()}
+        self.answering = {device.device_id: {kind: driver for kind, driver in device.drivers.items()
+                                             if kind not in silent[device.device_id]} for device in self.devices}
+        containers = {device_id: sight.containers for device_id, sight in seen.items()}
+        while True:
+            shares = self.assign(targets, silent)
+            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), runtime.settle,
+                                   make_mark(runtime.environment))
+            unread = [action.target for action in actions if action.verb in ("install", "update") and not action.target.deployment]
+            if not unread:
+                return actions, seen
+            unread = {target.deployment_id for target in unread}
+            targets = [self.read_target(target, load_document) if target.deployment_id in unread else target
+                       for target in targets]
 
     def reconcile(self):
-        """Makes what runs match what was accepted; True where there was something to do.
+        """Makes what runs match what was accepted.
 
-        What does not answer has not nothing: nothing is done blindfold, and CommandError says so (D-16).  What answers is not held up by it.
+        What does not answer has not nothing: nothing is done blindfold, and CommandError says so (D-16).
         """
-        acted, accepted = False, self.state["accepted"]
+        accepted = self.state["accepted"]
         if not accepted:
-            return False                            # what runs is left alone until a WFM says what should
-        for _ in self.observe(self.make_targets(accepted, self.store.load_artifact)):
-            acted = self.act(self.plan(self.make_targets(accepted, self.store.load_artifact))) or acted
-        if acted:
-            self.prune()
-        else:
-            self.tend()
-        if self.deaf:
-            words = [error.message if key == self.device_id else f"child device {key}: {error.message}" for (key, _), error in self.deaf.items()]
-            raise CommandError(f"{'; '.join(dict.fromkeys(words))}; what runs there is left as it is")
-        return acted
-
-    def act(self, plan):
-        """Carries out what of a plan this cycle is not done with; True where there was something to do."""
-        acted, plan = False, [step for step in plan if (step[0].device_id, step[1].deployment_id.lower()) not in self.done]
-        if any(action.action != "keep" for _, action, _ in plan):
+            return                                  # what runs is left alone until a WFM says what should
+        actions, seen = self.decide(accepted, self.store.load_artifact)
+        refused = [action.target.digest for action in actions if action.verb == "refuse"]
+        if None in map(self.store.load_artifact, refused):
+            accepted["incomplete"] = True           # a document was lost: the next poll asks for it
+        if any(action.verb != "keep" for action in actions):
             self.prune()                            # before anything is pulled, too (P-5)
-        for place, action, target in plan:
-            if self.stopping():
-                raise Interrupted("ended before everything was done; the next run goes on from here")
-            self.done.add((place.device_id, action.deployment_id.lower()))
-            try:
-                acted = action.action != "keep" and self.perform(place, action, target) or acted
-            except (CommandError, ComponentError) as error:
-                self.deaf[place.device_id, ""] = error      # a leftover that cannot be removed: no deployment's failure, but not as it should be
-        return acted
+        troubles = self.carry_out(actions, seen)
+        for device in self.devices:
+            for fault in seen[device.device_id].silent.values():
+                troubles.append(f"child device {device.device_id}: {fault.message}" if device.silence else fault.message)
+            if not self.changed:
+                for driver in self.answering[device.device_id].values():
+                    driver.tend(seen[device.device_id].containers, get_random())
+        if self.changed:
+            self.prune()
+        if troubles:
+            raise CommandError(f"{'; '.join(dict.fromkeys(troubles))}; what runs there is left as it is")
 
     def prune(self):
         """Housekeeping with everything that answers; see the function of this name."""
         if self.config.runtime.prune:
-            prune(self.state, self.store, {"" if place is self.places[0] else place.device_id: list(self.list_drivers(place).values())
-                                           for place in self.places})
+            prune(self.state, self.store, {make_prefix(device): list(self.answering[device.device_id].values())
+                                           for device in self.devices})
 
-    def tend(self):
-        """What drivers have to do in each cycle that changes nothing."""
-        for place in self.places:
-            for driver in self.list_drivers(place).values():
-                driver.tend(self.observed[place.device_id], get_random())
+    def carry_out(self, actions, seen):
+        """Carries out a plan: group by group, and in a group whatever is ready whose turn it is.
 
-    def make_tools(self, place):
-        """What applying takes on a device."""
-        return Tools(self.config, self.store, self.list_drivers(place), time.time, get_random, self.leave)
+        Returns in words what went wrong and fails no deployment: a leftover that cannot be removed.
+        """
+        troubles, cleared = [], {}
+        for action in actions:
+            if action.verb == "clear":
+                cleared.setdefault(action.deployment_id.lower(), []).append(action)
+        for group in make_groups(actions, self.state["deployments"]):
+            ready = {}
+            for action in group:
+                self.check_stopping()
+                work = self.begin(action, seen)
+                if action.verb in ("install", "update"):
+                    others = cleared.get(action.deployment_id.lower(), ())
+                    work.before = [self.begin(other, seen) for other in others]
+                try:
+                    if self.advance(work):
+                        ready[action.deployment_id.lower()] = work
+                except (CommandError, ComponentError) as error:
+                    troubles.append(error.message)
+            while ready:
+                self.check_stopping()
+                waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
+                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items() if key not in ready}
+                key, verb, words = find_turn(waiting, held)
+                if not self.take_turn(ready[key], verb, words, troubles):
+                    ready.pop(key)
+        return troubles
 
-    def perform(self, place, action, target):
-        """Carries out one action; each change is durable, and told where the WFM can be told, before the next step."""
-        key, tools, containers = action.deployment_id.lower(), self.make_tools(place), self.observed[place.device_id]
+    def check_stopping(self):
+        """Raises Interrupted where the process was asked to end."""
+        if self.stopping():
+            raise Interrupted("ended before everything was done; the next run goes on from here")
+
+    def begin(self, action, seen):
+        """The Work on an action, before its first step."""
+        key, accepted = action.deployment_id.lower(), self.state["accepted"]
+        device = next(device for device in self.devices if device.device_id == action.device_id)
         record = self.state["deployments"].get(key)
-        if action.action == "refuse" and not action.unstable and record and record["refused"] and (
-                record["error"]["message"], record["adopted"]["digest"]) == (target.error.message, target.digest):
-            return False                            # refused before for the same reason, and told so
-        if action.action in ("install", "update") and self.is_downtime() and not (
-                record and record["deviceId"] == place.device_id and is_at_hand(record, target)):
-            return False                            # a package or an image would have to be fetched (protocol 10)
-        log("info" if action.action != "refuse" else "error", action.action, deployment=action.deployment_id, reason=action.reason)
-        if action.action == "remove" and record and (target or self.find_home(record) != place.device_id):
-            self.remove_stray(record, place)        # the record tells of the device where it belongs
-            return True
-        if record and record["deviceId"] not in self.observed:
+        holds = find_held_ports(record) if record else set()
+        if record and record["deviceId"] not in seen and action.verb != "keep":
             log("warning", "its device is no longer configured; what runs there is forgotten", deployment=action.deployment_id,
                 device=record["deviceId"])
-        if not record or target and record["deviceId"] != place.device_id:          # new here: what it was elsewhere is removed there
-            left = [*record.get("left", ()), record["deviceId"]] if record and record["state"] != "pending" else []
-            record = dict(make_record(target or Target(action.deployment_id, "", 0, None, None), place.device_id), left=left)
-        if action.action == "remove":
-            steps = apply_removal(record, self.state["accepted"]["version"], containers, tools)
-        elif action.restore:
-            steps = [restore(record, tools)]
-        elif action.unstable:
-            steps = [give_up(record, action, containers, tools)]
-        else:
-            if not target.deployment and not target.error:
-                target = self.resolve_target(target, self.store.load_artifact)
-                if target.error:
-                    log("error", "deployment failed", deployment=action.deployment_id, code=target.error.code, reason=target.error.message)
-                elif target.device_id != place.device_id:                           # it no longer fits where it is
-                    place = next(other for other in self.places if other.device_id == target.device_id)
-                    self.done.add((place.device_id, key))
-                    return not self.find_silence(place.device_id, {target.deployment.type}) and self.perform(place, action, target)
-            steps = apply_target(target, record, containers, tools) if not target.error else [
-                fail_record(begin_record(record, target), None, target.error, time.time(), get_random(), refused=True)]
-        record = self.keep(key, place, steps)
-        log("info", record["state"], deployment=action.deployment_id, name=record["name"])
+        if not record or action.verb != "clear" and action.target and record["deviceId"] != device.device_id:
+            target = action.target or Target(action.deployment_id, "", 0, None, None)
+            record = make_record(target, device.device_id)      # new here: what it has elsewhere is cleared there
+        tools = Tools(self.config, self.store, self.answering[device.device_id], seen[device.device_id].containers, device.device_id,
+                      accepted["version"], self.is_downtime(), [], get_clock, get_random)
+        work = Work(action, device, EXECUTE[action.verb](action, record, tools), tools)
+        work.holds = holds
+        return work
+
+    def take_turn(self, work, verb, words, troubles):
+        """Carries on with a step that is ready, as find_turn says; whether it is still to be done.
+
+        What moves is removed from where it was before it starts.
+        """
+        fault = ComponentError("PORT_IN_USE", words) if verb == "fail" else None
+        moves = bool(work.before)
+        while work.before and not fault:
+            try:
+                self.advance(work.before.pop())
+            except (CommandError, ComponentError) as error:
+                if isinstance(error, Forbidden):
+                    fault = error
+                else:
+                    troubles.append(error.message)
+        if verb == "stop" and not fault:
+            work.holds = set()
+            return moves or self.advance(work, True)
+        return self.advance(work, False, fault)
+
+    def advance(self, work, answer=None, fault=None):
+        """Carries on with a step until it is ready to change something, or done; whether it is ready.
+
+        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer, fault: what its
+        claim is answered by.
+        """
+        action, item = work.action, None
+        try:
+            item = work.steps.throw(fault) if fault else work.steps.send(answer)
+            while not isinstance(item, Ready):
+                if not work.begun:
+                    word = PRINTED.get(action.verb, action.verb)
+                    log("error" if word == "refuse" else "info", word, deployment=action.deployment_id, reason=action.reason)
+                work.begun = self.changed = True
+                if item:
+                    self.keep(work, item)
+                item = next(work.steps)
+        except StopIteration:
+            record = self.state["deployments"].get(action.deployment_id.lower())
+            if work.begun and record and action.verb != "clear":
+                log("info", record["state"], deployment=action.deployment_id, name=record["name"])
+            return False
+        work.takes = item.takes
         return True
 
-    def remove_stray(self, record, place):
-        """Removes what a deployment has on a device where it does not belong; raises ComponentError, CommandError."""
-        nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
-        remove_dropped(dict(record, deviceId=place.device_id), nothing, self.observed[place.device_id], self.make_tools(place))
-        self.observed[place.device_id] = [container for container in self.observed[place.device_id]
-                                          if container.deployment_id.lower() != record["deploymentId"].lower()]
-
-    def leave(self, record):
-        """Removes a deployment that moves from where it was: all that it takes is ready where it goes (D-11).
-
-        What does not answer, or cannot be removed now, is found again by the next cycle.  Raises ComponentError where a hook says no.
-        """
-        for place in self.places:
-            if place.device_id in record.get("left", ()) and self.observed[place.device_id]:
-                log("info", "moves", deployment=record["deploymentId"], start=place.device_id, end=record["deviceId"])
-                try:
-                    self.remove_stray(record, place)
-                except (CommandError, ComponentError) as error:
-                    if error.code == "HOOK_FAILED":
-                        raise
-                    self.deaf[place.device_id, ""] = error
-
-    def keep(self, key, place, steps):
-        """Makes each record of a deployment durable and tells the WFM, before the next step is taken; returns the last one."""
-        there, fetched = "" if place is self.places[0] else place.device_id + " ", self.store.fetched
-        fetched.clear()
-        for record in steps:
-            for driver in place.drivers.values():
-                fetched += driver.pulled
-                self.state["pulled"] = sorted(set(self.state["pulled"]).union(there + name for name in driver.pulled))
-                driver.pulled.clear()
-            if record["state"] not in ("installed", "removed"):                     # the next attempt finds it here (P-15)
-                record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
-            self.state["deployments"][key] = record
-            enqueue_status(self.state, record, self.device_id)
-            self.store.save_state(self.state)
-            self.flush_outbox(quiet=True)
-        return record
+    def keep(self, work, record):
+        """Makes a record durable, with what was fetched for it, and tells the WFM."""
+        fetched = work.tools.fetched
+        images = [make_prefix(work.device) + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
+        self.state["pulled"] = sorted(set(self.state["pulled"]).union(images))
+        if record["state"] not in ("installed", "removed"):                     # the next attempt finds it here (P-15)
+            record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
+        self.state["deployments"][record["deploymentId"].lower()] = record
+        enqueue_status(self.state, record, self.device_id)
+        self.store.save_state(self.state)
+        self.flush_outbox(quiet=True)
 
     def purge(self):
         """Removes every workload and reports it; True where something could not be removed."""
         if self.state["enrollment"]:
             self.connect()
-        self.state["accepted"] = dict(self.state["accepted"] or {"etag": None, "digest": "", "version": 0}, deployments=[], incomplete=True)
+        accepted = self.state["accepted"] or {"etag": None, "digest": "", "version": 0}
+        self.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
         self.reconcile()
         try:
             self.flush_outbox()                     # also what an earlier purge, that did not come to its end, has left to be told
@@ -6847,11 +7379,11 @@ class Agent:
     def flush_outbox(self, quiet=False):
         """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and `status` says so.
 
-        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of applying; trouble on the wire
-        then only means that it is sent later.
+        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of applying; trouble on the
+        wire then only means that it is sent later.
         """
         for key in list(self.state["outbox"]):
-            if self.source is None:
+            if self.silent or not self.source:
                 return
             status, refused = self.state["outbox"][key], None
             try:
@@ -6861,7 +7393,6 @@ class Agent:
                     self.state["outbox"][key] = self.state["outbox"].pop(key)
                     if not quiet:
                         raise
-                    self.faults.append(error)
                     self.note_fault(error, time.time())
                     log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
                     return
@@ -6869,14 +7400,11 @@ class Agent:
                 log("error", "the WFM refuses a status for good; it is dropped", deployment=key, reason=error.message)
             acknowledge_status(self.state, key, refused)
 
-    def conclude(self, fault, changed, now):
+    def conclude(self, began):
         """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something changed."""
-        state = self.state
-        failed = [record for record in state["deployments"].values() if record["state"] == "failed"]
-        silent = isinstance(fault, Silence) and not fault.exit
-        codes = [fault.exit if fault and not silent else 0, 3 if state["outbox"] and not silent else 0, 1 if failed else 0]
-        words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"), (MargoError, "failed"))
-        result = next((word for kind, word in words if isinstance(fault, kind) and not silent), "failed" if failed else "applied" if changed else "unchanged")
+        state, fault = self.state, max(self.faults, key=lambda fault: fault.exit, default=None)
+        failed = any(record["state"] == "failed" for record in state["deployments"].values())
+        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"]))
         if state["history"] and state["accepted"]:
             newest = state["history"][-1]
             newest["outcome"] = make_outcome(state)
@@ -6884,42 +7412,68 @@ class Agent:
                 newest["refused"] = fault.message
             elif not fault:
                 newest.pop("refused", None)
-        last = {"at": make_time(now), "result": result, "detail": fault.message if fault else ""}
+        last = {"at": make_time(began), "result": result, "detail": fault.message if fault else ""}
         try:
             if make_state_data(state) != self.store.saved:
                 state["lastPoll"] = last
                 self.store.save_state(state)
         except StorageError as error:
             log("error", error.message, code=error.code)
-            codes.append(error.exit)
+            code = max(code, error.exit)
         memo = self.store.load_memo()
-        self.store.save_memo(dict(memo, lastPoll=last))
-        return Outcome(max(codes), result, last["detail"], make_delay(self.config, state, fault, time.time(), get_random()))
+        others = memo.get("others", [])
+        if self.answering:
+            others = self.list_others(None if self.changed else memo.get("others"))[:MAX_NAMED]
+        self.store.save_memo(dict(memo, lastPoll=last, others=others))
+        return Outcome(code, result, last["detail"], make_delay(self.config, state, fault, get_clock(), get_random()))
 
 
-def is_at_hand(record, target):
-    """Whether all that a target takes was on the device before."""
-    return bool(record and target.digest in [version["digest"] for version in (record["running"], record["previous"]) if version])
+# What a cycle does, in order: functions of the Agent; what they return is of no account, and a MargoError ends that step alone.
+STEPS = [Agent.exchange, Agent.reconcile, Agent.flush_outbox]
+
+
+def judge_cycle(fault, changed, failed, waiting):
+    """(word of `lastPoll.result`, exit code) of a cycle.
+
+    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a deployment has failed.
+    waiting: whether a status waits in the outbox.  The operator's own silence is no fault.
+    """
+    silence = isinstance(fault, Silence) and not fault.exit
+    code = 0 if silence or not fault else fault.exit
+    code = max(code, 1 if failed else 0, 3 if waiting and not silence else 0)
+    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"), (MargoError, "failed"))
+    for kind, word in words if not silence else ():
+        if isinstance(fault, kind):
+            return word, code
+    if failed:
+        return "failed", code
+    return "applied" if changed else "unchanged", code
+
+
+def make_prefix(device):
+    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
+    return device.device_id + " " if device.silence else ""
 
 
 def make_backoff(failures, asked, strategy, jitter):
-    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at what it asked for and never
-    less (C-056); exactly that where it says `fixed` or `none` (C-057).
+    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at what it asked for and
+    never less (C-056); exactly that where it says `fixed` or `none` (C-057).
     """
     asked = asked or 0
-    top = 0 if asked and strategy in ("fixed", "none") else grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP)
-    return asked + jitter * max(0, top - asked)
+    if asked and strategy in ("fixed", "none"):
+        return asked
+    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
 
 
 def make_start(uptime, poll, known, jitter):
-    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power arrives spread over one
-    interval (P-19).  One that never had a desired state asks at once.
+    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power arrives spread
+    over one interval (P-19).  One that never had a desired state asks at once.
     """
     return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
 
 
-def make_delay(config, state, fault, now, jitter):
-    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where an attempt is due before."""
+def make_delay(config, state, fault, clock, jitter):
+    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where an attempt is due."""
     interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
     patience = state["patience"]
     if isinstance(fault, (Refused, Untrusted)):
@@ -6927,26 +7481,175 @@ def make_delay(config, state, fault, now, jitter):
     left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
     if left:
         return max(1.0, min(interval, left))        # waiting for the WFM is no reason to leave workloads unwatched
-    attempts = [record["retryAt"] - now for record in state["deployments"].values() if record["state"] == "failed" and not record["refused"]]
+    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
+                if record["state"] == "failed" and not record["refused"]]
     return max(1.0, min([interval] + attempts))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 19. Signed (optional)
+# 19. Gateway (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def load_child_devices(config, own_id, claim):
+    """[Device] of each child of a see-thru gateway (protocol 9).  claim: as for make_compose_driver."""
+    ids, devices = [f"{own_id}/{child.id}" for child in config.device.children], []
+    for device_id, child in zip(ids, config.device.children):
+        others = [other for other in ids if other != device_id]
+        silence = ComponentError("102", f"child device {device_id} does not answer", source=own_id)
+        drivers = make_drivers(config, (device_id, child.connection), others, claim)
+        devices.append(Device(device_id, child, drivers, silence))
+    return devices
+
+
+def assign(targets, records, devices, silent, offers):
+    """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
+
+    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent: {device id: {deployment
+    type: CommandError}} of what does not answer.  offers: {device id: capabilities document}, where a rule asks for one.
+    """
+    known, own_id = {device.device_id: device for device in devices}, devices[0].device_id
+    homes = {key: record["deviceId"] if record["deviceId"] in known else own_id for key, record in records.items()}
+    held, found = dict(homes), []
+    for target in targets:
+        key, error = target.deployment_id.lower(), target.error
+        others = [home for other, home in homes.items() if other != key]
+        if target.deployment and not error:
+            reasons = {device_id: find_reason(target.deployment, device, offers) for device_id, device in known.items()}
+            answers = {device.device_id: target.deployment.type not in silent[device.device_id] for device in devices[1:]}
+            try:
+                homes[key] = find_place(target.deployment, held.get(key), own_id, answers, reasons.get,
+                                        {device_id: others.count(device_id) for device_id in known})
+                error = reasons[homes[key]]
+            except ComponentError as fault:
+                error = fault
+        found.append(target._replace(error=error, device_id=homes.get(key, own_id)))
+    return [make_share(device, [target for target in found if target.device_id == device_id],
+                       {key: record for key, record in records.items() if held[key] == homes[key] == device_id}, silent[device_id])
+            for device_id, device in known.items()]
+
+
+def find_place(deployment, held, own_id, children, find_reason, loads):
+    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103 (protocol 9).
+
+    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device id to why it cannot run
+    there, or "".  loads: {device id: deployments that are there}.  A free choice falls on the least loaded child that answers, and
+    stays; a document that names no device is for this one.
+    """
+    wanted = deployment.device_id or own_id
+    if wanted == own_id or wanted in children:
+        return wanted
+    if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
+        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
+    if wanted != f"{own_id}/*":
+        parent = wanted[:-2] if wanted.endswith("/*") else None
+        if parent in children:
+            raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
+        raise ComponentError("101", f"child device {parent or wanted} is not known; known are {', '.join(children)}", source=own_id)
+    reasons = {child: find_reason(child) for child in children}
+    fit = [child for child in children if not reasons[child]]
+    if held in fit:
+        return held
+    if not fit:
+        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items()) or "this device is no gateway"
+        raise ComponentError("103", f"no child device can take it: {words}", source=own_id)
+    there = [child for child in fit if children[child]]
+    if not there:
+        raise ComponentError("102", f"none of the child devices that could take it answers: {', '.join(fit)}", source=own_id)
+    return min(there, key=lambda child: loads.get(child, 0))
+
+
+def check_children(agent):
+    """Whether every child device answers."""
+    children = agent.devices[1:]
+    seen = observe_devices(children, [])
+    words = [f"{device_id} does not answer ({fault.message}); see its connection in device.children"
+             for device_id, sight in seen.items() for fault in list(sight.silent.values())[:1]]
+    if words:
+        raise CommandError("; ".join(words))
+    return "ok", f"{len(children)} answer" if children else ""
+
+
+EXAMINE.update(children=check_children)
+DEVICES.append(load_child_devices)
+ASSIGN.append(assign)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 20. Hooks (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def run_hooks(moment, change, tools, error):
+    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the facts as JSON on stdin.
+
+    Raises Forbidden HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way back to the version
+    before, that is only logged.  Values of parameters are not among the facts: no process but the application gets them.
+    """
+    facts, event = {}, f"{moment}-{change.event}"
+    for path in tools.config.hooks.run:
+        facts = facts or make_facts(change, event, error)
+        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
+        try:
+            output = run_command([path, event], tools.config.hooks.timeout, env=environ, data=make_json(facts))
+            words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
+        except CommandError as fault:
+            words = fault.message
+        if words and moment == "before" and not change.rollback:
+            raise Forbidden("HOOK_FAILED", f"hook {path} {event} {words}")
+        if words:
+            log("error", "a hook failed; the change stands", hook=path, hookEvent=event, deployment=facts["deploymentId"],
+                reason=words)
+
+
+def make_facts(change, event, error):
+    """What a hook is told of the change of a component."""
+    record, deployment = change.record, change.deployment
+    blank = Component(change.name, "", "", True, 0)
+    component = next((item for item in deployment.components if item.name == change.name), blank)
+    outcome = {"state": "removed" if change.event == "removal" else "installed", "code": "", "message": ""}
+    if error:
+        outcome = {"state": "failed", "code": error.code, "message": error.message}
+    extensions = dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions, component=component.extensions)
+    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"], "name": record["name"],
+            "namespace": deployment.namespace, "deviceId": record["deviceId"], "type": deployment.type, "component": change.name,
+            "repository": component.repository, "revision": component.revision, "extensions": extensions,
+            "outcome": None if event.startswith("before") else outcome}
+
+
+def check_hooks(agent):
+    """Whether every hook can be run."""
+    hooks = agent.config.hooks.run
+    broken = [path for path in hooks if not os.path.isfile(path) or not os.access(path, os.X_OK)]
+    if broken:
+        raise ConfigError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
+    loose = [path for path in hooks if os.stat(path).st_mode & 0o022]
+    if loose:
+        return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
+    return "ok", f"{len(hooks)} to be run around changes" if hooks else ""
+
+
+SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []), "timeout": (read_duration, "60s")})
+LISTENERS.append(run_hooks)
+EXAMINE.update(hooks=check_hooks)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 21. Signed (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 Signer = define("Signer", "leaf key algorithm label components keyid alg",
-    "What signs requests: the own leaf Certificate, its key (a file or a URI that openssl knows), the algorithm, and how"
-    " RFC 9421 is spoken: label, components to cover, keyid, `alg` parameter (empty: not sent).")
+    "What signs requests: the own leaf Certificate, its key (a file, or a URI that openssl knows), algorithm,"
+    " and how RFC 9421 is spoken: label, components to cover, keyid, `alg` parameter (empty: not sent).")
 
 # What a public key is, by the object identifiers in it, and what it may sign by, the default first (C-065).
 KEY_ALGORITHMS = {
-    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",), "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
+    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",
+                                        ), "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
     "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"),
     "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"), "2b6570": ("ed25519",)}
 # openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
 SIGNING = {
-    "ecdsa-p256-sha256": (["-sha256"], 32), "ecdsa-p384-sha384": (["-sha384"], 48), "rsa-v1_5-sha256": (["-sha256"], 0),
+    "ecdsa-p256-sha256": (["-sha256"], 32), "ecdsa-p384-sha384": (["-sha384"],
+                                                                  48), "rsa-v1_5-sha256": (["-sha256"], 0),
     "rsa-pss-sha256": (["-sha256", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:32"], 0),
     "rsa-pss-sha512": (["-sha512", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:64"], 0),
     "ed25519": (None, 0)}
@@ -6954,23 +7657,28 @@ ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
 
 
 def read_components(value, base):
-    """What a request signature covers; without method, target and content digest it would do for any request (C-062, C-063)."""
-    names = [read_word(item, base) for item in value] if isinstance(value, list) else []
+    """What a request signature covers; without method, target and content digest it would do for any request
+    (C-062, C-063).
+    """
+    names = list_of(read_word, "a list of components")(value, base)
     lower = [name.lower() for name in names]
     if not {"@method", "@target-uri", "content-digest"} <= set(lower) or len(set(lower)) < len(lower):
         raise ValueError("a list of components, @method, @target-uri and content-digest among them")
     return names
 
 
-SCHEMA["wfm"]["dialect"] = (read_choice("a", "b"), "a")
-SCHEMA["identity"]["algorithm"] = (read_choice(*SIGNING), None)
+SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
+SCHEMA["identity"]["algorithm"] = choice(*SIGNING)
 SCHEMA["identity"]["signature"] = {
-    "label": (read_word, "sig1"), "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"]),
-    "keyid": (read_word, None), "alg": (read_word, None)}
+    "label": (read_word, "sig1"), "components": (read_components,
+                                                 ["@method", "@target-uri", "@authority", "content-digest"]),
+    "keyid": read_word, "alg": read_word}
 
 
 def choose_algorithm(spki, wanted):
-    """The algorithm that the key of a public key (DER) signs by: the wanted one or its kind's default; raises ValueError."""
+    """The algorithm that the key of a public key (DER) signs by: the wanted one or its kind's default; raises
+    ValueError.
+    """
     fields = parse_der(parse_der(parse_der(spki)[0][1])[0][1])
     known = KEY_ALGORITHMS.get(" ".join(value.hex() for tag, value, _ in fields if tag == 0x06))
     if not known:
@@ -6984,8 +7692,10 @@ def make_signer(chain, config):
     """The Signer of a DER chain and the configuration; raises ValueError."""
     if not chain:
         raise ValueError("it holds no certificate in PEM")
-    leaf, wish = parse_certificate(chain[0]), config.identity.signature
-    algorithm, alg = choose_algorithm(leaf.spki, config.identity.algorithm), wish.alg
+    leaf = parse_certificate(chain[0])
+    wish = config.identity.signature
+    algorithm = choose_algorithm(leaf.spki, config.identity.algorithm)
+    alg = wish.alg
     if alg is None:
         alg = algorithm if algorithm in ("rsa-v1_5-sha256", "rsa-pss-sha256") else ""
     keyid = wish.keyid or sha256_digest(leaf.spki)[7:]
@@ -6998,7 +7708,9 @@ def load_signer(config):
 
 
 def make_signature_base(method, url, headers, signer, created):
-    """(signature parameters as text, bytes to sign) of a request (protocol 2.9, C-063, C-064); what it lacks is not covered."""
+    """(signature parameters as text, bytes to sign) of a request (protocol 2.9, C-063, C-064); what it lacks
+    is not covered.
+    """
     from urllib.parse import urlsplit
     parts = urlsplit(url)
     values = {name.lower(): value for name, value in headers.items()}
@@ -7013,14 +7725,18 @@ def make_signature_base(method, url, headers, signer, created):
 
 
 def parse_ecdsa(der, size):
-    """An ECDSA signature of openssl to r and s side by side, as RFC 9421 has them (C-066); raises ValueError, OverflowError."""
+    """An ECDSA signature of openssl to r and s side by side, as RFC 9421 has them (C-066); raises ValueError,
+    OverflowError.
+    """
     (_, body, _), = parse_der(der)
     r, s = (int.from_bytes(value, "big") for _, value, _ in parse_der(body))
     return r.to_bytes(size, "big") + s.to_bytes(size, "big")
 
 
 def run_signature(data, signer):
-    """The signature over bytes by openssl, which alone sees the key; raises Untrusted, or ConfigError without openssl."""
+    """The signature over bytes by openssl, which alone sees the key; raises Untrusted, or ConfigError without
+    openssl.
+    """
     arguments, size = SIGNING[signer.algorithm]
     try:
         if arguments is None:                       # Ed25519 takes a file that it can measure
@@ -7058,9 +7774,11 @@ def fetch_ca(config, path):
     """
     if config.wfm.profile != "signed":
         raise ConfigError("--fetch-ca is for profile signed; others have a trust bundle")
-    where, path = f"{config.wfm.url}/api/v1/onboarding/certificate", os.path.abspath(path)
+    where = f"{config.wfm.url}/api/v1/onboarding/certificate"
+    path = os.path.abspath(path)
     context = make_tls_context(min_tls=config.wfm.min_tls)
-    response = request("GET", where, {"Accept": JSON_TYPE}, None, context, config.wfm.timeout, MAX_CERTIFICATES)
+    response = request("GET", where, {"Accept": JSON_TYPE}, None, context, config.wfm.timeout,
+                       MAX_CERTIFICATES)
     check_response(response, where, (200,), time.time())
     try:
         value = parse_json(response.body, "the answer")
@@ -7069,7 +7787,8 @@ def fetch_ca(config, path):
         raise Untrusted(f"{where}: no usable certificate ({error})") from None
     pem = make_pem(anchors).encode()
     if read_file(path, MAX_CERTIFICATES) not in (None, pem):
-        raise Untrusted(f"{path} holds another CA than {where} gives out; if that is meant to be, move it away first")
+        raise Untrusted(f"{path} holds another CA than {where} gives out; if that is meant to be, move it"
+                        " away first")
     write_file(path, pem, 0o644)
     for anchor in anchors:
         print(f"{path}: compare its SHA-256 fingerprint {sha256_digest(anchor)[7:]}")
@@ -7095,7 +7814,8 @@ class SignedSource(HttpSource):
     def adopt(self, client_id):
         """Speaks as this client from now on."""
         from urllib.parse import quote
-        self.client_id, self.root = client_id, f"/api/v1/clients/{quote(client_id, safe='')}"
+        self.client_id = client_id
+        self.root = f"/api/v1/clients/{quote(client_id, safe='')}"
 
     def ask(self, method, url, headers, body, limit):
         """One request with a signature of its own, also where it is repeated (C-062, C-067).
@@ -7111,9 +7831,11 @@ class SignedSource(HttpSource):
         headers["Signature"] = f"{signer.label}=:{make_base64(run_signature(base, signer))}:"
         response = request(method, url, headers, body, self.context, self.config.wfm.timeout, limit)
         if response.status == 401:
-            theirs = parse_retry_after(response.headers.get("Date"), 0)         # the same form of time, counted from 1970
+            # the same form of time, counted from 1970
+            theirs = parse_retry_after(response.headers.get("Date"), 0)
             offset = "unknown" if theirs is None else f"{time.time() - theirs:+.0f} s"
-            log("error", "the WFM does not accept a signature", method=method, target=url, algorithm=signer.algorithm,
+            log("error", "the WFM does not accept a signature", method=method, target=url,
+                algorithm=signer.algorithm,
                 base=base.decode("latin-1"), clockOffset=offset)
         elif response.status == 404 and url.endswith("/deployments"):
             log("error", "the WFM does not know this client any more; `unenroll`, then `enroll`, begin anew",
@@ -7121,7 +7843,9 @@ class SignedSource(HttpSource):
         return response
 
     def onboard(self):
-        """The client id that the WFM gives to the own certificate; raises Untrusted, Unreachable (protocol 2.7, C-068)."""
+        """The client id that the WFM gives to the own certificate; raises Untrusted, Unreachable (protocol
+        2.7, C-068).
+        """
         document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest",
                     "certificate": make_base64(self.signer.leaf.der)}
         try:
@@ -7129,14 +7853,18 @@ class SignedSource(HttpSource):
             client_id = parse_client_id(parse_json(answer.body, "the answer"))
         except (Untrusted, Refused, ValueError) as error:
             reason = getattr(error, "message", error)
-            raise Untrusted(f"onboarding refused: {reason}; it may wait for somebody's approval at the WFM") from None
+            raise Untrusted(f"onboarding refused: {reason};"
+                            " it may wait for somebody's approval at the WFM") from None
         log("info", "onboarded", client=client_id)
         return client_id
 
     def put_capabilities(self, device_id, document):
-        """Reports what a device can do: by POST the first time, by PUT afterwards, by the other where the WFM wants that."""
-        dialect, methods = self.config.wfm.dialect, ["POST", "PUT"]
-        path = f"/capabilities/{device_id}" if dialect == "b" else "/capabilities"      # a knows no child devices
+        """Reports what a device can do: by POST the first time, by PUT afterwards, by the other where the WFM
+        wants that.
+        """
+        dialect = self.config.wfm.dialect
+        methods = ["POST", "PUT"]
+        path = f"/capabilities/{device_id}" if dialect == "b" else "/capabilities"  # a knows no child devices
         if device_id in (self.state["enrollment"] or {}).get("devices", {}):
             methods = ["PUT", "POST"]
         document = make_older_capabilities(document, dialect)
@@ -7173,7 +7901,8 @@ def make_older_capabilities(document, dialect):
     """
     properties = dict(document["properties"])
     hosting = {key: properties.pop(key) for key in HOSTING_PROPERTIES if key in properties}
-    cpus, types = hosting.pop("cpus", None), hosting.get("supportedDeploymentTypes", ())
+    cpus = hosting.pop("cpus", None)
+    types = hosting.get("supportedDeploymentTypes", ())
     heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
     if dialect == "b":
         extensions = {key: value for key, value in document.items() if key not in ("properties", "labels")}
@@ -7186,7 +7915,7 @@ def make_older_capabilities(document, dialect):
         names = ("memory", "storage", "peripherals", "interfaces")
         properties["resources"] = {key: hosting[key] for key in names if key in hosting}
         if cpus:
-            properties["resources"]["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])                # never summed (C-203)
+            properties["resources"]["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])  # never summed (C-203)
     return dict(heading, properties=properties)
 
 
@@ -7195,7 +7924,8 @@ def make_older_status(document, dialect):
 
     Dialect a also has neither deviceId nor the source of an error.
     """
-    without = ("adoptedManifestVersion", "deviceId", "source") if dialect == "a" else ("adoptedManifestVersion",)
+    without = ("adoptedManifestVersion", "deviceId",
+               "source") if dialect == "a" else ("adoptedManifestVersion",)
 
     def strip(value):
         if isinstance(value, list):
@@ -7212,24 +7942,24 @@ class Signed(Profile):
 
     settings = ("wfm.url", "identity.certificate", "identity.key", "identity.ca")
 
-    @classmethod
-    def find_faults(cls, config):
-        return super().find_faults(config) + cls.is_https(config)
-
     @staticmethod
     def takes_children(config):
         return config.wfm.dialect == "b"
 
     def connect(self, keep=True):
         """See Profile.  keep: onboards where that is due, and stores the client id before anything else."""
-        config, state, now = self.config, self.state, time.time()
+        config = self.config
+        state = self.state
+        now = time.time()
         signer = load_signer(config)
         check_own(signer.leaf, config, now)
         warn_of_expiry(signer.leaf, self.store, now)
-        source, key = SignedSource(config, signer, state), sha256_digest(signer.leaf.spki)
+        source = SignedSource(config, signer, state)
+        key = sha256_digest(signer.leaf.spki)
         if not state["client"] or state["client"]["key"] != key:
             if not keep:
-                raise Untrusted("this device is not onboarded with its key yet, and that is not done in passing; see `enroll`")
+                raise Untrusted("this device is not onboarded with its key yet, and that is not done in"
+                                " passing; see `enroll`")
             state["client"] = {"id": source.onboard(), "key": key}
             self.store.save_state(state)
         check_enrollment(state, state["client"]["id"])
@@ -7247,72 +7977,82 @@ class Signed(Profile):
             raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
         return judge_own(signer.leaf, f"signs by {signer.algorithm}", self.config, now)
 
+    def identify(self):
+        """The own key, at this WFM."""
+        return f"{self.config.wfm.url}#{sha256_digest(load_signer(self.config).leaf.spki)}"
+
 
 PROFILES["signed"] = Signed
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 20. Git (optional)
+# 22. Git (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
 MAX_PACKS = 50                      # fetches after which the copy of a repository is begun anew (P-21)
 
-# A branch's name as git allows it.
-read_branch = read_form(r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*",
-                        "the name of a branch")
+BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"       # as git allows it
+                  r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
 
 
-def read_folder(value, base):
-    """A folder inside a repository without slashes around it; empty: the whole of it."""
-    parts = read_text(value, base).strip("/").split("/")
-    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", "".join(parts)):
+def parse_folder(text):
+    """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
+    parts = text.strip("/").split("/")
+    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", text):
         raise ValueError("a folder inside the repository")
     return "/".join(parts)
 
 
-SCHEMA["wfm"]["status_url"] = (read_root_url, None)
+read_branch = scalar("the name of a branch", BRANCH_PATTERN)
+read_folder = scalar("a folder inside the repository", make=parse_folder)
+SCHEMA["wfm"]["status_url"] = read_root_url
 SCHEMA["git"] = {
     "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False),
-    "allowed_signers": (read_path, None), "allow_rewrite": (read_flag, False), "token_file": (read_path, None),
-    "username": (read_text, None), "ssh_key": (read_path, None), "known_hosts": (read_path, None)}
+    "allowed_signers": read_path, "allow_rewrite": (read_flag, False), "token_file": read_path,
+    "username": read_text, "ssh_key": read_path, "known_hosts": read_path}
 
 
-def find_git_faults(config):
-    """What is wrong with settings of this room, whatever the profile is."""
-    git, faults = config.git, []
-    if config.wfm.profile != "git" and config.wfm.status_url:
-        faults.append("wfm.status_url: only profile git reports elsewhere; leave it out")
-    if git.verify_signatures and not git.allowed_signers:
-        faults.append("git.allowed_signers: not set, and needed for git.verify_signatures")
-    if git.allow_rewrite and not git.verify_signatures:
-        faults.append("git.allow_rewrite: a rewritten history is accepted only from signers; set git.verify_signatures, too")
-    if git.username and not git.token_file:
-        faults.append("git.username: is sent with the token of git.token_file, which is not set")
-    return faults
+def check_git_settings(config):
+    """What only profile git has: [(whether it is wrong, key, words)]."""
+    wfm, git = config.wfm, config.git
+    return [
+        (wfm.profile != "git" and wfm.status_url, "wfm.status_url",
+         "only profile git reports elsewhere; leave it out"),
+        (git.verify_signatures and not git.allowed_signers,
+         "git.allowed_signers", "not set, and needed for git.verify_signatures"),
+        (git.allow_rewrite and not git.verify_signatures,
+         "git.allow_rewrite",
+         "a rewritten history is accepted only from signers; set git.verify_signatures, too"),
+        (git.username and not git.token_file,
+         "git.username", "is sent with the token of git.token_file, which is not set")]
 
 
-RULES.append(find_git_faults)
+CHECKS.append(check_git_settings)
 
 
 class GitSource:
-    """The desired state as a folder of documents on a branch, and a branch of one's own as the sink of reports.
+    """The desired state as a folder of documents on a branch, and a branch of one's own as the sink of
+    reports.
 
-    git is given a home of its own, so that no configuration, hook, attribute or credential of the machine has a say, and
-    never a work tree.  Its repository is a cache: what was accepted lies in artifacts/, and whatever goes wrong in it, it is
-    made anew (P-14, P-21).
+    git is given a home of its own, so that no configuration, hook, attribute or credential of the machine has
+    a say, and never a work tree.  Its repository is a cache: what was accepted lies in artifacts/, and
+    whatever goes wrong in it, it is made anew (P-14, P-21).
     """
 
     def __init__(self, config, home, header, connect_reporter):
         self.config, self.home, self.header, self.connect_reporter = config, home, header, connect_reporter
         self.url, self.client_id = config.wfm.url, config.wfm.url
-        self.peer, self.branch = f"a repository with a branch {config.git.branch}", f"refs/heads/{config.git.branch}"
+        self.peer = f"a repository with a branch {config.git.branch}"
+        self.branch = f"refs/heads/{config.git.branch}"
         self.repository = os.path.join(home, "repository")
-        self.env = make_git_environment(config, home, os.environ.get("PATH", os.defpath))
+        self.env = make_git_environment(config, home, os.environ)
         self.heads, self.reporter = {}, None
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
-        """One git command on the repository: its Output; raises CommandError unless it ends with one of `codes` (None: any)."""
+        """One git command on the repository: its Output; raises CommandError unless it ends with one of
+        `codes` (None: any).
+        """
         folder = self.repository
         if command == "ls-remote":
             folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
@@ -7340,11 +8080,13 @@ class GitSource:
         return self.heads[ref]
 
     def ask_reason(self, error, service):
-        """Why the server could not be used, as a fault: git has no words for programs, so the server itself is asked.
+        """Why the server could not be used, as a fault: git has no words for programs, so the server itself
+        is asked.
 
         Of an https server the status tells; an ssh server that answers is not one that cannot be reached.
         """
-        wfm, headers = self.config.wfm, {"Git-Protocol": "version=2"}
+        wfm = self.config.wfm
+        headers = {"Git-Protocol": "version=2"}
         if self.url.startswith("https://"):
             try:
                 context = make_tls_context((), self.config.identity.ca, wfm.min_tls)
@@ -7355,8 +8097,10 @@ class GitSource:
                 check_response(answer, self.url, (200,), time.time())
             except MargoError as fault:
                 return fault
-        elif service == "git-upload-pack" and not self.url.startswith("file://") and ask_ssh(self.url, wfm.timeout):
-            return Untrusted(f"{self.url}: the ssh server is there, but not as it has to be, or gives no access: {error.message}")
+        elif service == "git-upload-pack" and not self.url.startswith("file://") and ask_ssh(self.url,
+                                                                                             wfm.timeout):
+            return Untrusted(f"{self.url}: the ssh server is there, but not as it has to be, or gives no"
+                             f" access: {error.message}")
         return Unreachable(f"{self.url}: {error.message}")
 
     def fetch_desired(self, accepted, load_artifact):
@@ -7367,15 +8111,16 @@ class GitSource:
         if accepted and accepted["version"] == head and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
-        head, files = self.work(lambda: self.fetch_files(base))
-        entries, documents, ignored = parse_files(files)
+        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
         for name in ignored:
             log("info", "ignored: not an ApplicationDeployment", name=name)
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
         return Desired(head, None, sha256_digest(head.encode()), entries, new)
 
     def work(self, act):
-        """What `act` returns; where git fails although the server answers, once more on a repository made anew (P-14)."""
+        """What `act` returns; where git fails although the server answers, once more on a repository made
+        anew (P-14).
+        """
         try:
             return act()
         except CommandError as error:
@@ -7388,30 +8133,35 @@ class GitSource:
             raise self.ask_reason(error, "git-upload-pack") from None
 
     def fetch_files(self, base):
-        """(head commit, [(name, bytes)] of its documents), once the head is known to follow on `base`.
+        """(head commit, what read_files returns), once the head is known to follow on `base`.
 
-        From a shallow copy that ends at the accepted commit, a plain fetch brings just the commits since and what is new in
-        them, and that proves the descent; where the copy has gone, it is begun anew at the accepted commit, which a server
-        gives if it still has it.  Raises Refused, Untrusted.
+        From a shallow copy that ends at the accepted commit, a plain fetch brings just the commits since and
+        what is new in them, and that proves the descent; where the copy has gone, it is begun anew at the
+        accepted commit, which a server gives if it still has it.  Raises Refused, Untrusted.
         """
         self.prepare()
         if base and not self.has(base):
             self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
         elif base:
             self.git("update-ref", "refs/margo/base", base)
+        known = base
         self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
         head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
         if self.config.git.verify_signatures:
             self.ask_signature(head)
-        if base and not self.is_descendant(base, head):
-            words = f"commit {head} does not descend from the accepted {base}: history was rewritten, or set back"
+        base = base if base and self.has(base) else None
+        if known and not (base and self.follows(base, head)):
+            words = f"commit {head} does not descend from the accepted {known}:"
+            words += " history was rewritten, or set back"
             if not self.config.git.allow_rewrite:
                 raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
             log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
-        return head, self.read_files(head)
+        return head, self.read_files(head, base)
 
     def prepare(self):
-        """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing tidies it."""
+        """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing
+        tidies it.
+        """
         packs = os.path.join(self.repository, "objects", "pack")
         if os.path.isdir(packs) and len(os.listdir(packs)) <= 3 * MAX_PACKS:
             return
@@ -7424,28 +8174,34 @@ class GitSource:
         """Whether a commit is in the repository."""
         return not self.git("cat-file", "-e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
 
-    def is_descendant(self, base, head):
-        """Whether a commit follows on another one, as git says."""
-        return self.has(base) and not self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code
+    def follows(self, base, head):
+        """Whether a commit follows on another one."""
+        return not self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code
 
     def fetch(self, refspec, *options, codes=(0,)):
-        """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more."""
-        limit, packs = self.config.policy.max_unpacked, os.path.join(self.repository, "objects", "pack")
+        """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
+        """
+        limit = self.config.policy.max_unpacked
+        packs = os.path.join(self.repository, "objects", "pack")
         before = limit_files(limit)
         try:
-            output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--", self.url, refspec,
+            output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--",
+                              self.url, refspec,
                               timeout=PULL_TIMEOUT, codes=None)
         finally:
             limit_files(before)
-        sizes = [os.path.getsize(os.path.join(packs, name)) for name in os.listdir(packs)] if os.path.isdir(packs) else []
-        if output.code and max(sizes, default=0) >= limit:
+        paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
+        if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
             remove_folder(self.repository)
-            raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or see policy.max_unpacked")
+            raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or see"
+                          " policy.max_unpacked")
         if output.code not in codes:
             raise CommandError(f"git fetch: {output.stderr}")
 
     def ask_signature(self, head):
-        """Raises Untrusted unless a commit is signed by one of git.allowed_signers: ssh's file of that, or exported gpg keys."""
+        """Raises Untrusted unless a commit is signed by one of git.allowed_signers: ssh's file of that, or
+        exported gpg keys.
+        """
         import tempfile
         signers = self.config.git.allowed_signers
         with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
@@ -7460,27 +8216,44 @@ class GitSource:
             words = "is not signed" if verdict == "N" else "has no good signature of git.allowed_signers"
             raise Untrusted(f"commit {head} {words} (git says {verdict}); the accepted state is kept")
 
-    def read_files(self, head):
-        """[(name, bytes)] of every YAML file below git.path; links, submodules and all else are not looked at.
+    def read_files(self, head, base):
+        """What parse_files makes of the YAML files below git.path; links, submodules and all else are not
+        looked at.
 
-        Raises Refused.
+        Raises Refused, also for a path that held a deployment in the accepted commit, `base`, and holds
+        something else now: only one that has gone is a removal.
         """
-        folder, policy = self.config.git.path, self.config.policy
-        below = [folder + "/"] if folder else []
-        listing = self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", head, *below).stdout
-        if folder and not listing:
-            raise Refused(f"commit {head} has no folder {folder}; nothing is removed for that")
+        policy = self.config.policy
+        listing = self.list_tree(head)
+        if self.config.git.path and not listing:
+            raise Refused(f"commit {head} has no folder {self.config.git.path}; nothing is removed for that")
         blobs, ignored = find_blobs(listing, policy.max_document)
         for name in ignored:
             log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
         if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
-            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than {MAX_DEPLOYMENTS}"
+            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than"
+                          f" {MAX_DEPLOYMENTS}"
                           " or policy.max_unpacked")
-        if not blobs:
-            return []
+        found = parse_files(self.read_blobs(blobs))
+        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
+        for name, data in self.read_blobs(suspects):
+            if is_deployment(data):
+                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
+                              " none now, or lies below what is no folder; nothing is removed for that: remove"
+                              " the file itself, or put it right")
+        return found
+
+    def list_tree(self, commit):
+        """What `git ls-tree` prints of all that lies below git.path in a commit."""
+        below = [self.config.git.path + "/"] if self.config.git.path else []
+        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *below).stdout
+
+    def read_blobs(self, blobs):
+        """[(name, bytes)] of [(name, blob, size)]."""
         wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
-        data = self.git("cat-file", "--batch", data=wanted, limit=total + 256 * len(blobs) + 1).stdout
+        limit = sum(size + 256 for _, _, size in blobs) + 1
+        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
         return split_blobs(data, blobs)
 
     def put_capabilities(self, device_id, document):
@@ -7496,7 +8269,9 @@ class GitSource:
         self.push_file(device_id, "capabilities.json", None, "Capabilities withdrawn")
 
     def post_status(self, deployment_id, document):
-        """Reports a deployment's status; for a WFM, whose manifest versions are numbers, a commit is its first 48 bits."""
+        """Reports a deployment's status; for a WFM, whose manifest versions are numbers, a commit is its
+        first 48 bits.
+        """
         report = dict(document)
         commit = report["commit"] = str(report.pop("adoptedManifestVersion"))
         if self.config.wfm.status_url:
@@ -7512,12 +8287,14 @@ class GitSource:
         return self.reporter
 
     def push_file(self, device_id, path, document, message):
-        """Makes a document the content of a file on the device's branch by one commit on top of what is there, never over it.
+        """Makes a document the content of a file on the device's branch by one commit on top of what is
+        there, never over it.
 
         Who loses a race takes the other's commit as its base and tries again; None removes the file.
         """
         import json
-        ref, content = f"refs/heads/status/{make_ref_path(device_id)}", None
+        ref = f"refs/heads/status/{make_ref_path(device_id)}"
+        content = None
         if document is not None:
             content = json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
         if ref not in self.heads:
@@ -7528,7 +8305,8 @@ class GitSource:
             if commit is None:
                 return
             try:
-                self.git("push", "--quiet", "--no-verify", "--no-follow-tags", "--", self.url, f"{commit}:{ref}",
+                self.git("push", "--quiet", "--no-verify", "--no-follow-tags", "--", self.url,
+                         f"{commit}:{ref}",
                          timeout=PULL_TIMEOUT)
                 self.heads[ref] = commit
                 return
@@ -7539,21 +8317,25 @@ class GitSource:
                           " the next run tries again")
 
     def save_commit(self, ref, base, path, content, message):
-        """A commit on `base` (None: the first) that changes one file, made without work tree or index; None where it is so."""
+        """A commit on `base` (None: the first) that changes one file, made without work tree or index; None
+        where it is so.
+        """
         self.prepare()
         old, parent = None, []
         if base:
             if not self.has(base):
                 self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
             found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128), limit=MAX_OUTPUT)
-            old, parent = None if found.code else found.stdout, [b"from " + base.encode()]
+            old = None if found.code else found.stdout
+            parent = [b"from " + base.encode()]
         if old == content:
             return None
         author = f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000"
         change = [b"D " + path.encode()]
         if content is not None:
             change = [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
-        stream = [b"commit refs/margo/next\nmark :1", author.encode(), b"data %d\n%s" % (len(message), message.encode())]
+        stream = [b"commit refs/margo/next\nmark :1", author.encode(),
+                  b"data %d\n%s" % (len(message), message.encode())]
         stream += parent + change + [b"get-mark :1", b"done", b""]
         made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
         return made.stdout.decode().strip()
@@ -7571,32 +8353,48 @@ def ask_ssh(address, timeout):
         return False
 
 
-def make_git_environment(config, home, path):
-    """The whole environment of git: no configuration but that of `home`, no question asked, no unknown host (C-250)."""
+def make_git_environment(config, home, environ):
+    """The whole environment of git: no configuration but that of `home`, no question asked, no unknown host
+    (C-250).
+    """
     from shlex import quote
-    timeout, git = int(config.wfm.timeout) or 1, config.git
-    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}", f"ServerAliveInterval={timeout}"]
+    timeout = int(config.wfm.timeout) or 1
+    git = config.git
+    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}",
+               f"ServerAliveInterval={timeout}"]
     if git.known_hosts:
         options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"]
     if git.ssh_key:
         options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"']
-    return {"PATH": path, "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
-            "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1", "GIT_NO_REPLACE_OBJECTS": "1",
-            "GIT_SSH_COMMAND": " ".join(["ssh", "-F", "/dev/null"] + [quote(f"-o{option}") for option in options])}
+    return {"PATH": environ.get("PATH", ""), **get_temporary(config.state_dir, environ),
+            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
+            "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1",
+            "GIT_NO_REPLACE_OBJECTS": "1",
+            "GIT_SSH_COMMAND": " ".join(["ssh", "-F",
+                                         "/dev/null"] + [quote(f"-o{option}") for option in options])}
 
 
 def make_git_config(config, home, header):
-    """The configuration that git finds in its home, as bytes: all that it may do, and the credential, which nobody else sees."""
-    seconds, url = int(4 * config.wfm.timeout) or 1, config.wfm.url
+    """The configuration that git finds in its home, as bytes: all that it may do, and the credential, which
+    nobody else sees.
+    """
+    seconds = int(4 * config.wfm.timeout) or 1
+    url = config.wfm.url
     settings = [
-        ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow", "always"),
-        ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile", "/dev/null"),
-        ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto", "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"),
-        ("http", "lowSpeedLimit", "1024"), ("http", "lowSpeedTime", str(seconds)),
+        ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow",
+                                                                                  "always"),
+        ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile",
+                                                                                     "/dev/null"),
+        ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto",
+                                                                  "false"), ("credential", "helper", ""),
+        ("transfer", "bundleURI", "false"), ("core", "sharedRepository", "0600"), ("fetch", "unpackLimit",
+                                                                                   "1"),
+        ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"), ("http", "lowSpeedTime",
+                                                                                  str(seconds)),
         ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
     if config.identity.ca:
-        settings += [("http", "sslCAInfo", config.identity.ca), ("http", "sslCAPath", os.path.join(home, "none"))]
+        settings += [("http", "sslCAInfo", config.identity.ca),
+                     ("http", "sslCAPath", os.path.join(home, "none"))]
     if header:
         settings.append(("http", "extraHeader", f"Authorization: {header}"))
     if url.startswith("file://"):                   # whoever owns it: the operator named it
@@ -7612,51 +8410,80 @@ def make_git_config(config, home, header):
 
 
 def load_git_header(git):
-    """The Authorization header's value for an https repository (C-250, C-253); None without a token.
-
-    Bearer, or basic with git.username.
+    """The Authorization of an https repository: bearer, or basic with git.username; None without a token
+    (C-250, C-253).
     """
     if not git.token_file:
         return None
-    try:
-        token = (read_file(git.token_file, MAX_ANSWER) or b"").decode("utf-8", "replace").strip()
-    except StorageError as error:
-        raise Untrusted(f"git.token_file: {error.message}") from None
-    if not re.fullmatch(r"[!-~]+", token):
-        raise Untrusted(f"git.token_file {git.token_file}: is not there, or is not one line of printable characters")
-    if not git.username:
-        return f"Bearer {token}"
-    return "Basic " + make_base64(f"{git.username}:{token}".encode())
+    token = load_secret("git.token_file", git.token_file, Untrusted).strip()
+    if not re.fullmatch(rb"[!-~]+", token):
+        raise Untrusted(f"git.token_file {git.token_file}: is not one line of printable characters")
+    return make_authorization(token, (git.username or "").encode())
 
 
 def make_ref_path(device_id):
-    """A device id as a part of a ref; what Git allows no ref to have, such as a dot at the end, is spelt as in a URL."""
-    return re.sub(r"~|\.(?=\.|/|$|lock(/|$))|(?<![^/])\.", lambda found: f"%{ord(found.group()):02X}", device_id)
-
-
-def find_blobs(listing, max_document):
-    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree -r -z -l` prints.
-
-    Raises Refused.
+    """A device id as a part of a ref; what Git allows no ref to have, such as a dot at the end, is spelt as
+    in a URL.
     """
-    blobs, ignored = [], []
+    return re.sub(r"~|\.(?=\.|/|$|lock(/|$))|(?<![^/])\.", lambda found: f"%{ord(found.group()):02X}",
+                  device_id)
+
+
+def parse_listing(listing):
+    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints; names as those of a
+    file system.
+    """
+    found = []
     for line in listing.split(b"\0")[:-1]:
         head, _, name = line.partition(b"\t")
         mode, kind, blob, size = head.decode("ascii").split()
-        if not name.lower().endswith((b".yaml", b".yml")):
+        is_file = kind == "blob" and mode.startswith("100")
+        found.append((name.decode("utf-8", "surrogateescape"), is_file, blob, int(size) if is_file else 0))
+    return found
+
+
+def find_blobs(listing, max_document):
+    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree` prints;
+    raises Refused.
+    """
+    blobs, ignored = [], []
+    for name, is_file, blob, size in parse_listing(listing):
+        if not name.lower().endswith((".yaml", ".yml")):
             continue
-        name = make_printable(name.decode("utf-8", "replace"), 200)
-        if kind != "blob" or not mode.startswith("100"):
+        if not is_file:
             ignored.append(name)
-        elif int(size) > max_document:
-            raise Refused(f"{name}: {size} bytes are more than policy.max_document ({max_document})")
+        elif size > max_document:
+            raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document"
+                          f" ({max_document})")
         else:
-            blobs.append((name, blob, int(size)))
+            blobs.append((name, blob, size))
     return blobs, ignored
 
 
+def find_suspects(before, after, others):
+    """[(name, blob, size)] of YAML files of the accepted commit whose place holds something else now.
+
+    before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.
+    Something else is one of those, a link, a submodule, a folder of that name, or any of them in place of a
+    folder above.
+    """
+    files = {name: is_file for name, is_file, _, _ in parse_listing(after)}
+    folders = {parent for name in files for parent in list_parents(name)}
+    blobs, _ = find_blobs(before, float("inf"))
+    return [item for item in blobs if item[0] in others or item[0] in folders or not files.get(item[0], True)
+            or any(parent in files for parent in list_parents(item[0]))]
+
+
+def list_parents(name):
+    """The folders above a path: of a/b/c these are a and a/b."""
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
 def split_blobs(data, blobs):
-    """[(name, bytes)] out of what `git cat-file --batch` prints for [(name, blob, size)]; raises CommandError."""
+    """[(name, bytes)] out of what `git cat-file --batch` prints for [(name, blob, size)]; raises
+    CommandError.
+    """
     files, start = [], 0
     for name, blob, size in blobs:
         head = f"{blob} blob {size}\n".encode()
@@ -7669,28 +8496,61 @@ def split_blobs(data, blobs):
 
 
 def parse_files(files):
-    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment]); raises Refused."""
+    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment of any
+    generation]).
+
+    Raises Refused for what nobody can have meant: it may stand for a deployment that would be removed.
+    """
     entries, documents, ignored, seen = [], {}, [], {}
     for name, data in files:
+        shown = make_printable(name, 200)
         try:
-            value = load_yaml(data)
+            value = parse_file(data)
             if not is_deployment(value):
                 ignored.append(name)
                 continue
             deployment_id = check_member(normalise_document(value), "id", "", UUID_PATTERN)
         except ValueError as error:                 # a YAMLError is one
-            raise Refused(f"{name}: {error}") from None
+            raise Refused(f"{shown}: {error}") from None
         if deployment_id.lower() in seen:
-            raise Refused(f"{name}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
-        seen[deployment_id.lower()] = name
+            raise Refused(f"{shown}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
+        seen[deployment_id.lower()] = shown
         digest = sha256_digest(data)
         documents[digest] = data
         entries.append(ManifestEntry(deployment_id, digest, len(data)))
     return entries, documents, ignored
 
 
+def parse_file(data):
+    """The YAML value of a file; raises ValueError where it holds something that stands for another file, or
+    for nothing.
+    """
+    if not data.strip():
+        raise ValueError("it is empty; to remove a deployment, remove its file")
+    value = load_yaml(data)
+    if not isinstance(value, (dict, list, type(None))):
+        raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an"
+                         " encrypted file is")
+    members = value if isinstance(value, dict) else {}
+    if "sops" in members:
+        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
+    if isinstance(members.get("spec"),
+                  dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
+        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
+    return value
+
+
 def is_deployment(value):
-    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it, which does not say."""
+    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it,
+    which does not say.
+
+    value: as read, or still bytes.
+    """
+    if isinstance(value, bytes):
+        try:
+            value = load_yaml(value)
+        except YAMLError:
+            return False
     if not isinstance(value, dict):
         return False
     if "kind" in value or "apiVersion" in value:
@@ -7702,30 +8562,35 @@ class Git(Profile):
     """Profile git: a repository, which knows no other identity of a device than its credentials."""
 
     settings = ("wfm.url",)
+    https = False
 
     @classmethod
-    def find_faults(cls, config):
-        faults = super().find_faults(config)
+    def check_settings(cls, config, suffix=""):
+        faults = super().check_settings(config)
         if config.wfm.status_url:
-            faults += [fault.replace("profile git", "profile git with wfm.status_url")
-                       for fault in PROFILES["mtls"].find_faults(config)]
+            faults += Mtls.check_settings(config, " with wfm.status_url")
         return faults
 
     def connect(self, keep=True):
-        """See Profile; with a home in the state directory, or where nothing is kept, in one that goes with the source."""
+        """See Profile; with a home in the state directory, or where nothing is kept, in one that goes with
+        the source.
+        """
         config, store, state = self.config, self.store, self.state
         check_enrollment(state, config.wfm.url)
-        header, home, temporary = load_git_header(config.git), store.path("git"), None
+        header = load_git_header(config.git)
+        home = store.path("git")
+        temporary = None
         if not keep:
             import tempfile
             temporary = tempfile.TemporaryDirectory(prefix="margo-git-")
             home = temporary.name
-        os.makedirs(os.path.join(home, "none"), 0o700, exist_ok=True)
-        path, content = os.path.join(home, ".gitconfig"), make_git_config(config, home, header)
+        make_folder(os.path.join(home, "none"))
+        path = os.path.join(home, ".gitconfig")
+        content = make_git_config(config, home, header)
         if read_file(path, MAX_ANSWER) != content:
             write_file(path, content)
         wfm = Settings(config, wfm=Settings(config.wfm, url=config.wfm.status_url))
-        reporter = PROFILES["mtls"](wfm, store, state)
+        reporter = Mtls(wfm, store, state)
         source = GitSource(config, home, header, lambda: reporter.connect(keep, config.wfm.url))
         source.temporary = temporary
         return source
@@ -7734,16 +8599,23 @@ class Git(Profile):
         return {"id": self.config.wfm.url, "notAfter": "", "warning": ""}
 
     def check(self, now):
-        """Whether git and the credentials are there, and are for nobody else to read; raises CommandMissing, Untrusted."""
+        """Whether git and the credentials are there, and are for nobody else to read; raises CommandMissing,
+        Untrusted.
+        """
         version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
         load_git_header(self.config.git)
         for key in ("token_file", "ssh_key"):
             path = self.config.git[key]
             if path and not os.path.isfile(path):
                 raise Untrusted(f"git.{key} {path}: is not there")
-            if path and os.stat(path).st_mode & 0o077:
-                return "warn", f"git.{key} {path} has mode {os.stat(path).st_mode & 0o777:04o}; chmod 0600 it"
+            loose = find_looseness(f"git.{key}", path or "")
+            if loose:
+                return "warn", loose
         return "ok", version
+
+    def identify(self):
+        """The part of the repository that it follows."""
+        return f"{self.config.wfm.url}#{self.config.git.branch}:{self.config.git.path}"
 
 
 PROFILES["git"] = Git
@@ -7751,7 +8623,7 @@ TRACES.append("git")                # its credential, too
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 21. Enrollment (optional)
+# 23. Enrollment (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 # Enrollment and renewal over EST (RFC 7030), by the draft "MIAF Enrollment, Renewal, and Revocation Profile".
@@ -7762,46 +8634,50 @@ EST_FIRST, EST_CAP = 60, 3600       # seconds between attempts (E-062)
 MAX_ISSUED = 32                     # certificates in one EST answer
 MAX_PATHS = 16                      # ways from a leaf upwards that are tried
 
-Pending = define_fault("Pending", Silence, "The request for an SVID was accepted and waits for a decision; not a failure.")
+Pending = define_fault("Pending", Silence,
+                       "The request for an SVID was accepted and waits for a decision; not a failure.")
 NotRenewed = define_fault("NotRenewed", MargoError, "The own SVID could not be renewed, and is still good.",
                           exit=3, code="NOT_RENEWED")
 
 
 def read_rekey(value, base):
     """A setting that has gone; says what to do instead."""
-    raise ValueError("no such setting any more, because a renewal keeps the key; for another key remove identity.key,"
+    raise ValueError("no such setting any more, because a renewal keeps the key; for another key remove"
+                     " identity.key,"
                      " put a fresh token into identity.est.token_file and run `enroll`")
 
 
 SCHEMA["identity"].update({
-    "enrollment": (read_choice("off", "est"), "off"), "rekey": (read_rekey, None),
-    "est": {"url": (read_root_url, None), "token_file": (read_path, None), "certificate": (read_path, None),
-            "key": (read_path, None)}})
+    "enrollment": (choice("off", "est"), "off"), "rekey": read_rekey,
+    "est": {"url": read_root_url, "token_file": read_path, "certificate": read_path, "key": read_path}})
 
 
-def find_est_faults(config):
-    """What is wrong with settings of this room."""
-    settings, est, faults = config.identity, config.identity.est, []
+def check_est_settings(config):
+    """What only enrollment by EST has: [(whether it is wrong, key, words)]."""
+    settings, est = config.identity, config.identity.est
+    pair = {bool(est.certificate), bool(est.key)}
+    files = [settings.key, settings.certificate]
     if settings.enrollment != "est":
         return []
-    if config.wfm.profile != "mtls":
-        faults.append("identity.enrollment: est gives an SVID, which only wfm.profile mtls uses")
-    if not est.url and not settings.discovery:
-        faults.append("identity.est.url: not set, and no identity.discovery either; one of them says where to enroll")
-    pair = bool(est.certificate and est.key)
-    if bool(est.token_file) == pair or bool(est.certificate) != bool(est.key):
-        faults.append("identity.est: either token_file, or certificate and key; found both, neither or a half")
-    if settings.key and settings.certificate and os.path.normpath(settings.key) == os.path.normpath(settings.certificate):
-        faults.append("identity.key: found the file of identity.certificate, expected one of its own, because a renewal"
-                      " replaces the certificate alone")
-    return faults
+    return [
+        (config.wfm.profile != "mtls", "identity.enrollment",
+         "est gives an SVID, which only wfm.profile mtls uses"),
+        (not est.url and not settings.discovery,
+         "identity.est.url", "not set, and no identity.discovery either; one of them says where to enroll"),
+        (pair != {not est.token_file},
+         "identity.est", "either token_file, or certificate and key; found both, neither or a half"),
+        (all(files) and len(set(map(os.path.normpath, files))) == 1,
+         "identity.key", "found the file of identity.certificate, expected one of its own, because a renewal"
+         " replaces the certificate alone")]
 
 
-RULES.append(find_est_faults)
+CHECKS.append(check_est_settings)
 
 
 def parse_est_uri(members, document_url, public, held):
-    """(where to enroll or None, no faults) from the members of a discovery document; raises ValueError (E-092)."""
+    """(where to enroll or None, no faults) from the members of a discovery document; raises ValueError
+    (E-092).
+    """
     if EST_FIELD not in members:
         return None, []
     return parse_discovered(EST_FIELD, read_root_url, members, document_url, public), []
@@ -7824,17 +8700,21 @@ def make_renewal_time(leaf):
 def find_est_step(est, leaf, fault, token, clock, asked=False, strays=False):
     """What is to be done about the own SVID now: "" nothing, "wait", "renew" or "enroll".
 
-    est: the state's record.  leaf: the own Certificate, None where there is none.  fault: why it cannot be used, "" where it
-    can.  token: digest of the token that is at hand, "" for the form by certificate, None where there is neither.
-    asked: `enroll` asks for it, which uses a fresh token although the SVID is good (F-35).  strays: the SVID does not lead to
-    the trust bundle any more.  Raises Untrusted where only an operator can help.
+    est: the state's record.  leaf: the own Certificate, None where there is none.  fault: why it cannot be
+    used, "" where it can.  token: digest of the token that is at hand, "" for the form by certificate, None
+    where there is neither.
+    asked: `enroll` asks for it, which uses a fresh token although the SVID is good (F-35).  strays: the SVID
+    does not lead to the trust bundle any more.  Raises Untrusted where only an operator can help.
     """
-    now, stage = clock.now, est.get("stage")
-    fresh, issued = token if token != est.get("used") else None, stage in ("issued", "proving")
+    now = clock.now
+    stage = est.get("stage")
+    fresh = token if token != est.get("used") else None
+    issued = stage in ("issued", "proving")
     if fault and leaf and now < leaf.not_before:
         raise Untrusted(fault)                      # the clock: a new SVID would not help
     if fault and fresh is None and not issued:
-        raise Untrusted(f"{fault}; a fresh enrollment token in identity.est.token_file is needed, or a chain for the request"
+        raise Untrusted(f"{fault}; a fresh enrollment token in identity.est.token_file is needed, or a chain"
+                        " for the request"
                         " of `margo_agent.py csr`")
     begun = stage and est.get("token") and not est.get("refused") and (issued or fresh == est["token"])
     if fault or begun or asked and fresh:
@@ -7847,17 +8727,19 @@ def find_est_step(est, leaf, fault, token, clock, asked=False, strays=False):
 class Enrollment:
     """The own SVID, obtained and renewed over EST.
 
-    What is under way stands in the state's record `est`, which is durable before each next step: with `stage` "asking" the
-    digests of token and key; "issued" the answer as it came; "proving" the chain that was checked.  One rename activates the
-    chain.  So wherever a run ends, the next one goes on from there, with the same key, and never without the old SVID.
+    What is under way stands in the state's record `est`, which is durable before each next step: with `stage`
+    "asking" the digests of token and key; "issued" the answer as it came; "proving" the chain that was
+    checked.  One rename activates the chain.  So wherever a run ends, the next one goes on from there, with
+    the same key, and never without the old SVID.
     """
 
     def __init__(self, config, store, state, asked):
         self.config, self.store, self.state, self.asked = config, store, state, asked
-        self.settings, self.clock = config.identity, get_clock()
+        self.settings = config.identity
+        self.clock = get_clock()
         self.take_over()
         if asked and self.est.get("failures"):
-            self.est["delay"] = 0                   # somebody asks for it now; what the service asked for is still waited for
+            self.est["delay"] = 0  # somebody asks for it now; what the service asked for is still waited for
 
     @property
     def est(self):
@@ -7878,7 +8760,8 @@ class Enrollment:
 
     def take_over(self):
         """Goes on from what an older agent left: files beside the state, and a record without stage."""
-        est, paths = self.est, [self.store.path(name) for name in ISSUED_FILES]
+        est = self.est
+        paths = [self.store.path(name) for name in ISSUED_FILES]
         if "key" in est and "stage" not in est:
             est["stage"] = "asking"
             if est["key"] == "none yet":
@@ -7906,7 +8789,7 @@ class Enrollment:
         mark = self.load_mark() if fault or self.asked or "token" in self.est else None
         strays = bool(leaf) and self.state["trust"].get("strays") == sha256_digest(leaf.der)
         step = find_est_step(self.est, leaf, fault, mark, self.clock, self.asked, strays)
-        if not step or self.is_held_back(step, leaf, fault):
+        if not step or self.has_to_wait(step, leaf, fault):
             return
         note_draft(self.store, self.state, "enrollment over EST")
         try:
@@ -7915,7 +8798,8 @@ class Enrollment:
             self.note_fault(error, None if fault else leaf.not_after)
             if fault:
                 raise
-            words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error.message}"
+            words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet:"
+            words += f" {error.message}"
             if not self.asked:
                 raise NotRenewed(words) from None
             log("warning", words)
@@ -7923,14 +8807,16 @@ class Enrollment:
         self.state["patience"] = {}                 # what the WFM thought of the old SVID no longer counts
         self.finish()
 
-    def is_held_back(self, step, leaf, fault):
-        """Whether a step waits although the SVID is good; raises Silence or Untrusted where it waits and there is none.
+    def has_to_wait(self, step, leaf, fault):
+        """Whether a step waits although the SVID is good; raises Silence or Untrusted where it waits and
+        there is none.
 
         The operator's downtime gives way only for an SVID that would not outlive it.
         """
         now, downtime = self.clock.now, self.config.poll.downtime
         if step == "wait" and fault and self.est.get("refused"):
-            raise Untrusted(f"{self.est['refused']}; asked again within an hour, or at once with another token")
+            raise Untrusted(f"{self.est['refused']}; asked again within an hour, or at once with another"
+                            " token")
         silent = is_within_whole(downtime, now, now)
         if not fault:
             return step == "wait" or silent and not is_within_whole(downtime, now, leaf.not_after)
@@ -7940,7 +8826,9 @@ class Enrollment:
         return False
 
     def load_leaf(self):
-        """(the own leaf or None, why it cannot be used or ""): lost or strange key, validity, and what companions know."""
+        """(the own leaf or None, why it cannot be used or ""): lost or strange key, validity, and what
+        companions know.
+        """
         settings = self.settings
         try:
             leaf = load_identity(self.config).leaf
@@ -7954,7 +8842,7 @@ class Enrollment:
                 load_key_pair(make_tls_context(), settings.certificate, settings.key)
         except Untrusted as error:
             return leaf, error.message
-        return leaf, find_flaw(self.store, self.state, leaf)
+        return leaf, load_flaw(self.store, self.state, leaf)
 
     def load_token(self):
         """The enrollment token's bytes, None where there is none any more."""
@@ -7971,22 +8859,25 @@ class Enrollment:
 
     def load_authorization(self):
         """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
-        path, token = self.settings.est.token_file, self.load_token() or b""
-        if not token.partition(b":")[2] or b"\n" in token:
+        path = self.settings.est.token_file
+        loose = find_looseness("identity.est.token_file", self.settings.est.token_file)
+        user, _, secret = (self.load_token() or b"").partition(b":")
+        if not secret or b"\n" in user + secret:
             raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
-        if os.stat(path).st_mode & 0o077:
-            log("warning", "others can read the enrollment token; chmod 0600 it", path=path)
-        return "Basic " + make_base64(token)
+        if loose:
+            log("warning", "others can read the enrollment token", reason=loose)
+        return make_authorization(secret, user)
 
     def note_fault(self, error, end):
         """Keeps the back-off that follows from a fault (E-045, E-062).
 
         end: expiry of the SVID in use; the delay is capped so that several attempts fit before it.
         """
-        est, jitter, refused = self.est, get_random(), isinstance(error, Untrusted)
-        delay = (1 - jitter) * grow(EST_FIRST, est.get("failures", 0) + 1, EST_CAP)
-        if refused:
-            delay = (1 - jitter / 2) * EST_CAP
+        est = self.est
+        jitter = get_random()
+        refused = isinstance(error, Untrusted)
+        delay = (1 - jitter / 2) * (EST_CAP if refused else grow(EST_FIRST, est.get("failures", 0) + 1,
+                                                                 EST_CAP))
         if end is not None:
             delay = min(delay, (end - self.clock.now) / 4)
         if isinstance(error, Pending):
@@ -7998,8 +8889,11 @@ class Enrollment:
         self.keep(refused=error.message if refused else None)
 
     def finish(self):
-        """Clears up after an activation, as often as it takes; the token is erased, and never sent again (E-044)."""
-        used, token = self.est.get("token") or self.est.get("used"), self.load_token()
+        """Clears up after an activation, as often as it takes; the token is erased, and never sent again
+        (E-044).
+        """
+        used = self.est.get("token") or self.est.get("used")
+        token = self.load_token()
         if token and sha256_digest(token) == used and not remove_file(self.settings.est.token_file):
             log("warning", "the enrollment token has served and cannot be erased; remove it",
                 path=self.settings.est.token_file)
@@ -8012,8 +8906,11 @@ class Enrollment:
         return obtain_trust_bundle(self.config, self.store, self.state, domain, self.clock.now, since=since)
 
     def obtain(self, leaf, renewing, mark):
-        """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, proof, activation."""
-        renewed, bundle = leaf if renewing else None, self.obtain_bundle(leaf)
+        """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, proof,
+        activation.
+        """
+        renewed = leaf if renewing else None
+        bundle = self.obtain_bundle(leaf)
         if not self.load_chain(renewed):
             if self.est.get("stage") != "issued":
                 self.post_request(renewed, mark)
@@ -8047,15 +8944,18 @@ class Enrollment:
         """Where to enroll; raises Untrusted where nobody says it."""
         url = self.settings.est.url or self.state["trust"].get("est")
         if not url:
-            raise Untrusted(f"identity.discovery {self.settings.discovery} names no {EST_FIELD}, and identity.est.url is not set")
+            raise Untrusted(f"identity.discovery {self.settings.discovery} names no {EST_FIELD}, and"
+                            " identity.est.url is not set")
         return url
 
     def post_request(self, renewed, mark):
         """Asks for an SVID, and makes the answer durable before anything else (E-042, E-043)."""
         import base64
-        settings, headers = self.settings, {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
+        settings = self.settings
+        headers = {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
         url = f"{self.find_url()}/{'simplereenroll' if renewed else 'simpleenroll'}"
-        context, check_peer = obtain_mis_context(self.config, url)      # a fresh one: no certificate in the other form (E-034)
+        # a fresh one: no certificate in the other form (E-034)
+        context, check_peer = obtain_mis_context(self.config, url)
         if renewed:
             load_key_pair(context, settings.certificate, settings.key)
             body = run_renewal_csr(renewed, settings.key)
@@ -8079,7 +8979,8 @@ class Enrollment:
         path = self.settings.key
         if not self.est.get("stage") or self.est.get("token") != mark:
             self.state["est"] = {"stage": "asking", "token": mark, "used": self.est.get("used")}
-            self.store.save_state(self.state)       # first: a new key beside an old certificate is then no broken pair
+            # first: a new key beside an old certificate is then no broken pair
+            self.store.save_state(self.state)
         obtain_key(path)
         key = sha256_digest(load_public_key(path))
         if self.est.get("key", key) != key:
@@ -8090,10 +8991,11 @@ class Enrollment:
     def obtain_chain(self, renewed, bundle):
         """The chain (PEM) from the answer, checked whole; raises Untrusted, Unreachable.
 
-        An answer that will never do is dropped, so that the next attempt asks anew; one that only time or a newer bundle can
-        mend is kept.
+        An answer that will never do is dropped, so that the next attempt asks anew; one that only time or a
+        newer bundle can mend is kept.
         """
-        key_file, trust_domain = self.settings.key, self.state["trust"].get("trustDomain")
+        key_file = self.settings.key
+        trust_domain = self.state["trust"].get("trustDomain")
         try:
             issued = load_certificates(parse_base64(self.est["answer"]))
             leaf = find_issued(issued, load_public_key(key_file), renewed, trust_domain)
@@ -8102,14 +9004,15 @@ class Enrollment:
         except ValueError as error:
             self.drop()
             raise Untrusted(f"the certificate that EST issued is refused: {error}") from None
-        response = fetch_from_mis(f"{self.find_url()}/cacerts", self.config, {"Accept": CERTS_TYPE})            # E-039
+        response = fetch_from_mis(f"{self.find_url()}/cacerts", self.config, {"Accept": CERTS_TYPE})  # E-039
         try:
             found = load_certificates(parse_certs_only(judge_est_response(response, "cacerts", time.time())))
         except ValueError as error:
             raise Untrusted(f"cacerts: {error}") from None
         ahead = leaf.not_before - time.time()
         if 0 < ahead <= CLOCK_SKEW:
-            raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead of ours",
+            raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead"
+                          " of ours",
                           retry_after=ahead + 1)
         try:
             check_validity(leaf, time.time())
@@ -8118,7 +9021,8 @@ class Enrollment:
             raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
 
     def prove(self, chain, own, bundle):
-        """Tries the renewed SVID on a conditional GET; only if the WFM answers does it replace the old one."""
+        """Tries the renewed SVID on a conditional GET; only if the WFM answers does it replace the old one.
+        """
         with lend_file(chain.encode()) as file:
             own = own._replace(certificate_file=file.name)
             source = Mtls(self.config, self.store, self.state).open_source(own, bundle, keep=False)
@@ -8126,13 +9030,15 @@ class Enrollment:
 
 
 def run_renewal_csr(leaf, key_file):
-    """A PKCS#10 request (DER) with subject and subjectAltName as they stand in the SVID, byte for byte (E-063).
+    """A PKCS#10 request (DER) with subject and subjectAltName as they stand in the SVID, byte for byte
+    (E-063).
 
     `openssl req` would encode them again.
     """
-    spki, names = load_public_key(key_file), leaf.extensions[OID_SUBJECT_ALT_NAME][2]
-    algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))                 # ecdsa-with-SHA256
-    if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:                                        # an RSA key
+    spki = load_public_key(key_file)
+    names = leaf.extensions[OID_SUBJECT_ALT_NAME][2]
+    algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))  # ecdsa-with-SHA256
+    if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:  # an RSA key
         algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0")
     extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
     attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, names)))
@@ -8144,29 +9050,35 @@ def run_renewal_csr(leaf, key_file):
 def judge_est_response(response, operation, now):
     """The body of a 200 (protocol of the draft, 3.3).
 
-    Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.  A clock that is wrong is told in the log.
+    Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.  A clock that is wrong is
+    told in the log.
     """
-    theirs = parse_retry_after(response.headers.get("Date"), 0)         # the same form of time, counted from 1970
+    theirs = parse_retry_after(response.headers.get("Date"), 0)  # the same form of time, counted from 1970
     if theirs is not None and abs(theirs - now) > CLOCK_SKEW:
-        log("error", f"the clock of this device says {make_time(now)}, that of the identity service {make_time(theirs)};"
+        log("error", f"the clock of this device says {make_time(now)}, that of the identity service"
+            f" {make_time(theirs)};"
             " set the one that is wrong", code="CLOCK")
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     if response.status == 200:
         return response.body
     if response.status == 202:                      # E-037
-        raise Pending("the identity service has accepted the request and has not decided yet", retry_after=wait)
+        raise Pending("the identity service has accepted the request and has not decided yet",
+                      retry_after=wait)
     problem = parse_problem(response.body)
     words = make_printable(response.body[:500].decode("utf-8", "replace"))
     if problem:
-        words, wait = problem.detail or problem.title, problem.retry_after if wait is None else wait
+        words = problem.detail or problem.title
+        wait = problem.retry_after if wait is None else wait
     message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
-    if response.status in (408, 429) or response.status >= 500:
+    if find_verdict(response.status) == "later":
         raise Unreachable(message, retry_after=wait)
     raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
 
 
 def parse_certs_only(body):
-    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038); raises Untrusted."""
+    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038); raises
+    Untrusted.
+    """
     if body[:1] == b"\x30":
         return body
     try:
@@ -8180,9 +9092,12 @@ def parse_certs_only(body):
 
 
 def load_certificates(data):
-    """The Certificates in CMS SignedData; openssl reads it, because some servers write BER.  Raises ValueError."""
+    """The Certificates in CMS SignedData; openssl reads it, because some servers write BER.  Raises
+    ValueError.
+    """
     try:
-        found = parse_pem(run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii", "replace"))
+        found = parse_pem(run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii",
+                                                                                                "replace"))
     except CommandError:
         found = None
     if found is None or len(found) > MAX_ISSUED:
@@ -8191,16 +9106,19 @@ def load_certificates(data):
 
 
 def find_issued(certificates, spki, renewed, trust_domain):
-    """The leaf among issued Certificates; raises ValueError unless it is for the own key, of a client, and no other than before.
+    """The leaf among issued Certificates; raises ValueError unless it is for the own key, of a client, and no
+    other than before.
 
-    spki: the own public key.  renewed: the leaf that it renews, or None.  trust_domain: as the discovery document says, or None.
+    spki: the own public key.  renewed: the leaf that it renews, or None.  trust_domain: as the discovery
+    document says, or None.
     """
     leaf = next((item for item in certificates if item.spki == spki), None)
     if leaf is None:
         raise ValueError(f"none of the {len(certificates)} certificates issued is for the own key")
     own = make_identity(leaf, "", "").spiffe_id
     if trust_domain and own.trust_domain != trust_domain:
-        raise ValueError(f"the SVID issued is of trust domain {own.trust_domain}, the discovery document says {trust_domain}")
+        raise ValueError(f"the SVID issued is of trust domain {own.trust_domain}, the discovery document says"
+                         f" {trust_domain}")
     if renewed and own.text != renewed.uris[0]:                                                     # E-067
         raise ValueError(f"the SVID issued is {own.text}, the one to be renewed is {renewed.uris[0]}")
     if renewed and leaf.not_after <= renewed.not_after:
@@ -8223,10 +9141,12 @@ def find_paths(chain, candidates):
 def run_paths(leaf, certificates, key_file, anchors):
     """The first chain (PEM) that leads to one of the anchors; raises ValueError: why the first one does not.
 
-    A CA may have several certificates, of which one has ended, or is by a CA that the bundle does not know (F-15).
+    A CA may have several certificates, of which one has ended, or is by a CA that the bundle does not know
+    (F-15).
     """
     from itertools import islice
-    fault, candidates = None, list({item.der: item for item in certificates if item.is_ca}.values())
+    fault = None
+    candidates = list({item.der: item for item in certificates if item.is_ca}.values())
     for path in islice(find_paths([leaf], candidates), MAX_PATHS):
         pem = make_pem(item.der for item in path)
         try:
@@ -8244,7 +9164,7 @@ def tend_identity(agent):
         Enrollment(agent.config, agent.store, agent.state, agent.asked).tend()
 
 
-def check_renewal(agent):
+def examine_renewal(agent):
     """When the own SVID will be renewed, and whether a token waits for `enroll`."""
     if agent.config.identity.enrollment != "est":
         return "ok", ""
@@ -8252,7 +9172,8 @@ def check_renewal(agent):
         leaf = load_identity(agent.config).leaf
     except Untrusted:
         return "ok", ""                             # the check of the identity says it
-    words, path = f"renewed over EST (draft) after {make_time(make_renewal_time(leaf))}", agent.config.identity.est.token_file
+    path = agent.config.identity.est.token_file
+    words = f"renewed over EST (draft) after {make_time(make_renewal_time(leaf))}"
     if path and os.path.exists(path):
         return "warn", f"{words}; the token in {path} has not served, `enroll` uses it"
     return "ok", words
@@ -8260,29 +9181,32 @@ def check_renewal(agent):
 
 ISSUED_FILES = ("issued.p7", "issued.pem", "issued.key")        # of an older agent
 TRACES.extend(ISSUED_FILES)
-STEPS["before"].append(tend_identity)
-CHECKS["renewal"] = check_renewal
+STEPS.insert(0, tend_identity)
+EXAMINE["renewal"] = examine_renewal
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 22. Revocation (optional)
+# 24. Revocation (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
-# Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer of the SVIDs that they
-# list, named by the discovery document alone.
+# Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
+# of the SVIDs that they list, named by the discovery document alone.
 CRL_FIELD = "crlUris"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
 CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
 Crl = define("Crl", "issuer this_update next_update entries number extensions",
-    "What is used of a revocation list: raw name, Unix seconds, the raw entries, CRL number, extensions as of a Certificate.")
+    "What is used of a revocation list: raw name, Unix seconds, raw entries, CRL number, extensions as of a"
+    " Certificate.")
 
-SCHEMA["identity"]["revocation"] = (read_choice("off", "soft", "require"), "soft")
+SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
 
 
 def parse_crl(data):
-    """A revocation list (DER or PEM) to (DER, Crl); raises ValueError, also for one whose meaning is not understood (E-085)."""
+    """A revocation list (DER or PEM) to (DER, Crl); raises ValueError, also for one whose meaning is not
+    understood (E-085).
+    """
     try:
         der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
         fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
@@ -8300,16 +9224,21 @@ def parse_crl(data):
         raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
     known = (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)
     strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical and oid not in known]
-    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:      # a name, and only user certificates, concern every leaf
-        raise ValueError(f"a list of a kind that is not understood (critical {', '.join(strange) or 'scope'})")
+    # a name, and only user certificates, concern every leaf
+    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:
+        words = ", ".join(strange) or "scope"
+        raise ValueError(f"a list of a kind that is not understood (critical {words})")
     entries = fields[5][1] if fields[5][0] == 0x30 else b""
     return der, Crl(fields[2][2], times[0], times[1], entries, number, extensions)
 
 
 def is_listed(crl, serial):
-    """Whether a Crl lists a serial number; the walk is made only where its bytes occur at all, since lists can be long."""
+    """Whether a Crl lists a serial number; the walk is made only where its bytes occur at all, since lists
+    can be long.
+    """
     wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
-    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry, _ in parse_der(crl.entries))
+    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry,
+                                         _ in parse_der(crl.entries))
 
 
 def is_same_issuer(crl, leaf):
@@ -8324,7 +9253,9 @@ def is_revoked(leaf, crls):
 
 
 def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is; raises Untrusted if it is revoked (E-083)."""
+    """Why the revocation status of a peer's leaf is not known, "" where it is; raises Untrusted if it is
+    revoked (E-083).
+    """
     if is_revoked(leaf, crls):
         raise Untrusted("the peer's certificate is revoked")
     if not listed and not crls:
@@ -8342,7 +9273,8 @@ def find_list_fault(state, now):
     for url, record in state["crls"].items():
         end = record["thisUpdate"] + record["validity"] if record.get("digest") else 0
         if now > end:
-            return f"the revocation list {url} " + (f"ended at {make_time(end)}" if end else "could not be had yet")
+            return f"the revocation list {url} " + (f"ended at {make_time(end)}" if end else "could not be"
+                                                    " had yet")
     return ""
 
 
@@ -8353,7 +9285,8 @@ def judge_status(leaf, crls, listed, mode, now):
     """
     fault = find_status_fault(leaf, crls, listed, now)
     if fault and mode == "require":
-        raise Untrusted(f"the WFM's revocation status is not known, and identity.revocation is require: {fault}")
+        raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
+                        f" {fault}")
     if fault:
         log("warning", "the WFM's revocation status is not known", reason=fault)
 
@@ -8374,7 +9307,8 @@ def load_crls(store, state):
         if data is not None:
             found.append(parse_crl(data)[1])
         elif record.get("digest"):
-            log("error", "security: a revocation list at hand is lost; an older one could now pass for the newest", url=url)
+            log("error", "security: a revocation list at hand is lost; an older one could now pass for the"
+                " newest", url=url)
     return found
 
 
@@ -8383,8 +9317,11 @@ def refresh_crls(config, store, state, issuers, seek):
 
     issuers: the Certificates that may have signed one; seek: a function that gets more of them.
     """
-    listed, records, clock, jitter = state["trust"].get("crls") or [], state["crls"], get_clock(), get_random()
+    listed = state["trust"].get("crls") or []
+    records = state["crls"]
     before = make_json(records)
+    clock = get_clock()
+    jitter = get_random()
     os.makedirs(store.path("crls"), 0o700, exist_ok=True)
     for url in listed:
         note_draft(store, state, "revocation lists")
@@ -8411,8 +9348,10 @@ def refresh_crls(config, store, state, issuers, seek):
 
 
 def fetch_crl(config, store, url, records, issuers, seek, now):
-    """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError."""
-    record, headers = records[url], {}
+    """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError.
+    """
+    record = records[url]
+    headers = {}
     if load_crl(store, record) is not None:
         pairs = ("If-None-Match", "etag"), ("If-Modified-Since", "modified")
         headers = {name: record[key] for name, key in pairs if record.get(key)}
@@ -8426,10 +9365,12 @@ def fetch_crl(config, store, url, records, issuers, seek, now):
     if signer is None:
         raise ValueError("no issuer that is known, and may sign lists, has signed it")
     key = sha256_digest(signer.spki)
-    numbers = [item["number"] for item in records.values() if item.get("key") == key]      # of that issuer, wherever it came from
+    # of that issuer, wherever it came from
+    numbers = [item["number"] for item in records.values() if item.get("key") == key]
     if crl.number < max(numbers, default=0):
         raise ValueError(f"security: its number went back from {max(numbers)} to {crl.number}")
-    if record.get("key") not in (None, key):        # a list of another issuer takes nothing from what is held of this one
+    # a list of another issuer takes nothing from what is held of this one
+    if record.get("key") not in (None, key):
         records[f"{url}#{record['key'][7:23]}"] = dict(record)
     digest = sha256_digest(der)
     write_file(store.path("crls", digest[7:]), der)             # it counts once the state names it
@@ -8447,7 +9388,8 @@ def ask_signer(der, crl, issuers):
             if not is_issuer(item, crl) or item.key_usage is not None and CRL_SIGN not in item.key_usage:
                 continue
             try:
-                run_openssl(command, make_pem([item.der]).encode(), b"verify OK")   # its exit code says it in no old version
+                # its exit code says it in no old version
+                run_openssl(command, make_pem([item.der]).encode(), b"verify OK")
                 return item
             except CommandMissing:
                 raise
@@ -8459,7 +9401,7 @@ def ask_signer(der, crl, issuers):
 def fetch_issuers(source):
     """The Certificates above the WFM's, seen over a connection on which nothing is said."""
     chain = fetch_chain(source.url, source.context, source.config.wfm.timeout)
-    if sys.version_info < (3, 10):                  # which shows what was presented, and not what was verified
+    if sys.version_info < (3, 10):  # which shows what was presented, and not what was verified
         chain = chain[:1] + [der for der in chain[1:] if ask_issuer(chain[0], der)]
     return [parse_certificate(der) for der in chain[1:]]
 
@@ -8468,17 +9410,21 @@ def ask_issuer(der, issuer):
     """Whether a certificate is signed by the key of another one; openssl says it."""
     with lend_file(make_pem([der]).encode()) as file:
         try:
-            run_openssl(["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name], make_pem([issuer]).encode())
+            run_openssl(["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name],
+                        make_pem([issuer]).encode())
         except CommandError:
             return False
     return True
 
 
 def refresh_revocation(config, store, state, source=None):
-    """Fetches the revocation lists that are due; an issuer is sought among anchors, own chain and the WFM's chain (E-084)."""
+    """Fetches the revocation lists that are due; an issuer is sought among anchors, own chain and the WFM's
+    chain (E-084).
+    """
     if config.identity.revocation == "off" or not (state["trust"].get("crls") or state["crls"]):
         return
-    held, own = load_trust_bundle(config, store), read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
+    held = load_trust_bundle(config, store)
+    own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
     ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
     chain = source.chain if isinstance(source, MtlsSource) else None
     issuers = [parse_certificate(der) for der in ders + (chain or [])]
@@ -8487,13 +9433,17 @@ def refresh_revocation(config, store, state, source=None):
 
 
 def load_judge(config, store, state, source, keep):
-    """A function that holds the WFM's leaf against the lists at hand; by `require` they are fetched before anything is said."""
+    """A function that holds the WFM's leaf against the lists at hand; by `require` they are fetched before
+    anything is said.
+    """
     mode = config.identity.revocation
     if mode == "require" and keep:
         refresh_revocation(config, store, state, source)
-    crls, listed = load_crls(store, state), state["trust"].get("crls") or ()
+    crls = load_crls(store, state)
+    listed = state["trust"].get("crls") or ()
     if is_revoked(source.identity.leaf, crls):
-        log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued", id=source.client_id)
+        log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued",
+            id=source.client_id)
 
     def judge(leaf, now):
         if mode == "require" or mode == "soft" and (listed or crls):
@@ -8502,10 +9452,14 @@ def load_judge(config, store, state, source, keep):
 
 
 def parse_crl_uris(members, document_url, public, held):
-    """([URL of a list], [words about what was passed over]) from the members of a discovery document (E-080, E-091)."""
-    listed, faults = members.get(CRL_FIELD, []), []
+    """([URL of a list], [words about what was passed over]) from the members of a discovery document (E-080,
+    E-091).
+    """
+    listed = members.get(CRL_FIELD, [])
+    faults = []
     if not isinstance(listed, list):
-        listed, faults = [], [f"{CRL_FIELD} is no list"]
+        listed = []
+        faults = [f"{CRL_FIELD} is no list"]
     good = []
     for uri in listed:
         if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri):
@@ -8517,14 +9471,16 @@ def parse_crl_uris(members, document_url, public, held):
     return good[:MAX_LISTS], faults
 
 
-def find_own_flaw(store, state, leaf):
+def load_own_flaw(store, state, leaf):
     """Why the own leaf is of no use to the WFM."""
-    return "the own SVID is revoked; have a new one issued" if is_revoked(leaf, load_crls(store, state)) else ""
+    return "the own SVID is revoked; have a new one issued" if is_revoked(leaf,
+                                                                          load_crls(store, state)) else ""
 
 
-def check_lists(agent):
+def examine_lists(agent):
     """Whether the revocation lists say something of today."""
-    fault, count = find_list_fault(agent.state, time.time()), len(agent.state["crls"])
+    fault = find_list_fault(agent.state, time.time())
+    count = len(agent.state["crls"])
     if fault:
         return "warn", fault
     return "ok", f"{count} revocation lists (draft)" if count else ""
@@ -8533,19 +9489,21 @@ def check_lists(agent):
 def refresh_after_poll(agent):
     """Fetches revocation lists where there are some and it is time."""
     if not agent.is_downtime():
-        refresh_revocation(agent.config, agent.store, agent.state, agent.source)
+        source = None if agent.silent else agent.source
+        refresh_revocation(agent.config, agent.store, agent.state, source)
 
 
 COMPANIONS["crls"] = Companion(
-    lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=find_own_flaw, judge=load_judge,
-    limits=lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],             # E-090
+    lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=load_own_flaw, judge=load_judge,
+    # E-090
+    limits=lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
     remark=find_list_fault)
-STEPS["after"].append(refresh_after_poll)
-CHECKS["lists"] = check_lists
+STEPS.insert(STEPS.index(Agent.exchange) + 1, refresh_after_poll)
+EXAMINE["lists"] = examine_lists
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 23. Command line
+# 25. Command line
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
@@ -8578,12 +9536,16 @@ def command_run(config, options):
 def start_watch(options):
     """Turns this process into the parent of the daemon: a bare interpreter that holds `watch` and nothing else of this file.
 
-    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays behind.
+    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays behind; it is the compiled
+    form, which is there where this file's source is not.
     """
-    import inspect
-    program = f"{inspect.getsource(watch)}\nraise SystemExit(watch({make_child(options)!r}, 60.0))\n"
+    import marshal
+    parts = {part.__name__: part.__code__ for part in (notify, complain, start_cycle, read_answer, count_wakes, end_cycle, watch)}
+    program = (f"import marshal\nfor name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
+               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"raise SystemExit(watch({make_child(options)!r}, {CYCLE_RETRY}, {HUNG}, {STOP_LIMIT}))\n")
     reader, writer = os.pipe()
-    os.write(writer, program.encode())              # a pipe holds 64 KiB, watch is far smaller
+    os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
     os.dup2(reader, 0)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
@@ -8593,74 +9555,148 @@ def make_child(options):
     """The command line of one cycle: this very file, as a module where it can be, because then its compiled form is kept."""
     path = os.path.abspath(__file__)
     folder, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
     start = [sys.executable, "-I", "-S", path]
-    if name.endswith(".py"):
+    if suffix in (".py", ".pyc") and "." not in stem:
         code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); from importlib import import_module; "
-                f"sys.exit(import_module({name[:-3]!r}).main(sys.argv[1:]))")
+                f"sys.exit(import_module({stem!r}).main(sys.argv[1:]))")
         start = [sys.executable, "-I", "-S", "-c", code, folder]
     return start + options["arguments"] + ["--once"]
 
 
-def watch(child, fallback):
-    """The daemon's parent: runs `child` (an argument list) over and over; self-contained, because only its source is run.
+# The daemon's parent: these functions run in an interpreter that has nothing else of this file, so they import what they need.
+
+def notify(address, text):
+    """Tells systemd something, where it listens."""
+    if not address:
+        return
+    import socket
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
+            peer.connect("\0" + address[1:] if address.startswith("@") else address)
+            peer.send(text.encode())
+    except OSError:
+        pass                                        # nobody listens any more: no reason to end
+
+
+def complain(text):
+    """Writes one line as the log does."""
+    import os
+    import time
+    try:
+        os.write(2, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} error   {text}\n".encode())
+    except OSError:
+        pass                                        # nobody listens any more
+
+
+def start_cycle(child, signals):
+    """(process id, pipe by which it says how long to wait) of a new cycle; raises OSError."""
+    import os
+    import signal
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)                  # whoever else keeps the other end open cannot stop us
+    pid = os.fork()
+    if not pid:
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            os.set_inheritable(writer, True)
+            os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
+        except OSError as error:
+            complain(f"{child[0]} cannot be started ({error.strerror}); is Python still where it was?")
+        finally:
+            os._exit(127)
+    os.close(writer)
+    return pid, reader
+
+
+def read_answer(reader):
+    """What a cycle that has ended said by its pipe; closes it."""
+    import os
+    try:
+        return os.read(reader, 64)
+    except BlockingIOError:
+        return b""
+    finally:
+        os.close(reader)
+
+
+def count_wakes(pid):
+    """How often the kernel has let a process go on after a wait; where that cannot be told, another number each time."""
+    import time
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return int(file.read().partition("voluntary_ctxt_switches:")[2].split()[0])
+    except (OSError, IndexError):
+        return time.monotonic()
+
+
+def end_cycle(pid, limit):
+    """Asks a cycle to end after its current step, and kills it after `limit` seconds; the daemon's exit code."""
+    import os
+    import signal
+    import time
+    end = time.monotonic() + limit
+    os.kill(pid, signal.SIGTERM)
+    while not os.waitpid(pid, os.WNOHANG)[0]:
+        if time.monotonic() > end:
+            complain(f"the cycle did not end within {limit} s, and is killed")
+            os.kill(pid, signal.SIGKILL)
+            return 1
+        signal.sigtimedwait({signal.SIGCHLD}, 0.5)
+    return 0
+
+
+def watch(child, fallback, hung, limit):
+    """Runs `child` (an argument list) over and over; returns the exit code.
 
     A child says by a pipe how long to wait, else `fallback` seconds count.  SIGTERM and SIGINT end it after the current step, SIGHUP
-    starts a cycle at once (each reads the configuration anew).  Speaks systemd's notify protocol.
+    starts a cycle at once (each reads the configuration anew).  systemd's watchdog is fed while cycles can be started and move: one
+    that the kernel has not seen wake for `hung` seconds waits for what will never come, because each of its own waits is shorter, and
+    is killed.  Five in a row that cannot be started end the daemon.
     """
     import os
     import signal
     import time
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    address, beat = os.environ.get("NOTIFY_SOCKET"), int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
-
-    def notify(text):
-        if address:
-            import socket
-            try:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
-                    peer.connect("\0" + address[1:] if address.startswith("@") else address)
-                    peer.send(text.encode())
-            except OSError:
-                pass                                # nobody listens any more: no reason to end
-
-    def start():
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if not pid:
-            try:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
-                os.set_inheritable(writer, True)
-                os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
-            finally:
-                os._exit(70)
-        os.close(writer)
-        return pid, reader
-
-    notify("READY=1")
-    pid, reader, due, proven = 0, 0, 0.0, False
+    address, beat = os.environ.get("NOTIFY_SOCKET", ""), int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
+    notify(address, "READY=1")
+    pid, due, moved, seen, proven, failures = 0, 0.0, 0.0, None, False, 0
     while True:
-        if not pid and time.monotonic() >= due:
-            (pid, reader), due = start(), None
-        wait = beat if pid else min(beat, max(0.0, due - time.monotonic()))
-        number = getattr(signal.sigtimedwait(signals, wait), "si_signo", 0)
-        notify("WATCHDOG=1")
+        now = time.monotonic()
+        if not pid and now >= due:
+            try:
+                (pid, reader), due, moved = start_cycle(child, signals), None, now
+            except OSError as error:
+                complain(f"no cycle can be started ({error.strerror})")
+                failures, due = failures + 1, now + fallback
+        wait = hung / 4 if pid else max(0.0, due - now)
+        number = getattr(signal.sigtimedwait(signals, min(beat, wait)), "si_signo", 0)
+        now = time.monotonic()
         if number in (signal.SIGTERM, signal.SIGINT):
-            notify("STOPPING=1")
-            if pid:
-                os.kill(pid, signal.SIGTERM)
-                os.waitpid(pid, 0)
-            return 0
+            notify(address, "STOPPING=1")
+            return end_cycle(pid, limit) if pid else 0
         if number == signal.SIGHUP:
             due = 0.0
         ended, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
         if ended:
-            answer = os.read(reader, 64), os.close(reader)
+            answer = read_answer(reader)
             if status == 2 << 8 and not proven:     # a configuration that never worked
                 return 2
+            failures = failures + 1 if not answer and status in (1 << 8, 127 << 8) else 0      # Python itself failed, or is not there
             pid, proven = 0, True
-            due = time.monotonic() + float(answer[0] or fallback) if due is None else due
+            due = now + float(answer or fallback) if due is None else due
+        if failures >= 5:
+            complain("five cycles in a row could not be started; this process ends, so that its supervisor learns of it")
+            return 1
+        before, seen = seen, count_wakes(pid) if pid else None
+        moved = moved if pid and seen == before else now
+        if now - moved > hung:
+            complain(f"the cycle has not moved for {hung} s, and is killed")
+            os.kill(pid, signal.SIGKILL)
+        elif not failures:
+            notify(address, "WATCHDOG=1")
 
 
 def command_enroll(config, options):
@@ -8668,16 +9704,17 @@ def command_enroll(config, options):
     for name, (_, act) in OPTIONS["enroll"].items():
         if name in options:
             act(config, options[name])
+    exchange, reconcile = STEPS.index(Agent.exchange), STEPS.index(Agent.reconcile)
     with Agent(config) as agent:
         agent.store.save_memo({})                   # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
         agent.asked = True
         try:
-            for step in STEPS["before"]:
+            for step in STEPS[:exchange]:
                 step(agent)
             source = agent.connect()
             agent.report_capabilities(always=True)
-            for step in STEPS["after"]:
+            for step in STEPS[exchange + 1:reconcile]:
                 step(agent)
         finally:
             agent.store.save_state(agent.state)     # also what was learnt of the trust bundle before it failed
@@ -8702,7 +9739,7 @@ def command_unenroll(config, options):
             except Untrusted as error:
                 log("warning", "the WFM does not know this client any more; the relationship is forgotten here", reason=error.message)
         kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
-        agent.state = dict(make_state(), deployments=kept)
+        agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
         for name in TRACES:
             remove_folder(agent.store.path(name))
@@ -8718,7 +9755,7 @@ def command_plan(config, options):
     if agent.is_downtime():
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
     else:
-        agent.check_patience(time.time(), spread=False)
+        agent.check_patience(spread=False)
         desired = agent.connect(keep=False).fetch_desired(accepted, agent.store.load_artifact)
     if desired:
         entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
@@ -8728,23 +9765,31 @@ def command_plan(config, options):
         except Waiting as error:
             log("warning", error.message)
 
-    def make_targets():
-        return agent.make_targets(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
-
-    for _ in agent.observe(make_targets()) if accepted else ():
-        pass                                        # until all have answered
-    plan = agent.plan(make_targets()) if accepted else []
+    actions, seen = [], {}
+    if accepted:
+        actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
+    others = agent.list_others()
+    changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
+    actions = [action._replace(verb=PRINTED.get(action.verb, action.verb)) for action in actions
+               if action.verb != "clear" or action.deployment_id not in changed]        # else it is part of a move
     if "--json" in options:
-        actions = [{"deploymentId": a.deployment_id, "action": a.action, "reason": a.reason, "deviceId": p.device_id} for p, a, _ in plan]
-        print_json({"version": accepted["version"] if accepted else None, "actions": actions})
+        items = [{"deploymentId": action.deployment_id, "action": action.verb, "reason": action.reason,
+                  "deviceId": action.device_id} for action in actions]
+        print_json({"version": accepted["version"] if accepted else None, "actions": items, "others": others})
     else:
         print(f"desired state: version {accepted['version'] if accepted else 'none'}")
-        for place, action, _ in plan:
-            where = f"on {place.device_id}: " if len(agent.places) > 1 else ""
-            print(f"{action.action:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
-    for (device_id, _), fault in agent.deaf.items():
-        if device_id == agent.device_id:
-            raise fault
+        for action in actions:
+            where = f"on {action.device_id}: " if len(agent.devices) > 1 else ""
+            print(f"{action.verb:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
+        print_others(others, 8)
+    for fault in seen[agent.device_id].silent.values() if seen else ():
+        raise fault
+
+
+def print_others(others, width):
+    """A line for each workload of another owner."""
+    for item in others:
+        print(f"{'other':{width}}{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}; it is left alone")
 
 
 def command_status(config, options):
@@ -8770,6 +9815,7 @@ def command_status(config, options):
             print(f"  {component['state']:8} {component['name']}{reason}")
         if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
             print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
+    print_others(document["others"], 11)
 
 
 def make_status_report(config, state, memo, now):
@@ -8787,7 +9833,8 @@ def make_status_report(config, state, memo, now):
             "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
             "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
             "outbox": len(state["outbox"]), "deployments": deployments,
-            "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()]}
+            "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
+            "others": memo.get("others", [])}
 
 
 def command_history(config, options):
@@ -8806,10 +9853,10 @@ def command_doctor(config, options):
     """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
     agent, failed = Agent(config), False
     agent.state = make_state()
-    own = {"state": check_storage, "clock": check_clock, "engine": check_engine, "children": check_children,
-           "registry": check_registries, "hooks": check_hooks, "labels": check_labels,
-           "identity": lambda agent: agent.get_profile().check(time.time())}
-    for name, check in [*own.items(), *CHECKS.items(), ("wfm", check_connection)]:
+    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("others", check_others),
+                        *EXAMINE.items(), ("registry", check_registries), ("labels", check_labels),
+                        ("identity", lambda agent: agent.get_profile().check(time.time())),
+                        ("wfm", check_connection)):
         try:
             level, words = check(agent)
         except MargoError as error:
@@ -8827,8 +9874,7 @@ def check_storage(agent):
         folder = os.path.dirname(folder) or "/"
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as its owner")
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
+    free, _ = get_space(folder)
     need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
     words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     return ("ok", words) if free > need else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
@@ -8836,7 +9882,7 @@ def check_storage(agent):
 
 def check_labels(agent):
     """Whether every label is called so that no other's has its name; Margo recommends a domain before it (C-088)."""
-    bare = sorted({name for place in agent.places for name in place.device.labels if not re.match(r"[^/.]+(\.[^/.]+)+/.", name)})
+    bare = sorted({name for device in agent.devices for name in device.settings.labels if not re.match(r"[^/.]+(\.[^/.]+)+/.", name)})
     return ("warn", f"device.labels {', '.join(bare)}: put a domain of yours before it, such as example.com/zone") if bare else ("ok", "")
 
 
@@ -8850,23 +9896,19 @@ def check_clock(agent):
 
 def check_engine(agent):
     """Whether something runs workloads here, and answers."""
-    drivers = agent.places[0].drivers
-    if not drivers and agent.places[1:]:
+    drivers = agent.devices[0].drivers
+    if not drivers and agent.devices[1:]:
         return "ok", "nothing here runs workloads; they run on child devices"
     if not drivers:
         return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
     return "ok", "; ".join(driver.check() for driver in drivers.values())
 
 
-def check_children(agent):
-    """Whether every child device answers."""
-    for _ in agent.observe([]) if agent.places[1:] else ():
-        pass                                        # until all have answered
-    words = list(dict.fromkeys(f"{key} does not answer ({error.message}); see its connection in device.children"
-                               for (key, _), error in agent.deaf.items() if key != agent.device_id))
-    if words:
-        raise CommandError("; ".join(words))
-    return "ok", f"{len(agent.places) - 1} answer" if agent.places[1:] else ""
+def check_others(agent):
+    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
+    others = agent.list_others()
+    words = "; ".join(dict.fromkeys(f"{item['name']} of {item['owner'] or 'no owner that is known'}" for item in others))
+    return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
 
 def check_registries(agent):
@@ -8876,17 +9918,6 @@ def check_registries(agent):
             if entry[key] and read_file(entry[key], MAX_CERTIFICATES) is None:
                 raise ConfigError(f"registries.{host}.{key} {entry[key]}: no such file")
     return "ok", ""
-
-
-def check_hooks(agent):
-    """Whether every hook can be run."""
-    broken = [path for path in agent.config.hooks.run if not os.path.isfile(path) or not os.access(path, os.X_OK)]
-    if broken:
-        raise ConfigError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
-    loose = [path for path in agent.config.hooks.run if os.stat(path).st_mode & 0o022]
-    if loose:
-        return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
-    return "ok", f"{len(agent.config.hooks.run)} to be run around changes" if agent.config.hooks.run else ""
 
 
 def check_connection(agent):
@@ -8899,7 +9930,7 @@ def check_connection(agent):
 def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
     agent = Agent(config)
-    documents = [agent.make_capabilities(place) for place in agent.places]
+    documents = [agent.make_capabilities(device) for device in agent.devices]
     print_json(documents if documents[1:] else documents[0])
 
 
@@ -8930,7 +9961,7 @@ def command_retry(config, options):
         wanted = (options["operand"] or "").lower()
         records = [record for key, record in agent.state["deployments"].items() if record["state"] == "failed" and wanted in ("", key)]
         for record in records:
-            record.update(retryAt=0, failures=0, repairs=0)
+            record.update(retry={}, repair={})
         agent.store.save_state(agent.state)
         if wanted and not records:
             raise ConfigError(f"{options['operand']} is no failed deployment; `status` lists them")
@@ -8992,8 +10023,9 @@ def print_help():
     print(USAGE)
     for name, (function, known, operand) in COMMANDS.items():
         words = "".join(f"[{option} {value}".rstrip() + "]" for option, value in known.items()) or operand
-        print(f"  {name:13} {words:17} {function.__doc__}")
-    print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml\n" + __doc__[__doc__.index("Exit codes"):__doc__.index("Files.")])
+        print(f"  {name:13} {words:17} {function.__doc__ or ''}".rstrip())
+    print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml")
+    print("".join((__doc__ or "").partition("Exit codes")[1:]).partition("Files.")[0])          # python -OO keeps no docstrings
 
 
 def run_main(arguments):
@@ -9036,7 +10068,8 @@ def main(arguments=None):
         code = run_main(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
-    except MargoError as error:
+    except (MargoError, MemoryError) as error:
+        error = to_fault(error)
         log("error", error.message, code=error.code)
         return error.exit
     except BrokenPipeError:
@@ -9046,6 +10079,11 @@ def main(arguments=None):
         return 130
     except Exception as error:                      # a bug: one line for the operator, the rest for whoever mends it
         import errno
+        if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):        # `idna` needs unicodedata
+            log.form = "text"                       # the other form needs a module itself
+            log("error", f"this Python lacks a part of its standard library ({error}); install it (see README, Small devices)",
+                code=ConfigError.code)
+            return ConfigError.exit
         import traceback
         if getattr(error, "errno", 0) == errno.ENOSPC:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -296,6 +296,15 @@ class Cycle(AgentCase):
                               timeout=60)
         self.assertEqual(done.stdout, b"0 unchanged\n")
 
+    def test_a_poll_needs_no_thread(self):
+        """A device at its limit of tasks installs and reports all the same (P-15: reads are paced, not watched)."""
+        code = ("import sys, threading\ndef start(thread): raise RuntimeError(\"can't start new thread\")\n"
+                "threading.Thread.start = start\nimport margo_agent\nsys.exit(margo_agent.main(sys.argv[1:]))")
+        self.publish()
+        done = subprocess.run([sys.executable, "-c", code] + self.device.command("run", "--once")[2:], cwd=support.ROOT,
+                              env=self.device.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+        self.assertEqual(done.returncode, 0, done.stdout)
+
     def test_the_file_works_alone_in_an_empty_folder(self):
         folder = support.make_folder(self)
         with open(support.AGENT, "rb") as file:
@@ -306,21 +315,27 @@ class Cycle(AgentCase):
         self.assertEqual((done.returncode, self.running()), (0, ["running"]), done.stderr)
         self.assertEqual(os.listdir(folder), ["margo_agent.py"])
 
+    def test_the_module_form_runs_from_its_folder_as_cron_does(self):
+        self.publish()
+        done = subprocess.run([sys.executable, "-m", "margo_agent", "-c", self.device.config_file, "run", "--once"],
+                              cwd=os.path.dirname(support.AGENT), env=self.device.env, stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual((done.returncode, self.running()), (0, ["running"]), done.stderr)
+
 
 class Times(unittest.TestCase):
     CONFIG = margo_agent.make_config({"wfm": {"url": "https://x"}, "identity": {"certificate": "c", "key": "k", "trust_bundle": "b"}}, "/", {})
 
     def delay(self, fault=None, jitter=0.5, **state):
-        return margo_agent.make_delay(self.CONFIG, dict(margo_agent.make_state(), **state), fault, 1000, jitter)
+        return margo_agent.make_delay(self.CONFIG, dict(margo_agent.make_state(), **state), fault, margo_agent.Clock(1000, "", 0), jitter)
 
     def test_the_interval_has_jitter(self):
         """P-19, D-7"""
         self.assertEqual([self.delay(jitter=jitter) for jitter in (0, 0.5, 1)], [54, 60, 66])
 
     def test_a_failed_deployment_is_tried_when_it_is_due(self):
-        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": False, "retryAt": 1020}}), 20)
-        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": False, "retryAt": 10}}), 1)
-        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": True, "retryAt": 10}}), 60)
+        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": False, "retry": {"failures": 1, "at": 990, "delay": 30}}}), 20)
+        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": False, "retry": {"failures": 1, "at": 0, "delay": 10}}}), 1)
+        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": True, "retry": {"failures": 1, "at": 0, "delay": 10}}}), 60)
 
     def test_patience_and_refusals_slow_the_daemon_down(self):
         """C-056, C-057"""

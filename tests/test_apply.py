@@ -289,7 +289,7 @@ class Failure(ApplyCase):
         self.device.cycle(1)
         self.assertEqual(self.commands("create"), [])
         record = self.state_of()
-        self.assertGreater(record["retryAt"], time.time())
+        self.assertGreater(record["retry"]["at"] + record["retry"]["delay"], time.time())
         self.engine.change(exits={})
         self.assertIn("1 failed", self.device.run("retry", HELLO).stdout)
         self.device.cycle(0)
@@ -448,7 +448,7 @@ class Drift(ApplyCase):
         """P-6, D-35: the engine has none, or the document that says what is secret is gone: the failure is told without it."""
         for damage in (lambda: self.engine.change(logless=True), lambda: shutil.rmtree(os.path.join(self.device.state_dir, "artifacts"))):
             state = self.device.state()
-            state["deployments"][HELLO].update(repairs=5, repairedAt=int(time.time()))
+            state["deployments"][HELLO].update(repair={"failures": 5, "at": time.time(), "delay": 30})
             support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(state), 0o600)
             with self.engine.open() as held:
                 held["containers"][self.name]["state"] = "exited"

@@ -250,6 +250,110 @@ class Enrollment(Site):
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertEqual(len(self.issued()) - before, 1)
 
+    def certify_issuer(self, signer, start, end):
+        """Another certificate of the issuing CA, with its name and its key; the path."""
+        current, again = self.mis.path("issuing.pem"), f"again-{signer}"
+        support.write(self.pki.path(f"{again}.cnf"), "\n".join((
+            "[ca]", "default_ca = x", "[x]", "new_certs_dir = .", f"database = {again}.db", f"serial = {again}.serial",
+            "default_md = sha256", "policy = any", "unique_subject = no", "preserve = yes", "[any]",
+            "organizationName = optional", "commonName = optional", "[ext]", "basicConstraints = critical, CA:TRUE",
+            "keyUsage = critical, keyCertSign, cRLSign", "subjectKeyIdentifier = hash", "")))
+        support.write(self.pki.path(f"{again}.db"), "")
+        support.write(self.pki.path(f"{again}.serial"), os.urandom(8).hex())
+        self.pki.run("x509", "-x509toreq", "-in", current, "-signkey", self.mis.path("issuing.key"), "-out", f"{again}.csr")
+        self.pki.run("ca", "-batch", "-config", f"{again}.cnf", "-extensions", "ext", "-startdate", support.moment(start),
+                     "-enddate", support.moment(end), "-notext", "-in", f"{again}.csr", "-out", f"{again}.pem",
+                     "-cert", f"{signer}.pem", "-keyfile", f"{signer}.key")
+        return self.pki.path(f"{again}.pem")
+
+    def test_every_certificate_of_the_issuer_is_tried(self):
+        """E-039, F-15: one that has ended, or is by a CA that the bundle does not know, may come first."""
+        for signer, start, end in (("ca", "-400d", "-1d"), ("site-ca", "-10d", "+100d")):
+            other, current = self.certify_issuer(signer, start, end), self.mis.path("issuing.pem")
+            for order in ([other, current], [current, other]):
+                device = self.make_device()
+                files = [word for path in order for word in ("-certfile", path)]
+                body = subprocess.run(["openssl", "crl2pkcs7", "-nocrl", "-outform", "DER", *files], check=True,
+                                      stdout=subprocess.PIPE).stdout
+                self.mis.fault({"path": "*/cacerts", "status": 200, "body": base64.encodebytes(body).decode()})
+                with self.subTest((signer, order[0] == other)):
+                    device.cycle()
+                    chain = margo_agent.parse_pem(read(device.certificate).decode())
+                    self.assertEqual(chain[1:], margo_agent.parse_pem(read(current).decode()))
+
+    def test_enroll_uses_a_fresh_token_although_the_svid_is_good(self):
+        """F-35: a WFM that does not take the SVID any more; `run` goes on with it, doctor and `enroll` help."""
+        self.device.cycle()
+        first = self.leaf()
+        self.mis.add_token("line-4:new")
+        support.write(self.device.token, "line-4:new\n", 0o600)
+        self.device.cycle()
+        self.assertEqual(self.leaf(), first)
+        self.assertRegex(self.device.run("doctor").stdout, r"warn renewal .*has not served, `enroll` uses it")
+        done = self.device.run("enroll")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertNotEqual(self.leaf(), first)
+        self.assertEqual((read(self.device.token), self.leaf().spki), (None, first.spki))
+
+    def test_a_fresh_token_that_is_refused_is_told_and_the_svid_stays(self):
+        """F-35: also where the service takes its time; `run` then goes on asking."""
+        self.device.cycle()
+        first = self.leaf()
+        support.write(self.device.token, "line-4:wrong\n", 0o600)
+        done = self.device.run("enroll")
+        self.assertEqual((done.returncode, self.leaf()), (0, first), done.stderr)
+        self.assertIn("is not renewed yet: enrollment authorization refused", done.stderr)
+        self.mis.add_token("line-4:slow", review=1)
+        support.write(self.device.token, "line-4:slow\n", 0o600)
+        self.assertIn("has not decided yet", self.device.run("enroll").stderr)
+        time.sleep(1.1)
+        self.let_retry()
+        self.device.cycle()
+        self.assertNotEqual(self.leaf(), first)
+
+    def leave_files(self, **record):
+        """The state directory as an older agent left it: what was issued in files of its own, and a record without stage."""
+        state = self.device.state()
+        pending, folder = state["est"], self.device.state_dir
+        support.write(os.path.join(folder, "issued.p7"), base64.b64decode(pending["answer"]))
+        if "chain" in pending:
+            support.write(os.path.join(folder, "issued.pem"), pending["chain"])
+        support.write(os.path.join(folder, "issued.key"), "of a retired setting")
+        members = {name: pending[name] for name in ("token", "key", "used") if name in pending}
+        state.update(est=dict(members, **record), patience={})
+        support.write(os.path.join(folder, "state.json"), margo_agent.make_json(state))
+
+    def check_taken_over(self, issued):
+        """The next cycle goes on, without another request, and leaves nothing behind."""
+        self.device.cycle()
+        self.assertEqual((len(self.issued()), list(self.device.state()["est"])), (issued, ["used"]))
+        self.assertEqual([name for name in os.listdir(self.device.state_dir) if name.startswith("issued")], [])
+
+    def test_an_enrollment_that_an_older_agent_began_goes_on(self):
+        """E-042, E-043: with the answer at hand, and with a request that was never answered."""
+        self.mis.misissue(cacerts="none")
+        self.device.cycle(5)
+        self.mis.misissue()
+        self.leave_files()
+        self.check_taken_over(1)
+        self.device = self.make_device()
+        self.mis.fault({"path": "*/simpleenroll", "status": 503, "times": 1})
+        self.device.cycle(3)
+        state = self.device.state()
+        state.update(est={"token": state["est"]["token"], "key": state["est"]["key"], "used": None}, patience={})
+        support.write(os.path.join(self.device.state_dir, "state.json"), margo_agent.make_json(state))
+        key = read(self.device.key)
+        self.check_taken_over(2)
+        self.assertEqual(read(self.device.key), key)
+
+    def test_a_renewal_that_an_older_agent_began_goes_on(self):
+        """E-043: the chain that waited for its proof."""
+        self.age()
+        self.wfm.fault({"path": "/api/v1/deployments", "status": 403, "times": 1})
+        self.device.cycle(3)
+        self.leave_files(at=0, delay=60, failures=1)
+        self.check_taken_over(2)
+
     def test_a_token_that_served_is_never_sent_again(self):
         """E-044: also if it comes back from a backup and the SVID is gone."""
         self.device.cycle()
@@ -460,6 +564,15 @@ class Requests(unittest.TestCase):
 
 class Decisions(unittest.TestCase):
     """The pure part."""
+
+    def test_many_certificates_of_one_name_make_no_endless_search(self):
+        """F-15: paths are found one after the other, each at most ten long."""
+        many = [margo_agent.Certificate(b"%d" % number, b"a", b"b", number, 0, 9, b"", [], True, None, {})
+                for number in range(16)]
+        loop = many + [item._replace(der=item.der + b"b", subject=b"b", issuer=b"a") for item in many]
+        leaf = margo_agent.Certificate(b"leaf", b"c", b"a", 1, 0, 9, b"", [], False, None, {})
+        paths = [path for path, _ in zip(margo_agent.find_paths([leaf], loop), range(16))]
+        self.assertEqual((len(paths), {len(path) for path in paths}), (16, {10}))
 
     def make(self, der=b"x", start=0, end=1000):
         return margo_agent.Certificate(der, b"", b"", 1, start, end, b"", [CLIENT_ID], False, {0}, {})

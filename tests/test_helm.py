@@ -530,8 +530,6 @@ class HelmCase:
         self.assertEqual(names(), [[f"web-{HELLO}"], [f"web-{HELLO}"]])
         self.device.cycle(0)
         self.assertEqual(names(), [[], [f"web-{HELLO}"]])
-        self.device.cycle(0)
-        self.assertEqual(self.device.state()["deployments"][HELLO]["left"], [])
 
 
 class Helm3(HelmCase, unittest.TestCase):

@@ -5,9 +5,7 @@ tests/data/compose/valid: files that make_project must read as Docker Compose re
 tests/data/compose/invalid: files to be refused; their first line is `# expected: CODE part of message`.
 """
 import atexit
-import contextlib
 import functools
-import io
 import itertools
 import json
 import os
@@ -22,13 +20,15 @@ import unittest
 from unittest import mock
 
 import margo_agent
-from tests import support
+from tests import fake_podman, support
 
 CORPUS = os.path.join(support.DATA, "compose")
 PROJECT = f"web-{support.HELLO}"
 IMAGE = support.IMAGE
 MARGO_LABELS = ("org.margo.deployment", "org.margo.component", "org.margo.project", "org.margo.service",
-                "org.margo.hash", "org.margo.device")
+                "org.margo.hash", "org.margo.device", "org.margo.owner")
+OWNER = "spiffe://factory.example/margo/wfm/main/client/a#a"
+MARKS = [f"--label=org.margo.owner={OWNER}", "--label=org.margo.project=web-3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10"]
 
 
 def list_corpus(kind):
@@ -68,7 +68,7 @@ class RuntimeCase(unittest.TestCase):
 
     def make_workload(self, parameters=None, environment=None, wait=False, component="web"):
         return margo_agent.Workload(support.HELLO, component, PROJECT, self.archive, parameters or {},
-                                    environment or {}, wait)
+                                    environment or {}, wait, owner=OWNER)
 
     def settle(self, document, parameters=None, strict=True, environment=None, engine="podman"):
         """The Project of a compose file's text or value."""
@@ -1287,22 +1287,21 @@ class Shared(RuntimeCase):
                                 "foreign": {"external": True},
                                 "both": {"external": "true", "name": "theirs"}}}
         self.assertEqual(margo_agent.make_volumes(document, self.make_workload()), {
-            "plain": (f"{PROJECT}_plain", []), "labelled": (f"{PROJECT}_labelled", ["--label=a=b"]),
-            "named": ("own", []), "foreign": ("foreign", None),
+            "plain": (f"{PROJECT}_plain", MARKS), "labelled": (f"{PROJECT}_labelled", ["--label=a=b"] + MARKS),
+            "named": ("own", MARKS), "foreign": ("foreign", None),
             "both": ("theirs", None)})
         project = self.settle(make_document({}, **document))
         self.assertEqual(set(project.volumes), {f"{PROJECT}_plain", f"{PROJECT}_labelled", "own"})
 
     def test_networks_and_how_they_are_made(self):
-        mark = f"--label=org.margo.project={PROJECT}"
         document = {"networks": {"plain": None, "inner": {"internal": True, "labels": ["a=b"]},
                                  "foreign": {"external": True, "name": "plant"},
                                  "fixed": {"driver": "bridge",
                                            "ipam": {"config": [{"subnet": "10.1.0.0/24", "gateway": "10.1.0.1"}]}}}}
         self.assertEqual(margo_agent.make_networks(document, self.make_workload()), {
-            "default": (f"{PROJECT}_default", [mark]), "plain": (f"{PROJECT}_plain", [mark]),
-            "inner": (f"{PROJECT}_inner", ["--label=a=b", "--internal", mark]), "foreign": ("plant", None),
-            "fixed": (f"{PROJECT}_fixed", ["--subnet=10.1.0.0/24", "--gateway=10.1.0.1", mark])})
+            "default": (f"{PROJECT}_default", MARKS), "plain": (f"{PROJECT}_plain", MARKS),
+            "inner": (f"{PROJECT}_inner", ["--label=a=b"] + MARKS + ["--internal"]), "foreign": ("plant", None),
+            "fixed": (f"{PROJECT}_fixed", MARKS + ["--subnet=10.1.0.0/24", "--gateway=10.1.0.1"])})
 
     def test_names_that_an_engine_would_take_for_something_else_are_refused(self):
         for name in ("../x", "a b", "-x", "a/b", "", "ns:/proc/1/ns/net"):
@@ -1401,13 +1400,34 @@ class Shared(RuntimeCase):
         for labels in ({"org.margo.deployment": "x"}, ["org.margo.service=x"], {"org.margo.anything": None}):
             for strict in (True, False):
                 self.assertRefused(make_document({"labels": labels}), "services.main.labels: org.margo.", strict=strict)
+                for kind in ("networks", "volumes"):
+                    self.assertRefused(make_document({}, **{kind: {"a": {"labels": labels}}}), f"{kind}.a.labels: org.margo.",
+                                       strict=strict)
 
     def test_a_providers_file_has_the_labels_by_which_containers_are_found(self):
         project = self.settle(make_document({"labels": ["a=b"]}), strict=False)
         self.assertEqual(project.document["services"]["main"]["labels"], {
             "a": "b", "org.margo.deployment": support.HELLO, "org.margo.component": "web", "org.margo.project": PROJECT,
             "org.margo.service": "main",
-            "org.margo.hash": project.services[0].hash, "org.margo.device": ""})
+            "org.margo.hash": project.services[0].hash, "org.margo.device": "", "org.margo.owner": OWNER})
+
+    def test_networks_and_volumes_of_a_providers_file_say_whose_they_are(self):
+        """Contract, On the engine.  What is external is another's, and stays as it is written."""
+        shared = {"data": {"labels": ["a=b"]}, "plant": {"external": True}}
+        document = self.settle(make_document({}, networks=shared, volumes=shared), strict=False).document
+        marks = {"org.margo.project": PROJECT, "org.margo.owner": OWNER}
+        for kind in ("networks", "volumes"):
+            self.assertEqual(document[kind]["data"]["labels"], dict(marks, a="b"))
+            self.assertEqual(document[kind]["plant"], {"external": True})
+        self.assertEqual(document["networks"]["default"]["labels"], marks)
+
+    def test_the_owner_is_no_part_of_the_hash(self):
+        """What an older agent made keeps running when the agent is updated."""
+        document, workload = make_document({"volumes": ["data:/d"]}, volumes={"data": None}), self.make_workload()
+        for strict in (True, False):
+            hashes = {margo_agent.make_project(document, workload._replace(owner=owner), self.config.policy, "podman",
+                                               strict).services[0].hash for owner in ("", OWNER)}
+            self.assertEqual(len(hashes), 1, strict)
 
     def test_relative_paths_are_settled_for_every_provider(self):
         """podman-compose takes paths from beside its file, Docker Compose from --project-directory: none is left."""
@@ -1657,8 +1677,8 @@ class ParseContainers(unittest.TestCase):
                          [margo_agent.Container("abc", "web-1", support.HELLO, "", "", "", "running", "compose")])
 
     def test_what_docker_shows(self):
-        line = json.dumps(["abc", "web-1", support.HELLO, "c", "s", "h", "gw/a", "exited", "Exited (1) 3 seconds ago"])
-        expected = margo_agent.Container("abc", "web-1", support.HELLO, "c", "s", "h", "exited", "compose", "gw/a")
+        line = json.dumps(["abc", "web-1", support.HELLO, "c", "s", "h", "gw/a", "us", "exited", "Exited (1) 3 seconds ago"])
+        expected = margo_agent.Container("abc", "web-1", support.HELLO, "c", "s", "h", "exited", "compose", "gw/a", owner="us")
         self.assertEqual(margo_agent.parse_containers(f"{line}\n{line}\n".encode(), "docker"), [expected, expected])
         self.assertEqual(margo_agent.parse_containers(b"", "docker"), [])
 
@@ -1667,7 +1687,7 @@ class ParseContainers(unittest.TestCase):
         for name in ("/etc", "../../..", "", "d", support.HELLO + "\n", support.HELLO + "/.."):
             item = dict(self.GOOD, Labels=dict(self.GOOD["Labels"], **{"org.margo.deployment": name}))
             self.assertEqual(margo_agent.parse_containers(json.dumps([item]).encode(), "podman"), [])
-            self.assertEqual(margo_agent.parse_containers(json.dumps(["a", "b", name, "", "", "", "", "exited", ""]).encode(), "docker"), [])
+            self.assertEqual(margo_agent.parse_containers(json.dumps(["a", "b", name, "", "", "", "", "", "exited", ""]).encode(), "docker"), [])
 
     def test_the_state_of_health_is_in_the_words_of_the_status(self):
         """Drift of a service that runs and is not well is seen without a further command."""
@@ -1679,7 +1699,7 @@ class ParseContainers(unittest.TestCase):
             (container,) = margo_agent.parse_containers(json.dumps([item]).encode(), "podman")
             self.assertEqual((container.state, container.health, container.started), expected + (17,))
             (container,) = margo_agent.parse_containers(json.dumps(
-                ["i", "n", support.HELLO, "c", "s", "h", "", state, str(status)]).encode(), "docker")
+                ["i", "n", support.HELLO, "c", "s", "h", "", "", state, str(status)]).encode(), "docker")
             self.assertEqual((container.state, container.health), expected)
 
     def test_an_answer_of_another_form_is_not_taken_for_no_containers(self):
@@ -1696,7 +1716,7 @@ class ParseContainers(unittest.TestCase):
                 with self.assertRaises(margo_agent.CommandError) as caught:
                     margo_agent.parse_containers(data, "podman")
                 self.assertIn("podman ps answered in an unknown form", caught.exception.message)
-        for data in (b"abc\n", b'["a"]\n', b'["a","b","c","d","e","f","g","h","i","j"]\n', b"\n", b"Error: no\n"):
+        for data in (b"abc\n", b'["a"]\n', b'["a","b","c","d","e","f","g","h","i","j","k"]\n', b"\n", b"Error: no\n"):
             with self.subTest(data=data):
                 with self.assertRaises(margo_agent.CommandError) as caught:
                     margo_agent.parse_containers(data, "docker")
@@ -1724,6 +1744,7 @@ class Ports(RuntimeCase):
 class DriverCase(RuntimeCase):
     provider = None
     starts_processes = False
+    claim = margo_agent.Claim(OWNER, frozenset(), frozenset([support.HELLO]), frozenset())
 
     def setUp(self):
         super().setUp()
@@ -1731,7 +1752,7 @@ class DriverCase(RuntimeCase):
         self.start_patch(mock.patch.dict(os.environ, self.engine.env))
         if not self.starts_processes:
             self.start_patch(mock.patch.object(margo_agent, "run_command", self.run_here))
-        self.driver = margo_agent.ComposeDriver("podman", self.provider, self.config)
+        self.driver = margo_agent.ComposeDriver("podman", self.provider, self.config, claim=lambda: self.claim)
 
     def start_patch(self, patch):
         patch.start()
@@ -1739,18 +1760,10 @@ class DriverCase(RuntimeCase):
 
     def run_here(self, argv, timeout, env=None, patient=False):
         """The engine of files in this process: a process for each of hundreds of commands would take too long."""
-        from tests import fake_podman as engine     # it asks for FAKE_PODMAN as it is imported
         for argument in argv:
             self.assertNotIn(b"\0", os.fsencode(argument))
-        stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), mock.patch.object(sys, "argv",
-            argv), \
-                mock.patch.object(engine, "FOLDER", self.engine.folder):
-            try:
-                engine.main()
-            except SystemExit as end:
-                code = end.code or 0
-        return margo_agent.Output(code, stdout.getvalue().encode(), stderr.getvalue().strip())
+        code, stdout, stderr = fake_podman.answer(self.engine.folder, argv[1:], os.getpid())
+        return margo_agent.Output(code, stdout.encode(), stderr.strip())
 
     def prepare(self, document, **options):
         self.add_file("compose.yaml", document if isinstance(document, str) else json.dumps(document))
@@ -1798,13 +1811,13 @@ class CommandLines(DriverCase):
         config = next(argument for argument in calls[4] if re.match("--volume=.*:/app:ro$", argument))
         mark = f"--label=org.margo.project={PROJECT}"
         self.assertEqual(calls, [
-            ["network", "create", mark, f"{PROJECT}_default"], ["network", "create", mark, f"{PROJECT}_front"],
-            ["network", "create", "--internal", mark, f"{PROJECT}_back"],
-            ["volume", "create", "--label=a=b", f"{PROJECT}_data"],
+            ["network", "create", *MARKS, f"{PROJECT}_default"], ["network", "create", *MARKS, f"{PROJECT}_front"],
+            ["network", "create", *MARKS, "--internal", f"{PROJECT}_back"],
+            ["volume", "create", "--label=a=b", *MARKS, f"{PROJECT}_data"],
             ["create", f"--name={name}", f"--label=org.margo.deployment={support.HELLO}",
              "--label=org.margo.component=web", mark,
              "--label=org.margo.service=main", f"--label=org.margo.hash={service.hash}", "--label=org.margo.device=",
-             "--http-proxy=false", f"--env-file={self.folder}/main.env", config, "--init",
+             f"--label=org.margo.owner={OWNER}", "--http-proxy=false", f"--env-file={self.folder}/main.env", config, "--init",
              "--publish=80:80", f"--volume={PROJECT}_data:/d", f"--network={PROJECT}_front", "--network-alias=main",
              "--network-alias=www", IMAGE,
              "sleep", "5"],
@@ -2075,6 +2088,66 @@ class Updates(DriverCase):
         self.assertFails("REMOVE_FAILED", lambda: self.apply(self.make(command=["x"])), "device or resource busy")
 
 
+class Owners(DriverCase):
+    """Whose something on the engine is (contract, On the engine)."""
+
+    def check_names(self, document):
+        self.driver.check_names(*self.prepare(document))
+
+    def test_one_rule_says_what_is_ours(self):
+        claim = margo_agent.Claim("me", {"me", "I-then"}, {support.HELLO}, {"recorded"})
+        other = support.HELLO[:-1] + "1"
+        for deployment_id, owner, container_id, expected in (
+                (support.HELLO, "me", "x", True), (other, "me", "x", True),                     # state lost: by our owner alone
+                (support.HELLO, "stranger", "x", False), (other, "stranger", "x", False),
+                (support.HELLO.upper(), "I-then", "x", True), (other, "I-then", "x", False),
+                (support.HELLO, "", "x", True), (other, "", "x", False),                        # before there was this label
+                (other, "stranger", "recorded", True), (support.HELLO, "stranger", None, False)):
+            with self.subTest(deployment_id=deployment_id, owner=owner, container_id=container_id):
+                self.assertIs(margo_agent.is_ours(claim, deployment_id, owner, container_id), expected)
+        self.assertFalse(margo_agent.is_ours(claim._replace(owner=""), other, ""), "an agent without identity owns what has no label")
+
+    def test_the_look_keeps_strangers_aside(self):
+        self.apply(make_document({}))
+        with self.engine.open() as held:
+            (mine,) = held["containers"].values()
+            for name, owner in (("theirs", "stranger"), ("forged", OWNER)):
+                labels = dict(mine["labels"], **{"org.margo.owner": owner})
+                held["containers"][name] = dict(mine, id=name, labels=labels)
+        self.assertEqual({item.name for item in self.driver.observe()}, {f"{PROJECT}-main-1", "forged"})
+        self.assertEqual([(item.name, item.owner) for item in self.driver.find_strangers()], [("theirs", "stranger")])
+
+    def test_a_name_of_a_stranger_s_fails_the_component_before_anything_is_touched(self):
+        document = make_document({"volumes": ["data:/d"]}, volumes={"data": None})
+        self.apply(document)
+        for kind, name in (("networks", f"{PROJECT}_default"), ("volumes", f"{PROJECT}_data"), ("containers", f"{PROJECT}-main-1")):
+            with self.engine.open() as held:
+                kept = json.dumps(held[kind][name])
+                if kind == "containers":
+                    held[kind][name]["labels"]["org.margo.owner"] = "stranger"
+                else:
+                    held[kind][name] = ["org.margo.owner=stranger"]
+            self.engine.forget_calls()
+            self.assertFails("NAME_TAKEN", lambda: self.check_names(document), f"{kind[:-1]} {name} belongs to another agent, stranger")
+            self.assertEqual(self.changes(), [])
+            with self.engine.open() as held:
+                held[kind][name] = json.loads(kept)
+            self.check_names(document)
+
+    def test_what_has_no_owner_or_is_external_is_taken_as_it_is(self):
+        with self.engine.open() as held:
+            held["volumes"] = {f"{PROJECT}_data": [], "plant": ["org.margo.owner=stranger"]}
+            held["networks"] = {"plant": ["org.margo.owner=stranger"]}
+        self.check_names(make_document({"volumes": ["data:/d", "plant:/p"]}, volumes={"data": None, "plant": {"external": True}},
+                                       networks={"plant": {"external": True}}))
+
+    def test_what_an_earlier_identity_made_is_still_ours(self):
+        self.apply(make_document({}))
+        self.claim = self.claim._replace(owner="another now", owners={OWNER})
+        self.check_names(make_document({}))
+        self.assertEqual(len(self.driver.observe()), 1)
+
+
 class Removal(DriverCase):
     def remove(self, component="web"):
         self.driver.remove(support.HELLO, component, self.driver.observe(), time.monotonic() + 60)
@@ -2091,7 +2164,17 @@ class Removal(DriverCase):
         self.remove()
         self.assertEqual(self.engine.containers(), {})
         with self.engine.open() as held:
-            self.assertEqual((held["networks"], held["volumes"]), ({}, [f"{PROJECT}_data"]))
+            self.assertEqual((held["networks"], held["volumes"]), ({}, {f"{PROJECT}_data": [mark[len("--label="):] for mark in MARKS]}))
+
+    def test_networks_of_another_owner_stay(self):
+        """Contract, On the engine: whatever other labels something has, its owner says whose it is."""
+        self.apply(make_document({}))
+        project = f"org.margo.project={PROJECT}"
+        with self.engine.open() as held:
+            held["networks"].update(theirs=[project, "org.margo.owner=stranger"], older=[project], forged=[project, f"org.margo.owner={OWNER}"])
+        self.remove()
+        with self.engine.open() as held:
+            self.assertEqual(list(held["networks"]), ["theirs"])
 
     def test_another_component_stays(self):
         self.apply(make_document({}))

@@ -22,7 +22,7 @@ from margo_agent import CommandError, ComponentError, Container, Desired, Manife
 from tests import support
 from tests.support import DEVICE
 
-SLOW = float(os.environ.get("MARGO_TEST_SLOW") or 0) > 0
+SLOW = float(os.environ.get("MARGO_TEST_SLOW") or 0) == 1
 SEED = int(os.environ.get("MARGO_TEST_SEED", "1"))
 
 
@@ -108,7 +108,7 @@ class Machine:
     """An engine behind the interface of a driver."""
 
     def __init__(self, rng):
-        self.rng, self.running, self.faulty, self.pulled = rng, {}, True, []
+        self.rng, self.running, self.faulty = rng, {}, True
 
     def fail(self, code):
         if self.faulty and self.rng.random() < 0.05:
@@ -127,7 +127,7 @@ class Machine:
     def tend(self, *_):
         pass                                        # nothing of it has a health check
 
-    def prepare(self, deployment, component, known, store):
+    def prepare(self, deployment, component, known, store, fetched):
         self.fail("PULL_FAILED")
         store.save_artifact(support.digest(component.revision.encode()), component.revision.encode())
         return (deployment.deployment_id, component.revision), {"reference": "x", "digest": support.digest(component.revision.encode())}
@@ -136,6 +136,9 @@ class Machine:
         self.fail("INSTALL_FAILED")
         self.running[prepared[0]] = prepared[1]
         return {"main": {"hash": prepared[1], "finished": False, "image": "x"}}
+
+    def list_ports(self, prepared):
+        return []
 
     def remove(self, deployment_id, *_):
         self.fail("REMOVE_FAILED")
@@ -156,7 +159,7 @@ class Soak(unittest.TestCase):
         fleet, machine = Fleet(rng), Machine(rng)
         config = margo_agent.make_config(dict(self.CONFIG, state_dir=os.path.join(folder, "state")), "/", {})
         agent = margo_agent.Agent(config)
-        agent.places = [agent.places[0]._replace(drivers={"compose": machine})]
+        agent.devices = [agent.devices[0]._replace(drivers={"compose": machine})]
         agent.make_capabilities = lambda place: {"properties": {"id": DEVICE}}
         real = margo_agent.write_file
 
@@ -243,7 +246,7 @@ class Soak(unittest.TestCase):
         middle, end = sizes[len(sizes) // 2], sizes[-1]
         for name, early, late, slack in zip(("objects", "file descriptors", "bytes on the disk"), middle, end, (2000, 1, 60000)):
             self.assertLessEqual(late, early + slack, name)
-        sys.stderr.write(f"\nsoak: {count} cycles by seed {SEED} in {time.monotonic() - start:.0f} s: objects {middle[0]} to {end[0]}, descriptors "
+        sys.__stderr__.write(f"\nsoak: {count} cycles by seed {SEED} in {time.monotonic() - start:.0f} s: objects {middle[0]} to {end[0]}, descriptors "
                          f"{middle[1]} to {end[1]}, disk {middle[2]} to {end[2]} bytes, {grown} KiB more at the peak, {log.count(chr(10))} log lines\n")
 
     def test_the_log_of_a_run_reproduces_from_its_seed(self):
@@ -280,7 +283,7 @@ class AgainstTheExample(support.DeviceCase):
         self.assertEqual({item["labels"]["org.margo.deployment"] for item in self.engine.containers().values()}, wanted)
         for early, late, slack in zip(sizes[len(sizes) // 2], sizes[-1], (3000, 1, 1)):
             self.assertLessEqual(late, early + slack, sizes)
-        sys.stderr.write(f"\nsoak: {count} cycles against the example WFM by seed {SEED}: {sizes[len(sizes) // 2]} to {sizes[-1]} objects, descriptors, files\n")
+        sys.__stderr__.write(f"\nsoak: {count} cycles against the example WFM by seed {SEED}: {sizes[len(sizes) // 2]} to {sizes[-1]} objects, descriptors, files\n")
 
     def publish(self, item, rng, wanted):
         """Adds, changes or takes away a deployment."""
