@@ -3862,26 +3862,31 @@ def make_actions(shares, records, containers, clock, settle=0, mark=""):
     records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a device where it is not at home any more is cleared
     once it runs where it belongs, or when it is about to.
     """
-    actions, homes, installed = [], {}, set()
+    homes = {target.deployment_id.lower(): "" if target.error else target.device_id
+             for share in shares for target in share.targets}
+    actions, strays, placed = [], [], set()
     for share in shares:
         device_id = share.device.device_id
-        homes.update((target.deployment_id.lower(), device_id) for target in share.targets if not target.error)
-        installed.update(key for key, record in share.records.items() if record["state"] == "installed")
-        plan = make_plan(share.targets, share.records, containers[device_id], clock, settle, mark, share.unseen)
-        actions += [hold_back(action, share)._replace(device_id=device_id) for action in plan]
-    going = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
-    wanted = {target.deployment_id.lower() for share in shares for target in share.targets}
-    found = []
-    for action in actions:
-        key = action.deployment_id.lower()
-        record = records.get(key)
-        if action.verb == "install" and record and record["running"] and record["deviceId"] != action.device_id:
-            found.append(action._replace(reason=f"moves here from {record['deviceId']}"))
-        elif action.verb != "remove" or key not in wanted:
-            found.append(action)
-        elif key in homes and (key in going or key in installed):
-            found.append(action._replace(verb="clear", reason=f"belongs on {homes[key]}"))
-    return sorted(found, key=lambda action: action.verb not in ("remove", "clear"))
+        placed.update(key for key, record in share.records.items() if record["state"] == "installed")
+        for action in make_plan(share.targets, share.records, containers[device_id], clock, settle, mark, share.unseen):
+            action = hold_back(action, share)._replace(device_id=device_id)
+            key = action.deployment_id.lower()
+            record = records.get(key)
+            if action.verb == "remove" and (key in homes or record and key not in share.records):
+                strays.append(action._replace(verb="clear"))
+                continue
+            if action.verb == "install" and record and record["running"] and record["deviceId"] != device_id:
+                action = action._replace(reason=f"moves here from {record['deviceId']}")
+            if action.verb in ("install", "update"):
+                placed.add(key)
+            actions.append(action)
+    for stray in strays:
+        key = stray.deployment_id.lower()
+        if key not in homes:
+            actions.append(stray)
+        elif homes[key] and key in placed:
+            actions.append(stray._replace(reason=f"belongs on {homes[key]}"))
+    return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
 
 
 def hold_back(action, share):
@@ -4042,8 +4047,8 @@ def make_groups(actions, records):
 def find_held_ports(record):
     """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold, as far as known."""
     services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
-    if record["fallback"] and record["running"]:                # the version before runs, until the new one has replaced it
-        services = record["running"].get("services", {}).values()
+    if record["fallback"] and "services" in (record["running"] or ()):
+        services = record["running"]["services"].values()       # the version before runs, until the new one has replaced it
     return {(record["deviceId"], *port) for item in services for facts in item.values() for port in facts.get("ports", ())}
 
 
@@ -5495,6 +5500,10 @@ def make_compose_driver(config, environ=None, child=None, others=(), claim=claim
     return ComposeDriver(engine, provider, config, environ, others=others, claim=claim)
 
 
+# Where podman looks for its own helpers, beside PATH.
+HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman", "/usr/lib/podman")
+
+
 class ComposeDriver:
     """Runs compose components: by an engine's own commands, or by a compose provider that is given a file with nothing left to settle.
 
@@ -5583,6 +5592,28 @@ class ComposeDriver:
         if self.provider:
             run_command(self.provider + ["version"], 60, env=self.environ)
         return f"{' '.join(self.provider or [self.engine, '(builtin)'])} answers, {count} containers of ours"
+
+    def ask(self, argv):
+        """The mapping that a program prints as JSON; {} where it prints none."""
+        try:
+            value = parse_json(run_command(argv, 60, env=self.environ).stdout, argv[0])
+        except (CommandError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def list_lacks(self):
+        """What podman's own helpers lack on this device: (words about what applications with a network fail by, words about the rest)."""
+        if self.engine != "podman" or self.remote or self.ask(["podman", "info", "--format=json"]).get("host", {}).get(
+                "networkBackend") != "netavark":
+            return [], []
+        environ = self.environ or os.environ
+        everywhere = {"PATH": os.pathsep.join(HELPER_FOLDERS + (*list_folders(environ),))}
+        backend = find_program("netavark", everywhere)
+        wanted = environ.get("NETAVARK_FW") or backend and self.ask([backend, "version"]).get("default_fw_driver", "iptables")
+        needs = [("netavark", "applications with a network fail"), ("aardvark-dns", "services do not find each other by name")]
+        needs += [(name, "applications with a network fail") for name in {"iptables": ["iptables"], "nftables": ["nft"]}.get(wanted, [])]
+        lacks = [f"{name} is not installed: {words}" for name, words in needs if not find_program(name, everywhere)]
+        return lacks, [] if find_program("catatonit", everywhere) else ["catatonit is not installed: `init: true` fails"]
 
     def resolve(self, workload, timeout, again=False, fetched=None):
         """The compose file read, checked and resolved, the images pulled: all that can fail without touching what runs (C-154, D-11).
@@ -6345,7 +6376,7 @@ def finish_record(record, mark=""):
                "packages": {item["name"]: item["package"] for item in record["components"]}}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
-    return dict(record, running=running, previous=previous, retry={}, fetched=[])
+    return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False)
 
 
 def make_history(state, entries, version, at):
@@ -6933,7 +6964,7 @@ class Agent:
         self.owner = None                           # what this agent's workloads are labelled with, once it has been asked for
         self.devices = [device for make in DEVICES for device in make(config, self.device_id, self.make_claim)]
         self.answering = {}                         # {device id: {deployment type: driver}} of what answered the last look
-        self.state = self.memo = None               # what state.json and the memo hold, while a cycle has them
+        self.state = None                           # what state.json holds, while a cycle has it
         self.source = None                          # connected when the WFM is first needed
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
@@ -9781,15 +9812,15 @@ def command_plan(config, options):
         for action in actions:
             where = f"on {action.device_id}: " if len(agent.devices) > 1 else ""
             print(f"{action.verb:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
-        print_others(others, 8)
+        for words in make_others_words(others):
+            print(f"other   {words}; it is left alone")
     for fault in seen[agent.device_id].silent.values() if seen else ():
         raise fault
 
 
-def print_others(others, width):
-    """A line for each workload of another owner."""
-    for item in others:
-        print(f"{'other':{width}}{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}; it is left alone")
+def make_others_words(others):
+    """Each workload of another owner, in words."""
+    return [f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}" for item in others]
 
 
 def command_status(config, options):
@@ -9815,7 +9846,8 @@ def command_status(config, options):
             print(f"  {component['state']:8} {component['name']}{reason}")
         if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
             print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
-    print_others(document["others"], 11)
+    for words in make_others_words(document["others"]):
+        print(f"other      {words}; it is left alone")
 
 
 def make_status_report(config, state, memo, now):
@@ -9901,13 +9933,15 @@ def check_engine(agent):
         return "ok", "nothing here runs workloads; they run on child devices"
     if not drivers:
         return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
-    return "ok", "; ".join(driver.check() for driver in drivers.values())
+    words = [driver.check() for driver in drivers.values()]
+    lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
+    return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
 
 
 def check_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
     others = agent.list_others()
-    words = "; ".join(dict.fromkeys(f"{item['name']} of {item['owner'] or 'no owner that is known'}" for item in others))
+    words = "; ".join(make_others_words(others))
     return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
 

@@ -185,6 +185,90 @@ class Stability(unittest.TestCase):
         self.assertEqual(self.act(record, [make_container()], mark="").reason, "runtime.environment has changed")
 
 
+class Turns(unittest.TestCase):
+    """F-28: the host's ports change hands between deployments of one plan; the order in the manifest is of no account."""
+
+    @staticmethod
+    def ports(*numbers, device="gw", address="", protocol="tcp"):
+        return {(device, address, number, protocol) for number in numbers}
+
+    def run_all(self, held=(), **waiting):
+        """[(verb, id)] until nobody waits; waiting: {id: (ports it takes, ports it holds)}; what is done holds what it took."""
+        held, done = dict(held), []
+        while waiting:
+            key, verb, words = margo_agent.find_turn(waiting, held)
+            done.append((verb, key))
+            self.assertEqual(bool(words), verb == "fail")
+            takes, holds = waiting[key]
+            if verb == "stop":
+                self.assertTrue(holds, "what holds nothing has nothing to free")
+                waiting[key] = takes, set()
+                continue
+            waiting.pop(key)
+            held[key] = takes if verb == "go" else holds
+        return done
+
+    def test_who_gives_a_port_up_goes_before_who_takes_it(self):
+        one, two, three = self.ports(1), self.ports(2), self.ports(3)
+        for order in itertools.permutations((("a", (two, one)), ("b", (three, two)), ("c", (self.ports(4), three)))):
+            self.assertEqual(self.run_all(**dict(order)), [("go", "c"), ("go", "b"), ("go", "a")])
+
+    def test_what_is_independent_keeps_the_order_of_the_manifest(self):
+        self.assertEqual(self.run_all(b=(self.ports(1), set()), a=(self.ports(2), self.ports(2)), c=(set(), set())),
+                         [("go", "b"), ("go", "a"), ("go", "c")])
+
+    def test_in_a_circle_one_is_stopped_first_and_each_is_changed_once(self):
+        one, two, three = self.ports(1), self.ports(2), self.ports(3)
+        for items in itertools.permutations((("a", (two, one)), ("b", (three, two)), ("c", (one, three)))):
+            done = self.run_all(**dict(items))
+            self.assertEqual([verb for verb, _ in done].count("stop"), 1)
+            self.assertEqual(sorted(key for verb, key in done if verb == "go"), ["a", "b", "c"])
+        self.assertEqual(self.run_all(a=(two, one), b=(one, two)), [("stop", "b"), ("go", "a"), ("go", "b")])
+
+    def test_a_port_that_its_holder_keeps_is_not_taken(self):
+        """Whoever wants it fails, and so does who waits for what that one would have given up; the holder goes on."""
+        one, two, three = self.ports(1), self.ports(2), self.ports(3)
+        self.assertEqual(self.run_all(held={"b": one}, a=(one, set())), [("fail", "a")])
+        self.assertEqual(self.run_all(a=(two, one), b=(self.ports(2, 3), two)), [("fail", "a"), ("go", "b")])
+        self.assertEqual(self.run_all(c=(one, three), a=(two, one), b=(two, two)), [("fail", "a"), ("fail", "c"), ("go", "b")])
+        self.assertEqual(self.run_all(a=(one, set()), b=(one, set())), [("go", "a"), ("fail", "b")])
+
+    def test_the_words_name_the_port_and_its_holder(self):
+        _, _, words = margo_agent.find_turn({"a": (self.ports(53, protocol="udp"), set())}, {OTHER: self.ports(53, protocol="udp")})
+        self.assertIn("*:53/udp", words)
+        self.assertIn(OTHER, words)
+
+    def test_ports_are_the_same_on_one_device_by_one_protocol_and_at_addresses_that_meet(self):
+        for held, meets in (({"address": "10.0.0.1"}, True), ({}, True), ({"device": "gw/a"}, False), ({"protocol": "udp"}, False)):
+            self.assertEqual(self.run_all(held={"b": self.ports(1, **held)}, a=(self.ports(1), set())),
+                             [("fail" if meets else "go", "a")], held)
+        self.assertEqual(self.run_all(held={"b": self.ports(1, address="10.0.0.1")}, a=(self.ports(1, address="10.0.0.2"), set())),
+                         [("go", "a")])
+
+    def test_what_holds_a_port_is_the_version_that_runs(self):
+        record = make_record()
+        self.assertEqual(margo_agent.find_held_ports(record), set())
+        record["components"][0]["services"]["main"]["ports"] = [["", 80, "tcp"]]
+        self.assertEqual(margo_agent.find_held_ports(record), {("device", "", 80, "tcp")})
+        begun = margo_agent.begin_record(record, make_target(b"two"))
+        self.assertEqual(margo_agent.find_held_ports(begun), {("device", "", 80, "tcp")})
+        begun["components"][0]["services"] = {"main": {"hash": "h", "finished": False, "image": "i", "ports": [["", 81, "tcp"]]}}
+        self.assertEqual(margo_agent.find_held_ports(begun), {("device", "", 80, "tcp")})          # it is not done yet
+        self.assertEqual(margo_agent.find_held_ports(dict(begun, fallback=False)), {("device", "", 81, "tcp")})
+        self.assertEqual(margo_agent.find_held_ports(dict(record, state="removed")), set())
+
+    def test_what_frees_comes_before_what_takes(self):
+        """Removals, repairs, then all updates as one group, then what is new."""
+        ids = [f"{number}" for number in range(6)]
+        running = dict(make_record(), deviceId="gw")
+        records = {key: running for key in ids[1:]}
+        actions = [margo_agent.Action(key, verb, "", make_target(content), "gw") for key, verb, content in (
+            ("5", "remove", b"one"), ("0", "install", b"one"), ("1", "update", b"two"), ("2", "update", b"one"), ("3", "update", b"two"),
+            ("4", "keep", b"one"))]
+        groups = [[action.deployment_id for action in group] for group in margo_agent.make_groups(actions, records)]
+        self.assertEqual(groups, [["5"], ["2"], ["4"], ["1", "3"], ["0"]])
+
+
 class Convergence(unittest.TestCase):
     def test_every_combination_has_exactly_one_action_a_deployment_and_a_reason(self):
         """P-12: whatever was interrupted, nothing wanted is left out and nothing unwanted kept."""
