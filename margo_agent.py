@@ -43,9 +43,10 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 # 1. Constants and errors
 # ------------------------------------------------------------------------------------------------------------------------------
 
-# What optional rooms add where they are defined; nothing outside names anything in them.  See also CHECKS, STEPS and EXAMINE.
+# What optional rooms add where they are defined; nothing outside names anything in them.  See also SCHEMA, CHECKS,
+# STEPS, EXAMINE and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
-OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of configuration and value, called first)}}
+OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of configuration and value)}}
 TRACES = []                         # names in the state directory that `unenroll` removes
 
 KIB, MIB = 1024, 1024 * 1024
@@ -1801,7 +1802,7 @@ class Store:
         self.folder = folder
         self.saved = self.core = None               # bytes of state.json as they lie on the disk, and of what its copy is kept for
         self.locked = None
-        self.memo = None                            # as load_memo read it; while this process has the lock it is right
+        self.memo = None                            # as load_memo read it; right as long as the lock is held
 
     def path(self, *names):
         """A path below the state directory."""
@@ -3614,6 +3615,7 @@ class Profile:
 
     def __init__(self, config, store, state):
         self.config, self.store, self.state = config, store, state
+        self.identity = None                        # the own certificate, once the WFM is connected by it
 
     @classmethod
     def check_settings(cls, config, suffix=""):
@@ -3656,7 +3658,7 @@ class Mtls(Profile):
         store = self.store
         state = self.state
         now = time.time()
-        identity = load_identity(config)
+        identity = self.identity = load_identity(config)
         check_enrollment(state, client_id or identity.spiffe_id.text)
         check_own(identity.leaf, config, now)
         warn_of_expiry(identity.leaf, store, now)
@@ -3690,7 +3692,7 @@ class Mtls(Profile):
 
     def identify(self):
         """The SPIFFE ID, also of a certificate that has expired."""
-        return load_identity(self.config).spiffe_id.text
+        return (self.identity or load_identity(self.config)).spiffe_id.text
 
 
 def make_owner(identity, device_id):
@@ -6967,6 +6969,7 @@ class Agent:
         self.state = None                           # what state.json holds, while a cycle has it
         self.source = None                          # connected when the WFM is first needed
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
+        self.profile = None                         # how wfm.profile is served, for the state at hand
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
         self.starting = 0                           # seconds until the first contact since the device started
         self.changed = False                        # whether this cycle had something to do
@@ -7002,7 +7005,7 @@ class Agent:
 
     def __exit__(self, *_):
         self.store.unlock()
-        self.source = None
+        self.source = self.profile = None
 
     def connect(self, keep=True):
         """The source of the desired state, connected when it is first needed; raises Untrusted, Unreachable."""
@@ -7012,7 +7015,9 @@ class Agent:
 
     def get_profile(self):
         """How wfm.profile is served."""
-        return PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
+        if self.profile is None or self.profile.state is not self.state:
+            self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
+        return self.profile
 
     def make_claim(self):
         """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as the one before."""
@@ -8271,8 +8276,8 @@ class GitSource:
         for name, data in self.read_blobs(suspects):
             if is_deployment(data):
                 raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
-                              " none now, or lies below what is no folder; nothing is removed for that: remove"
-                              " the file itself, or put it right")
+                              " none now, or lies below what is no folder; nothing is removed for that:"
+                              " remove the file itself, or put it right")
         return found
 
     def list_tree(self, commit):
