@@ -8847,7 +8847,7 @@ class Enrollment:
         """Whether a step waits although the SVID is good; raises Silence or Untrusted where it waits and
         there is none.
 
-        The operator's downtime gives way only for an SVID that would not outlive it.
+        A renewal waits for the end of the operator's downtime unless the SVID would expire first.
         """
         now, downtime = self.clock.now, self.config.poll.downtime
         if step == "wait" and fault and self.est.get("refused"):
