@@ -2968,7 +2968,8 @@ def fetch_chain(url, context, timeout):
         host, port = find_origin(url)
         name = ["-noservername"] if is_address(host) else ["-servername", host]
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        output = run_openssl(["s_client", "-showcerts", "-connect", place] + name, timeout=timeout)
+        # it shows the chain, and fails afterwards where it is asked for a certificate of its own
+        output = run_openssl(["s_client", "-showcerts", "-connect", place] + name, timeout=timeout, strict=False)
         found.extend(parse_pem(output.decode("ascii", "replace")))
     return found
 
@@ -2981,12 +2982,12 @@ def fetch_from_mis(url, config, headers, limit=MAX_CERTIFICATES):
 
 # Keys, which openssl makes and uses; the agent never holds a private one.
 
-def run_openssl(arguments, data=b"", expected=b"", timeout=60):
-    """What one openssl command prints on stdout; raises CommandError where it fails or does not say
-    `expected`.
+def run_openssl(arguments, data=b"", expected=b"", timeout=60, strict=True):
+    """What one openssl command prints on stdout; raises CommandError where it does not say `expected` or, if
+    strict, ends with another code than 0.
     """
     output = run_command(["openssl"] + arguments, timeout, data=data)
-    if output.code or expected not in output.stdout + output.stderr.encode():
+    if strict and output.code or expected not in output.stdout + output.stderr.encode():
         raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
     return output.stdout
 
@@ -2997,9 +2998,13 @@ def lend_file(data):
     """
     import tempfile
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    file = tempfile.NamedTemporaryFile(prefix="margo-", dir=memory)
-    file.write(data)
-    file.flush()
+    try:
+        file = tempfile.NamedTemporaryFile(prefix="margo-", dir=memory)
+        file.write(data)
+        file.flush()
+    except OSError as error:
+        raise StorageError(f"no temporary file can be made ({error.strerror}); free space or set"
+                           " TMPDIR") from None
     return file
 
 
@@ -8802,11 +8807,11 @@ class Enrollment:
             est["stage"] = "asking"
             if est["key"] == "none yet":
                 del est["key"]
-        answer, chain = (read_file(path, MAX_CERTIFICATES) for path in paths[:2])
+        answer, chain = (read_file(path, MAX_CERTIFICATES) or b"" for path in paths[:2])
         if answer:
             self.keep(stage="issued", answer=make_base64(answer))
-        if chain:
-            self.keep(stage="proving", chain=chain.decode("ascii", "replace"))
+        if b"-----END CERTIFICATE-----" in chain:   # a key may stand beside it, which goes nowhere
+            self.keep(stage="proving", chain=make_pem(parse_pem(chain.decode("ascii", "replace"))))
         for path in paths:
             if os.path.exists(path):
                 remove_file(path)
@@ -8910,10 +8915,9 @@ class Enrollment:
         end: expiry of the SVID in use; the delay is capped so that several attempts fit before it.
         """
         est = self.est
-        jitter = get_random()
         refused = isinstance(error, Untrusted)
-        delay = (1 - jitter / 2) * (EST_CAP if refused else grow(EST_FIRST, est.get("failures", 0) + 1,
-                                                                 EST_CAP))
+        delay = EST_CAP if refused else grow(EST_FIRST, est.get("failures", 0) + 1, EST_CAP)
+        delay *= 1 - get_random() / 2
         if end is not None:
             delay = min(delay, (end - self.clock.now) / 4)
         if isinstance(error, Pending):
@@ -9048,8 +9052,7 @@ class Enrollment:
         ahead = leaf.not_before - time.time()
         if 0 < ahead <= CLOCK_SKEW:
             raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead"
-                          " of ours",
-                          retry_after=ahead + 1)
+                          " of ours", retry_after=ahead + 1)
         try:
             check_validity(leaf, time.time())
             return run_paths(leaf, found + issued, key_file, bundle.anchors)

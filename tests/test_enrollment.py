@@ -317,7 +317,8 @@ class Enrollment(Site):
         pending, folder = state["est"], self.device.state_dir
         support.write(os.path.join(folder, "issued.p7"), base64.b64decode(pending["answer"]))
         if "chain" in pending:
-            support.write(os.path.join(folder, "issued.pem"), pending["chain"])
+            key = "-----BEGIN PRIVATE KEY-----\nbm9uZQ==\n-----END PRIVATE KEY-----\n"
+            support.write(os.path.join(folder, "issued.pem"), pending["chain"] + key)
         support.write(os.path.join(folder, "issued.key"), "of a retired setting")
         members = {name: pending[name] for name in ("token", "key", "used") if name in pending}
         state.update(est=dict(members, **record), patience={})
@@ -347,12 +348,13 @@ class Enrollment(Site):
         self.assertEqual(read(self.device.key), key)
 
     def test_a_renewal_that_an_older_agent_began_goes_on(self):
-        """E-043: the chain that waited for its proof."""
+        """E-043: the chain that waited for its proof; a key that stood beside it by a setting that has gone stays nowhere."""
         self.age()
         self.wfm.fault({"path": "/api/v1/deployments", "status": 403, "times": 1})
         self.device.cycle(3)
         self.leave_files(at=0, delay=60, failures=1)
         self.check_taken_over(2)
+        self.assertNotIn(b"PRIVATE", read(self.device.certificate))
 
     def test_a_token_that_served_is_never_sent_again(self):
         """E-044: also if it comes back from a backup and the SVID is gone."""
