@@ -1,4 +1,4 @@
-"""Room Enrollment: enrollment and renewal over the draft's EST, against examples/mis.py and examples/wfm.py."""
+"""Enrollment: SVIDs obtained and renewed over the draft's EST, against examples/mis.py and examples/wfm.py."""
 import base64
 import os
 import re

@@ -1,4 +1,4 @@
-"""Section 12, Plan: a pure comparison of what should run, what is known and what is there."""
+"""Plan: a pure comparison of what should run, what is known and what is there."""
 import itertools
 import unittest
 

@@ -1,4 +1,4 @@
-"""Rooms Revocation and Identity: revocation lists of the draft, and pins, against examples/mis.py and examples/wfm.py."""
+"""Revocation: lists of the draft, and pins of Identity and trust, against examples/mis.py and examples/wfm.py."""
 import datetime
 import base64
 import hashlib
