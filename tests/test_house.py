@@ -24,10 +24,10 @@ MEDIAN = 14
 # to follow.  Figures only go down; the aim is 60,000 tokens and none of the rest.
 GAUGE = {
     "tokens": (74094, 400),
-    "lines wider than 110 columns": (524, 40),
+    "lines wider than 110 columns": (520, 40),
     "conditional expressions inside another": (11, 3),
     "comprehensions with two loops and a condition": (3, 2),
-    "packed assignments": (95, 10),
+    "packed assignments": (93, 10),
 }
 # Functions named parse_, make_, check_, is_ or find_ that are not pure.  It only gets shorter: such a function is to be split into what
 # looks and what decides, or named for what it does (load_ save_ fetch_ post_ run_ ask_ obtain_).
