@@ -25,7 +25,7 @@ def make_config(profile="mtls", url="https://wfm.example", device=DEVICE, **sect
 
 def make_owner(config):
     """The owner's text of a configuration, as the agent finds it."""
-    return margo_agent.make_owner(margo_agent.SERVED[config.wfm.profile].identify(config), config.device.id)
+    return margo_agent.make_owner(margo_agent.PROFILES[config.wfm.profile](config, None, None).identify(), config.device.id)
 
 
 class Texts(unittest.TestCase):
