@@ -109,7 +109,7 @@ class Labels(Pair, support.DeviceCase):
             container = next(iter(held["containers"].values()))
             labels = {f"org.margo.{key}": value for key, value in labels.items()}
             labels = {key: value for key, value in dict(container["labels"], **labels).items() if key not in remove}
-            held["containers"][name] = dict(container, id=name * 4, labels=labels)
+            held["containers"][name] = dict(container, id=name * 4, labels=labels, argv=[])        # in no network of ours
 
     def change(self, **labels):
         """Ours with other labels; None: without."""
