@@ -21,9 +21,9 @@ How to read it: from top to bottom.  A section uses only sections above it.
    5 X.509                   15 Packages                25 Git (optional)
    6 Configuration           16 Runtimes                26 Enrollment (optional)
    7 Store                   17 Deployment status       27 Revocation (optional)
-   8 Commands                18 Apply                   28 Command line
+   8 Commands                18 Apply                   28 Doctor (optional)
    9 Transport               19 Capabilities
-  10 Identity and trust      20 Agent
+  10 Identity and trust      20 Agent                   29 Command line
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
 are mistakes of other agents, which a test of the same mark keeps out.
 """
@@ -48,6 +48,8 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 # STEPS, EXAMINE and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of configuration and value)}}
+COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options, each with what
+                                    # follows it; its operand)}
 TRACES = []                         # names in the state directory that `unenroll` removes
 
 KIB, MIB = 1024, 1024 * 1024
@@ -8445,6 +8447,11 @@ def make_prefix(device):
     return device.device_id + " " if device.silence else ""
 
 
+def make_others_words(others):
+    """Each workload of another owner, in words."""
+    return [f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}" for item in others]
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
 # 21. Gateway (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -8531,7 +8538,7 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
     return min(there, key=lambda child: loads.get(child, 0))
 
 
-def check_children(agent):
+def examine_children(agent):
     """Whether every child device answers."""
     children = agent.devices[1:]
     seen = observe_devices(children, [])
@@ -8542,7 +8549,7 @@ def check_children(agent):
     return "ok", f"{len(children)} answer" if children else ""
 
 
-EXAMINE.update(children=check_children)
+EXAMINE.update(children=examine_children)
 DEVICES.append(load_child_devices)
 ASSIGN.append(assign)
 
@@ -8594,7 +8601,7 @@ def make_facts(change, event, error):
             "outcome": None if event.startswith("before") else outcome}
 
 
-def check_hooks(agent):
+def examine_hooks(agent):
     """Whether every hook can be run."""
     hooks = agent.config.hooks.run
     broken = [path for path in hooks if not os.path.isfile(path) or not os.access(path, os.X_OK)]
@@ -8609,7 +8616,7 @@ def check_hooks(agent):
 SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []),
                      "timeout": (read_duration, "60s")})
 LISTENERS.append(run_hooks)
-EXAMINE.update(hooks=check_hooks)
+EXAMINE.update(hooks=examine_hooks)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -10624,7 +10631,94 @@ EXAMINE["lists"] = examine_lists
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 28. Command line
+# 28. Doctor (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def command_doctor(config, options):
+    """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
+    agent, failed = Agent(config), False
+    agent.state = make_state()
+    for name, check in (("state", examine_storage), ("clock", examine_clock), ("engine", examine_engine), *EXAMINE.items(),
+                        ("others", examine_others), ("registry", examine_registries), ("labels", examine_labels),
+                        ("identity", lambda agent: agent.get_profile().check(time.time())),
+                        ("wfm", examine_connection)):
+        try:
+            level, words = check(agent)
+        except MargoError as error:
+            level, words, failed = "FAIL", error.message, True
+        if words:
+            print(f"{level:5}{name:9} {make_printable(words)}")
+    return 1 if failed else 0
+
+
+def examine_storage(agent):
+    """Whether the state can be read and written, and is not about to fill its disk."""
+    agent.state = agent.store.load_state()
+    folder = agent.store.folder
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder) or "/"
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as its owner")
+    free, _ = get_space(folder)
+    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
+    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
+    return ("ok", words) if free > need else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
+
+
+def examine_labels(agent):
+    """Whether every label is called so that no other's has its name; Margo recommends a domain before it (C-088)."""
+    bare = sorted({name for device in agent.devices for name in device.settings.labels if not re.match(r"[^/.]+(\.[^/.]+)+/.", name)})
+    return ("warn", f"device.labels {', '.join(bare)}: put a domain of yours before it, such as example.com/zone") if bare else ("ok", "")
+
+
+def examine_clock(agent):
+    """Whether the clock can be right: certificates are judged by it."""
+    now, stored = time.time(), agent.store.find_time()
+    if now < stored:
+        raise Untrusted(make_clock_fault(now, stored))
+    return "ok", make_time(now)
+
+
+def examine_engine(agent):
+    """Whether something runs workloads here, and answers."""
+    drivers = agent.devices[0].drivers
+    if not drivers and agent.devices[1:]:
+        return "ok", "nothing here runs workloads; they run on child devices"
+    if not drivers:
+        return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
+    words = [driver.check() for driver in drivers.values()]
+    lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
+    return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
+
+
+def examine_others(agent):
+    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
+    others = ask_others({device.device_id: device.drivers for device in agent.devices})
+    words = "; ".join(make_others_words(others))
+    return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
+
+
+def examine_registries(agent):
+    """Whether the files are there that registries name."""
+    for host, entry in agent.config.registries.items():
+        for key in ("ca", "password_file"):
+            if entry[key] and read_file(entry[key], MAX_CERTIFICATES) is None:
+                raise ConfigError(f"registries.{host}.{key} {entry[key]}: no such file")
+    return "ok", ""
+
+
+def examine_connection(agent):
+    """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
+    desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
+    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; " + (
+        f"version {desired.version} is there to be accepted" if desired else "nothing new")
+
+
+COMMANDS["doctor"] = (command_doctor, {}, "")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 29. Command line
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
@@ -10923,11 +11017,6 @@ def command_plan(config, options):
         raise fault
 
 
-def make_others_words(others):
-    """Each workload of another owner, in words."""
-    return [f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}" for item in others]
-
-
 def command_status(config, options):
     """Prints what the device knows, without network."""
     store = Store(config.state_dir)
@@ -10986,86 +11075,6 @@ def command_history(config, options):
             print(f"  what came after it is refused: {make_printable(item['refused'])}")
 
 
-def command_doctor(config, options):
-    """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
-    agent, failed = Agent(config), False
-    agent.state = make_state()
-    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), *EXAMINE.items(),
-                        ("others", check_others), ("registry", check_registries), ("labels", check_labels),
-                        ("identity", lambda agent: agent.get_profile().check(time.time())),
-                        ("wfm", check_connection)):
-        try:
-            level, words = check(agent)
-        except MargoError as error:
-            level, words, failed = "FAIL", error.message, True
-        if words:
-            print(f"{level:5}{name:9} {make_printable(words)}")
-    return 1 if failed else 0
-
-
-def check_storage(agent):
-    """Whether the state can be read and written, and is not about to fill its disk."""
-    agent.state = agent.store.load_state()
-    folder = agent.store.folder
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder) or "/"
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as its owner")
-    free, _ = get_space(folder)
-    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
-    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
-    return ("ok", words) if free > need else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
-
-
-def check_labels(agent):
-    """Whether every label is called so that no other's has its name; Margo recommends a domain before it (C-088)."""
-    bare = sorted({name for device in agent.devices for name in device.settings.labels if not re.match(r"[^/.]+(\.[^/.]+)+/.", name)})
-    return ("warn", f"device.labels {', '.join(bare)}: put a domain of yours before it, such as example.com/zone") if bare else ("ok", "")
-
-
-def check_clock(agent):
-    """Whether the clock can be right: certificates are judged by it."""
-    now, stored = time.time(), agent.store.find_time()
-    if now < stored:
-        raise Untrusted(make_clock_fault(now, stored))
-    return "ok", make_time(now)
-
-
-def check_engine(agent):
-    """Whether something runs workloads here, and answers."""
-    drivers = agent.devices[0].drivers
-    if not drivers and agent.devices[1:]:
-        return "ok", "nothing here runs workloads; they run on child devices"
-    if not drivers:
-        return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
-    words = [driver.check() for driver in drivers.values()]
-    lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
-    return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
-
-
-def check_others(agent):
-    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
-    others = ask_others({device.device_id: device.drivers for device in agent.devices})
-    words = "; ".join(make_others_words(others))
-    return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
-
-
-def check_registries(agent):
-    """Whether the files are there that registries name."""
-    for host, entry in agent.config.registries.items():
-        for key in ("ca", "password_file"):
-            if entry[key] and read_file(entry[key], MAX_CERTIFICATES) is None:
-                raise ConfigError(f"registries.{host}.{key} {entry[key]}: no such file")
-    return "ok", ""
-
-
-def check_connection(agent):
-    """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
-    desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
-    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; " + (
-        f"version {desired.version} is there to be accepted" if desired else "nothing new")
-
-
 def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
     agent = Agent(config)
@@ -11118,14 +11127,17 @@ def print_json(value):
     print(json.dumps(value, indent=2, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8"))
 
 
-# Each command: its function (to an exit code, or nothing for 0), the options it knows, with the name of what follows them, and its operand.
-COMMANDS = {
+COMMANDS.update({
     "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": ""}, ""), "plan": (command_plan, {"--json": ""}, ""),
-    "status": (command_status, {"--json": ""}, ""), "history": (command_history, {"--json": ""}, ""),
-    "doctor": (command_doctor, {}, ""), "capabilities": (command_capabilities, {"--json": ""}, ""),
-    "csr": (command_csr, {"--out": "FILE"}, ""), "retry": (command_retry, {}, "[ID]"), "unenroll": (command_unenroll, {"--purge": ""}, ""),
-    "version": (command_version, {}, "")}
+    "run": (command_run, {"--once": ""}, ""),
+    "plan": (command_plan, {"--json": ""}, ""),
+    "status": (command_status, {"--json": ""}, ""),
+    "history": (command_history, {"--json": ""}, ""),
+    "capabilities": (command_capabilities, {"--json": ""}, ""),
+    "csr": (command_csr, {"--out": "FILE"}, ""),
+    "retry": (command_retry, {}, "[ID]"),
+    "unenroll": (command_unenroll, {"--purge": ""}, ""),
+    "version": (command_version, {}, "")})
 GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json"}
 USAGE = "usage: margo_agent.py [-c FILE] [-v|-q] [--log-format text|json] COMMAND\n"
 

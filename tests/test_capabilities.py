@@ -95,12 +95,12 @@ class Document(unittest.TestCase):
     def test_doctor_tells_of_labels_that_may_meet_another_ones(self):
         """C-088: Margo recommends a domain before a label's name."""
         class Place:
-            device = make_device(labels={"zone": "west", "plant.example/zone": "west", "example.com/": 1})
-        level, words = margo_agent.check_labels(mock.Mock(places=[Place]))
+            settings = make_device(labels={"zone": "west", "plant.example/zone": "west", "example.com/": 1})
+        level, words = margo_agent.examine_labels(mock.Mock(devices=[Place]))
         self.assertEqual(level, "warn")
         self.assertIn("device.labels example.com/, zone: ", words)
-        Place.device = make_device(labels={"plant.example/zone": "west"})
-        self.assertEqual(margo_agent.check_labels(mock.Mock(places=[Place])), ("ok", ""))
+        Place.settings = make_device(labels={"plant.example/zone": "west"})
+        self.assertEqual(margo_agent.examine_labels(mock.Mock(devices=[Place])), ("ok", ""))
 
 
 class Identifier(unittest.TestCase):
