@@ -17,7 +17,8 @@ WORLD = {"fcntl", "os", "random", "secrets", "select", "shutil", "signal", "sock
 DOORS = {"open", "print", "input", "log", "time.time", "time.monotonic", "time.sleep", "time.clock_gettime", "time.localtime",
          "uuid.uuid4", "sys.stdin.read", "sys.stdout.write", "sys.stderr.write", "sys.exit"}
 HARMLESS = {"os.path", "os.path.join", "os.path.basename", "os.path.dirname", "os.path.normpath", "os.path.split",
-            "os.path.splitext", "os.path.isabs", "os.path.commonpath", "os.path.relpath", "os.fsencode", "os.fsdecode", "os.fspath", "os.strerror", "os.defpath", "socket.timeout", "socket.gaierror"}
+            "os.path.splitext", "os.path.isabs", "os.path.commonpath", "os.path.relpath", "os.fsencode", "os.fsdecode", "os.fspath",
+            "os.strerror", "os.defpath", "socket.timeout", "socket.gaierror"}
 
 
 def dotted(node):
@@ -89,7 +90,8 @@ def is_plain(node):
     """Whether an expression is a name, an attribute, a constant or an empty list, dict or tuple."""
     if isinstance(node, (ast.List, ast.Tuple, ast.Dict)):
         return not (node.keys if isinstance(node, ast.Dict) else node.elts)
-    return isinstance(node, (ast.Name, ast.Attribute, ast.Constant, ast.Num, ast.Str, ast.Bytes, ast.NameConstant))
+    old = ("Num", "Str", "Bytes", "NameConstant")               # constants before Python 3.8
+    return isinstance(node, (ast.Name, ast.Attribute, ast.Constant)) or type(node).__name__ in old
 
 
 # What functions touch

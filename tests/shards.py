@@ -1,8 +1,9 @@
 """Runs the tests in several processes, a class at a time, and reports them as if they had run in this one.
 
 `python3 -m unittest` comes here by tests/__init__.py; single tests or modules that are named on the command line run as ever.
-MARGO_TEST_SHARDS says how many processes (default: one for each core, 1: none but this); MARGO_TEST_TIMES names a file that gets what
-each test has taken, in seconds and in seconds of work.  As root, each process has a network of its own, so that ports and bridges of real engines cannot meet.
+MARGO_TEST_SHARDS says how many processes (default: one for each core, 1: none but this); MARGO_TEST_TIMES names a file that gets
+what each test has taken, in seconds and in seconds of work.  As root, each process has a network of its own, so that ports and
+bridges of real engines cannot meet.
 """
 import atexit
 import fcntl
@@ -21,8 +22,7 @@ import traceback
 import unittest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FIRST = ("tests.test_death", "tests.test_enrollment_death", "tests.test_engines")       # these take longest: so nobody waits for them in the end
-EVENTS = ("addSuccess", "addFailure", "addError", "addSkip", "addExpectedFailure", "addUnexpectedSuccess")
+FIRST = ("tests.test_death", "tests.test_enrollment_death", "tests.test_engines")       # the longest
 
 
 class Remote(Exception):
@@ -35,8 +35,12 @@ class Remote(Exception):
 class Part(unittest.suite._ErrorHolder):
     """Stands for a subtest, or for what is set up for a whole class, in another process."""
 
+    def __init__(self, name, title):
+        super().__init__(name)
+        self.title = title
+
     def __str__(self):
-        return self.description
+        return self.title
 
 
 def count_shards():
@@ -46,11 +50,12 @@ def count_shards():
 
 
 def make_prefix():
-    """The command before that of a process which gives it a network of its own; None where root may not have any."""
+    """The command that gives the one after it a network of its own; None where root may not have any."""
     if os.geteuid():
         return []                                   # no real engine without root
     prefix = ["unshare", "--net"]
-    return prefix if shutil.which("unshare") and subprocess.call(prefix + ["true"], stderr=subprocess.DEVNULL) == 0 else None
+    works = shutil.which("unshare") and subprocess.call(prefix + ["true"], stderr=subprocess.DEVNULL) == 0
+    return prefix if works else None
 
 
 def flatten(suite):
@@ -64,7 +69,8 @@ def flatten(suite):
 
 def is_shared(case):
     """Whether tests of a class need each other's company: something is set up for all of them."""
-    return hasattr(sys.modules[case.__module__], "setUpModule") or case.setUpClass.__func__ is not unittest.TestCase.setUpClass.__func__
+    own = case.setUpClass.__func__ is not unittest.TestCase.setUpClass.__func__
+    return own or hasattr(sys.modules[case.__module__], "setUpModule")
 
 
 def group(tests):
@@ -82,23 +88,32 @@ class Shards(unittest.TestSuite):
         tests, own = [], []
         for test in flatten(self):
             (tests if type(test).__module__.startswith("tests.") else own).append(test)
-        start, count = time.monotonic(), min(count_shards(), len(tests))
+        start, count, passed = time.monotonic(), min(count_shards(), len(tests)), []
+        for kind in ("addSuccess", "addExpectedFailure"):
+            setattr(result, kind, make_counter(getattr(result, kind), passed))
         prefix = make_prefix() if count > 1 else None
         if prefix is None or debug:
             super().run(result, debug)
         else:
             unittest.TestSuite(own).run(result)     # modules that cannot be imported
             Run(result, tests, prefix).work(count)
-        atexit.register(tell, result, time.monotonic() - start)
+        atexit.register(tell, result, len(passed), time.monotonic() - start)
         return result
 
 
-def tell(result, seconds):
+def make_counter(act, told):
+    """What does the same as `act`, and notes the test in a list; unittest's own count differs from version to version."""
+    def count(test, *rest):
+        told.append(test)
+        return act(test, *rest)
+    return count
+
+
+def tell(result, passed, seconds):
     """The last line of a run, for people and for programs; a test fails once, with however many of its subtests."""
-    failed, skipped = ({test.id().split(" (")[0] for test in found} for found in (
-        [test for test, _ in result.failures + result.errors] + result.unexpectedSuccesses, [test for test, _ in result.skipped]))
-    passed = result.testsRun - sum(name.startswith("tests.") for name in failed | skipped)
-    sys.stderr.write(f"in {seconds / 60:.1f} minutes:\n{passed} passed, {len(failed)} failed, {len(skipped)} skipped\n")
+    faults = [test for test, _ in result.failures + result.errors] + result.unexpectedSuccesses
+    failed = {test.id().split(" (")[0] if test.id().startswith("tests.") else test.id() for test in faults}
+    sys.stderr.write(f"in {seconds / 60:.1f} minutes:\n{passed} passed, {len(failed)} failed, {len(result.skipped)} skipped\n")
 
 
 class Run:
@@ -159,8 +174,9 @@ class Run:
 
     def start(self):
         """A process that waits for tests."""
-        process = subprocess.Popen(self.prefix + [sys.executable] + [f"-W{option}" for option in sys.warnoptions] + ["-m", "tests.shards"],
-                                   cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ, MARGO_TEST_SHARDS="1"))
+        python = [sys.executable] + [f"-W{option}" for option in sys.warnoptions]
+        process = subprocess.Popen(self.prefix + python + ["-m", "tests.shards"], cwd=ROOT, stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, env=dict(os.environ, MARGO_TEST_SHARDS="1"))
         self.processes.append(process)
         return process
 
@@ -173,16 +189,16 @@ class Run:
             event = json.loads(line.decode())
             if not event:
                 return True
-            if event["kind"] != "addSubTest":
-                left.pop(event["name"], None)
+            left.pop(event["name"], None)
             self.heard.put(event)
         for name in left:
-            self.heard.put({"kind": "addError", "name": name, "text": f"the process of this test ended with {process.wait()}", "seconds": 0, "work": 0})
+            self.heard.put({"kind": "addError", "name": name, "title": name, "seconds": 0, "work": 0,
+                            "text": f"the process of this test ended with {process.wait()}"})
         return False
 
-    def tell(self, kind, name, text, seconds, work):
+    def tell(self, kind, name, title, text, seconds, work):
         """One outcome, in the words of unittest."""
-        test = self.tests.get(name) or Part(name)
+        test = self.tests.get(name) or Part(name, title)
         if name in self.tests:
             self.result.startTest(test)
         fault = (Remote, Remote(text), None)
@@ -190,7 +206,7 @@ class Run:
             getattr(self.result, kind)(test, fault)
         elif kind == "addSkip":
             self.result.addSkip(test, text)
-        else:
+        elif kind:
             getattr(self.result, kind)(test)
         if name in self.tests:
             self.result.stopTest(test)
@@ -218,7 +234,8 @@ class Teller(unittest.TestResult):
     def send(self, kind, test, text=""):
         """One outcome; what is no test, such as setUpClass, has a description instead of a name."""
         self.known = True
-        event = {"kind": kind, "name": test.id(), "text": text, "seconds": time.monotonic() - self.since, "work": sum(os.times()[:4]) - self.work}
+        event = {"kind": kind, "name": test.id(), "title": str(test), "text": text,
+                 "seconds": time.monotonic() - self.since, "work": sum(os.times()[:4]) - self.work}
         self.stream.write(json.dumps(event).encode() + b"\n")
         self.stream.flush()
 
@@ -244,10 +261,11 @@ class Teller(unittest.TestResult):
         if err is not None:
             kind = "addFailure" if issubclass(err[0], test.failureException) else "addError"
             self.send(kind, subtest, self._exc_info_to_string(err, test))
+            self.known = False                      # the test itself goes on
 
     def stopTest(self, test):
         if not self.known:                          # its subtests have failed, itself has nothing to say
-            self.send("addSuccess", test)
+            self.send("", test)
         super().stopTest(test)
 
 
