@@ -18,8 +18,8 @@ How to read it: from top to bottom.  A section uses only sections above it.
    2 Records                   9 Desired state            16 Apply
    3 Encodings                10 Desired-state sources    17 Capabilities
    4 Configuration            11 Eligibility              18 Agent
-   5 Store                    12 Plan                     19 Command line
-   6 Commands                 13 Packages
+   5 Store                    12 Plan                     19 Doctor
+   6 Commands                 13 Packages                 20 Command line
    7 Transport                14 Runtimes
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
 are mistakes of other agents, which a test of the same mark keeps out.
@@ -42,6 +42,9 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 # ------------------------------------------------------------------------------------------------------------------------------
 
 PROFILES = ("mtls", "signed", "git")
+# Tables that optional rooms add to.
+COMMANDS = {}       # name: its function (to an exit code, or nothing for 0), its options, each with what follows it, its operand
+DOCTOR = {}         # what doctor looks at, name: function of the agent to (ok or warn, words, none where it does not apply)
 
 KIB, MIB = 1024, 1024 * 1024
 MAX_CERTIFICATES = 1 * MIB          # a trust bundle, a PEM file
@@ -8480,7 +8483,119 @@ def make_delay(config, state, fault, now, jitter):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 19. Command line
+# 19. Doctor (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def command_doctor(config, options):
+    """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
+    agent, failed = Agent(config), False
+    agent.state = make_state()
+    for name in sorted(DOCTOR, key=lambda name: name != "state"):       # the others look at what it has loaded
+        try:
+            level, words = DOCTOR[name](agent)
+        except MargoError as error:
+            level, words, failed = "FAIL", error.message, True
+        if words:
+            print(f"{level:5}{name:9} {make_printable(words)}")
+    return 1 if failed else 0
+
+
+def check_storage(agent):
+    """Whether the state can be read and written, and is not about to fill its disk."""
+    agent.state = agent.store.load_state()
+    folder = agent.store.folder
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder) or "/"
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as its owner")
+    free, _ = get_space(folder)
+    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
+    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
+    return ("ok", words) if free > need else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
+
+
+def check_labels(agent):
+    """Whether every label is called so that no other's has its name; Margo recommends a domain before it (C-088)."""
+    bare = sorted({name for place in agent.places for name in place.device.labels if not re.match(r"[^/.]+(\.[^/.]+)+/.", name)})
+    return ("warn", f"device.labels {', '.join(bare)}: put a domain of yours before it, such as example.com/zone") if bare else ("ok", "")
+
+
+def check_clock(agent):
+    """Whether the clock can be right: certificates are judged by it."""
+    now, stored = time.time(), agent.store.find_time()
+    if now < stored:
+        raise Untrusted(make_clock_fault(now, stored))
+    return "ok", make_time(now)
+
+
+def check_engine(agent):
+    """Whether something runs workloads here, and answers."""
+    drivers = agent.places[0].drivers
+    if not drivers and agent.places[1:]:
+        return "ok", "nothing here runs workloads; they run on child devices"
+    if not drivers:
+        return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
+    return "ok", "; ".join(driver.check() for driver in drivers.values())
+
+
+def check_children(agent):
+    """Whether every child device answers."""
+    for _ in agent.observe([]) if agent.places[1:] else ():
+        pass                                        # until all have answered
+    words = list(dict.fromkeys(f"{key} does not answer ({error.message}); see its connection in device.children"
+                               for (key, _), error in agent.deaf.items() if key != agent.device_id))
+    if words:
+        raise CommandError("; ".join(words))
+    return "ok", f"{len(agent.places) - 1} answer" if agent.places[1:] else ""
+
+
+def check_others(agent):
+    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
+    others = agent.list_others()
+    words = "; ".join(dict.fromkeys(f"{item['name']} of {item['owner'] or 'no owner that is known'}" for item in others))
+    return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
+
+
+def check_registries(agent):
+    """Whether the files are there that registries name."""
+    for host, entry in agent.config.registries.items():
+        for key in ("ca", "password_file"):
+            if entry[key] and read_file(entry[key], MAX_CERTIFICATES) is None:
+                raise ConfigError(f"registries.{host}.{key} {entry[key]}: no such file")
+    return "ok", ""
+
+
+def check_hooks(agent):
+    """Whether every hook can be run."""
+    broken = [path for path in agent.config.hooks.run if not os.path.isfile(path) or not os.access(path, os.X_OK)]
+    if broken:
+        raise ConfigError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
+    loose = [path for path in agent.config.hooks.run if os.stat(path).st_mode & 0o022]
+    if loose:
+        return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
+    return "ok", f"{len(agent.config.hooks.run)} to be run around changes" if agent.config.hooks.run else ""
+
+
+def check_connection(agent):
+    """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
+    desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
+    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; " + (
+        f"version {desired.version} is there to be accepted" if desired else "nothing new")
+
+
+def check_identity(agent):
+    """Whether the identity is good, as the profile judges it."""
+    return SERVED[agent.config.wfm.profile].check(agent.config, agent.state, time.time())
+
+
+DOCTOR.update({"state": check_storage, "clock": check_clock, "engine": check_engine, "children": check_children,
+               "others": check_others, "registry": check_registries, "hooks": check_hooks, "labels": check_labels,
+               "identity": check_identity, "wfm": check_connection})
+COMMANDS["doctor"] = (command_doctor, {}, "")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 20. Command line
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
@@ -8847,106 +8962,6 @@ def command_history(config, options):
             print(f"  what came after it is refused: {make_printable(item['refused'])}")
 
 
-def command_doctor(config, options):
-    """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
-    agent, failed = Agent(config), False
-    agent.state = make_state()
-    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("children", check_children),
-                        ("others", check_others), ("registry", check_registries), ("hooks", check_hooks), ("labels", check_labels),
-                        ("identity", lambda agent: SERVED[agent.config.wfm.profile].check(agent.config, agent.state, time.time())),
-                        ("wfm", check_connection)):
-        try:
-            level, words = check(agent)
-        except MargoError as error:
-            level, words, failed = "FAIL", error.message, True
-        if words:
-            print(f"{level:5}{name:9} {make_printable(words)}")
-    return 1 if failed else 0
-
-
-def check_storage(agent):
-    """Whether the state can be read and written, and is not about to fill its disk."""
-    agent.state = agent.store.load_state()
-    folder = agent.store.folder
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder) or "/"
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as its owner")
-    free, _ = get_space(folder)
-    need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
-    words = f"{agent.config.state_dir}, {free // MIB} MiB free"
-    return ("ok", words) if free > need else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
-
-
-def check_labels(agent):
-    """Whether every label is called so that no other's has its name; Margo recommends a domain before it (C-088)."""
-    bare = sorted({name for place in agent.places for name in place.device.labels if not re.match(r"[^/.]+(\.[^/.]+)+/.", name)})
-    return ("warn", f"device.labels {', '.join(bare)}: put a domain of yours before it, such as example.com/zone") if bare else ("ok", "")
-
-
-def check_clock(agent):
-    """Whether the clock can be right: certificates are judged by it."""
-    now, stored = time.time(), agent.store.find_time()
-    if now < stored:
-        raise Untrusted(make_clock_fault(now, stored))
-    return "ok", make_time(now)
-
-
-def check_engine(agent):
-    """Whether something runs workloads here, and answers."""
-    drivers = agent.places[0].drivers
-    if not drivers and agent.places[1:]:
-        return "ok", "nothing here runs workloads; they run on child devices"
-    if not drivers:
-        return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
-    return "ok", "; ".join(driver.check() for driver in drivers.values())
-
-
-def check_children(agent):
-    """Whether every child device answers."""
-    for _ in agent.observe([]) if agent.places[1:] else ():
-        pass                                        # until all have answered
-    words = list(dict.fromkeys(f"{key} does not answer ({error.message}); see its connection in device.children"
-                               for (key, _), error in agent.deaf.items() if key != agent.device_id))
-    if words:
-        raise CommandError("; ".join(words))
-    return "ok", f"{len(agent.places) - 1} answer" if agent.places[1:] else ""
-
-
-def check_others(agent):
-    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
-    others = agent.list_others()
-    words = "; ".join(dict.fromkeys(f"{item['name']} of {item['owner'] or 'no owner that is known'}" for item in others))
-    return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
-
-
-def check_registries(agent):
-    """Whether the files are there that registries name."""
-    for host, entry in agent.config.registries.items():
-        for key in ("ca", "password_file"):
-            if entry[key] and read_file(entry[key], MAX_CERTIFICATES) is None:
-                raise ConfigError(f"registries.{host}.{key} {entry[key]}: no such file")
-    return "ok", ""
-
-
-def check_hooks(agent):
-    """Whether every hook can be run."""
-    broken = [path for path in agent.config.hooks.run if not os.path.isfile(path) or not os.access(path, os.X_OK)]
-    if broken:
-        raise ConfigError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
-    loose = [path for path in agent.config.hooks.run if os.stat(path).st_mode & 0o022]
-    if loose:
-        return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
-    return "ok", f"{len(agent.config.hooks.run)} to be run around changes" if agent.config.hooks.run else ""
-
-
-def check_connection(agent):
-    """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
-    desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
-    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; " + (
-        f"version {desired.version} is there to be accepted" if desired else "nothing new")
-
-
 def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
     agent = Agent(config)
@@ -9000,13 +9015,17 @@ def print_json(value):
     print(json.dumps(value, indent=2, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8"))
 
 
-# Each command: its function (to an exit code, or nothing for 0), the options it knows, with the name of what follows them, and its operand.
-COMMANDS = {
-    "enroll": (command_enroll, {"--fetch-ca": "FILE"}, ""), "run": (command_run, {"--once": ""}, ""), "plan": (command_plan, {"--json": ""}, ""),
-    "status": (command_status, {"--json": ""}, ""), "history": (command_history, {"--json": ""}, ""),
-    "doctor": (command_doctor, {}, ""), "capabilities": (command_capabilities, {"--json": ""}, ""),
-    "csr": (command_csr, {"--out": "FILE"}, ""), "retry": (command_retry, {}, "[ID]"), "unenroll": (command_unenroll, {"--purge": ""}, ""),
-    "version": (command_version, {}, "")}
+COMMANDS.update({
+    "enroll": (command_enroll, {"--fetch-ca": "FILE"}, ""),
+    "run": (command_run, {"--once": ""}, ""),
+    "plan": (command_plan, {"--json": ""}, ""),
+    "status": (command_status, {"--json": ""}, ""),
+    "history": (command_history, {"--json": ""}, ""),
+    "capabilities": (command_capabilities, {"--json": ""}, ""),
+    "csr": (command_csr, {"--out": "FILE"}, ""),
+    "retry": (command_retry, {}, "[ID]"),
+    "unenroll": (command_unenroll, {"--purge": ""}, ""),
+    "version": (command_version, {}, "")})
 GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json"}
 USAGE = "usage: margo_agent.py [-c FILE] [-v|-q] [--log-format text|json] COMMAND\n"
 
