@@ -23,7 +23,7 @@ import unittest
 from tests import fake_podman
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-AGENT = os.path.join(ROOT, "margo_agent.py")
+AGENT = os.path.abspath(os.environ.get("MARGO_AGENT") or os.path.join(ROOT, "margo_agent.py"))    # another one, such as a stripped one
 EXAMPLES = os.path.join(ROOT, "examples")
 DATA = os.path.join(ROOT, "tests", "data")
 PARTS = os.environ.get("MARGO_TEST_PARTS", os.path.join(ROOT, ".parts"))         # what .ci/run fetched, such as the YAML suite
