@@ -87,9 +87,13 @@ def find_statements(source):
     body, lines, found = ast.parse(source).body, source.split("\n"), []
     starts = [min([node.lineno] + [item.lineno for item in getattr(node, "decorator_list", [])]) - 1 for node in body]
     for index, node in enumerate(body[:-1]):
-        last = starts[index + 1]
-        while last > starts[index] + 1 and lines[last - 1].startswith("#"):
+        first, last = starts[index], starts[index + 1]
+        while lines[last - 1].startswith("#") or not lines[last - 1].strip():
             last -= 1                               # comments and banners belong to what follows
+        while not lines[last].strip():
+            last += 1
+        while lines[first - 1].startswith("#") and not lines[first - 1].startswith("# ---"):
+            first -= 1
         names = set()
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names = {node.name}
@@ -97,7 +101,7 @@ def find_statements(source):
             targets = [item for target in node.targets for item in ast.walk(target)]
             if all(isinstance(item, (ast.Name, ast.Tuple, ast.expr_context)) for item in targets):
                 names = {item.id for item in targets if isinstance(item, ast.Name)}
-        found.append((names, (starts[index], last)))
+        found.append((names, (first, last)))
     return found
 
 
