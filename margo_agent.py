@@ -14,14 +14,15 @@ Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one
 Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All else may change.
 
 How to read it: from top to bottom.  A section uses only sections above it.
-   1 Constants and errors      8 Identity                 15 Deployment status
-   2 Records                   9 Desired state            16 Apply
-   3 Encodings                10 Desired-state sources    17 Capabilities
-   4 Configuration            11 Eligibility              18 Agent
-   5 Store                    12 Plan                     19 Gateway (optional)
-   6 Commands                 13 Packages                 20 Hooks (optional)
-   7 Transport                14 Runtimes                 21 Doctor (optional)
-                                                          22 Command line
+   1 Constants and errors         9 Transport                   17 Deployment status
+   2 Records                     10 Identity                    18 Apply
+   3 YAML                        11 Desired state               19 Capabilities
+   4 Small encodings             12 Desired-state sources       20 Agent
+   5 X.509                       13 Eligibility                 21 Gateway (optional)
+   6 Configuration               14 Plan                        22 Hooks (optional)
+   7 Store                       15 Packages                    23 Older documents (optional)
+   8 Commands                    16 Runtimes                    24 Doctor (optional)
+                                                                25 Command line
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
 are mistakes of other agents, which a test of the same mark keeps out.
 """
@@ -89,9 +90,7 @@ START_WINDOW = 300                                  # seconds since boot in whic
 RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
 MAX_TIMEOUT = 6 * 3600                              # seconds that one may ask for at most: meanwhile its device hears nobody (P-9)
-PULL_LIMIT = 86400                                  # seconds after which a pull that still moves is given up until the next attempt
-PULL_TIMEOUT = 3600                                 # seconds git may take, or a child's engine for an image: links are slow
-IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
+PULL_TIMEOUT = 3600                                 # seconds git, or an engine for an image, may take: links are slow (P-15)
 LOOKS = 8                                           # engines and clusters that are asked at once
 FREE_SPACE = 32 * MIB                               # at most stays free on a disk that something is fetched to (P-4)
 SHARE = 16                                          # of a small disk it is one part of so many that stays free, and that is kept
@@ -224,9 +223,9 @@ Container = define("Container", "id name deployment_id component service hash st
     " `hash` our mark, `type` the deployment type whose driver showed it, `device_id` the child device it was made for, `started` Unix"
     " seconds where they are shown, `health` the engine's word where there is a check, `owner` who made it, as far as a label says so.",
     "", 0, "", "")
-Claim = define("Claim", "owner owners deployments ids",
-    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of: ids of deployments in lower"
-    " case and of containers; see is_ours.")
+Claim = define("Claim", "owner owners deployments ids images",
+    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of:"
+    " ids of deployments in lower case and of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
     "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on; culprit: (component,"
     " service) that is repaired in vain.", None, "", None)
@@ -248,24 +247,32 @@ Outcome = define("Outcome", "code result detail delay",
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 3. Encodings
+# 3. YAML
 # ------------------------------------------------------------------------------------------------------------------------------
 
-# YAML 1.2, one document, core schema.  Parse functions go from coarse to fine; the position moves from token to token, and block
-# functions leave it at the first character of the next line that holds something, its column in `column` (-1 at the end).
+# YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
+# to token, and block functions leave it at the first character of the next line that holds something, its
+# column in `column` (-1 at the end).
 
 MAX_DEPTH, MAX_NODES = 64, 1000000
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
-FLOAT_PATTERN = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
+FLOAT_PATTERN = (
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True,
+             "TRUE": True,
              "false": False, "False": False, "FALSE": False}
-ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r", "e": "\x1b", " ": " ",
+ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
+           "e": "\x1b", " ": " ",
            '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
 
 
 class YAMLError(ValueError):
-    """A document that is no YAML 1.2 of one document, or that load_yaml refuses; `line` and `column` count from 1."""
+    """A document that is no YAML 1.2 of one document, or that load_yaml refuses.
+
+    `line` and `column` count from 1.
+    """
 
     def __init__(self, message, line, column):
         super().__init__(f"line {line}, column {column}: {message}")
@@ -281,10 +288,12 @@ class PlainFloat(float):
 
 
 def load_yaml(text):
-    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the core schema.
+    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the
+    core schema.
 
-    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser: what it does not
-    support it refuses (duplicate keys, keys that are no scalars, other tags, directives other than %YAML 1.2, a second document).
+    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser:
+    what it does not support it refuses (duplicate keys, keys that are no scalars, other tags, directives
+    other than %YAML 1.2, a second document).
     """
     if isinstance(text, (bytes, bytearray)):
         try:
@@ -295,7 +304,10 @@ def load_yaml(text):
 
 
 def scalar_text(value):
-    """A scalar as the text an environment variable gets: a plain number as it was spelt, true or false; raises TypeError."""
+    """A scalar as the text an environment variable gets: a plain number as it was spelt, true or false.
+
+    Raises TypeError.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if not isinstance(value, (str, int, float)):
@@ -307,22 +319,30 @@ class YAMLReader:
     """The reader of one document; see load_yaml."""
 
     SPACE = re.compile(r"[ \t]*")
-    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")                                 # empty and comment lines, then indentation
-    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")                                     # nothing more on this line
-    STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))       # of plain scalars: block, flow
+    # empty and comment lines, then indentation
+    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")
+    # nothing more on this line
+    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")
+    # of plain scalars: block, flow
+    STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
     NAME = re.compile(r"[^\s,\[\]{}]+")
     TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
-    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")       # a key; without bound it takes 100 bytes for each
-    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")                                         # a plain key: quoted, it is text
+    # a key; without bound it takes 100 bytes for each
+    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")
+    # a plain key: quoted, it is text
+    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
     KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
-    FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")     # its opposite takes 3 ms to compile
+    # its opposite takes 3 ms to compile
+    FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
+    HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
 
     def __init__(self, text):
         text = text[1:] if text.startswith("\ufeff") else text
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        self.cut = text[-1:] not in " \n"           # the last line has no end, so a block scalar there does not get one either
+        # the last line has no end, so a block scalar there does not get one either
+        self.cut = text[-1:] not in " \n"
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.closed = -1                            # where the last quoted scalar or flow collection ended
@@ -360,12 +380,15 @@ class YAMLReader:
             self.position += 3
             self.end_line()
         if self.position < len(self.text):
-            self.fail("a second document" if self.at_marker() else "more than one value, or wrong indentation")
+            self.fail("a second document" if self.at_marker()
+                      else "more than one value, or wrong indentation")
         return value
 
     def at_marker(self):
         """Whether --- or ... stands here, at the start of a line."""
-        return self.MARKER.match(self.text, self.position) and self.text[self.position - 1:self.position] in ("", "\n")
+        return self.MARKER.match(self.text, self.position) and self.text[
+            self.position - 1 : self.position
+        ] in ("", "\n")
 
     def next_line(self):
         """Goes to the next line that holds something."""
@@ -375,7 +398,8 @@ class YAMLReader:
             self.column = -1
         elif self.text[self.position] == "\t":
             after = self.SPACE.match(self.text, self.position).end()
-            if self.text[after] not in "[{":                        # only block structure is made by indentation
+            # only block structure is made by indentation
+            if self.text[after] not in "[{":
                 self.fail("a tab in the indentation")
             self.position = after
         elif self.column == 0 and self.text[self.position] in "-." and self.at_marker():
@@ -404,14 +428,17 @@ class YAMLReader:
     # Blocks
 
     def read_block(self, parent, sequence_at_parent=False, compact=True):
-        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper than `parent`."""
+        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper
+        than `parent`.
+        """
         start = self.position
         self.position = self.SPACE.match(self.text, start).end()
         if self.text[self.position] == "\n" or self.text[self.position] == "#" and self.position > start:
             return self.read_below(parent, sequence_at_parent, None, None)
         if "\t" in self.text[start:self.position]:
             compact = False
-        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent, compact, sequence_at_parent)
+        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent,
+                                  compact, sequence_at_parent)
 
     def read_below(self, parent, sequence_at_parent, anchor, tag):
         """A node that starts on a later line, or an empty one."""
@@ -457,7 +484,8 @@ class YAMLReader:
                 if not match or anchor:
                     self.fail("an anchor without a name, or a second one")
                 anchor = match.group(), self.position
-                self.anchors[anchor[0]] = self.position         # open: an alias to it from inside would be endless
+                # open: an alias to it from inside would be endless
+                self.anchors[anchor[0]] = self.position
             else:
                 match = self.TAG.match(self.text, self.position)
                 if tag:
@@ -480,10 +508,15 @@ class YAMLReader:
         self.fail(f"tag {tag} is not supported")
 
     def is_key(self):
-        """Whether an implicit key of a block mapping starts here; it lies on one line and has at most 1,024 characters."""
+        """Whether an implicit key of a block mapping starts here.
+
+        It lies on one line and has at most 1,024 characters.
+        """
         text, position = self.text, self.position
         while text[position] in "&!":
-            match = (self.NAME if text[position] == "&" else self.TAG).match(text, position + (text[position] == "&"))
+            match = (self.NAME if text[position] == "&" else self.TAG).match(
+                text, position + (text[position] == "&")
+            )
             end = match.end() if match else position
             position = self.SPACE.match(text, end).end()
             if position == end:
@@ -513,7 +546,8 @@ class YAMLReader:
     def finish(self, value, anchor, first=None):
         """Counts a node and keeps it under its anchor."""
         self.count()
-        if anchor and self.anchors[anchor[0]] == anchor[1]:         # else one that began later has that name now
+        # else one that began later has that name now
+        if anchor and self.anchors[anchor[0]] == anchor[1]:
             self.anchors[anchor[0]] = (value, self.nodes - (self.nodes - 1 if first is None else first))
         return value
 
@@ -563,7 +597,10 @@ class YAMLReader:
         return key
 
     def make_mapping(self, pairs):
-        """A dictionary from (key, value, position); refuses what is no scalar or occurs twice; merges << last."""
+        """A dictionary from (key, value, position); refuses what is no scalar or occurs twice.
+
+        Merges << last.
+        """
         mapping, merges = {}, []
         for key, value, position in pairs:
             if key == "<<" and self.MERGE.match(self.text, position):
@@ -573,7 +610,8 @@ class YAMLReader:
                 continue
             if isinstance(key, (dict, list)):
                 self.fail("a key that is no scalar is not supported", position)
-            if key in mapping or key != key and any(other != other for other in mapping):          # .nan differs from itself
+            # .nan differs from itself
+            if key in mapping or key != key and any(other != other for other in mapping):
                 self.fail(f"the key {str(key)[:60]!r} occurs twice", position)
             mapping[key] = value
         for value, position in merges:
@@ -589,17 +627,22 @@ class YAMLReader:
 
     def read_block_scalar(self, parent):
         """A literal or folded scalar; the position is at its indicator."""
-        header = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n").match(self.text, self.position)
+        header = self.HEADER.match(self.text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        style, chomp, digit = header.group(1), header.group(2) or header.group(5), header.group(3) or header.group(4)
+        style, chomp = header.group(1), header.group(2) or header.group(5)
+        digit = header.group(3) or header.group(4)
         indent = max(parent, 0) + int(digit) if digit else None
         self.position, lines, blank = header.end(), [], 0
         while self.position < len(self.text):
             end = self.text.index("\n", self.position)
             line = self.text[self.position:end]
             spaces = len(line) - len(line.lstrip(" "))
-            if line[spaces:spaces + 1] == "\t" and spaces <= (parent if indent is None else indent - 1) and spaces <= max(parent, 0):
+            if (
+                line[spaces:spaces + 1] == "\t"
+                and spaces <= (parent if indent is None else indent - 1)
+                and spaces <= max(parent, 0)
+            ):
                 self.fail("a tab in the indentation of a block scalar")
             if spaces == len(line) and (indent is None or spaces <= indent):
                 blank = max(blank, spaces)
@@ -630,7 +673,9 @@ class YAMLReader:
 
     @staticmethod
     def fold_block(body):
-        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are indented further."""
+        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are
+        indented further.
+        """
         lines, result, previous, empties = body.split("\n"), [], None, 0
         for line in lines:
             if not line:
@@ -656,7 +701,14 @@ class YAMLReader:
         value = self.resolve_plain(text)
         if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
             value = float(value)
-        kind = {bool: "bool", int: "int", PlainInt: "int", float: "float", PlainFloat: "float", type(None): "null"}.get(type(value))
+        kind = {
+            bool: "bool",
+            int: "int",
+            PlainInt: "int",
+            float: "float",
+            PlainFloat: "float",
+            type(None): "null",
+        }.get(type(value))
         if tag != kind:
             self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
         return value
@@ -685,12 +737,15 @@ class YAMLReader:
     # Flow
 
     def read_flow(self, parent, flow, anchor=None, tag=None, key=False):
-        """A node of flow style, a quoted or plain scalar, or an alias.  `flow`: depth of flow collections around it."""
+        """A node of flow style, a quoted or plain scalar, or an alias.
+
+        `flow`: depth of flow collections around it.
+        """
         if self.text[self.position] in "&!":
             anchor, tag = self.read_properties(anchor, tag)
             if flow and not key:
                 self.skip_flow(parent)
-                if self.text[self.position] in ",]}" or self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}":
+                if self.text[self.position] in ",]}" or self.at_colon():
                     return self.finish(self.make_scalar("", tag, True), anchor)
         character, first = self.text[self.position], self.nodes
         if character == "*":
@@ -748,7 +803,10 @@ class YAMLReader:
                 return
 
     def read_flow_collection(self, parent, flow, closing):
-        """[ … ] or { … }; the position is behind its start.  A single pair in a sequence is a mapping of its own."""
+        """[ … ] or { … }; the position is behind its start.
+
+        A single pair in a sequence is a mapping of its own.
+        """
         text, items = self.text, []                 # of a mapping: (key, value, position)
         while True:
             self.skip_flow(parent)
@@ -764,11 +822,12 @@ class YAMLReader:
             end = self.position
             self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
-            paired = text[self.position] == ":" and (text[self.position + 1] in " \t\n,[]{}" or self.closed == end)
+            paired = self.at_colon() or self.closed == end and text[self.position] == ":"
             if paired:
                 long = "\n" in text[start:self.position] or self.position - start > 1024
                 if long and closing == "]" and not explicit:
-                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
+                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters",
+                              start)
                 self.position += 1
                 self.skip_flow(parent)
                 value = self.read_flow_node(parent, flow)
@@ -786,17 +845,24 @@ class YAMLReader:
 
     def read_flow_node(self, parent, flow):
         """A node in a flow collection, None where there is nothing before its end."""
-        character = self.text[self.position]
-        if character in ",]}" or character == ":" and self.text[self.position + 1] in " \t\n,[]{}":
+        if self.text[self.position] in ",]}" or self.at_colon():
             self.count()
             return None
         return self.read_flow(parent, flow)
+
+    def at_colon(self):
+        """Whether a colon stands here that ends a key in a flow collection."""
+        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
 
     def read_plain(self, parent, flow, key):
         """A plain scalar's text, folded over its lines."""
         text, position = self.text, self.position
         character = text[position]
-        if character in "-?:" and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n") or character in ",[]{}#&*!|>'\"%@`":
+        if (
+            character in "-?:"
+            and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n")
+            or character in ",[]{}#&*!|>'\"%@`"
+        ):
             if character == ":" and key:
                 return ""
             self.fail(f"a value cannot start with {character!r} here")
@@ -806,7 +872,13 @@ class YAMLReader:
         while not key and text[stop.start()] == "\n" and stop.start() + 1 < len(text):
             after = re.compile(r"(?:[ \t]*\n)*( *)[ \t]*").match(text, stop.start() + 1)
             start, indent = after.end(), after.end(1) - after.start(1)
-            if start >= len(text) or indent <= parent or text[start] == "#" or flow and text[start] in ",[]{}":
+            if (
+                start >= len(text)
+                or indent <= parent
+                or text[start] == "#"
+                or flow
+                and text[start] in ",[]{}"
+            ):
                 break
             if flow and text[start] == ":" and text[start + 1] in " \t\n,[]{}":
                 break
@@ -860,7 +932,9 @@ class YAMLReader:
         return "\n" * match.group(1).count("\n") or " "
 
     def read_escape(self, parent, start):
-        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from being folded away."""
+        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from
+        being folded away.
+        """
         character = self.text[self.position + 1]
         if character == "\n":
             self.position += 1
@@ -873,8 +947,13 @@ class YAMLReader:
             self.position += 2
             return "\0" + ESCAPES[character]
         digits = self.text[self.position + 2:self.position + 2 + size]
-        if not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits) or int(digits, 16) > 0x10FFFF or 0xD800 <= int(digits, 16) <= 0xDFFF:
-            self.fail(f"\\{character}{digits} is no character")     # halves of a surrogate pair too: YAML takes each by itself
+        if (
+            not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits)
+            or int(digits, 16) > 0x10FFFF
+            or 0xD800 <= int(digits, 16) <= 0xDFFF
+        ):
+            # halves of a surrogate pair too: YAML takes each by itself
+            self.fail(f"\\{character}{digits} is no character")
         self.position += 2 + size
         return "\0" + chr(int(digits, 16))
 
@@ -885,6 +964,10 @@ def measure_depth(value):
     return 0 if items is None else 1 + max(map(measure_depth, items), default=0)
 
 
+# ------------------------------------------------------------------------------------------------------------------------------
+# 4. Small encodings
+# ------------------------------------------------------------------------------------------------------------------------------
+
 def sha256_digest(data):
     """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
     import hashlib
@@ -894,11 +977,14 @@ def sha256_digest(data):
 def make_json(value):
     """JSON as UTF-8 bytes in one stable form, so that equal values are equal bytes."""
     import json
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def parse_json(data, what):
-    """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character) to a value.
+    """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character)
+    to a value.
 
     Raises ValueError naming `what`.
     """
@@ -914,7 +1000,8 @@ def parse_json(data, what):
         raise ValueError(f"{word} is not JSON")
 
     def read_int(text):
-        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")     # as newer Pythons have it
+        # as newer Pythons have it
+        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")
 
     def read_float(text):
         return float(text) if abs(float(text)) < float("inf") else refuse(text[:40])
@@ -922,7 +1009,8 @@ def parse_json(data, what):
     try:
         if data[:2] == b"\x1f\x8b":
             raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_int=read_int,
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
+                           parse_int=read_int,
                            parse_float=read_float)
         if re.search(rb"\\u[dD][89a-fA-F]", data):
             make_json(value)                        # refuses a half character
@@ -934,14 +1022,21 @@ def parse_json(data, what):
 def parse_duration(text):
     """`90`, `30s`, `5m`, `2h`, `1d` to seconds (float); raises ValueError."""
     match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?)([smhd]?)", text)
-    seconds = float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)] if match else -1
+    seconds = (
+        float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+        if match
+        else -1
+    )
     if not 0 <= seconds <= MAX_DURATION:
         raise ValueError("a duration: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d")
     return seconds
 
 
 def parse_size(text):
-    """`512`, `512Ki`, `64Mi`, `2Gi` ... to bytes; a space before the unit is read too (protocol 3.5); raises ValueError."""
+    """`512`, `512Ki`, `64Mi`, `2Gi` ... to bytes; a space before the unit is read too (protocol 3.5).
+
+    Raises ValueError.
+    """
     match = re.fullmatch(r"([0-9]{1,40})(?: ?([KMGTPE]i))?", text)
     if not match:
         raise ValueError("a size: bytes, or a number with Ki, Mi, Gi, Ti, Pi or Ei, such as 64Mi")
@@ -972,18 +1067,21 @@ def parse_base64(text):
 
 
 def grow(first, times, cap):
-    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each further one, at most `cap`."""
+    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each
+    further one, at most `cap`.
+    """
     return min(cap, first * 2 ** min(max(times - 1, 0), 30))
 
 
 def find_left(record, now):
-    """Seconds that a record of an attempt, {at, delay}, still asks to be waited; none before its time, where a clock was set back."""
+    """Seconds still to wait after an attempt {at, delay}; 0 if the clock now stands before `at`."""
     passed, delay = now - record.get("at", 0), record.get("delay", 0)
     return delay - passed if 0 <= passed < delay else 0
 
 
 def make_wait(record, delay, clock):
-    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay, boot, uptime}.
+    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay,
+    boot, uptime}.
 
     record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
     """
@@ -992,7 +1090,8 @@ def make_wait(record, delay, clock):
 
 
 def find_wait(record, clock):
-    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this is the same boot.
+    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this
+    is the same boot.
 
     Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
     """
@@ -1002,8 +1101,44 @@ def find_wait(record, clock):
     return delay - passed if 0 <= passed < delay else 0
 
 
+def make_backoff(failures, asked, strategy, jitter):
+    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
+    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
+    """
+    asked = asked or 0
+    if asked and strategy in ("fixed", "none"):
+        return asked
+    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
+
+
+def make_start(uptime, poll, known, jitter):
+    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
+    arrives spread over one interval (P-19).  One that never had a desired state asks at once.
+    """
+    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
+
+
+def make_delay(config, state, fault, clock, jitter):
+    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
+    an attempt is due.
+    """
+    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
+    patience = state["patience"]
+    if isinstance(fault, (Refused, Untrusted)):
+        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
+        return max(interval, patience.get("delay", 0), slower)
+    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
+    if left:
+        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
+    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
+                if record["state"] == "failed" and not record["refused"]]
+    return max(1.0, min([interval] + attempts))
+
+
 def parse_retry_after(text, now):
-    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is unreadable (C-056)."""
+    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
+    unreadable (C-056).
+    """
     if not text:
         return None
     if re.fullmatch(r"[0-9]+", text.strip()):
@@ -1017,10 +1152,75 @@ def parse_retry_after(text, now):
         return None
 
 
-# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was read.
+def unpack_gzip(data, max_unpacked):
+    """The content of one whole gzip stream.
+
+    Raises ValueError over the limit or for a stream that is not just that.
+    """
+    import zlib
+    stream = zlib.decompressobj(31)
+    try:
+        plain = stream.decompress(data, max_unpacked + 1)
+    except zlib.error as error:
+        raise ValueError(f"not a readable tar+gzip ({error})") from None
+    if len(plain) > max_unpacked:
+        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
+    if not stream.eof or stream.unused_data:
+        raise ValueError("it is cut short, or something follows it")
+    return plain
+
+
+def unpack_tar(data, max_unpacked, max_entries):
+    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
+
+    Raises ValueError for what is none, or is over a limit.
+
+    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to
+    whatever size it claims.
+    """
+    import io
+    import itertools
+    import tarfile
+
+    class Headers(io.BytesIO):
+        """What tarfile reads: headers, forwards and up to a limit.
+
+        A negative size leads it in circles, and it keeps all that they hold.
+        """
+
+        left = 64 * MIB
+
+        def read(self, size=-1):
+            self.left -= size
+            if size < 0 or self.left < 0:
+                raise ValueError("headers that are too large, or of negative size")
+            return super().read(size)
+
+    plain = unpack_gzip(data, max_unpacked)
+    try:
+        with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
+            members = list(itertools.islice(archive, max_entries + 1))
+    except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a readable tar+gzip ({error})") from None
+    if len(members) > max_entries:
+        raise ValueError(f"more than {max_entries} entries")
+    return plain, members, archive.offset
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 5. X.509
+# ------------------------------------------------------------------------------------------------------------------------------
+
+# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
+# read.
 
 OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME = b"\x55\x1d\x13", b"\x55\x1d\x0f", b"\x55\x1d\x11"
-OID_SUBJECT_KEY, OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x0e", b"\x55\x1d\x23", b"\x55\x1d\x14", b"\x55\x1d\x1c"
+OID_SUBJECT_KEY, OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE = (
+    b"\x55\x1d\x0e",
+    b"\x55\x1d\x23",
+    b"\x55\x1d\x14",
+    b"\x55\x1d\x1c",
+)
 KEY_CERT_SIGN, CRL_SIGN = 5, 6                      # bits of keyUsage (RFC 5280, 4.2.1.3)
 
 
@@ -1065,12 +1265,16 @@ def parse_certificate(der):
         uris, is_ca, usage = read_extensions(extensions)
     except (IndexError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
-    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2], uris, is_ca, usage,
+    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after,
+                       spki[2], uris, is_ca, usage,
                        extensions)
 
 
 def parse_extensions(data):
-    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}; raises ValueError, IndexError."""
+    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}.
+
+    Raises ValueError, IndexError.
+    """
     found = {}
     for _, extension, raw in parse_der(parse_der(data)[0][1]) if data else ():
         parts = parse_der(extension)
@@ -1081,12 +1285,16 @@ def parse_extensions(data):
 
 
 def read_extensions(extensions):
-    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None); raises ValueError, IndexError."""
+    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None).
+
+    Raises ValueError, IndexError.
+    """
     names, constraints, bits = (parse_der(extensions[oid][1])[0][1] if oid in extensions else None
                                 for oid in (OID_SUBJECT_ALT_NAME, OID_BASIC_CONSTRAINTS, OID_KEY_USAGE))
     uris = [name.decode("ascii") for tag, name, _ in parse_der(names or b"") if tag == 0x86]
     is_ca = any(tag == 0x01 and flag != b"\x00" for tag, flag, _ in parse_der(constraints or b""))
-    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1)) if bits[1 + bit // 8] & (0x80 >> bit % 8)}
+    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1))
+                                       if bits[1 + bit // 8] & (0x80 >> bit % 8)}
     return uris, is_ca, usage
 
 
@@ -1094,13 +1302,16 @@ def find_key_id(item, oid):
     """The identifier of the subject's or the issuer's key in a Certificate or Crl, or None."""
     try:
         inner = parse_der(item.extensions[oid][1])[0][1]
-        return inner if oid == OID_SUBJECT_KEY else next(value for tag, value, _ in parse_der(inner) if tag == 0x80)
+        return inner if oid == OID_SUBJECT_KEY else next(value for tag, value, _ in parse_der(inner)
+                                                         if tag == 0x80)
     except (KeyError, IndexError, ValueError, StopIteration):
         return None
 
 
 def is_issuer(candidate, item):
-    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key identifier."""
+    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key
+    identifier.
+    """
     ids = find_key_id(candidate, OID_SUBJECT_KEY), find_key_id(item, OID_ISSUER_KEY)
     return candidate.subject == item.issuer and (None in ids or ids[0] == ids[1])
 
@@ -1109,7 +1320,14 @@ def make_chain(leaf, candidates):
     """[Certificate] from a leaf upwards, out of candidates in any order (E-039); roots are left out."""
     chain = [leaf]
     while len(chain) < 10:
-        found = next((item for item in candidates if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain), None)
+        found = next(
+            (
+                item
+                for item in candidates
+                if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain
+            ),
+            None,
+        )
         if found is None:
             break
         chain.append(found)
@@ -1117,7 +1335,10 @@ def make_chain(leaf, candidates):
 
 
 def parse_crl(data):
-    """A revocation list (DER or PEM) to (DER, Crl); raises ValueError, also for one whose meaning is not understood (E-085)."""
+    """A revocation list (DER or PEM) to (DER, Crl).
+
+    Raises ValueError, also for one whose meaning is not understood (E-085).
+    """
     try:
         der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
         fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
@@ -1125,28 +1346,39 @@ def parse_crl(data):
             raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
         extensions = parse_extensions(next(value for tag, value, _ in fields[5:] if tag == 0xA0))
-        scope = parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1]) if OID_CRL_SCOPE in extensions else []
+        scope = (
+            parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1]) if OID_CRL_SCOPE in extensions else []
+        )
         number = int.from_bytes(parse_der(extensions[OID_CRL_NUMBER][1])[0][1], "big")
         if number >= 2 ** 160:
             raise ValueError("its number has more than 20 octets")
     except (IndexError, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
         raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
-    strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical and oid not in (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)]
-    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:      # a name, and only user certificates, take nothing away for a leaf
-        raise ValueError(f"a list of a kind that is not understood (critical {', '.join(strange) or 'scope'})")
+    strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical
+               and oid not in (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)]
+    # a name, and only user certificates, take nothing away for a leaf
+    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:
+        raise ValueError(
+            f"a list of a kind that is not understood (critical {', '.join(strange) or 'scope'})"
+        )
     entries = fields[5][1] if fields[5][0] == 0x30 else b""
     return der, Crl(fields[2][2], times[0], times[1], entries, number, extensions)
 
 
 def is_listed(crl, serial):
-    """Whether a Crl lists a serial number; the walk is made only where its bytes occur at all, since lists can be long."""
+    """Whether a Crl lists a serial number.
+
+    The walk is made only where its bytes occur at all, since lists can be long.
+    """
     wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
-    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry, _ in parse_der(crl.entries))
+    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted
+                                         for _, entry, _ in parse_der(crl.entries))
 
 
 def parse_der_time(tag, value):
     """UTCTime or GeneralizedTime to Unix seconds; raises ValueError."""
-    import datetime                                 # http.client brings it along; what strptime brings takes 8 ms
+    # http.client brings it along; what strptime brings takes 8 ms
+    import datetime
     text = value.decode("ascii")
     if tag == 0x17:
         text = ("19" if text[:2] >= "50" else "20") + text
@@ -1156,54 +1388,11 @@ def parse_der_time(tag, value):
     return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
 
 
-def unpack_gzip(data, max_unpacked):
-    """The content of one whole gzip stream; raises ValueError over the limit or for a stream that is not just that."""
-    import zlib
-    stream = zlib.decompressobj(31)
-    try:
-        plain = stream.decompress(data, max_unpacked + 1)
-    except zlib.error as error:
-        raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if len(plain) > max_unpacked:
-        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
-    if not stream.eof or stream.unused_data:
-        raise ValueError("it is cut short, or something follows it")
-    return plain
-
-
-def unpack_tar(data, max_unpacked, max_entries):
-    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip; raises ValueError for what is none, or is over a limit.
-
-    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to whatever size it claims.
-    """
-    import io
-    import itertools
-    import tarfile
-
-    class Headers(io.BytesIO):
-        """What tarfile reads: headers, forwards and up to a limit.  A negative size leads it in circles, and it keeps all that they hold."""
-
-        left = 64 * MIB
-
-        def read(self, size=-1):
-            self.left -= size
-            if size < 0 or self.left < 0:
-                raise ValueError("headers that are too large, or of negative size")
-            return super().read(size)
-
-    plain = unpack_gzip(data, max_unpacked)
-    try:
-        with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
-            members = list(itertools.islice(archive, max_entries + 1))
-    except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
-        raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if len(members) > max_entries:
-        raise ValueError(f"more than {max_entries} entries")
-    return plain, members, archive.offset
-
-
 def parse_pem(text, label="CERTIFICATE"):
-    """Every certificate (or block of another label) of a PEM text as DER bytes, in order; raises ValueError."""
+    """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
+
+    Raises ValueError.
+    """
     found = []
     for block in text.split(f"-----BEGIN {label}-----")[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
@@ -1213,8 +1402,15 @@ def parse_pem(text, label="CERTIFICATE"):
     return found
 
 
+def make_pem(ders):
+    """Certificates (DER) as PEM text."""
+    import textwrap
+    bodies = ("\n".join(textwrap.wrap(make_base64(der), 64)) for der in ders)
+    return "".join(f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n" for body in bodies)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
-# 4. Configuration
+# 6. Configuration
 # ------------------------------------------------------------------------------------------------------------------------------
 
 class Settings(dict):
@@ -1229,11 +1425,14 @@ class Settings(dict):
             raise AttributeError(name) from None
 
 
-# The kit of readers.  A reader takes (value, base) and returns what it makes of the value, or raises ValueError of what is expected.
-# The value is YAML; `base` is the folder that relative file names start from.
+# The kit of readers. A reader takes (value, base) and returns what it makes of the value, or raises
+# ValueError of what is expected. The value is YAML; `base` is the folder that relative file names start from.
 
 def scalar(expected, pattern=r"(?s).*", make=None):
-    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text; it may raise ValueError."""
+    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text.
+
+    It may raise ValueError.
+    """
     def read(value, base):
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError(expected)
@@ -1297,14 +1496,20 @@ GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?
                rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
 BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"       # as git allows it
                   r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
-PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"        # of a SubjectPublicKeyInfo (RFC 7469, 2.4)
-DURATION = "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
+# of a SubjectPublicKeyInfo (RFC 7469, 2.4)
+PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
+DURATION = (
+    "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
+)
 
 read_text = scalar("text")
-read_name = scalar("text", "(?s).+")
-read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')            # what fits between quotes in an HTTP header
-read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")     # without user or fragment
-read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?", lambda text: text.rstrip("/"))
+read_name = checked("text", lambda value: isinstance(value, str) and value)
+# what fits between quotes in an HTTP header
+read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
+# without user or fragment
+read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
+read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
+                       lambda text: text.rstrip("/"))
 read_address = scalar(
     "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
     rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
@@ -1318,7 +1523,8 @@ read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
 read_size = scalar("a size", make=parse_size)
 read_count = scalar("a whole number", "[0-9]{1,18}", int)
 read_share = scalar("a share from 0% to 100%", r"([0-9]{1,2}|100)%", lambda text: int(text[:-1]) / 100)
-read_device_id = scalar("letters, digits and . _ ~ - in segments parted by /",                          # C-086
+# C-086
+read_device_id = scalar("letters, digits and . _ ~ - in segments parted by /",
                         rf"(?!(.*/)?\.\.?(/|\Z)){DEVICE_ID_PATTERN}")
 read_mapping = checked("a mapping", is_mapping)
 
@@ -1336,10 +1542,15 @@ def read_path(value, base):
 
 
 def read_key(value, base):
-    """A file name, or a URI such as pkcs11:… by which openssl finds a key; it stands on a command line, so it holds no PIN."""
+    """A file name, or a URI such as pkcs11:… by which openssl finds a key.
+
+    It stands on a command line, so it holds no PIN.
+    """
     text = read_text(value, base)
     if "pin-value=" in text:
-        raise ValueError("a URI without pin-value; name a file by pin-source, so that no command line shows the PIN")
+        raise ValueError(
+            "a URI without pin-value; name a file by pin-source, so that no command line shows the PIN"
+        )
     return text if is_uri(text) else read_path(text, base)
 
 
@@ -1354,7 +1565,9 @@ def read_helm(value, base):
 
 
 def read_components(value, base):
-    """What a request signature covers: at least method, target and content digest, else it were one for any request (C-062, C-063)."""
+    """What a request signature covers: at least method, target and content digest, else it were one for any
+    request (C-062, C-063).
+    """
     names = list_of(read_word, "a list of components")(value, base)
     lower = [name.lower() for name in names]
     if not {"@method", "@target-uri", "content-digest"} <= set(lower) or len(set(lower)) < len(lower):
@@ -1370,7 +1583,8 @@ def is_words(value, words):
 def is_equipment(value, kinds):
     """Whether a value is a list of {type: one of `kinds`, all else: text}."""
     return isinstance(value, list) and all(
-        isinstance(item, dict) and item.get("type") in kinds and all(isinstance(text, str) for text in item.values())
+        isinstance(item, dict) and item.get("type") in kinds
+        and all(isinstance(text, str) for text in item.values())
         for item in value)
 
 
@@ -1382,14 +1596,19 @@ def is_cpus(value):
 
 
 # Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
-PERIPHERALS, INTERFACES = "gpu display camera microphone speaker", "ethernet wifi cellular bluetooth usb canbus rs232"
+PERIPHERALS, INTERFACES = (
+    "gpu display camera microphone speaker",
+    "ethernet wifi cellular bluetooth usb canbus rs232",
+)
 PROPERTIES = {
     "vendor": read_name, "modelNumber": read_name, "serialNumber": read_name,
     "memory": scalar("a size such as 512Mi", "[0-9]{1,18}[KMG]i"),
     "storage": scalar("a size such as 512Mi", "[0-9]{1,18}[KMGTPE]i"),
     "cpus": checked("a list of {cores: number, architecture: amd64, arm64 or arm}", is_cpus),
-    "peripherals": checked(f"a list with the types {PERIPHERALS}", lambda item: is_equipment(item, PERIPHERALS.split())),
-    "interfaces": checked(f"a list with the types {INTERFACES}", lambda item: is_equipment(item, INTERFACES.split())),
+    "peripherals": checked(f"a list with the types {PERIPHERALS}",
+                           lambda item: is_equipment(item, PERIPHERALS.split())),
+    "interfaces": checked(f"a list with the types {INTERFACES}",
+                          lambda item: is_equipment(item, INTERFACES.split())),
     "otelCollector": checked("true, as Margo demands it where workloads run", lambda item: item is True),
     "supportedRuntimes": checked("a list of oci, custom", lambda item: is_words(item, ("oci", "custom"))),
     "supportedDeploymentTypes": checked("a list of helm, compose, custom",
@@ -1416,7 +1635,9 @@ def read_properties(value, base):
 def read_environment(value, base):
     """A mapping of environment variables to text."""
     for name in read_mapping(value, base):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(value[name], (bool, dict, list, type(None))):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(
+            value[name], (bool, dict, list, type(None))
+        ):
             raise ValueError(f"a mapping of variable names to text, which {make_printable(name)} is not")
     return {name: read_text(item, base) for name, item in value.items()}
 
@@ -1431,7 +1652,8 @@ def is_label(value):
     """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
     if not isinstance(value, list):
         return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
-    return len(set(map(get_kind, value))) == 1 and all(isinstance(item, str) or is_number(item) for item in value)
+    return len(set(map(get_kind, value))) == 1 and all(isinstance(item, str) or is_number(item)
+                                                       for item in value)
 
 
 read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
@@ -1445,8 +1667,8 @@ MOMENT_PATTERN = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T(?:[01]
 def parse_window(text):
     """A window of device-local time to (days, start, end); raises ValueError.
 
-    `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later than the start.
-    `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
+    `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later
+    than the start. `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
     """
     start, slash, end = text.partition("/")
     if re.fullmatch(f"{MOMENT_PATTERN}/{MOMENT_PATTERN}", text) and start < end:
@@ -1484,13 +1706,18 @@ def is_within(windows, local):
 
 
 def is_within_whole(windows, start, end):
-    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of device-local time."""
+    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of
+    device-local time.
+    """
     moments = range(int(start), int(max(start, end)) + 1, 60)
     return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
 
 
 def find_longest(windows, now):
-    """Seconds of the longest stretch that lies in windows, from `now` on; those of a date are taken one by one."""
+    """Seconds of the longest stretch that lies in windows, from `now` on.
+
+    Those of a date are taken one by one.
+    """
     today = time.strftime("%Y-%m-%dT%H:%M", time.localtime(now))
     longest, stretch = 0, 0
     for days, start, end in windows:
@@ -1498,18 +1725,23 @@ def find_longest(windows, now):
             first, last = (time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M")) for text in (start, end))
             longest = max(longest, last - first)
     weekly = [window for window in windows if window[0] is not None]
-    for moment in range(0, 14 * 86400 if weekly else 0, 60):            # any two weeks: a stretch may begin in one and end in the next
+    # any two weeks: a stretch may begin in one and end in the next
+    for moment in range(0, 14 * 86400 if weekly else 0, 60):
         stretch = stretch + 60 if is_within(weekly, time.gmtime(moment)) else 0
         longest = max(longest, stretch)
     return longest
 
 
-# What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is reached by one of them.
-CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman",
+# What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is
+# reached by one of them.
+CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman",
+               "CONTAINERS_STORAGE_CONF": "podman",
                "DOCKER_HOST": "docker", "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
-HOSTING = ("cpus", "memory", "storage")             # what a child device has to say of itself, because only what is here can be detected
+# what a child device has to say of itself, because only what is here can be detected
+HOSTING = ("cpus", "memory", "storage")
 
-# Each setting: its reader, or that and the default in the file's own spelling.  What only one profile has, its part adds below.
+# Each setting: its reader, or that and the default in the file's own spelling. What only one profile has, its
+# part adds below.
 DEVICE_SCHEMA = {
     "id": read_device_id, "vendor": read_text, "modelNumber": read_text, "serialNumber": read_text,
     "properties": (read_properties, {}), "labels": (read_labels, {})}
@@ -1525,23 +1757,30 @@ SCHEMA = {
     "identity": {
         "certificate": read_path, "key": read_key, "trust_bundle": read_path_or_url,
         "discovery": read_url, "ca": read_path, "pins": (read_pins, []), "refresh": (read_duration, "1h")},
-    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),         # see make_children
+    # see make_children
+    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),
     "poll": {
         "interval": (read_duration, "60s"), "jitter": (read_share, "10%"),
-        "window": (list_of(read_window, "a list of windows"), []), "downtime": (list_of(read_window, "a list of windows"), [])},
+        "window": (list_of(read_window, "a list of windows"), []),
+        "downtime": (list_of(read_window, "a list of windows"), [])},
     "runtime": {
-        "compose": (choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"), "auto"),
-        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"), "kubeconfig": read_path,
+        "compose": (choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"),
+                    "auto"),
+        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"),
+        "kubeconfig": read_path,
         "on_failure": (choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"),
         "environment": (read_environment, {}), "prune": (read_flag, True)},
     "registries": (read_mapping, {}),
     "policy": {
-        "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"), "max_unpacked": (read_size, "256Mi"),
-        "privileged": (choice("deny", "allow"), "deny"), "host_paths": (read_folders, []), "max_removals": read_count},
+        "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"),
+        "max_unpacked": (read_size, "256Mi"),
+        "privileged": (choice("deny", "allow"), "deny"), "host_paths": (read_folders, []),
+        "max_removals": read_count},
     "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
 }
 REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key")}       # by profile
-CHECKS = []                                         # functions: configuration to [(whether it is wrong, key, words)]
+# functions: configuration to [(whether it is wrong, key, words)]
+CHECKS = []
 
 
 # Profile signed
@@ -1549,7 +1788,8 @@ CHECKS = []                                         # functions: configuration t
 SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
 SCHEMA["identity"]["algorithm"] = choice(*ALGORITHMS)
 SCHEMA["identity"]["signature"] = {
-    "label": (read_word, "sig1"), "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"]),
+    "label": (read_word, "sig1"), "components": (read_components,
+                                                 ["@method", "@target-uri", "@authority", "content-digest"]),
     "keyid": read_word, "alg": read_word}
 REQUIRED["signed"] = ("wfm.url", "identity.certificate", "identity.key", "identity.ca")
 
@@ -1567,13 +1807,27 @@ def check_git_settings(config):
     """What only profile git has: [(whether it is wrong, key, words)]."""
     wfm, git = config.wfm, config.git
     return [
-        (wfm.profile != "git" and wfm.status_url, "wfm.status_url", "only profile git reports elsewhere; leave it out"),
-        (git.verify_signatures and not git.allowed_signers,
-         "git.allowed_signers", "not set, and needed for git.verify_signatures"),
-        (git.allow_rewrite and not git.verify_signatures,
-         "git.allow_rewrite", "a rewritten history is accepted only from signers; set git.verify_signatures, too"),
-        (git.username and not git.token_file,
-         "git.username", "is sent with the token of git.token_file, which is not set")]
+        (
+            wfm.profile != "git" and wfm.status_url,
+            "wfm.status_url",
+            "only profile git reports elsewhere; leave it out",
+        ),
+        (
+            git.verify_signatures and not git.allowed_signers,
+            "git.allowed_signers",
+            "not set, and needed for git.verify_signatures",
+        ),
+        (
+            git.allow_rewrite and not git.verify_signatures,
+            "git.allow_rewrite",
+            "a rewritten history is accepted only from signers; set git.verify_signatures, too",
+        ),
+        (
+            git.username and not git.token_file,
+            "git.username",
+            "is sent with the token of git.token_file, which is not set",
+        ),
+    ]
 
 
 CHECKS.append(check_git_settings)
@@ -1598,15 +1852,28 @@ def check_enrollment_settings(config):
     enrolled, pair = identity.enrollment == "est", {bool(est.certificate), bool(est.key)}
     single = enrolled and identity.key and identity.certificate and is_combined(identity)
     return [
-        (enrolled and config.wfm.profile != "mtls",
-         "identity.enrollment", "est gives an SVID, which only wfm.profile mtls uses"),
-        (enrolled and not est.url and not identity.discovery,
-         "identity.est.url", "not set, and no identity.discovery either; one of them says where to enroll"),
-        (enrolled and pair != {not est.token_file},
-         "identity.est", "either token_file, or certificate and key; found both, neither or a half"),
-        (identity.rekey == "always" and not single,
-         "identity.rekey", "always needs identity.enrollment est, and identity.key to be the file of identity.certificate,"
-         " so that one rename replaces both")]
+        (
+            enrolled and config.wfm.profile != "mtls",
+            "identity.enrollment",
+            "est gives an SVID, which only wfm.profile mtls uses",
+        ),
+        (
+            enrolled and not est.url and not identity.discovery,
+            "identity.est.url",
+            "not set, and no identity.discovery either; one of them says where to enroll",
+        ),
+        (
+            enrolled and pair != {not est.token_file},
+            "identity.est",
+            "either token_file, or certificate and key; found both, neither or a half",
+        ),
+        (
+            identity.rekey == "always" and not single,
+            "identity.rekey",
+            "always needs identity.enrollment est, and identity.key to be the file of identity.certificate,"
+            " so that one rename replaces both",
+        ),
+    ]
 
 
 CHECKS.append(check_enrollment_settings)
@@ -1615,14 +1882,19 @@ CHECKS.append(check_enrollment_settings)
 # The configuration as a whole
 
 def make_quote(value, secret=False):
-    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or of what holds secrets, only its kind."""
+    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or of what holds secrets,
+    only its kind.
+    """
     if secret or isinstance(value, dict):
         return {dict: "a mapping", list: "a list"}.get(type(value), "text")
     return repr(make_printable(re.sub(r"(?<=pin-value=)[^;&?]*|(?<=//)[^/@\s]*(?=@)", "...", str(value)), 60))
 
 
 def make_settings(value, schema, base, where, faults):
-    """Reads one mapping of the configuration by its schema; each fault is appended to `faults` as (key, words)."""
+    """Reads one mapping of the configuration by its schema.
+
+    Each fault is appended to `faults` as (key, words).
+    """
     if value is not None and not isinstance(value, dict):
         faults.append((where[:-1] or "the configuration", f"found {make_quote(value)}, expected a mapping"))
         value = None
@@ -1646,7 +1918,8 @@ def make_settings(value, schema, base, where, faults):
             if item is not None:
                 settings[key] = reader(item, base)
         except ValueError as error:
-            faults.append((where + key, f"found {make_quote(item, reader is read_environment)}, expected {error}"))
+            faults.append((where + key,
+                           f"found {make_quote(item, reader is read_environment)}, expected {error}"))
     return settings
 
 
@@ -1659,9 +1932,11 @@ def make_children(items, base, faults):
         named = {key for key, _ in faults}
         needed = [key for key in CHILD_SCHEMA if child[key] is None]
         needed += [f"properties.{key}" for key in HOSTING if key not in (child.properties or {})]
-        faults += [(where + key, "not set, and nothing else knows it") for key in needed if where + key.split(".")[0] not in named]
+        faults += [(where + key, "not set, and nothing else knows it") for key in needed if where
+                   + key.split(".")[0] not in named]
         if child.connection is not None and not set(child.connection) & set(CONNECTIONS):
-            faults.append((f"{where}connection", f"names no engine; expected one of {', '.join(CONNECTIONS)}"))
+            faults.append((f"{where}connection",
+                           f"names no engine; expected one of {', '.join(CONNECTIONS)}"))
         for key in ("id", "connection"):
             if child[key] and child[key] in [other[key] for other in children]:
                 faults.append((where + key, "another child has the same"))
@@ -1681,7 +1956,8 @@ def make_config(document, base, environ):
     for host, entry in (config["registries"] or {}).items():
         registries[host] = make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
         if not re.fullmatch(REGISTRY_PATTERN, host):
-            faults.append((f"registries.{host}", "no registry; expected its host or host:port, as oci://HOST names it"))
+            faults.append((f"registries.{host}",
+                           "no registry; expected its host or host:port, as oci://HOST names it"))
     config["registries"] = registries
     config.device["children"] = make_children(config.device.children, base, faults)
     named = {key for key, _ in faults}
@@ -1693,7 +1969,9 @@ def make_config(document, base, environ):
 
 
 def check_devices(config):
-    """What shows only from several settings of this device and its children: [(whether it is wrong, key, words)]."""
+    """What shows only from several settings of this device and its children: [(whether it is wrong, key,
+    words)].
+    """
     wfm, children = config.wfm, config.device.children
     faults = [(children and wfm.profile != "mtls" and (wfm.profile, wfm.dialect) != ("signed", "b"),
                "device.children", "the protocol of this wfm.profile and wfm.dialect knows no child devices")]
@@ -1701,8 +1979,10 @@ def check_devices(config):
     for where, device in {"device.": config.device, **places}.items():
         properties = device.properties or {}
         kinds = [*properties.get("supportedRuntimes", ()), *properties.get("supportedDeploymentTypes", ())]
-        faults.append(("custom" in kinds and not device.labels,                                            # C-089
-                       f"{where}labels", "not set, and needed beside `custom`, for applications to select on"))
+        # C-089
+        faults.append(("custom" in kinds and not device.labels,
+                       f"{where}labels",
+                       "not set, and needed beside `custom`, for applications to select on"))
     return faults
 
 
@@ -1716,7 +1996,8 @@ def check_profile(config):
     missing = [key for key in dict.fromkeys(needed) if config[key.split(".")[0]][key.split(".")[1]] is None]
     return [(True, key, f"not set, and needed for profile {wfm.profile}{suffix}") for key in missing] + [
         (mutual and not identity.trust_bundle and not identity.discovery,
-         "identity.trust_bundle", "not set, and no identity.discovery either; one of them says whom to trust"),
+         "identity.trust_bundle",
+         "not set, and no identity.discovery either; one of them says whom to trust"),
         (mutual and identity.key and is_uri(identity.key),
          "identity.key", "found a URI, expected a file; only profile signed has openssl use the key"),
         (wfm.profile != "git" and wfm.url and not wfm.url.startswith("https://"),
@@ -1726,7 +2007,8 @@ def check_profile(config):
 def expand_environment(value, environ, where, faults):
     """`${NAME}` in every text of the configuration; an unset name is a fault."""
     if isinstance(value, dict):
-        return {key: expand_environment(item, environ, f"{where}{key}.", faults) for key, item in value.items()}
+        return {key: expand_environment(item, environ, f"{where}{key}.", faults)
+                for key, item in value.items()}
     if isinstance(value, list):
         return [expand_environment(item, environ, where, faults) for item in value]
     if not isinstance(value, str) or "${" not in value:
@@ -1746,17 +2028,20 @@ def load_config(path, environ=None):
         with open(path, "rb") as file:
             document = load_yaml(file.read(MIB))
     except OSError as error:
-        raise ConfigError(f"configuration {path} cannot be read ({error.strerror}); name one by -c or $MARGO_CONFIG") from None
+        raise ConfigError(
+            f"configuration {path} cannot be read ({error.strerror}); name one by -c or $MARGO_CONFIG"
+        ) from None
     except YAMLError as error:
         raise ConfigError(f"configuration {path}: {error}") from None
     try:
-        return make_config(document, os.path.dirname(os.path.abspath(path)), os.environ if environ is None else environ)
+        return make_config(document, os.path.dirname(os.path.abspath(path)),
+                           os.environ if environ is None else environ)
     except ConfigError as error:
         raise ConfigError(f"configuration {path}: {error.message}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 5. Store
+# 7. Store
 # ------------------------------------------------------------------------------------------------------------------------------
 
 class Log:
@@ -1853,13 +2138,13 @@ def read_file(path, limit):
     return data
 
 
-def make_folder(path, mode=0o700):
+def create_folder(path, mode=0o700):
     """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask; may raise OSError."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
     if parent and parent != path:
-        make_folder(parent, mode)
+        create_folder(parent, mode)
     try:
         os.mkdir(path, mode)
         os.chmod(path, mode)
@@ -2003,9 +2288,9 @@ class Store:
     def create(self):
         """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
-            make_folder(os.path.dirname(self.folder), 0o755)
+            create_folder(os.path.dirname(self.folder), 0o755)
             for name in ("artifacts", "deployments", "crls", "tmp"):
-                make_folder(self.path(name))
+                create_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
             if not os.path.exists(self.path("reserve")):
@@ -2023,7 +2308,7 @@ class Store:
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.unlock()
-            raise Locked(f"another margo-agent works on {self.folder}; wait until it is done, or stop it. A second agent beside it needs"
+            raise Locked(f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A second agent on this engine needs"
                          " an identity of its own, not only a state_dir") from None
         except OSError as error:
             raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
@@ -2117,7 +2402,7 @@ class Store:
         """Notes the last contact; whether that could be written."""
         path = self.memo_path()
         try:
-            make_folder(os.path.dirname(path), 0o755)
+            create_folder(os.path.dirname(path), 0o755)
             with open(path + ".tmp", "wb") as file:
                 os.fchmod(file.fileno(), 0o600)
                 file.write(make_json(memo))
@@ -2137,30 +2422,39 @@ class Store:
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 6. Commands
+# 8. Commands
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Output = define("Output", "code stdout stderr", "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
+Output = define("Output", "code stdout stderr",
+                "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
 
 # Which setting needs a program; a missing one is named with it (contract, Shape).
-NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it", "git": "wfm.profile git needs it",
-             "gpg": "the keyLocation of a package, or git.allowed_signers, needs it", "podman": "see runtime.engine", "docker": "see runtime.engine and"
-             " runtime.compose", "docker-compose": "see runtime.compose", "podman-compose": "see runtime.compose", "helm": "see runtime.helm"}
+NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it",
+             "git": "wfm.profile git needs it",
+             "gpg": "the keyLocation of a package, or git.allowed_signers, needs it",
+             "podman": "see runtime.engine", "docker": "see runtime.engine and"
+             " runtime.compose", "docker-compose": "see runtime.compose",
+             "podman-compose": "see runtime.compose", "helm": "see runtime.helm"}
 
 
-# Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between systemd and this process alone.
+# Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between
+# systemd and this process alone.
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
-SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID",
+                 "LISTEN_FDNAMES")
 
 
 def list_folders(environ):
-    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them."""
+    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them.
+    """
     folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
     return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
 
 
 def get_command_environment(environ):
-    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR that is no folder."""
+    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR
+    that is no folder.
+    """
     found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
     if not os.path.isdir(found.get("TMPDIR", "/")):
         del found["TMPDIR"]
@@ -2168,22 +2462,27 @@ def get_command_environment(environ):
 
 
 def get_temporary(state_dir, environ):
-    """{TMPDIR: the folder for temporary files below the state directory}; {} where podman, rootless, would keep its own state there."""
+    """{TMPDIR: the folder for temporary files below the state directory}.
+
+    {} where podman, rootless, would keep its own state there.
+    """
     runtime = environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", patient=False):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
-    argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after `timeout` seconds or
-    when it prints more than `limit` bytes; `data` is all that it reads.  patient: the time begins anew as long as it reads more,
-    from wherever.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
+    argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
+    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads.  A non-zero exit
+    code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
     """
     import subprocess
     try:
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, env=get_command_environment(os.environ if env is None else env), cwd=cwd,
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE,
+                                   env=get_command_environment(os.environ if env is None else env), cwd=cwd,
                                    start_new_session=True)
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
@@ -2191,50 +2490,46 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", p
     except OSError as error:
         raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
     try:
-        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, patient)
+        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit)
     except subprocess.TimeoutExpired:
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
         kill_group(process)
-    return Output(process.returncode, stdout, make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
+    return Output(process.returncode, stdout,
+                  make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
 
 
 def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes; returns what held before."""
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
+
+    Returns what held before.
+    """
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
     return soft
 
 
-def count_read(group):
-    """Bytes that the programs of a process group have read so far, from files, pipes and sockets."""
-    total = 0
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.getpgid(int(pid)) == group:
-                with open(f"/proc/{pid}/io") as file:
-                    total += int(file.readline().split()[1])
-        except (OSError, IndexError):
-            continue                                # it has ended meanwhile
-    return total
+def serve_pipes(process, data, timeout, limit):
+    """Writes `data` to stdin, reads stdout and stderr until the process has ended.
 
+    Raises subprocess.TimeoutExpired, CommandError.
 
-def serve_pipes(process, data, timeout, limit, patient):
-    """Writes `data` to stdin, reads stdout and stderr until the process has ended; raises subprocess.TimeoutExpired, CommandError.
-
-    A helper may leave something behind that keeps the pipes open, so their end is not waited for once the process itself has ended.
+    A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
+    process itself has ended.
     """
     import select
     import subprocess
-    heard, deadline, moved = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}, time.monotonic() + timeout, 0
-    end = time.monotonic() + PULL_LIMIT
-    open_pipes, tick, stdin = set(heard), 0.2, [process.stdin.fileno()] if data else []
-    for pipe in list(heard) + stdin:
+    heard = {pipe.fileno(): bytearray() for pipe in (process.stdout, process.stderr)}
+    stdin = [process.stdin.fileno()] if data else []
+    deadline, open_pipes = time.monotonic() + timeout, set(heard)
+    for pipe in [*heard, *stdin]:
         os.set_blocking(pipe, False)
     while open_pipes or stdin:
-        ended = process.poll() is not None          # asked before looking: what it wrote last is then in the pipes
-        ready, writable, _ = select.select(list(open_pipes), stdin, [], 0 if ended else max(0.0, min(tick, deadline - time.monotonic())))
+        # asked before looking: what it wrote last is then in the pipes
+        ended = process.poll() is not None
+        pause = 0 if ended else max(0.0, min(0.2, deadline - time.monotonic()))
+        ready, writable, _ = select.select(list(open_pipes), stdin, [], pause)
         if writable:
             try:
                 data = data[os.write(stdin[0], data):]
@@ -2247,23 +2542,21 @@ def serve_pipes(process, data, timeout, limit, patient):
             heard[pipe] += piece
             if not piece:
                 open_pipes.discard(pipe)
-        if sum(len(part) for part in heard.values()) > limit:
+        if sum(map(len, heard.values())) > limit:
             raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
         if ended and not ready:
             break
         if time.monotonic() > deadline:
-            before, moved = moved, count_read(process.pid) if patient else 0
-            if moved - before < max(4, timeout) * KIB or time.monotonic() > end:        # less is what keeps a dead connection alive
-                raise subprocess.TimeoutExpired(process.args, 0)
-            deadline = time.monotonic() + timeout
+            raise subprocess.TimeoutExpired(process.args, 0)
     process.wait(max(0.0, deadline - time.monotonic()))
-    return tuple(bytes(heard[pipe.fileno()]) for pipe in (process.stdout, process.stderr))
+    return tuple(map(bytes, heard.values()))        # stdout was the first
 
 
 def kill_group(process):
     """Ends what still runs of a process group and closes its pipes.
 
-    A process that hangs in the kernel, at a dead disk say, cannot be ended: it is left behind, and whoever waited goes on.
+    A process that hangs in the kernel, at a dead disk say, cannot be ended: it is left behind, and whoever
+    waited goes on.
     """
     import signal
     import subprocess
@@ -2275,13 +2568,14 @@ def kill_group(process):
         try:
             process.wait(CORPSE_GRACE)
         except subprocess.TimeoutExpired:
-            log("warning", "a program cannot be ended, and is left behind", program=process.args[0], pid=process.pid)
+            log("warning", "a program cannot be ended, and is left behind", program=process.args[0],
+                pid=process.pid)
     for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
         pipe.close()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 7. Transport
+# 9. Transport
 # ------------------------------------------------------------------------------------------------------------------------------
 
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
@@ -2291,16 +2585,12 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
     "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
 
 
-def make_pem(ders):
-    """Certificates (DER) as PEM text."""
-    import ssl
-    return "".join(map(ssl.DER_cert_to_PEM_cert, ders))
-
-
 def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
-    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the system's store.
+    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the
+    system's store.
 
-    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides (C-006).
+    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides
+    (C-006).
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -2308,23 +2598,27 @@ def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2 if min_tls == "1.2" else ssl.TLSVersion.TLSv1_3
         if anchors:
             context.check_hostname = False          # an SVID is recognised by its SPIFFE ID alone (C-014)
-            context.verify_flags |= 0x80000         # X509_V_FLAG_PARTIAL_CHAIN: an anchor need not be self-signed
+            # X509_V_FLAG_PARTIAL_CHAIN: an anchor need not be self-signed
+            context.verify_flags |= 0x80000
             context.load_verify_locations(cadata=make_pem(anchors))     # 3.7 with OpenSSL 3 takes no DER
         elif ca_file:
             context.load_verify_locations(cafile=ca_file)
         else:
             context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     except (OSError, ValueError) as error:
-        raise Untrusted(f"trust anchors {ca_file or 'of the trust bundle'} cannot be used ({error})") from None
+        raise Untrusted(
+            f"trust anchors {ca_file or 'of the trust bundle'} cannot be used ({error})"
+        ) from None
     return context
 
 
 def request(method, url, headers, body, context, timeout, limit, check_peer=None):
     """The one door to HTTP: one request, one connection, one Response, whatever its status.
 
-    No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the TLS handshake and
-    each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see get_chain) before anything is sent
-    (C-013).  Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
+    No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the
+    TLS handshake and each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see
+    get_chain) before anything is sent (C-013).  Raises Unreachable, Untrusted, Refused (body over the limit),
+    or what check_peer raises.
     """
     import http.client
     import ssl
@@ -2338,18 +2632,23 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
     except urllib.error.URLError as error:
         raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError, RuntimeError) as error:      # the last: no thread for the guard
+    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
         raise make_network_error(where, error) from None
 
 
 class Paced(io.RawIOBase):
-    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four time-outs.
+    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four
+    time-outs.
 
     So neither the words between the pieces may drip, or never end.
     """
 
     def __init__(self, connection):
-        self.connection, self.raw, self.timeout = connection, connection.makefile("rb", 0), connection.gettimeout()
+        self.connection, self.raw, self.timeout = (
+            connection,
+            connection.makefile("rb", 0),
+            connection.gettimeout(),
+        )
         self.renew()
 
     def renew(self):
@@ -2413,7 +2712,9 @@ def open_connection(address, timeout, source=None):
 
 
 def make_opener(context, check_peer):
-    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no other schemes."""
+    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no
+    other schemes.
+    """
     import http.client
     import urllib.request
 
@@ -2439,9 +2740,11 @@ def make_opener(context, check_peer):
             self._create_connection = open_connection
             try:
                 super().connect()
-                if context:                         # an end that TLS does not tell of is none: the answer was cut
+                # an end that TLS does not tell of is none: the answer was cut
+                if context:
                     host = self._tunnel_host or self.host
-                    self.sock = context.wrap_socket(self.sock, server_hostname=host, suppress_ragged_eofs=False)
+                    self.sock = context.wrap_socket(self.sock, server_hostname=host,
+                                                    suppress_ragged_eofs=False)
                 if check_peer:
                     check_peer(get_chain(self.sock, context))
             except (OSError, MargoError):
@@ -2471,7 +2774,10 @@ def get_chain(connection, context):
 
 
 def read_body(response, limit, timeout, where):
-    """The body of a response; Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs."""
+    """The body of a response.
+
+    Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
+    """
     pieces, size, start = [], 0, time.monotonic()
     while True:
         response.paced.renew()
@@ -2487,7 +2793,8 @@ def read_body(response, limit, timeout, where):
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
     unframed = response.length is None and not response.chunked
     if unframed and not pieces and where.startswith("GET") and response.status == 200:
-        raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes a broken head for a whole one
+        # http.client takes a broken head for a whole one
+        raise Unreachable(f"{where}: the answer broke off in its head")
     if response.length:
         raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
     return b"".join(pieces)
@@ -2498,10 +2805,12 @@ def make_network_error(where, error):
     import ssl
     text = make_printable(str(error) or type(error).__name__)
     if isinstance(error, ssl.SSLCertVerificationError):
-        clock = "; is the clock of this device right?" if error.verify_code in (9, 10) else ""     # not yet valid, expired
+        # not yet valid, expired
+        clock = "; is the clock of this device right?" if error.verify_code in (9, 10) else ""
         return Untrusted(f"{where}: the peer's certificate is refused: {error.verify_message}{clock}")
     broken = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "timed out" in text
-    broken = broken or "unexpected eof" in text     # for which Python 3.7 with OpenSSL 3 has no class of its own
+    # for which Python 3.7 with OpenSSL 3 has no class of its own
+    broken = broken or "unexpected eof" in text
     if isinstance(error, ssl.SSLError) and not broken:
         return Untrusted(f"{where}: TLS failed: {text}")
     return Unreachable(f"{where}: {text}")
@@ -2523,7 +2832,7 @@ def load_secret(key, path, fault):
     return data.rstrip(b"\r\n")
 
 
-def find_looseness(key, path):
+def ask_looseness(key, path):
     """What to say of a secret's file that others can read, "" where they cannot."""
     mode = os.stat(path).st_mode & 0o777 if os.path.isfile(path) else 0
     return f"{key} {path} has mode {mode:04o}; chmod 0600 it" if mode & 0o077 else ""
@@ -2542,7 +2851,9 @@ def is_ssh_answering(address, timeout):
 
 
 def parse_problem(body):
-    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only explains one)."""
+    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only
+    explains one).
+    """
     try:
         value = parse_json(body, "problem")
     except ValueError:
@@ -2559,7 +2870,8 @@ def parse_problem(body):
     wait = value.get("retryAfterSeconds")
     wait = float(wait) if is_number(wait) and 0 <= wait < 10 ** 9 else None
     errors = value["errors"] if isinstance(value.get("errors"), list) else []
-    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors if isinstance(item, dict)]
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
+              if isinstance(item, dict)]
     title, detail = text("title") or text("error"), text("detail") or text("message")
     return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
 
@@ -2572,10 +2884,12 @@ def find_verdict(status):
 
 
 def check_response(response, where, accepted, now):
-    """Returns the response if its status is one of `accepted`, else raises what it means to a client (protocol 10).
+    """Returns the response if its status is one of `accepted`, else raises what it means to a client
+    (protocol 10).
 
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  Denied: Untrusted.  What says
-    of itself that it can be retried, or is `later`: Unreachable.  Else Refused; its `code` is the type, or `HTTP <status>`.
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).
+    Denied: Untrusted.  What says of itself that it can be retried, or is `later`: Unreachable.  Else Refused;
+    its `code` is the type, or `HTTP <status>`.
     """
     if response.status in accepted:
         return response
@@ -2596,12 +2910,13 @@ def check_response(response, where, accepted, now):
     if retryable:
         raise Unreachable(message, **facts)
     if 300 <= response.status < 400 and response.status != 304:
-        message += "; redirects are not followed: set wfm.url, or the setting this address came from, to the final one"
+        message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
+                    " to the final one")
     raise Refused(message, problem.type if known else f"HTTP {response.status}", **facts)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 8. Identity
+# 10. Identity
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def parse_spiffe_id(text):
@@ -3192,7 +3507,7 @@ def load_enrollment_header(config):
     user, _, secret = (load_token(config) or b"").partition(b":")
     if not secret or b"\n" in user + secret:
         raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
-    loose = find_looseness("identity.est.token_file", path)
+    loose = ask_looseness("identity.est.token_file", path)
     if loose:
         log("warning", "others can read the enrollment token", reason=loose)
     return make_authorization(secret, user)
@@ -3623,23 +3938,43 @@ def is_crl_signed(path, issuer):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 9. Desired state
+# 11. Desired state
 # ------------------------------------------------------------------------------------------------------------------------------
 
 NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
 COMPONENT_PATTERN = r"[a-z0-9]([a-z0-9-]{0,198}[a-z0-9])?"           # it becomes the name of a folder
-PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
 REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
                     r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
                     r"(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
 
+# Readers of documents, by the kit of the configuration; text is taken for text only where it is written as
+# such.
+read_dict = checked("a mapping", lambda item: isinstance(item, dict))
+read_items = checked("a list", lambda item: isinstance(item, list))
 
-def check_member(value, key, where, pattern):
-    """value[key] as text that matches the pattern; raises ValueError."""
-    item = value.get(key)
-    if not isinstance(item, str) or not re.fullmatch(pattern, item, re.ASCII):
-        raise ValueError(f"{where}{key}: found {make_printable(str(item), 80)!r}, expected text of the form {pattern}")
-    return item
+
+def optional(read):
+    """A reader that takes nothing (null, or no such member), too."""
+    return lambda value, base: None if value is None else read(value, base)
+
+
+def text_of(pattern):
+    """A reader of text of one form."""
+    return checked(f"text of the form {pattern}",
+                   lambda item: isinstance(item, str) and bool(re.fullmatch(pattern, item, re.ASCII)))
+
+
+def check_member(value, key, where, read):
+    """value[key] as a reader (or text of a pattern) takes it.
+
+    Raises ValueError of what was found and what is expected.
+    """
+    read = text_of(read) if isinstance(read, str) else read
+    try:
+        return read(value.get(key), "")
+    except ValueError as error:
+        found = make_printable(str(value.get(key)), 80)
+        raise ValueError(f"{where}{key}: found {found!r}, expected {error}") from None
 
 
 def parse_manifest(data, base_url):
@@ -3649,13 +3984,15 @@ def parse_manifest(data, base_url):
         if not isinstance(value, dict):
             raise ValueError("the state manifest is not an object")
         version = parse_version(value.get("manifestVersion"))
-        if not isinstance(value.get("deployments"), list) or len(value["deployments"]) > MAX_DEPLOYMENTS:
+        items = check_member(value, "deployments", "", read_items)
+        if len(items) > MAX_DEPLOYMENTS:
             raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
         entries, seen = [], set()
-        for index, item in enumerate(value["deployments"]):
-            entry = parse_manifest_entry(item, f"deployments[{index}].", base_url)
+        for index, item in enumerate(items):
+            where = f"deployments[{index}]."
+            entry = parse_manifest_entry(item, where, base_url)
             if entry.deployment_id.lower() in seen:
-                raise ValueError(f"deployments[{index}].deploymentId: {entry.deployment_id} occurs twice")
+                raise ValueError(f"{where}deploymentId: {entry.deployment_id} occurs twice")
             seen.add(entry.deployment_id.lower())
             entries.append(entry)
         digest, size = parse_manifest_bundle(value, entries, base_url)
@@ -3666,10 +4003,14 @@ def parse_manifest(data, base_url):
 
 def parse_version(value):
     """manifestVersion in full precision; raises ValueError (D-5)."""
-    if isinstance(value, float) and value.is_integer() and value < 2 ** 53:         # beyond it, a float does not tell which number was written
+    # beyond, a float does not tell which number was written
+    if isinstance(value, float) and value.is_integer() and value < 2 ** 53:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
-        raise ValueError(f"manifestVersion: found {make_printable(repr(value), 40)}, expected a whole number from 1 to 2^64-1")
+        raise ValueError(
+            f"manifestVersion: found {make_printable(repr(value), 40)},"
+            " expected a whole number from 1 to 2^64-1"
+        )
     return value
 
 
@@ -3678,7 +4019,8 @@ def parse_manifest_entry(item, where, base_url):
     if not isinstance(item, dict):
         raise ValueError(f"{where[:-1]}: expected an object")
     deployment_id = check_member(item, "deploymentId", where, UUID_PATTERN)
-    digest = check_member(item, "digest", where, DIGEST_PATTERN)        # another algorithm makes the manifest invalid (C-107)
+    # another algorithm makes the manifest invalid (C-107)
+    digest = check_member(item, "digest", where, DIGEST_PATTERN)
     check_artifact_url(item, where, base_url, f"/deployments/{deployment_id}/{digest}")
     return ManifestEntry(deployment_id, digest, parse_advice(item))
 
@@ -3687,15 +4029,12 @@ def parse_manifest_bundle(value, entries, base_url):
     """(digest, size) of the bundle, (None, None) where nothing should run; raises ValueError (C-114)."""
     if "bundle" not in value:
         raise ValueError("bundle: missing (it is null where there are no deployments)")
-    bundle = value["bundle"]
+    bundle = check_member(value, "bundle", "", optional(read_dict))
     if (bundle is None) != (not entries):
         raise ValueError("bundle: is null if and only if there are no deployments")
     if bundle is None:
         return None, None
-    if not isinstance(bundle, dict):
-        raise ValueError("bundle: expected an object or null")
-    if bundle.get("mediaType") != BUNDLE_TYPE:
-        raise ValueError(f"bundle.mediaType: found {make_printable(str(bundle.get('mediaType')), 80)!r}, expected {BUNDLE_TYPE}")
+    check_member(bundle, "mediaType", "bundle.", checked(BUNDLE_TYPE, lambda item: item == BUNDLE_TYPE))
     digest = check_member(bundle, "digest", "bundle.", DIGEST_PATTERN)
     check_artifact_url(bundle, "bundle.", base_url, f"/bundles/{digest}")
     return digest, parse_advice(bundle)
@@ -3704,15 +4043,16 @@ def parse_manifest_bundle(value, entries, base_url):
 def parse_advice(item):
     """sizeBytes where it is usable; it decides what is cheaper to fetch and nothing else (C-110)."""
     size = item.get("sizeBytes")
-    return int(size) if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 <= size < 2 ** 53 else None
+    return int(size) if is_number(size) and 0 <= size < 2 ** 53 else None
 
 
 def check_artifact_url(item, where, base_url, path):
-    """The `url` is only held against what id and digest say; nothing is ever fetched from it (C-058, protocol 2.1)."""
-    url = item.get("url")
-    if not isinstance(url, str):
-        raise ValueError(f"{where}url: expected text")
+    """The `url` is only held against what id and digest say.
+
+    Nothing is ever fetched from it (C-058, protocol 2.1).
+    """
     from urllib.parse import unquote, urljoin
+    url = check_member(item, "url", where, r"(?s).*")
     absolute = urljoin(base_url, url)
     if url_origin(absolute) != url_origin(base_url) or not absolute.startswith("https:"):
         raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
@@ -3721,141 +4061,154 @@ def check_artifact_url(item, where, base_url, path):
 
 
 def check_version(manifest, digest, accepted):
-    """Whether a manifest is new: True, or False for the very one that was accepted before; raises Refused (C-103, C-119)."""
+    """Whether a manifest is new: True, or False for the very one that was accepted before.
+
+    Raises Refused (C-103, C-119).
+    """
     if accepted is None or manifest.version > accepted["version"]:
         return True
     if manifest.version == accepted["version"] and digest == accepted["digest"]:
         return False
-    relation = "the same version with other content" if manifest.version == accepted["version"] else "an older version"
-    raise Refused(f"security: state manifest refused: version {manifest.version} is {relation} (accepted: {accepted['version']}); a replay,"
-                  " or a WFM restored from a backup: then unenroll and enroll again")
+    relation = (
+        "the same version with other content"
+        if manifest.version == accepted["version"]
+        else "an older version"
+    )
+    raise Refused(
+        f"security: state manifest refused: version {manifest.version} is {relation}"
+        f" (accepted: {accepted['version']});"
+        " a replay, or a WFM restored from a backup: then unenroll and enroll again"
+    )
+
+
+# How documents of one generation differ; other generations add what reads them to DIALECTS. Such a function
+# takes the document (a mapping) and returns None, or (the document in rc.3's form, its Dialect); it may raise
+# ValueError.
+Dialect = define(
+    "Dialect",
+    "parse_package prefix addressed",
+    "What reads the package of a component (see parse_package), what stands before the pointers of a compose"
+    " component's parameters,"
+    " and whether metadata.deviceId has to be there.",
+)
+DIALECTS = []
+
+
+def parse_document(value):
+    """(an ApplicationDeployment in rc.3's form, its Dialect) of a YAML value; raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("the document is not a mapping")
+    for convert in DIALECTS:
+        found = convert(value)
+        if found:
+            return found
+    if "kind" in value or "apiVersion" in value:
+        raise ValueError("apiVersion and kind are of an older generation, which this agent was made without")
+    return value, Dialect(parse_package, "", True)
+
+
+def parse_package(properties, where, kind, schemes="oci"):
+    """(repository, revision, location of a key or None) of a component of type `kind`.
+
+    Raises ValueError (C-153).
+    """
+    repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
+    return repository, check_member(properties, "revision", where, REVISION_PATTERN), None
 
 
 def parse_deployment(data, deployment_id):
-    """An ApplicationDeployment's bytes to a Deployment; raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
+    """An ApplicationDeployment's bytes to a Deployment.
+
+    Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
 
     Unknown members and extensions are ignored wherever they stand (C-116); what is used is checked.
     """
     try:
-        value = normalise_document(load_yaml(data))
+        value, dialect = parse_document(load_yaml(data))
         own_id = check_member(value, "id", "", UUID_PATTERN)
         if own_id.lower() != deployment_id.lower():
             raise ValueError(f"id: found {own_id}, but the manifest names it {deployment_id}")      # C-115
-        metadata, spec = (check_mapping(value, key, "") for key in ("metadata", "spec"))
+        metadata = check_member(value, "metadata", "", read_dict)
+        spec = check_member(value, "spec", "", read_dict)
         check_member(spec, "applicationId", "spec.", r"[-a-z0-9]{1,200}")
-        profile = check_mapping(spec, "deploymentProfile", "spec.")
-        constraints = profile.get("deviceConstraints")
-        check_constraints(constraints)
-        kind, where = profile.get("type"), "spec.deploymentProfile."
-        components = profile.get("components")
+        profile, where = (
+            check_member(spec, "deploymentProfile", "spec.", read_dict),
+            "spec.deploymentProfile.",
+        )
+        constraints = check_member(profile, "deviceConstraints", where, optional(read_dict))
+        check_constraints(constraints or {}, f"{where}deviceConstraints.")
+        kind = profile.get("type")
         if kind not in ("compose", "helm"):
-            raise ComponentError("UNSUPPORTED_TYPE", f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs")
-        if not isinstance(components, list) or not components:
-            raise ValueError(f"{where}components: expected a list of at least one component")
-        schemes = "(oci|https)" if kind == "helm" and "kind" in value else "oci"        # charts of older generations (C-153)
-        components = [parse_component(item, f"{where}components[{index}].", schemes) for index, item in enumerate(components)]
-        known = {component.name for component in components}
-        if len(known) != len(components):
+            raise ComponentError(
+                "UNSUPPORTED_TYPE",
+                f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs",
+            )
+        items = check_member(profile, "components", where, checked("a list of at least one component",
+                                                                   lambda item: isinstance(item, list)
+                                                                   and bool(item)))
+        components = [parse_component(item, f"{where}components[{index}].", kind, dialect)
+                      for index, item in enumerate(items)]
+        names = {component.name for component in components}
+        if len(names) != len(components):
             raise ValueError(f"{where}components: a name occurs twice")
-        parameters = parse_parameters(spec.get("parameters"), "ENV." if "kind" in value and kind == "compose" else "")
-        check_targets(parameters, known)
+        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "")
+        check_targets(parameters, names)
+        device_id = ""
+        if dialect.addressed or "deviceId" in metadata:
+            device_id = check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?")
         return Deployment(
             deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
-            check_member(metadata, "namespace", "metadata.", NAME_PATTERN),
-            "" if "kind" in value and "deviceId" not in metadata else      # older generations: the device that was given it
-            check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?"),
-            kind, components, parameters, constraints,
+            check_member(metadata, "namespace", "metadata.", NAME_PATTERN), device_id, kind, components,
+            parameters, constraints,
             {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
 
 
-def normalise_document(value):
-    """An ApplicationDeployment of any generation (protocol 0 and 3.3) in rc.3's form, in which it is returned as it is; raises ValueError.
-
-    The older ones are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a namespace is `default`;
-    without `metadata.deviceId` it is for the device that was given it.
-    """
-    if not isinstance(value, dict):
-        raise ValueError("the document is not a mapping")
-    if "apiVersion" not in value and "kind" not in value:
-        return value
-    if value.get("kind") != "ApplicationDeployment":
-        raise ValueError(f"kind: found {make_printable(str(value.get('kind')), 80)!r}, expected ApplicationDeployment")
-    metadata, spec = (check_mapping(value, key, "") for key in ("metadata", "spec"))
-    profile, notes = check_mapping(spec, "deploymentProfile", "spec."), metadata.get("annotations")
-    notes = notes if isinstance(notes, dict) else {}
-    own_id, application = (next((holder[key] for holder in holders if key in holder), None)
-                           for key, holders in (("id", (value, notes, metadata)), ("applicationId", (spec, notes, metadata))))
-    kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
-    metadata = dict(metadata, name=metadata.get("name", application), namespace=metadata.get("namespace", "default"))
-    return dict(value, id=own_id, metadata=metadata, spec=dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind)))
-
-
 def make_outline(data, deployment_id):
-    """Of a document that is refused, what its status needs: a Deployment that holds the names only; None where there are none."""
+    """Of a document that is refused, what its status needs: a Deployment that holds the names only.
+
+    None where there are none.
+    """
     try:
-        value = normalise_document(load_yaml(data))
-        names = [value["metadata"]["name"]] + [item["name"] for item in value["spec"]["deploymentProfile"]["components"]]
-        name, *components = [make_printable(check_member({"name": name}, "name", "", ".+")) for name in names]
-    except (ValueError, KeyError, TypeError):
+        value = parse_document(load_yaml(data))[0]
+        holders = [value["metadata"], *value["spec"]["deploymentProfile"]["components"]]
+        name, *components = [make_printable(check_member(holder, "name", "", ".+")) for holder in holders]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Deployment(deployment_id, name, "", "", "", [Component(item, "", "", True, 0) for item in components], [], None)
+    return Deployment(deployment_id, name, "", "", "",
+                      [Component(item, "", "", True, 0) for item in components], [], None)
 
 
-def check_mapping(value, key, where):
-    """value[key] as a mapping; raises ValueError."""
-    item = value.get(key)
-    if not isinstance(item, dict):
-        raise ValueError(f"{where}{key}: expected a mapping")
-    return item
-
-
-def check_constraints(constraints):
+def check_constraints(constraints, where):
     """Raises ValueError for deviceConstraints that cannot be read (protocol 3.2)."""
-    if constraints is None:
-        return
-    where = "spec.deploymentProfile.deviceConstraints"
-    if not isinstance(constraints, dict):
-        raise ValueError(f"{where}: expected a mapping")
-    capacity, rules = constraints.get("capacityRequirements"), constraints.get("eligibilityRules")
-    if not isinstance(capacity, (dict, type(None))):
-        raise ValueError(f"{where}.capacityRequirements: expected a mapping")
-    capacity = capacity or {}
+    capacity = check_member(constraints, "capacityRequirements", where, optional(read_dict)) or {}
+    check_member(constraints, "eligibilityRules", where, optional(read_items))
+    where += "capacityRequirements."
     for key, units in (("memory", "Mi|Gi|Ki"), ("storage", "Mi|Gi|Ki|Ti|Pi|Ei")):
-        if capacity.get(key) is not None:
-            check_member(capacity, key, f"{where}.capacityRequirements.", f"[0-9]{{1,40}}({units})")
-    cpu = capacity.get("cpu")
-    if cpu is not None:
-        cores, kinds = (cpu.get("cores"), cpu.get("architectures")) if isinstance(cpu, dict) else (None, None)
-        if isinstance(cores, bool) or not isinstance(cores, (int, float)) or not cores >= 0:        # NaN is not, either
-            raise ValueError(f"{where}.capacityRequirements.cpu.cores: expected a number")
-        if not isinstance(kinds, (list, type(None))):
-            raise ValueError(f"{where}.capacityRequirements.cpu.architectures: expected a list")
-    if not isinstance(rules, (list, type(None))):
-        raise ValueError(f"{where}.eligibilityRules: expected a list")
+        check_member(capacity, key, where, optional(text_of(f"[0-9]{{1,40}}({units})")))
+    if capacity.get("cpu") is not None:
+        cpu = capacity["cpu"] if isinstance(capacity["cpu"], dict) else {}
+        check_member(
+            cpu,
+            "cores",
+            f"{where}cpu.",
+            checked("a number", lambda item: get_kind(item) == "number" and item >= 0),
+        )
+        check_member(cpu, "architectures", f"{where}cpu.", optional(read_items))
 
 
-def parse_component(item, where, schemes):
-    """One element of `components`; schemes: pattern of what its repository may begin with.  Raises ValueError."""
+def parse_component(item, where, kind, dialect):
+    """One element of `components` of a deployment of type `kind`; raises ValueError."""
     if not isinstance(item, dict):
         raise ValueError(f"{where[:-1]}: expected a mapping")
     name = check_member(item, "name", where, COMPONENT_PATTERN)
-    properties = check_mapping(item, "properties", where)
+    properties = check_member(item, "properties", where, read_dict)
     where += "properties."
-    key_location, revision = None, ""
-    if "packageLocation" in properties and "repository" not in properties:      # protocol 6.5
-        repository = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN)
-        if properties.get("keyLocation"):
-            key_location = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
-    else:
-        repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
-        revision = check_member(properties, "revision", where, REVISION_PATTERN)
+    repository, revision, key_location = dialect.parse_package(properties, where, kind)
     wait = properties.get("wait", True)
-    if isinstance(wait, str) and wait.lower() in ("true", "false"):
-        wait = wait.lower() == "true"
-    if not isinstance(wait, bool):
-        raise ValueError(f"{where}wait: found {make_printable(str(wait), 40)!r}, expected true or false")
+    wait = wait.lower() if isinstance(wait, str) else wait
+    wait = check_member({"wait": wait}, "wait", where, read_flag)
     timeout = COMPONENT_TIMEOUT
     if properties.get("timeout") is not None:
         minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
@@ -3864,7 +4217,10 @@ def parse_component(item, where, schemes):
 
 
 def find_extensions(value):
-    """The specification extensions of a mapping, for hooks alone; what JSON has no words for is left out: no extension ever fails (C-116)."""
+    """The specification extensions of a mapping, for hooks alone.
+
+    What JSON has no words for is left out: none ever fails (C-116).
+    """
     found = {}
     for key, item in value.items():
         if isinstance(key, str) and re.fullmatch(EXTENSION_PATTERN, key) and isinstance(item, dict):
@@ -3876,143 +4232,56 @@ def find_extensions(value):
     return found
 
 
-def parse_parameters(value, prefix=""):
-    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers; raises ValueError."""
-    if value is None:
-        return []
-    if not isinstance(value, dict):
-        raise ValueError("spec.parameters: expected a mapping")
+def parse_parameters(spec, prefix=""):
+    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers.
+
+    Raises ValueError.
+    """
     parameters = []
-    for name, item in value.items():
+    for name, item in (check_member(spec, "parameters", "spec.", optional(read_dict)) or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
-        targets = item.get("targets") if isinstance(item, dict) else None
-        if not isinstance(targets, list):
-            raise ValueError(f"{where}.targets: expected a list")
-        found = item.get("value")
-        if any(isinstance(part, (dict, list)) for part in (found if isinstance(found, list) else [found])):
+        item = item if isinstance(item, dict) else {}
+        targets, value = check_member(item, "targets", f"{where}.", read_items), item.get("value")
+        if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
-        if found is None and "valueFrom" in item:
-            raise ComponentError("PARAMETER_INVALID", f"{where}: valueFrom is a draft that this agent does not follow, and there is no value to fall back on")
+        if value is None and "valueFrom" in item:
+            raise ComponentError(
+                "PARAMETER_INVALID",
+                f"{where}: valueFrom is a draft that this agent does not follow, and there is"
+                " no value to fall back on",
+            )
+        reached = []
         for target in targets:
-            names = target.get("components") if isinstance(target, dict) else None
-            if not isinstance(names, list) or not isinstance(target.get("pointer"), str):
-                raise ValueError(f"{where}.targets: each has a pointer and a list of components")
-        parameters.append(Parameter(str(name), found, [
-            (target["pointer"][len(prefix) if target["pointer"].startswith(prefix) else 0:], target["components"]) for target in targets]))
+            target = target if isinstance(target, dict) else {}
+            pointer = check_member(target, "pointer", f"{where}.targets: ", r"(?s).*")
+            pointer = pointer[len(prefix):] if pointer.startswith(prefix) else pointer
+            reached.append((pointer, check_member(target, "components", f"{where}.targets: ", read_items)))
+        parameters.append(Parameter(str(name), value, reached))
     return parameters
 
 
-def check_targets(parameters, known):
-    """Raises ValueError for a parameter that reaches none of the components there are; further targets may be those of another profile."""
+def check_targets(parameters, names):
+    """Raises ValueError for a parameter that reaches no component there is.
+
+    Further targets may be those of another profile.
+    """
     for parameter in parameters:
-        named = [name for _, names in parameter.targets for name in names]
-        if named and not known.intersection(map(str, named)):
-            raise ValueError(f"spec.parameters.{make_printable(parameter.name, 80)}.targets: {make_printable(str(named[0]), 80)!r} is not among"
-                             f" the components {', '.join(sorted(known))}")
-
-
-def find_parameters(deployment, component):
-    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
-    return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
-            for pointer, names in parameter.targets if component in names]
-
-
-# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
-TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
-
-
-def make_variables(deployment, component):
-    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID (protocol 7, C-180, C-182).
-
-    A later parameter for the same name wins; a list becomes JSON text.
-    """
-    variables = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
-                                 f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
-        value = parameter.value
-        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
-        if "\0" in variables[pointer]:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
-    folded = sorted(variables, key=str.lower)
-    for first, second in zip(folded, folded[1:]):
-        if first.lower() == second.lower():
-            raise ComponentError("PARAMETER_INVALID", f"the parameters {first} and {second} differ only in case")
-    return variables
-
-
-def make_values(deployment, component):
-    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
-
-    A later parameter for the same place wins.
-    """
-    values = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
-            set_value(values, parse_value_path(pointer), parameter.value)
-        except ValueError as error:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
-                                 f"{make_printable(pointer, 120)!r}: {error}") from None
-    return values
-
-
-def parse_value_path(pointer):
-    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
-        position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
-    return path
-
-
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        wanted = None if following is None else list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        place[step] = value if wanted is None else wanted() if held is None else held
-        place = place[step]
-
-
-def make_project_name(component, deployment_id):
-    """`<component>-<deploymentId>` as engines take names, at most 63 characters; what is changed or cut ends with a hash of the whole, so
-    that no two can meet (D-19, D-20).
-    """
-    whole = f"{component}-{deployment_id}"
-    name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
-    return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
-
-
-def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
-
-    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
-    """
-    whole = f"{component}-{deployment_id}".lower()
-    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
+        named = [str(name) for _, components in parameter.targets for name in components]
+        if named and not names.intersection(named):
+            raise ValueError(
+                f"spec.parameters.{make_printable(parameter.name, 80)}.targets:"
+                f" {make_printable(named[0], 80)!r} is not"
+                f" among the components {', '.join(sorted(names))}"
+            )
 
 
 def parse_bundle(data, entries, max_unpacked):
-    """A bundle's bytes to {digest: bytes}; raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
+    """A bundle's bytes to {digest: bytes}.
 
-    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name of its own.
+    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
+
+    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name
+    of its own.
     """
     wanted, documents = {entry.digest for entry in entries}, {}
     try:
@@ -4032,12 +4301,14 @@ def parse_bundle(data, entries, max_unpacked):
         documents[digest] = content
     missing = wanted - set(documents)
     if missing:
-        raise Refused(f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}")
+        raise Refused(
+            f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}"
+        )
     return documents
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 10. Desired-state sources
+# 12. Desired-state sources
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def check_digest(data, digest, what):
@@ -4421,7 +4692,7 @@ def check_signed(config, state, now):
 
 def judge_own(leaf, words, config, now):
     """(ok or warn, words) of an own certificate that can be used."""
-    loose = find_looseness("identity.key", config.identity.key)
+    loose = ask_looseness("identity.key", config.identity.key)
     if loose:
         return "warn", loose
     words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
@@ -4444,10 +4715,13 @@ class GitSource:
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
         """One git command on the repository: its Output; raises CommandError unless it ends with one of `codes` (None: any)."""
         folder = self.repository if command != "ls-remote" else os.path.join(self.home, "none")       # what is spoilt stops no poll (P-14)
+        before = os.umask(0o077)                    # what git writes is below the state directory
         try:
             output = run_command(["git", f"--git-dir={folder}", command, *arguments], timeout, env or self.env, self.home, **options)
         except CommandMissing as error:
             raise ConfigError(error.message) from None
+        finally:
+            os.umask(before)
         if codes and output.code not in codes:
             raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
         return output
@@ -4703,7 +4977,7 @@ def make_git_config(config, home, header):
         ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow", "always"),
         ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile", "/dev/null"),
         ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto", "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("core", "sharedRepository", "0600"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
+        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
         ("http", "lowSpeedTime", str(seconds)), ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
     if config.identity.ca:
         settings += [("http", "sslCAInfo", config.identity.ca), ("http", "sslCAPath", os.path.join(home, "none"))]
@@ -4791,7 +5065,7 @@ def parse_files(files):
             if not is_deployment(value):
                 ignored.append(name)
                 continue
-            deployment_id = check_member(normalise_document(value), "id", "", UUID_PATTERN)
+            deployment_id = check_member(parse_document(value)[0], "id", "", UUID_PATTERN)
         except ValueError as error:                 # a YAMLError is one
             raise Refused(f"{shown}: {error}") from None
         if deployment_id.lower() in seen:
@@ -4843,7 +5117,7 @@ def connect_git(config, store, state, keep):
         import tempfile
         temporary = tempfile.TemporaryDirectory(prefix="margo-git-")
         home = temporary.name
-    make_folder(os.path.join(home, "none"))
+    create_folder(os.path.join(home, "none"))
     path, content = os.path.join(home, ".gitconfig"), make_git_config(config, home, header)
     if read_file(path, MAX_ANSWER) != content:
         write_file(path, content)
@@ -4866,7 +5140,7 @@ def check_git(config, state, now):
         path = config.git[key]
         if path and not os.path.isfile(path):
             raise Untrusted(f"git.{key} {path}: is not there")
-        loose = find_looseness(f"git.{key}", path or "")
+        loose = ask_looseness(f"git.{key}", path or "")
         if loose:
             return "warn", loose
     return "ok", version
@@ -4903,14 +5177,15 @@ def connect_source(config, store, state, keep=True):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 11. Eligibility
+# 13. Eligibility
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def check_eligibility(constraints, capabilities):
-    """Raises ComponentError INSUFFICIENT_CAPACITY or NOT_ELIGIBLE where a device does not meet `deviceConstraints` (protocol 8).
+    """Raises ComponentError INSUFFICIENT_CAPACITY or NOT_ELIGIBLE where a device does not meet
+    `deviceConstraints` (protocol 8).
 
-    capabilities: the document reported for the device; its totals count, not what is free.  Capacity comes first, rules only if it
-    holds (C-202); one rule that matches is enough, no rules are no condition (C-204).
+    capabilities: the document reported for the device; its totals count, not what is free.  Capacity comes
+    first, rules only if it holds (C-202); one rule that matches is enough, no rules are no condition (C-204).
     """
     if not constraints:
         return
@@ -4920,7 +5195,10 @@ def check_eligibility(constraints, capabilities):
         raise ComponentError("INSUFFICIENT_CAPACITY", lack)
     reasons = [find_mismatch(rule, properties, labels) for rule in constraints.get("eligibilityRules") or ()]
     if reasons and all(reasons):
-        raise ComponentError("NOT_ELIGIBLE", "; ".join(f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)))
+        raise ComponentError(
+            "NOT_ELIGIBLE",
+            "; ".join(f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)),
+        )
 
 
 def find_lack(required, properties):
@@ -4928,9 +5206,13 @@ def find_lack(required, properties):
     cpu = required.get("cpu")
     if cpu:
         wanted, entries = cpu.get("architectures"), properties.get("cpus") or ()
-        cores = [entry.get("cores", 0) for entry in entries if not wanted or entry.get("architecture") in wanted]
-        if max(cores, default=0) < cpu["cores"]:            # one entry must do: cores are never summed (C-203)
-            return f"cpu: {cpu['cores']} cores of {' or '.join(map(str, wanted or ['any architecture']))} are needed, there are {max(cores, default=0)}"
+        cores = [entry.get("cores", 0) for entry in entries if not wanted
+                 or entry.get("architecture") in wanted]
+        # one entry must do: cores are never summed (C-203)
+        most = max(cores, default=0)
+        if most < cpu["cores"]:
+            kinds = " or ".join(map(str, wanted or ["any architecture"]))
+            return f"cpu: {cpu['cores']} cores of {kinds} are needed, there are {most}"
     for key in ("memory", "storage"):
         if required.get(key) and parse_size(required[key]) > parse_size(properties.get(key, "0")):
             return f"{key}: {required[key]} are needed, there are {properties.get(key, 'none')}"
@@ -4938,28 +5220,49 @@ def find_lack(required, properties):
 
 
 def find_mismatch(rule, properties, labels):
-    """Why an eligibility rule does not match, in words, or "": all its selectors and all their expressions have to (C-204)."""
-    looks = {"propertySelector": lambda key: find_pointer(properties, key), "labelSelector": lambda key: (key in labels, labels.get(key))}
-    for name, look in looks.items():                        # label keys are exact, property keys are pointers (C-205)
-        selector = rule.get(name) if isinstance(rule, dict) else {}
-        if selector is None:
+    """Why an eligibility rule does not match, in words, or "": all its selectors and all their expressions
+    have to (C-204).
+    """
+    # label keys are exact, property keys are pointers (C-205)
+    def look_up(key):
+        return key in labels, labels.get(key)
+
+    rule = rule if isinstance(rule, dict) else {"propertySelector": ""}
+    for name, look in (("propertySelector", lambda key: find_pointer(properties, key)),
+                       ("labelSelector", look_up)):
+        if rule.get(name) is None:
             continue
-        expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
-        if not isinstance(expressions, list) or not expressions:
-            return f"{name} has no matchExpressions"
+        try:
+            expressions = get_expressions(rule, name)
+        except ValueError as error:
+            return str(error)
         for expression in expressions:
             try:
                 reason = "" if is_match(expression, look) else "is false"
-            except ValueError as error:                     # an expression that breaks the rules is false (C-212)
+            # an expression that breaks the rules is false (C-212)
+            except ValueError as error:
                 reason = f"is false, because {error}"
             if reason:
-                words = [str(expression.get(key)) for key in ("key", "operator", "values") if key in expression] if isinstance(expression, dict) else []
+                expression = expression if isinstance(expression, dict) else {}
+                words = [str(expression[key]) for key in ("key", "operator", "values") if key in expression]
                 return f"{name} {make_printable(' '.join(words), 200)} {reason}"
     return ""
 
 
+def get_expressions(holder, name):
+    """The matchExpressions of a selector; raises ValueError where there are none."""
+    selector = holder.get(name)
+    expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
+    if not isinstance(expressions, list) or not expressions:
+        raise ValueError(f"{name} has no matchExpressions")
+    return expressions
+
+
 def find_pointer(value, pointer):
-    """(True, what an RFC 6901 JSON Pointer leads to) or (False, None); raises ValueError for what is no pointer."""
+    """(True, what an RFC 6901 JSON Pointer leads to) or (False, None).
+
+    Raises ValueError for what is no pointer.
+    """
     if not isinstance(pointer, str) or not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
         raise ValueError("the key is no JSON Pointer")
     for part in pointer[1:].split("/"):
@@ -4974,17 +5277,22 @@ def find_pointer(value, pointer):
 
 
 def is_match(expression, look):
-    """Whether one matchExpression holds; look: key to (present, value).  Raises ValueError for one that breaks the rules."""
+    """Whether one matchExpression holds; look: key to (present, value).
+
+    Raises ValueError for one that breaks the rules.
+    """
     if not isinstance(expression, dict) or not isinstance(expression.get("key"), str):
         raise ValueError("it has no key")
     operator, values = expression.get("operator"), expression.get("values")
     if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):
-        raise ValueError(f"{operator} " + ("takes no values" if "values" in expression else "takes values"))        # C-208 to C-211
+        # C-208 to C-211
+        raise ValueError(f"{operator} takes {'no ' if 'values' in expression else ''}values")
     present, value = look(expression["key"])
     if operator in ("Exists", "DoesNotExist"):
         return present == (operator == "Exists")
     if operator in ("ContainsAll", "ContainsAny"):
-        return is_contained(expression.get("itemSelector"), value, all if operator == "ContainsAll" else any)
+        return is_contained(get_expressions(expression, "itemSelector"), value,
+                            all if operator == "ContainsAll" else any)
     if operator in ("Gt", "Lt"):
         limit = parse_limit(values)
         return get_kind(value) == "number" and (value > limit if operator == "Gt" else value < limit)
@@ -4995,7 +5303,8 @@ def is_match(expression, look):
         raise ValueError("values must be texts, or numbers, or one boolean")
     items = value if isinstance(value, list) else [value]
     others = (None, "boolean") if isinstance(value, list) else (None,)
-    if not present or not items or any(get_kind(item) in others for item in items):     # another type is false for both (C-206)
+    # another type is false for both (C-206)
+    if not present or not items or any(get_kind(item) in others for item in items):
         return False
     found = any(get_kind(item) in kinds and item in values for item in items)
     return found == (operator == "In")
@@ -5011,63 +5320,71 @@ def parse_limit(values):
     return limit
 
 
-def is_contained(selector, value, combine):
-    """Whether one object of an array meets all, or any, of a selector's expressions, their keys relative to it (C-211)."""
-    expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
-    if not isinstance(expressions, list) or not expressions:
-        raise ValueError("itemSelector has no matchExpressions")
+def is_contained(expressions, value, combine):
+    """Whether one object of an array meets all, or any, of a selector's expressions, their keys relative to
+    it (C-211).
+    """
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         return False
-    return any(combine([is_match(expression, lambda key, item=item: find_pointer(item, key)) for expression in expressions]) for item in value)
+    return any(combine([is_match(expression, lambda key, item=item: find_pointer(item, key))
+                        for expression in expressions])
+               for item in value)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 12. Plan
+# 14. Plan
 # ------------------------------------------------------------------------------------------------------------------------------
 
-PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}     # what `plan` calls a verb, where not by its own name
+# What `plan` calls a verb, where not by its own name.
+PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}
 
 
 def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell of it."""
+    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell
+    of it.
+    """
     kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
     return kinds | ({target.deployment.type} if target and target.deployment else set())
 
 
 def needs_document(entry, record):
-    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that revision."""
+    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that
+    revision.
+    """
     if record is None or record["adopted"]["digest"] != entry.digest or record["refused"]:
         return True
     return record["state"] not in ("installed", "failed")
 
 
 def make_share(device, targets, records, silent):
-    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be seen now.
+    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be
+    seen now.
 
     silent: {deployment type: CommandError} of what does not answer there.
     """
     wanted = {target.deployment_id.lower(): target for target in targets}
     unseen = {}
     for key in {**records, **wanted}:
-        faults = [silent[kind] for kind in sorted(find_kinds(records.get(key), wanted.get(key))) if kind in silent]
-        if faults:
-            unseen[key] = faults[0]
+        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
+            unseen[key] = silent[kind]
     return Share(device, targets, records, unseen)
 
 
 def make_actions(shares, records, containers, clock, settle=0, mark=""):
     """[Action] for all devices, in order: removals first.
 
-    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a device where it is not at home any more is cleared
-    once it runs where it belongs, or when it is about to.
+    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a
+    device where it is not at home any more is cleared once it runs where it belongs, or when it is about to.
     """
     homes = {target.deployment_id.lower(): "" if target.error else target.device_id
              for share in shares for target in share.targets}
-    actions, strays, placed = [], [], set()
+    actions, strays = [], []
+    placed = set()              # what runs where it belongs, or is about to
     for share in shares:
         device_id = share.device.device_id
         placed.update(key for key, record in share.records.items() if record["state"] == "installed")
-        for action in make_plan(share.targets, share.records, containers[device_id], clock, settle, mark, share.unseen):
+        there = containers[device_id]
+        for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
             action = hold_back(action, share)._replace(device_id=device_id)
             key = action.deployment_id.lower()
             record = records.get(key)
@@ -5091,33 +5408,42 @@ def make_actions(shares, records, containers, clock, settle=0, mark=""):
 def hold_back(action, share):
     """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
 
-    It waits where this device itself does not answer; what the WFM is told of another one is the device's `silence`.
+    It waits where this device itself does not answer; what the WFM is told of another one is the device's
+    `silence`.
     """
-    fault, silence = share.unseen.get(action.deployment_id.lower()), share.device.silence
+    key = action.deployment_id.lower()
+    silence = share.device.silence
+    fault = share.unseen.get(key)
     if not fault or action.verb in ("keep", "refuse"):
         return action
     if not silence:
         return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
-    record = share.records.get(action.deployment_id.lower())
-    target = action.target or Target(action.deployment_id, record["adopted"]["digest"], record["adopted"]["version"], None, None)
-    return action._replace(verb="refuse", reason=f"{silence.code}: {silence.message}", target=target._replace(error=silence))
+    target = action.target
+    if not target:
+        adopted = share.records[key]["adopted"]
+        target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
+    reason = f"{silence.code}: {silence.message}"
+    return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
 
 
 def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
-    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own order.
+    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own
+    order.
 
-    targets: [Target], deployment and error both None where needs_document said so.  records: those of the state's `deployments`
-    that are at home here.  containers: [Container] as observed.  clock: a Clock.  settle, mark: `runtime.settle` and make_mark
-    of `runtime.environment`.  unseen: ids in lower case of deployments of which not everything could be observed (then nothing
-    is taken for drift).
+    targets: [Target], deployment and error both None where needs_document said so.  records: those of the
+    state's `deployments` that are at home here.  containers: [Container] as observed.  clock: a Clock.
+    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: ids in lower case of
+    deployments of which not everything could be observed (then nothing is taken for drift).
     """
     wanted = {target.deployment_id.lower() for target in targets}
     seen = {}
     for container in containers:
         seen.setdefault(container.deployment_id.lower(), []).append(container)
     orphans = {key: items[-1].deployment_id for key, items in seen.items()}
-    orphans.update((key, record["deploymentId"]) for key, record in records.items() if record["state"] != "removed")
-    plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans) if key not in wanted]
+    orphans.update((key, record["deploymentId"]) for key, record in records.items()
+                   if record["state"] != "removed")
+    plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans)
+            if key not in wanted]
     for target in targets:
         key = target.deployment_id.lower()
         there = None if key in unseen else seen.get(key, [])
@@ -5131,7 +5457,8 @@ def make_action(target, record, containers, clock, settle, mark):
         return Action(target.deployment_id, verb, reason, culprit=culprit)
 
     same = record and record["adopted"]["digest"] == target.digest
-    retry, pause = (find_wait(record["retry"], clock), find_wait(record["repair"], clock)) if record else (0, 0)
+    retry = find_wait(record["retry"], clock) if record else 0
+    pause = find_wait(record["repair"], clock) if record else 0
     if same and record["state"] == "failed" and record["fallback"] and not pause and (target.error or retry):
         words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
         if words:
@@ -5146,7 +5473,8 @@ def make_action(target, record, containers, clock, settle, mark):
     if record["refused"]:
         return act(change, "was refused before, and can be carried out now")
     if record["state"] == "failed" and retry:
-        return act("keep", f"failed ({record['error']['code']}); next attempt at {make_time(clock.now + retry)}")
+        due = make_time(clock.now + retry)
+        return act("keep", f"failed ({record['error']['code']}); next attempt at {due}")
     if record["state"] == "failed":
         return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
     if record["state"] in ("pending", "removed") and not record["running"]:
@@ -5156,30 +5484,11 @@ def make_action(target, record, containers, clock, settle, mark):
     services = {item["name"]: item["services"] for item in record["components"]}
     culprit, words = find_drift(services, containers, clock.now, settle)
     if words and pause:
-        return act("give_up", f"{words} although it was repaired {record['repair']['failures']} times; next attempt at"
-                   f" {make_time(clock.now + pause)}", culprit)
+        words += f" although it was repaired {record['repair']['failures']} times"
+        return act("give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit)
     if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
         return act("update", "runtime.environment has changed")
     return act("update", f"drift: {words}") if words else act("keep", "as desired")
-
-
-def make_claim(owner, state):
-    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its state."""
-    records = state["deployments"]
-    services = [component["services"] for record in records.values() for component in record["components"]]
-    services += [items for record in records.values() for items in (record["running"] or {}).get("services", {}).values()]
-    ids = {facts.get("id") for items in services for facts in items.values()}
-    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None})
-
-
-def is_ours(claim, deployment_id, owner, container_id=None):
-    """Whether a workload, or a network or volume of one, is this agent's.
-
-    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it is labelled by a stranger:
-    by the container's id, or by the deployment's where the label is of an earlier time, or older than such labels (contract, On the engine).
-    """
-    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
-    return known or container_id in claim.ids or owner == claim.owner != ""
 
 
 def make_mark(environment):
@@ -5188,7 +5497,8 @@ def make_mark(environment):
 
 
 def find_drift(services, containers, now, settle):
-    """((component, service), words) for what differs between what was installed and its containers, or ("", "") (P-12, D-23).
+    """((component, service), words) for what differs between what was installed and its containers, or ("",
+    "") (P-12, D-23).
 
     services: {component: {service: facts}}; containers: those of this deployment, or None.
     """
@@ -5206,7 +5516,9 @@ def find_drift(services, containers, now, settle):
 
 
 def judge_containers(found, facts, now, settle):
-    """What is wrong with the containers found for a service, in words, or "".  facts: what `apply` returned for it."""
+    """What is wrong with the containers found for a service, in words, or "".  facts: what `apply` returned
+    for it.
+    """
     if len(found) > 1:
         return f"has {len(found)} containers"
     if not found:
@@ -5218,15 +5530,17 @@ def judge_containers(found, facts, now, settle):
         return ""
     if container.state != "running":
         return f"is {container.state}"
-    restarted = container.started != facts.get("started", container.started)
+    restarted = abs(container.started - facts.get("started", container.started)) > 2        # docker rounds it
     return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
 
 
 def make_groups(actions, records):
-    """Actions in the order in which they are carried out, as [[Action]]; those of one group are made ready before any is done.
+    """Actions in the order in which they are carried out, as [[Action]]; those of one group are made ready
+    before any is done.
 
-    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group, because one may
-    take what another gives up; last what is new.  What is cleared because it moves is left to the step that it moves by.
+    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group,
+    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
+    the step that it moves by.
     """
     moving = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
     first, updates, new = [], [], []
@@ -5244,18 +5558,25 @@ def make_groups(actions, records):
 
 
 def find_held_ports(record):
-    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold, as far as known."""
+    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold,
+    as far as known.
+    """
     services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
     if record["fallback"] and "services" in (record["running"] or ()):
-        services = record["running"]["services"].values()       # the version before runs, until the new one has replaced it
-    return {(record["deviceId"], *port) for item in services for facts in item.values() for port in facts.get("ports", ())}
+        services = record["running"]["services"].values()       # the version before runs still
+    facts = [facts for item in services for facts in item.values()]
+    running = [item for item in facts if not item["finished"]]
+    return {(record["deviceId"], *port) for item in running for port in item.get("ports", ())}
 
 
 def find_clash(takes, holds):
-    """A port among those of `takes` that one of `holds` keeps from being taken, or None; the address "" is every one."""
+    """A port among those of `takes` that one of `holds` keeps from being taken, or None; the address "" is
+    every one.
+    """
     for port in sorted(takes):
         for device_id, address, *rest in holds:
-            if (device_id, *rest) == (port[0], *port[2:]) and (address == port[1] or "" in (address, port[1])):
+            meets = address == port[1] or "" in (address, port[1])
+            if meets and (device_id, *rest) == (port[0], *port[2:]):
                 return port
     return None
 
@@ -5263,9 +5584,9 @@ def find_clash(takes, holds):
 def find_turn(waiting, held):
     """Which of the deployments that are ready to be changed goes on now, and how: (id, verb, words).
 
-    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs: `go`; `fail`, in
-    words, where somebody keeps a port that it takes; `stop` for one that has to free its ports first, because each waits for
-    another one.
+    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs:
+    `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
+    ports first, because each waits for another one.
     """
     blocking = []
     for key, (takes, _) in waiting.items():
@@ -5286,7 +5607,7 @@ def find_turn(waiting, held):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 13. Packages
+# 15. Packages
 # ------------------------------------------------------------------------------------------------------------------------------
 
 COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
@@ -5295,15 +5616,21 @@ CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
 CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-IMAGE_TYPES = f"{OCI_MANIFEST}, {OCI_INDEX}, application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json"
-ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
+IMAGE_TYPES = ", ".join([OCI_MANIFEST, OCI_INDEX, "application/vnd.docker.distribution.manifest.v2+json",
+                         "application/vnd.docker.distribution.manifest.list.v2+json"])
+ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
+                 "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
 MAX_ENTRIES = 10000                                 # files in one archive
 
 
 Reference = define("Reference", "host name tag",
     "Where a component's package lies: registry host[:port], repository name, tag.")
-Entry = define("Entry", "path kind mode link offset size",
-    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link target, place of its bytes.")
+Entry = define(
+    "Entry",
+    "path kind mode link offset size",
+    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link"
+    " target, place of its bytes.",
+)
 
 
 def parse_reference(repository, revision):
@@ -5311,8 +5638,16 @@ def parse_reference(repository, revision):
     part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
     match = re.fullmatch(rf"oci://({REGISTRY_PATTERN})/({part}(?:/{part})*)", repository)
     port = match and re.search(r":([0-9]+)\Z", match.group(1))
-    if not match or port and int(port.group(1)) > 65535 or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision):
-        raise ComponentError("INVALID_DEPLOYMENT", f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference")
+    if (
+        not match
+        or port
+        and int(port.group(1)) > 65535
+        or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision)
+    ):
+        raise ComponentError(
+            "INVALID_DEPLOYMENT",
+            f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference",
+        )
     return Reference(match.group(1), match.group(2), revision)
 
 
@@ -5340,17 +5675,22 @@ def load_credentials(host, settings):
 
 
 class Registry:
-    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never leave their host)."""
+    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never
+    leave their host).
+    """
 
     def __init__(self, host, config):
         self.host, self.timeout = host, config.wfm.timeout
         self.settings = config.registries.get(host) or make_settings({}, REGISTRY_SCHEMA, "", "", [])
         self.scheme = "http" if self.settings.insecure else "https"
         self.authorization = None
-        self.context = None                         # made when TLS is first needed: the system's store takes its time
+        # made when TLS is first needed: the system's store takes its time
+        self.context = None
 
     def get(self, name, path, accept, limit):
-        """GET below /v2/<name>/, with authentication where asked for and redirects followed; a Response with status 200.
+        """GET below /v2/<name>/, with authentication where asked for and redirects followed.
+
+        A Response with status 200.
 
         Raises ComponentError: PULL_UNAUTHORIZED, PULL_FAILED.
         """
@@ -5359,42 +5699,65 @@ class Registry:
             response = self.fetch(url, accept, limit)
             if response.status != 401 or attempt:
                 break
-            self.authorization = self.authenticate(parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name)
+            self.authorization = self.authenticate(
+                parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name
+            )
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
-        """A Response with status 200 and at most `limit` bytes; raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED."""
+        """A Response with status 200 and at most `limit` bytes.
+
+        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
+        """
         where = f"{url}: HTTP {response.status}"
         if find_verdict(response.status) == "denied":
-            raise ComponentError("PULL_UNAUTHORIZED", f"{where}; set registries.{self.host}.username and password_file")
+            raise ComponentError("PULL_UNAUTHORIZED",
+                                 f"{where}; set registries.{self.host}.username and password_file")
         if response.status != 200:
-            hint = "there is no such package" if response.status == 404 else "it cannot be served now, tried again later"
+            hint = (
+                "there is no such package"
+                if response.status == 404
+                else "it cannot be served now, tried again later"
+            )
             wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
             raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
         if len(response.body) > limit:
-            raise ComponentError("PULL_FAILED", f"{url}: the answer is longer than {limit} bytes, all that policy allows")
+            raise ComponentError("PULL_FAILED",
+                                 f"{url}: the answer is longer than {limit} bytes, all that policy allows")
         return response
 
     def fetch(self, url, accept, limit):
-        """One GET that follows at most five redirects; Authorization goes to this registry's own origin only."""
+        """One GET that follows at most five redirects.
+
+        Authorization goes to this registry's own origin only.
+        """
         from urllib.parse import urljoin, urlsplit
         try:
             origin = urlsplit(url)[:2]
             for _ in range(6):
                 parts = urlsplit(url)
                 if parts.scheme not in ("https", self.scheme):
-                    raise ComponentError("PULL_FAILED", f"{make_printable(url)}: redirected to a scheme that is not allowed")
+                    raise ComponentError("PULL_FAILED",
+                                         f"{make_printable(url)}: redirected to a scheme that is not allowed")
                 own, headers = parts[:2] == origin, {"Accept": accept}
                 if self.authorization and own:
                     headers["Authorization"] = self.authorization
                 response = self.request(url, headers, max(limit, MAX_ANSWER))
                 if response.status == 401 and not own:
-                    raise ComponentError("PULL_UNAUTHORIZED", f"{make_printable(url)}: HTTP 401 after a redirect; credentials are for {self.host} alone")
+                    raise ComponentError(
+                        "PULL_UNAUTHORIZED",
+                        f"{make_printable(url)}: HTTP 401 after a redirect;"
+                        f" credentials are for {self.host} alone",
+                    )
                 if response.status not in (301, 302, 303, 307, 308):
                     return response
                 url = urljoin(url, response.headers.get("Location") or "")
         except (MargoError, ValueError) as error:
-            raise error if isinstance(error, ComponentError) else ComponentError("PULL_FAILED", f"{make_printable(url)}: {error}") from None
+            raise (
+                error
+                if isinstance(error, ComponentError)
+                else ComponentError("PULL_FAILED", f"{make_printable(url)}: {error}")
+            ) from None
         raise ComponentError("PULL_FAILED", f"{make_printable(url)}: too many redirects")
 
     def request(self, url, headers, limit):
@@ -5415,8 +5778,13 @@ class Registry:
             if scheme == "basic" and basic:
                 return basic
             if scheme == "bearer" and facts.get("realm", "").startswith(("https://", self.scheme + "://")):
-                query = {"service": facts.get("service"), "scope": facts.get("scope") or f"repository:{name}:pull"}
-                url = facts["realm"] + ("&" if "?" in facts["realm"] else "?") + urlencode({key: item for key, item in query.items() if item})
+                query = {"service": facts.get("service"), "scope": facts.get("scope")
+                         or f"repository:{name}:pull"}
+                url = (
+                    facts["realm"]
+                    + ("&" if "?" in facts["realm"] else "?")
+                    + urlencode({key: item for key, item in query.items() if item})
+                )
                 headers = {"Authorization": basic} if basic else {}
                 try:
                     answer = parse_json(self.request(url, headers, MAX_ANSWER).body, "the token")
@@ -5425,215 +5793,177 @@ class Registry:
                         return "Bearer " + token
                 except (MargoError, ValueError, AttributeError) as error:
                     log("warning", "no token from the registry", registry=self.host, reason=str(error))
-        raise ComponentError("PULL_UNAUTHORIZED", f"registry {self.host} asks for a login; set registries.{self.host}.username and password_file")
+        raise ComponentError(
+            "PULL_UNAUTHORIZED",
+            f"registry {self.host} asks for a login; set registries.{self.host}.username and password_file",
+        )
 
 
 def obtain_package(component, known, config, store, kind):
-    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept; raises ComponentError.
+    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept.
 
-    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network or not (P-1).
+    Raises ComponentError.
+
+    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network
+    or not (P-1).
     """
     reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
     data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
     if data is not None:
         return data, known
-    if component.repository.startswith("oci:"):
-        digest, data = fetch_package(parse_reference(component.repository, component.revision), config, store, kind)
-    elif kind == "helm":
-        digest, data = fetch_chart(component.repository, component.revision, config, store)
-    else:
-        digest, data = fetch_located(component.repository, component.key_location, config, store)
+    fetch = FETCHERS[component.repository.partition(":")[0]]
+    digest, data = fetch(component, config, store, kind)
     return data, {"reference": reference, "digest": digest}
 
 
+def fetch_component(component, config, store, kind):
+    """The package of a component from a registry; see fetch_package."""
+    return fetch_package(parse_reference(component.repository, component.revision), config, store, kind)
+
+
+# by the scheme of a repository; other generations add theirs
+FETCHERS = {"oci": fetch_component}
+
+
 def fetch_package(reference, config, store, kind="compose"):
-    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified, kept by its digest.
+    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified,
+    kept by its digest.
 
     Raises ComponentError; what is in the store already is not fetched again.
     """
     mirror = (config.registries.get(reference.host) or {}).get("mirror")
     try:
         if mirror:
-            return fetch_from_registry(reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store, kind)
+            return fetch_from_registry(
+                reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store, kind
+            )
     except ComponentError as error:
-        log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror, reason=error.message)
+        log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror,
+            reason=error.message)
     return fetch_from_registry(reference, Registry(reference.host, config), config, store, kind)
 
 
 def fetch_from_registry(reference, registry, config, store, kind):
     """fetch_package from one registry (protocol 6.2)."""
     where = f"{registry.host}/{reference.name}:{reference.tag}"
-    answer = registry.get(reference.name, f"manifests/{reference.tag}", f"{OCI_MANIFEST}, {OCI_INDEX}", config.policy.max_document)
+    answer = registry.get(reference.name, f"manifests/{reference.tag}", f"{OCI_MANIFEST}, {OCI_INDEX}",
+                          config.policy.max_document)
     claimed = answer.headers.get("Docker-Content-Digest")
     if claimed and claimed.startswith("sha256:") and claimed != sha256_digest(answer.body):
-        raise ComponentError("DIGEST_MISMATCH", f"{where}: the registry names {claimed}, the manifest has {sha256_digest(answer.body)}")
+        raise ComponentError(
+            "DIGEST_MISMATCH",
+            f"{where}: the registry names {claimed}, the manifest has {sha256_digest(answer.body)}",
+        )
     digest, size = parse_package_manifest(answer.body, where, config.policy.max_artifact, kind)
     data = store.load_artifact(digest)
     if data is None:
-        check_space(store.folder, 5 * size, where)                  # it is kept, and unpacked to some times its size
-        data = registry.get(reference.name, f"blobs/{digest}", "*/*", min(size + 1, config.policy.max_artifact)).body
+        # it is kept, and unpacked to some times its size
+        check_space(store.folder, 5 * size, where)
+        data = registry.get(
+            reference.name, f"blobs/{digest}", "*/*", min(size + 1, config.policy.max_artifact)
+        ).body
         if len(data) != size or sha256_digest(data) != digest:
-            raise ComponentError("DIGEST_MISMATCH", f"{where}: the layer should be {digest} of {size} bytes, it is {sha256_digest(data)} of {len(data)}")
+            raise ComponentError(
+                "DIGEST_MISMATCH",
+                f"{where}: the layer should be {digest} of {size} bytes,"
+                f" it is {sha256_digest(data)} of {len(data)}",
+            )
         store.save_artifact(digest, data)
     return digest, data
 
 
-def fetch_chart(repository, revision, config, store):
-    """A chart of an older generation from `https://repository/NAME` by that repository's index: (digest, bytes), kept by its digest."""
-    from urllib.parse import urljoin
-    if config.wfm.profile == "mtls":
-        raise ComponentError("INVALID_DEPLOYMENT", f"{make_printable(repository)}: this generation takes charts from OCI registries only")
-    base, _, name = repository.rpartition("/")
-    try:
-        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
-        entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
-        url, wanted = urljoin(base + "/", entry["urls"][0]), entry.get("digest")
-    except YAMLError as error:
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
-    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
-    data = fetch_file(url, config)
-    digest = sha256_digest(data)
-    if wanted and str(wanted) not in (digest, digest[7:]):
-        raise ComponentError("DIGEST_MISMATCH", f"{url}: the index names {make_printable(str(wanted), 80)}, the chart has {digest}")
-    store.save_artifact(digest, data)
-    return digest, data
-
-
-def fetch_located(url, key_url, config, store):
-    """The package of an older generation from its https URL: (digest, bytes), kept by its digest (protocol 6.5); raises ComponentError.
-
-    Nothing vouches for its content but TLS and, where the document names a key, a detached signature beside it (URL.asc or URL.sig).
-    """
-    if config.wfm.profile == "mtls":
-        raise ComponentError("INVALID_DEPLOYMENT", f"packageLocation {make_printable(url)}: this generation takes packages from OCI registries only")
-    data = fetch_file(url, config)
-    if key_url:
-        check_package_signature(data, url, fetch_file(key_url, config), config)
-    digest = sha256_digest(data)
-    store.save_artifact(digest, data)
-    return digest, data
-
-
-def fetch_file(url, config, missing=False):
-    """The bytes at an https URL, by the trust, credentials and redirect rules of its host's entry in `registries`; None where there is nothing, if `missing`."""
-    host = url.split("/")[2]
-    registry = Registry(host, config)
-    registry.authorization = load_credentials(host, registry.settings)
-    response = registry.fetch(url, "*/*", config.policy.max_artifact)
-    if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
-        return None
-    return registry.check(response, url, config.policy.max_artifact).body
-
-
-def check_package_signature(data, url, key, config):
-    """Raises ComponentError unless gpg finds that the key signed the package; where no signature can be had, that is a warning."""
-    import tempfile
-    signature = next((found for found in (fetch_file(url + end, config, True) for end in (".asc", ".sig")) if found), None)
-    if signature is None:
-        log("warning", "the document names a key, but there is no signature of the package beside it (.asc or .sig)", package=url)
-        return
-    folder = os.path.join(config.state_dir, "tmp")
-    with tempfile.TemporaryDirectory(prefix="margo-gpg-", dir=folder if os.path.isdir(folder) else None) as home:
-        paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
-        for path, content in zip(paths, (key, signature, data)):
-            write_file(path, content)
-        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
-        try:
-            outputs = [run_command(gpg + ["--import", paths[0]], 60), run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)]
-        except CommandError as error:
-            raise ComponentError("PULL_FAILED", f"{url} is signed, and that cannot be checked: {error.message}") from None
-    if outputs[-1].code:
-        raise ComponentError("DIGEST_MISMATCH", f"{url}: the key at keyLocation did not sign this package: {outputs[-1].stderr[-300:]}")
-
-
 def check_space(folder, need, what):
-    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched (P-4)."""
+    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched
+    (P-4).
+    """
     free, margin = get_space(folder)
     if free < need + margin:
-        raise ComponentError("DISK_FULL", f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
-                             f" {folder} {margin // KIB} stay so; free some there")
+        raise ComponentError(
+            "DISK_FULL",
+            f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
+            f" {folder} {margin // KIB} stay so; free some there",
+        )
 
 
-def find_layers(image, platform, config):
-    """[(what identifies a layer on the device, bytes as sent)] of an image as its registry tells; [] where it does not.
-
-    platform: such as `linux/arm64`, or "" for this machine's.
-    """
+def ask_for_image(image, config):
+    """Whether an image's registry offers it now; of one that the name does not tell nothing is known."""
     match = re.fullmatch(r"([^/]*[.:][^/]*|localhost)/(.+?)(?::([\w.-]+))?(?:@(sha256:[0-9a-f]{64}))?", image)
-    if not match or match.group(1) == "docker.io":
-        return []                                   # without a host of its own it may be anywhere
-    registry, name = Registry(match.group(1), config), match.group(2)
-    system, _, architecture = (platform or f"linux/{ARCHITECTURES.get(os.uname().machine)}").partition("/")
-    architecture = architecture.partition("/")[0]
-
-    def get(path):
-        return parse_json(registry.get(name, path, IMAGE_TYPES, config.policy.max_document).body, image)
-
+    if not match:
+        return False
+    host, name, tag, digest = match.groups()
     try:
-        value = get(f"manifests/{match.group(4) or match.group(3) or 'latest'}")
-        if "manifests" in value:
-            value = get("manifests/" + next(item["digest"] for item in value["manifests"] if (
-                item["platform"]["os"], item["platform"]["architecture"]) == (system, architecture)))
-        return list(zip(map(str, get(f"blobs/{value['config']['digest']}")["rootfs"]["diff_ids"]), [int(layer["size"]) for layer in value["layers"]]))
-    except (MargoError, ValueError, KeyError, TypeError, StopIteration):
-        return []                                   # the pull itself says what is wrong
+        Registry(host, config).get(name, f"manifests/{digest or tag or 'latest'}", IMAGE_TYPES, config.policy.max_document)
+    except MargoError:
+        return False
+    return True
 
 
 def parse_package_manifest(data, where, max_artifact, kind="compose"):
-    """An OCI manifest's bytes to (digest, size) of the one layer of a Compose Archive or Helm chart; raises ComponentError (C-155)."""
-    def fault(text):
-        return ComponentError("ARCHIVE_INVALID", f"{where}: {text}")
+    """An OCI manifest's bytes to (digest, size) of the one layer of a Compose Archive or Helm chart.
 
+    Raises ComponentError (C-155).
+    """
     try:
         value = parse_json(data, "the OCI manifest")
+        if not isinstance(value, dict) or value.get("schemaVersion") != 2:
+            raise ValueError("not an OCI image manifest (schemaVersion 2)")
+        if "manifests" in value:
+            raise ValueError("an index of several images, where one Compose Archive is expected")
+        layer = find_layer(value, kind)
+        digest = check_member(layer, "digest", "the layer's ", DIGEST_PATTERN)
+        size = check_member(layer, "size", "the layer's ", checked("a number of bytes", is_size))
+        if size > max_artifact:
+            raise ValueError(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
     except ValueError as error:
-        raise fault(str(error)) from None
-    if not isinstance(value, dict) or value.get("schemaVersion") != 2:
-        raise fault("not an OCI image manifest (schemaVersion 2)")
-    if "manifests" in value:
-        raise fault("an index of several images, where one Compose Archive is expected")
-    layers = value.get("layers")
+        raise ComponentError("ARCHIVE_INVALID", f"{where}: {error}") from None
+    return digest, size
+
+
+def is_size(value):
+    """Whether a value is a whole number of at least one byte."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def find_layer(value, kind):
+    """The one layer of an OCI manifest that holds a package of a kind; raises ValueError."""
+    layers, wanted = value.get("layers"), COMPOSE_LAYER
     layers = layers if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else []
-    wanted = COMPOSE_LAYER
     if kind == "helm":
         wanted, config = CHART_LAYER, value.get("config")
         if not isinstance(config, dict) or config.get("mediaType") != CHART_CONFIG:
-            raise fault(f"not a Helm chart (its config is no {CHART_CONFIG})")
-        layers = [layer for layer in layers if layer.get("mediaType") == CHART_LAYER]       # beside it there may be its provenance
+            raise ValueError(f"not a Helm chart (its config is no {CHART_CONFIG})")
+        # Beside it there may be its provenance.
+        layers = [layer for layer in layers if layer.get("mediaType") == CHART_LAYER]
     elif value.get("artifactType") != COMPOSE_ARTIFACT:
-        found = str(value.get("artifactType"))
-        hint = "; made by `docker compose publish`, which Margo does not take" if found == "application/vnd.docker.compose.project" else ""
-        raise fault(f"artifactType is {make_printable(found, 100)}, expected {COMPOSE_ARTIFACT}{hint}")
+        found, hint = str(value.get("artifactType")), ""
+        if found == "application/vnd.docker.compose.project":
+            hint = "; made by `docker compose publish`, which Margo does not take"
+        raise ValueError(f"artifactType is {make_printable(found, 100)}, expected {COMPOSE_ARTIFACT}{hint}")
     if len(layers) != 1:
-        raise fault("expected exactly one layer")
-    layer = layers[0]
-    if layer.get("mediaType") != wanted:
-        raise fault(f"the layer's mediaType is {make_printable(str(layer.get('mediaType')), 100)}, expected {wanted}")
-    digest, size = layer.get("digest"), layer.get("size")
-    if not isinstance(digest, str) or not re.fullmatch(DIGEST_PATTERN, digest) or isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise fault("the layer has no sha256 digest or no size")
-    if size > max_artifact:
-        raise fault(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
-    return digest, size
+        raise ValueError("expected exactly one layer")
+    found = make_printable(str(layers[0].get("mediaType")), 100)
+    if found != wanted:
+        raise ValueError(f"the layer's mediaType is {found}, expected {wanted}")
+    return layers[0]
 
 
 COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
 
 
 def check_archive(data, max_unpacked, relaxed=False):
-    """A Compose Archive's bytes to its tar bytes and [Entry]; raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
+    """A Compose Archive's bytes to its tar bytes and [Entry].
 
-    Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that a chain of them cannot
-    leave the top-level folder either.  relaxed: as older generations packed, there need be no top-level folder, and the compose file
-    may have its other names (protocol 6.5).
+    Raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
+
+    Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
+    a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
+    need be no top-level folder, and the compose file may have its other names (protocol 6.5).
     """
     entries, tops = {}, set()
     try:
         plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
-        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir() for member in members)
+        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir()
+                                for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
         if plain[end:].strip(b"\0"):
@@ -5647,14 +5977,18 @@ def check_archive(data, max_unpacked, relaxed=False):
         if compose is None and others and relaxed:
             compose = entries["compose.yaml"] = entries[others[0]]._replace(path="compose.yaml")
         if compose is None or compose.kind != "file":
-            raise ValueError("no compose.yaml in the top-level folder" + (f" ({others[0]} is not taken for it)" if others else ""))
+            raise ValueError("no compose.yaml in the top-level folder"
+                             + (f" ({others[0]} is not taken for it)" if others else ""))
         return plain, list(entries.values())
     except ValueError as error:
-        raise ComponentError("ARCHIVE_INVALID", f"Compose Archive refused: {make_printable(str(error))}") from None
+        raise ComponentError("ARCHIVE_INVALID",
+                             f"Compose Archive refused: {make_printable(str(error))}") from None
 
 
 def add_entry(member, entries, tops, top=""):
-    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder; raises ValueError.
+    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder.
+
+    Raises ValueError.
 
     top: the folder that an archive without one is taken to lie in.
     """
@@ -5674,16 +6008,22 @@ def add_entry(member, entries, tops, top=""):
     elif not path:
         raise ValueError(f"{name!r} stands at the top, where only one folder may stand")
     elif member.isfile() and not member.issparse():
-        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data, member.size)
+        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data,
+                      member.size)
     elif member.issym():
         if not member.linkname or not is_storable(member.linkname):
-            raise ValueError(f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path")
+            raise ValueError(
+                f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path"
+            )
         entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
     elif member.islnk():
         target = top + (member.linkname[2:] if member.linkname.startswith("./") else member.linkname)
         source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
         if source is None or source.kind != "file":
-            raise ValueError(f"the hard link {name!r} leads to {member.linkname!r}, which is no earlier file of the archive")
+            raise ValueError(
+                f"the hard link {name!r} leads to {member.linkname!r},"
+                " which is no earlier file of the archive"
+            )
         entry = source._replace(path=path)
     else:
         raise ValueError(f"{name!r} is neither file, folder nor link")
@@ -5700,7 +6040,9 @@ def is_storable(path):
 
 
 def check_tree(entries):
-    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of others, and for too many folders."""
+    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of
+    others, and for too many folders.
+    """
     folders = set()
     for path, entry in entries.items():
         parent = path.rpartition("/")[0]
@@ -5716,7 +6058,10 @@ def check_tree(entries):
 
 
 def resolve_link(path, entries, hops):
-    """The path in the archive that `path` stands for once links are followed; raises ValueError where that is outside."""
+    """The path in the archive that `path` stands for once links are followed.
+
+    Raises ValueError where that is outside.
+    """
     resolved = []
     todo = path.split("/")[::-1]
     while todo:
@@ -5740,9 +6085,12 @@ def resolve_link(path, entries, hops):
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
-    """Unpacks a verified archive to `parent`/<digest> and returns that folder; one that is there already is complete.
+    """Unpacks a verified archive to `parent`/<digest> and returns that folder.
 
-    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay for who uses them.
+    One that is there already is complete.
+
+    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay
+    for who uses them.
     """
     folder = os.path.join(parent, digest.split(":")[1][:16])
     if os.path.isdir(folder):
@@ -5751,12 +6099,13 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     work = folder + ".tmp"
     try:
         remove_folder(work)
-        make_folder(os.path.join(work, "content"))
+        create_folder(os.path.join(work, "content"))
         for entry in sorted(entries, key=lambda item: item.kind == "link"):
             path = os.path.join(work, "content", entry.path)
-            make_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
+            create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
             if entry.kind == "file":
-                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode, os.path.join(work, "part"))
+                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode,
+                           os.path.join(work, "part"))
             elif entry.kind == "link":
                 os.symlink(entry.link, path)
         os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
@@ -5766,13 +6115,55 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
         os.rmdir(work)
         sync_folder(parent)
     except OSError as error:
-        raise StorageError(f"{folder} cannot be unpacked ({error.strerror}); free space or make it writable") from None
+        raise StorageError(
+            f"{folder} cannot be unpacked ({error.strerror}); free space or make it writable"
+        ) from None
     return folder
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 14. Runtimes
+# 16. Runtimes
 # ------------------------------------------------------------------------------------------------------------------------------
+
+def find_parameters(deployment, component):
+    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
+    return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
+            for pointer, names in parameter.targets if component in names]
+
+
+# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
+TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
+
+
+def make_variables(deployment, component):
+    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID (protocol 7, C-180, C-182).
+
+    A later parameter for the same name wins; a list becomes JSON text.
+    """
+    variables = {}
+    for parameter, pointer in find_parameters(deployment, component):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
+                                 f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
+        value = parameter.value
+        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
+        if "\0" in variables[pointer]:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
+    folded = sorted(variables, key=str.lower)
+    for first, second in zip(folded, folded[1:]):
+        if first.lower() == second.lower():
+            raise ComponentError("PARAMETER_INVALID", f"the parameters {first} and {second} differ only in case")
+    return variables
+
+
+def make_project_name(component, deployment_id):
+    """`<component>-<deploymentId>` as engines take names, at most 63 characters; what is changed or cut ends with a hash of the whole, so
+    that no two can meet (D-19, D-20).
+    """
+    whole = f"{component}-{deployment_id}"
+    name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
+    return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
+
 
 Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id owner",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment, the"
@@ -5781,12 +6172,51 @@ Service = define("Service", "name image arguments command environment files netw
     "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start)"
     " or None; ports: the host's ports that it holds while it runs, see find_ports.", ())
 Project = define("Project", "services networks volumes document",
-    "A compose file ready to run: services in starting order, {engine's name: create arguments}, and the resolved document.")
+    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for an"
+    " external network), and the resolved document.")
 
+
+Changes = define("Changes", "kept idle making late leaving",
+    "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no"
+    " start, [Service] to be made, names of those that can only be made after what leaves has left, and"
+    " [[Container]] that leave, those that stop together in one list, whoever depends on others first.")
+Job = define("Job", "workload project folder known deadline current runs volumes",
+    "One apply: what runs, in which folder its files are, what an earlier apply returned, until when; {service: id"
+    " of its container} as far as it has come, the ids of what ran before, {service: {path: volume}} as it was.")
+Shown = define("Shown", "state code restarts health volumes",
+    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of the volumes in it.",
+    0, 0, "", {})
+Network = define("Network", "labels internal subnets gateways",
+    "A network as `network inspect` shows it; the last two are sets of texts.")
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
+AT_REST = ("exited", "created", "initialized", "stopped", "configured")     # an engine's words for what does not run
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
+
+
+def make_claim(owner, state):
+    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
+    state.
+    """
+    records = state["deployments"]
+    services = [component["services"] for record in records.values() for component in record["components"]]
+    for record in records.values():
+        services += (record["running"] or {}).get("services", {}).values()
+    ids = {facts.get("id") for items in services for facts in items.values()}
+    owners, pulled = frozenset(state["owners"]), frozenset(state["pulled"])
+    return Claim(owner, owners, frozenset(records), ids - {None}, pulled)
+
+
+def is_ours(claim, deployment_id, owner, container_id=None):
+    """Whether a workload, or a network or volume of one, is this agent's.
+
+    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it
+    is labelled by a stranger: by the container's id, or by the deployment's where the label is of an earlier
+    time, or older than such labels (contract, On the engine).
+    """
+    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
+    return known or container_id in claim.ids or owner == claim.owner != ""
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -6282,8 +6712,8 @@ def make_project(document, workload, policy, engine, strict=True):
         facts["labels"] = dict(to_pairs(facts.get("labels"), "labels"), **make_labels(workload, service.name, service.hash))
         if isinstance(facts.get("depends_on"), dict):               # what is not required may be a service that is not started
             facts["depends_on"] = {other: item for other, item in facts["depends_on"].items() if other in services}
-    return Project(order, networks, {name: args for name, args in volumes.values() if args is not None},
-                   make_document(document, settled, workload))
+    own_volumes = {name: args for name, args in volumes.values() if args is not None}
+    return Project(order, dict(networks.values()), own_volumes, make_document(document, settled, workload))
 
 
 def settle_service(service, workload, variables, where):
@@ -6337,9 +6767,8 @@ def make_document(document, services, workload):
     """The compose file for a provider: only what is started, nothing left to interpolate, no path that is relative."""
     networks = dict({"default": None}, **to_mapping(document.get("networks"), "networks"))
     volumes = to_mapping(document.get("volumes"), "volumes")
-    document = dict(document, services=services,
-                    networks={name: add_labels(item, f"networks.{name}", workload) for name, item in networks.items()},
-                    volumes={name: add_labels(item, f"volumes.{name}", workload) for name, item in volumes.items()})
+    document = dict(document, services=services, networks=add_labels(networks, "networks", workload),
+                    volumes=add_labels(volumes, "volumes", workload))
     for name, item in to_mapping(document.get("configs"), "configs").items():
         facts = to_mapping(item, f"configs.{name}")
         if facts.get("file") is not None:
@@ -6350,16 +6779,27 @@ def make_document(document, services, workload):
     return document
 
 
-def make_shared_labels(value, where, workload):
-    """{label: text} of a network or volume: its own, and by whom it was made for what."""
-    return dict(read_own_labels(value, where), **{LABEL_PROJECT: workload.project, LABEL_OWNER: workload.owner})
+def make_container_name(project, service):
+    """The name of a service's container."""
+    return f"{project}-{service}-1"
 
 
-def add_labels(value, where, workload):
-    """A network or volume of a compose file with its labels; what is external is another's."""
-    value = to_mapping(value, where)
-    external = to_flag(value.get("external", False), f"{where}.external")
-    return value if external else dict(value, labels=make_shared_labels(value, where, workload))
+def make_shared_labels(value, kind, name, workload):
+    """{label: text} of a network or volume: its own, and whose it is."""
+    mark = {LABEL_OWNER: workload.owner}
+    if kind == "networks":
+        mark[LABEL_PROJECT] = workload.project
+    return dict(read_own_labels(value, f"{kind}.{name}"), **mark)
+
+
+def add_labels(items, kind, workload):
+    """The networks or volumes of a compose file with their labels; what is external is another's."""
+    labelled = {}
+    for name, value in items.items():
+        value = to_mapping(value, f"{kind}.{name}")
+        external = to_flag(value.get("external", False), f"{kind}.{name}.external")
+        labelled[name] = value if external else dict(value, labels=make_shared_labels(value, kind, name, workload))
+    return labelled
 
 
 def make_labels(workload, service, digest):
@@ -6452,7 +6892,7 @@ def make_volumes(document, workload):
         if to_text(value.get("driver", "local"), f"{where}.driver") != "local":
             raise make_fault(f"{where}.driver: only local is supported")
         own, external = make_shared_name(name, value, workload, where, "volume")
-        labels = make_shared_labels(value, where, workload)
+        labels = make_shared_labels(value, "volumes", name, workload)
         volumes[name] = own, None if external else make_pairs("--label")(labels, f"{where}.labels")
     return volumes
 
@@ -6479,14 +6919,16 @@ def make_networks(document, workload):
         if to_text(value.get("driver", "bridge"), f"{where}.driver") != "bridge":
             raise make_fault(f"{where}.driver: only bridge is supported")
         own, external = make_shared_name(name, value, workload, where, "network")
-        arguments = make_pairs("--label")(make_shared_labels(value, where, workload), f"{where}.labels")
+        arguments = make_pairs("--label")(make_shared_labels(value, "networks", name, workload), f"{where}.labels")
         arguments += make_switch("--internal")(value.get("internal", False), f"{where}.internal")
         ipam = to_mapping(value.get("ipam"), f"{where}.ipam")
         check_keys(ipam, ("config",), f"{where}.ipam")
         for item in to_items(ipam.get("config"), f"{where}.ipam.config"):
             check_keys(item, ("subnet", "gateway"), f"{where}.ipam.config")
             arguments += [f"--{key}={to_text(item[key], f'{where}.ipam.config')}" for key in sorted(item, reverse=True)]
-        networks[name] = own, None if external else arguments
+        definition = [argument for argument in arguments if not argument.startswith("--label=org.margo.")]
+        mark = f"--label={LABEL_HASH}={sha256_digest(make_json(definition))[7:39]}"
+        networks[name] = own, None if external else arguments + [mark]
     return networks
 
 
@@ -6578,7 +7020,7 @@ def make_attachments(service, workload, networks, where):
         if wanted:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         if text.startswith("service:"):
-            text = f"container:{workload.project}-{text[8:]}-1"
+            text = f"container:{make_container_name(workload.project, text[8:])}"
         elif text not in ("none", "host", "bridge"):
             raise make_fault(f"{where}.network_mode: {make_printable(text, 60)!r} is not supported by the builtin driver")
         return [(text, None)]
@@ -6595,22 +7037,29 @@ def make_attachments(service, workload, networks, where):
 
 
 def judge_startup(services, facts, healthy):
-    """Where a start stands: (failure or "", [what is waited for], {finished services}).
+    """Where a start stands: ((service, failure) or None, {service: what is waited for}, {finished services}).
 
-    facts: {service: (state, exit code, restarts)} as inspected; healthy: services whose health check has passed (C-163 to C-165).
+    facts: {service: Shown} of those that have a container; healthy: services whose health check has passed (C-163
+    to C-165).
     """
-    waiting, finished = [], set()
+    waiting, finished = {}, set()
     for service in services:
-        state, code, restarts = facts.get(service.name, ("missing", 0, 0))
-        if restarts or state in ("exited", "stopped", "dead") and code != 0:
-            return f"service {service.name} exited with code {code}" + (f" ({restarts} restarts)" if restarts else ""), [], finished
-        if state in ("exited", "stopped"):
+        seen = facts.get(service.name)
+        if seen is None:
+            words = f"the container of service {service.name} is gone: somebody removed it"
+            return (service.name, words), {}, finished
+        ended = seen.state in ("exited", "stopped", "dead")
+        if seen.restarts or ended and seen.code != 0:
+            code = f" with code {seen.code}" if ended else ""
+            again = f" ({seen.restarts} restarts)" if seen.restarts else ""
+            return (service.name, f"service {service.name} exited{code}{again}"), {}, finished
+        if ended:
             finished.add(service.name)
-        elif state != "running":
-            waiting.append(f"{service.name} is {state}")
+        elif seen.state != "running":
+            waiting[service.name] = f"{service.name} is {seen.state}"
         elif service.health and service.name not in healthy:
-            waiting.append(f"{service.name} is not healthy yet")
-    return "", waiting, finished
+            waiting[service.name] = f"{service.name} is not healthy yet"
+    return None, waiting, finished
 
 
 def mask(text, values):
@@ -6624,13 +7073,152 @@ def mask(text, values):
 def is_usable(container, service, known):
     """Whether a container is the one that was made for a service as it is wanted, in a state from which it can go on."""
     ours = not known or known["hash"] != service.hash or known.get("id", container.id) == container.id
-    return ours and container.hash == service.hash and container.state in ("running", "exited", "created", "stopped", "restarting")
+    return ours and container.hash == service.hash and container.state in (
+        "running", "exited", "created", "initialized", "stopped", "restarting")
 
 
 def is_settled(service, containers, known):
     """Whether a service has exactly the container that it should, running, or finished as it did before."""
     done = known and known["finished"] and known["hash"] == service.hash
     return len(containers) == 1 and is_usable(containers[0], service, known) and (containers[0].state == "running" or bool(done))
+
+
+def plan_services(services, present, known, project, networks):
+    """The Changes that lead from what is there to what is wanted (P-7, P-16).
+
+    present: [Container] of this component; known: what an earlier apply returned; project: the compose project;
+    networks: names of those that are about to be made.  Whose network is made anew, or belongs to a service that
+    starts anew, is made anew, too.
+    """
+    kept, idle, making, late = {}, set(), [], set()
+    for service in services:
+        facts = known.get(service.name)
+        owner = find_owner(service, services, project)
+        mine = [item for item in present if item.service == service.name]
+        usable = [item for item in mine if is_usable(item, service, facts)]
+        joined = {name for name, *_ in service.networks} & networks
+        if usable and not joined and (owner is None or owner in idle):
+            container = min(usable, key=lambda item: item.state != "running")
+            kept[service.name] = container
+            if container.state == "running" or facts and facts["finished"] and facts["hash"] == service.hash:
+                idle.add(service.name)
+        else:
+            making.append(service)
+            late.update([service.name] if joined or owner in late else [])
+    leaving = [item for item in present if item not in kept.values()]
+    return Changes(kept, idle, making, late, order_leaving(services, leaving))
+
+
+def find_owner(service, services, project):
+    """The name of the service whose network a service shares, or None."""
+    name = service.networks[0][0].partition("container:")[2]
+    names = {make_container_name(project, other.name): other.name for other in services}
+    return names.get(name)
+
+
+def order_leaving(services, leaving):
+    """[[Container]]: those that stop at once in one list, each before what it depends on.
+
+    What the file no longer names goes first.
+    """
+    by_name = {}
+    names = {service.name for service in services}
+    for item in leaving:
+        by_name.setdefault(item.service, []).append(item)
+    groups = [([], [item for item in leaving if item.service not in names])]
+    for service in reversed(services):
+        if any(service.name in other.depends_on for other in groups[-1][0]):
+            groups.append(([], []))
+        groups[-1][0].append(service)
+        groups[-1][1].extend(by_name.get(service.name, ()))
+    return [items for _, items in groups if items]
+
+
+def parse_network(item):
+    """An element of what `network inspect` prints, in either engine's spelling, to (name, Network)."""
+    facts = {key.lower(): value for key, value in item.items()}
+    ranges = facts.get("subnets") or (facts.get("ipam") or {}).get("Config") or ()
+    ranges = [{key.lower(): value for key, value in part.items()} for part in ranges]
+    subnets = {make_range(part["subnet"]) for part in ranges if part.get("subnet")}
+    gateways = {part["gateway"] for part in ranges if part.get("gateway")}
+    return facts["name"], Network(facts.get("labels") or {}, facts.get("internal", False), subnets, gateways)
+
+
+def make_range(text):
+    """A subnet as every engine spells it; what is none stays as it is."""
+    import ipaddress
+    try:
+        return str(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        return text
+
+
+def is_same_network(network, arguments):
+    """Whether a network that is there is what these create arguments make.
+
+    One from before there was a mark is judged by what it is.
+    """
+    if LABEL_HASH in network.labels:
+        return f"--label={LABEL_HASH}={network.labels[LABEL_HASH]}" in arguments
+    given = {}
+    for name, _, value in (argument.partition("=") for argument in arguments):
+        given.setdefault(name, set()).add(value)
+    labels = {f"{key}={value}" for key, value in network.labels.items()} ^ given.get("--label", set())
+    subnets = {make_range(text) for text in given.get("--subnet", ())}
+    return (network.internal == ("--internal" in given) and subnets <= network.subnets
+            and given.get("--gateway", set()) <= network.gateways
+            and all(text.startswith("org.margo.") for text in labels))
+
+
+def plan_networks(wanted, there, project):
+    """What becomes of networks: {name: create arguments} to be made, [names] to be removed before, and at last.
+
+    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One of
+    somebody else stays as it is.  One that is no longer wanted goes first where a new one may be after its addresses.
+    """
+    ours = {name for name, network in there.items() if network.labels.get(LABEL_PROJECT) == project}
+    new = {}
+    for name, arguments in wanted.items():
+        changed = name in ours and arguments is not None and not is_same_network(there[name], arguments)
+        if arguments is not None and (changed or name not in there):
+            new[name] = arguments
+    changed = sorted(ours.intersection(new))
+    dropped = sorted(ours - set(wanted))
+    ranged = any(argument.startswith("--subnet=") for arguments in new.values() for argument in arguments)
+    return new, changed + (dropped if ranged else []), [] if ranged else dropped
+
+
+def find_targets(service):
+    """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
+    named = set(map(make_path, service.files))
+    unnamed = set()
+    for option, _, text in (argument.partition("=") for argument in service.arguments):
+        parts = text.split(":")
+        if option == "--tmpfs":
+            named.add(make_path(parts[0]))
+        elif option == "--volume" and len(parts) > 1:
+            named.add(make_path(parts[1]))
+        elif option == "--volume":
+            unnamed.add(make_path(parts[0]))
+    return named, unnamed
+
+
+def make_path(text):
+    """A path in a container in its shortest spelling."""
+    return re.sub("/+", "/", text).rstrip("/") or "/"
+
+
+def make_volume_names(service, project, declared, before):
+    """{path: volume} for each volume to which nobody gave a name: in the file, or `declared` by the image.
+
+    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path: volume}
+    as it was in the container before, which an earlier agent may have left to the engine to name.
+    """
+    named, unnamed = find_targets(service)
+    volumes = {}
+    for path in sorted(unnamed.union(map(make_path, declared)) - named):
+        volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+    return volumes
 
 
 def find_program(name, environ):
@@ -6734,7 +7322,8 @@ class ComposeDriver:
         output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 20 if self.remote else 60)
         if output.code:
             raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
-        ours, self.strangers = part_containers(parse_containers(output.stdout, self.engine), self.claim())
+        found = parse_containers(output.stdout, self.engine, time.time())
+        ours, self.strangers = part_containers(found, self.claim())
         return [container for container in ours if container.device_id not in self.others]
 
     def find_strangers(self):
@@ -6754,8 +7343,10 @@ class ComposeDriver:
                             make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id,
                             self.claim().owner)
         again = bool(known) and known["digest"] == package["digest"]
-        prepared = self.resolve(workload, IMAGE_PATIENCE, again, fetched)
+        prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
         self.check_names(*prepared)
+        if self.provider:
+            self.keep_owners(*prepared)
         return prepared, package
 
     def check_names(self, workload, project):
@@ -6763,17 +7354,29 @@ class ComposeDriver:
         between = "_" if self.provider == ["podman-compose"] else "-"
         containers = [between.join((workload.project, service.name, "1")) for service in project.services]
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
-        for kind, names, words in (("network", [name for name, arguments in project.networks.values() if arguments is not None], advice),
+        networks = [name for name, arguments in project.networks.items() if arguments is not None]
+        for kind, names, words in (("network", networks, advice),
                                    ("volume", list(project.volumes), advice), ("container", containers, "remove it there")):
             for name, owner, found_id in self.inspect_names(kind, names):
                 if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
                     raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {make_printable(owner, 300)}: {words}")
 
+    def keep_owners(self, workload, project):
+        """Lets a provider's file say of networks and volumes that are there whose they are by their labels: for one that is not in its
+        file as it was made docker compose stops everything, and goes no further."""
+        for kind in ("network", "volume"):
+            items = project.document[kind + "s"].items()
+            labels = {item.get("name", f"{workload.project}_{key}"): item["labels"] for key, item in items if item.get("labels")}
+            for name, owner, _ in self.inspect_names(kind, list(labels)):
+                labels[name][LABEL_OWNER] = owner
+                if not owner:                       # an older agent made it
+                    del labels[name][LABEL_OWNER]
+
     def inspect_names(self, kind, names):
         """[(name, owner, id)] of the containers, networks or volumes of these names that there are."""
         output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
         found = []
-        for item in parse_json(output or b"[]", f"{kind} inspect"):
+        for item in self.parse(output or b"[]", list):
             name = (item.get("Name") or item.get("name", "")).lstrip("/")
             labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
@@ -6850,44 +7453,38 @@ class ComposeDriver:
         if service.pull == "never":
             raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
-        environ = self.clear_temporary(self.check_space(service.image, "".join(arguments)[len("--platform="):]))
+        environ = self.clear_temporary(self.check_space(service.image))
         program, options = self.make_access(find_registry(service.image))
         log("info", "an image is pulled", image=service.image)
-        timeout = PULL_TIMEOUT if self.remote else timeout         # from here nobody sees whether it moves over there
-        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ, patient=True)
+        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ)
         if output.code:                             # the system's own words for a full disk stand in every program's
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED", f"{self.engine} pull failed: {output.stderr[-1500:]}")
         return [] if present else [service.image]
 
-    def check_space(self, image, platform):
-        """Bytes that are fetched for an image, as far as that can be told, else 0.
+    def check_space(self, image):
+        """The folder in which the engine keeps its images, "" where that is elsewhere.
 
-        Raises ComponentError DISK_FULL where they cannot fit where the engine keeps its images (P-4).
+        Raises ComponentError DISK_FULL where that is as good as full already (P-4); whether an image fits, its pull says.
         """
         form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
         root = "" if self.remote else self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
-        layers = find_layers(image, platform, self.config) if os.path.isdir(root) else []
-        if layers:
-            ids = self.run(["images", "--quiet", "--no-trunc"], 60).stdout.decode().split()
-            there = self.run(["image", "inspect", "--format={{json .RootFS.Layers}}"] + sorted(set(ids)), 60).stdout.decode() if ids else ""
-            layers = [(layer, size) for layer, size in layers if layer not in there]
-            check_space(root, sum(size for _, size in layers), f"image {image}")
-        return sum(size for _, size in layers)
+        if not os.path.isdir(root):
+            return ""
+        check_space(root, 0, f"image {image}")
+        return root
 
-    def clear_temporary(self, need):
+    def clear_temporary(self, root):
         """The environment of a pull.  What earlier pulls that were cut off left behind for temporary files goes first.
 
-        Where an image of `need` bytes has no room there, on a small flash say, the engine uses the folder that it has by itself.
+        Where the state directory has less room than the disk of `root`, where images are kept, the engine uses its own folder.
         """
         folder, environ = os.path.join(self.config.state_dir, "tmp"), self.environ
         if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
             return environ
         empty_folder(folder)
-        free, margin = get_space(folder)
-        if free >= need + margin:
+        if not root or get_space(folder)[0] >= get_space(root)[0]:
             return environ
-        log("info", "an image does not fit below state_dir; the engine's own folder takes what it fetches", bytes=need, free=free)
         return {key: value for key, value in environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):
@@ -6896,7 +7493,7 @@ class ComposeDriver:
         if not settings:
             return [self.engine], []
         folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
-        make_folder(folder)
+        create_folder(folder)
         options, program = [], [self.engine]
         basic = load_credentials(host, settings)
         if basic:
@@ -6915,83 +7512,260 @@ class ComposeDriver:
         return self.run(["image", "rm", name], 60).code == 0
 
     def apply(self, prepared, containers, known, deadline):
-        """Makes the component's containers as prepared; {service: {hash, finished, image}} once they run, or ComponentError.
+        """Makes the component's containers as prepared; {service: facts} once they run, or ComponentError, CommandError.
 
-        containers: as observed; known: what an earlier apply returned.  Unchanged services keep their containers; safe to repeat.
+        containers: as observed before it was prepared, so that the engine is asked again.  known: what an earlier
+        apply returned.  Unchanged services keep their containers; safe to repeat.
         """
         workload, project = prepared
-        ours = {}
-        for container in containers:
-            if container.deployment_id.lower() == workload.deployment_id.lower() and container.component == workload.component:
-                ours.setdefault(container.service, []).append(container)
-        folder = os.path.dirname(workload.folder)
-        gone = [container for name, items in ours.items() for container in items if name not in {s.name for s in project.services}]
-        runs = {container.id for items in ours.values() for container in items if container.state == "running"}
-        if self.provider:
-            self.apply_provider(prepared, folder, ours, known, deadline)
-        else:
-            self.create_shared(project, deadline)
-            for service in project.services:
-                self.await_dependencies(service, project, workload, deadline, runs)
-                gone += self.apply_service(service, workload, folder, ours.get(service.name, []), known.get(service.name), deadline)
-        self.remove_containers(gone[::-1], deadline)                # who shares another's network goes before that one
-        finished = self.await_startup(project.services, workload, deadline, runs) if workload.wait else set()
-        there = {container.service: container for container in self.find(workload)}
-        return {service.name: {"hash": service.hash, "finished": service.name in finished, "image": service.image,
-                               "id": there[service.name].id, "started": there[service.name].started, "ports": service.ports}
-                for service in project.services if service.name in there}
+        present = self.look_up(workload)
+        runs = {container.id for container in present if container.state == "running"}
+        volumes = self.look_at_volumes(known, present)
+        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
+        finished = (self.apply_provider if self.provider else self.apply_builtin)(job, present)
+        started = {container.id: container.started for container in self.look_up(workload)}
+        seen = self.inspect(job.current.values())
+        result = {}
+        for service in project.services:
+            container_id = job.current.get(service.name, "")
+            volumes = seen[container_id].volumes if container_id in seen else {}
+            result[service.name] = {
+                "hash": service.hash, "finished": service.name in finished, "image": service.image,
+                "id": container_id, "started": started.get(container_id, 0), "ports": service.ports,
+                "volumes": {path: volumes[path] for path in sorted(set(volumes) - find_targets(service)[0])}}
+        return result
 
-    def find(self, workload):
+    def look_up(self, workload):
         """[Container] of one component as it is now."""
         return [container for container in self.observe() if container.component == workload.component
                 and container.deployment_id.lower() == workload.deployment_id.lower()]
 
-    def create_shared(self, project, deadline):
-        """Networks and volumes that are not there yet; what is there is left as it is."""
-        for kind, items in (("network", project.networks.values()), ("volume", project.volumes.items())):
-            for name, arguments in items:
-                if arguments is not None and self.run([kind, "inspect", name], 60).code:
-                    self.run([kind, "create"] + arguments + [name], deadline - time.monotonic(), "INSTALL_FAILED")
+    def carry_out(self, job, arguments):
+        """The Output of a command that has to succeed; its words may hold what parameters have put into the file."""
+        output = self.run(arguments, job.deadline - time.monotonic())
+        if output.code:
+            words = mask(output.stderr, job.workload.parameters.values())[-1500:]
+            raise ComponentError("INSTALL_FAILED", f"{self.engine} {arguments[0]} failed: {words}")
+        return output
 
-    def apply_service(self, service, workload, folder, present, known, deadline):
-        """One service: kept, started again, or made anew; returns the containers that it has no more use for, which do not run.
+    def apply_builtin(self, job, present):
+        """All that is new is made, then what goes or changes is stopped, then the new is started; the finished services.
 
-        The new container is made while the old one runs, so that what cannot be made touches nothing; between them lie a stop and
-        a start (P-20).
+        So what cannot be made touches nothing, and ports, addresses and volumes change hands with one outage (P-20).
+        What was replaced is removed last, because it is the quickest way back.
         """
-        name, same = f"{workload.project}-{service.name}-1", [item for item in present if is_usable(item, service, known)][:1]
-        if same:
-            self.remove_containers([item for item in present if item not in same], deadline)
-            if same[0].name != name:                # an update was cut off
-                self.run(["rename", same[0].id, name], deadline - time.monotonic(), "INSTALL_FAILED")
-            if same[0].state != "running" and not (known and known["finished"] and known["hash"] == service.hash):
-                self.run(["start", same[0].id], deadline - time.monotonic(), "INSTALL_FAILED")
-            return []
-        old = [item for item in present if item.state == "running"]
-        self.remove_containers([item for item in present if item not in old], deadline)
-        self.create(service, workload, folder, name + "-new" if old else name, deadline)
-        for item in old:
-            if item.name == name:
-                self.run(["rename", item.id, name + "-old"], deadline - time.monotonic(), "INSTALL_FAILED")
-        if old:
-            self.run(["rename", name + "-new", name], deadline - time.monotonic(), "INSTALL_FAILED")
-            self.stop([item.id for item in old], deadline)
-        self.run(["start", name], deadline - time.monotonic(), "INSTALL_FAILED")
-        return [item._replace(state="exited") for item in old]
+        services = job.project.services
+        project = job.workload.project
+        new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
+        changes = plan_services(services, present, job.known, project, set(new))
+        leaving = [container for group in changes.leaving for container in group]
+        first, inside = self.look_inside(first, job.project.networks, leaving)
+        if not first:
+            self.create_shared(job, "network", new)
+        self.create_shared(job, "volume", job.project.volumes)
+        job.current.update({name: container.id for name, container in changes.kept.items()})
+        names = {name: container.name for name, container in changes.kept.items()}
+        late = changes.late if first else ()
+        self.create_all(job, [item for item in changes.making if item.name not in late], leaving, names)
+        try:
+            self.halt(job, changes.leaving)
+            if first:
+                self.remove_containers(inside, job.deadline)
+                for name in first:
+                    self.carry_out(job, ["network", "rm", name])
+                self.create_shared(job, "network", new)
+                leaving = [container for container in leaving if container not in inside]
+                self.create_all(job, [item for item in changes.making if item.name in late], leaving, names)
+            self.hand_names_over(job, leaving, names)
+            for service in services:
+                self.await_dependencies(service, job)
+                if service.name not in changes.idle:
+                    self.start(service, job, service.name in changes.kept)
+            finished = self.await_startup(services, job) if job.workload.wait else set()
+        except MargoError:
+            if leaving and self.config.runtime.on_failure != "rollback":        # they are kept for the way back alone
+                self.run(["rm", "--force"] + [container.id for container in leaving], 60)
+            raise
+        self.remove_containers([container._replace(state="exited") for container in leaving], job.deadline)
+        for name in last:
+            if self.run(["network", "rm", name], 60).code:
+                log("warning", "a network that is not needed any more stays: somebody else uses it", network=name)
+        return finished
 
-    def create(self, service, workload, folder, name, deadline):
-        """Makes the container of a service, joined to its networks, not started yet."""
-        arguments = ["create", f"--name={name}"] + [f"--label={key}={item}" for key, item in make_labels(workload, service.name, service.hash).items()]
-        arguments += ["--http-proxy=false"] if self.engine == "podman" else []      # else the agent's own proxy, password and all, is handed in
-        arguments += self.write_environment(service, folder) + self.write_configs(service, folder) + service.arguments
-        first, rest = service.networks[0], service.networks[1:]
-        arguments += [f"--network={first[0]}"] + ([f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2] if first[1] is not None else [])
-        output = self.run(arguments + [service.image] + service.command, deadline - time.monotonic())
-        if output.code:                             # its words may hold what parameters have put into the file
-            raise ComponentError("INSTALL_FAILED", f"{self.engine} create failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
-        for network, aliases, addresses in rest:
-            self.run(["network", "connect"] + [f"--alias={alias}" for alias in [service.name] + aliases] + addresses + [network, name],
-                     deadline - time.monotonic(), "INSTALL_FAILED")
+    def look_at_networks(self, job):
+        """{name: Network} of those that the project names, as far as they are there, and that were made for it."""
+        mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
+        names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
+        names = sorted(set(names).union(job.project.networks))
+        shown = self.run(["network", "inspect"] + names, 60).stdout
+        networks = self.parse(shown.strip() or b"[]", lambda items: dict(map(parse_network, items)))
+        for name, network in networks.items():
+            if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
+                networks[name] = network._replace(labels={})        # it stays as it is
+        return networks
+
+    def look_inside(self, names, wanted, leaving):
+        """(those of these networks that can be removed, [Container] in them).
+
+        Raises ComponentError for one that has to be removed, and in which there is another container.
+        """
+        free, inside = [], []
+        ours = {container.id: container for container in leaving}
+        for name in names:
+            form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
+            ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
+            strange = [container_id for container_id in ids if container_id not in ours]
+            if strange and name in wanted:
+                words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
+                raise ComponentError("INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
+            if not strange:
+                free.append(name)
+                inside += [ours[container_id] for container_id in ids if ours[container_id] not in inside]
+        return free, inside
+
+    def create_shared(self, job, kind, items):
+        """Networks or volumes that are not there yet; items: {name: create arguments}, None for those of others."""
+        for name, arguments in items.items():
+            if arguments is not None and self.run([kind, "inspect", name], 60).code:
+                self.carry_out(job, [kind, "create"] + arguments + [name])
+
+    def look_at_volumes(self, known, present):
+        """{service: {path: volume}} of what is there for each service, or was when it was installed."""
+        volumes = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
+        seen = self.inspect([container.id for container in present])
+        for container in sorted(present, key=lambda item: item.state == "running"):
+            if container.id in seen:
+                volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
+        return volumes
+
+    def create_all(self, job, services, leaving, names):
+        """Makes the containers of services beside those that leave, under another name where one has theirs."""
+        held = {container.name: container for container in leaving}
+        for service in services:
+            name = make_container_name(job.workload.project, service.name)
+            if name in held:
+                name += "-new"
+            if name in held:                        # an update was cut off, and another one follows
+                self.rename(job, held[name].id, f"{name}-old-{held[name].id[:12]}")
+            names[service.name] = name
+            job.current[service.name] = self.create(service, job, name)
+
+    def hand_names_over(self, job, leaving, names):
+        """Gives each container the name of its service, which one that leaves may have."""
+        for service, name in names.items():
+            own = make_container_name(job.workload.project, service)
+            for container in leaving if name != own else ():
+                if container.name == own:
+                    self.rename(job, container.id, f"{own}-old-{container.id[:12]}")
+            if name != own:
+                self.rename(job, job.current[service], own)
+
+    def rename(self, job, container_id, name):
+        """Renames a container."""
+        arguments = ["rename", container_id, name]
+        if self.run(arguments, job.deadline - time.monotonic()).code:
+            self.free_name(name)
+            self.carry_out(job, arguments)
+
+    def create(self, service, job, name):
+        """Makes the container of a service, joined to its networks, not started yet; its id.
+
+        Where that fails because the engine remembers something wrongly, that is put right, and it is tried once more.
+        """
+        labels = make_labels(job.workload, service.name, service.hash)
+        marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
+        arguments = ["create"] + marks + self.prepare_options(service, job) + [service.image] + service.command
+        output = self.run(arguments, job.deadline - time.monotonic())
+        if not output.code:
+            words = output.stdout.decode("utf-8", "replace").split()
+        else:
+            if not self.free_name(name):
+                self.renew_image(service, marks)
+            words = self.carry_out(job, arguments).stdout.decode("utf-8", "replace").split()
+        for network, aliases, addresses in service.networks[1:]:
+            aliases = [f"--alias={alias}" for alias in [service.name] + aliases]
+            self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
+        return words[-1] if words else name
+
+    def prepare_options(self, service, job):
+        """The options of `create` for a service; its files are written, and its volumes made."""
+        project = job.workload.project
+        shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
+        text = b"" if shown.code else shown.stdout.strip()
+        declared = self.parse(text or b"null", lambda value: list(value or ()))
+        volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
+        labels = make_pairs("--label")(make_shared_labels({}, "labels", job.workload), "labels")
+        self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
+        options = []
+        if self.engine == "podman":                 # else the agent's own proxy, password and all, is handed in
+            options.append("--http-proxy=false")
+        options += self.write_environment(service, job.folder) + self.write_configs(service, job.folder)
+        unnamed = {f"--volume={path}" for path in volumes}
+        options += [argument for argument in service.arguments if make_path(argument) not in unnamed]
+        options += [f"--volume={volume}:{path}" for path, volume in volumes.items()]
+        first = service.networks[0]
+        owner = find_owner(service, job.project.services, project)
+        options.append(f"--network=container:{job.current[owner]}" if owner else f"--network={first[0]}")
+        if first[1] is not None:
+            options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
+        return options
+
+    def free_name(self, name):
+        """Frees a name that storage alone holds, as podman leaves it that is killed in `create`; whether it was so.
+
+        What `ps` shows is a container, and stays.
+        """
+        if self.engine != "podman" or name in self.look_at_names([]):
+            return False
+        held = self.look_at_names(["--external"]).get(name)
+        if held:
+            log("warning", "a name is freed that the engine's storage held for no container", container=name)
+        return bool(held) and self.run(["rm", "--force", held], 60).code == 0
+
+    def look_at_names(self, options):
+        """{name: id} of all that podman lists, whoever it belongs to."""
+        text = self.run(["ps", "--all", "--format=json"] + options, 60).stdout.strip()
+        return self.parse(text or b"[]", lambda items: {(item["Names"] or [""])[0]: item["Id"] for item in items or ()})
+
+    def renew_image(self, service, marks):
+        """Pulls an image of ours anew from which not even a bare container can be made, if its registry has it (P-1)."""
+        platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
+        if f"{self.device_id} {service.image}".strip() not in self.claim().images:
+            return
+        probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
+        if not probe.code:
+            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
+            return
+        if ask_for_image(service.image, self.config) and self.remove_image(service.image):
+            log("warning", "a damaged image is pulled anew", image=service.image)
+            self.pull(service, PULL_TIMEOUT)
+
+    def start(self, service, job, kept):
+        """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""
+        start = ["start", job.current[service.name]]
+        if not kept:
+            self.carry_out(job, start)
+        elif self.run(start, job.deadline - time.monotonic()).code:
+            log("warning", "a container that cannot be started is made anew", service=service.name)
+            services = job.project.services
+            owners = {item.name: find_owner(item, services, job.workload.project) for item in services}
+            again = [item for item in services if service.name in (item.name, owners[item.name])]
+            for item in reversed(again):
+                self.carry_out(job, ["rm", "--force", job.current[item.name]])
+            self.create_all(job, again, [], {})
+            self.carry_out(job, ["start", job.current[service.name]])
+
+    def halt(self, job, groups):
+        """Stops containers, group by group; what cannot be stopped is removed, so that none runs beside the new."""
+        deadline = job.deadline
+        ids = [container.id for group in groups for container in group]
+        for group in groups:
+            active = [container.id for container in group if container.state not in AT_REST]
+            deadline = self.stop(active, deadline) if active else deadline
+        there = self.look_up(job.workload) if ids else []
+        alive = [item.id for item in there if item.id in ids and item.state not in AT_REST]
+        if alive:
+            self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600: values never stand on a command line."""
@@ -7009,12 +7783,18 @@ class ComposeDriver:
             arguments.append(f"--volume={path}:{target}:ro")
         return arguments
 
-    def apply_provider(self, prepared, folder, ours, known, deadline):
-        """Hands the resolved file to the compose provider; its environment holds nothing of the application.
+    def apply_provider(self, job, present):
+        """Hands the resolved file to the compose provider, in whose environment nothing is the application's; the
+        finished services.
 
         Where some services are as they should be only the others are named to it: left to itself it makes those anew too.
         """
-        workload, project = prepared
+        ours = {}
+        for container in present:
+            ours.setdefault(container.service, []).append(container)
+        wanted = {service.name for service in job.project.services}
+        gone = [item for item in present if item.service not in wanted]
+        workload, project, folder, known, deadline = job[:5]
         path = os.path.join(folder, "resolved.json")
         write_file(path, make_json(escape_dollars(project.document)))
         environ = {key: item for key, item in (self.environ or os.environ).items() if key in self.connection or key in (
@@ -7027,71 +7807,98 @@ class ComposeDriver:
                                 and not is_usable(item, service, known.get(service.name))], deadline)      # it would leave such ones alone
         for service in [None] if len(changed) == len(project.services) else changed:
             if service:
-                self.await_dependencies(service, project, workload, deadline, [])
+                job.current.update(self.look_up_current(job))
+                self.await_dependencies(service, job)
             selection = ["--no-deps", service.name] if service else ["--remove-orphans"]
             output = run_command(argv + ["up", "--detach"] + selection, max(1.0, deadline - time.monotonic()), env=environ)
             if output.code:
                 raise ComponentError("INSTALL_FAILED", f"{' '.join(self.provider)} up failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
+        self.remove_containers(gone[::-1], deadline)        # who shares another's network goes before that one
+        job.current.update(self.look_up_current(job))
+        return self.await_startup(project.services, job) if workload.wait else set()
 
-    def inspect(self, workload):
-        """{service: (state, exit code, restarts)} and {service: container id} of a component, as they are now."""
-        ids = [container.id for container in self.find(workload)]
-        facts, names, health = {}, {}, {}
-        for item in parse_json(self.run(["inspect", "--type=container"] + ids, 60, "INSTALL_FAILED").stdout, "inspect") if ids else ():
-            service = item["Config"]["Labels"].get(LABEL_SERVICE)
-            state = item["State"]
-            facts[service] = state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0)
-            names[service] = item["Id"]
-            health[service] = (state.get("Health") or state.get("Healthcheck") or {}).get("Status")
-        return facts, names, health
+    def look_up_current(self, job):
+        """{service: id} of the containers that are as the project has them."""
+        marks = {service.name: service.hash for service in job.project.services}
+        there = self.look_up(job.workload)
+        return {item.service: item.id for item in there if marks.get(item.service) == item.hash}
 
-    def await_dependencies(self, service, project, workload, deadline, runs):
+    def parse(self, data, read):
+        """What `read` makes of JSON that the engine printed; raises CommandError where that is of another form."""
+        try:
+            return read(parse_json(data, self.engine))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            words = f"{type(error).__name__}: {error}"
+            raise CommandError(f"{self.engine} answered in an unknown form ({words})") from None
+
+    def inspect(self, ids):
+        """{id: Shown} of those containers that can be looked at; raises CommandError where the engine does not answer."""
+        ids = list(ids)
+        output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
+        if output.stdout.strip():                   # without those that are gone
+            return self.parse(output.stdout, lambda items: dict(map(parse_seen, items)))
+        if len(ids) < 2:
+            self.observe()                          # where it answers, the container itself is damaged
+            return {}
+        seen = {}
+        for container_id in ids:
+            seen.update(self.inspect([container_id]))
+        return seen
+
+    def await_dependencies(self, service, job):
         """Waits until what a service depends on is as its condition says."""
-        by_name = {item.name: item for item in project.services}
+        by_name = {item.name: item for item in job.project.services}
         for condition in ("service_healthy", "service_completed_successfully"):
             others = [by_name[name] for name, (wanted, _) in service.depends_on.items() if wanted == condition and name in by_name]
             if others:
-                self.await_startup(others, workload, deadline, runs, settle=0, complete=condition.endswith("successfully"))
+                self.await_startup(others, job, settle=0, complete=condition.endswith("successfully"))
 
-    def await_startup(self, services, workload, deadline, runs=(), settle=None, complete=False):
+    def await_startup(self, services, job, settle=None, complete=False):
         """Waits until all services run, are healthy, and stay so for runtime.settle; the set of those that finished with exit code 0.
 
-        Raises ComponentError at once for one that failed (C-164), or when the time is over.  runs: ids of containers that ran
-        before, whose earlier restarts are forgiven.  complete: wait for their end instead.
+        Raises ComponentError at once for one that failed (C-164), or when the time is over.  Earlier restarts of what
+        ran before are forgiven.  complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
+        ids = {service.name: job.current.get(service.name, "") for service in services}
         healthy, misses, calm, start, before = set(), {}, None, time.monotonic(), None
+        secrets = job.workload.parameters.values()
         while True:
-            facts, names, health = self.inspect(workload)
-            before = before or {name: facts[name][2] if names[name] in runs else 0 for name in facts}
-            facts = {name: (state, code, count - before.get(name, 0)) for name, (state, code, count) in facts.items()}
-            self.check_health([s for s in services if s.health and facts.get(s.name, "-")[0] == "running"], names, health, healthy, misses, start)
+            seen = self.inspect(filter(None, ids.values()))
+            before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
+            fresh = {key: item._replace(restarts=item.restarts - before.get(key, 0)) for key, item in seen.items()}
+            facts = {name: fresh[key] for name, key in ids.items() if key in fresh}
+            checked = [item for item in services if item.health]
+            running = [item for item in checked if item.name in facts and facts[item.name].state == "running"]
+            self.check_health(running, ids, facts, healthy, misses, start)
             failure, waiting, finished = judge_startup(services, facts, healthy)
-            unwell = [s.name for s in services if s.health and misses.get(s.name, (0, 0))[0] >= s.health[1]]
+            unwell = [item.name for item in checked if misses.get(item.name, (0, 0))[0] >= item.health[1]]
             if failure or unwell:
-                name = unwell[0] if unwell else failure.split()[1]
-                text = failure or f"service {name} is unhealthy"
-                raise ComponentError("UNHEALTHY" if unwell else "INSTALL_FAILED", text + self.tail_log(names.get(name), workload.parameters.values()))
+                name, words = failure or (unwell[0], f"service {unwell[0]} is unhealthy")
+                code = "INSTALL_FAILED" if failure else "UNHEALTHY"
+                raise ComponentError(code, words + self.tail_log(ids[name], secrets))
             if complete:
-                waiting = [f"{service.name} has not ended" for service in services if service.name not in finished]
+                left = [item.name for item in services if item.name not in finished]
+                waiting = {name: f"{name} has not ended" for name in left}
             now = time.monotonic()
             calm = None if waiting else calm or now
-            restless = any(not service.health and service.name not in finished for service in services)
-            if not waiting and (not restless or now - calm >= settle or now > deadline):
+            restless = any(not item.health and item.name not in finished for item in services)
+            if not waiting and (not restless or now - calm >= settle or now > job.deadline):
                 return finished
-            if now > deadline:
-                name = waiting[0].split()[0]
-                raise ComponentError("INSTALL_TIMEOUT", f"not up in time: {', '.join(waiting)}" + self.tail_log(names.get(name), workload.parameters.values()))
+            if now > job.deadline:
+                words = f"not up in time: {', '.join(waiting.values())}"
+                log_end = self.tail_log(ids[next(iter(waiting))], secrets)
+                raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
-    def check_health(self, services, names, health, healthy, misses, start):
+    def check_health(self, services, ids, facts, healthy, misses, start):
         """Runs the health checks that podman may have nobody to run; a miss counts once an interval, after the start period."""
         for service in services:
             if self.engine != "podman":
-                passed = health.get(service.name) == "healthy"
-                lost = health.get(service.name) == "unhealthy"
+                passed = facts[service.name].health == "healthy"
+                lost = facts[service.name].health == "unhealthy"
             else:
-                passed = self.run(["healthcheck", "run", names[service.name]], 120).code == 0
+                passed = self.run(["healthcheck", "run", ids[service.name]], 120).code == 0
                 lost = False
             interval, retries, grace = service.health
             count, last = misses.get(service.name, (0, start + grace))
@@ -7129,9 +7936,12 @@ class ComposeDriver:
 
         One that is not there any more is passed over.
         """
+        patience = ["--ignore"] if self.engine == "podman" else []
         try:
-            self.run(["stop"] + (["--ignore"] if self.engine == "podman" else []) + ids, deadline - time.monotonic())
+            code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
         except CommandTimeout:
+            code = 1
+        if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
             self.run(["kill"] + ids, 60)
             deadline = time.monotonic() + 60
@@ -7140,7 +7950,7 @@ class ComposeDriver:
     def remove_containers(self, containers, deadline):
         """Stops containers within their own grace period and removes them."""
         ids = [container.id for container in containers]
-        active = [container.id for container in containers if container.state not in ("exited", "created", "stopped")]
+        active = [container.id for container in containers if container.state not in AT_REST]
         if active:
             deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
         if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
@@ -7149,7 +7959,9 @@ class ComposeDriver:
             left = [name for name in ids if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
             if not left:
                 return
-        self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
+        left = [container.id for container in self.observe() if container.id in left]       # others removed some
+        if left:
+            self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
 
     def remove(self, deployment_id, component, containers, deadline):
         """Removes a component's containers, whatever their state, and its networks; volumes stay.  Needs no compose file.
@@ -7196,8 +8008,27 @@ def find_health(state, status):
     return "unhealthy" if (state, health) == ("running", "unhealthy") else state, health
 
 
-def parse_containers(data, engine):
-    """The engine's list of containers to [Container]; raises CommandError for what is not of the expected form."""
+def parse_seen(item):
+    """An element of what `inspect` prints of containers to (id, Shown)."""
+    state = item["State"]
+    health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
+    mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
+    volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
+    restarts = item.get("RestartCount", 0)
+    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), restarts, health, volumes)
+
+
+def find_started(status, now):
+    """About when docker says that a container was started, in Unix seconds; 0 where its words are too vague."""
+    match = re.match("Up (Less than a|[0-9]+) seconds?", str(status))
+    return int(now) - int(match.group(1).replace("Less than a", "0")) if match else 0
+
+
+def parse_containers(data, engine, now=0):
+    """The engine's list of containers to [Container]; now: Unix seconds.
+
+    Raises CommandError for what is not of the expected form.
+    """
     containers = []
     try:
         if engine == "podman":
@@ -7213,8 +8044,9 @@ def parse_containers(data, engine):
         else:
             for line in data.splitlines():
                 *marks, device_id, owner, state, status = parse_json(line, "docker ps")
-                state, health = find_health(state, status)
-                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, health=health, owner=owner))
+                started, (state, health) = find_started(status, now), find_health(state, status)
+                facts = {"device_id": device_id, "started": started, "health": health, "owner": owner}
+                containers.append(Container(*marks, state=state, type="compose", **facts))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
@@ -7273,6 +8105,64 @@ def make_helm_driver(config, environ, child=None, claim=claim_nothing):
     environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
     environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
     return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
+
+
+def make_values(deployment, component):
+    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
+
+    A later parameter for the same place wins.
+    """
+    values = {}
+    for parameter, pointer in find_parameters(deployment, component):
+        try:
+            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
+            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
+                raise ValueError("JSON has no such number")
+            set_value(values, parse_value_path(pointer), parameter.value)
+        except ValueError as error:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
+                                 f"{make_printable(pointer, 120)!r}: {error}") from None
+    return values
+
+
+def parse_value_path(pointer):
+    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
+    path, position = [], 0
+    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
+    while position < len(pointer) or not path or pointer.endswith("."):
+        match = token.match(pointer, position)
+        if not match:
+            raise ValueError("expected names parted by dots, each with [index] where it is a list")
+        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
+        position = match.end()
+        if len(path) > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        if not match.group(3):
+            break
+    return path
+
+
+def set_value(values, path, value):
+    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
+    place = values
+    for step, following in zip(path, path[1:] + [None]):
+        if isinstance(step, int):
+            place.extend([None] * (step + 1 - len(place)))
+        held = place[step] if isinstance(step, int) else place.get(step)
+        wanted = None if following is None else list if isinstance(following, int) else dict
+        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
+            raise ValueError("another parameter puts something of another kind there")
+        place[step] = value if wanted is None else wanted() if held is None else held
+        place = place[step]
+
+
+def make_release_name(component, deployment_id):
+    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
+
+    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
+    """
+    whole = f"{component}-{deployment_id}".lower()
+    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
 
 
 class HelmDriver:
@@ -7340,7 +8230,7 @@ class HelmDriver:
         self.check_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         try:
-            make_folder(folder)
+            create_folder(folder)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
         values_file = os.path.join(folder, content + ".json")
@@ -7483,13 +8373,31 @@ def observe_devices(devices, records):
     return seen
 
 
+def list_others(answering, known=None):
+    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown.
+
+    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not asked again.
+    """
+    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
+    for device_id, drivers in answering.items():
+        for kind, driver in drivers.items():
+            found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
+            if isinstance(found, CommandError):
+                log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
+                continue
+            for item in found:
+                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
+                                   "deploymentId": item.deployment_id}
+    return list(others.values())
+
+
 def observe_all(drivers, record):
     """Every container of ours on one device, as far as a deployment may have some there; raises CommandError where something does not answer."""
     return [container for function in list_looks(drivers, [record]).values() for container in function()]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 15. Deployment status
+# 17. Deployment status
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_record(target, device_id):
@@ -7497,22 +8405,23 @@ def make_record(target, device_id):
 
     deviceId    the device where it is at home
     adopted     {digest, version}: the revision that is worked on
-    state       of the whole, follows from `components` ({name, state, error, services, package}); error: {code, source, message}
-    running     {digest, packages, images, mark, type} of the version that was installed last, and its {services} once another
-                revision is worked on; previous: the same of the one before
+    components  [{name, state, error, services, package}]; state and error of the whole follow from theirs
+    running     {digest, packages, images, mark, type} of the version that was installed last, and its
+                {services} once another revision is worked on; previous: the same of the one before
     fallback    whether `running` is what should run while the revision that is worked on has failed
     refused     whether the revision cannot be one, whatever is tried
-    fetched     digests of packages and names of images that are on the device for the revision that is worked on
+    fetched     digests of packages and names of images that are there for the revision that is worked on
     retry       failures in a row (see make_wait); repair: repairs without an hour's rest (P-7)
     """
-    return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id, "type": "compose",
-            "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None,
-            "running": None, "previous": None, "refused": False, "components": [], "fetched": [], "fallback": False,
-            "retry": {}, "repair": {}}
+    return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id,
+            "type": "compose", "adopted": {"digest": target.digest, "version": target.version},
+            "state": "pending", "error": None, "running": None, "previous": None, "refused": False,
+            "components": [], "fetched": [], "fallback": False, "retry": {}, "repair": {}}
 
 
 def begin_record(record, target):
-    """The record as work on the target's revision begins: all components pending, its version adopted (E-112, E-114).
+    """The record as work on the target's revision begins: all components pending, its version adopted (E-112,
+    E-114).
 
     What an earlier revision left (services, packages) stays known until the new one has replaced it.
     """
@@ -7523,7 +8432,8 @@ def begin_record(record, target):
     record = dict(record, state="pending", error=None, refused=False, components=components)
     if target.deployment:
         record.update(name=target.deployment.name, type=target.deployment.type or record["type"])
-    before, running = record["adopted"]["digest"], record["running"]
+    before = record["adopted"]["digest"]
+    running = record["running"]
     if before != target.digest:
         record.update(retry={}, repair={}, fetched=[])
         if running and running["digest"] == before:             # from here on it is the version before
@@ -7533,7 +8443,9 @@ def begin_record(record, target):
 
 
 def count_repair(record, clock):
-    """The record as a repair of what was installed begins: some are free, then the pauses after them grow (P-7)."""
+    """The record as a repair of what was installed begins: some are free, then the pauses after them grow
+    (P-7).
+    """
     last = record["repair"]
     recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
     repairs = last["failures"] if last and recent else 0
@@ -7543,21 +8455,22 @@ def count_repair(record, clock):
 
 def set_component(record, name, state, error=None, **facts):
     """The record with one component changed (None: all of them), its overall state following (C-133)."""
-    components = [dict(component, state=state, error=error, **facts) if name in (None, component["name"]) else component
-                  for component in record["components"]]
+    components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
+                  for item in record["components"]]
     states = [component["state"] for component in components] or [state]
     return dict(record, components=components, state=make_overall_state(states))
 
 
 def fail_record(record, component, error, clock, jitter, refused=False):
-    """The record after a ComponentError: the component failed, what comes later stays pending, the next attempt is due later
-    with each failure.
+    """The record after a ComponentError: the component failed, what comes later stays pending, the next
+    attempt is due later with each failure.
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
     asked = min(error.retry_after or 0, 2 * RETRY_CAP)
     delay = grow(RETRY_FIRST, record["retry"].get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
-    told = {"code": error.code, "source": error.source or component or record["name"], "message": error.message}
+    source = error.source or component or record["name"]
+    told = {"code": error.code, "source": source, "message": error.message}
     if component:
         record = set_component(record, component, "failed", told)
         told = dict(told, source=record["name"], message=f"component {component} failed: {error.message}")
@@ -7565,27 +8478,34 @@ def fail_record(record, component, error, clock, jitter, refused=False):
         components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
                       for item in record["components"]]
         record = dict(record, components=components)
-    return dict(record, state="failed", error=told, refused=refused, retry=make_wait(record["retry"], max(delay, asked), clock))
+    retry = make_wait(record["retry"], max(delay, asked), clock)
+    return dict(record, state="failed", error=told, refused=refused, retry=retry)
 
 
 def finish_record(record, mark=""):
-    """The record once all of the revision that was worked on is installed; mark: make_mark of its environment."""
+    """The record once all of the revision that was worked on is installed; mark: make_mark of its
+    environment.
+    """
     images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
-    running = {"digest": record["adopted"]["digest"], "images": sorted(images), "mark": mark, "type": record["type"],
-               "packages": {item["name"]: item["package"] for item in record["components"]}}
+    packages = {item["name"]: item["package"] for item in record["components"]}
+    running = {"digest": record["adopted"]["digest"], "packages": packages, "images": sorted(images),
+               "mark": mark, "type": record["type"]}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
     return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False)
 
 
 def make_history(state, entries, version, at):
-    """The history with one more accepted desired state: what it adds, changes and removes against the one before."""
-    old = {item["deploymentId"].lower(): item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
+    """The history with one more accepted desired state: what it adds, changes and removes against the one
+    before.
+    """
+    before = (state["accepted"] or {}).get("deployments", ())
+    old = {item["deploymentId"].lower(): item["digest"] for item in before}
     new = {entry.deployment_id.lower(): entry.digest for entry in entries}
     changed = sorted(key for key in new if key in old and new[key] != old[key])
     return state["history"][1 - HISTORY:] + [{
-        "version": version, "at": at, "added": sorted(set(new) - set(old)), "removed": sorted(set(old) - set(new)),
-        "changed": changed, "outcome": "pending"}]
+        "version": version, "at": at, "added": sorted(set(new) - set(old)),
+        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
 
 
 def make_outcome(state):
@@ -7593,12 +8513,15 @@ def make_outcome(state):
     records = state["deployments"].values()
     failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
               if record["state"] == "failed"]
-    done = len(records) == len(state["accepted"]["deployments"]) and all(record["state"] == "installed" for record in records)
+    installed = [record for record in records if record["state"] == "installed"]
+    done = len(installed) == len(records) == len(state["accepted"]["deployments"])
     return "; ".join(failed) or ("applied" if done else "pending")
 
 
 def find_needed(state):
-    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each deployment need (P-5)."""
+    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each
+    deployment need (P-5).
+    """
     digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
     images = set()
     for record in state["deployments"].values():
@@ -7620,7 +8543,9 @@ def make_overall_state(states):
 
 
 def make_status(record, device_id):
-    """A DeploymentStatusManifest (protocol 3.6): one entry a component, `error` only where there is one (C-131 to C-137)."""
+    """A DeploymentStatusManifest (protocol 3.6): one entry a component, `error` only where there is one
+    (C-131 to C-137).
+    """
     status = {"state": record["state"]}
     if record["state"] == "failed" and record["error"]:
         status["error"] = record["error"]
@@ -7631,12 +8556,16 @@ def make_status(record, device_id):
             entry["error"] = component["error"]
         components.append(entry)
     return {"deploymentId": record["deploymentId"], "deviceId": record.get("deviceId") or device_id,
-            "adoptedManifestVersion": record["adopted"]["version"], "status": status, "components": components}
+            "adoptedManifestVersion": record["adopted"]["version"], "status": status,
+            "components": components}
 
 
 def enqueue_status(state, record, device_id):
-    """Puts a record's status into the outbox, in place of an older one, unless the WFM has acknowledged the very same (C-139)."""
-    key, status = record["deploymentId"].lower(), make_status(record, device_id)
+    """Puts a record's status into the outbox, in place of an older one, unless the WFM has acknowledged the
+    very same (C-139).
+    """
+    key = record["deploymentId"].lower()
+    status = make_status(record, device_id)
     state["outbox"].pop(key, None)
     if state["reported"].get(key) != sha256_digest(make_json(status)):
         state["outbox"][key] = status
@@ -7659,26 +8588,30 @@ def acknowledge_status(state, key, refused=None):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 16. Apply
+# 18. Apply
 # ------------------------------------------------------------------------------------------------------------------------------
 
 Tools = define("Tools", "config store drivers containers device_id version quiet fetched clock jitter",
-    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device, [Container] there, the device's"
-    " id, the accepted version, whether nothing may be fetched now, a list for what is fetched (digests, images), functions for a"
-    " Clock and for a number in [0, 1).")
+    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device,"
+    " [Container] there, the device's id, the accepted version, whether nothing may be fetched now, a list"
+    " for what is fetched (digests, images), functions for a Clock and for a number in [0, 1).")
 Change = define("Change", "event name record deployment rollback kind",
-    "What listeners are told of: install, update or removal of the component `name`; rollback: on the way back to the version"
-    " before; kind: the deployment type of what is removed.", None)
+    "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
+    " back to the version before; kind: the deployment type of what is removed.", None)
 Revision = define("Revision", "deployment packages services",
-    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component: {service: facts}}.")
+    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component:"
+    " {service: facts}}.")
 Ready = define("Ready", "takes",
-    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's ports that it will take, as"
-    " find_held_ports has them.")
-LISTENERS = []              # functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise to forbid
+    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's"
+    " ports that it will take, as find_held_ports has them.")
+# Functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise Forbidden.
+LISTENERS = []
 
 
 class Notices:
-    """The changes of one step: every listener agrees to all of them before the first is made, and hears what came of each."""
+    """The changes of one step: every listener agrees to all of them before the first is made, and hears what
+    came of each.
+    """
 
     def __init__(self, tools):
         self.tools, self.agreed = tools, []
@@ -7704,19 +8637,21 @@ class Notices:
 
 
 class Installation:
-    """A deployment on its way to a version: the record so far, the component at work, and whether anything was touched."""
+    """A deployment on its way to a version: the record so far, the component at work, and whether anything
+    was touched.
+    """
 
     def __init__(self, record, tools):
         self.record, self.tools = record, tools
         self.name, self.touched, self.services = None, False, {}
 
     def run(self, revision, rollback=False):
-        """Makes a version run, and nothing else of its deployment; yields the record at each change, for the caller to make
-        durable before the next step, and Ready before anything is touched.
+        """Makes a version run, and nothing else of its deployment; yields the record at each change, for the
+        caller to make durable before the next step, and Ready before anything is touched.
 
-        All that can fail or say no comes before that: everything is fetched and verified, and every listener agrees (D-11, P-20).
-        One that is answered by True has to free its ports first, and is made again.  rollback: it is the version before that
-        is brought back, in one go.
+        All that can fail or say no comes before that: everything is fetched and verified, and every listener
+        agrees (D-11, P-20). One that is answered by True has to free its ports first, and is made again.
+        rollback: it is the version before that is brought back, in one go.
         """
         tools, deployment = self.tools, revision.deployment
         containers = observe_all(tools.drivers, self.record) if rollback else tools.containers
@@ -7726,15 +8661,18 @@ class Installation:
             driver = get_driver(deployment.type, tools)
             known = revision.packages.get(self.name)
             prepared.append(driver.prepare(deployment, component, known, tools.store, tools.fetched))
-        changes = [Change("update" if rollback or revision.packages.get(component.name) else "install", component.name,
-                          self.record, deployment, rollback) for component in deployment.components]
+        changes = []
+        for name in [component.name for component in deployment.components]:
+            event = "update" if rollback or revision.packages.get(name) else "install"
+            changes.append(Change(event, name, self.record, deployment, rollback))
         dropped = find_dropped(self.record, deployment, containers, rollback)
         with Notices(tools) as notices:
             for change in changes + dropped:
                 self.name = None if change.kind else change.name
                 notices.ask(change)
             self.name = None
-            takes = {(tools.device_id, *port) for workload, _ in prepared for port in driver.list_ports(workload)}
+            ports = [port for workload, _ in prepared for port in driver.list_ports(workload)]
+            takes = {(tools.device_id, *port) for port in ports}
             while not rollback and (yield Ready(takes)):
                 self.free_ports()
                 containers = observe_all(tools.drivers, self.record)
@@ -7744,11 +8682,13 @@ class Installation:
                     self.record = set_component(self.record, self.name, "installing")
                     yield self.record
                 self.touched = True
-                known, deadline = revision.services.get(self.name, {}), time.monotonic() + component.timeout
-                self.services[self.name] = services = driver.apply(workload, containers, known, deadline)
+                known = revision.services.get(self.name, {})
+                services = driver.apply(workload, containers, known, time.monotonic() + component.timeout)
+                self.services[self.name] = services
                 notices.tell(change)
-                self.record = set_component(self.record, self.name, "installed", services=services, package=package)
-                if not rollback and self.record["state"] != "installed":    # that is said once nothing else is left
+                facts = {"services": services, "package": package}
+                self.record = set_component(self.record, self.name, "installed", **facts)
+                if not rollback and self.record["state"] != "installed":    # said once nothing else is left
                     yield self.record
             self.name = None
             for change in dropped:
@@ -7756,18 +8696,25 @@ class Installation:
 
     def free_ports(self):
         """Stops what holds a port of the host, so that another deployment can take it."""
-        self.touched, running = True, self.record["running"]
-        services = running.get("services") or {item["name"]: item["services"] for item in self.record["components"]}
-        ids = [facts["id"] for item in services.values() for facts in item.values() if facts.get("ports")]
+        self.touched = True
+        running = self.record["running"] or {}
+        services = [item["services"] for item in self.record["components"]]
+        if "services" in running:
+            services = running["services"].values()
+        facts = [facts for item in services for facts in item.values()]
+        ids = [item["id"] for item in facts if item.get("ports")]
         if ids:
             get_driver(running["type"], self.tools).stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
 
     def fail(self, error, deployment):
-        """The record after a failure, with the version before running again where runtime.on_failure says so (P-8)."""
+        """The record after a failure, with the version before running again where runtime.on_failure says so
+        (P-8).
+        """
         tools, name, words = self.tools, self.name, error.message
         code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
         code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
-        log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code, reason=words)
+        log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
+            reason=words)
         if self.touched and tools.config.runtime.on_failure != "rollback":
             self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
         elif self.touched and self.record["fallback"]:
@@ -7778,7 +8725,9 @@ class Installation:
         return fail_record(self.record, name, error, tools.clock(), tools.jitter())
 
     def take_back(self, deployment):
-        """Removes what a first installation has begun, so that nothing crashes on and on; what came of it, in words."""
+        """Removes what a first installation has begun, so that nothing crashes on and on; what came of it, in
+        words.
+        """
         try:
             list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
         except (ComponentError, CommandError, MemoryError) as error:
@@ -7789,7 +8738,8 @@ class Installation:
 
     def go_back(self):
         """Brings the version before back after an update that failed; what came of it, in words."""
-        before, self.services = self.record["running"], {}
+        before = self.record["running"]
+        self.services = {}
         try:
             data = self.tools.store.load_artifact(before["digest"])
             if data is None:
@@ -7808,11 +8758,12 @@ class Installation:
 
 def apply_install(action, record, tools):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
-    target, running = action.target, record["running"]
+    target = action.target
     if tools.quiet and not is_at_hand(record, target):
-        return                                      # a package or an image would have to be fetched (protocol 10)
+        return                                      # something would have to be fetched (protocol 10)
     revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
                         {item["name"]: item["services"] for item in record["components"]})
+    running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, tools.clock())
     job = Installation(begin_record(record, target), tools)
@@ -7835,7 +8786,9 @@ def apply_restore(action, record, tools):
 
 
 def apply_give_up(action, record, tools):
-    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last (P-6, P-7)."""
+    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last
+    (P-6, P-7).
+    """
     component, _ = action.culprit
     there = [container.id for container in find_containers(record["deploymentId"], tools.containers)
              if (container.component, container.service) == action.culprit]
@@ -7846,16 +8799,18 @@ def apply_give_up(action, record, tools):
         words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
     except MargoError:
         words = ""
-    failed = fail_record(record, component, ComponentError("UNSTABLE", action.reason + words), tools.clock(), 0)
+    error = ComponentError("UNSTABLE", action.reason + words)
+    failed = fail_record(record, component, error, tools.clock(), 0)
     yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
 
 
 def apply_refusal(action, record, tools):
     """Fails a deployment that cannot be what is wanted; what was said already is not said again."""
-    target = action.target
-    if record["refused"] and (record["error"]["message"], record["adopted"]["digest"]) == (target.error.message, target.digest):
-        return
-    yield fail_record(begin_record(record, target), None, target.error, tools.clock(), tools.jitter(), refused=True)
+    target, error = action.target, action.target.error
+    same = record["refused"] and record["adopted"]["digest"] == target.digest
+    if not same or record["error"]["message"] != error.message:
+        record = begin_record(record, target)
+        yield fail_record(record, None, error, tools.clock(), tools.jitter(), refused=True)
 
 
 def apply_nothing(action, record, tools):
@@ -7871,9 +8826,11 @@ def apply_removal(action, record, tools):
     adopted = dict(record["adopted"], version=tools.version)
     record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
     yield record
-    names, deployment = [component["name"] for component in record["components"]], load_deployment(record, tools.store)
+    deployment = load_deployment(record, tools.store)
+    names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
-    unknown = [found for found in find_components(record["deploymentId"], tools.containers) if found not in known]
+    there = find_components(record["deploymentId"], tools.containers)
+    unknown = [found for found in there if found not in known]
     changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
     name = None
     try:
@@ -7888,10 +8845,11 @@ def apply_removal(action, record, tools):
                     remove_component(change, tools.containers, notices)
                 if (change.name, change.kind) in known:
                     record = set_component(record, change.name, "removed")
-                    if record["state"] != "removed":            # that word is the last one, said below once nothing is left
+                    if record["state"] != "removed":            # said below, once nothing is left
                         yield record
     except MargoError as error:
-        log("error", "removal failed", deployment=record["deploymentId"], component=name, reason=error.message)
+        log("error", "removal failed", deployment=record["deploymentId"], component=name,
+            reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
         yield fail_record(record, name, ComponentError(code, error.message), tools.clock(), tools.jitter())
         return
@@ -7900,7 +8858,7 @@ def apply_removal(action, record, tools):
 
 
 def apply_clearing(action, record, tools):
-    """Removes what a deployment has on a device where it is not at home; raises ComponentError, CommandError."""
+    """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
     yield None
     nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
     with Notices(tools) as notices:
@@ -7911,21 +8869,24 @@ def apply_clearing(action, record, tools):
             remove_component(change, tools.containers, notices)
 
 
-# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the record at each change, and
-# perhaps Ready; one that yields nothing has nothing to do.
-EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore, "give_up": apply_give_up,
-           "remove": apply_removal, "clear": apply_clearing, "refuse": apply_refusal, "keep": apply_nothing}
+# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the
+# record at each change, and perhaps Ready; one that yields nothing has nothing to do.
+EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
+           "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
+           "refuse": apply_refusal, "keep": apply_nothing}
 
 
 def is_at_hand(record, target):
     """Whether all that a target takes was on the device before."""
-    return target.digest in [version["digest"] for version in (record["running"], record["previous"]) if version]
+    versions = filter(None, (record["running"], record["previous"]))
+    return target.digest in [version["digest"] for version in versions]
 
 
 def get_driver(kind, tools):
     """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
     if kind not in tools.drivers:
-        raise ComponentError("UNSUPPORTED_TYPE", f"nothing on this device runs {kind} components; see runtime.{kind}")
+        words = f"nothing on this device runs {kind} components; see runtime.{kind}"
+        raise ComponentError("UNSUPPORTED_TYPE", words)
     return tools.drivers[kind]
 
 
@@ -7936,19 +8897,21 @@ def find_containers(deployment_id, containers):
 
 def find_components(deployment_id, containers):
     """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
-    return sorted({(container.component, container.type) for container in find_containers(deployment_id, containers)})
+    return sorted({(item.component, item.type) for item in find_containers(deployment_id, containers)})
 
 
 def find_dropped(record, deployment, containers, rollback=False):
     """[Change] for the components of a deployment that its document no longer has (D-19)."""
     wanted = {(component.name, deployment.type) for component in deployment.components}
-    return [Change("removal", name, record, deployment, rollback, kind)
-            for name, kind in find_components(deployment.deployment_id, containers) if (name, kind) not in wanted]
+    there = find_components(deployment.deployment_id, containers)
+    return [Change("removal", name, record, deployment, rollback, kind) for name, kind in there
+            if (name, kind) not in wanted]
 
 
 def remove_component(change, containers, notices):
     """Removes all of one component."""
-    driver, deadline = notices.tools.drivers[change.kind], time.monotonic() + COMPONENT_TIMEOUT
+    deadline = time.monotonic() + COMPONENT_TIMEOUT
+    driver = notices.tools.drivers[change.kind]
     driver.remove(change.record["deploymentId"], change.name, containers, deadline)
     notices.tell(change)
 
@@ -7963,8 +8926,8 @@ def load_deployment(record, store):
 
 
 def prune(state, store, drivers):
-    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked packages, images
-    that the agent pulled; nothing else on the device.
+    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked
+    packages, images that the agent pulled; nothing else on the device.
 
     Changes state["pulled"].  drivers: {prefix of an entry of `pulled`: [driver that answers]}.
     """
@@ -7972,16 +8935,18 @@ def prune(state, store, drivers):
     store.prune_artifacts(digests)
     for entry in state["pulled"]:
         device_id, space, name = entry.rpartition(" ")
-        if name not in images and any(driver.remove_image(name) for driver in drivers.get(device_id + space, ())):
+        there = drivers.get(device_id + space, ())
+        if name not in images and any(driver.remove_image(name) for driver in there):
             log("info", "image pruned", image=entry)
             state["pulled"] = [other for other in state["pulled"] if other != entry]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 17. Capabilities
+# 19. Capabilities
 # ------------------------------------------------------------------------------------------------------------------------------
 
-VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy", "bond", "vlan", "vxlan", "flannel")
+VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy",
+                      "bond", "vlan", "vxlan", "flannel")
 
 
 def read_fact(*path):
@@ -8002,27 +8967,45 @@ def list_names(*path):
 
 
 def detect_properties(state_dir, root="/"):
-    """What the running system says of itself, in rc.3's property names; values that the device keeps from one poll to the next."""
+    """What the running system says of itself, in rc.3's property names.
+
+    Values that the device keeps from one poll to the next.
+    """
     cpu = {"cores": len(os.sched_getaffinity(0))}
     if os.uname().machine in ARCHITECTURES:
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
     return {
-        "vendor": detect_text(root, "sys_vendor", None) or "unknown", "modelNumber": detect_text(root, "product_name", "model") or "unknown",
+        "vendor": detect_text(root, "sys_vendor", None) or "unknown",
+        "modelNumber": detect_text(root, "product_name", "model") or "unknown",
         "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown", "cpus": [cpu],
-        "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi", "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
-        "peripherals": detect_peripherals(root), "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
+        "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
+        "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
+        "peripherals": detect_peripherals(root),
+        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
 
 
 def detect_text(root, dmi, tree):
-    """One fact from the firmware: DMI on a PC, the device tree elsewhere; placeholders of careless makers count as nothing."""
-    text = read_fact(root, "sys/class/dmi/id", dmi) or (tree and read_fact(root, "proc/device-tree", tree)) or ""
-    return "" if re.fullmatch(r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?", text) else make_printable(text, 120)
+    """One fact from the firmware: DMI on a PC, the device tree elsewhere.
+
+    Placeholders of careless makers count as nothing.
+    """
+    text = (
+        read_fact(root, "sys/class/dmi/id", dmi) or (tree and read_fact(root, "proc/device-tree", tree)) or ""
+    )
+    return (
+        ""
+        if re.fullmatch(r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?", text)
+        else make_printable(text, 120)
+    )
 
 
 def detect_interfaces(root):
-    """The kinds of interface there are; what comes and goes with containers is left out, so that the document does not change with them."""
+    """The kinds of interface there are.
+
+    What comes and goes with containers is left out, so that the document does not change with them.
+    """
     kinds = set()
     for name in list_names(root, "sys/class/net"):
         folder = os.path.join(root, "sys/class/net", name)
@@ -8032,12 +9015,17 @@ def detect_interfaces(root):
             kinds.add("cellular")
         elif read_fact(folder, "type") == "280":
             kinds.add("canbus")
-        elif read_fact(folder, "type") == "1" and not name.startswith(VIRTUAL_INTERFACES) and not os.path.isdir(os.path.join(folder, "bridge")):
+        elif (
+            read_fact(folder, "type") == "1"
+            and not name.startswith(VIRTUAL_INTERFACES)
+            and not os.path.isdir(os.path.join(folder, "bridge"))
+        ):
             kinds.add("ethernet")
     for kind, path in (("bluetooth", "sys/class/bluetooth"), ("usb", "sys/bus/usb/devices")):
         if list_names(root, path):
             kinds.add(kind)
-    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0") for name in list_names(root, "sys/class/tty")):
+    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0")
+           for name in list_names(root, "sys/class/tty")):
         kinds.add("rs232")
     return kinds
 
@@ -8050,8 +9038,10 @@ def detect_peripherals(root):
         found.append({"type": "gpu"})
     if any(read_fact(root, "sys/class/drm", name, "status") == "connected" for name in cards):
         found.append({"type": "display"})
-    cameras = {read_fact(root, "sys/class/video4linux", name, "name") for name in list_names(root, "sys/class/video4linux")}
-    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {})) for model in sorted(cameras)]
+    cameras = {read_fact(root, "sys/class/video4linux", name, "name")
+               for name in list_names(root, "sys/class/video4linux")}
+    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {}))
+              for model in sorted(cameras)]
     sound = list_names(root, "sys/class/sound")
     for kind, end in (("microphone", "c"), ("speaker", "p")):
         if any(re.fullmatch(rf"pcmC[0-9]+D[0-9]+{end}", name) for name in sound):
@@ -8060,40 +9050,97 @@ def detect_peripherals(root):
 
 
 def get_device_id(device, root="/"):
-    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved characters (C-086)."""
-    found = device.id or device.serialNumber or detect_text(root, "product_serial", "serial-number") or read_fact(root, "etc/machine-id")
+    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved
+    characters (C-086).
+    """
+    found = (
+        device.id
+        or device.serialNumber
+        or detect_text(root, "product_serial", "serial-number")
+        or read_fact(root, "etc/machine-id")
+    )
     name = found if device.id else re.sub(r"[^A-Za-z0-9._~-]+", "-", found).strip("-.")
     if not name:
-        raise ConfigError("device.id: not set, and this hardware has no serial number or machine id to take instead")
+        raise ConfigError(
+            "device.id: not set, and this hardware has no serial number or machine id to take instead"
+        )
     return name
 
 
 def make_capabilities(detected, device, device_id, deployment_types):
-    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says (C-085).
+    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says
+    (C-085).
 
     A device on which nothing runs workloads says nothing of hosting (C-084).
     """
-    properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types), otelCollector=True)
+    properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types),
+                      otelCollector=True)
     properties.update({key: device[key] for key in ("vendor", "modelNumber", "serialNumber") if device[key]})
     properties.update(device.properties)
     if not deployment_types:
         properties = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
     properties["id"] = device_id
     extensions = [name for name in properties if name.startswith("x-")]
-    document = {name: properties.pop(name) for name in extensions}          # they stand at the root (protocol 3.5)
+    # they stand at the root (protocol 3.5)
+    document = {name: properties.pop(name) for name in extensions}
     document["properties"] = properties
     if device.labels:
         document["labels"] = dict(device.labels)
     return document
 
 
+def report_devices(documents, source, store, state, always):
+    """PUTs what changed of {device id: capabilities document}, a gateway's own first; DELETEs that of a device that has
+    gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and saves state["enrollment"].
+    """
+    for device_id in documents:
+        report_device(device_id, documents, source, store, state, always)
+    devices = state["enrollment"]["devices"]
+    for device_id in sorted(set(devices) - set(documents), reverse=True):
+        try:
+            source.delete_capabilities(device_id)
+            log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
+        except Refused as error:
+            log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
+            if error.status < 400:
+                continue                            # nobody judged that: it is asked for again
+        devices.pop(device_id)
+        store.save_state(state)
+
+
+def report_device(device_id, documents, source, store, state, always, again=True):
+    """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
+    enrolled, own_id = state["enrollment"], next(iter(documents))
+    digest = sha256_digest(make_json(documents[device_id]))
+    devices = enrolled["devices"] if enrolled else {}
+    if devices.get(device_id) == digest and not always:
+        return
+    try:
+        source.put_capabilities(device_id, documents[device_id])
+        log("info", "capabilities reported", device=device_id)
+    except Refused as error:
+        if not enrolled:
+            raise
+        if again and device_id != own_id and error.code in ("gateway-not-found", "HTTP 404"):
+            report_device(own_id, documents, source, store, state, True)
+            report_device(device_id, documents, source, store, state, True, again=False)
+            return
+        log("error", "the WFM refuses the capabilities", device=device_id, reason=error.message)
+        if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
+            return                                  # no verdict on the document: it is sent again (C-082)
+    # What was refused is noted, too: it is not sent again unchanged.
+    state["enrollment"] = {"id": source.client_id, "devices": dict(devices, **{device_id: digest})}
+    store.save_state(state)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
-# 18. Agent
+# 20. Agent
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_clock_fault(now, stored):
     """What is wrong with a clock that stands before the last write of the state, in words."""
-    return f"the clock of this device says {make_time(now)}, and its state was written at {make_time(stored)}: set the clock"
+    return (f"the clock of this device says {make_time(now)}, and its state was written at"
+            f" {make_time(stored)}: set the clock")
 
 
 def load_own_device(config, device_id, claim):
@@ -8103,25 +9150,32 @@ def load_own_device(config, device_id, claim):
 
 
 def assign_here(targets, records, devices, silent, offers):
-    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol 9)."""
-    device, found = devices[0], []
+    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol
+    9).
+    """
+    device = devices[0]
+    own_id, found = device.device_id, []
     for target in targets:
         error = target.error
         if target.deployment and not error:
-            wanted = target.deployment.device_id or device.device_id
+            wanted = target.deployment.device_id or own_id
             error = find_reason(target.deployment, device, offers)
-            if wanted != device.device_id:
-                error = ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {device.device_id}")
-        found.append(target._replace(error=error, device_id=device.device_id))
-    return [make_share(device, found, records, silent[device.device_id])]
+            if wanted != own_id:
+                words = f"metadata.deviceId is {wanted}, this device is {own_id}"
+                error = ComponentError("WRONG_DEVICE", words)
+        found.append(target._replace(error=error, device_id=own_id))
+    return [make_share(device, found, records, silent[own_id])]
 
 
 def find_reason(deployment, device, offers):
-    """The ComponentError for which a deployment cannot run on a device, or None.  offers: {device id: capabilities document}."""
+    """The ComponentError for which a deployment cannot run on a device, or None.  offers: {device id:
+    capabilities document}.
+    """
     try:
         if deployment.type not in device.drivers:
+            words = f"nothing on {device.device_id} runs {deployment.type} components"
             hint = "" if device.silence else f"; see runtime.{deployment.type}"
-            raise ComponentError("UNSUPPORTED_TYPE", f"nothing on {device.device_id} runs {deployment.type} components{hint}")
+            raise ComponentError("UNSUPPORTED_TYPE", words + hint)
         if deployment.constraints:
             check_eligibility(deployment.constraints, offers[device.device_id])
     except ComponentError as error:
@@ -8129,7 +9183,7 @@ def find_reason(deployment, device, offers):
     return None
 
 
-# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words), which raises what fails}.
+# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words)}.
 EXAMINE = {}
 # What makes the devices that the agent serves, this one first: functions of (Settings, own device id,
 # claim).
@@ -8139,11 +9193,15 @@ ASSIGN = [assign_here]
 
 
 class Work:
-    """One action under way: its device, its generator, what it takes and holds there, and what has to be cleared before."""
+    """One action under way: its device, its generator, what it takes and holds there, and what has to be
+    cleared before.
+    """
 
     def __init__(self, action, device, steps, tools):
         self.action, self.device, self.steps, self.tools = action, device, steps, tools
-        self.takes, self.holds, self.before, self.begun = None, set(), [], False
+        self.takes = self.holds = frozenset()
+        self.before = []
+        self.begun = False
 
 
 class Agent:
@@ -8156,9 +9214,11 @@ class Agent:
         self.config, self.stopping = config, stopping
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
-        self.owner = None                           # what this agent's workloads are labelled with, once it has been asked for
-        self.devices = [device for make in DEVICES for device in make(config, self.device_id, self.make_claim)]
-        self.answering = {}                         # {device id: {deployment type: driver}} of what answered the last look
+        self.owner = None                           # what its workloads are labelled with, once known
+        self.devices = []
+        for load in DEVICES:
+            self.devices += load(config, self.device_id, self.make_claim)
+        self.answering = {}                         # {device id: {type: driver}} that answered the last look
         self.state = None                           # what state.json holds, while a cycle has it
         self.source = None                          # connected when the WFM is first needed
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
@@ -8169,8 +9229,8 @@ class Agent:
     def cycle(self):
         """One cycle: every step in turn.  Returns an Outcome.
 
-        Raises Locked where another instance works, StorageError where the state cannot be read; all other faults are in the
-        Outcome.
+        Raises Locked where another instance works, StorageError where the state cannot be read; all other
+        faults are in the Outcome.
         """
         with self:
             began = time.time()
@@ -8187,11 +9247,12 @@ class Agent:
         self.store.lock()
         empty_folder(self.store.path("tmp"))
         try:
-            self.state, self.owner = self.store.load_state(), None
+            self.state = self.store.load_state()
         except MargoError:
             self.store.unlock()
             raise
-        self.silent, self.changed, self.faults, self.answering = False, False, [], {}
+        self.owner, self.faults, self.answering = None, [], {}
+        self.silent = self.changed = False
         return self
 
     def __exit__(self, *_):
@@ -8199,38 +9260,25 @@ class Agent:
         self.source = None
 
     def connect(self, keep=True):
-        """The source of the desired state, connected when it is first needed; raises Untrusted, Unreachable."""
+        """The source of the desired state, connected when it is needed; raises Untrusted, Unreachable."""
         if self.source is None:
             self.source = connect_source(self.config, self.store, self.state, keep)
         return self.source
 
     def make_claim(self):
-        """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as the one before."""
+        """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as
+        the one before.
+        """
         owners = self.state["owners"]
         if self.owner is None:
             try:
                 self.owner = make_owner(SERVED[self.config.wfm.profile].identify(self.config), self.device_id)
                 if self.owner != (owners or [""])[-1]:
-                    self.state["owners"] = [owner for owner in owners if owner != self.owner][1 - HISTORY:] + [self.owner]
+                    before = [owner for owner in owners if owner != self.owner]
+                    self.state["owners"] = before[1 - HISTORY:] + [self.owner]
             except Untrusted:
                 self.owner = (owners or [""])[-1]
         return make_claim(self.owner, self.state)
-
-    def list_others(self, known=None):
-        """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown them.
-
-        known: what an earlier list told, so that clusters are not asked again.
-        """
-        others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-        for device_id, drivers in self.answering.items():
-            for kind, driver in drivers.items():
-                found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
-                if isinstance(found, CommandError):
-                    log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
-                    continue
-                others.update((item.id, {"owner": make_printable(item.owner), "deploymentId": item.deployment_id,
-                                         "name": item.name, "type": kind}) for item in found)
-        return list(others.values())
 
     def check_patience(self, spread=True):
         """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now.
@@ -8240,15 +9288,19 @@ class Agent:
         clock = get_clock()
         if self.is_downtime():
             raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
-        left, why = find_wait(self.state["patience"], clock), "the WFM or a back-off asks"
+        left = find_wait(self.state["patience"], clock)
+        why = "the WFM or a back-off asks"
         if not left and spread and clock.boot and clock.uptime < START_WINDOW:
-            left, why = self.spread_start(clock), "a fleet that has just started does not arrive at once"
+            left = self.spread_start(clock)
+            why = "a fleet that has just started does not arrive at once"
             self.starting = max(0, left)
         if left > 0:
             raise Silence(f"waiting until {make_time(clock.now + left)}: {why}", retry_after=left)
 
     def spread_start(self, clock):
-        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because each run would wait anew."""
+        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because each
+        run would wait anew.
+        """
         memo = self.store.load_memo()
         if memo.get("boot") != clock.boot:
             start = make_start(clock.uptime, self.config.poll, self.state["accepted"], get_random())
@@ -8262,7 +9314,8 @@ class Agent:
         return is_within(self.config.poll.downtime, time.localtime())
 
     def note_fault(self, error, began):
-        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks to the WFM.
+        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks
+        to the WFM.
 
         One time-out a cycle is enough, and without an SVID there is nothing to speak with.
         """
@@ -8273,21 +9326,25 @@ class Agent:
             log("debug", error.message)
             return
         stored = self.store.find_time()
-        if isinstance(error, Untrusted) and time.time() < stored:       # no verdict on certificates is one (P-2)
-            error.code, error.message = "CLOCK", f"{error.message}; {make_clock_fault(time.time(), stored)}"
+        if isinstance(error, Untrusted) and time.time() < stored:   # no verdict on certificates is one (P-2)
+            error.code = "CLOCK"
+            error.message += f"; {make_clock_fault(time.time(), stored)}"
         long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
         log("error", error.message, code=error.code, **long)
         if isinstance(error, (Unreachable, Refused, Untrusted)):
-            before, delay = self.state["patience"], error.retry_after or 0
+            before = self.state["patience"]
+            delay = error.retry_after or 0
             if isinstance(error, Unreachable):
-                delay = make_backoff(before.get("failures", 0) + 1, error.retry_after, error.strategy, get_random())
+                failures = before.get("failures", 0) + 1
+                delay = make_backoff(failures, error.retry_after, error.strategy, get_random())
             self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=began))
 
     def tend_identity(self):
         """Enrolls or renews where the configuration wants that automated and it is due (E-060)."""
-        now, downtime = time.time(), self.config.poll.downtime
+        now = time.time()
         if self.config.identity.enrollment == "est":
-            tend_identity(self.config, self.store, self.state, now, get_random(), lambda end: is_within_whole(downtime, now, end))
+            tend_identity(self.config, self.store, self.state, now, get_random(),
+                          lambda end: is_within_whole(self.config.poll.downtime, now, end))
 
     def refresh_revocation(self):
         """Fetches revocation lists where there are some and it is time."""
@@ -8302,7 +9359,8 @@ class Agent:
         if self.silent:
             return
         self.check_patience()
-        source, fault, desired = self.connect(), None, None
+        source = self.connect()
+        fault = desired = None
         self.report_capabilities()
         try:
             self.flush_outbox()
@@ -8319,73 +9377,43 @@ class Agent:
         if fault:
             raise fault
 
-    def report_capabilities(self, always=False):
-        """PUTs the capabilities before anything else and where they changed, a gateway's own before its children's; DELETEs
-        those of a device that has gone (C-081, C-082, C-220, C-223).
-        """
-        for device in self.devices:
-            self.report_device(device, always)
-        devices = self.state["enrollment"]["devices"]
-        for device_id in sorted(set(devices) - {device.device_id for device in self.devices}, reverse=True):
-            try:
-                self.source.delete_capabilities(device_id)
-                log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
-            except Refused as error:
-                log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
-                if error.status < 400:
-                    continue                        # nobody judged that: it is asked for again
-            devices.pop(device_id)
-            self.store.save_state(self.state)
-
-    def report_device(self, device, always, again=True):
-        """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
-        document, enrolled = self.make_capabilities(device), self.state["enrollment"]
-        digest, devices = sha256_digest(make_json(document)), (enrolled or {}).get("devices", {})
-        if devices.get(device.device_id) == digest and not always:
-            return
-        try:
-            self.source.put_capabilities(device.device_id, document)
-            log("info", "capabilities reported", device=device.device_id)
-        except Refused as error:
-            if not enrolled:
-                raise
-            if again and device is not self.devices[0] and error.code in ("gateway-not-found", "HTTP 404"):
-                self.report_device(self.devices[0], True)
-                self.report_device(device, True, again=False)
-                return
-            log("error", "the WFM refuses the capabilities", device=device.device_id, reason=error.message)
-            if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
-                return                              # that is no verdict on the document: it is sent again (C-082)
-        # What was refused is noted, too: it is not sent again unchanged.
-        self.state["enrollment"] = {"id": self.source.client_id, "devices": dict(devices, **{device.device_id: digest})}
-        self.store.save_state(self.state)
-
     def make_capabilities(self, device):
-        """The capabilities document of a device as it is now; a child is what the configuration says of it."""
-        detected = {"peripherals": [], "interfaces": []} if device.silence else detect_properties(self.config.state_dir)
+        """The capabilities document of a device as it is; a child is what the configuration says of it."""
+        detected = {"peripherals": [], "interfaces": []}
+        if not device.silence:
+            detected = detect_properties(self.config.state_dir)
         return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
 
+    def report_capabilities(self, always=False):
+        """PUTs the capabilities of all devices before anything else, and again where they changed."""
+        documents = {device.device_id: self.make_capabilities(device) for device in self.devices}
+        report_devices(documents, self.source, self.store, self.state, always)
+
     def accept(self, desired):
-        """Makes a verified desired state the accepted one: first its documents, then the state, all durable (C-111)."""
+        """Makes a verified desired state the accepted one: first its documents, then the state, all durable
+        (C-111).
+        """
         self.check_removals(desired)
-        at, state = make_time(time.time()), self.state
+        state = self.state
+        at = make_time(time.time())
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
         state["waiting"] = None
         state["history"] = make_history(state, desired.entries, desired.version, at)
         entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
-        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": at,
-                             "deployments": entries}
+        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest,
+                             "acceptedAt": at, "deployments": entries}
         for entry in desired.entries:
             record = state["deployments"].get(entry.deployment_id.lower())
             same = record and record["adopted"]["digest"] == entry.digest
             if same and record["state"] not in ("removing", "removed"):
-                record["adopted"]["version"] = desired.version                  # the new manifest defines it too (E-113)
+                record["adopted"]["version"] = desired.version      # the new manifest defines it, too (E-113)
                 enqueue_status(state, record, self.device_id)
         new = [item for item in entries if item["deploymentId"].lower() not in state["deployments"]]
         targets = self.make_targets(dict(state["accepted"], deployments=new), self.store.load_artifact)
-        for target in [target for share in self.assign(targets, {}) for target in share.targets if not target.error]:
-            # Received, not started (protocol 5.1).  One that may run anywhere is at home here until it is placed.
+        targets = [target for share in self.assign(targets, {}) for target in share.targets]
+        for target in [target for target in targets if not target.error]:
+            # Received, not started (protocol 5.1); what may run anywhere is at home here until it is placed.
             home = target.device_id if target.deployment.device_id == target.device_id else self.device_id
             record = begin_record(make_record(target, home), target)
             state["deployments"][target.deployment_id.lower()] = record
@@ -8394,17 +9422,21 @@ class Agent:
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
     def check_removals(self, desired):
-        """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has confirmed it (contract, Guard)."""
-        limit, wanted = self.config.policy.max_removals, {entry.deployment_id.lower() for entry in desired.entries}
+        """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has
+        confirmed it (contract, Guard).
+        """
+        limit = self.config.policy.max_removals
+        wanted = {entry.deployment_id.lower() for entry in desired.entries}
         gone = [key for key in self.state["deployments"] if key not in wanted]
         if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
             self.state["waiting"] = desired.digest
-            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments, policy.max_removals is {limit};"
-                          " nothing is done until the next poll confirms it")
+            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments,"
+                          f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
     def make_targets(self, accepted, load_document):
         """[Target] of an accepted desired state; documents are read only where deciding takes them."""
-        targets, known = [], {device.device_id for device in self.devices}
+        targets = []
+        known = {device.device_id for device in self.devices}
         for item in accepted["deployments"]:
             target = Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
             record = self.state["deployments"].get(target.deployment_id.lower())
@@ -8417,38 +9449,46 @@ class Agent:
         data = load_document(target.digest)
         try:
             if data is None:
-                raise ComponentError("INTERNAL", "its document is missing from the state directory; the next poll brings it anew")
+                words = "its document is missing from the state directory; the next poll brings it anew"
+                raise ComponentError("INTERNAL", words)
             return target._replace(deployment=parse_deployment(data, target.deployment_id))
         except ComponentError as error:
             return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
 
     def assign(self, targets, silent):
-        """[Share] of each device.  silent: {device id: {deployment type: CommandError}} of what does not answer."""
-        offers = {device.device_id: self.make_capabilities(device) for device in self.devices} if any(
-            target.deployment and target.deployment.constraints for target in targets) else {}
+        """[Share] of each device.  silent: {device id: {deployment type: CommandError}} of what does not
+        answer.
+        """
+        offers = {}
+        if any(target.deployment and target.deployment.constraints for target in targets):
+            offers = {device.device_id: self.make_capabilities(device) for device in self.devices}
         silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
         return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
 
     def decide(self, accepted, load_document):
-        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all devices show now.
+        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all
+        devices show now.
 
-        Documents of what is not as it should be are read, and decided upon again: its device may have to be another one.
+        Documents of what is not as it should be are read, and decided upon again: its device may have to be
+        another one.
         """
-        targets, runtime = self.make_targets(accepted, load_document), self.config.runtime
-        new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment and not target.error]
+        targets = self.make_targets(accepted, load_document)
+        new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
         seen = observe_devices(self.devices, [*self.state["deployments"].values(), *new])
         silent = {device_id: sight.silent for device_id, sight in seen.items()}
-        self.answering = {device.device_id: {kind: driver for kind, driver in device.drivers.items()
-                                             if kind not in silent[device.device_id]} for device in self.devices}
         containers = {device_id: sight.containers for device_id, sight in seen.items()}
+        for device in self.devices:
+            answers = set(device.drivers) - set(silent[device.device_id])
+            self.answering[device.device_id] = {kind: device.drivers[kind] for kind in sorted(answers)}
+        settle = self.config.runtime.settle
+        mark = make_mark(self.config.runtime.environment)
         while True:
             shares = self.assign(targets, silent)
-            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), runtime.settle,
-                                   make_mark(runtime.environment))
-            unread = [action.target for action in actions if action.verb in ("install", "update") and not action.target.deployment]
+            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), settle, mark)
+            unread = {action.deployment_id for action in actions
+                      if action.verb in ("install", "update") and not action.target.deployment}
             if not unread:
                 return actions, seen
-            unread = {target.deployment_id for target in unread}
             targets = [self.read_target(target, load_document) if target.deployment_id in unread else target
                        for target in targets]
 
@@ -8468,8 +9508,8 @@ class Agent:
             self.prune()                            # before anything is pulled, too (P-5)
         troubles = self.carry_out(actions, seen)
         for device in self.devices:
-            for fault in seen[device.device_id].silent.values():
-                troubles.append(f"child device {device.device_id}: {fault.message}" if device.silence else fault.message)
+            name = f"child device {device.device_id}: " if device.silence else ""
+            troubles += [name + fault.message for fault in seen[device.device_id].silent.values()]
             if not self.changed:
                 for driver in self.answering[device.device_id].values():
                     driver.tend(seen[device.device_id].containers, get_random())
@@ -8481,8 +9521,8 @@ class Agent:
     def prune(self):
         """Housekeeping with everything that answers; see the function of this name."""
         if self.config.runtime.prune:
-            prune(self.state, self.store, {make_prefix(device): list(self.answering[device.device_id].values())
-                                           for device in self.devices})
+            drivers = [self.answering[device.device_id].values() for device in self.devices]
+            prune(self.state, self.store, dict(zip(map(make_prefix, self.devices), drivers)))
 
     def carry_out(self, actions, seen):
         """Carries out a plan: group by group, and in a group whatever is ready whose turn it is.
@@ -8509,7 +9549,8 @@ class Agent:
             while ready:
                 self.check_stopping()
                 waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
-                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items() if key not in ready}
+                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items()
+                        if key not in ready}
                 key, verb, words = find_turn(waiting, held)
                 if not self.take_turn(ready[key], verb, words, troubles):
                     ready.pop(key)
@@ -8522,18 +9563,20 @@ class Agent:
 
     def begin(self, action, seen):
         """The Work on an action, before its first step."""
-        key, accepted = action.deployment_id.lower(), self.state["accepted"]
+        key = action.deployment_id.lower()
         device = next(device for device in self.devices if device.device_id == action.device_id)
         record = self.state["deployments"].get(key)
         holds = find_held_ports(record) if record else set()
         if record and record["deviceId"] not in seen and action.verb != "keep":
-            log("warning", "its device is no longer configured; what runs there is forgotten", deployment=action.deployment_id,
-                device=record["deviceId"])
+            log("warning", "its device is no longer configured; what runs there is forgotten",
+                deployment=action.deployment_id, device=record["deviceId"])
         if not record or action.verb != "clear" and action.target and record["deviceId"] != device.device_id:
             target = action.target or Target(action.deployment_id, "", 0, None, None)
-            record = make_record(target, device.device_id)      # new here: what it has elsewhere is cleared there
-        tools = Tools(self.config, self.store, self.answering[device.device_id], seen[device.device_id].containers, device.device_id,
-                      accepted["version"], self.is_downtime(), [], get_clock, get_random)
+            record = make_record(target, device.device_id)      # new here; elsewhere it is cleared
+        device_id = device.device_id
+        containers = seen[device_id].containers
+        tools = Tools(self.config, self.store, self.answering[device_id], containers, device_id,
+                      self.state["accepted"]["version"], self.is_downtime(), [], get_clock, get_random)
         work = Work(action, device, EXECUTE[action.verb](action, record, tools), tools)
         work.holds = holds
         return work
@@ -8561,8 +9604,8 @@ class Agent:
     def advance(self, work, answer=None, fault=None):
         """Carries on with a step until it is ready to change something, or done; whether it is ready.
 
-        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer, fault: what its
-        claim is answered by.
+        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer,
+        fault: what its claim is answered by.
         """
         action, item = work.action, None
         try:
@@ -8570,7 +9613,8 @@ class Agent:
             while not isinstance(item, Ready):
                 if not work.begun:
                     word = PRINTED.get(action.verb, action.verb)
-                    log("error" if word == "refuse" else "info", word, deployment=action.deployment_id, reason=action.reason)
+                    log("error" if word == "refuse" else "info", word, deployment=action.deployment_id,
+                        reason=action.reason)
                 work.begun = self.changed = True
                 if item:
                     self.keep(work, item)
@@ -8586,38 +9630,28 @@ class Agent:
     def keep(self, work, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
         fetched = work.tools.fetched
-        images = [make_prefix(work.device) + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
+        prefix = make_prefix(work.device)
+        images = [prefix + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
         self.state["pulled"] = sorted(set(self.state["pulled"]).union(images))
-        if record["state"] not in ("installed", "removed"):                     # the next attempt finds it here (P-15)
+        if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
             record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
         self.state["deployments"][record["deploymentId"].lower()] = record
         enqueue_status(self.state, record, self.device_id)
         self.store.save_state(self.state)
         self.flush_outbox(quiet=True)
 
-    def purge(self):
-        """Removes every workload and reports it; True where something could not be removed."""
-        if self.state["enrollment"]:
-            self.connect()
-        accepted = self.state["accepted"] or {"etag": None, "digest": "", "version": 0}
-        self.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
-        self.reconcile()
-        try:
-            self.flush_outbox()                     # also what an earlier purge, that did not come to its end, has left to be told
-        except Untrusted as error:
-            log("warning", "the WFM does not take the last reports", reason=error.message)
-        return any(record["state"] != "removed" for record in self.state["deployments"].values())
-
     def flush_outbox(self, quiet=False):
-        """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and `status` says so.
+        """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and
+        `status` says so.
 
-        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of applying; trouble on the
-        wire then only means that it is sent later.
+        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of
+        applying; trouble on the wire then only means that it is sent later.
         """
         for key in list(self.state["outbox"]):
             if self.silent or not self.source:
                 return
-            status, refused = self.state["outbox"][key], None
+            status = self.state["outbox"][key]
+            refused = None
             try:
                 self.source.post_status(status["deploymentId"], status)
             except (Refused, Unreachable, Untrusted) as error:
@@ -8628,13 +9662,18 @@ class Agent:
                     self.note_fault(error, time.time())
                     log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
                     return
-                refused = {"state": status["status"]["state"], "at": make_time(time.time()), "reason": error.message}
-                log("error", "the WFM refuses a status for good; it is dropped", deployment=key, reason=error.message)
+                refused = {"state": status["status"]["state"], "at": make_time(time.time()),
+                           "reason": error.message}
+                log("error", "the WFM refuses a status for good; it is dropped", deployment=key,
+                    reason=error.message)
             acknowledge_status(self.state, key, refused)
 
     def conclude(self, began):
-        """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something changed."""
-        state, fault = self.state, max(self.faults, key=lambda fault: fault.exit, default=None)
+        """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something
+        changed.
+        """
+        state = self.state
+        fault = max(self.faults, key=lambda fault: fault.exit, default=None)
         failed = any(record["state"] == "failed" for record in state["deployments"].values())
         result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"]))
         if state["history"] and state["accepted"]:
@@ -8653,27 +9692,30 @@ class Agent:
             log("error", error.message, code=error.code)
             code = max(code, error.exit)
         memo = self.store.load_memo()
-        others = memo.get("others", [])
+        others = memo.get("others")
         if self.answering:
-            others = self.list_others(None if self.changed else memo.get("others"))[:MAX_NAMED]
-        self.store.save_memo(dict(memo, lastPoll=last, others=others))
-        return Outcome(code, result, last["detail"], make_delay(self.config, state, fault, get_clock(), get_random()))
+            others = list_others(self.answering, None if self.changed else others)[:MAX_NAMED]
+        self.store.save_memo(dict(memo, lastPoll=last, others=others or []))
+        delay = make_delay(self.config, state, fault, get_clock(), get_random())
+        return Outcome(code, result, last["detail"], delay)
 
 
-# What a cycle does, in order: functions of the Agent; what they return is of no account, and a MargoError ends that step alone.
+# What a cycle does, in order: functions of the Agent.  A MargoError ends that step alone.
 STEPS = [Agent.tend_identity, Agent.exchange, Agent.refresh_revocation, Agent.reconcile, Agent.flush_outbox]
 
 
 def judge_cycle(fault, changed, failed, waiting):
     """(word of `lastPoll.result`, exit code) of a cycle.
 
-    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a deployment has failed.
-    waiting: whether a status waits in the outbox.  The operator's own silence is no fault.
+    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
+    deployment has failed. waiting: whether a status waits in the outbox.  The operator's own silence is no
+    fault.
     """
     silence = isinstance(fault, Silence) and not fault.exit
     code = 0 if silence or not fault else fault.exit
     code = max(code, 1 if failed else 0, 3 if waiting and not silence else 0)
-    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"), (MargoError, "failed"))
+    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"),
+             (MargoError, "failed"))
     for kind, word in words if not silence else ():
         if isinstance(fault, kind):
             return word, code
@@ -8687,49 +9729,19 @@ def make_prefix(device):
     return device.device_id + " " if device.silence else ""
 
 
-def make_backoff(failures, asked, strategy, jitter):
-    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at what it asked for and
-    never less (C-056); exactly that where it says `fixed` or `none` (C-057).
-    """
-    asked = asked or 0
-    if asked and strategy in ("fixed", "none"):
-        return asked
-    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
-
-
-def make_start(uptime, poll, known, jitter):
-    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power arrives spread
-    over one interval (P-19).  One that never had a desired state asks at once.
-    """
-    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
-
-
-def make_delay(config, state, fault, clock, jitter):
-    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where an attempt is due."""
-    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
-    patience = state["patience"]
-    if isinstance(fault, (Refused, Untrusted)):
-        return max(interval, patience.get("delay", 0), grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP))
-    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
-    if left:
-        return max(1.0, min(interval, left))        # waiting for the WFM is no reason to leave workloads unwatched
-    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
-                if record["state"] == "failed" and not record["refused"]]
-    return max(1.0, min([interval] + attempts))
-
-
 def make_others_words(others):
     """Each workload of another owner, in words."""
     return [f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}" for item in others]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 19. Gateway (optional)
+# 21. Gateway (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def load_child_devices(config, own_id, claim):
     """[Device] of each child of a see-thru gateway (protocol 9).  claim: as for make_compose_driver."""
-    ids, devices = [f"{own_id}/{child.id}" for child in config.device.children], []
+    devices = []
+    ids = [f"{own_id}/{child.id}" for child in config.device.children]
     for device_id, child in zip(ids, config.device.children):
         others = [other for other in ids if other != device_id]
         silence = ComponentError("102", f"child device {device_id} does not answer", source=own_id)
@@ -8741,36 +9753,46 @@ def load_child_devices(config, own_id, claim):
 def assign(targets, records, devices, silent, offers):
     """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
 
-    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent: {device id: {deployment
-    type: CommandError}} of what does not answer.  offers: {device id: capabilities document}, where a rule asks for one.
+    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent:
+    {device id: {deployment type: CommandError}} of what does not answer.  offers: {device id: capabilities
+    document}, where a rule asks for one.
     """
-    known, own_id = {device.device_id: device for device in devices}, devices[0].device_id
-    homes = {key: record["deviceId"] if record["deviceId"] in known else own_id for key, record in records.items()}
-    held, found = dict(homes), []
+    known = {device.device_id: device for device in devices}
+    own_id, *children = known
+    before = {key: record["deviceId"] if record["deviceId"] in known else own_id
+              for key, record in records.items()}
+    homes = dict(before)
+    found = []
     for target in targets:
-        key, error = target.deployment_id.lower(), target.error
-        others = [home for other, home in homes.items() if other != key]
+        key = target.deployment_id.lower()
+        error = target.error
         if target.deployment and not error:
-            reasons = {device_id: find_reason(target.deployment, device, offers) for device_id, device in known.items()}
-            answers = {device.device_id: target.deployment.type not in silent[device.device_id] for device in devices[1:]}
+            others = [home for other, home in homes.items() if other != key]
+            loads = {child: others.count(child) for child in children}
+            answers = {child: target.deployment.type not in silent[child] for child in children}
+            reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
             try:
-                homes[key] = find_place(target.deployment, held.get(key), own_id, answers, reasons.get,
-                                        {device_id: others.count(device_id) for device_id in known})
+                held = before.get(key)
+                homes[key] = find_place(target.deployment, held, own_id, answers, reasons.get, loads)
                 error = reasons[homes[key]]
             except ComponentError as fault:
                 error = fault
         found.append(target._replace(error=error, device_id=homes.get(key, own_id)))
-    return [make_share(device, [target for target in found if target.device_id == device_id],
-                       {key: record for key, record in records.items() if held[key] == homes[key] == device_id}, silent[device_id])
-            for device_id, device in known.items()]
+    shares = []
+    for device_id, device in known.items():
+        mine = {key: record for key, record in records.items() if before[key] == homes[key] == device_id}
+        wanted = [target for target in found if target.device_id == device_id]
+        shares.append(make_share(device, wanted, mine, silent[device_id]))
+    return shares
 
 
 def find_place(deployment, held, own_id, children, find_reason, loads):
-    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103 (protocol 9).
+    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103
+    (protocol 9).
 
-    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device id to why it cannot run
-    there, or "".  loads: {device id: deployments that are there}.  A free choice falls on the least loaded child that answers, and
-    stays; a document that names no device is for this one.
+    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device
+    id to why it cannot run there, or "".  loads: {device id: deployments that are there}.  A free choice
+    falls on the least loaded child that answers, and stays; a document that names no device is for this one.
     """
     wanted = deployment.device_id or own_id
     if wanted == own_id or wanted in children:
@@ -8781,17 +9803,20 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:
             raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
-        raise ComponentError("101", f"child device {parent or wanted} is not known; known are {', '.join(children)}", source=own_id)
+        words = f"child device {parent or wanted} is not known; known are {', '.join(children)}"
+        raise ComponentError("101", words, source=own_id)
     reasons = {child: find_reason(child) for child in children}
     fit = [child for child in children if not reasons[child]]
     if held in fit:
         return held
     if not fit:
-        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items()) or "this device is no gateway"
-        raise ComponentError("103", f"no child device can take it: {words}", source=own_id)
+        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items())
+        words = f"no child device can take it: {words or 'this device is no gateway'}"
+        raise ComponentError("103", words, source=own_id)
     there = [child for child in fit if children[child]]
     if not there:
-        raise ComponentError("102", f"none of the child devices that could take it answers: {', '.join(fit)}", source=own_id)
+        words = f"none of the child devices that could take it answers: {', '.join(fit)}"
+        raise ComponentError("102", words, source=own_id)
     return min(there, key=lambda child: loads.get(child, 0))
 
 
@@ -8812,29 +9837,33 @@ ASSIGN.append(assign)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 20. Hooks (optional)
+# 22. Hooks (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def run_hooks(moment, change, tools, error):
-    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the facts as JSON on stdin.
+    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the
+    facts as JSON on stdin.
 
-    Raises Forbidden HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way back to the version
-    before, that is only logged.  Values of parameters are not among the facts: no process but the application gets them.
+    Raises Forbidden HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way
+    back to the version before, that is only logged.  Values of parameters are not among the facts: no process
+    but the application gets them.
     """
-    facts, event = {}, f"{moment}-{change.event}"
+    facts = {}
+    event = f"{moment}-{change.event}"
     for path in tools.config.hooks.run:
         facts = facts or make_facts(change, event, error)
         environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
         try:
-            output = run_command([path, event], tools.config.hooks.timeout, env=environ, data=make_json(facts))
+            output = run_command([path, event], tools.config.hooks.timeout, env=environ,
+                                 data=make_json(facts))
             words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
         except CommandError as fault:
             words = fault.message
         if words and moment == "before" and not change.rollback:
             raise Forbidden("HOOK_FAILED", f"hook {path} {event} {words}")
         if words:
-            log("error", "a hook failed; the change stands", hook=path, hookEvent=event, deployment=facts["deploymentId"],
-                reason=words)
+            log("error", "a hook failed; the change stands", hook=path, hookEvent=event,
+                deployment=facts["deploymentId"], reason=words)
 
 
 def make_facts(change, event, error):
@@ -8845,10 +9874,12 @@ def make_facts(change, event, error):
     outcome = {"state": "removed" if change.event == "removal" else "installed", "code": "", "message": ""}
     if error:
         outcome = {"state": "failed", "code": error.code, "message": error.message}
-    extensions = dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions, component=component.extensions)
-    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"], "name": record["name"],
-            "namespace": deployment.namespace, "deviceId": record["deviceId"], "type": deployment.type, "component": change.name,
-            "repository": component.repository, "revision": component.revision, "extensions": extensions,
+    extensions = dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions,
+                      component=component.extensions)
+    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"],
+            "name": record["name"], "namespace": deployment.namespace, "deviceId": record["deviceId"],
+            "type": deployment.type, "component": change.name, "repository": component.repository,
+            "revision": component.revision, "extensions": extensions,
             "outcome": None if event.startswith("before") else outcome}
 
 
@@ -8864,13 +9895,154 @@ def check_hooks(agent):
     return "ok", f"{len(hooks)} to be run around changes" if hooks else ""
 
 
-SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []), "timeout": (read_duration, "60s")})
+SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []),
+                     "timeout": (read_duration, "60s")})
 LISTENERS.append(run_hooks)
 EXAMINE.update(hooks=check_hooks)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 21. Doctor (optional)
+# 23. Older documents (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
+
+
+def convert_older(value):
+    """An ApplicationDeployment of an older generation (protocol 0 and 3.3) in rc.3's form, see DIALECTS.
+
+    Raises ValueError.
+
+    They are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a
+    namespace is `default`; without `metadata.deviceId` it is for the device that was given it.
+    """
+    if "apiVersion" not in value and "kind" not in value:
+        return None
+    check_member(value, "kind", "", checked("ApplicationDeployment",
+                                            lambda item: item == "ApplicationDeployment"))
+    metadata = check_member(value, "metadata", "", read_dict)
+    spec = check_member(value, "spec", "", read_dict)
+    profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
+    notes = metadata.get("annotations")
+    notes = notes if isinstance(notes, dict) else {}
+    own_id = next((holder["id"] for holder in (value, notes, metadata) if "id" in holder), None)
+    key = "applicationId"
+    application = next((holder[key] for holder in (spec, notes, metadata) if key in holder), None)
+    kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
+    metadata = {"name": application, "namespace": "default", **metadata}
+    spec = dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind))
+    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, "ENV.", False)
+
+
+def parse_older_package(properties, where, kind):
+    """parse_package of older generations, which name a package by its URL, too, and a chart by that of its
+    repository (6.5).
+    """
+    if "packageLocation" not in properties or "repository" in properties:
+        return parse_package(properties, where, kind, "(oci|https)" if kind == "helm" else "oci")
+    url, key = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN), None
+    if properties.get("keyLocation"):
+        key = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
+    return url, "", key
+
+
+def fetch_older(component, config, store, kind):
+    """The package of a component of an older generation: (digest, bytes), kept by its digest.
+
+    Raises ComponentError.
+
+    Nothing vouches for its content but TLS, an index's digest and, where the document names a key, a
+    signature.
+    """
+    url = component.repository
+    if config.wfm.profile == "mtls":
+        raise ComponentError(
+            "INVALID_DEPLOYMENT",
+            f"{make_printable(url)}: this generation takes packages from OCI registries only",
+        )
+    if kind == "helm":
+        data = fetch_chart(url, component.revision, config)
+    else:
+        data = fetch_file(url, config)
+        if component.key_location:
+            run_signature_check(data, url, fetch_file(component.key_location, config), config)
+    digest = sha256_digest(data)
+    store.save_artifact(digest, data)
+    return digest, data
+
+
+def fetch_chart(repository, revision, config):
+    """The bytes of a chart from `https://repository/NAME` by that repository's index."""
+    from urllib.parse import urljoin
+    base, _, name = repository.rpartition("/")
+    try:
+        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
+        entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
+        url, wanted = urljoin(base + "/", entry["urls"][0]), entry.get("digest")
+    except YAMLError as error:
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
+    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
+    data = fetch_file(url, config)
+    digest = sha256_digest(data)
+    if wanted and str(wanted) not in (digest, digest[7:]):
+        words = f"the index names {make_printable(str(wanted), 80)}, the chart has {digest}"
+        raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
+    return data
+
+
+def fetch_file(url, config, missing=False):
+    """The bytes at an https URL, by what `registries` says of its host.
+
+    None where there is nothing, if `missing`.
+    """
+    host = url.split("/")[2]
+    registry = Registry(host, config)
+    registry.authorization = load_credentials(host, registry.settings)
+    response = registry.fetch(url, "*/*", config.policy.max_artifact)
+    if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
+        return None
+    return registry.check(response, url, config.policy.max_artifact).body
+
+
+def run_signature_check(data, url, key, config):
+    """Raises ComponentError unless gpg finds that the key signed the package.
+
+    No signature to be had is a warning.
+    """
+    import tempfile
+    signature = fetch_file(f"{url}.asc", config, True) or fetch_file(f"{url}.sig", config, True)
+    if not signature:
+        log(
+            "warning",
+            "the document names a key, but there is no signature of the package beside it (.asc or .sig)",
+            package=url,
+        )
+        return
+    with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+        paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
+        for path, content in zip(paths, (key, signature, data)):
+            write_file(path, content)
+        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
+        try:
+            run_command(gpg + ["--import", paths[0]], 60)
+            output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
+        except CommandError as error:
+            raise ComponentError("PULL_FAILED",
+                                 f"{url} is signed, and that cannot be checked: {error.message}") from None
+    if output.code:
+        words = f"the key at keyLocation did not sign this package: {output.stderr[-300:]}"
+        raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
+
+
+DIALECTS.append(convert_older)
+FETCHERS["https"] = fetch_older
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 24. Doctor (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
@@ -8932,7 +10104,7 @@ def check_engine(agent):
 
 def check_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
-    others = agent.list_others()
+    others = list_others({device.device_id: device.drivers for device in agent.devices})
     words = "; ".join(make_others_words(others))
     return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
@@ -8957,7 +10129,7 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 22. Command line
+# 25. Command line
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
@@ -9026,7 +10198,8 @@ def notify(address, text):
         return
     import socket
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK      # who does not read does not keep us
+        with socket.socket(socket.AF_UNIX, kind) as peer:
             peer.connect("\0" + address[1:] if address.startswith("@") else address)
             peer.send(text.encode())
     except OSError:
@@ -9204,7 +10377,7 @@ def command_unenroll(config, options):
             print("not enrolled")
             return
         if "--purge" in options:
-            failed = agent.purge()
+            failed = purge(agent)
         if failed:
             raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge again")
         if state["enrollment"]:
@@ -9221,6 +10394,20 @@ def command_unenroll(config, options):
         remove_folder(agent.store.path("git"))      # its credential, too
         agent.store.save_memo({})
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
+
+
+def purge(agent):
+    """Removes every workload and reports it; True where something could not be removed."""
+    if agent.state["enrollment"]:
+        agent.connect()
+    accepted = agent.state["accepted"] or {"etag": None, "digest": "", "version": 0}
+    agent.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
+    agent.reconcile()
+    try:
+        agent.flush_outbox()                        # also what a purge that was cut off has left to be told
+    except Untrusted as error:
+        log("warning", "the WFM does not take the last reports", reason=error.message)
+    return any(record["state"] != "removed" for record in agent.state["deployments"].values())
 
 
 def command_plan(config, options):
@@ -9244,7 +10431,7 @@ def command_plan(config, options):
     actions, seen = [], {}
     if accepted:
         actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
-    others = agent.list_others()
+    others = list_others(agent.answering)
     changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
     actions = [action._replace(verb=PRINTED.get(action.verb, action.verb)) for action in actions
                if action.verb != "clear" or action.deployment_id not in changed]        # else it is part of a move

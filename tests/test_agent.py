@@ -1,4 +1,4 @@
-"""Section 18, Agent: enrollment, cycles, the daemon, and everything around them, as processes against the example WFM."""
+"""Agent: enrollment, cycles, the daemon, and everything around them, as processes against the example WFM."""
 import json
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Section 16, Apply: what is done to the engine and in which order, by the agent as a process on an engine of files."""
+"""Apply: what is done to the engine and in which order, by the agent as a process on an engine of files."""
 import json
 import os
 import shutil
@@ -49,7 +49,8 @@ class Install(ApplyCase):
             self.wfm.add_package(support.make_compose(), name)
         self.publish(components=(("db", "1.0.0"), ("web", "1.0.0")))
         self.device.cycle()
-        self.assertEqual([name.split("-")[0] for _, name in self.commands("start")], ["db", "web"])
+        names = {container["id"]: name for name, container in self.engine.containers().items()}
+        self.assertEqual([names[container_id].split("-")[0] for _, container_id in self.commands("start")], ["db", "web"])
         reported = [[entry["state"] for entry in item["body"]["components"]] for item in self.wfm.reports()]
         self.assertEqual(reported, [["pending", "pending"], ["installing", "pending"], ["installed", "pending"], ["installed", "installing"],
                                     ["installed", "installed"]])
@@ -496,7 +497,7 @@ class Drift(ApplyCase):
     def test_what_is_not_ours_is_left_alone(self):
         """D-22: a name alone makes nothing ours."""
         with self.engine.open() as held:
-            held["containers"][f"web-{SECOND}-main-1"] = dict(held["containers"][self.name], id="f" * 64, labels={})
+            held["containers"][f"web-{SECOND}-main-1"] = dict(held["containers"][self.name], id="f" * 64, labels={}, argv=[])
         self.wfm.withdraw()
         self.device.cycle()
         self.assertEqual(list(self.engine.containers()), [f"web-{SECOND}-main-1"])
@@ -543,9 +544,10 @@ class Ports(ApplyCase):
     def test_each_gets_the_others_port_with_one_outage(self):
         self.publish_ports(one=7001, two=7002)
         self.cycle()
-        self.publish_ports(one=7002, two=7001)
-        self.assertNotIn("error", self.cycle())
-        self.assertEqual(self.outages(), [("stop", SECOND), ("stop", HELLO), ("start", HELLO), ("start", SECOND)])
+        for ports in ({"one": 7002, "two": 7001}, {"one": 7001, "two": 7002}):
+            self.publish_ports(**ports)
+            self.assertNotIn("error", self.cycle())
+            self.assertEqual(self.outages(), [("stop", SECOND), ("stop", HELLO), ("start", HELLO), ("start", SECOND)])
         self.assertEqual([self.wfm.statuses(key)[-4:] for key in (HELLO, SECOND)], [["installed", "pending", "installing", "installed"]] * 2)
         self.assertEqual({key: item[0] for key, item in self.device.plan().items()}, {HELLO: "keep", SECOND: "keep"})
 

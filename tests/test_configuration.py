@@ -1,4 +1,4 @@
-"""Section 4, Configuration: every fault at once, each with its key, what was found and what is allowed."""
+"""Configuration: every fault at once, each with its key, what was found and what is allowed."""
 import os
 import tempfile
 import time

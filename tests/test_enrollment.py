@@ -1,4 +1,4 @@
-"""Section 8, Identity: enrollment, renewal and revocation over the draft's EST, against examples/mis.py and examples/wfm.py."""
+"""Identity: enrollment, renewal and revocation over the draft's EST, against examples/mis.py and examples/wfm.py."""
 import base64
 import os
 import re

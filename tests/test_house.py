@@ -14,7 +14,7 @@ import warnings
 from tests import gauge, support
 
 VOCABULARY = ("Constants and errors", "Records")                # what every section may use
-PURE = ("Records", "Encodings", "Desired state", "Eligibility", "Plan", "Deployment status")
+PURE = ("Records", "YAML", "Small encodings", "X.509", "Desired state", "Eligibility", "Plan", "Deployment status")
 STORY_FIRST = False                 # True: a section uses only the vocabulary and sections below it; False: only sections above it
 WORLD = {"os", "random", "socket", "subprocess", "logging", "shutil", "fcntl", "select", "signal", "tempfile", "ssl", "urllib.request", "http.client"}
 LONGEST = 60                        # lines of one function
@@ -23,11 +23,11 @@ MEDIAN = 14
 # The gauge: what is counted (see tests/gauge.py), how much of it there may be, and how far below that it may fall before this table has
 # to follow.  Figures only go down; the aim is 60,000 tokens and none of the rest.
 GAUGE = {
-    "tokens": (78081, 400),
-    "lines wider than 110 columns": (1309, 40),
+    "tokens": (74094, 400),
+    "lines wider than 110 columns": (822, 40),
     "conditional expressions inside another": (13, 3),
-    "comprehensions with two loops and a condition": (7, 2),
-    "packed assignments": (170, 10),
+    "comprehensions with two loops and a condition": (3, 2),
+    "packed assignments": (137, 10),
 }
 # Functions named parse_, make_, check_, is_ or find_ that are not pure.  It only gets shorter: such a function is to be split into what
 # looks and what decides, or named for what it does (load_ save_ fetch_ post_ run_ ask_ obtain_).
@@ -36,12 +36,12 @@ Agent.check_patience Agent.is_downtime Agent.make_capabilities ComposeDriver.che
 ComposeDriver.check_names ComposeDriver.check_space ComposeDriver.make_access GitSource.check_signature
 GitSource.find_head GitSource.make_commit HelmDriver.check_name HelmDriver.find_strangers
 MtlsSource.check_peer Store.find_time check_clock check_est_response check_git check_hooks check_mtls
-check_own_anchor check_own_chain check_package_signature check_policy check_registries check_signed
-check_space check_status check_storage find_engine find_layers find_longest find_looseness find_own_leaf
-find_program find_provider find_signer is_crl_signed is_signed is_ssh_answering is_within_whole make_child
-make_compose_driver make_configs make_csr make_document make_drivers make_environment make_folder
-make_git_environment make_helm_driver make_issued_chain make_mis_context make_next_key make_opener
-make_private_key make_project make_public_key make_renewal_csr make_service make_wfm_context parse_certs_only
+check_others check_own_anchor check_own_chain check_policy check_registries check_signed check_space
+check_status check_storage find_engine find_longest find_own_leaf find_program find_provider find_signer
+is_crl_signed is_signed is_ssh_answering is_within_whole make_child make_compose_driver make_configs make_csr
+make_document make_drivers make_environment make_git_environment make_helm_driver make_issued_chain
+make_mis_context make_next_key make_opener make_private_key make_project make_public_key make_renewal_csr
+make_service make_wfm_context parse_certs_only
 """.split()
 
 with open(support.AGENT, encoding="utf-8") as file:

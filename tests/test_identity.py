@@ -1,4 +1,4 @@
-"""Section 8, Identity: who this device is, whom it trusts, and that nothing is said to anybody else."""
+"""Identity: who this device is, whom it trusts, and that nothing is said to anybody else."""
 import base64
 import contextlib
 import io

@@ -245,6 +245,8 @@ class Labels(Pair, support.DeviceCase):
         self.wfm.withdraw()
         self.device.cycle()
         self.assertEqual(set(self.engine.containers()), {"theirs"})
+        with self.engine.open() as held:
+            self.assertEqual(held["networks"], {})
 
     def test_without_its_certificate_an_agent_still_mends_its_own(self):
         self.install()

@@ -1,4 +1,4 @@
-"""Section 8, Identity: revocation lists of the draft, and pins, against examples/mis.py and examples/wfm.py."""
+"""Identity: revocation lists of the draft, and pins, against examples/mis.py and examples/wfm.py."""
 import datetime
 import base64
 import hashlib

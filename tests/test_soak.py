@@ -303,7 +303,7 @@ class AgainstTheExample(support.DeviceCase):
         if os.path.exists(store.path("state.json")):
             state = store.load_state()
             for record in state["deployments"].values():
-                record["retryAt"] = 0
+                record["retry"] = {}
             store.save_state(dict(state, patience={}))
         with contextlib.redirect_stderr(io.StringIO()):
             return margo_agent.Agent(config).cycle()
