@@ -1022,11 +1022,8 @@ def parse_json(data, what):
 def parse_duration(text):
     """`90`, `30s`, `5m`, `2h`, `1d` to seconds (float); raises ValueError."""
     match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?)([smhd]?)", text)
-    seconds = (
-        float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
-        if match
-        else -1
-    )
+    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+    seconds = float(match.group(1)) * units[match.group(2)] if match else -1
     if not 0 <= seconds <= MAX_DURATION:
         raise ValueError("a duration: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d")
     return seconds
@@ -1215,12 +1212,8 @@ def unpack_tar(data, max_unpacked, max_entries):
 # read.
 
 OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME = b"\x55\x1d\x13", b"\x55\x1d\x0f", b"\x55\x1d\x11"
-OID_SUBJECT_KEY, OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE = (
-    b"\x55\x1d\x0e",
-    b"\x55\x1d\x23",
-    b"\x55\x1d\x14",
-    b"\x55\x1d\x1c",
-)
+OID_SUBJECT_KEY, OID_ISSUER_KEY = b"\x55\x1d\x0e", b"\x55\x1d\x23"
+OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 KEY_CERT_SIGN, CRL_SIGN = 5, 6                      # bits of keyUsage (RFC 5280, 4.2.1.3)
 
 
@@ -1302,8 +1295,9 @@ def find_key_id(item, oid):
     """The identifier of the subject's or the issuer's key in a Certificate or Crl, or None."""
     try:
         inner = parse_der(item.extensions[oid][1])[0][1]
-        return inner if oid == OID_SUBJECT_KEY else next(value for tag, value, _ in parse_der(inner)
-                                                         if tag == 0x80)
+        if oid == OID_SUBJECT_KEY:
+            return inner
+        return next(value for tag, value, _ in parse_der(inner) if tag == 0x80)
     except (KeyError, IndexError, ValueError, StopIteration):
         return None
 
@@ -1320,17 +1314,11 @@ def make_chain(leaf, candidates):
     """[Certificate] from a leaf upwards, out of candidates in any order (E-039); roots are left out."""
     chain = [leaf]
     while len(chain) < 10:
-        found = next(
-            (
-                item
-                for item in candidates
-                if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain
-            ),
-            None,
-        )
-        if found is None:
+        above = [item for item in candidates if is_issuer(item, chain[-1]) and item not in chain]
+        above = [item for item in above if item.subject != item.issuer]
+        if not above:
             break
-        chain.append(found)
+        chain.append(above[0])
     return chain
 
 
@@ -1652,8 +1640,8 @@ def is_label(value):
     """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
     if not isinstance(value, list):
         return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
-    return len(set(map(get_kind, value))) == 1 and all(isinstance(item, str) or is_number(item)
-                                                       for item in value)
+    kinds = set(map(get_kind, value))
+    return kinds == {"text"} or kinds == {"number"} and all(map(is_number, value))
 
 
 read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
@@ -2644,11 +2632,8 @@ class Paced(io.RawIOBase):
     """
 
     def __init__(self, connection):
-        self.connection, self.raw, self.timeout = (
-            connection,
-            connection.makefile("rb", 0),
-            connection.gettimeout(),
-        )
+        self.connection, self.timeout = connection, connection.gettimeout()
+        self.raw = connection.makefile("rb", 0)
         self.renew()
 
     def renew(self):
@@ -4069,11 +4054,8 @@ def check_version(manifest, digest, accepted):
         return True
     if manifest.version == accepted["version"] and digest == accepted["digest"]:
         return False
-    relation = (
-        "the same version with other content"
-        if manifest.version == accepted["version"]
-        else "an older version"
-    )
+    same = manifest.version == accepted["version"]
+    relation = "the same version with other content" if same else "an older version"
     raise Refused(
         f"security: state manifest refused: version {manifest.version} is {relation}"
         f" (accepted: {accepted['version']});"
@@ -4131,10 +4113,8 @@ def parse_deployment(data, deployment_id):
         metadata = check_member(value, "metadata", "", read_dict)
         spec = check_member(value, "spec", "", read_dict)
         check_member(spec, "applicationId", "spec.", r"[-a-z0-9]{1,200}")
-        profile, where = (
-            check_member(spec, "deploymentProfile", "spec.", read_dict),
-            "spec.deploymentProfile.",
-        )
+        profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
+        where = "spec.deploymentProfile."
         constraints = check_member(profile, "deviceConstraints", where, optional(read_dict))
         check_constraints(constraints or {}, f"{where}deviceConstraints.")
         kind = profile.get("type")
@@ -4143,9 +4123,9 @@ def parse_deployment(data, deployment_id):
                 "UNSUPPORTED_TYPE",
                 f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs",
             )
-        items = check_member(profile, "components", where, checked("a list of at least one component",
-                                                                   lambda item: isinstance(item, list)
-                                                                   and bool(item)))
+        items = check_member(profile, "components", where, read_items)
+        if not items:
+            raise ValueError(f"{where}components: expected a list of at least one component")
         components = [parse_component(item, f"{where}components[{index}].", kind, dialect)
                       for index, item in enumerate(items)]
         names = {component.name for component in components}
@@ -5616,8 +5596,6 @@ CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
 CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-IMAGE_TYPES = ", ".join([OCI_MANIFEST, OCI_INDEX, "application/vnd.docker.distribution.manifest.v2+json",
-                         "application/vnd.docker.distribution.manifest.list.v2+json"])
 ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
                  "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
 MAX_ENTRIES = 10000                                 # files in one archive
@@ -5714,11 +5692,8 @@ class Registry:
             raise ComponentError("PULL_UNAUTHORIZED",
                                  f"{where}; set registries.{self.host}.username and password_file")
         if response.status != 200:
-            hint = (
-                "there is no such package"
-                if response.status == 404
-                else "it cannot be served now, tried again later"
-            )
+            absent = response.status == 404
+            hint = "there is no such package" if absent else "it cannot be served now, tried again later"
             wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
             raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
         if len(response.body) > limit:
@@ -5753,11 +5728,9 @@ class Registry:
                     return response
                 url = urljoin(url, response.headers.get("Location") or "")
         except (MargoError, ValueError) as error:
-            raise (
-                error
-                if isinstance(error, ComponentError)
-                else ComponentError("PULL_FAILED", f"{make_printable(url)}: {error}")
-            ) from None
+            if isinstance(error, ComponentError):
+                raise
+            raise ComponentError("PULL_FAILED", f"{make_printable(url)}: {error}") from None
         raise ComponentError("PULL_FAILED", f"{make_printable(url)}: too many redirects")
 
     def request(self, url, headers, limit):
@@ -5778,13 +5751,10 @@ class Registry:
             if scheme == "basic" and basic:
                 return basic
             if scheme == "bearer" and facts.get("realm", "").startswith(("https://", self.scheme + "://")):
-                query = {"service": facts.get("service"), "scope": facts.get("scope")
-                         or f"repository:{name}:pull"}
-                url = (
-                    facts["realm"]
-                    + ("&" if "?" in facts["realm"] else "?")
-                    + urlencode({key: item for key, item in query.items() if item})
-                )
+                query = {"service": facts["service"]} if facts.get("service") else {}
+                query["scope"] = facts.get("scope") or f"repository:{name}:pull"
+                mark = "&" if "?" in facts["realm"] else "?"
+                url = facts["realm"] + mark + urlencode(query)
                 headers = {"Authorization": basic} if basic else {}
                 try:
                     answer = parse_json(self.request(url, headers, MAX_ANSWER).body, "the token")
@@ -5883,19 +5853,6 @@ def check_space(folder, need, what):
             f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
             f" {folder} {margin // KIB} stay so; free some there",
         )
-
-
-def ask_for_image(image, config):
-    """Whether an image's registry offers it now; of one that the name does not tell nothing is known."""
-    match = re.fullmatch(r"([^/]*[.:][^/]*|localhost)/(.+?)(?::([\w.-]+))?(?:@(sha256:[0-9a-f]{64}))?", image)
-    if not match:
-        return False
-    host, name, tag, digest = match.groups()
-    try:
-        Registry(host, config).get(name, f"manifests/{digest or tag or 'latest'}", IMAGE_TYPES, config.policy.max_document)
-    except MargoError:
-        return False
-    return True
 
 
 def parse_package_manifest(data, where, max_artifact, kind="compose"):
@@ -6204,8 +6161,8 @@ def make_claim(owner, state):
     for record in records.values():
         services += (record["running"] or {}).get("services", {}).values()
     ids = {facts.get("id") for items in services for facts in items.values()}
-    owners, pulled = frozenset(state["owners"]), frozenset(state["pulled"])
-    return Claim(owner, owners, frozenset(records), ids - {None}, pulled)
+    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None},
+                 frozenset(state["pulled"]))
 
 
 def is_ours(claim, deployment_id, owner, container_id=None):
@@ -7268,8 +7225,8 @@ def claim_nothing():
 def make_compose_driver(config, environ=None, child=None, others=(), claim=claim_nothing):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
-    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all other devices; claim:
-    a function for the Claim that holds now.
+    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all
+    other devices; claim: a function for the Claim that holds now.
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
@@ -7297,7 +7254,8 @@ class ComposeDriver:
     Either way containers are found by their labels, by one query for all, and judged by what the engine shows of them.
     """
 
-    def __init__(self, engine, provider, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
+    def __init__(self, engine, provider, config, environ=None, child=("", {}), others=(),
+                 claim=claim_nothing):
         self.engine, self.provider, self.config, self.environ = engine, provider, config, environ
         self.claim, self.strangers = claim, []      # [Container] that the last look has shown, and that are not ours
         self.device_id, self.connection = child
@@ -7326,7 +7284,7 @@ class ComposeDriver:
         ours, self.strangers = part_containers(found, self.claim())
         return [container for container in ours if container.device_id not in self.others]
 
-    def find_strangers(self):
+    def ask_strangers(self):
         """[Container] of other owners, as the last look has shown them."""
         return self.strangers
 
@@ -7344,29 +7302,31 @@ class ComposeDriver:
                             self.claim().owner)
         again = bool(known) and known["digest"] == package["digest"]
         prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
-        self.check_names(*prepared)
+        self.ask_names(*prepared)
         if self.provider:
             self.keep_owners(*prepared)
         return prepared, package
 
-    def check_names(self, workload, project):
+    def ask_names(self, workload, project):
         """Raises ComponentError where a name that a component needs is another owner's, before anything is touched."""
         between = "_" if self.provider == ["podman-compose"] else "-"
         containers = [between.join((workload.project, service.name, "1")) for service in project.services]
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
         networks = [name for name, arguments in project.networks.items() if arguments is not None]
-        for kind, names, words in (("network", networks, advice),
-                                   ("volume", list(project.volumes), advice), ("container", containers, "remove it there")):
+        for kind, names, words in (("network", networks, advice), ("volume", list(project.volumes), advice),
+                                   ("container", containers, "remove it there")):
             for name, owner, found_id in self.inspect_names(kind, names):
                 if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
-                    raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {make_printable(owner, 300)}: {words}")
+                    owner = make_printable(owner, 300)
+                    raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {owner}: {words}")
 
     def keep_owners(self, workload, project):
-        """Lets a provider's file say of networks and volumes that are there whose they are by their labels: for one that is not in its
-        file as it was made docker compose stops everything, and goes no further."""
+        """Lets a provider's file say of networks and volumes that are there whose they are by their labels: for one that
+        is not in its file as it was made docker compose stops everything, and goes no further."""
         for kind in ("network", "volume"):
             items = project.document[kind + "s"].items()
-            labels = {item.get("name", f"{workload.project}_{key}"): item["labels"] for key, item in items if item.get("labels")}
+            labels = {item.get("name", f"{workload.project}_{key}"): item["labels"]
+                      for key, item in items if item.get("labels")}
             for name, owner, _ in self.inspect_names(kind, list(labels)):
                 labels[name][LABEL_OWNER] = owner
                 if not owner:                       # an older agent made it
@@ -7694,7 +7654,7 @@ class ComposeDriver:
         text = b"" if shown.code else shown.stdout.strip()
         declared = self.parse(text or b"null", lambda value: list(value or ()))
         volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
-        labels = make_pairs("--label")(make_shared_labels({}, "labels", job.workload), "labels")
+        labels = [f"--label={LABEL_PROJECT}={project}", f"--label={LABEL_OWNER}={job.workload.owner}"]
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
         options = []
         if self.engine == "podman":                 # else the agent's own proxy, password and all, is handed in
@@ -7736,9 +7696,15 @@ class ComposeDriver:
         if not probe.code:
             self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
             return
-        if ask_for_image(service.image, self.config) and self.remove_image(service.image):
+        asked = service._replace(pull="always")
+        try:
+            self.pull(asked, PULL_TIMEOUT)        # fetches nothing that storage thinks it has, but its registry answers
+        except (ComponentError, CommandError) as error:
+            log("warning", "a damaged image cannot be pulled anew now", image=service.image, reason=error.message)
+            return
+        if self.remove_image(service.image):
             log("warning", "a damaged image is pulled anew", image=service.image)
-            self.pull(service, PULL_TIMEOUT)
+            self.pull(asked, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
         """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""
@@ -8203,11 +8169,11 @@ class HelmDriver:
         claim = self.claim()
         return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
 
-    def find_strangers(self):
+    def ask_strangers(self):
         """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
         return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
 
-    def check_name(self, name, namespace):
+    def ask_name(self, name, namespace):
         """Raises ComponentError where a release of this name was made by somebody else."""
         options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
         if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
@@ -8227,7 +8193,7 @@ class HelmDriver:
         fetched.append(package["digest"])
         content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
         name = make_release_name(component.name, deployment.deployment_id)
-        self.check_name(name, deployment.namespace)
+        self.ask_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         try:
             create_folder(folder)
@@ -8317,7 +8283,7 @@ class HelmDriver:
 def make_drivers(config, child=None, others=(), claim=claim_nothing):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-    A driver has observe, find_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
+    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
     host, stop; no other section knows what it drives.
     """
     drivers = {"compose": make_compose_driver(config, child=child, others=others, claim=claim),
@@ -8373,7 +8339,7 @@ def observe_devices(devices, records):
     return seen
 
 
-def list_others(answering, known=None):
+def ask_others(answering, known=None):
     """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown.
 
     answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not asked again.
@@ -8381,7 +8347,7 @@ def list_others(answering, known=None):
     others = {item["name"]: item for item in known or () if item["type"] == "helm"}
     for device_id, drivers in answering.items():
         for kind, driver in drivers.items():
-            found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
+            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
             if isinstance(found, CommandError):
                 log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
                 continue
@@ -8991,14 +8957,11 @@ def detect_text(root, dmi, tree):
 
     Placeholders of careless makers count as nothing.
     """
-    text = (
-        read_fact(root, "sys/class/dmi/id", dmi) or (tree and read_fact(root, "proc/device-tree", tree)) or ""
-    )
-    return (
-        ""
-        if re.fullmatch(r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?", text)
-        else make_printable(text, 120)
-    )
+    text = read_fact(root, "sys/class/dmi/id", dmi)
+    if not text and tree:
+        text = read_fact(root, "proc/device-tree", tree)
+    placeholder = r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?"
+    return "" if re.fullmatch(placeholder, text) else make_printable(text, 120)
 
 
 def detect_interfaces(root):
@@ -9053,13 +9016,11 @@ def get_device_id(device, root="/"):
     """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved
     characters (C-086).
     """
-    found = (
-        device.id
-        or device.serialNumber
-        or detect_text(root, "product_serial", "serial-number")
-        or read_fact(root, "etc/machine-id")
-    )
-    name = found if device.id else re.sub(r"[^A-Za-z0-9._~-]+", "-", found).strip("-.")
+    if device.id:
+        return device.id
+    found = device.serialNumber or detect_text(root, "product_serial", "serial-number")
+    found = found or read_fact(root, "etc/machine-id")
+    name = re.sub(r"[^A-Za-z0-9._~-]+", "-", found).strip("-.")
     if not name:
         raise ConfigError(
             "device.id: not set, and this hardware has no serial number or machine id to take instead"
@@ -9694,7 +9655,7 @@ class Agent:
         memo = self.store.load_memo()
         others = memo.get("others")
         if self.answering:
-            others = list_others(self.answering, None if self.changed else others)[:MAX_NAMED]
+            others = ask_others(self.answering, None if self.changed else others)[:MAX_NAMED]
         self.store.save_memo(dict(memo, lastPoll=last, others=others or []))
         delay = make_delay(self.config, state, fault, get_clock(), get_random())
         return Outcome(code, result, last["detail"], delay)
@@ -10049,8 +10010,8 @@ def command_doctor(config, options):
     """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
     agent, failed = Agent(config), False
     agent.state = make_state()
-    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("others", check_others),
-                        *EXAMINE.items(), ("registry", check_registries), ("labels", check_labels),
+    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), *EXAMINE.items(),
+                        ("others", check_others), ("registry", check_registries), ("labels", check_labels),
                         ("identity", lambda agent: SERVED[agent.config.wfm.profile].check(agent.config, agent.state, time.time())),
                         ("wfm", check_connection)):
         try:
@@ -10104,7 +10065,7 @@ def check_engine(agent):
 
 def check_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
-    others = list_others({device.device_id: device.drivers for device in agent.devices})
+    others = ask_others({device.device_id: device.drivers for device in agent.devices})
     words = "; ".join(make_others_words(others))
     return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
@@ -10431,7 +10392,7 @@ def command_plan(config, options):
     actions, seen = [], {}
     if accepted:
         actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
-    others = list_others(agent.answering)
+    others = ask_others(agent.answering)
     changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
     actions = [action._replace(verb=PRINTED.get(action.verb, action.verb)) for action in actions
                if action.verb != "clear" or action.deployment_id not in changed]        # else it is part of a move

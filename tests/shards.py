@@ -50,10 +50,15 @@ def count_shards():
 
 
 def make_prefix():
-    """The command that gives the one after it a network of its own; None where root may not have any."""
+    """The command that gives the one after it a network of its own; None where root may not have any.
+
+    podman's DNS server keeps one process and its names in this folder, whichever network it is in, so that is each one's own, too.
+    """
     if os.geteuid():
         return []                                   # no real engine without root
-    prefix = ["unshare", "--net"]
+    folder = "/run/containers/networks"
+    script = f'mkdir -p {folder} && mount -t tmpfs tmpfs {folder} && exec "$@"'
+    prefix = ["unshare", "--net", "--mount", "sh", "-c", script, "sh"]
     works = shutil.which("unshare") and subprocess.call(prefix + ["true"], stderr=subprocess.DEVNULL) == 0
     return prefix if works else None
 
