@@ -5543,7 +5543,8 @@ def find_held_ports(record):
     if record["fallback"] and "services" in (record["running"] or ()):
         services = record["running"]["services"].values()       # the version before runs still
     facts = [facts for item in services for facts in item.values()]
-    return {(record["deviceId"], *port) for item in facts for port in item.get("ports", ())}
+    running = [item for item in facts if not item["finished"]]
+    return {(record["deviceId"], *port) for item in running for port in item.get("ports", ())}
 
 
 def find_clash(takes, holds):
@@ -5593,8 +5594,6 @@ CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
 CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-IMAGE_TYPES = (f"{OCI_MANIFEST}, {OCI_INDEX}, application/vnd.docker.distribution.manifest.v2+json,"
-               " application/vnd.docker.distribution.manifest.list.v2+json")
 ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
                  "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
 MAX_ENTRIES = 10000                                 # files in one archive
@@ -5852,23 +5851,6 @@ def check_space(folder, need, what):
             f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
             f" {folder} {margin // KIB} stay so; free some there",
         )
-
-
-def ask_for_image(image, config):
-    """Whether an image's registry has it now.
-
-    False where that is not known: without a host of its own it may be anywhere.
-    """
-    match = re.fullmatch(r"([^/]*[.:][^/]*|localhost)/(.+?)(?::([\w.-]+))?(?:@(sha256:[0-9a-f]{64}))?", image)
-    if not match or match.group(1) == "docker.io":
-        return False
-    host, name, tag, digest = match.groups()
-    try:
-        path = f"manifests/{digest or tag or 'latest'}"
-        Registry(host, config).get(name, path, IMAGE_TYPES, config.policy.max_document)
-    except MargoError:
-        return False
-    return True
 
 
 def parse_package_manifest(data, where, max_artifact, kind="compose"):
@@ -6177,8 +6159,8 @@ def make_claim(owner, state):
     for record in records.values():
         services += (record["running"] or {}).get("services", {}).values()
     ids = {facts.get("id") for items in services for facts in items.values()}
-    owners, pulled = frozenset(state["owners"]), frozenset(state["pulled"])
-    return Claim(owner, owners, frozenset(records), ids - {None}, pulled)
+    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None},
+                 frozenset(state["pulled"]))
 
 
 def is_ours(claim, deployment_id, owner, container_id=None):
@@ -7667,7 +7649,7 @@ class ComposeDriver:
         text = b"" if shown.code else shown.stdout.strip()
         declared = self.parse(text or b"null", lambda value: list(value or ()))
         volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
-        labels = make_pairs("--label")(make_shared_labels({}, "volumes", "", job.workload), "labels")
+        labels = [f"--label={LABEL_OWNER}={job.workload.owner}"]
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
         options = []
         if self.engine == "podman":                 # else the agent's own proxy, password and all, is handed in
@@ -7709,9 +7691,15 @@ class ComposeDriver:
         if not probe.code:
             self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
             return
-        if ask_for_image(service.image, self.config) and self.remove_image(service.image):
+        asked = service._replace(pull="always")
+        try:
+            self.pull(asked, PULL_TIMEOUT)        # fetches nothing that storage thinks it has, but its registry answers
+        except (ComponentError, CommandError) as error:
+            log("warning", "a damaged image cannot be pulled anew now", image=service.image, reason=error.message)
+            return
+        if self.remove_image(service.image):
             log("warning", "a damaged image is pulled anew", image=service.image)
-            self.pull(service, PULL_TIMEOUT)
+            self.pull(asked, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
         """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""
@@ -8670,7 +8658,7 @@ class Installation:
     def free_ports(self):
         """Stops what holds a port of the host, so that another deployment can take it."""
         self.touched = True
-        running = self.record["running"]
+        running = self.record["running"] or {}
         services = [item["services"] for item in self.record["components"]]
         if "services" in running:
             services = running["services"].values()
@@ -8831,8 +8819,7 @@ def apply_removal(action, record, tools):
 
 
 def apply_clearing(action, record, tools):
-    """Removes what a deployment has on a device where it is not at home; raises ComponentError, CommandError.
-    """
+    """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
     yield None
     nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
     with Notices(tools) as notices:
@@ -9229,8 +9216,7 @@ class Agent:
         self.source = None
 
     def connect(self, keep=True):
-        """The source of the desired state, connected when it is first needed; raises Untrusted, Unreachable.
-        """
+        """The source of the desired state, connected when it is needed; raises Untrusted, Unreachable."""
         if self.source is None:
             self.source = connect_source(self.config, self.store, self.state, keep)
         return self.source
@@ -9348,14 +9334,14 @@ class Agent:
             raise fault
 
     def make_capabilities(self, device):
-        """The capabilities document of a device as it is now; a child is what the configuration says of it."""
+        """The capabilities document of a device as it is; a child is what the configuration says of it."""
         detected = {"peripherals": [], "interfaces": []}
         if not device.silence:
             detected = detect_properties(self.config.state_dir)
         return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
 
     def report_capabilities(self, always=False):
-        """PUTs the capabilities of all devices before anything else, and again where they changed; see report_devices."""
+        """PUTs the capabilities of all devices before anything else, and again where they changed."""
         documents = {device.device_id: self.make_capabilities(device) for device in self.devices}
         report_devices(documents, self.source, self.store, self.state, always)
 
@@ -10450,7 +10436,7 @@ def check_engine(agent):
 
 def check_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
-    others = list_others(agent.answering)
+    others = list_others({device.device_id: device.drivers for device in agent.devices})
     words = "; ".join(make_others_words(others))
     return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
