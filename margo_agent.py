@@ -7223,8 +7223,8 @@ def claim_nothing():
 def make_compose_driver(config, environ=None, child=None, others=(), claim=claim_nothing):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
-    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all other devices; claim:
-    a function for the Claim that holds now.
+    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all
+    other devices; claim: a function for the Claim that holds now.
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
@@ -7252,7 +7252,8 @@ class ComposeDriver:
     Either way containers are found by their labels, by one query for all, and judged by what the engine shows of them.
     """
 
-    def __init__(self, engine, provider, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
+    def __init__(self, engine, provider, config, environ=None, child=("", {}), others=(),
+                 claim=claim_nothing):
         self.engine, self.provider, self.config, self.environ = engine, provider, config, environ
         self.claim, self.strangers = claim, []      # [Container] that the last look has shown, and that are not ours
         self.device_id, self.connection = child
@@ -7281,7 +7282,7 @@ class ComposeDriver:
         ours, self.strangers = part_containers(found, self.claim())
         return [container for container in ours if container.device_id not in self.others]
 
-    def find_strangers(self):
+    def ask_strangers(self):
         """[Container] of other owners, as the last look has shown them."""
         return self.strangers
 
@@ -7299,29 +7300,31 @@ class ComposeDriver:
                             self.claim().owner)
         again = bool(known) and known["digest"] == package["digest"]
         prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
-        self.check_names(*prepared)
+        self.ask_names(*prepared)
         if self.provider:
             self.keep_owners(*prepared)
         return prepared, package
 
-    def check_names(self, workload, project):
+    def ask_names(self, workload, project):
         """Raises ComponentError where a name that a component needs is another owner's, before anything is touched."""
         between = "_" if self.provider == ["podman-compose"] else "-"
         containers = [between.join((workload.project, service.name, "1")) for service in project.services]
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
         networks = [name for name, arguments in project.networks.items() if arguments is not None]
-        for kind, names, words in (("network", networks, advice),
-                                   ("volume", list(project.volumes), advice), ("container", containers, "remove it there")):
+        for kind, names, words in (("network", networks, advice), ("volume", list(project.volumes), advice),
+                                   ("container", containers, "remove it there")):
             for name, owner, found_id in self.inspect_names(kind, names):
                 if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
-                    raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {make_printable(owner, 300)}: {words}")
+                    owner = make_printable(owner, 300)
+                    raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {owner}: {words}")
 
     def keep_owners(self, workload, project):
-        """Lets a provider's file say of networks and volumes that are there whose they are by their labels: for one that is not in its
-        file as it was made docker compose stops everything, and goes no further."""
+        """Lets a provider's file say of networks and volumes that are there whose they are by their labels: for one that
+        is not in its file as it was made docker compose stops everything, and goes no further."""
         for kind in ("network", "volume"):
             items = project.document[kind + "s"].items()
-            labels = {item.get("name", f"{workload.project}_{key}"): item["labels"] for key, item in items if item.get("labels")}
+            labels = {item.get("name", f"{workload.project}_{key}"): item["labels"]
+                      for key, item in items if item.get("labels")}
             for name, owner, _ in self.inspect_names(kind, list(labels)):
                 labels[name][LABEL_OWNER] = owner
                 if not owner:                       # an older agent made it
@@ -7649,7 +7652,7 @@ class ComposeDriver:
         text = b"" if shown.code else shown.stdout.strip()
         declared = self.parse(text or b"null", lambda value: list(value or ()))
         volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
-        labels = [f"--label={LABEL_OWNER}={job.workload.owner}"]
+        labels = [f"--label={LABEL_PROJECT}={project}", f"--label={LABEL_OWNER}={job.workload.owner}"]
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
         options = []
         if self.engine == "podman":                 # else the agent's own proxy, password and all, is handed in
@@ -8164,11 +8167,11 @@ class HelmDriver:
         claim = self.claim()
         return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
 
-    def find_strangers(self):
+    def ask_strangers(self):
         """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
         return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
 
-    def check_name(self, name, namespace):
+    def ask_name(self, name, namespace):
         """Raises ComponentError where a release of this name was made by somebody else."""
         options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
         if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
@@ -8188,7 +8191,7 @@ class HelmDriver:
         fetched.append(package["digest"])
         content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
         name = make_release_name(component.name, deployment.deployment_id)
-        self.check_name(name, deployment.namespace)
+        self.ask_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         try:
             create_folder(folder)
@@ -8278,7 +8281,7 @@ class HelmDriver:
 def make_drivers(config, child=None, others=(), claim=claim_nothing):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-    A driver has observe, find_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
+    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
     host, stop; no other section knows what it drives.
     """
     drivers = {"compose": make_compose_driver(config, child=child, others=others, claim=claim),
@@ -8334,7 +8337,7 @@ def observe_devices(devices, records):
     return seen
 
 
-def list_others(answering, known=None):
+def ask_others(answering, known=None):
     """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown.
 
     answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not asked again.
@@ -8342,7 +8345,7 @@ def list_others(answering, known=None):
     others = {item["name"]: item for item in known or () if item["type"] == "helm"}
     for device_id, drivers in answering.items():
         for kind, driver in drivers.items():
-            found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
+            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
             if isinstance(found, CommandError):
                 log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
                 continue
@@ -9650,7 +9653,7 @@ class Agent:
         memo = self.store.load_memo()
         others = memo.get("others")
         if self.answering:
-            others = list_others(self.answering, None if self.changed else others)[:MAX_NAMED]
+            others = ask_others(self.answering, None if self.changed else others)[:MAX_NAMED]
         self.store.save_memo(dict(memo, lastPoll=last, others=others or []))
         delay = make_delay(self.config, state, fault, get_clock(), get_random())
         return Outcome(code, result, last["detail"], delay)
@@ -10295,7 +10298,7 @@ def command_plan(config, options):
     actions, seen = [], {}
     if accepted:
         actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
-    others = list_others(agent.answering)
+    others = ask_others(agent.answering)
     changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
     actions = [action._replace(verb=PRINTED.get(action.verb, action.verb)) for action in actions
                if action.verb != "clear" or action.deployment_id not in changed]        # else it is part of a move
@@ -10381,8 +10384,8 @@ def command_doctor(config, options):
     """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
     agent, failed = Agent(config), False
     agent.state = make_state()
-    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("others", check_others),
-                        *EXAMINE.items(), ("registry", check_registries), ("labels", check_labels),
+    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), *EXAMINE.items(),
+                        ("others", check_others), ("registry", check_registries), ("labels", check_labels),
                         ("identity", lambda agent: SERVED[agent.config.wfm.profile].check(agent.config, agent.state, time.time())),
                         ("wfm", check_connection)):
         try:
@@ -10436,7 +10439,7 @@ def check_engine(agent):
 
 def check_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
-    others = list_others({device.device_id: device.drivers for device in agent.devices})
+    others = ask_others({device.device_id: device.drivers for device in agent.devices})
     words = "; ".join(make_others_words(others))
     return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 

@@ -2102,7 +2102,7 @@ class Owners(DriverCase):
     """Whose something on the engine is (contract, On the engine)."""
 
     def check_names(self, document):
-        self.driver.check_names(*self.prepare(document))
+        self.driver.ask_names(*self.prepare(document))
 
     def test_one_rule_says_what_is_ours(self):
         claim = margo_agent.Claim("me", {"me", "I-then"}, {support.HELLO}, {"recorded"})
@@ -2125,7 +2125,7 @@ class Owners(DriverCase):
                 labels = dict(mine["labels"], **{"org.margo.owner": owner})
                 held["containers"][name] = dict(mine, id=name, labels=labels)
         self.assertEqual({item.name for item in self.driver.observe()}, {f"{PROJECT}-main-1", "forged"})
-        self.assertEqual([(item.name, item.owner) for item in self.driver.find_strangers()], [("theirs", "stranger")])
+        self.assertEqual([(item.name, item.owner) for item in self.driver.ask_strangers()], [("theirs", "stranger")])
 
     def test_a_name_of_a_stranger_s_fails_the_component_before_anything_is_touched(self):
         document = make_document({"volumes": ["data:/d"]}, volumes={"data": None})

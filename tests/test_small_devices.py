@@ -176,19 +176,20 @@ class Temporary(SmallCase):
         self.device.cycle()
         self.assertEqual((os.listdir(self.folder), os.path.isdir(self.engine.folder)), ([], True))
 
-    def test_an_image_that_has_no_room_there_goes_where_the_engine_keeps_such(self):
+    def test_where_the_store_of_images_has_more_room_the_engine_uses_its_own_folder(self):
         """A state directory on small flash beside a large store of images."""
         self.device.cycle()
         config = margo_agent.load_config(self.device.config_file, self.device.env)
         driver = margo_agent.make_compose_driver(config, self.device.env)
-        self.assertEqual(driver.clear_temporary(0)["TMPDIR"], self.folder)
-        self.assertNotIn("TMPDIR", driver.clear_temporary(1 << 60))
+        self.assertEqual(driver.clear_temporary(self.device.state_dir)["TMPDIR"], self.folder)
+        with mock.patch.object(margo_agent, "get_space", lambda folder: ((1 if folder == self.folder else 2), 0)):
+            self.assertNotIn("TMPDIR", driver.clear_temporary("/images"))
 
     def test_a_folder_of_somebody_else_is_never_emptied(self):
         folder = support.make_folder(self)
         support.write(os.path.join(folder, "file"), "")
         config = margo_agent.load_config(self.device.config_file, self.device.env)
-        margo_agent.ComposeDriver("podman", None, config, dict(self.device.env, TMPDIR=folder)).clear_temporary(0)
+        margo_agent.ComposeDriver("podman", None, config, dict(self.device.env, TMPDIR=folder)).clear_temporary(folder)
         self.assertEqual(os.listdir(folder), ["file"])
 
 

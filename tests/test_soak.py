@@ -121,7 +121,7 @@ class Machine:
             self.running.pop(self.rng.choice(sorted(self.running)))
         return [Container(item[:8], item[:8], item, "web", "main", mark, "running", "compose") for item, mark in sorted(self.running.items())]
 
-    def find_strangers(self):
+    def ask_strangers(self):
         return []
 
     def tail_log(self, *_):
