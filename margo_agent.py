@@ -14,14 +14,16 @@ Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one
 Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All else may change.
 
 How to read it: from top to bottom.  A section uses only sections above it.
-   1 Constants and errors         9 Transport                   17 Deployment status
-   2 Records                     10 Identity                    18 Apply
-   3 YAML                        11 Desired state               19 Capabilities
-   4 Small encodings             12 Desired-state sources       20 Agent
-   5 X.509                       13 Eligibility                 21 Gateway (optional)
-   6 Configuration               14 Plan                        22 Hooks (optional)
-   7 Store                       15 Packages                    23 Older documents (optional)
-   8 Commands                    16 Runtimes                    24 Command line
+   1 Constants and errors    11 Desired state           21 Gateway (optional)
+   2 Records                 12 Desired-state source    22 Hooks (optional)
+   3 YAML                    13 Eligibility             23 Older documents (optional)
+   4 Small encodings         14 Plan                    24 Signed (optional)
+   5 X.509                   15 Packages                25 Git (optional)
+   6 Configuration           16 Runtimes                26 Enrollment (optional)
+   7 Store                   17 Deployment status       27 Revocation (optional)
+   8 Commands                18 Apply                   28 Command line
+   9 Transport               19 Capabilities
+  10 Identity and trust      20 Agent
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
 are mistakes of other agents, which a test of the same mark keeps out.
 """
@@ -42,7 +44,11 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 # 1. Constants and errors
 # ------------------------------------------------------------------------------------------------------------------------------
 
-PROFILES = ("mtls", "signed", "git")
+# What optional rooms add where they are defined; nothing outside names anything in them.  See also SCHEMA, CHECKS,
+# STEPS, EXAMINE and COMPANIONS.
+PROFILES = {}                       # {wfm.profile: its Profile class}
+OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of configuration and value)}}
+TRACES = []                         # names in the state directory that `unenroll` removes
 
 KIB, MIB = 1024, 1024 * 1024
 MAX_CERTIFICATES = 1 * MIB          # a trust bundle, a PEM file
@@ -71,8 +77,6 @@ EXTENSION_PATTERN = r"x-[a-z][a-z0-9-]*-extensions"
 REGISTRY_PATTERN = r"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?"
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
-ALGORITHMS = ("ecdsa-p256-sha256", "ecdsa-p384-sha384", "rsa-v1_5-sha256", "rsa-pss-sha256", "rsa-pss-sha512", "ed25519")      # of signatures (C-065)
-
 STATES = ("failed", "removing", "installing", "pending", "removed", "installed")     # most severe first (C-133)
 
 RETRY_FIRST, RETRY_CAP = 30, 3600                   # seconds between attempts at a failed deployment
@@ -93,21 +97,6 @@ LOOKS = 8                                           # engines and clusters that 
 FREE_SPACE = 32 * MIB                               # at most stays free on a disk that something is fetched to (P-4)
 SHARE = 16                                          # of a small disk it is one part of so many that stays free, and that is kept
 CORPSE_GRACE = 5                                    # seconds in which a program that was killed has to be gone
-PUSH_ATTEMPTS = 5                                   # how often a status is put on top of what others pushed meanwhile
-MAX_PACKS = 50                                      # fetches after which the copy of a Git repository is begun anew
-EXPIRY_WARNING, EXPIRY_ADVICE = 0.2, 0.25           # shares of the own SVID's lifetime left: from when to warn, and when doctor does
-
-
-# The draft "MIAF Enrollment, Renewal, and Revocation Profile": its names and figures, which may still change, stand here alone.
-EST_FIELD, CRL_FIELD = "estBaseUri", "crlUris"
-CSR_TYPE, CERTS_TYPE = "application/pkcs10", "application/pkcs7-mime"
-RENEWAL_WINDOW = 0.40, 0.60                         # share of an SVID's lifetime after which it is renewed (E-061)
-EST_FIRST, EST_CAP = 60, 3600                       # seconds between attempts at enrollment and renewal (E-062)
-CRL_PERIOD = 43200                                  # seconds after which a revocation list is asked for again, up to twice that (E-082)
-MAX_ISSUED = 32                                     # certificates in one EST answer
-CLOCK_SKEW = 300                                    # seconds that another clock may be ahead of ours
-HALF_DONE = 600                                     # seconds that the replacement of certificate and key may take
-DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
 
 
 class MargoError(Exception):
@@ -135,18 +124,13 @@ def define_fault(name, base, meaning, **facts):
 
 ConfigError = define_fault("ConfigError", MargoError, "The command line or the configuration is wrong.", exit=2, code="CONFIGURATION")
 Unreachable = define_fault("Unreachable", MargoError, "The WFM cannot be reached or asks for patience.", exit=3, code="UNREACHABLE")
-HalfDone = define_fault("HalfDone", Unreachable,
-    "Certificate and key do not fit at this moment, because an operator has replaced only one of them so far.", code="HALF_DONE")
 Silence = define_fault("Silence", Unreachable, "No request is made now, by the operator's or a server's wish; not a fault.")
-Pending = define_fault("Pending", Silence, "The request for an SVID was accepted and waits for a decision; not a failure.")
-NotRenewed = define_fault("NotRenewed", MargoError, "The own SVID could not be renewed, and is still good.", exit=3, code="NOT_RENEWED")
 Waiting = define_fault("Waiting", MargoError, "A desired state that removes a lot waits for its confirmation.", exit=3, code="REMOVALS_UNCONFIRMED")
 Interrupted = define_fault("Interrupted", MargoError, "The process was asked to end before everything was done.", exit=3, code="INTERRUPTED")
 StorageError = define_fault("StorageError", MargoError, "The state directory cannot be read or written.", exit=3, code="STORAGE")
 NoMemory = define_fault("NoMemory", MargoError, "The device has not enough memory for a step.", exit=3, code="MEMORY")
 Refused = define_fault("Refused", MargoError, "The desired state is refused as a whole; what runs stays as it is.", exit=4, code="REFUSED")
 Untrusted = define_fault("Untrusted", MargoError, "Own identity or the peer's cannot be trusted.", exit=5, code="UNTRUSTED")
-NoPath = define_fault("NoPath", Untrusted, "An issued SVID does not lead to the trust bundle.")
 Locked = define_fault("Locked", MargoError, "Another instance works on the same state directory.", exit=6, code="LOCKED")
 CommandError = define_fault("CommandError", MargoError, "A helper program could not be run to its end.", exit=1, code="COMMAND")
 CommandMissing = define_fault("CommandMissing", CommandError, "The program is not installed.")
@@ -190,18 +174,6 @@ def define(name, fields, meaning, *defaults):
 
 Certificate = define("Certificate", "der subject issuer serial not_before not_after spki uris is_ca key_usage extensions",
     "An X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None, {OID: (critical, value, raw)}.")
-Crl = define("Crl", "issuer this_update next_update entries number extensions",
-    "What is used of a revocation list: raw name, Unix seconds, the raw entries, CRL number, extensions as of a Certificate.")
-Discovery = define("Discovery", "trust_domain bundle_uri est_uri crl_uris faults",
-    "A discovery document: texts (`est_uri` may be None), list of URLs, and words about what of it was passed over.")
-SpiffeId = define("SpiffeId", "text trust_domain path", "A SPIFFE ID, its trust domain and its path (with leading slash).")
-Identity = define("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file",
-    "The own SVID: SPIFFE ID, the WFM's SPIFFE ID that follows from it (C-009), the leaf Certificate, the two files.")
-Signer = define("Signer", "leaf key algorithm label components keyid alg",
-    "What signs requests: the own leaf Certificate, its key (a file or a URI that openssl knows), the algorithm, and how RFC 9421 is spoken:"
-    " label, components to cover, keyid, `alg` parameter (empty: not sent).")
-TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
-    "Trust anchors (DER), `spiffe_sequence` and `spiffe_refresh_hint` in seconds, each None where the bundle has none.")
 ManifestEntry = define("ManifestEntry", "deployment_id digest size",
     "One line of a state manifest; `size` is advice, never a check (C-110).")
 Manifest = define("Manifest", "version bundle_digest bundle_size entries",
@@ -237,9 +209,6 @@ Seen = define("Seen", "containers silent",
 Share = define("Share", "device targets records unseen",
     "What a device has to care for: its Device, [Target] that should run there, {id in lower case: record} of what is at home"
     " there, {id in lower case: CommandError} of what cannot be seen now.")
-Profile = define("Profile", "connect describe check identify",
-    "How a profile is served: functions that connect its source, tell `status` of its identity, check that for `doctor`, and tell who the"
-    " client is by what is configured alone.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due.")
 
@@ -1068,12 +1037,6 @@ def grow(first, times, cap):
     return min(cap, first * 2 ** min(max(times - 1, 0), 30))
 
 
-def find_left(record, now):
-    """Seconds still to wait after an attempt {at, delay}; 0 if the clock now stands before `at`."""
-    passed, delay = now - record.get("at", 0), record.get("delay", 0)
-    return delay - passed if 0 <= passed < delay else 0
-
-
 def make_wait(record, delay, clock):
     """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay,
     boot, uptime}.
@@ -1308,59 +1271,6 @@ def is_issuer(candidate, item):
     return candidate.subject == item.issuer and (None in ids or ids[0] == ids[1])
 
 
-def make_chain(leaf, candidates):
-    """[Certificate] from a leaf upwards, out of candidates in any order (E-039); roots are left out."""
-    chain = [leaf]
-    while len(chain) < 10:
-        above = [item for item in candidates if is_issuer(item, chain[-1]) and item not in chain]
-        above = [item for item in above if item.subject != item.issuer]
-        if not above:
-            break
-        chain.append(above[0])
-    return chain
-
-
-def parse_crl(data):
-    """A revocation list (DER or PEM) to (DER, Crl).
-
-    Raises ValueError, also for one whose meaning is not understood (E-085).
-    """
-    try:
-        der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
-        fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
-        if fields[0][:2] != (0x02, b"\1"):
-            raise ValueError("it is not of version 2")
-        times = [parse_der_time(*field[:2]) for field in fields[3:5]]
-        extensions = parse_extensions(next(value for tag, value, _ in fields[5:] if tag == 0xA0))
-        scope = (
-            parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1]) if OID_CRL_SCOPE in extensions else []
-        )
-        number = int.from_bytes(parse_der(extensions[OID_CRL_NUMBER][1])[0][1], "big")
-        if number >= 2 ** 160:
-            raise ValueError("its number has more than 20 octets")
-    except (IndexError, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
-        raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
-    strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical
-               and oid not in (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)]
-    # a name, and only user certificates, take nothing away for a leaf
-    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:
-        raise ValueError(
-            f"a list of a kind that is not understood (critical {', '.join(strange) or 'scope'})"
-        )
-    entries = fields[5][1] if fields[5][0] == 0x30 else b""
-    return der, Crl(fields[2][2], times[0], times[1], entries, number, extensions)
-
-
-def is_listed(crl, serial):
-    """Whether a Crl lists a serial number.
-
-    The walk is made only where its bytes occur at all, since lists can be long.
-    """
-    wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
-    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted
-                                         for _, entry, _ in parse_der(crl.entries))
-
-
 def parse_der_time(tag, value):
     """UTCTime or GeneralizedTime to Unix seconds; raises ValueError."""
     # http.client brings it along; what strptime brings takes 8 ms
@@ -1467,22 +1377,11 @@ def is_uri(key):
     return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
 
 
-def parse_folder(text):
-    """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
-    parts = text.strip("/").split("/")
-    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", text):
-        raise ValueError("a folder inside the repository")
-    return "/".join(parts)
-
-
 HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
 GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
 # A repository's address as git takes it, which is never an option or a helper to git, or holds a password.
 GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
                rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
-BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"       # as git allows it
-                  r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
-# of a SubjectPublicKeyInfo (RFC 7469, 2.4)
 PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
 DURATION = (
     "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
@@ -1500,8 +1399,6 @@ read_address = scalar(
     "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
     rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
     lambda text: text.rstrip("/") if text.startswith("https:") else text)
-read_branch = scalar("the name of a branch", BRANCH_PATTERN)
-read_folder = scalar("a folder inside the repository", make=parse_folder)
 read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
 read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
 read_pause = scalar("a duration", make=parse_duration)
@@ -1548,17 +1445,6 @@ def read_path_or_url(value, base):
 def read_helm(value, base):
     """auto, off, or the path of the helm command."""
     return value if value in ("auto", "off") else read_path(value, base)
-
-
-def read_components(value, base):
-    """What a request signature covers: at least method, target and content digest, else it were one for any
-    request (C-062, C-063).
-    """
-    names = list_of(read_word, "a list of components")(value, base)
-    lower = [name.lower() for name in names]
-    if not {"@method", "@target-uri", "content-digest"} <= set(lower) or len(set(lower)) < len(lower):
-        raise ValueError("a list of components, @method, @target-uri and content-digest among them")
-    return names
 
 
 def is_words(value, words):
@@ -1699,25 +1585,6 @@ def is_within_whole(windows, start, end):
     return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
 
 
-def find_longest(windows, now):
-    """Seconds of the longest stretch that lies in windows, from `now` on.
-
-    Those of a date are taken one by one.
-    """
-    today = time.strftime("%Y-%m-%dT%H:%M", time.localtime(now))
-    longest, stretch = 0, 0
-    for days, start, end in windows:
-        if days is None and end > today:
-            first, last = (time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M")) for text in (start, end))
-            longest = max(longest, last - first)
-    weekly = [window for window in windows if window[0] is not None]
-    # any two weeks: a stretch may begin in one and end in the next
-    for moment in range(0, 14 * 86400 if weekly else 0, 60):
-        stretch = stretch + 60 if is_within(weekly, time.gmtime(moment)) else 0
-        longest = max(longest, stretch)
-    return longest
-
-
 # What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is
 # reached by one of them.
 CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman",
@@ -1738,7 +1605,7 @@ REGISTRY_SCHEMA = {
 SCHEMA = {
     "state_dir": (read_path, "/var/lib/margo-agent"),
     "wfm": {
-        "profile": (choice(*PROFILES), "mtls"), "url": read_address, "timeout": (read_duration, "30s"),
+        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls"), "url": read_address, "timeout": (read_duration, "30s"),
         "min_tls": (choice("1.2", "1.3"), "1.3")},
     "identity": {
         "certificate": read_path, "key": read_key, "trust_bundle": read_path_or_url,
@@ -1764,105 +1631,7 @@ SCHEMA = {
         "max_removals": read_count},
     "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
 }
-REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key")}       # by profile
-# functions: configuration to [(whether it is wrong, key, words)]
 CHECKS = []
-
-
-# Profile signed
-
-SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
-SCHEMA["identity"]["algorithm"] = choice(*ALGORITHMS)
-SCHEMA["identity"]["signature"] = {
-    "label": (read_word, "sig1"), "components": (read_components,
-                                                 ["@method", "@target-uri", "@authority", "content-digest"]),
-    "keyid": read_word, "alg": read_word}
-REQUIRED["signed"] = ("wfm.url", "identity.certificate", "identity.key", "identity.ca")
-
-# Profile git
-
-SCHEMA["wfm"]["status_url"] = read_root_url
-SCHEMA["git"] = {
-    "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False),
-    "allowed_signers": read_path, "allow_rewrite": (read_flag, False), "token_file": read_path,
-    "username": read_text, "ssh_key": read_path, "known_hosts": read_path}
-REQUIRED["git"] = ("wfm.url",)
-
-
-def check_git_settings(config):
-    """What only profile git has: [(whether it is wrong, key, words)]."""
-    wfm, git = config.wfm, config.git
-    return [
-        (
-            wfm.profile != "git" and wfm.status_url,
-            "wfm.status_url",
-            "only profile git reports elsewhere; leave it out",
-        ),
-        (
-            git.verify_signatures and not git.allowed_signers,
-            "git.allowed_signers",
-            "not set, and needed for git.verify_signatures",
-        ),
-        (
-            git.allow_rewrite and not git.verify_signatures,
-            "git.allow_rewrite",
-            "a rewritten history is accepted only from signers; set git.verify_signatures, too",
-        ),
-        (
-            git.username and not git.token_file,
-            "git.username",
-            "is sent with the token of git.token_file, which is not set",
-        ),
-    ]
-
-
-CHECKS.append(check_git_settings)
-
-# Enrollment and revocation
-
-SCHEMA["identity"]["enrollment"] = (choice("off", "est"), "off")
-SCHEMA["identity"]["est"] = {
-    "url": read_root_url, "token_file": read_path, "certificate": read_path, "key": read_path}
-SCHEMA["identity"]["rekey"] = (choice("never", "always"), "never")
-SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
-
-
-def is_combined(identity):
-    """Whether own certificate and key are one PEM file, which one rename replaces."""
-    return os.path.normpath(identity.key) == os.path.normpath(identity.certificate)
-
-
-def check_enrollment_settings(config):
-    """What only enrollment by EST has: [(whether it is wrong, key, words)]."""
-    identity, est = config.identity, config.identity.est
-    enrolled, pair = identity.enrollment == "est", {bool(est.certificate), bool(est.key)}
-    single = enrolled and identity.key and identity.certificate and is_combined(identity)
-    return [
-        (
-            enrolled and config.wfm.profile != "mtls",
-            "identity.enrollment",
-            "est gives an SVID, which only wfm.profile mtls uses",
-        ),
-        (
-            enrolled and not est.url and not identity.discovery,
-            "identity.est.url",
-            "not set, and no identity.discovery either; one of them says where to enroll",
-        ),
-        (
-            enrolled and pair != {not est.token_file},
-            "identity.est",
-            "either token_file, or certificate and key; found both, neither or a half",
-        ),
-        (
-            identity.rekey == "always" and not single,
-            "identity.rekey",
-            "always needs identity.enrollment est, and identity.key to be the file of identity.certificate,"
-            " so that one rename replaces both",
-        ),
-    ]
-
-
-CHECKS.append(check_enrollment_settings)
 
 
 # The configuration as a whole
@@ -1958,8 +1727,8 @@ def check_devices(config):
     """What shows only from several settings of this device and its children: [(whether it is wrong, key,
     words)].
     """
-    wfm, children = config.wfm, config.device.children
-    faults = [(children and wfm.profile != "mtls" and (wfm.profile, wfm.dialect) != ("signed", "b"),
+    profile, children = PROFILES.get(config.wfm.profile), config.device.children
+    faults = [(children and profile and not profile.takes_children(config),
                "device.children", "the protocol of this wfm.profile and wfm.dialect knows no child devices")]
     places = {f"device.children[{index}].": child for index, child in enumerate(children)}
     for where, device in {"device.": config.device, **places}.items():
@@ -1973,21 +1742,9 @@ def check_devices(config):
 
 
 def check_profile(config):
-    """What a profile needs, and what only another one has: [(whether it is wrong, key, words)]."""
-    wfm, identity = config.wfm, config.identity
-    mutual = wfm.profile == "mtls" or wfm.status_url
-    needed, suffix = REQUIRED.get(wfm.profile, ()), ""
-    if wfm.status_url:
-        needed, suffix = needed + REQUIRED["mtls"], " with wfm.status_url"
-    missing = [key for key in dict.fromkeys(needed) if config[key.split(".")[0]][key.split(".")[1]] is None]
-    return [(True, key, f"not set, and needed for profile {wfm.profile}{suffix}") for key in missing] + [
-        (mutual and not identity.trust_bundle and not identity.discovery,
-         "identity.trust_bundle",
-         "not set, and no identity.discovery either; one of them says whom to trust"),
-        (mutual and identity.key and is_uri(identity.key),
-         "identity.key", "found a URI, expected a file; only profile signed has openssl use the key"),
-        (wfm.profile != "git" and wfm.url and not wfm.url.startswith("https://"),
-         "wfm.url", f"found {make_printable(wfm.url or '', 60)!r}, expected an absolute https URL")]
+    """What its profile has to say of a configuration: [(whether it is wrong, key, words)]."""
+    profile = PROFILES.get(config.wfm.profile)
+    return profile.check_settings(config) if profile else []
 
 
 def expand_environment(value, environ, where, faults):
@@ -2184,10 +1941,11 @@ def make_state():
     outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged, oldest first
     dropped     {id in lower case: {state, at, reason}}: the last statuses that the WFM refused for good
     reported    {id in lower case: digest of the last acknowledged status}
-    trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what discovery named
+    trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what discovery named;
+                {strays}: digest of an own leaf that does not lead to it any more
     identity    digest of the own leaf that was last found to lead to the trust bundle
-    est         {token, key: digests of what an enrollment goes by, at, delay, failures, refused, early}; {used}: the token that served
-    crls        {URL: {etag, modified, number, key, at, delay, failures}}: of the revocation lists in crls/
+    est         what is under way, and the back-off: see Enrollment
+    crls        {URL: {digest, number, key, thisUpdate, validity, etag, modified; back-off}}: of the revocation lists in crls/
     drafts      the drafts in use, as the log was told
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
@@ -2266,6 +2024,7 @@ class Store:
         self.folder = folder
         self.saved = self.core = None               # bytes of state.json as they lie on the disk, and of what its copy is kept for
         self.locked = None
+        self.memo = None                            # as load_memo read it; right as long as the lock is held
 
     def path(self, *names):
         """A path below the state directory."""
@@ -2275,7 +2034,7 @@ class Store:
         """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
             create_folder(os.path.dirname(self.folder), 0o755)
-            for name in ("artifacts", "deployments", "crls", "tmp"):
+            for name in ("artifacts", "deployments", "tmp"):
                 create_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
@@ -2292,6 +2051,7 @@ class Store:
         try:
             self.locked = os.open(self.path("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.memo = None
         except BlockingIOError:
             self.unlock()
             raise Locked(f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A second agent on this engine needs"
@@ -2393,18 +2153,21 @@ class Store:
                 os.fchmod(file.fileno(), 0o600)
                 file.write(make_json(memo))
             os.replace(path + ".tmp", path)
+            self.memo = memo
             return True
         except OSError as error:
             log("debug", "the last contact cannot be noted", path=path, reason=error.strerror)
             return False
 
     def load_memo(self):
-        """What save_memo noted last, or {}."""
-        try:
-            memo = parse_json(read_file(self.memo_path(), MAX_ANSWER) or b"{}", self.memo_path())
-        except (StorageError, ValueError):
-            return {}                               # it is a note, not a state
-        return memo if isinstance(memo, dict) else {}
+        """What save_memo noted last, or {}; read once, until the lock is taken again."""
+        if self.memo is None:
+            try:
+                memo = parse_json(read_file(self.memo_path(), MAX_ANSWER) or b"{}", self.memo_path())
+            except (StorageError, ValueError):
+                memo = {}                           # it is a note, not a state
+            self.memo = memo if isinstance(memo, dict) else {}
+        return dict(self.memo)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2821,18 +2584,6 @@ def ask_looseness(key, path):
     return f"{key} {path} has mode {mode:04o}; chmod 0600 it" if mode & 0o077 else ""
 
 
-def is_ssh_answering(address, timeout):
-    """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
-    import socket
-    from urllib.parse import urlsplit
-    try:
-        parts = urlsplit(address if address.startswith("ssh://") else "ssh://" + address.partition(":")[0])
-        with socket.create_connection((parts.hostname, parts.port or 22), timeout) as peer:
-            return peer.recv(4) == b"SSH-"
-    except (OSError, ValueError):
-        return False
-
-
 def parse_problem(body):
     """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only
     explains one).
@@ -2899,8 +2650,38 @@ def check_response(response, where, accepted, now):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 10. Identity
+# 10. Identity and trust
 # ------------------------------------------------------------------------------------------------------------------------------
+
+EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
+EXPIRY_ADVICE = 0.25                # ... and when `doctor` does
+CLOCK_SKEW = 300                    # seconds that another clock may be ahead of ours
+DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
+KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that are not named sign by RSA
+    "ecdsa-p256-sha256": ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
+    "ecdsa-p384-sha384": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
+    "ed25519": ["ED25519"]}
+
+SpiffeId = define("SpiffeId", "text trust_domain path",
+                  "A SPIFFE ID, its trust domain and its path (with leading slash).")
+Identity = define("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file",
+    "The own SVID: SPIFFE ID, the WFM's that follows from it (C-009), the leaf Certificate, the two files.")
+TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
+    "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
+Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
+    "A discovery document: texts, {name: value} of what COMPANIONS read, words about what was left out.")
+Companion = define("Companion", "wanted parse limits flaw judge remark",
+    """What an optional room has to say about identity and trust; each member is a function, or None.
+
+    wanted(config): whether its part of the discovery document is needed.
+    parse(members, document_url, public, held): (value of its part, [words about what was passed over]).
+    limits(state): [seconds] after each of which the trust bundle is asked for again at the latest.
+    flaw(store, state, leaf): why an own SVID that is valid is of no use, "" where it is.
+    judge(config, store, state, source, keep): a function (leaf, now) that raises Untrusted for a WFM's leaf.
+    remark(state, now): what `status` should warn of, or "".
+    """, None, None, None, None, None, None)
+COMPANIONS = {}  # {name of its part in state["trust"]: Companion}; optional rooms add themselves
+
 
 def parse_spiffe_id(text):
     """A SPIFFE ID (protocol 1.1) to a SpiffeId; raises ValueError."""
@@ -2911,7 +2692,8 @@ def parse_spiffe_id(text):
 
 
 def check_leaf(certificate):
-    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011)."""
+    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011).
+    """
     if len(certificate.uris) != 1:
         raise ValueError(f"subjectAltName holds {len(certificate.uris)} URIs, an X.509-SVID has exactly one")
     if certificate.is_ca:
@@ -2922,51 +2704,134 @@ def check_leaf(certificate):
 
 
 def check_validity(certificate, now):
-    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds), and names the clock where it may be that."""
+    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds); the clock may be at
+    fault.
+    """
+    clock = f"the clock of this device says {make_time(now)}"
     if now < certificate.not_before:
-        raise ValueError(f"not valid before {make_time(certificate.not_before)}, and the clock of this device says {make_time(now)};"
-                         " set the clock")
+        raise ValueError(f"not valid before {make_time(certificate.not_before)}, and {clock}; set the clock")
     if now > certificate.not_after:
-        raise ValueError(f"expired at {make_time(certificate.not_after)} (the clock of this device says {make_time(now)});"
-                         " have it renewed")
+        raise ValueError(f"expired at {make_time(certificate.not_after)} ({clock}); have it renewed")
 
 
 def parse_identity(chain, certificate_file, key_file):
     """The own Identity from the DER chain of identity.certificate; raises ValueError."""
     if not chain:
         raise ValueError("it holds no certificate in PEM")
-    leaf = parse_certificate(chain[0])
+    return make_identity(parse_certificate(chain[0]), certificate_file, key_file)
+
+
+def make_identity(leaf, certificate_file, key_file):
+    """The own Identity from its leaf Certificate; raises ValueError."""
     spiffe_id = check_leaf(leaf)
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
-        raise ValueError(f"{spiffe_id.text} is not a WFM client's id (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
-    wfm = SpiffeId(f"spiffe://{spiffe_id.trust_domain}{match.group(1)}", spiffe_id.trust_domain, match.group(1))
+        raise ValueError(f"{spiffe_id.text} is not a WFM client's id"
+                         " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
+    wfm = SpiffeId(f"spiffe://{spiffe_id.trust_domain}{match.group(1)}", spiffe_id.trust_domain,
+                   match.group(1))
     return Identity(spiffe_id, wfm, leaf, certificate_file, key_file)
 
 
 def load_identity(config):
-    """The own SVID; raises Untrusted."""
-    return load_own(config, lambda chain: parse_identity(chain, config.identity.certificate, config.identity.key))
-
-
-def load_signer(config):
-    """What signs requests for the own certificate; raises Untrusted."""
-    return load_own(config, lambda chain: make_signer(chain, config))
+    """The own SVID, from its files alone; raises Untrusted."""
+    settings = config.identity
+    return load_own(config, lambda chain: parse_identity(chain, settings.certificate, settings.key))
 
 
 def load_own(config, parse):
-    """What `parse` makes of the DER chain in identity.certificate; raises Untrusted naming the file and what is wrong with it."""
+    """What `parse` makes of the DER chain in identity.certificate; raises Untrusted: which file, and what is
+    wrong with it.
+    """
     path = config.identity.certificate
     try:
         data = read_file(path, MAX_CERTIFICATES)
         if data is None:
-            raise ValueError("there is no such file; " + ("`margo_agent.py enroll` obtains one" if config.identity.enrollment == "est" else
-                                                          "the operator provides the certificate (a CSR for it: margo_agent.py csr)"))
+            way = "the operator provides the certificate (a CSR for it: margo_agent.py csr)"
+            if config.identity.get("enrollment") == "est":
+                way = "`margo_agent.py enroll` obtains one"
+            raise ValueError(f"there is no such file; {way}")
         return parse(parse_pem(data.decode("ascii")))
     except StorageError as error:
         raise Untrusted(f"identity.certificate: {error.message}") from None
     except ValueError as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
+
+
+def check_own(leaf, config, now):
+    """Raises Untrusted unless the own certificate is valid now."""
+    try:
+        check_validity(leaf, now)
+    except ValueError as error:
+        raise Untrusted(f"identity.certificate {config.identity.certificate}: {error}") from None
+
+
+def check_enrollment(state, client_id):
+    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM at a time
+    (C-052).
+    """
+    if state["enrollment"] and state["enrollment"]["id"] != client_id:
+        raise Untrusted(f"the own identity is {client_id}, but this device is enrolled as"
+                        f" {state['enrollment']['id']};"
+                        " unenroll first")
+
+
+def is_expiring(leaf, now, share=EXPIRY_WARNING):
+    """Whether less than a share of a certificate's lifetime is left."""
+    return leaf.not_after - now < share * (leaf.not_after - leaf.not_before)
+
+
+def warn_of_expiry(leaf, store, now):
+    """Foresees the end of the own certificate: one line a day."""
+    memo = store.load_memo()
+    if is_expiring(leaf, now) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        log("warning", "the own certificate expires soon; have it renewed",
+            notAfter=make_time(leaf.not_after),
+            days=int((leaf.not_after - now) // 86400))
+        store.save_memo(dict(memo, warnedAt=now))
+
+
+def describe_own(config, load, known_id, now):
+    """{id, notAfter, warning} of the own certificate, as `status` shows it; never raises.
+
+    load: load_identity, or what another profile has in its place.  known_id: the id of a client whose
+    certificate has none.
+    """
+    try:
+        own = load(config)
+    except Untrusted as error:
+        return {"id": known_id, "notAfter": "", "warning": error.message}
+    days = int((own.leaf.not_after - now) // 86400)
+    warning = ""
+    if days < 0:
+        warning = "expired"
+    elif is_expiring(own.leaf, now):
+        warning = f"expires in {days} days; have it renewed"
+    name = own.spiffe_id.text if isinstance(own, Identity) else known_id
+    return {"id": name, "notAfter": make_time(own.leaf.not_after), "warning": warning}
+
+
+def judge_own(leaf, words, config, now):
+    """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
+    loose = ask_looseness("identity.key", config.identity.key)
+    if loose:
+        return "warn", loose
+    words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
+    return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
+
+
+def note_draft(store, state, what):
+    """Says once in the log that a draft is in use."""
+    if what not in state["drafts"]:
+        log("warning", f"{what} follows {DRAFT}")
+        state["drafts"].append(what)
+        store.save_state(state)
+
+
+def load_flaw(store, state, leaf):
+    """Why an own SVID that is valid is of no use, as a companion knows it; "" where none does."""
+    flaws = [item.flaw(store, state, leaf) for item in COMPANIONS.values() if item.flaw]
+    return next(filter(None, flaws), "")
 
 
 def check_wfm(der, identity, now):
@@ -2977,52 +2842,62 @@ def check_wfm(der, identity, now):
         check_validity(leaf, now)
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
-    if peer.trust_domain != identity.wfm_spiffe_id.trust_domain:
-        raise Untrusted(f"the peer is of trust domain {peer.trust_domain}, this client of {identity.wfm_spiffe_id.trust_domain}")
-    if peer.text != identity.wfm_spiffe_id.text:
-        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {identity.wfm_spiffe_id.text}")
+    ours = identity.wfm_spiffe_id
+    if peer.trust_domain != ours.trust_domain:
+        raise Untrusted(f"the peer is of trust domain {peer.trust_domain},"
+                        f" this client of {ours.trust_domain}")
+    if peer.text != ours.text:
+        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {ours.text}")
     return leaf
 
 
-def make_wfm_context(identity, bundle, min_tls):
-    """The SSLContext towards the WFM: own SVID chain (C-004), anchors of the bundle and nothing else (C-006)."""
-    context = make_tls_context(bundle.anchors, min_tls=min_tls)
+def load_wfm_context(identity, anchors, min_tls):
+    """The SSLContext towards the WFM: own SVID chain (C-004), the given anchors (DER) and nothing else
+    (C-006).
+    """
+    context = make_tls_context(anchors, min_tls=min_tls)
     load_key_pair(context, identity.certificate_file, identity.key_file)
     return context
 
 
 def load_key_pair(context, certificate_file, key_file, where="identity"):
-    """Lets an SSLContext present a chain; raises Untrusted, and HalfDone where an operator seems to be half-way through replacing the pair.
+    """Lets an SSLContext present a chain; raises Untrusted.
 
-    Certificate and key are two files, so between their replacements they do not fit.  That is waited for (E-010).
+    An operator replaces two files one after the other (E-010).  Between the two this raises; the next run
+    finds a pair.
     """
-    asked = []                                      # nobody can type a password here; to raise in the callback upsets Python 3.7
+    asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
     try:
         context.load_cert_chain(certificate_file, key_file, lambda: asked.append(True) or "")
     except FileNotFoundError:
-        name, path = ("certificate", certificate_file) if not os.path.exists(certificate_file) else ("key", key_file)
+        name, path = "key", key_file
+        if not os.path.exists(certificate_file):
+            name, path = "certificate", certificate_file
         raise Untrusted(f"{where}.{name} {path}: there is no such file") from None
     except (OSError, ValueError) as error:
         if asked:
             raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
         strange = "MISMATCH" in (getattr(error, "reason", None) or "")
-        fault = f"{where}.key {key_file}: {'not the key of' if strange else 'unreadable, beside'} {where}.certificate ({error})"
-        times = [os.stat(path).st_mtime for path in (certificate_file, key_file)]
-        if strange and max(times) > min(times) + 1 and 0 <= time.time() - max(times) < HALF_DONE:
-            raise HalfDone(f"{fault}; one of them was just replaced, the other one is waited for") from None
-        raise Untrusted(fault) from None
+        fault = "not the key of" if strange else "unreadable, beside"
+        raise Untrusted(f"{where}.key {key_file}: {fault} {where}.certificate ({error})") from None
 
 
-def check_own_chain(certificate_file, key_file, anchors):
-    """Raises ValueError unless the own chain leads to one of the anchors (DER): OpenSSL judges, in a handshake with itself (E-012)."""
+def run_own_handshake(certificate_file, key_file, anchors):
+    """Raises ValueError unless the own chain leads to one of the anchors (DER).
+
+    OpenSSL judges, in a handshake with itself (E-012).
+    """
     import ssl
-    client, server = make_tls_context(anchors), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    client = make_tls_context(anchors)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     client.verify_mode = ssl.CERT_NONE              # only the server's side is asked, as a WFM would be
-    server.verify_mode, server.verify_flags = ssl.CERT_REQUIRED, server.verify_flags | 0x80000
+    server.verify_mode = ssl.CERT_REQUIRED
+    server.verify_flags |= 0x80000                  # X509_V_FLAG_PARTIAL_CHAIN: see make_tls_context
     server.load_verify_locations(cadata=make_pem(anchors))
     for context in (client, server):
         load_key_pair(context, certificate_file, key_file)
-    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    there = ssl.MemoryBIO()
+    back = ssl.MemoryBIO()
     ends = [client.wrap_bio(back, there), server.wrap_bio(there, back, server_side=True)]
     for end in ends * 3:
         try:
@@ -3033,91 +2908,279 @@ def check_own_chain(certificate_file, key_file, anchors):
             raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
+def judge_own_chain(config, identity, bundle, store, state, keep):
+    """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
+
+    A chain that did once is used on after the bundle has changed, since the WFM decides; `strays` in the
+    state's trust then names it.  The handshake is made once for each pair of chain and bundle.
+    """
+    mark = sha256_digest(identity.leaf.der + b"".join(bundle.anchors))
+    memo = store.load_memo()
+    if memo.get("checked") == mark:
+        return
+    leaf = sha256_digest(identity.leaf.der)
+    try:
+        run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
+    except ValueError as error:
+        message = f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+        message += f" bundle ({error})"
+        if state["identity"] != leaf:
+            raise Untrusted(message) from None
+        log("error", f"{message} any more; have it issued anew")
+        state["trust"]["strays"] = leaf
+        return
+    state["identity"] = leaf
+    state["trust"].pop("strays", None)
+    if keep:
+        store.save_memo(dict(memo, checked=mark))
+
+
+# Trust bundle and discovery.
+
 def parse_trust_bundle(data):
-    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034, C-036, C-037)."""
-    import base64
+    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034, C-036,
+    C-037).
+    """
+    value = {}
     if b"-----BEGIN CERTIFICATE-----" in data:
-        anchors, value = parse_pem(data.decode("ascii")), {}
+        anchors = parse_pem(data.decode("ascii"))
     else:
         value = parse_json(data, "the trust bundle")
         if not isinstance(value, dict) or not isinstance(value.get("keys"), list):
             raise ValueError("a trust bundle is a JWK Set with `keys`, or PEM")
-        anchors = []
-        for index, key in enumerate(value["keys"]):
-            if isinstance(key, dict) and key.get("use") == "x509-svid":
-                x5c = key.get("x5c")
-                if not isinstance(x5c, list) or not x5c or not isinstance(x5c[0], str):
-                    raise ValueError(f"keys[{index}] is for x509-svid and has no x5c")
-                anchors.append(base64.b64decode(x5c[0], validate=True))        # no white space there (RFC 7517, 4.7)
+        anchors = parse_jwks(value["keys"])
     for anchor in anchors:
         parse_certificate(anchor)
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid)")
-    numbers = [value.get(name) if type(value.get(name)) is int and 0 <= value.get(name) <= MAX_VERSION else None
-               for name in ("spiffe_sequence", "spiffe_refresh_hint")]
-    return TrustBundle(anchors, *numbers)
+    numbers = [value.get(name) for name in ("spiffe_sequence", "spiffe_refresh_hint")]
+    good = [item if type(item) is int and 0 <= item <= MAX_VERSION else None for item in numbers]
+    return TrustBundle(anchors, *good)
 
 
-def parse_discovery(data, document_url, trust_domain, public):
+def parse_jwks(keys):
+    """The anchors (DER) among the keys of a JWK Set; raises ValueError."""
+    import base64
+    anchors = []
+    for index, key in enumerate(keys):
+        if not isinstance(key, dict) or key.get("use") != "x509-svid":
+            continue
+        x5c = key.get("x5c")
+        if not isinstance(x5c, list) or not x5c or not isinstance(x5c[0], str):
+            raise ValueError(f"keys[{index}] is for x509-svid and has no x5c")
+        anchors.append(base64.b64decode(x5c[0], validate=True))        # no white space there (RFC 7517, 4.7)
+    return anchors
+
+
+def check_sequence(bundle, trust, trust_domain):
+    """Returns a TrustBundle; raises ValueError where its sequence went back (C-043)."""
+    known = trust.get("sequence") if trust.get("trustDomain") == trust_domain else None
+    if known is not None and bundle.sequence is not None and bundle.sequence < known:
+        raise ValueError(f"spiffe_sequence went back from {known} to {bundle.sequence} (a security event, or"
+                         " a rebuilt"
+                         " identity service: then unenroll and enroll again)")
+    return bundle
+
+
+def parse_discovery(data, document_url, trust_domain, public, held=None):
     """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
-    trust_domain: of the own SVID, None where there is none yet.  public: whether the document was authenticated by the system's store;
-    the bundle, and where to enroll (E-092), must then have the same origin.
+    trust_domain: of the own SVID, None where there is none yet.  public: whether the document was
+    authenticated by the system's store; the bundle must then have the same origin.  held: the state's
+    `trust`, as it was before.
     """
-    value, uris, faults = parse_json(data, "the discovery document"), {}, []
+    value = parse_json(data, "the discovery document")
     if not isinstance(value, dict) or not isinstance(value.get("trustDomain"), str):
         raise ValueError("the discovery document has no trustDomain")
-    for name, reader in (("trustBundleUri", read_url), (EST_FIELD, read_root_url)):
-        try:
-            uris[name] = reader(value.get(name), "") if name in value or name != EST_FIELD else None
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        if public and uris[name] and url_origin(uris[name]) != url_origin(document_url):
-            raise ValueError(f"{name} {uris[name]} is of another origin than the document; set identity.ca to allow that")
+    uri = parse_discovered("trustBundleUri", read_url, value, document_url, public)
     if trust_domain and value["trustDomain"] != trust_domain:
-        raise ValueError(f"it is for trust domain {make_printable(value['trustDomain'], 100)}, the own SVID is of {trust_domain}")
-    crls = value.get(CRL_FIELD, [])
-    if not isinstance(crls, list):
-        crls, faults = [], [f"{CRL_FIELD} is no list"]
-    good = [uri for uri in crls if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri)]
-    faults += [f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL" for uri in crls if uri not in good]
-    return Discovery(value["trustDomain"], uris["trustBundleUri"], uris[EST_FIELD], good[:MAX_ISSUED], faults)
+        theirs = make_printable(value["trustDomain"], 100)
+        raise ValueError(f"it is for trust domain {theirs}, the own SVID is of {trust_domain}")
+    parts, faults = {}, []
+    for name, companion in COMPANIONS.items():
+        parts[name], passed = companion.parse(value, document_url, public, (held or {}).get(name))
+        faults += passed
+    return Discovery(value["trustDomain"], uri, parts, faults)
 
 
-def url_origin(url):
+def parse_discovered(name, reader, members, document_url, public):
+    """A URL out of the members of a discovery document; raises ValueError."""
+    try:
+        uri = reader(members.get(name), "")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if public and find_origin(uri) != find_origin(document_url):
+        raise ValueError(f"{name} {uri} is of another origin than the document;"
+                         " set identity.ca to allow that")
+    return uri
+
+
+def find_origin(url):
     """(host, port) of an https URL."""
     from urllib.parse import urlsplit
     parts = urlsplit(url)
     return parts.hostname, parts.port or 443
 
 
+def fetch_discovery(config, trust_domain, now, held=None):
+    """The Discovery of identity.discovery; None where there is no such document and identity.trust_bundle is
+    a URL (C-046).
+
+    Raises Unreachable, Untrusted, Refused.
+    """
+    settings = config.identity
+    where = f"identity.discovery {config.identity.discovery}"
+    answer = fetch_from_mis(settings.discovery, config, {"Accept": JSON_TYPE})          # C-045
+    if answer.status == 404 and "://" in (settings.trust_bundle or ""):
+        return None
+    check_response(answer, where, (200,), now)
+    public = not (settings.ca or settings.pins)
+    try:
+        found = parse_discovery(answer.body, settings.discovery, trust_domain, public, held)
+    except ValueError as error:
+        raise Untrusted(f"{where}: {error}") from None
+    for fault in found.faults:
+        log("warning", "part of the discovery document is passed over", reason=fault)
+    return found
+
+
+def fetch_bundle(config, url, trust, now):
+    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged; raises Unreachable,
+    Untrusted, Refused.
+    """
+    headers = {"Accept": JSON_TYPE}
+    accepted = (200,)  # C-045
+    if trust.get("etag") and trust.get("source") == url:
+        headers["If-None-Match"] = trust["etag"]
+        accepted = (200, 304)
+    answer = fetch_from_mis(url, config, headers)
+    check_response(answer, f"trust bundle {url}", accepted, now)
+    return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"))
+
+
+def is_remote(settings):
+    """Whether the trust bundle comes from an identity service, and not from a file."""
+    return bool(settings.discovery) or "://" in (settings.trust_bundle or "")
+
+
+def load_trust_bundle(config, store):
+    """The TrustBundle at hand, None where an identity service has to be asked first; raises Untrusted for a
+    file of no use.
+    """
+    remote = is_remote(config.identity)
+    path = store.path("trust-bundle.json") if remote else config.identity.trust_bundle
+    data = read_file(path, MAX_CERTIFICATES)
+    try:
+        if data is None and not remote:
+            raise ValueError("there is no such file")
+        return None if data is None else parse_trust_bundle(data)
+    except ValueError as error:
+        if not remote:
+            raise Untrusted(f"identity.trust_bundle {path}: {error}") from None
+        log("warning", "the cached trust bundle is unusable and is fetched anew", reason=str(error))
+        return None
+
+
+def is_bundle_due(config, state, held, asked, now):
+    """Whether the identity service has to be asked again; asked: when it was last (Unix seconds)."""
+    trust = state["trust"]
+    known = [name in trust for name,
+             item in COMPANIONS.items() if item.wanted(config) and config.identity.discovery]
+    if not held or "source" not in trust or not all(known):
+        return True
+    periods = [held.refresh_hint or config.identity.refresh]
+    for companion in COMPANIONS.values():
+        periods += companion.limits(state) if companion.limits else []
+    return not asked <= now < asked + min(periods)
+
+
+def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, since=None):
+    """The current TrustBundle, fetched when due; a new one replaces all anchors at once (C-038 to C-042).
+
+    trust_domain: of the own SVID, None where there is none yet.  keep: store what was fetched.  since: what
+    was fetched before that moment is due.  Where it cannot be fetched or is refused the current one stays;
+    without any: Unreachable or Untrusted.
+    """
+    held = load_trust_bundle(config, store)
+    trust = state["trust"]
+    remote = is_remote(config.identity)
+    asked = store.load_memo().get("trust") or trust.get("refreshedAt") or 0
+    if remote and asked >= (since or 0) and not is_bundle_due(config, state, held, asked, now):
+        return held
+    try:
+        if not remote:
+            return check_sequence(held, trust, trust_domain)
+        return fetch_trust_bundle(config, store, state, held, trust_domain, now, keep)
+    except (ValueError, MargoError) as error:
+        reason = getattr(error, "message", str(error))
+        if held and remote:
+            log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use",
+                reason=reason)
+            return held
+        if isinstance(error, Unreachable):
+            raise
+        raise Untrusted(f"no usable trust bundle: {reason}") from None
+
+
+def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
+    """The TrustBundle as the identity service has it now; raises ValueError, MargoError."""
+    trust = state["trust"]
+    url = config.identity.trust_bundle
+    found = None
+    if config.identity.discovery:
+        found = fetch_discovery(config, trust_domain, now, trust)
+    if found:
+        url, trust_domain = found.bundle_uri, found.trust_domain
+    for name, companion in COMPANIONS.items():
+        if companion.wanted(config) and (found or name not in trust):
+            trust[name] = found.parts[name] if found else None
+    answer = fetch_bundle(config, url, trust if held else {}, now)
+    if keep:
+        store.save_memo(dict(store.load_memo(), trust=now))
+    if answer is None:
+        return held
+    data, etag = answer
+    bundle = check_sequence(parse_trust_bundle(data), trust, trust_domain)
+    if keep:
+        write_file(store.path("trust-bundle.json"), data)
+    trust.update(source=url, etag=etag, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
+    log("info", "new trust bundle", source=url, anchors=len(bundle.anchors), sequence=bundle.sequence)
+    return bundle
+
+
+# The Margo Identity Service, known by identity.ca, by pins, or by the system's store.
+
 def is_address(host):
     """Whether a host is an IP address and not a name."""
     return bool(re.fullmatch(r"[0-9.]+|.*:.*", host))
 
 
-def make_mis_context(config, url):
-    """(SSLContext, check_peer) for the identity service at a URL: by identity.ca or the system's store, by pins, or by ca and pins both.
+def obtain_mis_context(config, url):
+    """(SSLContext, check_peer) for the identity service at a URL: by identity.ca or the system's store, by
+    pins, or both.
 
-    The trust bundle has no say here (C-030, C-044).  A pin says which key is trusted, not where its certificate is.  So over a first
-    connection, on which nothing is said, the service shows its certificates; those whose key is pinned become the only anchors of
-    the next one, and OpenSSL judges as ever (E-005).  Before Python 3.10 it is openssl that shows what lies above the leaf.
+    The trust bundle has no say here (C-030, C-044).  A pin says which key is trusted, not where its
+    certificate is.  So over a first connection, on which nothing is said, the service shows its certificates.
+    Those whose key is pinned become the only anchors of the next connection, and OpenSSL judges as ever
+    (E-005).
     """
     import ssl
-    context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
-    if not config.identity.pins:
+    settings, timeout = config.identity, config.wfm.timeout
+    context = make_tls_context(ca_file=settings.ca, min_tls=config.wfm.min_tls)
+    if not settings.pins:
         return context, None
-    open_context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
-    open_context.check_hostname, open_context.verify_mode = False, ssl.CERT_NONE        # for looking only: fetch_chain says nothing
-    seen = fetch_chain(url, open_context, config.wfm.timeout) + context.get_ca_certs(binary_form=True)
-    pinned = [der for der in seen if make_pin(der) in config.identity.pins]
+    looking = make_tls_context(ca_file=settings.ca, min_tls=config.wfm.min_tls)
+    looking.check_hostname = False
+    looking.verify_mode = ssl.CERT_NONE             # fetch_chain says nothing
+    seen = fetch_chain(url, looking, timeout) + context.get_ca_certs(binary_form=True)
+    pinned = [der for der in seen if make_pin(der) in settings.pins]
     if not pinned:
         raise Untrusted(f"{url}: it presents no certificate whose key is in identity.pins")
     narrow = make_tls_context(pinned, min_tls=config.wfm.min_tls)
-    narrow.check_hostname = not is_address(url_origin(url)[0])         # an address has no name to check (E-016)
-    if not config.identity.ca:
+    narrow.check_hostname = not is_address(find_origin(url)[0])  # an address has no name to check (E-016)
+    if not settings.ca:
         return narrow, None
-    leaf = fetch_chain(url, narrow, config.wfm.timeout)[0]
+    leaf = fetch_chain(url, narrow, timeout)[0]
 
     def check_peer(chain):
         if chain[0] != leaf:
@@ -3135,7 +3198,11 @@ def make_pin(der):
 
 
 def fetch_chain(url, context, timeout):
-    """The certificates of the service at a URL (DER), leaf first; the connection ends before anything is said."""
+    """The certificates of the service at a URL (DER), leaf first; the connection ends before anything is
+    said.
+
+    Before Python 3.10 it is openssl that shows what lies above the leaf.
+    """
     found = []
 
     def look(chain):
@@ -3147,777 +3214,75 @@ def fetch_chain(url, context, timeout):
     except Silence:
         pass
     if len(found) == 1 and sys.version_info < (3, 10):
-        host, port = url_origin(url)
+        host, port = find_origin(url)
         name = ["-noservername"] if is_address(host) else ["-servername", host]
-        output = run_command(["openssl", "s_client", "-showcerts", "-connect", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"] + name,
-                             timeout)
-        found.extend(parse_pem(output.stdout.decode("ascii", "replace")))
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        # it shows the chain, and fails afterwards where it is asked for a certificate of its own
+        command = ["s_client", "-showcerts", "-connect", place] + name
+        output = run_openssl(command, timeout=timeout, strict=False)
+        found.extend(parse_pem(output.decode("ascii", "replace")))
     return found
-
-
-def is_signed(der, issuer):
-    """Whether a certificate is signed by the key of another one: openssl says it, where Python shows no verified chain."""
-    import tempfile
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(make_pem([der]).encode())
-        file.flush()
-        return not run_command(["openssl", "verify", "-partial_chain", "-trusted", "/dev/stdin", file.name], 60, data=make_pem([issuer]).encode()).code
 
 
 def fetch_from_mis(url, config, headers, limit=MAX_CERTIFICATES):
     """GET from the Margo Identity Service; only revocation lists, which are signed, may come without TLS."""
-    context, check_peer = make_mis_context(config, url) if url.startswith("https:") else (None, None)
+    context, check_peer = obtain_mis_context(config, url) if url.startswith("https:") else (None, None)
     return request("GET", url, headers, None, context, config.wfm.timeout, limit, check_peer)
 
 
-def fetch_discovery(config, trust_domain, now):
-    """The Discovery of identity.discovery; None where there is no such document and identity.trust_bundle is a URL (C-046).
+# Keys, which openssl makes and uses; the agent never holds a private one.
 
-    Raises Unreachable, Untrusted, Refused.
+def run_openssl(arguments, data=b"", expected=b"", timeout=60, strict=True):
+    """What one openssl command prints on stdout; raises CommandError where it does not say `expected` or, if
+    strict, ends with another code than 0.
     """
-    where, url = f"identity.discovery {config.identity.discovery}", config.identity.trust_bundle
-    answer = fetch_from_mis(config.identity.discovery, config, {"Accept": JSON_TYPE})          # C-045
-    if answer.status == 404 and url and "://" in url:
-        return None
-    check_response(answer, where, (200,), now)
-    try:
-        found = parse_discovery(answer.body, config.identity.discovery, trust_domain, not (config.identity.ca or config.identity.pins))
-    except ValueError as error:
-        raise Untrusted(f"{where}: {error}") from None
-    for fault in found.faults:
-        log("warning", "part of the discovery document is passed over", reason=fault)
-    return found
-
-
-def fetch_bundle(config, url, trust, now):
-    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged; raises Unreachable, Untrusted, Refused."""
-    headers = {"Accept": JSON_TYPE}                 # C-045
-    if trust.get("etag") and trust.get("source") == url:
-        headers["If-None-Match"] = trust["etag"]
-    answer = fetch_from_mis(url, config, headers)
-    check_response(answer, f"trust bundle {url}", (200, 304) if "If-None-Match" in headers else (200,), now)
-    return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"))
-
-
-def note_discovery(config, trust, found):
-    """Keeps what a discovery document says of enrollment and revocation; a list that vanished is told at once (E-091)."""
-    if config.identity.enrollment == "est":
-        trust["est"] = found.est_uri if found else trust.get("est")
-    if config.identity.revocation != "off":
-        if found and trust.get("crls") and not found.crl_uris:
-            log("warning", "the discovery document names no revocation lists any more; those at hand count until they end")
-        trust["crls"] = found.crl_uris if found else trust.get("crls", [])
-
-
-def is_trust_known(config, trust):
-    """Whether the state knows all that a refresh would have told it; a run may have ended in between, and a setting may be new."""
-    settings = config.identity
-    return "source" in trust and (not settings.discovery or (settings.enrollment == "off" or "est" in trust)
-                                  and (settings.revocation == "off" or "crls" in trust))
-
-
-def check_bundle(data, trust, trust_domain):
-    """A candidate for the current bundle; raises ValueError also where its sequence went back (C-043)."""
-    bundle = parse_trust_bundle(data)
-    known = trust.get("sequence") if trust.get("trustDomain") == trust_domain else None
-    if known is not None and bundle.sequence is not None and bundle.sequence < known:
-        raise ValueError(f"spiffe_sequence went back from {known} to {bundle.sequence} (a security event, or a rebuilt identity service:"
-                         " then unenroll and enroll again)")
-    return bundle
-
-
-def load_trust_bundle(config, store):
-    """The bundle to validate with now: (bytes, TrustBundle), or None where only a URL is configured and nothing was fetched yet."""
-    source = config.identity.trust_bundle
-    path = store.path("trust-bundle.json") if config.identity.discovery or "://" in (source or "") else source
-    data = read_file(path, MAX_CERTIFICATES)
-    if data is None and path == source:
-        raise Untrusted(f"identity.trust_bundle {path}: there is no such file")
-    try:
-        return None if data is None else (data, parse_trust_bundle(data))
-    except ValueError as error:
-        if path == source:
-            raise Untrusted(f"identity.trust_bundle {path}: {error}") from None
-        log("warning", "the cached trust bundle is unusable and is fetched anew", reason=str(error))
-        return None
-
-
-def refresh_trust_bundle(config, store, state, trust_domain, now, keep=True):
-    """The current TrustBundle, fetched when due; a new one replaces all anchors at once (C-038 to C-042).
-
-    trust_domain: of the own SVID, None where there is none yet.  Where it cannot be fetched or is refused the current one stays; without
-    any: Unreachable or Untrusted.  keep: store what was fetched.
-    """
-    held = load_trust_bundle(config, store)
-    remote = config.identity.discovery or "://" in (config.identity.trust_bundle or "")
-    trust, url = state["trust"], config.identity.trust_bundle
-    memo = store.load_memo().get("trust") or trust.get("refreshedAt") or 0
-    period = min([(held and held[1].refresh_hint) or config.identity.refresh] + [item["validity"] for item in state["crls"].values()
-                                                                                if item.get("validity")])       # E-090
-    try:
-        if not remote:
-            return check_bundle(held[0], trust, trust_domain)
-        if held and memo <= now < memo + period and is_trust_known(config, trust):
-            return held[1]
-        found = fetch_discovery(config, trust_domain, now) if config.identity.discovery else None
-        if found:
-            url, trust_domain = found.bundle_uri, found.trust_domain
-        note_discovery(config, trust, found)
-        answer = fetch_bundle(config, url, trust if held else {}, now)
-        if keep:
-            store.save_memo(dict(store.load_memo(), trust=now))
-        if answer is None:
-            return held[1]
-        bundle = check_bundle(answer[0], trust, trust_domain)
-    except (ValueError, MargoError) as error:
-        reason = getattr(error, "message", str(error))
-        if not held or not remote:
-            raise error if isinstance(error, Unreachable) else Untrusted(f"no usable trust bundle: {reason}") from None
-        log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use", reason=reason)
-        return held[1]
-    if keep:
-        write_file(store.path("trust-bundle.json"), answer[0])
-    trust.update(source=url, etag=answer[1], sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
-    log("info", "new trust bundle", source=url, anchors=len(bundle.anchors), sequence=bundle.sequence)
-    return bundle
-
-
-# Request signatures (RFC 9421).  What a public key is, by the object identifiers in it, and what it may sign by, the default first;
-# then openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
-KEY_ALGORITHMS = {
-    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",), "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
-    "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"), "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"),
-    "2b6570": ("ed25519",)}
-SIGNING = {
-    "ecdsa-p256-sha256": (["-sha256"], 32), "ecdsa-p384-sha384": (["-sha384"], 48), "rsa-v1_5-sha256": (["-sha256"], 0),
-    "rsa-pss-sha256": (["-sha256", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:32"], 0),
-    "rsa-pss-sha512": (["-sha512", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:64"], 0), "ed25519": (None, 0)}
-NEW_KEYS = {"ecdsa-p384-sha384": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384"], "ed25519": ["ED25519"], "ecdsa-p256-sha256":
-            ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"]}
-
-
-def choose_algorithm(spki, wanted):
-    """The algorithm that the key of a public key (DER) signs by: the wanted one or the default of its kind; raises ValueError."""
-    kind = " ".join(value.hex() for tag, value, _ in parse_der(parse_der(parse_der(spki)[0][1])[0][1]) if tag == 0x06)
-    known = KEY_ALGORITHMS.get(kind)
-    if not known:
-        raise ValueError("its key is of no kind that signs requests: ECDSA P-256 or P-384, RSA, or Ed25519")
-    if wanted and wanted not in known:
-        raise ValueError(f"its key cannot sign by identity.algorithm {wanted}, only by {', '.join(known)}")
-    return wanted or known[0]
-
-
-def make_signer(chain, config):
-    """The Signer of a DER chain and the configuration; raises ValueError."""
-    if not chain:
-        raise ValueError("it holds no certificate in PEM")
-    leaf, wish = parse_certificate(chain[0]), config.identity.signature
-    algorithm = choose_algorithm(leaf.spki, config.identity.algorithm)
-    alg = wish.alg if wish.alg is not None else algorithm if algorithm in ("rsa-v1_5-sha256", "rsa-pss-sha256") else ""
-    return Signer(leaf, config.identity.key, algorithm, wish.label, wish.components, wish.keyid or sha256_digest(leaf.spki)[7:], alg)
-
-
-def make_signature_base(method, url, headers, signer, created):
-    """(signature parameters as text, bytes to sign) of a request (protocol 2.9, C-063, C-064); what it does not carry is not covered."""
-    from urllib.parse import urlsplit
-    parts = urlsplit(url)
-    values = {name.lower(): value for name, value in headers.items()}
-    values.update({"@method": method, "@target-uri": url, "@authority": parts.netloc, "@scheme": parts.scheme, "@path": parts.path})
-    covered = [name for name in signer.components if name.lower() in values]
-    alg = f';alg="{signer.alg}"' if signer.alg else ""
-    parameters = "({});created={};keyid=\"{}\"{}".format(" ".join(f'"{name}"' for name in covered), created, signer.keyid, alg)
-    lines = [f'"{name}": {values[name.lower()]}' for name in covered] + [f'"@signature-params": {parameters}']
-    return parameters, "\n".join(lines).encode("latin-1")
-
-
-def parse_ecdsa(der, size):
-    """An ECDSA signature as openssl makes it to r and s side by side, as RFC 9421 has them (C-066); raises ValueError, OverflowError."""
-    (_, body, _), = parse_der(der)
-    r, s = (int.from_bytes(value, "big") for _, value, _ in parse_der(body))
-    return r.to_bytes(size, "big") + s.to_bytes(size, "big")
-
-
-def run_signature(data, signer):
-    """The signature over bytes, made by openssl, which alone sees the key; raises Untrusted, ConfigError where there is no openssl."""
-    import tempfile
-    arguments, size = SIGNING[signer.algorithm]
-    try:
-        if arguments is None:                       # Ed25519 takes a file that it can measure: in memory, so that nothing is written
-            with tempfile.TemporaryDirectory(prefix="margo-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-                path = os.path.join(folder, "base")
-                write_file(path, data)
-                output = run_command(["openssl", "pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", path], 60)
-        else:
-            output = run_command(["openssl", "dgst"] + arguments + ["-sign", signer.key], 60, data=data)
-        if output.code or not output.stdout:
-            raise ValueError(output.stderr)
-        return parse_ecdsa(output.stdout, size) if size else output.stdout
-    except CommandMissing as error:
-        raise ConfigError(error.message) from None
-    except (ValueError, OverflowError, OSError, CommandError) as error:
-        raise Untrusted(f"identity.key {signer.key}: openssl cannot sign by it: {make_printable(str(error), 300)}") from None
-
-
-def parse_ca(text):
-    """Certificates in base64 of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
-    data = text.encode("ascii")
-    if b"-----BEGIN" not in data:
-        data = parse_base64(text)
-    anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
-    for anchor in anchors:
-        parse_certificate(anchor)
-    if not anchors:
-        raise ValueError("it holds no certificate")
-    return anchors
-
-
-def fetch_ca(config, path):
-    """The WFM's root CA into a file, over a channel that the system's store vouches for and never on first use (C-069); returns [DER]."""
-    where = f"{config.wfm.url}/api/v1/onboarding/certificate"
-    response = request("GET", where, {"Accept": JSON_TYPE}, None, make_tls_context(min_tls=config.wfm.min_tls), config.wfm.timeout, MAX_CERTIFICATES)
-    check_response(response, where, (200,), time.time())
-    try:
-        value = parse_json(response.body, "the answer")
-        anchors = parse_ca(value["certificate"] if isinstance(value, dict) else "")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise Untrusted(f"{where}: no usable certificate ({error})") from None
-    pem = make_pem(anchors).encode()
-    if read_file(path, MAX_CERTIFICATES) not in (None, pem):
-        raise Untrusted(f"{path} holds another CA than {where} gives out; if that is meant to be, move it away first")
-    write_file(path, pem, 0o644)
-    return anchors
-
-
-def find_private_key(data):
-    """The block of a private key in the bytes of a PEM file, b"" where there is none."""
-    match = re.search(rb"-----BEGIN ([A-Z0-9 ]*PRIVATE KEY)-----.*?-----END \1-----\n?", data or b"", re.S)
-    return match.group() if match else b""
-
-
-def has_key(identity):
-    """Whether the own private key is there; one in a file of its own may have a form that only openssl knows."""
-    return bool(find_private_key(read_file(identity.key, MAX_CERTIFICATES))) if is_combined(identity) else os.path.exists(identity.key)
-
-
-def make_private_key(path, algorithm=None):
-    """Makes a key (PKCS#8 PEM, mode 0600; by default ECDSA P-256) by openssl unless there is one; raises CommandError (C-018, E-030)."""
-    if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
-        return False
-    kind = NEW_KEYS.get(algorithm or ALGORITHMS[0]) or ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"]
-    write_file(path, run_openssl(["genpkey", "-algorithm"] + kind, b"PRIVATE KEY"))
-    return True
-
-
-def run_openssl(arguments, expected, data=b""):
-    """The output of one openssl command; raises CommandError where it fails or prints something else than `expected`."""
-    output = run_command(["openssl"] + arguments, 60, data=data)
-    if output.code or expected not in output.stdout:
+    output = run_command(["openssl"] + arguments, timeout, data=data)
+    if strict and output.code or expected not in output.stdout + output.stderr.encode():
         raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
     return output.stdout
 
 
-def make_public_key(path):
-    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate; raises CommandError."""
-    return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"], b"")
+def lend_file(data):
+    """A file that holds `data` until it is closed, in memory where that goes; openssl wants a name for some
+    things.
+    """
+    import tempfile
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    try:
+        file = tempfile.NamedTemporaryFile(prefix="margo-", dir=memory)
+        file.write(data)
+        file.flush()
+    except OSError as error:
+        raise StorageError(f"no temporary file can be made ({error.strerror}); free space or set"
+                           " TMPDIR") from None
+    return file
 
 
-def make_csr(path, form="PEM"):
-    """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035)."""
+def obtain_key(path, algorithm=None):
+    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did.  Raises CommandError (C-018,
+    E-030).
+    """
+    if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
+        return False
+    kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"])
+    write_file(path, run_openssl(["genpkey", "-algorithm"] + kind, expected=b"PRIVATE KEY"))
+    log("info", "new private key", path=path)
+    return True
+
+
+def load_public_key(path):
+    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate; raises
+    CommandError.
+    """
+    return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
+
+
+def run_csr(path, form="PEM"):
+    """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035).
+    """
+    expected = b"CERTIFICATE REQUEST" if form == "PEM" else b""
     return run_openssl(["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path],
-                       b"CERTIFICATE REQUEST" if form == "PEM" else b"")
-
-
-# Enrollment and renewal over EST (RFC 7030).  An SVID passes through two files of the state directory before it is the own one: the
-# answer as it came (issued.p7), the chain that was checked (issued.pem).  Each is durable before the next step, and one rename
-# activates the chain; so wherever a run ends, the next one goes on from there, with the same key, and never without the old SVID.
-# Where chain and key are one file the key of the next SVID waits there too (issued.key), and the same rename activates it.
-
-def make_renewal_time(leaf):
-    """When a certificate is due for renewal, Unix seconds: drawn by its own digest, so once and for all, whatever restarts (E-061, E-065)."""
-    first, last = RENEWAL_WINDOW
-    share = first + (last - first) * int(sha256_digest(leaf.der)[7:15], 16) / 16 ** 8
-    return leaf.not_before + share * (leaf.not_after - leaf.not_before)
-
-
-def find_est_step(est, leaf, fault, token, issued, now):
-    """What is to be done about the own SVID now: "" nothing, "wait", "renew" or "enroll"; raises Untrusted where only an operator can help.
-
-    est: the state's record.  leaf: the own Certificate, None where there is none.  fault: why it cannot be used, "" where it can.
-    token: digest of the enrollment token that is at hand, "" for the form by certificate, None where there is neither.  issued: whether an
-    answer is there already.
-    """
-    if not fault and now < make_renewal_time(leaf) and not est.get("early"):
-        return ""
-    if fault and leaf and now < leaf.not_before:
-        raise Untrusted(fault)                      # the clock: a new SVID would not help
-    fresh = token if token != est.get("used") else None
-    if fault and fresh is None and not issued:
-        raise Untrusted(f"{fault}; a fresh enrollment token in identity.est.token_file is needed, or a chain for the request of `margo_agent.py csr`")
-    if find_left(est, now) and (not fault or fresh in (None, est.get("token"))):
-        return "wait"
-    return "enroll" if fault else "renew"
-
-
-def find_own_leaf(config, est, crls, now):
-    """(the own leaf or None, why it cannot be used or ""); a lost key makes it useless, and so do revocation and a key made for the next one."""
-    try:
-        leaf = load_identity(config).leaf
-        check_validity(leaf, now)
-    except Untrusted as error:
-        return None, error.message
-    except ValueError as error:
-        return leaf, f"identity.certificate {config.identity.certificate}: {error}"
-    if not has_key(config.identity):
-        return leaf, f"identity.key {config.identity.key}: the key is lost"
-    if est.get("key"):
-        try:
-            load_key_pair(make_tls_context(), config.identity.certificate, config.identity.key)
-        except MargoError as error:
-            return leaf, error.message
-    return leaf, "the own SVID is revoked" if is_revoked(leaf, crls) else ""
-
-
-def load_token(config):
-    """The enrollment token's bytes, None where there is none any more."""
-    path = config.identity.est.token_file
-    data = read_file(path, 4 * KIB) if path else None
-    return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
-
-
-def load_enrollment_header(config):
-    """The enrollment token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
-    path = config.identity.est.token_file
-    user, _, secret = (load_token(config) or b"").partition(b":")
-    if not secret or b"\n" in user + secret:
-        raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
-    loose = ask_looseness("identity.est.token_file", path)
-    if loose:
-        log("warning", "others can read the enrollment token", reason=loose)
-    return make_authorization(secret, user)
-
-
-def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False):
-    """Enrolls or renews where that is due; raises Unreachable, Untrusted where there is no SVID to work with, else NotRenewed.
-
-    jitter: in [0, 1), for the back-off.  is_silent: whether the operator's downtime lasts from now to a moment; it gives way only for an SVID
-    that would not outlive it.
-    """
-    chain = read_file(store.path("issued.pem"), MAX_CERTIFICATES)
-    if chain is not None and chain == read_file(config.identity.certificate, MAX_CERTIFICATES):
-        finish_enrollment(config, store, state)     # a run ended between activation and here
-    est = state["est"]
-    leaf, fault = find_own_leaf(config, est, load_crls(store, state), now)
-    token = load_token(config) if fault else None
-    mark = "" if config.identity.est.certificate else token and sha256_digest(token)
-    issued = [path for path in (store.path("issued.p7"), store.path("issued.pem")) if os.path.exists(path)]
-    if issued and not os.path.exists(find_next_key(config, store)):
-        issued = [path for path in issued if not remove_file(path)]     # the key that it is for is lost
-    step = find_est_step(est, leaf, fault, mark, bool(issued), now)
-    if step == "wait" and fault and est.get("refused"):
-        raise Untrusted(f"{est['refused']}; asked again within an hour, or at once with another token")
-    if step == "wait" or step and is_silent(now) and (fault or not is_silent(leaf.not_after)):
-        if fault:                                   # downtime is the operator's own wish
-            raise Silence("waiting for as long as the identity service, a back-off or downtime asks", retry_after=find_left(est, now),
-                          exit=3 if step == "wait" else 0)
-        return
-    if not step:
-        return
-    note_draft(store, state, "enrollment over EST")
-    try:
-        obtain_svid(config, store, state, leaf, fault, mark, now)
-    except (Unreachable, Untrusted, Refused, CommandError) as error:
-        note_est_fault(store, state, error, leaf.not_after if not fault else None, now, jitter)
-        if fault:
-            raise
-        raise NotRenewed(f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error.message}") from None
-    state["patience"] = {}                          # what the WFM thought of the old SVID no longer counts
-    finish_enrollment(config, store, state)
-
-
-def note_est_fault(store, state, error, end, now, jitter):
-    """Keeps the back-off that follows from a fault; end: of the SVID that is still good, which has to see more than one attempt (E-045, E-062)."""
-    failures = 0 if isinstance(error, Pending) else state["est"].get("failures", 0) + 1
-    refused = isinstance(error, Untrusted)
-    delay = (1 - jitter / 2) * EST_CAP if refused else (1 - jitter) * grow(EST_FIRST, failures, EST_CAP)
-    delay = delay if end is None else min(delay, (end - now) / 4)
-    if isinstance(error, Pending):
-        log("info", error.message)
-        delay = EST_FIRST if error.retry_after is None else 0
-    state["est"].update(at=now, failures=failures, delay=max(error.retry_after or 0, delay),
-                        refused=error.message if refused else None)
-    store.save_state(state)
-
-
-def note_draft(store, state, what):
-    """Says once in the log that a draft is in use."""
-    if what not in state["drafts"]:
-        log("warning", f"{what} follows {DRAFT}")
-        state["drafts"].append(what)
-        store.save_state(state)
-
-
-def finish_enrollment(config, store, state):
-    """Clears up after an activation, in an order that the next run can take up; the token is erased, and never sent again (E-044)."""
-    est, token = state["est"], load_token(config)
-    state["est"] = {"used": est.get("token") or est.get("used")}
-    store.save_state(state)
-    remove_file(store.path("issued.p7"))
-    if token and sha256_digest(token) == state["est"]["used"] and not remove_file(config.identity.est.token_file):
-        log("warning", "the enrollment token has served and cannot be erased; remove it", path=config.identity.est.token_file)
-    remove_file(store.path("issued.key"))
-    sync_folder(store.folder)                       # no power cut brings back the key without what follows
-    remove_file(store.path("issued.pem"))           # last: while it is there, this is not done
-
-
-def obtain_svid(config, store, state, leaf, fault, mark, now):
-    """Goes from wherever an enrollment (with `fault`) or renewal stands to its end: request, answer, chain, proof, activation."""
-    renewed, combined = None if fault else leaf, is_combined(config.identity)
-    trust_domain = parse_identity([leaf.der], "", "").spiffe_id.trust_domain if leaf else None
-    bundle = refresh_trust_bundle(config, store, state, trust_domain, now)
-    chain = load_issued_chain(config, store, renewed, now)
-    if chain is None:
-        if not os.path.exists(store.path("issued.p7")):
-            request_svid(config, store, state, renewed, mark, now)
-        try:
-            chain = make_issued_chain(config, store, state, renewed, bundle, now)
-        except NoPath:                              # a rotation may be under way
-            known, bundle = bundle, refresh_trust_bundle(config, store, state, trust_domain, now)
-            if known.anchors == bundle.anchors:
-                raise
-            chain = make_issued_chain(config, store, state, renewed, bundle, now)
-        write_file(store.path("issued.pem"), chain)
-    own = parse_identity(parse_pem(chain.decode("ascii")), store.path("issued.pem"), store.path("issued.pem") if combined else config.identity.key)
-    if renewed:
-        prove_svid(config, store, state, own, bundle, now)
-    write_file(config.identity.certificate, chain, 0o600 if combined else 0o644)
-    log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after), renewal=make_time(make_renewal_time(own.leaf)))
-
-
-def load_issued_chain(config, store, renewed, now):
-    """The chain (PEM bytes) that waits for its proof; None where there is none, or where it no longer fits what is here by now."""
-    chain = read_file(store.path("issued.pem"), MAX_CERTIFICATES)
-    if chain is None:
-        return None
-    try:
-        certificates = [parse_certificate(der) for der in parse_pem(chain.decode("ascii"))]
-        if now <= find_issued(certificates, make_public_key(find_next_key(config, store)), renewed, None).not_after:
-            return chain
-        reason = "it has expired"
-    except ValueError as error:
-        reason = str(error)
-    log("warning", "an SVID that was issued and waited for its proof is given up", reason=reason)
-    remove_file(store.path("issued.p7"))
-    remove_file(store.path("issued.pem"))
-    return None
-
-
-def request_svid(config, store, state, renewed, mark, now):
-    """Asks for an SVID, and makes the answer durable before anything else; what is asked with which key is durable before (E-042, E-043)."""
-    import base64
-    settings, url = config.identity.est, config.identity.est.url or state["trust"].get("est")
-    if not url:
-        raise Untrusted(f"identity.discovery {config.identity.discovery} names no {EST_FIELD}, and identity.est.url is not set")
-    url = f"{url}/{'simplereenroll' if renewed else 'simpleenroll'}"
-    context, check_peer = make_mis_context(config, url)                 # a fresh one: no certificate slips into the other form (E-034)
-    headers = {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
-    if renewed:
-        load_key_pair(context, config.identity.certificate, config.identity.key)
-        body = make_renewal_csr(renewed, make_next_key(config, store))
-    else:
-        if settings.certificate:
-            load_key_pair(context, settings.certificate, settings.key, "identity.est")
-        else:
-            headers["Authorization"] = load_enrollment_header(config)
-        body = begin_enrollment(config, store, state, mark)
-    log("info", "asking for an SVID", url=url)
-    response = request("POST", url, headers, base64.encodebytes(body), context, config.wfm.timeout, MAX_CERTIFICATES, check_peer)
-    write_file(store.path("issued.p7"), read_certs_only(check_est_response(response, url, now)))
-
-
-def find_next_key(config, store):
-    """The file of the key that the next SVID is for."""
-    return store.path("issued.key") if is_combined(config.identity) else config.identity.key
-
-
-def make_next_key(config, store):
-    """Its path, once it is there: the own key, or by identity.rekey another one; one that has had no certificate yet is used first (E-042)."""
-    path, held = find_next_key(config, store), read_file(config.identity.key, MAX_CERTIFICATES) or b""
-    if is_combined(config.identity) and not os.path.exists(path) and find_private_key(held) and (
-            config.identity.rekey == "never" or b"-----BEGIN CERTIFICATE-----" not in held):
-        write_file(path, find_private_key(held))
-    elif make_private_key(path):
-        log("info", "new private key", path=path)
-    return path
-
-
-def begin_enrollment(config, store, state, mark):
-    """The first request (DER); the key and what it is for are durable then.  Raises Untrusted for a token that went with another key before."""
-    est = state["est"]
-    if not est.get("key") or est.get("token") != mark:
-        state["est"] = est = {"token": mark, "key": "none yet", "used": est.get("used")}
-        store.save_state(state)                     # first: a new key beside an old certificate is no broken pair but an enrollment
-    path = make_next_key(config, store)
-    key = sha256_digest(make_public_key(path))
-    if est["key"] not in ("none yet", key):
-        raise Untrusted("the enrollment token was used with a key that is lost; a fresh token is needed")
-    est["key"] = key
-    store.save_state(state)
-    return make_csr(path, "DER")
-
-
-def make_renewal_csr(leaf, key_file):
-    """A PKCS#10 request (DER) with subject and subjectAltName as they stand in the SVID, byte for byte (E-063; openssl req re-encodes them)."""
-    spki = make_public_key(key_file)
-    rsa = b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]
-    algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0") if rsa else make_der(
-        0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))           # sha256WithRSAEncryption, ecdsa-with-SHA256
-    attribute = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e"),         # extensionRequest
-                         make_der(0x31, make_der(0x30, leaf.extensions[OID_SUBJECT_ALT_NAME][2])))
-    content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
-    signature = run_openssl(["dgst", "-sha256", "-sign", key_file], b"", content)
-    return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
-
-
-def check_est_response(response, operation, now):
-    """The body of a 200; raises Pending for 202, Unreachable for what passes, Untrusted for a refusal (protocol of the draft, 3.3)."""
-    theirs = parse_retry_after(response.headers.get("Date"), 0)         # the same form of time, counted from 1970
-    if theirs is not None and abs(theirs - time.time()) > CLOCK_SKEW:
-        log("error", f"the clock of this device says {make_time(time.time())}, that of the identity service {make_time(theirs)}; set the one that is wrong",
-            code="CLOCK")
-    wait = parse_retry_after(response.headers.get("Retry-After"), now)
-    if response.status == 200:
-        return response.body
-    if response.status == 202:                      # E-037
-        raise Pending("the identity service has accepted the request and has not decided yet", retry_after=wait)
-    problem = parse_problem(response.body)
-    words = problem.detail or problem.title if problem else make_printable(response.body[:500].decode("utf-8", "replace"))
-    message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
-    if find_verdict(response.status) == "later":
-        raise Unreachable(message, retry_after=wait if wait is not None or not problem else problem.retry_after)
-    raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
-
-
-def read_certs_only(body):
-    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038); raises Untrusted."""
-    if body[:1] == b"\x30":
-        return body
-    try:
-        data = parse_base64(re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace")))
-    except ValueError:
-        data = b""
-    if data[:1] != b"\x30":
-        raise Untrusted(f"EST answered 200 with something else than certificates: {make_printable(body[:100].decode('utf-8', 'replace'))!r}")
-    return data
-
-
-def parse_certs_only(data):
-    """The certificates (DER) of CMS SignedData; openssl reads it, because some servers write BER; raises ValueError."""
-    output = run_command(["openssl", "pkcs7", "-inform", "DER", "-print_certs"], 60, data=data)
-    found = parse_pem(output.stdout.decode("ascii", "replace"))
-    if output.code or len(found) > MAX_ISSUED:
-        raise ValueError(f"openssl finds no certs-only message of at most {MAX_ISSUED} certificates in it")
-    return found
-
-
-def find_issued(certificates, spki, renewed, trust_domain):
-    """The leaf among issued Certificates; raises ValueError unless it is for the own key, of a client, and no other than before.
-
-    spki: the own public key.  renewed: the leaf that it renews, or None.  trust_domain: what the discovery document says, or None.
-    """
-    leaf = next((item for item in certificates if item.spki == spki), None)
-    if leaf is None:
-        raise ValueError(f"none of the {len(certificates)} certificates issued is for the own key")
-    own = parse_identity([leaf.der], "", "").spiffe_id
-    if trust_domain and own.trust_domain != trust_domain:
-        raise ValueError(f"the SVID issued is of trust domain {own.trust_domain}, the discovery document says {trust_domain}")
-    if renewed and own.text != renewed.uris[0]:
-        raise ValueError(f"the SVID issued is {own.text}, the one to be renewed is {renewed.uris[0]}")                        # E-067
-    if renewed and leaf.not_after <= renewed.not_after:
-        raise ValueError("the SVID issued ends no later than the one that it renews")
-    return leaf
-
-
-def make_issued_chain(config, store, state, renewed, bundle, now):
-    """The chain (PEM bytes; with the key where that goes with it) from the answer in issued.p7, checked whole; raises Untrusted, Unreachable.
-
-    An answer that will never do is removed, so that the next attempt asks anew; one that only time or a newer bundle can mend is kept.
-    """
-    path, url = store.path("issued.p7"), config.identity.est.url or state["trust"].get("est")
-    key_file = find_next_key(config, store)
-    try:
-        issued = [parse_certificate(der) for der in parse_certs_only(read_file(path, MAX_CERTIFICATES))]
-        leaf = find_issued(issued, make_public_key(key_file), renewed, state["trust"].get("trustDomain"))
-        if time.time() > leaf.not_after:
-            check_validity(leaf, time.time())
-    except ValueError as error:
-        remove_file(path)
-        raise Untrusted(f"the certificate that EST issued is refused: {error}") from None
-    response = fetch_from_mis(f"{url}/cacerts", config, {"Accept": CERTS_TYPE})             # E-039
-    try:
-        found = [parse_certificate(der) for der in parse_certs_only(read_certs_only(check_est_response(response, "cacerts", now)))]
-    except ValueError as error:
-        raise Untrusted(f"cacerts: {error}") from None
-    chain = make_chain(leaf, [item for item in found + issued if item.is_ca])
-    data = make_pem(item.der for item in chain).encode()
-    if 0 < leaf.not_before - time.time() <= CLOCK_SKEW:
-        raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead of ours",
-                      retry_after=leaf.not_before - time.time() + 1)
-    write_file(store.path("issued.try"), data)
-    try:
-        check_validity(leaf, time.time())
-        check_own_chain(store.path("issued.try"), key_file, bundle.anchors)
-    except ValueError as error:
-        store.save_memo(dict(store.load_memo(), trust=1))               # the bundle is due again
-        raise NoPath(f"the SVID issued does not lead to the trust bundle: {error}") from None
-    finally:
-        remove_file(store.path("issued.try"))
-    return data + (read_file(key_file, MAX_CERTIFICATES) if is_combined(config.identity) else b"")
-
-
-def prove_svid(config, store, state, own, bundle, now):
-    """Asks the WFM for nothing new in the name of a renewed SVID, which replaces the old one only where that is answered; raises what request does."""
-    headers, context = {"Accept": MANIFEST_TYPE}, make_wfm_context(own, bundle, config.wfm.min_tls)
-    if state["accepted"] and state["accepted"].get("etag"):
-        headers["If-None-Match"] = state["accepted"]["etag"]
-    crls, listed = load_crls(store, state), state["trust"].get("crls") or ()
-    response = request("GET", config.wfm.url + "/api/v1/deployments", headers, None, context, config.wfm.timeout, config.policy.max_document,
-                       lambda chain: check_status(check_wfm(chain[0], own, now), crls, listed, config.identity.revocation, now))
-    check_response(response, "the renewed SVID, tried at the WFM", (200, 304), now)
-
-
-# Revocation lists, of the same draft: signed by the issuer of the SVIDs that they list, named by the discovery document alone.
-
-def load_crl(store, record):
-    """The bytes of one list at hand; None where there is none, or the disk spoilt it."""
-    data = read_file(store.path("crls", record["digest"][7:]), 1024 * MIB) if record.get("digest") else None
-    return data if data is not None and sha256_digest(data) == record["digest"] else None
-
-
-def load_crls(store, state):
-    """[Crl] of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
-    found = []
-    for url, record in state["crls"].items():
-        data = load_crl(store, record)
-        if data is not None:
-            found.append(parse_crl(data)[1])
-        elif record.get("digest"):
-            log("error", "security: a revocation list at hand is lost; an older one could now pass for the newest", url=url)
-    return found
-
-
-def is_revoked(leaf, crls):
-    """Whether one of the lists by the leaf's issuer lists it, whatever the list's age (E-083)."""
-    return any(is_listed(crl, leaf.serial) for crl in crls if is_same_issuer(crl, leaf))
-
-
-def is_same_issuer(crl, leaf):
-    """Whether list and leaf have one issuer: by name and, where both say one, by key identifier."""
-    ids = find_key_id(crl, OID_ISSUER_KEY), find_key_id(leaf, OID_ISSUER_KEY)
-    return crl.issuer == leaf.issuer and (None in ids or ids[0] == ids[1])
-
-
-def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is; raises Untrusted for one that is revoked (E-083)."""
-    if is_revoked(leaf, crls):
-        raise Untrusted("the peer's certificate is revoked")
-    if not listed and not crls:
-        return "the trust domain names no revocation list"
-    mine = [crl for crl in crls if is_same_issuer(crl, leaf)]
-    if not mine:
-        return "no revocation list at hand is by its issuer" if len(crls) >= len(listed) else "a revocation list could not be had yet"
-    return "" if any(now <= crl.next_update for crl in mine) else f"the revocation list ended at {make_time(max(crl.next_update for crl in mine))}"
-
-
-def find_list_fault(records, now):
-    """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
-    for url, record in records.items():
-        end = record["thisUpdate"] + record["validity"] if record.get("digest") else 0
-        if now > end:
-            return f"the revocation list {url} {f'ended at {make_time(end)}' if end else 'could not be had yet'}"
-    return ""
-
-
-def check_status(leaf, crls, listed, mode, now):
-    """Holds a peer's leaf against the lists; raises Untrusted where it is revoked or, by `require`, where that is not known (E-087, E-088)."""
-    if mode == "off" or mode == "soft" and not listed and not crls:
-        return
-    fault = find_status_fault(leaf, crls, listed, now)
-    if fault and mode == "require":
-        raise Untrusted(f"the WFM's revocation status is not known, and identity.revocation is require: {fault}")
-    if fault:
-        log("warning", "the WFM's revocation status is not known", reason=fault)
-
-
-def refresh_crls(config, store, state, issuers, seek, now, jitter):
-    """Fetches each revocation list that is due (E-081, E-082); no fault of it is more than a line in the log.
-
-    issuers: the Certificates that may have signed one; seek: gets more of them.  No step of connecting, and nothing at all where discovery
-    named none.
-    """
-    listed, records = state["trust"].get("crls") or [], state["crls"]
-    before = make_json(records)
-    for url in listed:
-        note_draft(store, state, "revocation lists")
-        record = records.setdefault(url, {})
-        if find_left(record, now):
-            continue
-        try:
-            fetch_crl(config, store, url, records, issuers, seek, now)
-            left = record["validity"] - (now - record["thisUpdate"])
-            record.update(failures=0, delay=max(1, min(CRL_PERIOD * (1 + jitter), left / 2)))
-        except (MargoError, ValueError) as error:
-            failures = record.get("failures", 0) + 1
-            delay = (1 - jitter) * grow(EST_FIRST, failures, EST_CAP)
-            record.update(failures=failures, delay=max(getattr(error, "retry_after", None) or 0, delay))
-            log("warning", "a revocation list cannot be had; what is at hand stays", url=url, reason=getattr(error, "message", str(error)))
-        record["at"] = now
-    for url in [url for url, record in records.items() if url not in listed and now > record.get("thisUpdate", 0) + record.get("validity", 0)]:
-        del records[url]
-    if make_json(records) != before:
-        store.save_state(state)                     # first what counts, then the old files go
-        keep = {record.get("digest", "")[7:] for record in records.values()}
-        for name in set(os.listdir(store.path("crls"))) - keep:
-            remove_file(store.path("crls", name))
-
-
-def fetch_crl(config, store, url, records, issuers, seek, now):
-    """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError."""
-    record = records[url]
-    known = record if load_crl(store, record) is not None else {}
-    headers = {name: known[key] for name, key in (("If-None-Match", "etag"), ("If-Modified-Since", "modified")) if known.get(key)}
-    response = fetch_from_mis(url, config, headers, config.policy.max_document)
-    if check_response(response, url, (200, 304) if headers else (200,), now).status == 304:
-        return
-    der, crl = parse_crl(response.body)
-    if crl.this_update > now + CLOCK_SKEW:
-        raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")
-    path = store.path("crls", sha256_digest(der)[7:])
-    write_file(path, der)                           # openssl reads it there; it counts only once the state names it
-    signer = find_signer(path, crl, issuers) or find_signer(path, crl, seek())
-    if signer is None:
-        raise ValueError("no issuer that is known, and may sign lists, has signed it")
-    key = sha256_digest(signer.spki)
-    known = max([item["number"] for item in records.values() if item.get("key") == key] or [0])     # of that issuer, wherever it came from
-    if crl.number < known:
-        raise ValueError(f"security: its number went back from {known} to {crl.number}")
-    if record.get("key") not in (None, key):
-        records[f"{url}#{record['key'][7:23]}"] = dict(record)          # a list of another issuer takes nothing from what is held of this one
-    if record.get("key") != key or crl.number > record["number"]:
-        record.update(digest=sha256_digest(der), number=crl.number, key=key, thisUpdate=crl.this_update, validity=crl.next_update - crl.this_update)
-    record.update(etag=response.headers.get("ETag"), modified=response.headers.get("Last-Modified"))
-
-
-def find_signer(path, crl, issuers):
-    """The one among issuers that may sign lists and has signed the one in a file, or None."""
-    return next((item for item in issuers if is_issuer(item, crl) and (item.key_usage is None or CRL_SIGN in item.key_usage)
-                 and is_crl_signed(path, item)), None)
-
-
-def is_crl_signed(path, issuer):
-    """Whether the list in a file is signed by a certificate's key; openssl's words say it, its exit code not in every version."""
-    output = run_command(["openssl", "crl", "-inform", "DER", "-noout", "-verify", "-in", path, "-CAfile", "/dev/stdin"], 60,
-                         data=make_pem([issuer.der]).encode())
-    return output.code == 0 and "verify OK" in output.stderr
+                       b"", expected)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -4037,7 +3402,7 @@ def check_artifact_url(item, where, base_url, path):
     from urllib.parse import unquote, urljoin
     url = check_member(item, "url", where, r"(?s).*")
     absolute = urljoin(base_url, url)
-    if url_origin(absolute) != url_origin(base_url) or not absolute.startswith("https:"):
+    if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
         raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
     if not unquote(absolute).lower().endswith(path.lower()) or ".." in unquote(url).split("/"):
         raise ValueError(f"{where}url: {make_printable(url, 200)!r} does not end with {path}")
@@ -4286,7 +3651,7 @@ def parse_bundle(data, entries, max_unpacked):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 12. Desired-state sources
+# 12. Desired-state source
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def check_digest(data, digest, what):
@@ -4299,8 +3664,9 @@ def check_digest(data, digest, what):
 def is_bundle_cheaper(manifest, missing):
     """Whether one bundle costs less than the missing documents one by one.
 
-    A request of its own costs a TLS connection, which is worth about 6 KiB on the wire and two more round trips.  Documents compress
-    about four to one in a bundle; where the manifest does not say sizes, more than three missing documents are taken as the point.
+    A request of its own costs a TLS connection, which is worth about 6 KiB on the wire and two more round
+    trips.  Documents compress about four to one in a bundle; where the manifest does not say sizes, more than
+    three missing documents are taken as the point.
     """
     sizes = [entry.size for entry in missing]
     if len(missing) < 2 or None in sizes or manifest.bundle_size is None:
@@ -4309,11 +3675,11 @@ def is_bundle_cheaper(manifest, missing):
 
 
 class HttpSource:
-    """The desired state over HTTP, and the sinks for what is reported: what the generations have in common.
+    """Base of the sources over HTTP.  A subclass gives `ask` (how to send a request) and `root` (the path
+    prefix).
 
-    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in the shape of rc.3, and
-    says who it speaks as (`client_id`) and with (`peer`).  No other section knows which profile it serves.  Of this one the profiles
-    say how a request is made (`ask`) and below which `root` of `url` everything lies.
+    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in
+    the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
     """
 
     root = "/api/v1"
@@ -4323,60 +3689,80 @@ class HttpSource:
 
     def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
         """One request to the WFM; raises what check_response raises."""
-        now, body, headers, path = time.time(), None, dict(headers or {}), self.root + path
+        body = None
+        headers = dict(headers or {})
+        path = self.root + path
         if document is not None:
-            body, headers["Content-Type"] = make_json(document), JSON_TYPE
-        return check_response(self.ask(method, self.url + path, headers, body, limit), f"{method} {path}", accepted, now)
+            body = make_json(document)
+            headers["Content-Type"] = JSON_TYPE
+        now = time.time()
+        response = self.ask(method, self.url + path, headers, body, limit)
+        return check_response(response, f"{method} {path}", accepted, now)
+
+    def fetch_manifest(self, etag):
+        """The answer to a request for the state manifest; 304 where it still has the ETag."""
+        headers = {"Accept": MANIFEST_TYPE}
+        accepted = (200,)  # C-100
+        if etag:
+            headers["If-None-Match"] = etag                                             # C-101
+            accepted = (200, 304)
+        return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
 
     def fetch_desired(self, accepted, load_artifact):
-        """None where nothing changed, else a Desired whose every byte is verified; raises what `send` raises, and Refused.
+        """None where nothing changed, else a Desired whose every byte is verified; raises what `send` raises,
+        and Refused.
 
-        accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at hand.
+        accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
+        hand.
         """
-        headers = {"Accept": MANIFEST_TYPE}                                         # C-100
-        incomplete = bool(accepted and accepted.get("incomplete"))                  # a document was lost here: it comes again (D-9)
-        if accepted and accepted.get("etag") and not incomplete:
-            headers["If-None-Match"] = accepted["etag"]                             # C-101
-        accept = (200, 304) if "If-None-Match" in headers else (200,)
-        response = self.send("GET", "/deployments", accept, headers, limit=self.config.policy.max_document)
+        incomplete = bool(accepted and accepted.get("incomplete"))  # a document was lost here (D-9)
+        response = self.fetch_manifest(accepted.get("etag") if accepted and not incomplete else None)
         if response.status == 304:                                                  # C-102
             return None
-        digest, etag = sha256_digest(response.body), response.headers.get("ETag")
+        digest = sha256_digest(response.body)
+        etag = response.headers.get("ETag")
         manifest = parse_manifest(response.body, self.config.wfm.url)
-        if etag and etag != f'"{digest}"':
-            log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag, digest=digest)     # C-118
+        if etag and etag != f'"{digest}"':                                          # C-118
+            log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
+                digest=digest)
         if not check_version(manifest, digest, accepted) and not incomplete:
-            accepted["etag"] = etag                 # the last one (C-101), so that the next poll may be answered by 304
+            accepted["etag"] = etag  # the last one (C-101), so that the next poll may be answered by 304
             return None
         known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
-        return Desired(manifest.version, etag, digest, manifest.entries, self.fetch_documents(manifest, known))
+        documents = self.fetch_documents(manifest, known)
+        return Desired(manifest.version, etag, digest, manifest.entries, documents)
 
     def fetch_documents(self, manifest, known):
         """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106)."""
         missing = [entry for entry in manifest.entries if entry.digest not in known]
+        policy = self.config.policy
         if is_bundle_cheaper(manifest, missing):
             try:
-                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,), limit=self.config.policy.max_artifact)
+                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,),
+                                     limit=policy.max_artifact)
             except Refused as error:
                 if error.code not in ("invalid-bundle", "HTTP 404"):
                     raise
-                log("info", "the bundle cannot be had, documents are fetched one by one", reason=error.message)
+                log("info", "the bundle cannot be had, documents are fetched one by one",
+                    reason=error.message)
             else:
                 check_digest(response.body, manifest.bundle_digest, "bundle")
-                documents = parse_bundle(response.body, manifest.entries, self.config.policy.max_unpacked)
+                documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
                 return {entry.digest: documents[entry.digest] for entry in missing}
-        documents, left = {}, self.config.policy.max_unpacked
+        documents, left = {}, policy.max_unpacked
         for entry in missing:
             documents[entry.digest] = self.fetch_document(entry)
             left -= len(documents[entry.digest])
             if left < 0:
-                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all together")
+                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
+                              " together")
         return documents
 
     def fetch_document(self, entry):
         """One ApplicationDeployment's bytes, verified."""
         path = f"/deployments/{entry.deployment_id}/{entry.digest}"
-        response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=self.config.policy.max_document)
+        limit = self.config.policy.max_document
+        response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=limit)
         check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
         return response.body
 
@@ -4390,24 +3776,25 @@ class MtlsSource(HttpSource):
 
     def __init__(self, config, identity, bundle):
         super().__init__(config)
-        self.crls, self.listed, self.chain = (), (), []
-        self.identity, self.client_id, self.peer = identity, identity.spiffe_id.text, identity.wfm_spiffe_id.text
-        self.context = make_wfm_context(identity, bundle, config.wfm.min_tls)
+        self.identity = identity
+        self.client_id = identity.spiffe_id.text
+        self.peer = identity.wfm_spiffe_id.text
+        self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
+        self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
+        self.chain = []                             # what the WFM presented last (DER), leaf first
 
     def ask(self, method, url, headers, body, limit):
         """One request, sent once the peer is known to be our WFM."""
-        return request(method, url, headers, body, self.context, self.config.wfm.timeout, limit, self.check_peer)
+        return request(method, url, headers, body, self.context, self.config.wfm.timeout, limit,
+                       self.check_peer)
 
     def check_peer(self, chain):
-        """Raises Untrusted unless the peer is our WFM and not revoked."""
-        leaf = check_wfm(chain[0], self.identity, time.time())
-        check_status(leaf, self.crls, self.listed, self.config.identity.revocation, time.time())
+        """Raises Untrusted unless the peer is our WFM, and no companion has anything against it."""
+        now = time.time()
+        leaf = check_wfm(chain[0], self.identity, now)
+        for judge in self.judges:
+            judge(leaf, now)
         self.chain = chain
-
-    def fetch_issuers(self):
-        """The Certificates above the WFM's, seen over a connection on which nothing is said."""
-        chain = fetch_chain(self.config.wfm.url, self.context, self.config.wfm.timeout)
-        return [parse_certificate(der) for der in chain[1:] if sys.version_info >= (3, 10) or is_signed(chain[0], der)]
 
     def put_capabilities(self, device_id, document):
         """Reports what a device can do; repeating it is harmless (C-080)."""
@@ -4418,740 +3805,110 @@ class MtlsSource(HttpSource):
         self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
 
 
-class SignedSource(HttpSource):
-    """API 1.0.0 of the first preview release, in either dialect: server-side TLS, a client id, every request signed (C-060 to C-068)."""
+class Profile:
+    """How one word of wfm.profile is served; PROFILES has the class of each.  Beside what is here a class has
 
-    def __init__(self, config, signer, state):
-        super().__init__(config)
-        from urllib.parse import urlsplit
-        self.url = self.url.replace(urlsplit(self.url).netloc, re.sub(":443$", "", urlsplit(self.url).netloc.lower()), 1)      # as it is signed
-        self.signer, self.state, self.peer = signer, state, "the one that identity.ca vouches for"
-        self.context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
-
-    def adopt(self, client_id):
-        """Speaks as this client from now on."""
-        from urllib.parse import quote
-        self.client_id, self.root = client_id, f"/api/v1/clients/{quote(client_id, safe='')}"
-
-    def ask(self, method, url, headers, body, limit):
-        """One request with a signature of its own, also where it is repeated (C-062, C-067); one that is not accepted is explained in the log."""
-        import hashlib
-        if body is not None:
-            headers["Content-Digest"] = f"sha-256=:{make_base64(hashlib.sha256(body).digest())}:"
-        parameters, base = make_signature_base(method, url, headers, self.signer, int(time.time()))
-        headers["Signature-Input"] = f"{self.signer.label}={parameters}"
-        headers["Signature"] = f"{self.signer.label}=:{make_base64(run_signature(base, self.signer))}:"
-        response = request(method, url, headers, body, self.context, self.config.wfm.timeout, limit)
-        if response.status == 401:
-            theirs = parse_retry_after(response.headers.get("Date"), 0)         # the same form of time, counted from 1970
-            log("error", "the WFM does not accept a signature", method=method, target=url, algorithm=self.signer.algorithm,
-                base=base.decode("latin-1"), clockOffset="unknown" if theirs is None else f"{time.time() - theirs:+.0f} s")
-        elif response.status == 404 and url.endswith("/deployments"):
-            log("error", "the WFM does not know this client any more; `unenroll`, then `enroll`, begin anew", client=self.client_id)
-        return response
-
-    def onboard(self):
-        """The client id that the WFM gives to the own certificate; raises Untrusted, Unreachable (protocol 2.7, C-068)."""
-        document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest", "certificate": make_base64(self.signer.leaf.der)}
-        try:
-            value = parse_json(self.send("POST", "/onboarding", (200, 201), document=document).body, "the answer")
-            client_id = value.get("clientId") if isinstance(value, dict) else None
-            if not isinstance(client_id, str) or not re.fullmatch(r"[^/\\]{1,200}", client_id) or not client_id.isprintable() or client_id in (".", ".."):
-                raise ValueError(f"clientId {make_printable(str(client_id), 100)!r} cannot be one segment of a path")
-        except (Untrusted, Refused, ValueError) as error:
-            raise Untrusted(f"onboarding refused: {getattr(error, 'message', error)}; it may wait for somebody's approval at the WFM") from None
-        log("info", "onboarded", client=client_id)
-        return client_id
-
-    def put_capabilities(self, device_id, document):
-        """Reports what a device can do: by POST the first time, by PUT afterwards, by the other where the WFM remembers otherwise."""
-        path = f"/capabilities/{device_id}" if self.config.wfm.dialect == "b" else "/capabilities"      # a knows no child devices
-        methods = ["PUT", "POST"] if device_id in (self.state["enrollment"] or {}).get("devices", {}) else ["POST", "PUT"]
-        document = make_older_capabilities(document, self.config.wfm.dialect)
-        try:
-            self.send(methods[0], path, SUCCESS, document=document)
-        except Refused as error:
-            if error.code not in ("HTTP 404", "HTTP 405", "HTTP 409"):
-                raise
-            self.send(methods[1], path, SUCCESS, document=document)
-
-    def delete_capabilities(self, device_id):
-        """Deregisters a device; dialect a has nothing of the kind."""
-        if self.config.wfm.dialect == "b":
-            self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
-
-    def post_status(self, deployment_id, document):
-        """Reports a deployment's status with that generation's fields."""
-        super().post_status(deployment_id, make_older_status(document, self.config.wfm.dialect))
-
-
-HOSTING_PROPERTIES = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollector", "supportedRuntimes", "supportedDeploymentTypes")
-ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
-
-
-def make_older_capabilities(document, dialect):
-    """Capabilities of rc.3 as the first preview release has them (protocol 3.5): b flat, a with roles and resources; neither has labels."""
-    properties = dict(document["properties"])
-    hosting = {key: properties.pop(key) for key in HOSTING_PROPERTIES if key in properties}
-    cpus, types = hosting.pop("cpus", None), hosting.get("supportedDeploymentTypes", ())
-    heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
-    if dialect == "b":
-        extensions = {key: value for key, value in document.items() if key not in ("properties", "labels")}
-        return dict(extensions, properties=dict(properties, **hosting, **({"cpu": cpus} if cpus else {})), **heading)
-    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
-    if hosting:
-        resources = {key: hosting[key] for key in ("memory", "storage", "peripherals", "interfaces") if key in hosting}
-        properties["resources"] = dict(resources, **({"cpu": max(cpus, key=lambda cpu: cpu["cores"])} if cpus else {}))      # never summed (C-203)
-    return dict(heading, properties=properties)
-
-
-def make_older_status(document, dialect):
-    """A status of rc.3 as the first preview release has it (protocol 3.6): no manifest version; a also without deviceId and error source."""
-    without = ("adoptedManifestVersion", "deviceId", "source") if dialect == "a" else ("adoptedManifestVersion",)
-
-    def strip(value):
-        if isinstance(value, list):
-            return [strip(item) for item in value]
-        return {key: strip(item) for key, item in value.items() if key not in without} if isinstance(value, dict) else value
-
-    return dict(strip(document), apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
-
-
-def connect_mtls(config, store, state, keep, client_id=None):
-    """The MtlsSource, once everything about identity and trust holds; keep: what was learnt is stored.
-
-    client_id: as whom this device is enrolled, where that is not its SPIFFE ID.
-    """
-    now, identity = time.time(), load_identity(config)
-    check_enrollment(state, client_id or identity.spiffe_id.text)
-    check_own(identity.leaf, config, now)
-    warn_of_expiry(identity.leaf, store, now)
-    bundle = refresh_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-    check_own_anchor(config, identity, bundle, store, state, keep)
-    source = MtlsSource(config, identity, bundle)
-    if config.identity.revocation == "require" and keep:
-        refresh_revocation(config, store, state, source)        # else after the poll; but here nothing goes without
-    source.crls, source.listed = load_crls(store, state), state["trust"].get("crls") or ()
-    if is_revoked(identity.leaf, source.crls):
-        log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued", id=identity.spiffe_id.text)
-    return source
-
-
-def check_own_anchor(config, identity, bundle, store, state, keep):
-    """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
-
-    One that did is tried on after the bundle has changed, since the WFM decides; where that can be automated, it is renewed at once.
-    """
-    mark, memo = sha256_digest(identity.leaf.der + b"".join(bundle.anchors)), store.load_memo()
-    if memo.get("checked") == mark:
-        return
-    leaf = sha256_digest(identity.leaf.der)
-    try:
-        check_own_chain(identity.certificate_file, identity.key_file, bundle.anchors)
-    except ValueError as error:
-        message = f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust bundle ({error})"
-        if state["identity"] != leaf:
-            raise Untrusted(message) from None
-        log("error", f"{message} any more; have it issued anew")
-        if config.identity.enrollment == "est":
-            state["est"]["early"] = True
-        return
-    state["identity"] = leaf
-    if keep:
-        store.save_memo(dict(memo, checked=mark))
-
-
-def refresh_revocation(config, store, state, source=None):
-    """Fetches the revocation lists that are due; a list's issuer is sought among anchors, own chain and the chain of the WFM (E-084)."""
-    if config.identity.revocation == "off" or not (state["trust"].get("crls") or state["crls"]):
-        return
-    held, own = load_trust_bundle(config, store), read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
-    ders = (held[1].anchors if held else []) + parse_pem(own.decode("ascii", "replace")) + getattr(source, "chain", [])
-    seek = source.fetch_issuers if isinstance(source, MtlsSource) and len(source.chain) < 2 else lambda: []
-    refresh_crls(config, store, state, [parse_certificate(der) for der in ders], seek, time.time(), get_random())
-
-
-def connect_signed(config, store, state, keep):
-    """The SignedSource, onboarded; keep: that may be done now, and the client id is stored before anything else."""
-    now, signer = time.time(), load_signer(config)
-    check_own(signer.leaf, config, now)
-    warn_of_expiry(signer.leaf, store, now)
-    source, key = SignedSource(config, signer, state), sha256_digest(signer.leaf.spki)
-    if not state["client"] or state["client"]["key"] != key:
-        if not keep:
-            raise Untrusted("this device is not onboarded with its key yet, and that is not done in passing; see `enroll`")
-        state["client"] = {"id": source.onboard(), "key": key}
-        store.save_state(state)
-    check_enrollment(state, state["client"]["id"])
-    source.adopt(state["client"]["id"])
-    return source
-
-
-def check_own(leaf, config, now):
-    """Raises Untrusted unless the own certificate is valid now."""
-    try:
-        check_validity(leaf, now)
-    except ValueError as error:
-        raise Untrusted(f"identity.certificate {config.identity.certificate}: {error}") from None
-
-
-def check_enrollment(state, client_id):
-    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM at a time (C-052)."""
-    if state["enrollment"] and state["enrollment"]["id"] != client_id:
-        raise Untrusted(f"the own identity is {client_id}, but this device is enrolled as {state['enrollment']['id']}; unenroll first")
-
-
-def is_expiring(leaf, now, share=EXPIRY_WARNING):
-    """Whether less than a share of a certificate's lifetime is left."""
-    return leaf.not_after - now < share * (leaf.not_after - leaf.not_before)
-
-
-def warn_of_expiry(leaf, store, now):
-    """Foresees the end of the own certificate: one line a day."""
-    memo = store.load_memo()
-    if is_expiring(leaf, now) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        log("warning", "the own certificate expires soon; have it renewed", notAfter=make_time(leaf.not_after),
-            days=int((leaf.not_after - now) // 86400))
-        store.save_memo(dict(memo, warnedAt=now))
-
-
-def describe_mtls(config, state, now):
-    """What `status` says of the own identity: {id, notAfter, warning}; never raises."""
-    found = describe_own(config, load_identity, (state["enrollment"] or {}).get("id", ""), now)
-    revoked = found["notAfter"] and is_revoked(load_identity(config).leaf, load_crls(Store(config.state_dir), state))
-    return dict(found, warning="revoked; have a new one issued" if revoked else state["est"].get("refused") or found["warning"]
-                or find_list_fault(state["crls"], now))
-
-
-def describe_signed(config, state, now):
-    """The same for a client id."""
-    return describe_own(config, load_signer, (state["client"] or {}).get("id", ""), now)
-
-
-def describe_own(config, load, known_id, now):
-    """{id, notAfter, warning} of the own certificate, whose SPIFFE ID is the id where it has one."""
-    try:
-        own = load(config)
-    except Untrusted as error:
-        return {"id": known_id, "notAfter": "", "warning": error.message}
-    days = int((own.leaf.not_after - now) // 86400)
-    warning = "expired" if days < 0 else f"expires in {days} days; have it renewed" if is_expiring(own.leaf, now) else ""
-    return {"id": own.spiffe_id.text if isinstance(own, Identity) else known_id, "notAfter": make_time(own.leaf.not_after), "warning": warning}
-
-
-def check_mtls(config, state, now):
-    """Whether the own SVID and its key can be used, and for how long: (ok or warn, words); raises Untrusted."""
-    own = load_identity(config)
-    check_own(own.leaf, config, now)
-    make_wfm_context(own, TrustBundle([own.leaf.der], None, None), config.wfm.min_tls)
-    lists, words, enrolled = len(state["crls"]), own.spiffe_id.text, config.identity.enrollment == "est"
-    if enrolled:
-        words += f", renewed over EST (draft){' with a new key' * (config.identity.rekey == 'always')} after {make_time(make_renewal_time(own.leaf))}"
-    level, words = judge_own(own.leaf, words + (f", {lists} revocation lists (draft)" if lists else ""), config, now)
-    fault = find_list_fault(state["crls"], now)
-    if fault:
-        return "warn", f"{words}; {fault}"
-    left, silence = (1 - RENEWAL_WINDOW[1]) * (own.leaf.not_after - own.leaf.not_before), find_longest(config.poll.downtime, now) if enrolled else 0
-    if left < silence:
-        return "warn", f"{words}; a downtime of {silence / 3600:.1f} h (poll.downtime) may outlast it, because the latest renewal leaves {left / 3600:.1f} h:" \
-                       " have it issued for longer"
-    return level, words
-
-
-def check_signed(config, state, now):
-    """Whether the own key signs, is that of the certificate, and for how long: (ok or warn, words); raises Untrusted."""
-    signer = load_signer(config)
-    check_own(signer.leaf, config, now)
-    run_signature(b"a test of this device's own", signer)
-    if make_public_key(signer.key) != signer.leaf.spki:
-        raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
-    return judge_own(signer.leaf, f"signs by {signer.algorithm}", config, now)
-
-
-def judge_own(leaf, words, config, now):
-    """(ok or warn, words) of an own certificate that can be used."""
-    loose = ask_looseness("identity.key", config.identity.key)
-    if loose:
-        return "warn", loose
-    words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
-    return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
-
-
-class GitSource:
-    """The desired state as a folder of documents on a branch of a Git repository, and a branch of one's own as the sink of reports.
-
-    git is given a home of its own, so that no configuration, hook, attribute or credential of the machine has a say, and never a work
-    tree.  Its repository is a cache: what was accepted lies in artifacts/, and whatever goes wrong in it, it is made anew (P-14, P-21).
+    connect(keep=True): the source of the desired state, and the sink of reports; keep: it
+    stores what it learns.
+    describe(now): what `status` says of the own identity, {id, notAfter, warning}; never raises.
+    check(now): what `doctor` says of it, (ok or warn, words).
+    identify(): who the client is for as long as it serves one WFM, without state or network. All but
+    `describe` raise Untrusted, connect also Unreachable.
     """
 
-    def __init__(self, config, home, header, connect_reporter):
-        self.config, self.home, self.header, self.connect_reporter = config, home, header, connect_reporter
-        self.url, self.client_id, self.peer = config.wfm.url, config.wfm.url, f"a repository with a branch {config.git.branch}"
-        self.branch, self.repository = f"refs/heads/{config.git.branch}", os.path.join(home, "repository")
-        self.env, self.heads, self.reporter = make_git_environment(config, home), {}, None
+    settings = ()                                   # what the configuration has to say for it
+    https = True                                    # whether wfm.url has to be one of https
 
-    def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
-        """One git command on the repository: its Output; raises CommandError unless it ends with one of `codes` (None: any)."""
-        folder = self.repository if command != "ls-remote" else os.path.join(self.home, "none")       # what is spoilt stops no poll (P-14)
-        before = os.umask(0o077)                    # what git writes is below the state directory
-        try:
-            output = run_command(["git", f"--git-dir={folder}", command, *arguments], timeout, env or self.env, self.home, **options)
-        except CommandMissing as error:
-            raise ConfigError(error.message) from None
-        finally:
-            os.umask(before)
-        if codes and output.code not in codes:
-            raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
-        return output
+    def __init__(self, config, store, state):
+        self.config, self.store, self.state = config, store, state
+        self.identity = None                        # the own certificate, once the WFM is connected by it
 
-    def find_head(self, ref):
-        """The commit at which a ref stands at the server now, None where there is none; no object is fetched.  Raises what `explain` says."""
-        try:
-            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * self.config.wfm.timeout)
-        except CommandError as error:
-            if not self.url.startswith(("https://", "file://")) and is_ssh_answering(self.url, self.config.wfm.timeout):
-                raise Untrusted(f"{self.url}: the ssh server is there, but not as it has to be, or gives no access: {error.message}") from None
-            raise self.explain(error, "git-upload-pack") from None
-        found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$", output.stdout.decode("ascii", "replace"), re.M)
-        self.heads[ref] = found.group(1) if found else None
-        return self.heads[ref]
+    @classmethod
+    def check_settings(cls, config, suffix=""):
+        """What is wrong with a configuration for this profile: [(whether it is wrong, key, words)]."""
+        url = config.wfm.url
+        words = f"not set, and needed for profile {config.wfm.profile}{suffix}"
+        values = {key: config[key.split(".")[0]][key.split(".")[1]] for key in cls.settings}
+        return [(value is None, key, words) for key, value in values.items()] + [
+            (cls.https and not suffix and url and not url.startswith("https://"),
+             "wfm.url", f"found {make_printable(url or '', 60)!r}, expected an absolute https URL")]
 
-    def explain(self, error, service):
-        """Why the server could not be used, as a fault: git has no words for programs, so an https server is asked once more itself."""
-        if self.url.startswith("https://"):
-            try:
-                context = make_tls_context((), self.config.identity.ca, self.config.wfm.min_tls)
-                headers = {"Git-Protocol": "version=2", **({"Authorization": self.header} if self.header else {})}
-                check_response(request("GET", f"{self.url}/info/refs?service={service}", headers, None, context, self.config.wfm.timeout,
-                                       MAX_ANSWER), self.url, (200,), time.time())
-            except MargoError as fault:
-                return fault
-        return Unreachable(f"{self.url}: {error.message}")
-
-    def fetch_desired(self, accepted, load_artifact):
-        """None where the branch still stands at the accepted commit, else a Desired; see HttpSource."""
-        head = self.find_head(self.branch)
-        if head is None:
-            raise Refused(f"{self.url} has no branch {self.config.git.branch}; nothing is removed for that")
-        if accepted and accepted["version"] == head and not accepted.get("incomplete"):
-            return None
-        base = accepted["version"] if accepted else None
-        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
-        for name in ignored:
-            log("info", "ignored: not an ApplicationDeployment", name=name)
-        new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
-        return Desired(head, None, sha256_digest(head.encode()), entries, new)
-
-    def work(self, act):
-        """What `act` returns; where git ends with a fault although the server answers, once more on a repository made anew (P-14)."""
-        try:
-            return act()
-        except CommandError as error:
-            self.find_head(self.branch)
-            log("warning", "the copy of the repository is made anew", reason=error.message)
-        try:
-            remove_folder(self.repository)
-            return act()
-        except CommandError as error:
-            raise self.explain(error, "git-upload-pack") from None
-
-    def fetch_files(self, base):
-        """(head commit, what read_files returns), once the head is known to follow on `base`; raises Refused, Untrusted.
-
-        From a shallow copy that ends at the accepted commit, a plain fetch brings just the commits since and what is new in them, and
-        that proves the descent; where the copy has gone, it is begun anew at the accepted commit, which a server gives if it still has it.
-        """
-        self.prepare()
-        if base and not self.has(base):
-            self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
-        elif base:
-            self.git("update-ref", "refs/margo/base", base)
-        self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
-        head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
-        if self.config.git.verify_signatures:
-            self.check_signature(head)
-        if base and (not self.has(base) or self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code):
-            words = f"commit {head} does not descend from the accepted {base}: history was rewritten, or set back"
-            if not self.config.git.allow_rewrite:
-                raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
-            log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
-        return head, self.read_files(head, base if base and self.has(base) else None)
-
-    def prepare(self):
-        """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing ever tidies it."""
-        packs = os.path.join(self.repository, "objects", "pack")
-        if os.path.isdir(packs) and len(os.listdir(packs)) > 3 * MAX_PACKS:
-            remove_folder(self.repository)
-        if not os.path.isdir(packs):
-            remove_folder(self.repository)
-            known = self.heads[self.branch] if self.branch in self.heads else self.find_head(self.branch)
-            self.git("init", "--quiet", "--bare", "--template=", *(["--object-format=sha256"] if len(known or "") == 64 else []))
-
-    def has(self, commit):
-        """Whether a commit is in the repository."""
-        return not self.git("cat-file", "-e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
-
-    def fetch(self, refspec, *options, codes=(0,)):
-        """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more."""
-        limit = self.config.policy.max_unpacked
-        before = limit_files(limit)
-        try:
-            output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--", self.url, refspec,
-                              timeout=PULL_TIMEOUT, codes=None)
-        finally:
-            limit_files(before)
-        packs = os.path.join(self.repository, "objects", "pack")
-        if output.code and os.path.isdir(packs) and any(os.path.getsize(os.path.join(packs, name)) >= limit for name in os.listdir(packs)):
-            remove_folder(self.repository)
-            raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or see policy.max_unpacked")
-        if output.code not in codes:
-            raise CommandError(f"git fetch: {output.stderr}")
-
-    def check_signature(self, head):
-        """Raises Untrusted unless a commit is signed by one of git.allowed_signers: an ssh allowed-signers file, or exported gpg keys."""
-        import tempfile
-        signers = self.config.git.allowed_signers
-        with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
-            env = dict(self.env, GNUPGHOME=home)
-            with open(os.path.join(home, "gpg.conf"), "w") as file:
-                file.write("batch\nno-autostart\ntrust-model always\n")
-            data = read_file(signers, MAX_CERTIFICATES) or b""
-            if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
-                run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
-            verdict = self.git("log", "-1", "--format=%G?", head, "--", env=env).stdout.decode().strip()
-        if verdict != "G":
-            raise Untrusted(f"commit {head} " + ("is not signed" if verdict == "N" else "has no good signature of git.allowed_signers")
-                            + f" (git says {verdict}); the accepted state is kept")
-
-    def read_files(self, head, base):
-        """What parse_files makes of the YAML files below git.path; links, submodules and all else are not looked at.  Raises Refused.
-
-        So does a path that held a deployment in the accepted commit, `base`, and holds something else now: only one that has gone is
-        a removal.
-        """
-        policy, listing = self.config.policy, self.list_tree(head)
-        if self.config.git.path and not listing:
-            raise Refused(f"commit {head} has no folder {self.config.git.path}; nothing is removed for that")
-        blobs, ignored = find_blobs(listing, policy.max_document)
-        for name in ignored:
-            log("info", "ignored: not a file", name=name)
-        total = sum(size for _, _, size in blobs)
-        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
-            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than {MAX_DEPLOYMENTS}"
-                          " or policy.max_unpacked")
-        found = parse_files(self.read_blobs(blobs))
-        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
-        for name, data in self.read_blobs(suspects):
-            if is_deployment(data):
-                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is none now, or lies below what is no"
-                              " folder; nothing is removed for that: remove the file itself, or put it right")
-        return found
-
-    def list_tree(self, commit):
-        """What `git ls-tree` prints of all that lies below git.path in a commit."""
-        folder = self.config.git.path
-        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *([folder + "/"] if folder else [])).stdout
-
-    def read_blobs(self, blobs):
-        """[(name, bytes)] of [(name, blob, size)]."""
-        wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
-        limit = sum(size + 256 for _, _, size in blobs) + 1
-        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
-        files, start = [], 0
-        for name, blob, size in blobs:
-            head_line = f"{blob} blob {size}\n".encode()
-            if not data.startswith(head_line, start) or len(data) < start + len(head_line) + size:
-                raise CommandError(f"git cat-file: blob {blob} cannot be read")
-            start += len(head_line)
-            files.append((name, data[start:start + size]))
-            start += size + 1
-        return files
-
-    def put_capabilities(self, device_id, document):
-        """Reports what this device can do: to wfm.status_url, else as capabilities.json on its branch."""
-        if self.config.wfm.status_url:
-            return self.connect_wfm().put_capabilities(device_id, document)
-        self.push_file(device_id, "capabilities.json", document, "Capabilities")
-
-    def delete_capabilities(self, device_id):
-        """Deregisters this device; its branch stays, with its history."""
-        if self.config.wfm.status_url:
-            return self.connect_wfm().delete_capabilities(device_id)
-        self.push_file(device_id, "capabilities.json", None, "Capabilities withdrawn")
-
-    def post_status(self, deployment_id, document):
-        """Reports a deployment's status; a WFM's manifest version is a number, which a commit is given by its first 48 bits."""
-        facts, commit = dict(document), str(document["adoptedManifestVersion"])
-        if self.config.wfm.status_url:
-            number = int(commit[:12], 16)
-            return self.connect_wfm().post_status(deployment_id, dict(facts, adoptedManifestVersion=number or 1, commit=commit))
-        facts.pop("adoptedManifestVersion")
-        words = f"{deployment_id}: {document['status']['state']}"
-        self.push_file(document["deviceId"], f"deployments/{deployment_id}.json", dict(facts, commit=commit), words)
-
-    def connect_wfm(self):
-        """The WFM at wfm.status_url, connected when there is something to report."""
-        if self.reporter is None:
-            self.reporter = self.connect_reporter()
-        return self.reporter
-
-    def push_file(self, device_id, path, document, message):
-        """Makes a document the content of a file on the device's branch by one commit on top of whatever is there, never over it.
-
-        Who loses a race takes the other's commit as its base and tries again; None removes the file.
-        """
-        import json
-        ref = f"refs/heads/status/{make_ref_path(device_id)}"
-        content = None if document is None else json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
-        if ref not in self.heads:
-            self.find_head(ref)
-        for _ in range(PUSH_ATTEMPTS):
-            base = self.heads[ref]
-            commit = self.work(lambda: self.make_commit(ref, base, path, content, message))
-            if commit is None:
-                return
-            try:
-                self.git("push", "--quiet", "--no-verify", "--no-follow-tags", "--", self.url, f"{commit}:{ref}", timeout=PULL_TIMEOUT)
-                self.heads[ref] = commit
-                return
-            except CommandError as error:
-                if self.find_head(ref) == base:
-                    raise self.explain(error, "git-receive-pack") from None
-        raise Unreachable(f"{ref} of {self.url} was moved {PUSH_ATTEMPTS} times while a status was written; the next run tries again")
-
-    def make_commit(self, ref, base, path, content, message):
-        """A commit on `base` (None: the first) that changes one file, made without work tree or index; None where the file is so already."""
-        self.prepare()
-        if base and not self.has(base):
-            self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
-        old = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128), limit=MAX_OUTPUT) if base else Output(128, b"", "")
-        if (None if old.code else old.stdout) == content:
-            return None
-        stream = [f"commit refs/margo/next\nmark :1\ncommitter margo-agent <margo-agent@localhost> {int(time.time())} +0000".encode(),
-                  b"data %d\n%s" % (len(message), message.encode())] + ([b"from " + base.encode()] if base else [])
-        stream += [b"D " + path.encode()] if content is None else [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
-        stream += [b"get-mark :1", b"done", b""]
-        made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
-        return made.stdout.decode().strip()
-
-
-def make_git_environment(config, home):
-    """The whole environment of git: no configuration but that of `home`, no question asked, no host trusted that is not known (C-250)."""
-    from shlex import quote
-    timeout, git = int(config.wfm.timeout) or 1, config.git
-    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}", f"ServerAliveInterval={timeout}"]
-    options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"] if git.known_hosts else []
-    options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"'] if git.ssh_key else []
-    return {"PATH": os.environ.get("PATH", ""), **get_temporary(config.state_dir, os.environ),
-            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
-            "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1", "GIT_NO_REPLACE_OBJECTS": "1",
-            "GIT_SSH_COMMAND": " ".join(["ssh", "-F", "/dev/null"] + [quote(f"-o{option}") for option in options])}
-
-
-def make_git_config(config, home, header):
-    """The configuration that git finds in its home, as bytes: all that it may do, and the credential, which no other process sees."""
-    seconds, url = int(4 * config.wfm.timeout) or 1, config.wfm.url
-    settings = [
-        ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow", "always"),
-        ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile", "/dev/null"),
-        ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto", "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
-        ("http", "lowSpeedTime", str(seconds)), ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
-    if config.identity.ca:
-        settings += [("http", "sslCAInfo", config.identity.ca), ("http", "sslCAPath", os.path.join(home, "none"))]
-    if header:
-        settings.append(("http", "extraHeader", f"Authorization: {header}"))
-    if url.startswith("file://"):
-        folder = url[len("file://"):].rstrip("/")
-        settings += [("safe", "directory", folder), ("safe", "directory", folder + "/.git")]        # whoever owns it: the operator named it
-    if config.git.allowed_signers:
-        settings.append(('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers))
-    quoted = [(section, key, value.replace("\\", "\\\\").replace('"', '\\"')) for section, key, value in settings]
-    return "".join(f'[{section}]\n\t{key} = "{value}"\n' for section, key, value in quoted).encode()
-
-
-def load_git_header(git):
-    """The Authorization of an https repository: bearer, or basic with git.username; None without a token (C-250, C-253)."""
-    if not git.token_file:
-        return None
-    token = load_secret("git.token_file", git.token_file, Untrusted).strip()
-    if not re.fullmatch(rb"[!-~]+", token):
-        raise Untrusted(f"git.token_file {git.token_file}: is not one line of printable characters")
-    return make_authorization(token, (git.username or "").encode())
-
-
-def make_ref_path(device_id):
-    """A device id as a part of a ref; what Git allows no ref to have is spelt as in a URL."""
-    return re.sub(r"~|\.(?=\.|/|$|lock(/|$))|(?<![^/])\.", lambda found: f"%{ord(found.group()):02X}", device_id)
-
-
-def parse_listing(listing):
-    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints; names as Python has them of a file system."""
-    found = []
-    for line in listing.split(b"\0")[:-1]:
-        facts, _, name = line.partition(b"\t")
-        mode, kind, blob, size = facts.decode("ascii").split()
-        is_file = kind == "blob" and mode.startswith("100")
-        found.append((name.decode("utf-8", "surrogateescape"), is_file, blob, int(size) if is_file else 0))
-    return found
-
-
-def find_blobs(listing, max_document):
-    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree` prints; raises Refused."""
-    blobs, ignored = [], []
-    for name, is_file, blob, size in parse_listing(listing):
-        if not name.lower().endswith((".yaml", ".yml")):
-            continue
-        if not is_file:
-            ignored.append(name)
-        elif size > max_document:
-            raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document ({max_document})")
-        else:
-            blobs.append((name, blob, size))
-    return blobs, ignored
-
-
-def find_suspects(before, after, others):
-    """[(name, blob, size)] of YAML files of the accepted commit whose place holds something else now.
-
-    before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.  Something else is one of
-    those, a link, a submodule, a folder of that name, or any of them in place of a folder above.
-    """
-    files = {name: is_file for name, is_file, _, _ in parse_listing(after)}
-    folders = {parent for name in files for parent in list_parents(name)}
-    blobs, _ = find_blobs(before, float("inf"))
-    return [item for item in blobs if item[0] in others or item[0] in folders or not files.get(item[0], True)
-            or any(parent in files for parent in list_parents(item[0]))]
-
-
-def list_parents(name):
-    """The folders above a path: of a/b/c these are a and a/b."""
-    parts = name.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
-
-
-def parse_files(files):
-    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment of any generation]).
-
-    Raises Refused for what nobody can have meant: it may stand for a deployment that would be removed.
-    """
-    entries, documents, ignored, seen = [], {}, [], {}
-    for name, data in files:
-        shown = make_printable(name, 200)
-        try:
-            value = parse_file(data)
-            if not is_deployment(value):
-                ignored.append(name)
-                continue
-            deployment_id = check_member(parse_document(value)[0], "id", "", UUID_PATTERN)
-        except ValueError as error:                 # a YAMLError is one
-            raise Refused(f"{shown}: {error}") from None
-        if deployment_id.lower() in seen:
-            raise Refused(f"{shown}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
-        seen[deployment_id.lower()] = shown
-        digest = sha256_digest(data)
-        documents[digest] = data
-        entries.append(ManifestEntry(deployment_id, digest, len(data)))
-    return entries, documents, ignored
-
-
-def parse_file(data):
-    """The YAML value of a file; raises ValueError where it holds something that stands for another file, or for nothing."""
-    if not data.strip():
-        raise ValueError("it is empty; to remove a deployment, remove its file")
-    value = load_yaml(data)
-    if not isinstance(value, (dict, list, type(None))):
-        raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an encrypted file is")
-    members = value if isinstance(value, dict) else {}
-    if "sops" in members:
-        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
-    if isinstance(members.get("spec"), dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
-        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
-    return value
-
-
-def is_deployment(value):
-    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it, which does not say.
-
-    value: as read, or still bytes.
-    """
-    if isinstance(value, bytes):
-        try:
-            value = load_yaml(value)
-        except YAMLError:
-            return False
-    if not isinstance(value, dict):
+    @staticmethod
+    def takes_children(config):
+        """Whether the protocol knows the child devices of a gateway."""
         return False
-    if "kind" in value or "apiVersion" in value:
-        return value.get("kind") == "ApplicationDeployment"
-    return isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
 
 
-def connect_git(config, store, state, keep):
-    """The GitSource; with a home in the state directory, or where nothing is kept, in one that goes with it."""
-    check_enrollment(state, config.wfm.url)
-    header, home, temporary = load_git_header(config.git), store.path("git"), None
-    if not keep:
-        import tempfile
-        temporary = tempfile.TemporaryDirectory(prefix="margo-git-")
-        home = temporary.name
-    create_folder(os.path.join(home, "none"))
-    path, content = os.path.join(home, ".gitconfig"), make_git_config(config, home, header)
-    if read_file(path, MAX_ANSWER) != content:
-        write_file(path, content)
-    wfm = Settings(config, wfm=Settings(config.wfm, url=config.wfm.status_url))
-    source = GitSource(config, home, header, lambda: connect_mtls(wfm, store, state, keep, config.wfm.url))
-    source.temporary = temporary
-    return source
+class Mtls(Profile):
+    """Profile mtls: an X.509-SVID, and a trust bundle that says who the WFM is."""
 
+    settings = ("wfm.url", "identity.certificate", "identity.key")
 
-def describe_git(config, state, now):
-    """What `status` says of the own identity: the repository, which knows no other."""
-    return {"id": config.wfm.url, "notAfter": "", "warning": ""}
+    @classmethod
+    def check_settings(cls, config, suffix=""):
+        settings = config.identity
+        return super().check_settings(config, suffix) + [
+            (not settings.trust_bundle and not settings.discovery,
+             "identity.trust_bundle",
+             "not set, and no identity.discovery either; one of them says whom to trust"),
+            (settings.key and is_uri(settings.key),
+             "identity.key", "found a URI, expected a file; only profile signed has openssl use the key")]
 
+    @staticmethod
+    def takes_children(config):
+        return True
 
-def check_git(config, state, now):
-    """Whether git and the credentials are there, and are for nobody else to read: (ok or warn, words); raises CommandMissing, Untrusted."""
-    version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
-    load_git_header(config.git)
-    for key in ("token_file", "ssh_key"):
-        path = config.git[key]
-        if path and not os.path.isfile(path):
-            raise Untrusted(f"git.{key} {path}: is not there")
-        loose = ask_looseness(f"git.{key}", path or "")
-        if loose:
-            return "warn", loose
-    return "ok", version
+    def connect(self, keep=True, client_id=None):
+        """See Profile; client_id: as whom this device is enrolled, where that is not its SPIFFE ID."""
+        config = self.config
+        store = self.store
+        state = self.state
+        now = time.time()
+        identity = self.identity = load_identity(config)
+        check_enrollment(state, client_id or identity.spiffe_id.text)
+        check_own(identity.leaf, config, now)
+        warn_of_expiry(identity.leaf, store, now)
+        bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
+        judge_own_chain(config, identity, bundle, store, state, keep)
+        return self.open_source(identity, bundle, keep)
+
+    def open_source(self, identity, bundle, keep):
+        """The MtlsSource of an Identity, with what companions have to say."""
+        source = MtlsSource(self.config, identity, bundle)
+        for companion in COMPANIONS.values():
+            if companion.judge:
+                source.judges.append(companion.judge(self.config, self.store, self.state, source, keep))
+        return source
+
+    def describe(self, now):
+        state = self.state
+        known_id = (state["enrollment"] or {}).get("id", "")
+        found = describe_own(self.config, load_identity, known_id, now)
+        warnings = [found["warning"]]
+        if found["notAfter"]:
+            warnings.insert(0, load_flaw(self.store, state, load_identity(self.config).leaf))
+        warnings += [item.remark(state, now) for item in COMPANIONS.values() if item.remark]
+        return dict(found, warning="; ".join(filter(None, warnings)))
+
+    def check(self, now):
+        own = load_identity(self.config)
+        check_own(own.leaf, self.config, now)
+        load_wfm_context(own, [own.leaf.der], self.config.wfm.min_tls)
+        return judge_own(own.leaf, own.spiffe_id.text, self.config, now)
+
+    def identify(self):
+        """The SPIFFE ID, also of a certificate that has expired."""
+        return (self.identity or load_identity(self.config)).spiffe_id.text
 
 
 def make_owner(identity, device_id):
-    """What an agent's workloads are labelled with: its identity as a client, without any login, and the device id."""
+    """What an agent's workloads are labelled with: its identity as a client, without any login, and the
+    device id.
+    """
     return re.sub(r"(?<=//)[^/]*@", "", identity) + "#" + device_id
 
 
-def identify_mtls(config):
-    """Who the client is, even by a certificate that has expired: its SPIFFE ID; raises Untrusted."""
-    return load_identity(config).spiffe_id.text
-
-
-def identify_signed(config):
-    """Its key, at this WFM; raises Untrusted."""
-    return f"{config.wfm.url}#{sha256_digest(load_signer(config).leaf.spki)}"
-
-
-def identify_git(config):
-    """The part of the repository that it follows."""
-    return f"{config.wfm.url}#{config.git.branch}:{config.git.path}"
-
-
-SERVED = {"mtls": Profile(connect_mtls, describe_mtls, check_mtls, identify_mtls),
-          "signed": Profile(connect_signed, describe_signed, check_signed, identify_signed),
-          "git": Profile(connect_git, describe_git, check_git, identify_git)}
-
-
-def connect_source(config, store, state, keep=True):
-    """The source of the desired state, and the sink of reports, for wfm.profile; raises Untrusted, Unreachable."""
-    return SERVED[config.wfm.profile].connect(config, store, state, keep)
+PROFILES["mtls"] = Mtls
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -9026,6 +7783,10 @@ def get_device_id(device, root="/"):
     return name
 
 
+HOSTING_PROPERTIES = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollector", "supportedRuntimes",
+                      "supportedDeploymentTypes")
+
+
 def make_capabilities(detected, device, device_id, deployment_types):
     """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says
     (C-085).
@@ -9181,6 +7942,8 @@ class Agent:
         self.state = None                           # what state.json holds, while a cycle has it
         self.source = None                          # connected when the WFM is first needed
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
+        self.profile = None                         # how wfm.profile is served, for the state at hand
+        self.asked = False                          # whether a person asks for an SVID, by `enroll`
         self.starting = 0                           # seconds until the first contact since the device started
         self.changed = False                        # whether this cycle had something to do
         self.faults = []                            # what went wrong in this cycle
@@ -9216,13 +7979,19 @@ class Agent:
 
     def __exit__(self, *_):
         self.store.unlock()
-        self.source = None
+        self.source = self.profile = None
 
     def connect(self, keep=True):
         """The source of the desired state, connected when it is needed; raises Untrusted, Unreachable."""
         if self.source is None:
-            self.source = connect_source(self.config, self.store, self.state, keep)
+            self.source = self.get_profile().connect(keep)
         return self.source
+
+    def get_profile(self):
+        """How wfm.profile is served."""
+        if self.profile is None or self.profile.state is not self.state:
+            self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
+        return self.profile
 
     def make_claim(self):
         """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as
@@ -9231,7 +8000,7 @@ class Agent:
         owners = self.state["owners"]
         if self.owner is None:
             try:
-                self.owner = make_owner(SERVED[self.config.wfm.profile].identify(self.config), self.device_id)
+                self.owner = make_owner(self.get_profile().identify(), self.device_id)
                 if self.owner != (owners or [""])[-1]:
                     before = [owner for owner in owners if owner != self.owner]
                     self.state["owners"] = before[1 - HISTORY:] + [self.owner]
@@ -9297,18 +8066,6 @@ class Agent:
                 failures = before.get("failures", 0) + 1
                 delay = make_backoff(failures, error.retry_after, error.strategy, get_random())
             self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=began))
-
-    def tend_identity(self):
-        """Enrolls or renews where the configuration wants that automated and it is due (E-060)."""
-        now = time.time()
-        if self.config.identity.enrollment == "est":
-            tend_identity(self.config, self.store, self.state, now, get_random(),
-                          lambda end: is_within_whole(self.config.poll.downtime, now, end))
-
-    def refresh_revocation(self):
-        """Fetches revocation lists where there are some and it is time."""
-        if not self.is_downtime():
-            refresh_revocation(self.config, self.store, self.state, None if self.silent else self.source)
 
     def exchange(self):
         """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
@@ -9660,7 +8417,7 @@ class Agent:
 
 
 # What a cycle does, in order: functions of the Agent.  A MargoError ends that step alone.
-STEPS = [Agent.tend_identity, Agent.exchange, Agent.refresh_revocation, Agent.reconcile, Agent.flush_outbox]
+STEPS = [Agent.exchange, Agent.reconcile, Agent.flush_outbox]
 
 
 def judge_cycle(fault, changed, failed, waiting):
@@ -9996,7 +8753,1878 @@ FETCHERS["https"] = fetch_older
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 24. Command line
+# 24. Signed (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+Signer = define("Signer", "leaf key algorithm label components keyid alg",
+    "What signs requests: the own leaf Certificate, its key (a file, or a URI that openssl knows), algorithm,"
+    " and how RFC 9421 is spoken: label, components to cover, keyid, `alg` parameter (empty: not sent).")
+
+# What a public key is, by the object identifiers in it, and what it may sign by, the default first (C-065).
+KEY_ALGORITHMS = {
+    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",
+                                        ), "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
+    "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"),
+    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"), "2b6570": ("ed25519",)}
+# openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
+SIGNING = {
+    "ecdsa-p256-sha256": (["-sha256"], 32), "ecdsa-p384-sha384": (["-sha384"],
+                                                                  48), "rsa-v1_5-sha256": (["-sha256"], 0),
+    "rsa-pss-sha256": (["-sha256", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:32"], 0),
+    "rsa-pss-sha512": (["-sha512", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:64"], 0),
+    "ed25519": (None, 0)}
+ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
+
+
+def read_components(value, base):
+    """What a request signature covers; without method, target and content digest it would do for any request
+    (C-062, C-063).
+    """
+    names = list_of(read_word, "a list of components")(value, base)
+    lower = [name.lower() for name in names]
+    if not {"@method", "@target-uri", "content-digest"} <= set(lower) or len(set(lower)) < len(lower):
+        raise ValueError("a list of components, @method, @target-uri and content-digest among them")
+    return names
+
+
+SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
+SCHEMA["identity"]["algorithm"] = choice(*SIGNING)
+SCHEMA["identity"]["signature"] = {
+    "label": (read_word, "sig1"), "components": (read_components,
+                                                 ["@method", "@target-uri", "@authority", "content-digest"]),
+    "keyid": read_word, "alg": read_word}
+
+
+def choose_algorithm(spki, wanted):
+    """The algorithm that the key of a public key (DER) signs by: the wanted one or its kind's default; raises
+    ValueError.
+    """
+    fields = parse_der(parse_der(parse_der(spki)[0][1])[0][1])
+    known = KEY_ALGORITHMS.get(" ".join(value.hex() for tag, value, _ in fields if tag == 0x06))
+    if not known:
+        raise ValueError("its key is of no kind that signs requests: ECDSA P-256 or P-384, RSA, or Ed25519")
+    if wanted and wanted not in known:
+        raise ValueError(f"its key cannot sign by identity.algorithm {wanted}, only by {', '.join(known)}")
+    return wanted or known[0]
+
+
+def make_signer(chain, config):
+    """The Signer of a DER chain and the configuration; raises ValueError."""
+    if not chain:
+        raise ValueError("it holds no certificate in PEM")
+    leaf = parse_certificate(chain[0])
+    wish = config.identity.signature
+    algorithm = choose_algorithm(leaf.spki, config.identity.algorithm)
+    alg = wish.alg
+    if alg is None:
+        alg = algorithm if algorithm in ("rsa-v1_5-sha256", "rsa-pss-sha256") else ""
+    keyid = wish.keyid or sha256_digest(leaf.spki)[7:]
+    return Signer(leaf, config.identity.key, algorithm, wish.label, wish.components, keyid, alg)
+
+
+def load_signer(config):
+    """What signs requests for the own certificate; raises Untrusted."""
+    return load_own(config, lambda chain: make_signer(chain, config))
+
+
+def make_signature_base(method, url, headers, signer, created):
+    """(signature parameters as text, bytes to sign) of a request (protocol 2.9, C-063, C-064); what it lacks
+    is not covered.
+    """
+    from urllib.parse import urlsplit
+    parts = urlsplit(url)
+    values = {name.lower(): value for name, value in headers.items()}
+    values.update({"@method": method, "@target-uri": url, "@authority": parts.netloc, "@scheme": parts.scheme,
+                   "@path": parts.path})
+    covered = [name for name in signer.components if name.lower() in values]
+    alg = f';alg="{signer.alg}"' if signer.alg else ""
+    names = " ".join(f'"{name}"' for name in covered)
+    parameters = f'({names});created={created};keyid="{signer.keyid}"{alg}'
+    lines = [f'"{name}": {values[name.lower()]}' for name in covered] + [f'"@signature-params": {parameters}']
+    return parameters, "\n".join(lines).encode("latin-1")
+
+
+def parse_ecdsa(der, size):
+    """An ECDSA signature of openssl to r and s side by side, as RFC 9421 has them (C-066); raises ValueError,
+    OverflowError.
+    """
+    (_, body, _), = parse_der(der)
+    r, s = (int.from_bytes(value, "big") for _, value, _ in parse_der(body))
+    return r.to_bytes(size, "big") + s.to_bytes(size, "big")
+
+
+def run_signature(data, signer):
+    """The signature over bytes by openssl, which alone sees the key; raises Untrusted, or ConfigError without
+    openssl.
+    """
+    arguments, size = SIGNING[signer.algorithm]
+    try:
+        if arguments is None:                       # Ed25519 takes a file that it can measure
+            with lend_file(data) as file:
+                found = run_openssl(["pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", file.name])
+        else:
+            found = run_openssl(["dgst"] + arguments + ["-sign", signer.key], data)
+        if not found:
+            raise ValueError("it printed no signature")
+        return parse_ecdsa(found, size) if size else found
+    except CommandMissing as error:
+        raise ConfigError(error.message) from None
+    except (ValueError, OverflowError, OSError, CommandError) as error:
+        reason = make_printable(str(error), 300)
+        raise Untrusted(f"identity.key {signer.key}: openssl cannot sign by it: {reason}") from None
+
+
+def parse_ca(text):
+    """Certificates in base64 of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
+    data = text.encode("ascii")
+    if b"-----BEGIN" not in data:
+        data = parse_base64(text)
+    anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
+    for anchor in anchors:
+        parse_certificate(anchor)
+    if not anchors:
+        raise ValueError("it holds no certificate")
+    return anchors
+
+
+def fetch_ca(config, path):
+    """`enroll --fetch-ca FILE`: the WFM's root CA into a file, and its fingerprint for a person to compare.
+
+    The channel is one that the system's store vouches for, never trust on first use (C-069).
+    """
+    if config.wfm.profile != "signed":
+        raise ConfigError("--fetch-ca is for profile signed; others have a trust bundle")
+    where = f"{config.wfm.url}/api/v1/onboarding/certificate"
+    path = os.path.abspath(path)
+    context = make_tls_context(min_tls=config.wfm.min_tls)
+    response = request("GET", where, {"Accept": JSON_TYPE}, None, context, config.wfm.timeout,
+                       MAX_CERTIFICATES)
+    check_response(response, where, (200,), time.time())
+    try:
+        value = parse_json(response.body, "the answer")
+        anchors = parse_ca(value["certificate"] if isinstance(value, dict) else "")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise Untrusted(f"{where}: no usable certificate ({error})") from None
+    pem = make_pem(anchors).encode()
+    if read_file(path, MAX_CERTIFICATES) not in (None, pem):
+        raise Untrusted(f"{path} holds another CA than {where} gives out; if that is meant to be, move it"
+                        " away first")
+    write_file(path, pem, 0o644)
+    for anchor in anchors:
+        print(f"{path}: compare its SHA-256 fingerprint {sha256_digest(anchor)[7:]}")
+
+
+OPTIONS["enroll"]["--fetch-ca"] = ("FILE", fetch_ca)
+
+
+class SignedSource(HttpSource):
+    """API 1.0.0 of the first preview release, in either dialect (C-060 to C-068).
+
+    Server-side TLS, a client id, and every request signed.
+    """
+
+    def __init__(self, config, signer, state):
+        super().__init__(config)
+        from urllib.parse import urlsplit
+        host = urlsplit(self.url).netloc
+        self.url = self.url.replace(host, re.sub(":443$", "", host.lower()), 1)             # as it is signed
+        self.signer, self.state, self.peer = signer, state, "the one that identity.ca vouches for"
+        self.context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
+
+    def adopt(self, client_id):
+        """Speaks as this client from now on."""
+        from urllib.parse import quote
+        self.client_id = client_id
+        self.root = f"/api/v1/clients/{quote(client_id, safe='')}"
+
+    def ask(self, method, url, headers, body, limit):
+        """One request with a signature of its own, also where it is repeated (C-062, C-067).
+
+        A signature that is not accepted is explained in the log.
+        """
+        import hashlib
+        if body is not None:
+            headers["Content-Digest"] = f"sha-256=:{make_base64(hashlib.sha256(body).digest())}:"
+        signer = self.signer
+        parameters, base = make_signature_base(method, url, headers, signer, int(time.time()))
+        headers["Signature-Input"] = f"{signer.label}={parameters}"
+        headers["Signature"] = f"{signer.label}=:{make_base64(run_signature(base, signer))}:"
+        response = request(method, url, headers, body, self.context, self.config.wfm.timeout, limit)
+        if response.status == 401:
+            # the same form of time, counted from 1970
+            theirs = parse_retry_after(response.headers.get("Date"), 0)
+            offset = "unknown" if theirs is None else f"{time.time() - theirs:+.0f} s"
+            log("error", "the WFM does not accept a signature", method=method, target=url,
+                algorithm=signer.algorithm,
+                base=base.decode("latin-1"), clockOffset=offset)
+        elif response.status == 404 and url.endswith("/deployments"):
+            log("error", "the WFM does not know this client any more; `unenroll`, then `enroll`, begin anew",
+                client=self.client_id)
+        return response
+
+    def onboard(self):
+        """The client id that the WFM gives to the own certificate; raises Untrusted, Unreachable (protocol
+        2.7, C-068).
+        """
+        document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest",
+                    "certificate": make_base64(self.signer.leaf.der)}
+        try:
+            answer = self.send("POST", "/onboarding", (200, 201), document=document)
+            client_id = parse_client_id(parse_json(answer.body, "the answer"))
+        except (Untrusted, Refused, ValueError) as error:
+            reason = getattr(error, "message", error)
+            raise Untrusted(f"onboarding refused: {reason};"
+                            " it may wait for somebody's approval at the WFM") from None
+        log("info", "onboarded", client=client_id)
+        return client_id
+
+    def put_capabilities(self, device_id, document):
+        """Reports what a device can do: by POST the first time, by PUT afterwards, by the other where the WFM
+        wants that.
+        """
+        dialect = self.config.wfm.dialect
+        methods = ["POST", "PUT"]
+        path = f"/capabilities/{device_id}" if dialect == "b" else "/capabilities"  # a knows no child devices
+        if device_id in (self.state["enrollment"] or {}).get("devices", {}):
+            methods = ["PUT", "POST"]
+        document = make_older_capabilities(document, dialect)
+        try:
+            self.send(methods[0], path, SUCCESS, document=document)
+        except Refused as error:
+            if error.status not in (404, 405, 409):
+                raise
+            self.send(methods[1], path, SUCCESS, document=document)
+
+    def delete_capabilities(self, device_id):
+        """Deregisters a device; dialect a has nothing of the kind."""
+        if self.config.wfm.dialect == "b":
+            self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+
+    def post_status(self, deployment_id, document):
+        """Reports a deployment's status with that generation's fields."""
+        super().post_status(deployment_id, make_older_status(document, self.config.wfm.dialect))
+
+
+def parse_client_id(value):
+    """The client id in the answer to an onboarding; raises ValueError."""
+    found = value.get("clientId") if isinstance(value, dict) else None
+    good = isinstance(found, str) and re.fullmatch(r"[^/\\]{1,200}", found) and found.isprintable()
+    if not good or found in (".", ".."):
+        raise ValueError(f"clientId {make_printable(str(found), 100)!r} cannot be one segment of a path")
+    return found
+
+
+def make_older_capabilities(document, dialect):
+    """Capabilities of rc.3 as the first preview release has them (protocol 3.5).
+
+    Dialect b is flat, a has roles and resources; neither has labels.
+    """
+    properties = dict(document["properties"])
+    hosting = {key: properties.pop(key) for key in HOSTING_PROPERTIES if key in properties}
+    cpus = hosting.pop("cpus", None)
+    types = hosting.get("supportedDeploymentTypes", ())
+    heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
+    if dialect == "b":
+        extensions = {key: value for key, value in document.items() if key not in ("properties", "labels")}
+        properties.update(hosting)
+        if cpus:
+            properties["cpu"] = cpus
+        return dict(extensions, properties=properties, **heading)
+    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+    if hosting:
+        names = ("memory", "storage", "peripherals", "interfaces")
+        properties["resources"] = {key: hosting[key] for key in names if key in hosting}
+        if cpus:
+            properties["resources"]["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])  # never summed (C-203)
+    return dict(heading, properties=properties)
+
+
+def make_older_status(document, dialect):
+    """A status of rc.3 as the first preview release has it (protocol 3.6): no manifest version.
+
+    Dialect a also has neither deviceId nor the source of an error.
+    """
+    without = ("adoptedManifestVersion", "deviceId",
+               "source") if dialect == "a" else ("adoptedManifestVersion",)
+
+    def strip(value):
+        if isinstance(value, list):
+            return [strip(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return {key: strip(item) for key, item in value.items() if key not in without}
+
+    return dict(strip(document), apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
+
+
+class Signed(Profile):
+    """Profile signed: a certificate whose key signs every request, and a client id from onboarding."""
+
+    settings = ("wfm.url", "identity.certificate", "identity.key", "identity.ca")
+
+    @staticmethod
+    def takes_children(config):
+        return config.wfm.dialect == "b"
+
+    def connect(self, keep=True):
+        """See Profile.  keep: onboards where that is due, and stores the client id before anything else."""
+        config = self.config
+        state = self.state
+        now = time.time()
+        signer = load_signer(config)
+        check_own(signer.leaf, config, now)
+        warn_of_expiry(signer.leaf, self.store, now)
+        source = SignedSource(config, signer, state)
+        key = sha256_digest(signer.leaf.spki)
+        if not state["client"] or state["client"]["key"] != key:
+            if not keep:
+                raise Untrusted("this device is not onboarded with its key yet, and that is not done in"
+                                " passing; see `enroll`")
+            state["client"] = {"id": source.onboard(), "key": key}
+            self.store.save_state(state)
+        check_enrollment(state, state["client"]["id"])
+        source.adopt(state["client"]["id"])
+        return source
+
+    def describe(self, now):
+        return describe_own(self.config, load_signer, (self.state["client"] or {}).get("id", ""), now)
+
+    def check(self, now):
+        signer = load_signer(self.config)
+        check_own(signer.leaf, self.config, now)
+        run_signature(b"a test of this device's own", signer)
+        if load_public_key(signer.key) != signer.leaf.spki:
+            raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
+        return judge_own(signer.leaf, f"signs by {signer.algorithm}", self.config, now)
+
+    def identify(self):
+        """The own key, at this WFM."""
+        return f"{self.config.wfm.url}#{sha256_digest(load_signer(self.config).leaf.spki)}"
+
+
+PROFILES["signed"] = Signed
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 25. Git (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
+MAX_PACKS = 50                      # fetches after which the copy of a repository is begun anew (P-21)
+
+BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"       # as git allows it
+                  r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
+
+
+def parse_folder(text):
+    """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
+    parts = text.strip("/").split("/")
+    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", text):
+        raise ValueError("a folder inside the repository")
+    return "/".join(parts)
+
+
+read_branch = scalar("the name of a branch", BRANCH_PATTERN)
+read_folder = scalar("a folder inside the repository", make=parse_folder)
+SCHEMA["wfm"]["status_url"] = read_root_url
+SCHEMA["git"] = {
+    "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False),
+    "allowed_signers": read_path, "allow_rewrite": (read_flag, False), "token_file": read_path,
+    "username": read_text, "ssh_key": read_path, "known_hosts": read_path}
+
+
+def check_git_settings(config):
+    """What only profile git has: [(whether it is wrong, key, words)]."""
+    wfm, git = config.wfm, config.git
+    return [
+        (wfm.profile != "git" and wfm.status_url, "wfm.status_url",
+         "only profile git reports elsewhere; leave it out"),
+        (git.verify_signatures and not git.allowed_signers,
+         "git.allowed_signers", "not set, and needed for git.verify_signatures"),
+        (git.allow_rewrite and not git.verify_signatures,
+         "git.allow_rewrite",
+         "a rewritten history is accepted only from signers; set git.verify_signatures, too"),
+        (git.username and not git.token_file,
+         "git.username", "is sent with the token of git.token_file, which is not set")]
+
+
+CHECKS.append(check_git_settings)
+
+
+class GitSource:
+    """The desired state as a folder of documents on a branch, and a branch of one's own as the sink of
+    reports.
+
+    git is given a home of its own, so that no configuration, hook, attribute or credential of the machine has
+    a say, and never a work tree.  Its repository is a cache: what was accepted lies in artifacts/, and
+    whatever goes wrong in it, it is made anew (P-14, P-21).
+    """
+
+    def __init__(self, config, home, header, connect_reporter):
+        self.config, self.home, self.header, self.connect_reporter = config, home, header, connect_reporter
+        self.url, self.client_id = config.wfm.url, config.wfm.url
+        self.peer = f"a repository with a branch {config.git.branch}"
+        self.branch = f"refs/heads/{config.git.branch}"
+        self.repository = os.path.join(home, "repository")
+        self.env = make_git_environment(config, home, os.environ)
+        self.heads, self.reporter = {}, None
+
+    def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
+        """One git command on the repository: its Output; raises CommandError unless it ends with one of
+        `codes` (None: any).
+        """
+        folder = self.repository
+        if command == "ls-remote":
+            folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
+        before = os.umask(0o077)                    # what git writes is below the state directory
+        try:
+            command_line = ["git", f"--git-dir={folder}", command, *arguments]
+            output = run_command(command_line, timeout, env or self.env, self.home, **options)
+        except CommandMissing as error:
+            raise ConfigError(error.message) from None
+        finally:
+            os.umask(before)
+        if codes and output.code not in codes:
+            raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
+        return output
+
+    def fetch_head(self, ref):
+        """The commit at which a ref stands at the server now, None where there is none; no object is fetched.
+
+        Raises what `ask_reason` says.
+        """
+        try:
+            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * self.config.wfm.timeout)
+        except CommandError as error:
+            raise self.ask_reason(error, "git-upload-pack") from None
+        lines = output.stdout.decode("ascii", "replace")
+        found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$", lines, re.M)
+        self.heads[ref] = found.group(1) if found else None
+        return self.heads[ref]
+
+    def ask_reason(self, error, service):
+        """Why the server could not be used, as a fault: git has no words for programs, so the server itself
+        is asked.
+
+        Of an https server the status tells; an ssh server that answers is not one that cannot be reached.
+        """
+        wfm = self.config.wfm
+        headers = {"Git-Protocol": "version=2"}
+        if self.url.startswith("https://"):
+            try:
+                context = make_tls_context((), self.config.identity.ca, wfm.min_tls)
+                if self.header:
+                    headers["Authorization"] = self.header
+                where = f"{self.url}/info/refs?service={service}"
+                answer = request("GET", where, headers, None, context, wfm.timeout, MAX_ANSWER)
+                check_response(answer, self.url, (200,), time.time())
+            except MargoError as fault:
+                return fault
+        elif service == "git-upload-pack" and not self.url.startswith("file://") and ask_ssh(self.url,
+                                                                                             wfm.timeout):
+            return Untrusted(f"{self.url}: the ssh server is there, but not as it has to be, or gives no"
+                             f" access: {error.message}")
+        return Unreachable(f"{self.url}: {error.message}")
+
+    def fetch_desired(self, accepted, load_artifact):
+        """None where the branch still stands at the accepted commit, else a Desired; see HttpSource."""
+        head = self.fetch_head(self.branch)
+        if head is None:
+            raise Refused(f"{self.url} has no branch {self.config.git.branch}; nothing is removed for that")
+        if accepted and accepted["version"] == head and not accepted.get("incomplete"):
+            return None
+        base = accepted["version"] if accepted else None
+        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
+        for name in ignored:
+            log("info", "ignored: not an ApplicationDeployment", name=name)
+        new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
+        return Desired(head, None, sha256_digest(head.encode()), entries, new)
+
+    def work(self, act):
+        """What `act` returns; where git fails although the server answers, once more on a repository made
+        anew (P-14).
+        """
+        try:
+            return act()
+        except CommandError as error:
+            self.fetch_head(self.branch)
+            log("warning", "the copy of the repository is made anew", reason=error.message)
+        try:
+            remove_folder(self.repository)
+            return act()
+        except CommandError as error:
+            raise self.ask_reason(error, "git-upload-pack") from None
+
+    def fetch_files(self, base):
+        """(head commit, what read_files returns), once the head is known to follow on `base`.
+
+        From a shallow copy that ends at the accepted commit, a plain fetch brings just the commits since and
+        what is new in them, and that proves the descent; where the copy has gone, it is begun anew at the
+        accepted commit, which a server gives if it still has it.  Raises Refused, Untrusted.
+        """
+        self.prepare()
+        if base and not self.has(base):
+            self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
+        elif base:
+            self.git("update-ref", "refs/margo/base", base)
+        known = base
+        self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
+        head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
+        if self.config.git.verify_signatures:
+            self.ask_signature(head)
+        base = base if base and self.has(base) else None
+        if known and not (base and self.follows(base, head)):
+            words = f"commit {head} does not descend from the accepted {known}:"
+            words += " history was rewritten, or set back"
+            if not self.config.git.allow_rewrite:
+                raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
+            log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
+        return head, self.read_files(head, base)
+
+    def prepare(self):
+        """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing
+        tidies it.
+        """
+        packs = os.path.join(self.repository, "objects", "pack")
+        if os.path.isdir(packs) and len(os.listdir(packs)) <= 3 * MAX_PACKS:
+            return
+        remove_folder(self.repository)
+        known = self.heads[self.branch] if self.branch in self.heads else self.fetch_head(self.branch)
+        form = ["--object-format=sha256"] if len(known or "") == 64 else []
+        self.git("init", "--quiet", "--bare", "--template=", *form)
+
+    def has(self, commit):
+        """Whether a commit is in the repository."""
+        return not self.git("cat-file", "-e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
+
+    def follows(self, base, head):
+        """Whether a commit follows on another one."""
+        return not self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code
+
+    def fetch(self, refspec, *options, codes=(0,)):
+        """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
+        """
+        limit = self.config.policy.max_unpacked
+        packs = os.path.join(self.repository, "objects", "pack")
+        before = limit_files(limit)
+        try:
+            output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--",
+                              self.url, refspec,
+                              timeout=PULL_TIMEOUT, codes=None)
+        finally:
+            limit_files(before)
+        paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
+        if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
+            remove_folder(self.repository)
+            raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or see"
+                          " policy.max_unpacked")
+        if output.code not in codes:
+            raise CommandError(f"git fetch: {output.stderr}")
+
+    def ask_signature(self, head):
+        """Raises Untrusted unless a commit is signed by one of git.allowed_signers: ssh's file of that, or
+        exported gpg keys.
+        """
+        import tempfile
+        signers = self.config.git.allowed_signers
+        with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+            env = dict(self.env, GNUPGHOME=home)
+            with open(os.path.join(home, "gpg.conf"), "w") as file:
+                file.write("batch\nno-autostart\ntrust-model always\n")
+            data = read_file(signers, MAX_CERTIFICATES) or b""
+            if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
+                run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
+            verdict = self.git("log", "-1", "--format=%G?", head, "--", env=env).stdout.decode().strip()
+        if verdict != "G":
+            words = "is not signed" if verdict == "N" else "has no good signature of git.allowed_signers"
+            raise Untrusted(f"commit {head} {words} (git says {verdict}); the accepted state is kept")
+
+    def read_files(self, head, base):
+        """What parse_files makes of the YAML files below git.path; links, submodules and all else are not
+        looked at.
+
+        Raises Refused, also for a path that held a deployment in the accepted commit, `base`, and holds
+        something else now: only one that has gone is a removal.
+        """
+        policy = self.config.policy
+        listing = self.list_tree(head)
+        if self.config.git.path and not listing:
+            raise Refused(f"commit {head} has no folder {self.config.git.path}; nothing is removed for that")
+        blobs, ignored = find_blobs(listing, policy.max_document)
+        for name in ignored:
+            log("info", "ignored: not a file", name=name)
+        total = sum(size for _, _, size in blobs)
+        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
+            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than"
+                          f" {MAX_DEPLOYMENTS}"
+                          " or policy.max_unpacked")
+        found = parse_files(self.read_blobs(blobs))
+        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
+        for name, data in self.read_blobs(suspects):
+            if is_deployment(data):
+                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
+                              " none now, or lies below what is no folder; nothing is removed for that:"
+                              " remove the file itself, or put it right")
+        return found
+
+    def list_tree(self, commit):
+        """What `git ls-tree` prints of all that lies below git.path in a commit."""
+        below = [self.config.git.path + "/"] if self.config.git.path else []
+        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *below).stdout
+
+    def read_blobs(self, blobs):
+        """[(name, bytes)] of [(name, blob, size)]."""
+        wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
+        limit = sum(size + 256 for _, _, size in blobs) + 1
+        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
+        return split_blobs(data, blobs)
+
+    def put_capabilities(self, device_id, document):
+        """Reports what this device can do: to wfm.status_url, else as capabilities.json on its branch."""
+        if self.config.wfm.status_url:
+            return self.connect_wfm().put_capabilities(device_id, document)
+        self.push_file(device_id, "capabilities.json", document, "Capabilities")
+
+    def delete_capabilities(self, device_id):
+        """Deregisters this device; its branch stays, with its history."""
+        if self.config.wfm.status_url:
+            return self.connect_wfm().delete_capabilities(device_id)
+        self.push_file(device_id, "capabilities.json", None, "Capabilities withdrawn")
+
+    def post_status(self, deployment_id, document):
+        """Reports a deployment's status; for a WFM, whose manifest versions are numbers, a commit is its
+        first 48 bits.
+        """
+        report = dict(document)
+        commit = report["commit"] = str(report.pop("adoptedManifestVersion"))
+        if self.config.wfm.status_url:
+            report["adoptedManifestVersion"] = int(commit[:12], 16) or 1
+            return self.connect_wfm().post_status(deployment_id, report)
+        words = f"{deployment_id}: {document['status']['state']}"
+        self.push_file(document["deviceId"], f"deployments/{deployment_id}.json", report, words)
+
+    def connect_wfm(self):
+        """The WFM at wfm.status_url, connected when there is something to report."""
+        if self.reporter is None:
+            self.reporter = self.connect_reporter()
+        return self.reporter
+
+    def push_file(self, device_id, path, document, message):
+        """Makes a document the content of a file on the device's branch by one commit on top of what is
+        there, never over it.
+
+        Who loses a race takes the other's commit as its base and tries again; None removes the file.
+        """
+        import json
+        ref = f"refs/heads/status/{make_ref_path(device_id)}"
+        content = None
+        if document is not None:
+            content = json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
+        if ref not in self.heads:
+            self.fetch_head(ref)
+        for _ in range(PUSH_ATTEMPTS):
+            base = self.heads[ref]
+            commit = self.work(lambda: self.save_commit(ref, base, path, content, message))
+            if commit is None:
+                return
+            try:
+                self.git("push", "--quiet", "--no-verify", "--no-follow-tags", "--", self.url,
+                         f"{commit}:{ref}",
+                         timeout=PULL_TIMEOUT)
+                self.heads[ref] = commit
+                return
+            except CommandError as error:
+                if self.fetch_head(ref) == base:
+                    raise self.ask_reason(error, "git-receive-pack") from None
+        raise Unreachable(f"{ref} of {self.url} was moved {PUSH_ATTEMPTS} times while a status was written;"
+                          " the next run tries again")
+
+    def save_commit(self, ref, base, path, content, message):
+        """A commit on `base` (None: the first) that changes one file, made without work tree or index; None
+        where it is so.
+        """
+        self.prepare()
+        old, parent = None, []
+        if base:
+            if not self.has(base):
+                self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
+            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128), limit=MAX_OUTPUT)
+            old = None if found.code else found.stdout
+            parent = [b"from " + base.encode()]
+        if old == content:
+            return None
+        author = f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000"
+        change = [b"D " + path.encode()]
+        if content is not None:
+            change = [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
+        stream = [b"commit refs/margo/next\nmark :1", author.encode(),
+                  b"data %d\n%s" % (len(message), message.encode())]
+        stream += parent + change + [b"get-mark :1", b"done", b""]
+        made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
+        return made.stdout.decode().strip()
+
+
+def ask_ssh(address, timeout):
+    """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
+    import socket
+    from urllib.parse import urlsplit
+    try:
+        parts = urlsplit(address if address.startswith("ssh://") else "ssh://" + address.partition(":")[0])
+        with socket.create_connection((parts.hostname, parts.port or 22), timeout) as peer:
+            return peer.recv(4) == b"SSH-"
+    except (OSError, ValueError):
+        return False
+
+
+def make_git_environment(config, home, environ):
+    """The whole environment of git: no configuration but that of `home`, no question asked, no unknown host
+    (C-250).
+    """
+    from shlex import quote
+    timeout = int(config.wfm.timeout) or 1
+    git = config.git
+    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}",
+               f"ServerAliveInterval={timeout}"]
+    if git.known_hosts:
+        options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"]
+    if git.ssh_key:
+        options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"']
+    return {"PATH": environ.get("PATH", ""), **get_temporary(config.state_dir, environ),
+            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
+            "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1",
+            "GIT_NO_REPLACE_OBJECTS": "1",
+            "GIT_SSH_COMMAND": " ".join(["ssh", "-F",
+                                         "/dev/null"] + [quote(f"-o{option}") for option in options])}
+
+
+def make_git_config(config, home, header):
+    """The configuration that git finds in its home, as bytes: all that it may do, and the credential, which
+    nobody else sees.
+    """
+    seconds = int(4 * config.wfm.timeout) or 1
+    url = config.wfm.url
+    settings = [
+        ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow",
+                                                                                  "always"),
+        ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile",
+                                                                                     "/dev/null"),
+        ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto",
+                                                                  "false"), ("credential", "helper", ""),
+        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit",
+                                                                                   "1"),
+        ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"), ("http", "lowSpeedTime",
+                                                                                  str(seconds)),
+        ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
+    if config.identity.ca:
+        settings += [("http", "sslCAInfo", config.identity.ca),
+                     ("http", "sslCAPath", os.path.join(home, "none"))]
+    if header:
+        settings.append(("http", "extraHeader", f"Authorization: {header}"))
+    if url.startswith("file://"):                   # whoever owns it: the operator named it
+        folder = url[len("file://"):].rstrip("/")
+        settings += [("safe", "directory", folder), ("safe", "directory", folder + "/.git")]
+    if config.git.allowed_signers:
+        settings.append(('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers))
+    lines = []
+    for section, key, value in settings:
+        value = value.replace("\\", "\\\\").replace('"', '\\"')
+        lines.append(f'[{section}]\n\t{key} = "{value}"\n')
+    return "".join(lines).encode()
+
+
+def load_git_header(git):
+    """The Authorization of an https repository: bearer, or basic with git.username; None without a token
+    (C-250, C-253).
+    """
+    if not git.token_file:
+        return None
+    token = load_secret("git.token_file", git.token_file, Untrusted).strip()
+    if not re.fullmatch(rb"[!-~]+", token):
+        raise Untrusted(f"git.token_file {git.token_file}: is not one line of printable characters")
+    return make_authorization(token, (git.username or "").encode())
+
+
+def make_ref_path(device_id):
+    """A device id as a part of a ref; what Git allows no ref to have, such as a dot at the end, is spelt as
+    in a URL.
+    """
+    return re.sub(r"~|\.(?=\.|/|$|lock(/|$))|(?<![^/])\.", lambda found: f"%{ord(found.group()):02X}",
+                  device_id)
+
+
+def parse_listing(listing):
+    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints; names as those of a
+    file system.
+    """
+    found = []
+    for line in listing.split(b"\0")[:-1]:
+        head, _, name = line.partition(b"\t")
+        mode, kind, blob, size = head.decode("ascii").split()
+        is_file = kind == "blob" and mode.startswith("100")
+        found.append((name.decode("utf-8", "surrogateescape"), is_file, blob, int(size) if is_file else 0))
+    return found
+
+
+def find_blobs(listing, max_document):
+    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree` prints;
+    raises Refused.
+    """
+    blobs, ignored = [], []
+    for name, is_file, blob, size in parse_listing(listing):
+        if not name.lower().endswith((".yaml", ".yml")):
+            continue
+        if not is_file:
+            ignored.append(name)
+        elif size > max_document:
+            raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document"
+                          f" ({max_document})")
+        else:
+            blobs.append((name, blob, size))
+    return blobs, ignored
+
+
+def find_suspects(before, after, others):
+    """[(name, blob, size)] of YAML files of the accepted commit whose place holds something else now.
+
+    before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.
+    Something else is one of those, a link, a submodule, a folder of that name, or any of them in place of a
+    folder above.
+    """
+    files = {name: is_file for name, is_file, _, _ in parse_listing(after)}
+    folders = {parent for name in files for parent in list_parents(name)}
+    blobs, _ = find_blobs(before, float("inf"))
+    return [item for item in blobs if item[0] in others or item[0] in folders or not files.get(item[0], True)
+            or any(parent in files for parent in list_parents(item[0]))]
+
+
+def list_parents(name):
+    """The folders above a path: of a/b/c these are a and a/b."""
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def split_blobs(data, blobs):
+    """[(name, bytes)] out of what `git cat-file --batch` prints for [(name, blob, size)]; raises
+    CommandError.
+    """
+    files, start = [], 0
+    for name, blob, size in blobs:
+        head = f"{blob} blob {size}\n".encode()
+        if not data.startswith(head, start) or len(data) < start + len(head) + size:
+            raise CommandError(f"git cat-file: blob {blob} cannot be read")
+        start += len(head)
+        files.append((name, data[start:start + size]))
+        start += size + 1
+    return files
+
+
+def parse_files(files):
+    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment of any
+    generation]).
+
+    Raises Refused for what nobody can have meant: it may stand for a deployment that would be removed.
+    """
+    entries, documents, ignored, seen = [], {}, [], {}
+    for name, data in files:
+        shown = make_printable(name, 200)
+        try:
+            value = parse_file(data)
+            if not is_deployment(value):
+                ignored.append(name)
+                continue
+            deployment_id = check_member(parse_document(value)[0], "id", "", UUID_PATTERN)
+        except ValueError as error:                 # a YAMLError is one
+            raise Refused(f"{shown}: {error}") from None
+        if deployment_id.lower() in seen:
+            raise Refused(f"{shown}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
+        seen[deployment_id.lower()] = shown
+        digest = sha256_digest(data)
+        documents[digest] = data
+        entries.append(ManifestEntry(deployment_id, digest, len(data)))
+    return entries, documents, ignored
+
+
+def parse_file(data):
+    """The YAML value of a file; raises ValueError where it holds something that stands for another file, or
+    for nothing.
+    """
+    if not data.strip():
+        raise ValueError("it is empty; to remove a deployment, remove its file")
+    value = load_yaml(data)
+    if not isinstance(value, (dict, list, type(None))):
+        raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an"
+                         " encrypted file is")
+    members = value if isinstance(value, dict) else {}
+    if "sops" in members:
+        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
+    if isinstance(members.get("spec"),
+                  dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
+        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
+    return value
+
+
+def is_deployment(value):
+    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it,
+    which does not say.
+
+    value: as read, or still bytes.
+    """
+    if isinstance(value, bytes):
+        try:
+            value = load_yaml(value)
+        except YAMLError:
+            return False
+    if not isinstance(value, dict):
+        return False
+    if "kind" in value or "apiVersion" in value:
+        return value.get("kind") == "ApplicationDeployment"
+    return isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+
+
+class Git(Profile):
+    """Profile git: a repository, which knows no other identity of a device than its credentials."""
+
+    settings = ("wfm.url",)
+    https = False
+
+    @classmethod
+    def check_settings(cls, config, suffix=""):
+        faults = super().check_settings(config)
+        if config.wfm.status_url:
+            faults += Mtls.check_settings(config, " with wfm.status_url")
+        return faults
+
+    def connect(self, keep=True):
+        """See Profile; with a home in the state directory, or where nothing is kept, in one that goes with
+        the source.
+        """
+        config, store, state = self.config, self.store, self.state
+        check_enrollment(state, config.wfm.url)
+        header = load_git_header(config.git)
+        home = store.path("git")
+        temporary = None
+        if not keep:
+            import tempfile
+            temporary = tempfile.TemporaryDirectory(prefix="margo-git-")
+            home = temporary.name
+        create_folder(os.path.join(home, "none"))
+        path = os.path.join(home, ".gitconfig")
+        content = make_git_config(config, home, header)
+        if read_file(path, MAX_ANSWER) != content:
+            write_file(path, content)
+        wfm = Settings(config, wfm=Settings(config.wfm, url=config.wfm.status_url))
+        reporter = Mtls(wfm, store, state)
+        source = GitSource(config, home, header, lambda: reporter.connect(keep, config.wfm.url))
+        source.temporary = temporary
+        return source
+
+    def describe(self, now):
+        return {"id": self.config.wfm.url, "notAfter": "", "warning": ""}
+
+    def check(self, now):
+        """Whether git and the credentials are there, and are for nobody else to read; raises CommandMissing,
+        Untrusted.
+        """
+        version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
+        load_git_header(self.config.git)
+        for key in ("token_file", "ssh_key"):
+            path = self.config.git[key]
+            if path and not os.path.isfile(path):
+                raise Untrusted(f"git.{key} {path}: is not there")
+            loose = ask_looseness(f"git.{key}", path or "")
+            if loose:
+                return "warn", loose
+        return "ok", version
+
+    def identify(self):
+        """The part of the repository that it follows."""
+        return f"{self.config.wfm.url}#{self.config.git.branch}:{self.config.git.path}"
+
+
+PROFILES["git"] = Git
+TRACES.append("git")                # its credential, too
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 26. Enrollment (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+# Enrollment and renewal over EST (RFC 7030), by the draft "MIAF Enrollment, Renewal, and Revocation Profile".
+EST_FIELD = "estBaseUri"
+CSR_TYPE, CERTS_TYPE = "application/pkcs10", "application/pkcs7-mime"
+RENEWAL_WINDOW = 0.40, 0.60         # share of an SVID's lifetime after which it is renewed (E-061)
+EST_FIRST, EST_CAP = 60, 3600       # seconds between attempts (E-062)
+MAX_ISSUED = 32                     # certificates in one EST answer
+MAX_PATHS = 16                      # ways from a leaf upwards that are tried
+
+Pending = define_fault("Pending", Silence,
+                       "The request for an SVID was accepted and waits for a decision; not a failure.")
+NotRenewed = define_fault("NotRenewed", MargoError, "The own SVID could not be renewed, and is still good.",
+                          exit=3, code="NOT_RENEWED")
+
+
+def read_rekey(value, base):
+    """A setting that has gone; says what to do instead."""
+    raise ValueError("no such setting any more, because a renewal keeps the key; for another key remove"
+                     " identity.key,"
+                     " put a fresh token into identity.est.token_file and run `enroll`")
+
+
+SCHEMA["identity"].update({
+    "enrollment": (choice("off", "est"), "off"), "rekey": read_rekey,
+    "est": {"url": read_root_url, "token_file": read_path, "certificate": read_path, "key": read_path}})
+
+
+def check_est_settings(config):
+    """What only enrollment by EST has: [(whether it is wrong, key, words)]."""
+    settings, est = config.identity, config.identity.est
+    pair = {bool(est.certificate), bool(est.key)}
+    files = [settings.key, settings.certificate]
+    if settings.enrollment != "est":
+        return []
+    return [
+        (config.wfm.profile != "mtls", "identity.enrollment",
+         "est gives an SVID, which only wfm.profile mtls uses"),
+        (not est.url and not settings.discovery,
+         "identity.est.url", "not set, and no identity.discovery either; one of them says where to enroll"),
+        (pair != {not est.token_file},
+         "identity.est", "either token_file, or certificate and key; found both, neither or a half"),
+        (all(files) and len(set(map(os.path.normpath, files))) == 1,
+         "identity.key", "found the file of identity.certificate, expected one of its own, because a renewal"
+         " replaces the certificate alone")]
+
+
+CHECKS.append(check_est_settings)
+
+
+def parse_est_uri(members, document_url, public, held):
+    """(where to enroll or None, no faults) from the members of a discovery document; raises ValueError
+    (E-092).
+    """
+    if EST_FIELD not in members:
+        return None, []
+    return parse_discovered(EST_FIELD, read_root_url, members, document_url, public), []
+
+
+COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est", parse_est_uri,
+                              remark=lambda state, now: state["est"].get("refused") or "")
+
+
+def make_renewal_time(leaf):
+    """When a certificate is due for renewal, Unix seconds (E-061, E-065).
+
+    Drawn by its own digest, so once and for all, whatever restarts.
+    """
+    first, last = RENEWAL_WINDOW
+    share = first + (last - first) * int(sha256_digest(leaf.der)[7:15], 16) / 16 ** 8
+    return leaf.not_before + share * (leaf.not_after - leaf.not_before)
+
+
+def find_est_step(est, leaf, fault, token, clock, asked=False, strays=False):
+    """What is to be done about the own SVID now: "" nothing, "wait", "renew" or "enroll".
+
+    est: the state's record.  leaf: the own Certificate, None where there is none.  fault: why it cannot be
+    used, "" where it can.  token: digest of the token that is at hand, "" for the form by certificate, None
+    where there is neither.
+    asked: `enroll` asks for it, which uses a fresh token although the SVID is good (F-35).  strays: the SVID
+    does not lead to the trust bundle any more.  Raises Untrusted where only an operator can help.
+    """
+    now = clock.now
+    stage = est.get("stage")
+    fresh = token if token != est.get("used") else None
+    issued = stage in ("issued", "proving")
+    if fault and leaf and now < leaf.not_before:
+        raise Untrusted(fault)                      # the clock: a new SVID would not help
+    if fault and fresh is None and not issued:
+        raise Untrusted(f"{fault}; a fresh enrollment token in identity.est.token_file is needed, or a chain"
+                        " for the request"
+                        " of `margo_agent.py csr`")
+    begun = stage and est.get("token") and not est.get("refused") and (issued or fresh == est["token"])
+    if fault or begun or asked and fresh:
+        return "wait" if find_wait(est, clock) and fresh in (None, est.get("token")) else "enroll"
+    if now < make_renewal_time(leaf) and not strays:
+        return ""
+    return "wait" if find_wait(est, clock) else "renew"
+
+
+class Enrollment:
+    """The own SVID, obtained and renewed over EST.
+
+    What is under way stands in the state's record `est`, which is durable before each next step: with `stage`
+    "asking" the digests of token and key; "issued" the answer as it came; "proving" the chain that was
+    checked.  One rename activates the chain.  So wherever a run ends, the next one goes on from there, with
+    the same key, and never without the old SVID.
+    """
+
+    def __init__(self, config, store, state, asked):
+        self.config, self.store, self.state, self.asked = config, store, state, asked
+        self.settings = config.identity
+        self.clock = get_clock()
+        self.take_over()
+        if asked and self.est.get("failures"):
+            self.est["delay"] = 0  # somebody asks for it now; what the service asked for is still waited for
+
+    @property
+    def est(self):
+        """The state's record."""
+        return self.state["est"]
+
+    def keep(self, **members):
+        """Makes members of the record durable."""
+        self.est.update(members)
+        self.store.save_state(self.state)
+
+    def drop(self):
+        """Forgets what was issued, so that the next attempt asks anew."""
+        for name in ("stage", "answer", "chain"):
+            self.est.pop(name, None)
+        if "token" in self.est:
+            self.est["stage"] = "asking"
+
+    def take_over(self):
+        """Goes on from what an older agent left: files beside the state, and a record without stage."""
+        est = self.est
+        paths = [self.store.path(name) for name in ISSUED_FILES]
+        if "key" in est and "stage" not in est:
+            est["stage"] = "asking"
+            if est["key"] == "none yet":
+                del est["key"]
+        answer, chain = (read_file(path, MAX_CERTIFICATES) or b"" for path in paths[:2])
+        if answer:
+            self.keep(stage="issued", answer=make_base64(answer))
+        if b"-----END CERTIFICATE-----" in chain:   # a key may stand beside it, which goes nowhere
+            self.keep(stage="proving", chain=make_pem(parse_pem(chain.decode("ascii", "replace"))))
+        for path in paths:
+            if os.path.exists(path):
+                remove_file(path)
+
+    def tend(self):
+        """Enrolls or renews where that is due.
+
+        Raises Unreachable or Untrusted where there is no SVID to work with, else NotRenewed.
+        """
+        chain = self.est.get("chain")
+        if chain and chain.encode() == read_file(self.settings.certificate, MAX_CERTIFICATES):
+            self.finish()                           # a run ended between activation and here
+        if self.est.get("stage") and not os.path.exists(self.settings.key):
+            self.drop()                             # the key that it is for is lost
+        leaf, fault = self.load_leaf()
+        mark = self.load_mark() if fault or self.asked or "token" in self.est else None
+        strays = bool(leaf) and self.state["trust"].get("strays") == sha256_digest(leaf.der)
+        step = find_est_step(self.est, leaf, fault, mark, self.clock, self.asked, strays)
+        if not step or self.has_to_wait(step, leaf, fault):
+            return
+        note_draft(self.store, self.state, "enrollment over EST")
+        try:
+            self.obtain(leaf, step == "renew", mark)
+        except (Unreachable, Untrusted, Refused, CommandError) as error:
+            self.note_fault(error, None if fault else leaf.not_after)
+            if fault:
+                raise
+            words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet:"
+            words += f" {error.message}"
+            if not self.asked:
+                raise NotRenewed(words) from None
+            log("warning", words)
+            return
+        self.state["patience"] = {}                 # what the WFM thought of the old SVID no longer counts
+        self.finish()
+
+    def has_to_wait(self, step, leaf, fault):
+        """Whether a step waits although the SVID is good; raises Silence or Untrusted where it waits and
+        there is none.
+
+        A renewal waits for the end of the operator's downtime unless the SVID would expire first.
+        """
+        now, downtime = self.clock.now, self.config.poll.downtime
+        if step == "wait" and fault and self.est.get("refused"):
+            raise Untrusted(f"{self.est['refused']}; asked again within an hour, or at once with another"
+                            " token")
+        silent = is_within_whole(downtime, now, now)
+        if not fault:
+            return step == "wait" or silent and not is_within_whole(downtime, now, leaf.not_after)
+        if step == "wait" or silent:
+            raise Silence("waiting for as long as the identity service, a back-off or downtime asks",
+                          retry_after=find_wait(self.est, self.clock), exit=3 if step == "wait" else 0)
+        return False
+
+    def load_leaf(self):
+        """(the own leaf or None, why it cannot be used or ""): lost or strange key, validity, and what
+        companions know.
+        """
+        settings = self.settings
+        try:
+            leaf = load_identity(self.config).leaf
+        except Untrusted as error:
+            return None, error.message
+        try:
+            check_own(leaf, self.config, self.clock.now)
+            if not os.path.exists(settings.key):
+                raise Untrusted(f"identity.key {settings.key}: the key is lost")
+            if "token" in self.est:                 # the key may be one for the next SVID
+                load_key_pair(make_tls_context(), settings.certificate, settings.key)
+        except Untrusted as error:
+            return leaf, error.message
+        return leaf, load_flaw(self.store, self.state, leaf)
+
+    def load_token(self):
+        """The enrollment token's bytes, None where there is none any more."""
+        path = self.settings.est.token_file
+        data = read_file(path, 4 * KIB) if path else None
+        return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
+
+    def load_mark(self):
+        """What find_est_step calls token."""
+        if self.settings.est.certificate:
+            return ""
+        token = self.load_token()
+        return token and sha256_digest(token)
+
+    def load_authorization(self):
+        """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
+        path = self.settings.est.token_file
+        loose = ask_looseness("identity.est.token_file", self.settings.est.token_file)
+        user, _, secret = (self.load_token() or b"").partition(b":")
+        if not secret or b"\n" in user + secret:
+            raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
+        if loose:
+            log("warning", "others can read the enrollment token", reason=loose)
+        return make_authorization(secret, user)
+
+    def note_fault(self, error, end):
+        """Keeps the back-off that follows from a fault (E-045, E-062).
+
+        end: expiry of the SVID in use; the delay is capped so that several attempts fit before it.
+        """
+        est = self.est
+        refused = isinstance(error, Untrusted)
+        delay = EST_CAP if refused else grow(EST_FIRST, est.get("failures", 0) + 1, EST_CAP)
+        delay *= 1 - get_random() / 2
+        if end is not None:
+            delay = min(delay, (end - self.clock.now) / 4)
+        if isinstance(error, Pending):
+            log("info", error.message)
+            delay = EST_FIRST if error.retry_after is None else 0
+        est.update(make_wait(est, max(error.retry_after or 0, delay), self.clock))
+        if isinstance(error, Pending):
+            est["failures"] = 0
+        self.keep(refused=error.message if refused else None)
+
+    def finish(self):
+        """Clears up after an activation, as often as it takes; the token is erased, and never sent again
+        (E-044).
+        """
+        used = self.est.get("token") or self.est.get("used")
+        token = self.load_token()
+        if token and sha256_digest(token) == used and not remove_file(self.settings.est.token_file):
+            log("warning", "the enrollment token has served and cannot be erased; remove it",
+                path=self.settings.est.token_file)
+        self.state["est"] = {"used": used}
+        self.store.save_state(self.state)
+
+    def obtain_bundle(self, leaf, since=None):
+        """The current TrustBundle; discovery says with it where to enroll."""
+        domain = make_identity(leaf, "", "").spiffe_id.trust_domain if leaf else None
+        return obtain_trust_bundle(self.config, self.store, self.state, domain, self.clock.now, since=since)
+
+    def obtain(self, leaf, renewing, mark):
+        """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, proof,
+        activation.
+        """
+        renewed = leaf if renewing else None
+        bundle = self.obtain_bundle(leaf)
+        if not self.load_chain(renewed):
+            if self.est.get("stage") != "issued":
+                self.post_request(renewed, mark)
+            bundle = self.obtain_bundle(leaf, self.clock.now)           # a rotation may be under way
+            self.keep(stage="proving", chain=self.obtain_chain(renewed, bundle))
+        chain = self.est["chain"]
+        own = parse_identity(parse_pem(chain), "", self.settings.key)
+        if renewed:
+            self.prove(chain, own, bundle)
+        write_file(self.settings.certificate, chain.encode(), 0o644)
+        log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after),
+            renewal=make_time(make_renewal_time(own.leaf)))
+
+    def load_chain(self, renewed):
+        """Whether a chain waits for its proof; one that no longer fits what is here by now is given up."""
+        if self.est.get("stage") != "proving":
+            return False
+        try:
+            found = [parse_certificate(der) for der in parse_pem(self.est["chain"])]
+            leaf = find_issued(found, load_public_key(self.settings.key), renewed, None)
+            if self.clock.now <= leaf.not_after:
+                return True
+            reason = "it has expired"
+        except ValueError as error:
+            reason = str(error)
+        log("warning", "an SVID that was issued and waited for its proof is given up", reason=reason)
+        self.drop()
+        return False
+
+    def find_url(self):
+        """Where to enroll; raises Untrusted where nobody says it."""
+        url = self.settings.est.url or self.state["trust"].get("est")
+        if not url:
+            raise Untrusted(f"identity.discovery {self.settings.discovery} names no {EST_FIELD}, and"
+                            " identity.est.url is not set")
+        return url
+
+    def post_request(self, renewed, mark):
+        """Asks for an SVID, and makes the answer durable before anything else (E-042, E-043)."""
+        import base64
+        settings = self.settings
+        headers = {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
+        url = f"{self.find_url()}/{'simplereenroll' if renewed else 'simpleenroll'}"
+        # a fresh one: no certificate in the other form (E-034)
+        context, check_peer = obtain_mis_context(self.config, url)
+        if renewed:
+            load_key_pair(context, settings.certificate, settings.key)
+            body = run_renewal_csr(renewed, settings.key)
+        else:
+            if settings.est.certificate:
+                load_key_pair(context, settings.est.certificate, settings.est.key, "identity.est")
+            else:
+                headers["Authorization"] = self.load_authorization()
+            body = self.begin(mark)
+        log("info", "asking for an SVID", url=url)
+        response = request("POST", url, headers, base64.encodebytes(body), context, self.config.wfm.timeout,
+                           MAX_CERTIFICATES, check_peer)
+        answer = parse_certs_only(judge_est_response(response, url, time.time()))
+        self.keep(stage="issued", answer=make_base64(answer))
+
+    def begin(self, mark):
+        """The first request (DER); what is asked with which key is durable then.
+
+        Raises Untrusted for a token that went with another key before.
+        """
+        path = self.settings.key
+        if not self.est.get("stage") or self.est.get("token") != mark:
+            self.state["est"] = {"stage": "asking", "token": mark, "used": self.est.get("used")}
+            # first: a new key beside an old certificate is then no broken pair
+            self.store.save_state(self.state)
+        obtain_key(path)
+        key = sha256_digest(load_public_key(path))
+        if self.est.get("key", key) != key:
+            raise Untrusted("the enrollment token was used with a key that is lost; a fresh token is needed")
+        self.keep(key=key)
+        return run_csr(path, "DER")
+
+    def obtain_chain(self, renewed, bundle):
+        """The chain (PEM) from the answer, checked whole; raises Untrusted, Unreachable.
+
+        An answer that will never do is dropped, so that the next attempt asks anew; one that only time or a
+        newer bundle can mend is kept.
+        """
+        key_file = self.settings.key
+        trust_domain = self.state["trust"].get("trustDomain")
+        try:
+            issued = load_certificates(parse_base64(self.est["answer"]))
+            leaf = find_issued(issued, load_public_key(key_file), renewed, trust_domain)
+            if time.time() > leaf.not_after:
+                check_validity(leaf, time.time())
+        except ValueError as error:
+            self.drop()
+            raise Untrusted(f"the certificate that EST issued is refused: {error}") from None
+        response = fetch_from_mis(f"{self.find_url()}/cacerts", self.config, {"Accept": CERTS_TYPE})  # E-039
+        try:
+            found = load_certificates(parse_certs_only(judge_est_response(response, "cacerts", time.time())))
+        except ValueError as error:
+            raise Untrusted(f"cacerts: {error}") from None
+        ahead = leaf.not_before - time.time()
+        if 0 < ahead <= CLOCK_SKEW:
+            raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead"
+                          " of ours", retry_after=ahead + 1)
+        try:
+            check_validity(leaf, time.time())
+            return run_paths(leaf, found + issued, key_file, bundle.anchors)
+        except ValueError as error:
+            raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
+
+    def prove(self, chain, own, bundle):
+        """Tries the renewed SVID on a conditional GET; only if the WFM answers does it replace the old one.
+        """
+        with lend_file(chain.encode()) as file:
+            own = own._replace(certificate_file=file.name)
+            source = Mtls(self.config, self.store, self.state).open_source(own, bundle, keep=False)
+        source.fetch_manifest((self.state["accepted"] or {}).get("etag"))
+
+
+def run_renewal_csr(leaf, key_file):
+    """A PKCS#10 request (DER) with subject and subjectAltName as they stand in the SVID, byte for byte
+    (E-063).
+
+    `openssl req` would encode them again.
+    """
+    spki = load_public_key(key_file)
+    names = leaf.extensions[OID_SUBJECT_ALT_NAME][2]
+    algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))  # ecdsa-with-SHA256
+    if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:  # an RSA key
+        algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0")
+    extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
+    attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, names)))
+    content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
+    signature = run_openssl(["dgst", "-sha256", "-sign", key_file], content)
+    return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
+
+
+def judge_est_response(response, operation, now):
+    """The body of a 200 (protocol of the draft, 3.3).
+
+    Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.  A clock that is wrong is
+    told in the log.
+    """
+    theirs = parse_retry_after(response.headers.get("Date"), 0)  # the same form of time, counted from 1970
+    if theirs is not None and abs(theirs - now) > CLOCK_SKEW:
+        log("error", f"the clock of this device says {make_time(now)}, that of the identity service"
+            f" {make_time(theirs)};"
+            " set the one that is wrong", code="CLOCK")
+    wait = parse_retry_after(response.headers.get("Retry-After"), now)
+    if response.status == 200:
+        return response.body
+    if response.status == 202:                      # E-037
+        raise Pending("the identity service has accepted the request and has not decided yet",
+                      retry_after=wait)
+    problem = parse_problem(response.body)
+    words = make_printable(response.body[:500].decode("utf-8", "replace"))
+    if problem:
+        words = problem.detail or problem.title
+        wait = problem.retry_after if wait is None else wait
+    message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
+    if find_verdict(response.status) == "later":
+        raise Unreachable(message, retry_after=wait)
+    raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
+
+
+def parse_certs_only(body):
+    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038); raises
+    Untrusted.
+    """
+    if body[:1] == b"\x30":
+        return body
+    try:
+        data = parse_base64(re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace")))
+    except ValueError:
+        data = b""
+    if data[:1] != b"\x30":
+        words = make_printable(body[:100].decode("utf-8", "replace"))
+        raise Untrusted(f"EST answered 200 with something else than certificates: {words!r}")
+    return data
+
+
+def load_certificates(data):
+    """The Certificates in CMS SignedData; openssl reads it, because some servers write BER.  Raises
+    ValueError.
+    """
+    try:
+        found = parse_pem(run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii",
+                                                                                                "replace"))
+    except CommandError:
+        found = None
+    if found is None or len(found) > MAX_ISSUED:
+        raise ValueError(f"openssl finds no certs-only message of at most {MAX_ISSUED} certificates in it")
+    return [parse_certificate(der) for der in found]
+
+
+def find_issued(certificates, spki, renewed, trust_domain):
+    """The leaf among issued Certificates; raises ValueError unless it is for the own key, of a client, and no
+    other than before.
+
+    spki: the own public key.  renewed: the leaf that it renews, or None.  trust_domain: as the discovery
+    document says, or None.
+    """
+    leaf = next((item for item in certificates if item.spki == spki), None)
+    if leaf is None:
+        raise ValueError(f"none of the {len(certificates)} certificates issued is for the own key")
+    own = make_identity(leaf, "", "").spiffe_id
+    if trust_domain and own.trust_domain != trust_domain:
+        raise ValueError(f"the SVID issued is of trust domain {own.trust_domain}, the discovery document says"
+                         f" {trust_domain}")
+    if renewed and own.text != renewed.uris[0]:                                                     # E-067
+        raise ValueError(f"the SVID issued is {own.text}, the one to be renewed is {renewed.uris[0]}")
+    if renewed and leaf.not_after <= renewed.not_after:
+        raise ValueError("the SVID issued ends no later than the one that it renews")
+    return leaf
+
+
+def find_paths(chain, candidates):
+    """Every way [Certificate] from a chain upwards, one after the other (E-039); roots are left out."""
+    above = []
+    if len(chain) < 10:
+        above = [item for item in candidates
+                 if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain]
+    for item in above:
+        yield from find_paths(chain + [item], candidates)
+    if not above:
+        yield chain
+
+
+def run_paths(leaf, certificates, key_file, anchors):
+    """The first chain (PEM) that leads to one of the anchors; raises ValueError: why the first one does not.
+
+    A CA may have several certificates, of which one has ended, or is by a CA that the bundle does not know
+    (F-15).
+    """
+    from itertools import islice
+    fault = None
+    candidates = list({item.der: item for item in certificates if item.is_ca}.values())
+    for path in islice(find_paths([leaf], candidates), MAX_PATHS):
+        pem = make_pem(item.der for item in path)
+        try:
+            with lend_file(pem.encode()) as file:
+                run_own_handshake(file.name, key_file, anchors)
+            return pem
+        except ValueError as error:
+            fault = fault or error
+    raise fault
+
+
+def tend_identity(agent):
+    """Enrolls or renews where the configuration wants that automated and it is due (E-060)."""
+    if agent.config.identity.enrollment == "est":
+        Enrollment(agent.config, agent.store, agent.state, agent.asked).tend()
+
+
+def examine_renewal(agent):
+    """When the own SVID will be renewed, and whether a token waits for `enroll`."""
+    if agent.config.identity.enrollment != "est":
+        return "ok", ""
+    try:
+        leaf = load_identity(agent.config).leaf
+    except Untrusted:
+        return "ok", ""                             # the check of the identity says it
+    path = agent.config.identity.est.token_file
+    words = f"renewed over EST (draft) after {make_time(make_renewal_time(leaf))}"
+    if path and os.path.exists(path):
+        return "warn", f"{words}; the token in {path} has not served, `enroll` uses it"
+    return "ok", words
+
+
+ISSUED_FILES = ("issued.p7", "issued.pem", "issued.key")        # of an older agent
+TRACES.extend(ISSUED_FILES)
+STEPS.insert(0, tend_identity)
+EXAMINE["renewal"] = examine_renewal
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 27. Revocation (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+# Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
+# of the SVIDs that they list, named by the discovery document alone.
+CRL_FIELD = "crlUris"
+MAX_LISTS = 32                      # that a discovery document may name
+CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
+CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
+
+Crl = define("Crl", "issuer this_update next_update entries number extensions",
+    "What is used of a revocation list: raw name, Unix seconds, raw entries, CRL number, extensions as of a"
+    " Certificate.")
+
+SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
+
+
+def parse_crl(data):
+    """A revocation list (DER or PEM) to (DER, Crl); raises ValueError, also for one whose meaning is not
+    understood (E-085).
+    """
+    try:
+        der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
+        fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
+        if fields[0][:2] != (0x02, b"\1"):
+            raise ValueError("it is not of version 2")
+        times = [parse_der_time(*field[:2]) for field in fields[3:5]]
+        extensions = parse_extensions(next(value for tag, value, _ in fields[5:] if tag == 0xA0))
+        scope = []
+        if OID_CRL_SCOPE in extensions:
+            scope = parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1])
+        number = int.from_bytes(parse_der(extensions[OID_CRL_NUMBER][1])[0][1], "big")
+        if number >= 2 ** 160:
+            raise ValueError("its number has more than 20 octets")
+    except (IndexError, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
+        raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
+    known = (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)
+    strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical and oid not in known]
+    # a name, and only user certificates, concern every leaf
+    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:
+        words = ", ".join(strange) or "scope"
+        raise ValueError(f"a list of a kind that is not understood (critical {words})")
+    entries = fields[5][1] if fields[5][0] == 0x30 else b""
+    return der, Crl(fields[2][2], times[0], times[1], entries, number, extensions)
+
+
+def is_listed(crl, serial):
+    """Whether a Crl lists a serial number; the walk is made only where its bytes occur at all, since lists
+    can be long.
+    """
+    wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
+    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry,
+                                         _ in parse_der(crl.entries))
+
+
+def is_same_issuer(crl, leaf):
+    """Whether list and leaf have one issuer: by name and, where both say one, by key identifier."""
+    ids = find_key_id(crl, OID_ISSUER_KEY), find_key_id(leaf, OID_ISSUER_KEY)
+    return crl.issuer == leaf.issuer and (None in ids or ids[0] == ids[1])
+
+
+def is_revoked(leaf, crls):
+    """Whether one of the lists by the leaf's issuer lists it, whatever the list's age (E-083)."""
+    return any(is_listed(crl, leaf.serial) for crl in crls if is_same_issuer(crl, leaf))
+
+
+def find_status_fault(leaf, crls, listed, now):
+    """Why the revocation status of a peer's leaf is not known, "" where it is; raises Untrusted if it is
+    revoked (E-083).
+    """
+    if is_revoked(leaf, crls):
+        raise Untrusted("the peer's certificate is revoked")
+    if not listed and not crls:
+        return "the trust domain names no revocation list"
+    ends = [crl.next_update for crl in crls if is_same_issuer(crl, leaf)]
+    if not ends and len(crls) < len(listed):
+        return "a revocation list could not be had yet"
+    if not ends:
+        return "no revocation list at hand is by its issuer"
+    return "" if now <= max(ends) else f"the revocation list ended at {make_time(max(ends))}"
+
+
+def find_list_fault(state, now):
+    """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
+    for url, record in state["crls"].items():
+        end = record["thisUpdate"] + record["validity"] if record.get("digest") else 0
+        if now > end:
+            return f"the revocation list {url} " + (f"ended at {make_time(end)}" if end else "could not be"
+                                                    " had yet")
+    return ""
+
+
+def judge_status(leaf, crls, listed, mode, now):
+    """Holds a peer's leaf against the lists (E-087, E-088).
+
+    Raises Untrusted where it is revoked or, by `require`, where that is not known.
+    """
+    fault = find_status_fault(leaf, crls, listed, now)
+    if fault and mode == "require":
+        raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
+                        f" {fault}")
+    if fault:
+        log("warning", "the WFM's revocation status is not known", reason=fault)
+
+
+def load_crl(store, record):
+    """The bytes of one list at hand; None where there is none, or the disk spoilt it."""
+    if not record.get("digest"):
+        return None
+    data = read_file(store.path("crls", record["digest"][7:]), 1024 * MIB)
+    return data if data is not None and sha256_digest(data) == record["digest"] else None
+
+
+def load_crls(store, state):
+    """[Crl] of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
+    found = []
+    for url, record in state["crls"].items():
+        data = load_crl(store, record)
+        if data is not None:
+            found.append(parse_crl(data)[1])
+        elif record.get("digest"):
+            log("error", "security: a revocation list at hand is lost; an older one could now pass for the"
+                " newest", url=url)
+    return found
+
+
+def refresh_crls(config, store, state, issuers, seek):
+    """Fetches each revocation list that is due (E-081, E-082); no fault of it is more than a line in the log.
+
+    issuers: the Certificates that may have signed one; seek: a function that gets more of them.
+    """
+    listed = state["trust"].get("crls") or []
+    records = state["crls"]
+    before = make_json(records)
+    clock = get_clock()
+    jitter = get_random()
+    os.makedirs(store.path("crls"), 0o700, exist_ok=True)
+    for url in listed:
+        note_draft(store, state, "revocation lists")
+        record = records.setdefault(url, {})
+        if find_wait(record, clock):
+            continue
+        try:
+            fetch_crl(config, store, url, records, issuers, seek, clock.now)
+            left = record["validity"] - (clock.now - record["thisUpdate"])
+            record.update(make_wait({}, max(1, min(CRL_PERIOD * (1 + jitter), left / 2)), clock), failures=0)
+        except (MargoError, ValueError) as error:
+            delay = (1 - jitter) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
+            record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
+            reason = getattr(error, "message", str(error))
+            log("warning", "a revocation list cannot be had; what is at hand stays", url=url, reason=reason)
+    for url in set(records) - set(listed):
+        if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
+            del records[url]
+    if make_json(records) != before:
+        store.save_state(state)                     # first what counts, then the old files go
+        keep = {record.get("digest", "")[7:] for record in records.values()}
+        for name in set(os.listdir(store.path("crls"))) - keep:
+            remove_file(store.path("crls", name))
+
+
+def fetch_crl(config, store, url, records, issuers, seek, now):
+    """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError.
+    """
+    record = records[url]
+    headers = {}
+    if load_crl(store, record) is not None:
+        pairs = ("If-None-Match", "etag"), ("If-Modified-Since", "modified")
+        headers = {name: record[key] for name, key in pairs if record.get(key)}
+    response = fetch_from_mis(url, config, headers, config.policy.max_document)
+    if check_response(response, url, (200, 304) if headers else (200,), now).status == 304:
+        return
+    der, crl = parse_crl(response.body)
+    if crl.this_update > now + CLOCK_SKEW:
+        raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")
+    signer = ask_signer(der, crl, issuers) or ask_signer(der, crl, seek())
+    if signer is None:
+        raise ValueError("no issuer that is known, and may sign lists, has signed it")
+    key = sha256_digest(signer.spki)
+    # of that issuer, wherever it came from
+    numbers = [item["number"] for item in records.values() if item.get("key") == key]
+    if crl.number < max(numbers, default=0):
+        raise ValueError(f"security: its number went back from {max(numbers)} to {crl.number}")
+    # a list of another issuer takes nothing from what is held of this one
+    if record.get("key") not in (None, key):
+        records[f"{url}#{record['key'][7:23]}"] = dict(record)
+    digest = sha256_digest(der)
+    write_file(store.path("crls", digest[7:]), der)             # it counts once the state names it
+    if record.get("key") != key or crl.number > record["number"]:
+        record.update(digest=digest, number=crl.number, key=key, thisUpdate=crl.this_update,
+                      validity=crl.next_update - crl.this_update)
+    record.update(etag=response.headers.get("ETag"), modified=response.headers.get("Last-Modified"))
+
+
+def ask_signer(der, crl, issuers):
+    """The one among issuers that may sign lists and has signed this one, or None; openssl says it."""
+    with lend_file(der) as file:
+        command = ["crl", "-inform", "DER", "-noout", "-verify", "-in", file.name, "-CAfile", "/dev/stdin"]
+        for item in issuers:
+            if not is_issuer(item, crl) or item.key_usage is not None and CRL_SIGN not in item.key_usage:
+                continue
+            try:
+                # its exit code says it in no old version
+                run_openssl(command, make_pem([item.der]).encode(), b"verify OK")
+                return item
+            except CommandMissing:
+                raise
+            except CommandError:
+                pass                                # it is by another one
+    return None
+
+
+def fetch_issuers(source):
+    """The Certificates above the WFM's, seen over a connection on which nothing is said."""
+    chain = fetch_chain(source.url, source.context, source.config.wfm.timeout)
+    if sys.version_info < (3, 10):  # which shows what was presented, and not what was verified
+        chain = chain[:1] + [der for der in chain[1:] if ask_issuer(chain[0], der)]
+    return [parse_certificate(der) for der in chain[1:]]
+
+
+def ask_issuer(der, issuer):
+    """Whether a certificate is signed by the key of another one; openssl says it."""
+    with lend_file(make_pem([der]).encode()) as file:
+        try:
+            run_openssl(["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name],
+                        make_pem([issuer]).encode())
+        except CommandError:
+            return False
+    return True
+
+
+def refresh_revocation(config, store, state, source=None):
+    """Fetches the revocation lists that are due; an issuer is sought among anchors, own chain and the WFM's
+    chain (E-084).
+    """
+    if config.identity.revocation == "off" or not (state["trust"].get("crls") or state["crls"]):
+        return
+    held = load_trust_bundle(config, store)
+    own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
+    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
+    chain = source.chain if isinstance(source, MtlsSource) else None
+    issuers = [parse_certificate(der) for der in ders + (chain or [])]
+    blind = chain is not None and len(chain) < 2
+    refresh_crls(config, store, state, issuers, lambda: fetch_issuers(source) if blind else [])
+
+
+def load_judge(config, store, state, source, keep):
+    """A function that holds the WFM's leaf against the lists at hand; by `require` they are fetched before
+    anything is said.
+    """
+    mode = config.identity.revocation
+    if mode == "require" and keep:
+        refresh_revocation(config, store, state, source)
+    crls = load_crls(store, state)
+    listed = state["trust"].get("crls") or ()
+    if is_revoked(source.identity.leaf, crls):
+        log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued",
+            id=source.client_id)
+
+    def judge(leaf, now):
+        if mode == "require" or mode == "soft" and (listed or crls):
+            judge_status(leaf, crls, listed, mode, now)
+    return judge
+
+
+def parse_crl_uris(members, document_url, public, held):
+    """([URL of a list], [words about what was passed over]) from the members of a discovery document (E-080,
+    E-091).
+    """
+    listed = members.get(CRL_FIELD, [])
+    faults = []
+    if not isinstance(listed, list):
+        listed = []
+        faults = [f"{CRL_FIELD} is no list"]
+    good = []
+    for uri in listed:
+        if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri):
+            good.append(uri)
+        else:
+            faults.append(f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL")
+    if held and not good:
+        faults.append("it names no revocation lists any more; those at hand count until they end")
+    return good[:MAX_LISTS], faults
+
+
+def load_own_flaw(store, state, leaf):
+    """Why the own leaf is of no use to the WFM."""
+    return "the own SVID is revoked; have a new one issued" if is_revoked(leaf,
+                                                                          load_crls(store, state)) else ""
+
+
+def examine_lists(agent):
+    """Whether the revocation lists say something of today."""
+    fault = find_list_fault(agent.state, time.time())
+    count = len(agent.state["crls"])
+    if fault:
+        return "warn", fault
+    return "ok", f"{count} revocation lists (draft)" if count else ""
+
+
+def refresh_after_poll(agent):
+    """Fetches revocation lists where there are some and it is time."""
+    if not agent.is_downtime():
+        source = None if agent.silent else agent.source
+        refresh_revocation(agent.config, agent.store, agent.state, source)
+
+
+COMPANIONS["crls"] = Companion(
+    lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=load_own_flaw, judge=load_judge,
+    # E-090
+    limits=lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
+    remark=find_list_fault)
+STEPS.insert(STEPS.index(Agent.exchange) + 1, refresh_after_poll)
+EXAMINE["lists"] = examine_lists
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 28. Command line
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
@@ -10195,45 +10823,24 @@ def watch(child, fallback, hung, limit):
 
 def command_enroll(config, options):
     """Establishes trust and reports capabilities; safe to repeat.  --fetch-ca: first gets the WFM's root CA (profile signed)."""
-    if "--fetch-ca" in options:
-        if config.wfm.profile != "signed":
-            raise ConfigError("--fetch-ca is for profile signed; others have a trust bundle")
-        path = os.path.abspath(options["--fetch-ca"])
-        for anchor in fetch_ca(config, path):
-            print(f"{path}: compare its SHA-256 fingerprint {sha256_digest(anchor)[7:]}")
+    for name, (_, act) in OPTIONS["enroll"].items():
+        if name in options:
+            act(config, options[name])
+    exchange, reconcile = STEPS.index(Agent.exchange), STEPS.index(Agent.reconcile)
     with Agent(config) as agent:
         agent.store.save_memo({})                   # the trust bundle is asked for whatever its age
-        agent.state["trust"]["refreshedAt"] = None
+        agent.state["trust"].pop("refreshedAt", None)
+        agent.asked = True
         try:
-            wait_for_svid(agent)
+            for step in STEPS[:exchange]:
+                step(agent)
             source = agent.connect()
             agent.report_capabilities(always=True)
-            agent.refresh_revocation()
+            for step in STEPS[exchange + 1:reconcile]:
+                step(agent)
         finally:
             agent.store.save_state(agent.state)     # also what was learnt of the trust bundle before it failed
         print(f"enrolled: {source.client_id} with {config.wfm.url} as device {agent.device_id}")
-
-
-def wait_for_svid(agent):
-    """Enrolls over EST where that is due; at a terminal the decision of the identity service is waited for, with a line of progress."""
-    if agent.state["est"].get("failures"):
-        agent.state["est"]["delay"] = 0             # somebody asks for it now; only what the service itself asked for is waited for
-    while True:
-        try:
-            return agent.tend_identity()
-        except Silence as error:
-            left = find_left(agent.state["est"], time.time())
-            if not sys.stderr.isatty() or not left:
-                raise
-            while left:
-                sys.stderr.write(f"\r{error.message}; next request in {left:.0f} s ...  ")
-                sys.stderr.flush()
-                time.sleep(min(1, left))
-                left = find_left(agent.state["est"], time.time())
-            sys.stderr.write("\n")
-        except NotRenewed as error:
-            log("warning", error.message)
-            return None
 
 
 def command_unenroll(config, options):
@@ -10256,9 +10863,8 @@ def command_unenroll(config, options):
         kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
-        for name in ("issued.p7", "issued.key", "issued.pem"):
-            remove_file(agent.store.path(name))     # an enrollment under way is given up
-        remove_folder(agent.store.path("git"))      # its credential, too
+        for name in TRACES:
+            remove_folder(agent.store.path(name))
         agent.store.save_memo({})
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
 
@@ -10360,7 +10966,7 @@ def make_status_report(config, state, memo, now):
         "components": [{"name": component["name"], "state": component["state"], "error": component["error"] or no_error}
                        for component in record["components"]]} for _, record in sorted(state["deployments"].items())]
     return {"version": __version__, "profile": config.wfm.profile, "enrolled": bool(state["enrollment"]),
-            "identity": SERVED[config.wfm.profile].describe(config, state, now),
+            "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(now),
             "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
             "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
             "outbox": len(state["outbox"]), "deployments": deployments,
@@ -10386,7 +10992,7 @@ def command_doctor(config, options):
     agent.state = make_state()
     for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), *EXAMINE.items(),
                         ("others", check_others), ("registry", check_registries), ("labels", check_labels),
-                        ("identity", lambda agent: SERVED[agent.config.wfm.profile].check(agent.config, agent.state, time.time())),
+                        ("identity", lambda agent: agent.get_profile().check(time.time())),
                         ("wfm", check_connection)):
         try:
             level, words = check(agent)
@@ -10471,14 +11077,13 @@ def command_csr(config, options):
     """Makes a private key if there is none, and prints a certificate signing request for it."""
     if not config.identity.key:
         raise ConfigError("identity.key: not set; it says where the key is kept")
-    if config.identity.enrollment == "est":
+    if config.identity.get("enrollment") == "est":
         store = Store(config.state_dir)             # an enrollment under way makes the key itself; the lock goes with this process
         store.create()
         store.lock()
     try:
-        if make_private_key(config.identity.key, config.identity.algorithm):
-            log("info", "new private key", path=config.identity.key)
-        request_pem = make_csr(config.identity.key)
+        obtain_key(config.identity.key, config.identity.get("algorithm"))
+        request_pem = run_csr(config.identity.key)
     except CommandMissing as error:
         raise ConfigError(error.message) from None
     except CommandError as error:
@@ -10515,7 +11120,8 @@ def print_json(value):
 
 # Each command: its function (to an exit code, or nothing for 0), the options it knows, with the name of what follows them, and its operand.
 COMMANDS = {
-    "enroll": (command_enroll, {"--fetch-ca": "FILE"}, ""), "run": (command_run, {"--once": ""}, ""), "plan": (command_plan, {"--json": ""}, ""),
+    "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
+    "run": (command_run, {"--once": ""}, ""), "plan": (command_plan, {"--json": ""}, ""),
     "status": (command_status, {"--json": ""}, ""), "history": (command_history, {"--json": ""}, ""),
     "doctor": (command_doctor, {}, ""), "capabilities": (command_capabilities, {"--json": ""}, ""),
     "csr": (command_csr, {"--out": "FILE"}, ""), "retry": (command_retry, {}, "[ID]"), "unenroll": (command_unenroll, {"--purge": ""}, ""),
