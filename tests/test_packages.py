@@ -1497,30 +1497,6 @@ class LooseArchives(ArchiveCase):
         self.assertIn("leads out", self.refuse(make_archive({"compose.yaml": COMPOSE, "l": link}, "")))
 
 
-class Served(unittest.TestCase):
-    """F-02: before a damaged image is removed its registry is asked whether it could be had again."""
-
-    def ask(self, image, *served):
-        def get(registry, name, path, *more):
-            if (registry.host, name, path) not in served:
-                raise ComponentError("PULL_FAILED", "there is no such package")
-            return margo_agent.Response(200, {}, b"{}")
-
-        with mock.patch.object(margo_agent.Registry, "get", get):
-            return margo_agent.ask_for_image(image, make_config({}))
-
-    def test_an_image_is_asked_for_by_its_digest_or_else_its_tag(self):
-        digest = "sha256:" + "a" * 64
-        for image, place in (("r.example/a/b:1", ("r.example", "a/b", "manifests/1")), ("localhost/a", ("localhost", "a", "manifests/latest")),
-                             (f"r.example:5000/a:1@{digest}", ("r.example:5000", "a", f"manifests/{digest}"))):
-            self.assertTrue(self.ask(image, place))
-            self.assertFalse(self.ask(image))
-
-    def test_what_may_be_anywhere_is_not_known_to_be_served(self):
-        for image in ("busybox", "library/busybox:1", "docker.io/library/busybox:1"):
-            self.assertFalse(self.ask(image, ("docker.io", "library/busybox", "manifests/1")))
-
-
 class DockerRegistry(support.Service):
     """Debian's docker-registry on loopback with a storage of its own; `url` is where it listens."""
 
