@@ -1533,7 +1533,7 @@ class JudgeStartup(unittest.TestCase):
     def test_where_a_start_stands(self):
         """C-163, C-164, C-165, P-6, P-17: decided from what the engine shows, once-only services included.
 
-        E-17: a code is told only of what has ended.
+        E17: a code is told only of what has ended.
         """
         checked, unwell = (30, 3, 0), {"one": "one is not healthy yet"}
         cases = [
@@ -2314,7 +2314,7 @@ class Memory(DriverCase):
         self.assertNotIn(["image", "rm", IMAGE], self.changes())
 
     def test_whatever_vanishes_at_whatever_moment_is_a_failure_that_heals(self):
-        """E-3 and its kind: somebody removes all containers before each command of an installation and of an update."""
+        """E3 and its kind: somebody removes all containers before each command of an installation and of an update."""
         def make(value):
             return {"services": {"db": {"image": IMAGE, "environment": {"V": value}, "healthcheck": Startup.CHECKED},
                                  "web": {"image": IMAGE, "environment": {"V": value}, "depends_on": {"db": {"condition": "service_healthy"}}}}}

@@ -74,7 +74,7 @@ class Scenario:
         return support.wait_for(ask, 20, f"an answer on port {port}")
 
     def test_from_the_first_day_to_the_last(self):
-        """E-3, E-17, K-1, D-10, D-23, P-7, P-8, P-17"""
+        """E3, E17, K-1, D-10, D-23, P-7, P-8, P-17"""
         check = {"test": ["CMD-SHELL", "test -e /tmp/up"], "interval": "1s", "retries": 30}
         start = "sleep 1; touch /tmp/up; exec sleep 100000"
         waits = {"db": {"condition": "service_healthy"}, "setup": {"condition": "service_completed_successfully"}}
@@ -173,7 +173,7 @@ class Scenario:
         self.assertEqual(self.engine.podman(*form), before)
 
     def test_a_crash_loop_that_begins_later_is_seen(self):
-        """E-13, P-6: it runs whenever it is looked at."""
+        """E13, P-6: it runs whenever it is looked at."""
         self.device.set("runtime.settle", "4s")
         self.update({"main": service(command=["sh", "-c", "while [ ! -e /broken ]; do sleep 0.2; done; sleep 3; exit 1"], restart="always")})
         self.shell("main", "touch /broken")
@@ -187,7 +187,7 @@ class Scenario:
         self.assertRegex(reason, "web/main is (being restarted over and over|restarting|initialized)")
 
     def test_what_somebody_removes_while_it_starts_is_a_failure_that_heals(self):
-        """E-3 and its kind: no bug, whatever vanishes."""
+        """E3 and its kind: no bug, whatever vanishes."""
         import threading
         check = {"test": ["CMD-SHELL", "test -e /nowhere"], "interval": "1s", "retries": 100}
         self.publish({"main": service(healthcheck=check)})
