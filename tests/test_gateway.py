@@ -178,7 +178,7 @@ class Connections(unittest.TestCase):
     def test_what_the_gateway_does_not_host_its_children_may(self):
         """runtime.compose and runtime.engine speak of this device; `off` makes a gateway that hosts nothing itself."""
         driver = self.driver({"CONTAINER_HOST": "ssh://a"}, compose="off", engine="docker")
-        self.assertEqual((driver.engine, driver.provider), ("podman", None))
+        self.assertEqual(driver.engine, "podman")
 
     def test_files_of_the_gateway_are_not_mounted_on_a_child(self):
         """Bad input: a clear failure before anything is fetched or touched, not an empty folder that an engine makes."""
@@ -900,17 +900,6 @@ class RealChildren(unittest.TestCase):
         self.wfm.withdraw()
         self.device.cycle()
         self.assertNotIn(image, self.engines[A].podman("images", "--format", "{{.Repository}}:{{.Tag}}"))
-
-    def test_a_compose_provider_works_on_a_child(self):
-        support.require("docker-compose")
-        self.device.set("runtime.compose", "docker-compose")
-        self.device.env["PATH"] = os.path.dirname(support.find_compose()) + ":" + self.device.env["PATH"]
-        self.publish("provided")
-        self.device.cycle()
-        self.assertEqual(self.logs(A), "provided")
-        self.wfm.withdraw()
-        self.device.cycle()
-        self.assertEqual(self.holds(), {A: 0, B: 0})
 
 
 if __name__ == "__main__":
