@@ -26,6 +26,7 @@ are mistakes of other agents, which a test of the same mark keeps out.
 """
 # Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module that a poll may do
 # without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
+import io
 import os
 import re
 import sys
@@ -76,17 +77,23 @@ STATES = ("failed", "removing", "installing", "pending", "removed", "installed")
 RETRY_FIRST, RETRY_CAP = 30, 3600                   # seconds between attempts at a failed deployment
 REPAIRS = 5                                         # repairs within RETRY_CAP before pauses between them grow, too
 HISTORY = 20                                        # accepted desired states that `history` tells of
+MAX_NAMED = 100                                     # workloads of other owners that `status` names
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                                     # seconds that the current step may still take once the process is asked to end
+STOP_LIMIT = 90                                     # seconds after which the daemon's parent kills a cycle that was asked to end
+CYCLE_RETRY = 60                                    # seconds to the next cycle after one that said nothing
+HUNG = 1800                                         # seconds after which a cycle that does not move counts as hung, and is killed
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
-RESERVE = 256 * KIB                                 # kept in the state directory, to be given up for the state when the disk is full (P-4)
+RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
 MAX_TIMEOUT = 6 * 3600                              # seconds that one may ask for at most: meanwhile its device hears nobody (P-9)
 PULL_LIMIT = 86400                                  # seconds after which a pull that still moves is given up until the next attempt
 PULL_TIMEOUT = 3600                                 # seconds git may take, or a child's engine for an image: links are slow
 IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
 LOOKS, LOOK_PATIENCE = 8, 2                         # engines and clusters that are asked at once; seconds in which all should answer
-FREE_SPACE = 32 * MIB                               # stays free on a disk that something is fetched to (P-4)
+FREE_SPACE = 32 * MIB                               # at most stays free on a disk that something is fetched to (P-4)
+SHARE = 16                                          # of a small disk it is one part of so many that stays free, and that is kept
+CORPSE_GRACE = 5                                    # seconds in which a program that was killed has to be gone
 PUSH_ATTEMPTS = 5                                   # how often a status is put on top of what others pushed meanwhile
 MAX_PACKS = 50                                      # fetches after which the copy of a Git repository is begun anew
 EXPIRY_WARNING, EXPIRY_ADVICE = 0.2, 0.25           # shares of the own SVID's lifetime left: from when to warn, and when doctor does
@@ -137,6 +144,7 @@ NotRenewed = define_fault("NotRenewed", MargoError, "The own SVID could not be r
 Waiting = define_fault("Waiting", MargoError, "A desired state that removes a lot waits for its confirmation.", exit=3, code="REMOVALS_UNCONFIRMED")
 Interrupted = define_fault("Interrupted", MargoError, "The process was asked to end before everything was done.", exit=3, code="INTERRUPTED")
 StorageError = define_fault("StorageError", MargoError, "The state directory cannot be read or written.", exit=3, code="STORAGE")
+NoMemory = define_fault("NoMemory", MargoError, "The device has not enough memory for a step.", exit=3, code="MEMORY")
 Refused = define_fault("Refused", MargoError, "The desired state is refused as a whole; what runs stays as it is.", exit=4, code="REFUSED")
 Untrusted = define_fault("Untrusted", MargoError, "Own identity or the peer's cannot be trusted.", exit=5, code="UNTRUSTED")
 NoPath = define_fault("NoPath", Untrusted, "An issued SVID does not lead to the trust bundle.")
@@ -145,6 +153,13 @@ CommandError = define_fault("CommandError", MargoError, "A helper program could 
 CommandMissing = define_fault("CommandMissing", CommandError, "The program is not installed.")
 CommandTimeout = define_fault("CommandTimeout", CommandError, "The program ran out of its time and was ended.")
 Late = define_fault("Late", CommandError, "What does not answer may still do so within this cycle.")
+
+
+def to_fault(error):
+    """The error as one that a person can act upon: Python's own words for a lack of memory are none."""
+    if isinstance(error, MemoryError):
+        return NoMemory("not enough memory for this step; end other programs on the device, or have it do less (see README, Small devices)")
+    return error
 
 
 class ComponentError(MargoError):
@@ -202,17 +217,24 @@ Target = define("Target", "deployment_id digest version deployment error device_
 Source = define("Source", "path real kind own socket",
     "What a compose file names of the disk: the path by which it is mounted, where it lies in truth, file, folder, other, or \"\" where"
     " nothing is, whether it is the package's own, whether it is an engine's socket or leads to one.")
-Container = define("Container", "id name deployment_id component service hash state type device_id started health",
-    "One container of ours (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, or `unhealthy`;"
+Container = define("Container", "id name deployment_id component service hash state type device_id started health owner",
+    "One container (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, or `unhealthy`;"
     " `hash` our mark, `type` the deployment type whose driver showed it, `device_id` the child device it was made for, `started` Unix"
-    " seconds where they are shown, `health` the engine's word where there is a check.", "", 0, "")
+    " seconds where they are shown, `health` the engine's word where there is a check, `owner` who made it, as far as a label says so.",
+    "", 0, "", "")
+Claim = define("Claim", "owner owners deployments ids",
+    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of: ids of deployments in lower"
+    " case and of containers; see is_ours.")
 Action = define("Action", "deployment_id action reason restore unstable",
     "One step of a plan: install, update, remove, keep or refuse, and why; `restore`: it is the version before that has to be mended;"
     " `unstable`: (component, service) that is repaired in vain.", False, None)
+Clock = define("Clock", "now boot uptime",
+    "A moment: Unix seconds by the wall clock, and by the clock that nobody sets the id of this boot and the seconds since.")
 Place = define("Place", "device_id device drivers",
     "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}.")
-Profile = define("Profile", "connect describe check",
-    "How a profile is served: functions that connect its source, tell `status` of its identity, and check that for `doctor`.")
+Profile = define("Profile", "connect describe check identify",
+    "How a profile is served: functions that connect its source, tell `status` of its identity, check that for `doctor`, and tell who the"
+    " client is by what is configured alone.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due.")
 
@@ -240,10 +262,6 @@ class YAMLError(ValueError):
     def __init__(self, message, line, column):
         super().__init__(f"line {line}, column {column}: {message}")
         self.line, self.column = line, column
-
-
-class MergeKey(str):
-    """The plain scalar <<, which merges where it is a key."""
 
 
 class PlainInt(int):
@@ -288,6 +306,7 @@ class YAMLReader:
     NAME = re.compile(r"[^\s,\[\]{}]+")
     TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
     QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")       # a key; without bound it takes 100 bytes for each
+    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")                                         # a plain key: quoted, it is text
     KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")     # its opposite takes 3 ms to compile
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
@@ -295,6 +314,7 @@ class YAMLReader:
     def __init__(self, text):
         text = text[1:] if text.startswith("\ufeff") else text
         text = text.replace("\r\n", "\n").replace("\r", "\n")
+        self.cut = text[-1:] not in " \n"           # the last line has no end, so a block scalar there does not get one either
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.closed = -1                            # where the last quoted scalar or flow collection ended
@@ -538,7 +558,7 @@ class YAMLReader:
         """A dictionary from (key, value, position); refuses what is no scalar or occurs twice; merges << last."""
         mapping, merges = {}, []
         for key, value, position in pairs:
-            if isinstance(key, MergeKey):
+            if key == "<<" and self.MERGE.match(self.text, position):
                 merges.append((value, position))
                 if len(merges) > 1:
                     self.fail("the key << occurs twice", position)
@@ -588,8 +608,10 @@ class YAMLReader:
             else:
                 lines.append(line[indent:])
             self.position = end + 1
-        self.next_line()
         content = "\n".join(lines) + "\n" if lines else ""
+        if self.cut and self.position >= len(self.text):
+            content = content[:-1]
+        self.next_line()
         body = content.rstrip("\n")
         tail = content[len(body):]
         if style == ">":
@@ -637,7 +659,7 @@ class YAMLReader:
             return CONSTANTS[text]
         match = self.NUMBER.match(text) if text[0] in "+-.0123456789" else None
         if not match:
-            return MergeKey(text) if text == "<<" else text
+            return text
         if match.group(1):
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
@@ -674,7 +696,7 @@ class YAMLReader:
                 self.fail(f"tag !!{tag} does not fit this collection")
             self.enter()
             self.position += 1
-            value = self.read_flow_sequence(parent, flow + 1) if character == "[" else self.read_flow_mapping(parent, flow + 1)
+            value = self.read_flow_collection(parent, flow + 1, "]" if character == "[" else "}")
             self.depth -= 1
             self.closed = self.position
             return self.finish(value, anchor, first)
@@ -711,49 +733,48 @@ class YAMLReader:
                 if self.position >= len(self.text):
                     self.fail("a flow collection is not closed")
                 indent = self.position - self.text.rfind("\n", 0, self.position) - 1
-                if indent <= parent or indent == 0 and self.at_marker():
+                closes = indent == parent and self.text[self.position] in "]}"      # as all readers take it
+                if indent <= parent and not closes or indent == 0 and self.at_marker():
                     self.fail("a flow collection is continued with too little indentation")
             else:
                 return
 
-    def read_flow_sequence(self, parent, flow):
-        """[ … ]; the position is behind the bracket."""
-        items = []
+    def read_flow_collection(self, parent, flow, closing):
+        """[ … ] or { … }; the position is behind its start.  A single pair in a sequence is a mapping of its own."""
+        text, items = self.text, []                 # of a mapping: (key, value, position)
         while True:
             self.skip_flow(parent)
-            if self.text[self.position] == "]":
+            start = self.position
+            if text[start] == closing:
                 self.position += 1
-                return items
-            if self.text[self.position] == ",":
-                self.fail("a value is missing before the comma")
-            items.append(self.read_flow_item(parent, flow))
-            self.end_flow_item(parent, "]")
-
-    def end_flow_item(self, parent, closing):
-        """The comma after an item, unless the collection ends."""
-        self.skip_flow(parent)
-        if self.text[self.position] == ",":
-            self.position += 1
-        elif self.text[self.position] != closing:
-            self.fail(f"a comma or {closing} is missing")
-
-    def read_flow_item(self, parent, flow):
-        """An item of a flow sequence: a node, or a single pair as a mapping of its own."""
-        start = self.position
-        explicit = self.text[start] == "?" and self.text[start + 1] in " \t\n"
-        if explicit:
-            self.position += 1
-            self.skip_flow(parent)
-        value = self.read_flow_node(parent, flow)
-        end = self.position
-        self.skip_flow(parent)
-        if not self.at_flow_value(end):
+                return items if closing == "]" else self.make_mapping(items)
+            explicit = text[start] == "?" and text[start + 1] in " \t\n"
             if explicit:
-                return self.make_mapping([(value, None, start)])
-            return value
-        if not explicit and ("\n" in self.text[start:self.position] or self.position - start > 1024):
-            self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
-        return self.make_mapping([(value, self.read_flow_value(parent, flow), start)])
+                self.position += 1
+                self.skip_flow(parent)
+            key, value = self.read_flow_node(parent, flow), None
+            end = self.position
+            self.skip_flow(parent)
+            # After a quoted key or a collection the colon may stand close to the value.
+            paired = text[self.position] == ":" and (text[self.position + 1] in " \t\n,[]{}" or self.closed == end)
+            if paired:
+                long = "\n" in text[start:self.position] or self.position - start > 1024
+                if long and closing == "]" and not explicit:
+                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
+                self.position += 1
+                self.skip_flow(parent)
+                value = self.read_flow_node(parent, flow)
+                self.skip_flow(parent)
+            elif end == start:
+                self.fail("a value is missing before the comma")
+            if closing == "}":
+                items.append((key, value, start))
+            else:
+                items.append(self.make_mapping([(key, value, start)]) if paired or explicit else key)
+            if text[self.position] == ",":
+                self.position += 1
+            elif text[self.position] != closing:
+                self.fail(f"a comma or {closing} is missing")
 
     def read_flow_node(self, parent, flow):
         """A node in a flow collection, None where there is nothing before its end."""
@@ -762,40 +783,6 @@ class YAMLReader:
             self.count()
             return None
         return self.read_flow(parent, flow)
-
-    def at_flow_value(self, key_end):
-        """Whether a colon here says that what was read is a key; after a quoted one or a collection it may stand close to the value."""
-        if self.text[self.position] != ":":
-            return False
-        return self.text[self.position + 1] in " \t\n,[]{}" or self.closed == key_end
-
-    def read_flow_value(self, parent, flow):
-        """The value after a colon."""
-        self.position += 1
-        self.skip_flow(parent)
-        return self.read_flow_node(parent, flow)
-
-    def read_flow_mapping(self, parent, flow):
-        """{ … }; the position is behind the brace."""
-        pairs = []
-        while True:
-            self.skip_flow(parent)
-            start = self.position
-            if self.text[start] == "}":
-                self.position += 1
-                return self.make_mapping(pairs)
-            if self.text[start] == "?" and self.text[start + 1] in " \t\n":
-                self.position += 1
-                self.skip_flow(parent)
-            key, value = self.read_flow_node(parent, flow), None
-            end = self.position
-            self.skip_flow(parent)
-            if self.at_flow_value(end):
-                value = self.read_flow_value(parent, flow)
-            elif end == start:
-                self.fail("a key is missing before the comma")
-            pairs.append((key, value, start))
-            self.end_flow_item(parent, "}")
 
     def read_plain(self, parent, flow, key):
         """A plain scalar's text, folded over its lines."""
@@ -918,12 +905,19 @@ def parse_json(data, what):
     def refuse(word):
         raise ValueError(f"{word} is not JSON")
 
-    def read_number(text):
-        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")        # as newer Pythons have it
+    def read_int(text):
+        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")     # as newer Pythons have it
+
+    def read_float(text):
+        return float(text) if abs(float(text)) < float("inf") else refuse(text[:40])
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_int=read_number)
-        make_json(value)                            # what cannot be written again is not taken either
+        if data[:2] == b"\x1f\x8b":
+            raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_int=read_int,
+                           parse_float=read_float)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            make_json(value)                        # refuses a half character
         return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not usable JSON: {error}") from None
@@ -977,6 +971,26 @@ def grow(first, times, cap):
 def find_left(record, now):
     """Seconds that a record of an attempt, {at, delay}, still asks to be waited; none before its time, where a clock was set back."""
     passed, delay = now - record.get("at", 0), record.get("delay", 0)
+    return delay - passed if 0 <= passed < delay else 0
+
+
+def make_wait(record, delay, clock):
+    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay, boot, uptime}.
+
+    record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
+    """
+    return {"failures": record.get("failures", 0) + 1, "at": clock.now, "delay": delay,
+            "boot": clock.boot, "uptime": clock.uptime}
+
+
+def find_wait(record, clock):
+    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this is the same boot.
+
+    Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
+    """
+    same = "uptime" in record and record["boot"] == clock.boot
+    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
+    delay = record.get("delay", 0)
     return delay - passed if 0 <= passed < delay else 0
 
 
@@ -1207,19 +1221,111 @@ class Settings(dict):
             raise AttributeError(name) from None
 
 
-def read_text(value, base):
-    """A scalar as text; an unquoted number keeps its spelling.  All read_… functions: (YAML value, base folder) or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError("text")
-    return scalar_text(value)
+# The kit of readers.  A reader takes (value, base) and returns what it makes of the value, or raises ValueError of what is expected.
+# The value is YAML; `base` is the folder that relative file names start from.
+
+def scalar(expected, pattern=r"(?s).*", make=None):
+    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text; it may raise ValueError."""
+    def read(value, base):
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError(expected)
+        text = scalar_text(value)
+        if not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return make(text) if make else text
+    return read
+
+
+def choice(*words):
+    """A reader of one of some words."""
+    return scalar("one of " + ", ".join(words), "|".join(map(re.escape, words)))
+
+
+def checked(expected, test):
+    """A reader that takes a value as it is, if a test holds for it."""
+    def read(value, base):
+        if not test(value):
+            raise ValueError(expected)
+        return value
+    return read
+
+
+def list_of(read_item, expected):
+    """A reader of a list of what another reader takes; `expected` is said where it is none."""
+    def read(value, base):
+        if not isinstance(value, list):
+            raise ValueError(expected)
+        return [read_item(item, base) for item in value]
+    return read
+
+
+def is_number(value):
+    """Whether a value is a number that JSON can write; a boolean is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def is_mapping(value):
+    """Whether a value is a mapping whose keys are text."""
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def is_uri(key):
+    """Whether identity.key is a URI and not a file name."""
+    return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
+
+
+def parse_folder(text):
+    """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
+    parts = text.strip("/").split("/")
+    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", text):
+        raise ValueError("a folder inside the repository")
+    return "/".join(parts)
+
+
+HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
+GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
+# A repository's address as git takes it, which is never an option or a helper to git, or holds a password.
+GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
+               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
+BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"       # as git allows it
+                  r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
+PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"        # of a SubjectPublicKeyInfo (RFC 7469, 2.4)
+DURATION = "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
+
+read_text = scalar("text")
+read_name = scalar("text", "(?s).+")
+read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')            # what fits between quotes in an HTTP header
+read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")     # without user or fragment
+read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?", lambda text: text.rstrip("/"))
+read_address = scalar(
+    "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
+    rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
+    lambda text: text.rstrip("/") if text.startswith("https:") else text)
+read_branch = scalar("the name of a branch", BRANCH_PATTERN)
+read_folder = scalar("a folder inside the repository", make=parse_folder)
+read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
+read_devices = list_of(scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev")
+read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
+read_pause = scalar("a duration", make=parse_duration)
+read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
+read_size = scalar("a size", make=parse_size)
+read_count = scalar("a whole number", "[0-9]{1,18}", int)
+read_share = scalar("a share from 0% to 100%", r"([0-9]{1,2}|100)%", lambda text: int(text[:-1]) / 100)
+read_device_id = scalar("letters, digits and . _ ~ - in segments parted by /",                          # C-086
+                        rf"(?!(.*/)?\.\.?(/|\Z)){DEVICE_ID_PATTERN}")
+read_mapping = checked("a mapping", is_mapping)
+
+
+def read_flag(value, base):
+    """true or false; `${NAME}` gives it as text."""
+    if not isinstance(value, bool) and value not in ("true", "false"):
+        raise ValueError("true or false")
+    return value in (True, "true")
 
 
 def read_path(value, base):
     """A file name, relative to the configuration file."""
-    text = read_text(value, base)
-    if not text or "\0" in text:
-        raise ValueError("a file name")
-    return os.path.join(base, text)
+    return os.path.join(base, scalar("a file name", r"(?s)[^\0]+")(value, base))
 
 
 def read_key(value, base):
@@ -1230,149 +1336,30 @@ def read_key(value, base):
     return text if is_uri(text) else read_path(text, base)
 
 
-def is_uri(key):
-    """Whether identity.key is a URI and not a file name."""
-    return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
-
-
-def read_form(pattern, words):
-    """A reader for text of one form: the pattern, and what it is in words."""
-    def read(value, base):
-        text = read_text(value, base)
-        if not re.fullmatch(pattern, text):
-            raise ValueError(words)
-        return text
-    return read
-
-
-def read_choice(*words):
-    """A reader for one of some words."""
-    def read(value, base):
-        text = scalar_text(value) if isinstance(value, (str, int, float)) else None
-        if text not in words:
-            raise ValueError("one of " + ", ".join(words))
-        return text
-    return read
+def read_path_or_url(value, base):
+    """A file name or an https URL."""
+    return read_url(value, base) if "://" in str(value) else read_path(value, base)
 
 
 def read_compose(value, base):
     """Whether the agent runs compose files; the programs that once could are told apart from what never could."""
     if value in ("docker compose", "docker-compose", "podman-compose"):
         raise ValueError("auto, builtin or off; what compose providers did, builtin does now")
-    return read_choice("auto", "builtin", "off")(value, base)
+    return choice("auto", "builtin", "off")(value, base)
 
 
-def read_list(read_item, words):
-    """A reader for a list of what another reader takes; words: what is expected where it is no list."""
-    def read(value, base):
-        if not isinstance(value, list):
-            raise ValueError(words)
-        return [read_item(item, base) for item in value]
-    return read
-
-
-# What fits between quotes in an HTTP header; an https URL without user or fragment, as it is; a branch's name as git allows it; an
-# absolute path; the SHA-256 of a SubjectPublicKeyInfo (RFC 7469, 2.4).
-read_word = read_form(r'[ !#-\[\]-~]*', "printable ASCII without \" and \\")
-read_url = read_form(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?([/?][^\s#@]*)?", "an absolute https URL")
-read_branch = read_form(r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*", "the name of a branch")
-read_folders = read_list(read_form(r"(?s)/.*", "a list of absolute paths"), "a list of absolute paths")
-PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
-read_pins = read_list(read_form(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=", PINS), PINS)
+def read_helm(value, base):
+    """auto, off, or the path of the helm command."""
+    return value if value in ("auto", "off") else read_path(value, base)
 
 
 def read_components(value, base):
-    """What a request signature covers; without method, target and content digest it would be a signature for any request (C-062, C-063)."""
-    names = [read_word(item, base) for item in value] if isinstance(value, list) else []
+    """What a request signature covers: at least method, target and content digest, else it were one for any request (C-062, C-063)."""
+    names = list_of(read_word, "a list of components")(value, base)
     lower = [name.lower() for name in names]
     if not {"@method", "@target-uri", "content-digest"} <= set(lower) or len(set(lower)) < len(lower):
         raise ValueError("a list of components, @method, @target-uri and content-digest among them")
     return names
-
-
-def read_root_url(value, base):
-    """An absolute https URL without query, to which paths are appended."""
-    text = read_url(value, base)
-    if "?" in text:
-        raise ValueError("an absolute https URL without query")
-    return text.rstrip("/")
-
-
-def read_address(value, base):
-    """The root URL of a WFM, or a repository's address as git takes it; neither is ever an option or a helper to git, or holds a password."""
-    text = read_text(value, base)
-    host = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
-    if re.fullmatch(rf"file:///[^\x00-\x1f\x7f]*|ssh://{host}(:[0-9]{{1,5}})?/[!-~]+|{host}:(?!//)[A-Za-z0-9_~./][!-~]*", text):
-        return text
-    if not text.startswith("https://"):
-        raise ValueError("an https URL, or for profile git one of https, ssh or file, or host:path")
-    return read_root_url(value, base)
-
-
-def read_folder(value, base):
-    """A folder inside a repository without slashes around it; empty: the whole of it."""
-    parts = read_text(value, base).strip("/").split("/")
-    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", "".join(parts)):
-        raise ValueError("a folder inside the repository")
-    return "/".join(parts)
-
-
-def read_path_or_url(value, base):
-    """A file name or an https URL."""
-    text = read_text(value, base)
-    return read_url(text, base) if "://" in text else read_path(text, base)
-
-
-def read_duration(value, base):
-    """Seconds as float, greater than zero."""
-    seconds = parse_duration(read_text(value, base))
-    if not seconds:
-        raise ValueError("a duration greater than zero")
-    return seconds
-
-
-def read_pause(value, base):
-    """Seconds as float; zero is allowed."""
-    return parse_duration(read_text(value, base))
-
-
-def read_size(value, base):
-    """Bytes."""
-    return parse_size(read_text(value, base))
-
-
-def read_count(value, base):
-    """A whole number, zero or more; `${NAME}` gives it as text."""
-    if isinstance(value, bool) or not re.fullmatch("[0-9]{1,18}", str(value)):
-        raise ValueError("a whole number")
-    return int(value)
-
-
-def read_share(value, base):
-    """`10%` to 0.1."""
-    match = re.fullmatch(r"([0-9]{1,2}|100)%", read_text(value, base))
-    if not match:
-        raise ValueError("a share from 0% to 100%")
-    return int(match.group(1)) / 100
-
-
-def read_flag(value, base):
-    """true or false; `${NAME}` gives it as text."""
-    if not isinstance(value, bool) and value not in ("true", "false"):
-        raise ValueError("true or false")
-    return value in (True, "true")
-
-
-def read_mapping(value, base):
-    """A mapping, taken as it is."""
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError("a mapping")
-    return value
-
-
-def is_number(value):
-    """Whether a value is a number that JSON can write; a boolean is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def is_words(value, words):
@@ -1382,8 +1369,9 @@ def is_words(value, words):
 
 def is_equipment(value, kinds):
     """Whether a value is a list of {type: one of `kinds`, all else: text}."""
-    return isinstance(value, list) and all(isinstance(item, dict) and item.get("type") in kinds and all(isinstance(x, str) for x in item.values())
-                                           for item in value)
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and item.get("type") in kinds and all(isinstance(text, str) for text in item.values())
+        for item in value)
 
 
 def is_cpus(value):
@@ -1396,15 +1384,16 @@ def is_cpus(value):
 # Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
 PERIPHERALS, INTERFACES = "gpu display camera microphone speaker", "ethernet wifi cellular bluetooth usb canbus rs232"
 PROPERTIES = {
-    "memory": (lambda item: re.fullmatch(r"[0-9]{1,18}[KMG]i", str(item)), "a size such as 512Mi"),
-    "storage": (lambda item: re.fullmatch(r"[0-9]{1,18}[KMGTPE]i", str(item)), "a size such as 512Mi"),
-    "cpus": (is_cpus, "a list of {cores: number, architecture: amd64, arm64 or arm}"),
-    "peripherals": (lambda item: is_equipment(item, PERIPHERALS.split()), f"a list with the types {PERIPHERALS}"),
-    "interfaces": (lambda item: is_equipment(item, INTERFACES.split()), f"a list with the types {INTERFACES}"),
-    "otelCollector": (lambda item: item is True, "true, as Margo demands it where workloads run"),
-    "supportedRuntimes": (lambda item: is_words(item, ("oci", "custom")), "a list of oci, custom"),
-    "supportedDeploymentTypes": (lambda item: is_words(item, ("helm", "compose", "custom")), "a list of helm, compose, custom")}
-PROPERTIES.update((name, (lambda item: isinstance(item, str) and item, "text")) for name in ("vendor", "modelNumber", "serialNumber"))
+    "vendor": read_name, "modelNumber": read_name, "serialNumber": read_name,
+    "memory": scalar("a size such as 512Mi", "[0-9]{1,18}[KMG]i"),
+    "storage": scalar("a size such as 512Mi", "[0-9]{1,18}[KMGTPE]i"),
+    "cpus": checked("a list of {cores: number, architecture: amd64, arm64 or arm}", is_cpus),
+    "peripherals": checked(f"a list with the types {PERIPHERALS}", lambda item: is_equipment(item, PERIPHERALS.split())),
+    "interfaces": checked(f"a list with the types {INTERFACES}", lambda item: is_equipment(item, INTERFACES.split())),
+    "otelCollector": checked("true, as Margo demands it where workloads run", lambda item: item is True),
+    "supportedRuntimes": checked("a list of oci, custom", lambda item: is_words(item, ("oci", "custom"))),
+    "supportedDeploymentTypes": checked("a list of helm, compose, custom",
+                                        lambda item: is_words(item, ("helm", "compose", "custom")))}
 
 
 def read_properties(value, base):
@@ -1412,8 +1401,11 @@ def read_properties(value, base):
     for name, item in read_mapping(value, base).items():
         if name.startswith("x-") and not (re.fullmatch(EXTENSION_PATTERN, name) and isinstance(item, dict)):
             raise ValueError("a mapping in which x-NAME-extensions holds a mapping")
-        if name in PROPERTIES and not PROPERTIES[name][0](item):
-            raise ValueError(f"a mapping in which {name} is {PROPERTIES[name][1]}")
+        try:
+            if name in PROPERTIES:
+                PROPERTIES[name](item, base)
+        except ValueError as error:
+            raise ValueError(f"a mapping in which {name} is {error}") from None
     try:
         make_json(value)
     except (TypeError, ValueError):
@@ -1429,54 +1421,51 @@ def read_environment(value, base):
     return {name: read_text(item, base) for name, item in value.items()}
 
 
-def read_labels(value, base):
-    """Capability labels (C-087)."""
-    for item in read_mapping(value, base).values():
-        items = item if isinstance(item, list) else [item]
-        kinds = {"text" if isinstance(x, str) else "flag" if isinstance(x, bool) else "number" if is_number(x) else "" for x in items}
-        if "" in kinds or len(kinds) != 1 or (isinstance(item, list) and "flag" in kinds):
-            raise ValueError("a mapping of labels to text, number, boolean, or a list of texts or of numbers")
-    return value
+def get_kind(value):
+    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
+    kinds = ((bool, "boolean"), ((int, float), "number"), (str, "text"))
+    return next((kind for types, kind in kinds if isinstance(value, types)), None)
 
 
-def read_device_id(value, base):
-    """A device id of URL-unreserved characters (C-086)."""
-    text = read_text(value, base)
-    if not re.fullmatch(DEVICE_ID_PATTERN, text) or {".", ".."} & set(text.split("/")):
-        raise ValueError("letters, digits and . _ ~ - in segments parted by /")
-    return text
+def is_label(value):
+    """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
+    if not isinstance(value, list):
+        return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
+    return len(set(map(get_kind, value))) == 1 and all(isinstance(item, str) or is_number(item) for item in value)
 
 
-def read_helm(value, base):
-    """auto, off, or the path of the helm command."""
-    return value if value in ("auto", "off") else read_path(value, base)
+read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
+                      lambda value: is_mapping(value) and all(map(is_label, value.values())))
 
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MOMENT_PATTERN = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 
 
-def read_window(value, base):
-    """A window of device-local time to (days, start, end).
+def parse_window(text):
+    """A window of device-local time to (days, start, end); raises ValueError.
 
     `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later than the start.
     `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
     """
-    text, moment = read_text(value, base), r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3]):[0-5][0-9]"
-    if re.fullmatch(f"{moment}/{moment}", text):
-        start, end = text.split("/")
-        if start < end:
-            return None, start, end
-    day, clock = "(?:" + "|".join(DAYS) + ")", "([0-9]{2}):([0-9]{2})"
-    match = re.fullmatch(f"(?:({day})(?:-({day}))? )?{clock}-{clock}", text)
+    start, slash, end = text.partition("/")
+    if re.fullmatch(f"{MOMENT_PATTERN}/{MOMENT_PATTERN}", text) and start < end:
+        return None, start, end
+    day, clock = "(" + "|".join(DAYS) + ")", "([0-9]{2}):([0-5][0-9])"
+    match = re.fullmatch(f"(?:{day}(?:-{day})? )?{clock}-{clock}", text)
     if match:
-        first = DAYS.index(match.group(1)) if match.group(1) else 0
-        last = DAYS.index(match.group(2) or match.group(1)) if match.group(1) else 6
-        days = {(first + step) % 7 for step in range((last - first) % 7 + 1)}
-        hours, minutes = [int(x) for x in match.group(3, 5)], [int(x) for x in match.group(4, 6)]
-        start, end = (60 * hour + minute for hour, minute in zip(hours, minutes))
-        if max(minutes) < 60 and start < 1440 and end <= 1440:
+        first = match.group(1) or "Mon"
+        last = match.group(2) or match.group(1) or "Sun"
+        length = (DAYS.index(last) - DAYS.index(first)) % 7 + 1
+        days = {(DAYS.index(first) + step) % 7 for step in range(length)}
+        hours = [int(number) for number in match.group(3, 4, 5, 6)]
+        start, end = 60 * hours[0] + hours[1], 60 * hours[2] + hours[3]
+        if start < 1440 and end <= 1440:
             return days, start, end
     raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
+
+
+read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window)
 
 
 def is_within(windows, local):
@@ -1496,106 +1485,171 @@ def is_within(windows, local):
 
 def is_within_whole(windows, start, end):
     """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of device-local time."""
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in range(int(start), int(max(start, end)) + 1, 60))
+    moments = range(int(start), int(max(start, end)) + 1, 60)
+    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
 
 
 def find_longest(windows, now):
     """Seconds of the longest stretch that lies in windows, from `now` on; those of a date are taken one by one."""
     today = time.strftime("%Y-%m-%dT%H:%M", time.localtime(now))
-    dated = [time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M")) - time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M"))
-             for days, start, end in windows if days is None and end > today]
-    weekly, longest, stretch = [window for window in windows if window[0] is not None], 0, 0
+    longest, stretch = 0, 0
+    for days, start, end in windows:
+        if days is None and end > today:
+            first, last = (time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M")) for text in (start, end))
+            longest = max(longest, last - first)
+    weekly = [window for window in windows if window[0] is not None]
     for moment in range(0, 14 * 86400 if weekly else 0, 60):            # any two weeks: a stretch may begin in one and end in the next
         stretch = stretch + 60 if is_within(weekly, time.gmtime(moment)) else 0
         longest = max(longest, stretch)
-    return max(dated + [longest])
+    return longest
 
 
 # What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is reached by one of them.
-CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman", "DOCKER_HOST": "docker",
-               "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
-CHILD_SCHEMA = {
-    "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
-    "properties": (read_properties, {}), "labels": (read_labels, {}), "connection": (read_environment, {})}
+CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman",
+               "DOCKER_HOST": "docker", "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
 HOSTING = ("cpus", "memory", "storage")             # what a child device has to say of itself, because only what is here can be detected
 
-# Each setting: its reader and its default in the file's own spelling; None: not set.
+# Each setting: its reader, or that and the default in the file's own spelling.  What only one profile has, its part adds below.
+DEVICE_SCHEMA = {
+    "id": read_device_id, "vendor": read_text, "modelNumber": read_text, "serialNumber": read_text,
+    "properties": (read_properties, {}), "labels": (read_labels, {})}
+CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}))
+REGISTRY_SCHEMA = {
+    "mirror": read_text, "username": read_text, "password_file": read_path, "ca": read_path,
+    "insecure": (read_flag, False)}
 SCHEMA = {
     "state_dir": (read_path, "/var/lib/margo-agent"),
     "wfm": {
-        "profile": (read_choice(*PROFILES), "mtls"), "url": (read_address, None), "timeout": (read_duration, "30s"),
-        "min_tls": (read_choice("1.2", "1.3"), "1.3"), "dialect": (read_choice("a", "b"), "a"), "status_url": (read_root_url, None)},
+        "profile": (choice(*PROFILES), "mtls"), "url": read_address, "timeout": (read_duration, "30s"),
+        "min_tls": (choice("1.2", "1.3"), "1.3")},
     "identity": {
-        "certificate": (read_path, None), "key": (read_key, None), "trust_bundle": (read_path_or_url, None),
-        "discovery": (read_url, None), "ca": (read_path, None), "pins": (read_pins, []),
-        "enrollment": (read_choice("off", "est"), "off"), "revocation": (read_choice("off", "soft", "require"), "soft"),
-        "est": {"url": (read_root_url, None), "token_file": (read_path, None), "certificate": (read_path, None), "key": (read_path, None)},
-        "rekey": (read_choice("never", "always"), "never"), "refresh": (read_duration, "1h"), "algorithm": (read_choice(*ALGORITHMS), None),
-        "signature": {"label": (read_word, "sig1"), "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"]),
-                      "keyid": (read_word, None), "alg": (read_word, None)}},
-    "device": {
-        "id": (read_device_id, None), "vendor": (read_text, None), "modelNumber": (read_text, None), "serialNumber": (read_text, None),
-        "properties": (read_properties, {}), "labels": (read_labels, {}),
-        "children": (read_list(lambda item, base: item, "a list"), [])},                # see make_children
+        "certificate": read_path, "key": read_key, "trust_bundle": read_path_or_url,
+        "discovery": read_url, "ca": read_path, "pins": (read_pins, []), "refresh": (read_duration, "1h")},
+    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),         # see make_children
     "poll": {
         "interval": (read_duration, "60s"), "jitter": (read_share, "10%"),
-        "window": (read_list(read_window, "a list of windows"), []), "downtime": (read_list(read_window, "a list of windows"), [])},
+        "window": (list_of(read_window, "a list of windows"), []), "downtime": (list_of(read_window, "a list of windows"), [])},
     "runtime": {
         "compose": (read_compose, "auto"),
-        "engine": (read_choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"), "kubeconfig": (read_path, None),
-        "on_failure": (read_choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"), "environment": (read_environment, {}),
-        "prune": (read_flag, True)},
+        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"), "kubeconfig": read_path,
+        "on_failure": (choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"),
+        "environment": (read_environment, {}), "prune": (read_flag, True)},
     "registries": (read_mapping, {}),
     "policy": {
         "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"), "max_unpacked": (read_size, "256Mi"),
-        "privileged": (read_choice("deny", "allow"), "deny"), "host_network": (read_choice("deny", "allow"), "deny"),
-        "devices": (read_list(read_form(r"/dev/[\w./:+@*-]+", "a file below /dev"), "a list of device files"), []),
-        "host_paths": (read_folders, []), "max_removals": (read_count, None)},
-    "hooks": {"run": (read_list(read_path, "a list of file names"), []), "timeout": (read_duration, "60s")},
-    "git": {
-        "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False), "allowed_signers": (read_path, None),
-        "allow_rewrite": (read_flag, False), "token_file": (read_path, None), "username": (read_text, None), "ssh_key": (read_path, None),
-        "known_hosts": (read_path, None)},
-    "log": {"level": (read_choice("debug", "info", "warning", "error"), "info")},
+        "privileged": (choice("deny", "allow"), "deny"), "host_network": (choice("deny", "allow"), "deny"),
+        "devices": (read_devices, []), "host_paths": (read_folders, []),
+        "max_removals": read_count},
+    "hooks": {"run": (list_of(read_path, "a list of file names"), []), "timeout": (read_duration, "60s")},
+    "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
 }
-REGISTRY_SCHEMA = {
-    "mirror": (read_text, None), "username": (read_text, None), "password_file": (read_path, None), "ca": (read_path, None),
-    "insecure": (read_flag, False)}
-REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key"), "git": ("wfm.url",),
-            "signed": ("wfm.url", "identity.certificate", "identity.key", "identity.ca")}
+REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key")}       # by profile
+CHECKS = []                                         # functions: configuration to [(whether it is wrong, key, words)]
 
+
+# Profile signed
+
+SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
+SCHEMA["identity"]["algorithm"] = choice(*ALGORITHMS)
+SCHEMA["identity"]["signature"] = {
+    "label": (read_word, "sig1"), "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"]),
+    "keyid": read_word, "alg": read_word}
+REQUIRED["signed"] = ("wfm.url", "identity.certificate", "identity.key", "identity.ca")
+
+# Profile git
+
+SCHEMA["wfm"]["status_url"] = read_root_url
+SCHEMA["git"] = {
+    "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False),
+    "allowed_signers": read_path, "allow_rewrite": (read_flag, False), "token_file": read_path,
+    "username": read_text, "ssh_key": read_path, "known_hosts": read_path}
+REQUIRED["git"] = ("wfm.url",)
+
+
+def check_git_settings(config):
+    """What only profile git has: [(whether it is wrong, key, words)]."""
+    wfm, git = config.wfm, config.git
+    return [
+        (wfm.profile != "git" and wfm.status_url, "wfm.status_url", "only profile git reports elsewhere; leave it out"),
+        (git.verify_signatures and not git.allowed_signers,
+         "git.allowed_signers", "not set, and needed for git.verify_signatures"),
+        (git.allow_rewrite and not git.verify_signatures,
+         "git.allow_rewrite", "a rewritten history is accepted only from signers; set git.verify_signatures, too"),
+        (git.username and not git.token_file,
+         "git.username", "is sent with the token of git.token_file, which is not set")]
+
+
+CHECKS.append(check_git_settings)
+
+# Enrollment and revocation
+
+SCHEMA["identity"]["enrollment"] = (choice("off", "est"), "off")
+SCHEMA["identity"]["est"] = {
+    "url": read_root_url, "token_file": read_path, "certificate": read_path, "key": read_path}
+SCHEMA["identity"]["rekey"] = (choice("never", "always"), "never")
+SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
+
+
+def is_combined(identity):
+    """Whether own certificate and key are one PEM file, which one rename replaces."""
+    return os.path.normpath(identity.key) == os.path.normpath(identity.certificate)
+
+
+def check_enrollment_settings(config):
+    """What only enrollment by EST has: [(whether it is wrong, key, words)]."""
+    identity, est = config.identity, config.identity.est
+    enrolled, pair = identity.enrollment == "est", {bool(est.certificate), bool(est.key)}
+    single = enrolled and identity.key and identity.certificate and is_combined(identity)
+    return [
+        (enrolled and config.wfm.profile != "mtls",
+         "identity.enrollment", "est gives an SVID, which only wfm.profile mtls uses"),
+        (enrolled and not est.url and not identity.discovery,
+         "identity.est.url", "not set, and no identity.discovery either; one of them says where to enroll"),
+        (enrolled and pair != {not est.token_file},
+         "identity.est", "either token_file, or certificate and key; found both, neither or a half"),
+        (identity.rekey == "always" and not single,
+         "identity.rekey", "always needs identity.enrollment est, and identity.key to be the file of identity.certificate,"
+         " so that one rename replaces both")]
+
+
+CHECKS.append(check_enrollment_settings)
+
+
+# The configuration as a whole
 
 def make_quote(value, secret=False):
-    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or what should be one that holds secrets, only its kind."""
+    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or of what holds secrets, only its kind."""
     if secret or isinstance(value, dict):
         return {dict: "a mapping", list: "a list"}.get(type(value), "text")
     return repr(make_printable(re.sub(r"(?<=pin-value=)[^;&?]*|(?<=//)[^/@\s]*(?=@)", "...", str(value)), 60))
 
 
 def make_settings(value, schema, base, where, faults):
-    """Reads one mapping of the configuration by its schema; each fault is appended to `faults` with the key it is about."""
+    """Reads one mapping of the configuration by its schema; each fault is appended to `faults` as (key, words)."""
     if value is not None and not isinstance(value, dict):
-        faults.append(f"{where[:-1] or 'the configuration'}: found {make_quote(value)}, expected a mapping")
+        faults.append((where[:-1] or "the configuration", f"found {make_quote(value)}, expected a mapping"))
         value = None
     value = value or {}
     for key in value:
         if key not in schema:
             import difflib
             near = difflib.get_close_matches(str(key), list(schema), 1, 0.5)
-            faults.append(f"{where}{key}: unknown key" + (f"; did you mean {where}{near[0]}?" if near else f"; known are {', '.join(schema)}"))
+            hint = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(schema)}"
+            faults.append((f"{where}{key}", f"unknown key; {hint}"))
     settings = Settings()
     for key, entry in schema.items():
         item = value.get(key)
         if isinstance(entry, dict):
             settings[key] = make_settings(item, entry, base, f"{where}{key}.", faults)
             continue
-        reader, default = entry
+        reader, default = entry if isinstance(entry, tuple) else (entry, None)
+        item = default if item is None else item
+        settings[key] = None
         try:
-            item = default if item is None else item
-            settings[key] = None if item is None else reader(item, base)
+            if item is not None:
+                settings[key] = reader(item, base)
         except ValueError as error:
-            faults.append(f"{where}{key}: found {make_quote(item, reader is read_environment)}, expected {error}")
-            settings[key] = None
+            faults.append((where + key, f"found {make_quote(item, reader is read_environment)}, expected {error}"))
     return settings
 
 
@@ -1603,15 +1657,17 @@ def make_children(items, base, faults):
     """The child devices of a see-thru gateway as a list of Settings; faults as make_settings tells them."""
     children = []
     for index, item in enumerate(items or ()):
-        where, known = f"device.children[{index}].", len(faults)
+        where = f"device.children[{index}]."
         child = make_settings(item, CHILD_SCHEMA, base, where, faults)
-        named = " ".join(fault.split(" ")[0] for fault in faults[known:])
-        needed = [key for key in CHILD_SCHEMA if child[key] is None] + [f"properties.{key}" for key in HOSTING if key not in (child.properties or {})]
-        faults += [f"{where}{key}: not set, and nothing else knows it" for key in needed if f"{where}{key.split('.')[0]}:" not in named]
+        named = {key for key, _ in faults}
+        needed = [key for key in CHILD_SCHEMA if child[key] is None]
+        needed += [f"properties.{key}" for key in HOSTING if key not in (child.properties or {})]
+        faults += [(where + key, "not set, and nothing else knows it") for key in needed if where + key.split(".")[0] not in named]
         if child.connection is not None and not set(child.connection) & set(CONNECTIONS):
-            faults.append(f"{where}connection: names no engine; expected one of {', '.join(CONNECTIONS)}")
-        faults += [f"{where}{key}: another child has the same" for key in ("id", "connection")
-                   if child[key] and child[key] in [other[key] for other in children]]
+            faults.append((f"{where}connection", f"names no engine; expected one of {', '.join(CONNECTIONS)}"))
+        for key in ("id", "connection"):
+            if child[key] and child[key] in [other[key] for other in children]:
+                faults.append((where + key, "another child has the same"))
         children.append(child)
     return children
 
@@ -1624,58 +1680,50 @@ def make_config(document, base, environ):
     faults = []
     document = expand_environment(document, environ, "", faults)
     config = make_settings(document, SCHEMA, base, "", faults)
-    config["registries"] = Settings({host: make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
-                                     for host, entry in (config["registries"] or {}).items()})
-    faults += [f"registries.{host}: no registry; expected its host or host:port, as oci://HOST names it"
-               for host in config.registries if not re.fullmatch(REGISTRY_PATTERN, host)]
+    registries = Settings()
+    for host, entry in (config["registries"] or {}).items():
+        registries[host] = make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
+        if not re.fullmatch(REGISTRY_PATTERN, host):
+            faults.append((f"registries.{host}", "no registry; expected its host or host:port, as oci://HOST names it"))
+    config["registries"] = registries
     config.device["children"] = make_children(config.device.children, base, faults)
-    for where, device in [("device.", config.device)] + [(f"device.children[{index}].", child) for index, child in enumerate(config.device.children)]:
-        named = [word for name in ("supportedRuntimes", "supportedDeploymentTypes") for word in (device.properties or {}).get(name, ())]
-        if "custom" in named and not device.labels:
-            faults.append(f"{where}labels: not set, and needed beside `custom`, for applications to select on")         # C-089
-    if config.device.children and config.wfm.profile != "mtls" and (config.wfm.profile, config.wfm.dialect) != ("signed", "b"):
-        faults.append("device.children: the protocol of this wfm.profile and wfm.dialect knows no child devices")
-    named = {fault.split(":")[0] for fault in faults}
-    faults += [fault for fault in check_profile(config) if fault.split(":")[0] not in named]
+    named = {key for key, _ in faults}
+    for check in (check_devices, check_profile, *CHECKS):
+        faults += [(key, words) for wrong, key, words in check(config) if wrong and key not in named]
     if faults:
-        raise ConfigError("; ".join(faults))
+        raise ConfigError("; ".join(f"{key}: {words}" for key, words in faults))
     return config
 
 
-def is_combined(identity):
-    """Whether own certificate and key are one PEM file, which one rename replaces."""
-    return os.path.normpath(identity.key) == os.path.normpath(identity.certificate)
+def check_devices(config):
+    """What shows only from several settings of this device and its children: [(whether it is wrong, key, words)]."""
+    wfm, children = config.wfm, config.device.children
+    faults = [(children and wfm.profile != "mtls" and (wfm.profile, wfm.dialect) != ("signed", "b"),
+               "device.children", "the protocol of this wfm.profile and wfm.dialect knows no child devices")]
+    places = {f"device.children[{index}].": child for index, child in enumerate(children)}
+    for where, device in {"device.": config.device, **places}.items():
+        properties = device.properties or {}
+        kinds = [*properties.get("supportedRuntimes", ()), *properties.get("supportedDeploymentTypes", ())]
+        faults.append(("custom" in kinds and not device.labels,                                            # C-089
+                       f"{where}labels", "not set, and needed beside `custom`, for applications to select on"))
+    return faults
 
 
 def check_profile(config):
-    """The faults of a configuration that depend on its profile: what that needs, and what only another one has."""
-    wfm, git, identity, est, faults = config.wfm, config.git, config.identity, config.identity.est, []
-    profile, mutual, enrolled = wfm.profile, wfm.profile == "mtls" or wfm.status_url is not None, identity.enrollment == "est"
-    for key in REQUIRED.get(profile, ()) + (REQUIRED["mtls"] if wfm.status_url else ()):
-        section, name = key.split(".")
-        if config[section][name] is None:
-            faults.append(f"{key}: not set, and needed for profile {profile}" + (" with wfm.status_url" if mutual and profile == "git" else ""))
-    rules = (
+    """What a profile needs, and what only another one has: [(whether it is wrong, key, words)]."""
+    wfm, identity = config.wfm, config.identity
+    mutual = wfm.profile == "mtls" or wfm.status_url
+    needed, suffix = REQUIRED.get(wfm.profile, ()), ""
+    if wfm.status_url:
+        needed, suffix = needed + REQUIRED["mtls"], " with wfm.status_url"
+    missing = [key for key in dict.fromkeys(needed) if config[key.split(".")[0]][key.split(".")[1]] is None]
+    return [(True, key, f"not set, and needed for profile {wfm.profile}{suffix}") for key in missing] + [
         (mutual and not identity.trust_bundle and not identity.discovery,
-         "identity.trust_bundle: not set, and no identity.discovery either; one of them says whom to trust"),
+         "identity.trust_bundle", "not set, and no identity.discovery either; one of them says whom to trust"),
         (mutual and identity.key and is_uri(identity.key),
-         "identity.key: found a URI, expected a file; only profile signed has openssl use the key"),
-        (profile != "git" and wfm.url and not wfm.url.startswith("https://"),
-         f"wfm.url: found {make_printable(wfm.url or '', 60)!r}, expected an absolute https URL"),
-        (profile != "git" and wfm.status_url, "wfm.status_url: only profile git reports elsewhere; leave it out"),
-        (git.verify_signatures and not git.allowed_signers, "git.allowed_signers: not set, and needed for git.verify_signatures"),
-        (git.allow_rewrite and not git.verify_signatures,
-         "git.allow_rewrite: a rewritten history is accepted only from signers; set git.verify_signatures, too"),
-        (git.username and not git.token_file, "git.username: is sent with the token of git.token_file, which is not set"),
-        (enrolled and profile != "mtls", "identity.enrollment: est gives an SVID, which only wfm.profile mtls uses"),
-        (enrolled and not est.url and not identity.discovery,
-         "identity.est.url: not set, and no identity.discovery either; one of them says where to enroll"),
-        (enrolled and (bool(est.token_file) == bool(est.certificate and est.key) or bool(est.certificate) != bool(est.key)),
-         "identity.est: either token_file, or certificate and key; found both, neither or a half"),
-        (identity.rekey == "always" and not (enrolled and identity.key and identity.certificate and is_combined(identity)),
-         "identity.rekey: always needs identity.enrollment est, and identity.key to be the file of identity.certificate, so that one rename replaces both"))
-    faults += [fault for wrong, fault in rules if wrong]
-    return sorted(set(faults), key=faults.index)
+         "identity.key", "found a URI, expected a file; only profile signed has openssl use the key"),
+        (wfm.profile != "git" and wfm.url and not wfm.url.startswith("https://"),
+         "wfm.url", f"found {make_printable(wfm.url or '', 60)!r}, expected an absolute https URL")]
 
 
 def expand_environment(value, environ, where, faults):
@@ -1689,7 +1737,7 @@ def expand_environment(value, environ, where, faults):
 
     def expand(match):
         if match.group(1) not in environ:
-            faults.append(f"{where[:-1]}: the environment variable {match.group(1)!r} is not set")
+            faults.append((where[:-1], f"the environment variable {match.group(1)!r} is not set"))
         return environ.get(match.group(1), "")
 
     return re.sub(r"\$\{([^}]*)\}", expand, value)
@@ -1779,6 +1827,11 @@ def get_uptime():
     return (read_file("/proc/sys/kernel/random/boot_id", KIB) or b"").decode().strip(), time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def get_clock():
+    """The Clock now."""
+    return Clock(time.time(), *get_uptime())
+
+
 def sync_folder(folder):
     """Makes the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -1791,15 +1844,47 @@ def sync_folder(folder):
 def read_file(path, limit):
     """The bytes of a file, None where there is none; raises StorageError, also where it is longer than `limit`."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(limit + 1)
+        with open(path, "rb") as file:              # asked for is what there is: memory for the limit may not be there
+            size = min(limit, max(os.fstat(file.fileno()).st_size, 64 * KIB))
+            data = file.read(size + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror})") from None
-    if len(data) > limit:
-        raise StorageError(f"{path} is longer than {limit} bytes")
+    if len(data) > size:
+        raise StorageError(f"{path} is longer than {size} bytes")
     return data
+
+
+def make_folder(path, mode=0o700):
+    """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask; may raise OSError."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    if parent and parent != path:
+        make_folder(parent, mode)
+    try:
+        os.mkdir(path, mode)
+        os.chmod(path, mode)
+    except FileExistsError:
+        if not os.path.isdir(path):                 # else another process was faster
+            raise
+
+
+def empty_folder(path):
+    """Removes what lies in a folder of ours; what cannot be removed stays, and the log says so."""
+    try:
+        for name in os.listdir(path):
+            if not remove_file(os.path.join(path, name)):
+                remove_folder(os.path.join(path, name))
+    except (OSError, StorageError) as error:
+        log("warning", "temporary files cannot be removed", path=path, reason=str(error))
+
+
+def get_space(folder, most=FREE_SPACE):
+    """(bytes that are free on a disk, how many of them are to stay so): at most `most`, and one part of a small disk."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize, min(most, disk.f_blocks * disk.f_frsize // SHARE)
 
 
 def remove_folder(path):
@@ -1838,12 +1923,14 @@ def make_state():
     drafts      the drafts in use, as the log was told
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
+    owners      [text]: what this agent has called itself on the engine, newest last (see make_owner)
     pulled      [image, after a child device's id and a space where it is there]: what the agent pulled, and may prune
     history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome; refused: what came after it}
     lastPoll    {at, result, detail} of the last cycle that had something to store
     """
     return {"schema": 1, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "dropped": {}, "reported": {},
-            "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [], "patience": {}, "waiting": None, "pulled": [], "history": [], "lastPoll": None}
+            "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [], "patience": {}, "waiting": None,
+            "owners": [], "pulled": [], "history": [], "lastPoll": None}
 
 
 def make_state_data(state):
@@ -1906,13 +1993,13 @@ class Store:
     def create(self):
         """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
-            for name in ("", "artifacts", "deployments", "crls"):
-                if not os.path.isdir(self.path(name)):
-                    os.makedirs(self.path(name), 0o700, exist_ok=True)
+            make_folder(os.path.dirname(self.folder), 0o755)
+            for name in ("artifacts", "deployments", "crls", "tmp"):
+                make_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
             if not os.path.exists(self.path("reserve")):
-                write_file(self.path("reserve"), bytes(RESERVE))
+                write_file(self.path("reserve"), bytes(get_space(self.folder, RESERVE)[1]))
         except StorageError as error:
             log("warning", "no space can be kept in reserve", reason=error.message)
         except OSError as error:
@@ -1926,7 +2013,8 @@ class Store:
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.unlock()
-            raise Locked(f"another instance holds {self.path('lock')}; let it finish, or use another state_dir") from None
+            raise Locked(f"another margo-agent works on {self.folder}; wait until it is done, or stop it. A second agent beside it needs"
+                         " an identity of its own, not only a state_dir") from None
         except OSError as error:
             raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
 
@@ -2032,8 +2120,9 @@ class Store:
         """Notes the last contact; whether that could be written."""
         path = self.memo_path()
         try:
-            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+            make_folder(os.path.dirname(path), 0o755)
             with open(path + ".tmp", "wb") as file:
+                os.fchmod(file.fileno(), 0o600)
                 file.write(make_json(memo))
             os.replace(path + ".tmp", path)
             return True
@@ -2177,6 +2266,31 @@ NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est n
              "helm": "see runtime.helm"}
 
 
+# Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between systemd and this process alone.
+SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+
+
+def list_folders(environ):
+    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them."""
+    folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
+    return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
+
+
+def get_command_environment(environ):
+    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR that is no folder."""
+    found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
+    if not os.path.isdir(found.get("TMPDIR", "/")):
+        del found["TMPDIR"]
+    return dict(found, PATH=os.pathsep.join(list_folders(environ)))
+
+
+def get_temporary(state_dir, environ):
+    """{TMPDIR: the folder for temporary files below the state directory}; {} where podman, rootless, would keep its own state there."""
+    runtime = environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
+
+
 def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", patient=False):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
@@ -2187,7 +2301,8 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", p
     import subprocess
     try:
         process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, env=env, cwd=cwd, start_new_session=True)
+                                   stderr=subprocess.PIPE, env=get_command_environment(os.environ if env is None else env), cwd=cwd,
+                                   start_new_session=True)
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
         raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
@@ -2264,14 +2379,21 @@ def serve_pipes(process, data, timeout, limit, patient):
 
 
 def kill_group(process):
-    """Ends what still runs of a process group and closes its pipes."""
+    """Ends what still runs of a process group and closes its pipes.
+
+    A process that hangs in the kernel, at a dead disk say, cannot be ended: it is left behind, and whoever waited goes on.
+    """
     import signal
+    import subprocess
     if process.returncode is None:
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass                                    # it ended by itself just now
-        process.wait()
+        try:
+            process.wait(CORPSE_GRACE)
+        except subprocess.TimeoutExpired:
+            log("warning", "a program cannot be ended, and is left behind", program=process.args[0], pid=process.pid)
     for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
         pipe.close()
 
@@ -2319,121 +2441,160 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     """The one door to HTTP: one request, one connection, one Response, whatever its status.
 
     No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the TLS handshake and
-    each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see get_chain) before anything is sent (C-013).
-    Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
+    each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see get_chain) before anything is sent
+    (C-013).  Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
     """
     import http.client
     import ssl
     import urllib.error
     import urllib.request
     where = f"{method} {url}"
-    message = urllib.request.Request(url, data=body, headers=dict({"User-Agent": f"margo-agent/{__version__}"}, **headers), method=method)
+    headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
+    message = urllib.request.Request(url, data=body, headers=headers, method=method)
     try:
         with make_opener(context, check_peer).open(message, timeout=timeout) as response:
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
     except urllib.error.URLError as error:
         raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError, RuntimeError) as error:      # the last: no thread for the guard
         raise make_network_error(where, error) from None
 
 
-class Guard:
-    """Ends a connection that drips: all up to the body, and each piece of that, has to come within so many seconds of the one before.
+class Paced(io.RawIOBase):
+    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four time-outs.
 
-    So neither the words between the pieces may drip, or never end.  end: a function that cuts the connection.
+    So neither the words between the pieces may drip, or never end.
     """
 
-    def __init__(self, seconds, end):
-        import threading
-        self.seconds, self.end, self.late, self.over = seconds, end, False, threading.Event()
+    def __init__(self, connection):
+        self.connection, self.raw, self.timeout = connection, connection.makefile("rb", 0), connection.gettimeout()
         self.renew()
-        threading.Thread(target=self.watch, daemon=True).start()
 
     def renew(self):
         """Gives the next piece its time."""
-        self.due = time.monotonic() + self.seconds
+        self.due = time.monotonic() + 4 * self.timeout
 
-    def watch(self):
-        """Waits for the end of the answer, or of its time."""
-        while not self.late and not self.over.wait(max(0.0, self.due - time.monotonic())):
-            self.late = time.monotonic() >= self.due
-        if self.late:
-            self.end()
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        left = self.due - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.connection.settimeout(min(self.timeout, left))
+        return self.raw.readinto(buffer)
+
+    def makefile(self, mode):
+        """http.client takes this for the socket."""
+        return io.BufferedReader(self)
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+def open_connection(address, timeout, source=None):
+    """A socket to the first address of a (host, port) that answers; raises OSError.
+
+    Each next address is tried 250 ms after the one before, so that a dead one holds nobody up (RFC 8305).
+    """
+    import errno
+    import select
+    import socket
+    places, trying, code = socket.getaddrinfo(*address, type=socket.SOCK_STREAM), {}, 0
+    end = time.monotonic() + timeout
+    try:
+        while places or trying:
+            if places:
+                family, kind, protocol, _, place = places.pop(0)
+                try:
+                    peer = socket.socket(family, kind, protocol)
+                except OSError as error:            # a kernel without IPv6
+                    code = error.errno
+                    continue
+                trying[peer] = place
+                peer.setblocking(False)
+                peer.connect_ex(place)
+            pause = 0.25 if places else max(0.0, end - time.monotonic())
+            for peer in select.select([], list(trying), [], pause)[1]:
+                code = peer.connect_ex(trying.pop(peer))            # asked again, it says how it went
+                if code in (0, errno.EISCONN):
+                    peer.settimeout(timeout)
+                    return peer
+                peer.close()
+            if time.monotonic() >= end:
+                raise TimeoutError("timed out")
+        raise OSError(code, os.strerror(code))
+    finally:
+        for peer in trying:
+            peer.close()
 
 
 def make_opener(context, check_peer):
     """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no other schemes."""
     import http.client
-    import socket
     import urllib.request
 
-    class Connection(http.client.HTTPConnection if context is None else http.client.HTTPSConnection):
-        """A connection that is guarded, and whose peer is checked before the first byte of a request."""
+    class Answer(http.client.HTTPResponse):
+        """An answer that is paced; interim ones before it (such as 103) are passed over."""
 
-        wire = None
+        def __init__(self, connection, *arguments, **options):
+            self.paced = Paced(connection)
+            super().__init__(self.paced, *arguments, **options)
+
+        def begin(self):
+            super().begin()
+            while 102 <= self.status < 200:
+                self.headers = None
+                super().begin()
+
+    class Connection(http.client.HTTPConnection):
+        """A connection whose peer is checked before the first byte of a request."""
+
+        response_class, default_port = Answer, 443 if context else 80
 
         def connect(self):
-            self.guard = Guard(4 * self.timeout, self.cut)
+            self._create_connection = open_connection
             try:
                 super().connect()
-                self.wire = self.sock               # urllib takes the other reference away
+                if context:                         # an end that TLS does not tell of is none: the answer was cut
+                    host = self._tunnel_host or self.host
+                    self.sock = context.wrap_socket(self.sock, server_hostname=host, suppress_ragged_eofs=False)
                 if check_peer:
                     check_peer(get_chain(self.sock, context))
             except (OSError, MargoError):
-                self.guard.over.set()
                 self.close()
                 raise
 
-        def getresponse(self):
-            try:
-                response = super().getresponse()
-                response.guard = self.guard
-                return response
-            finally:
-                if self.guard.late:
-                    raise TimeoutError("timed out")
-
-        def cut(self):
-            """Ends the connection from outside of whatever waits for it."""
-            try:
-                socket.socket.shutdown(self.wire or self.sock, socket.SHUT_RDWR)
-            except (OSError, TypeError):
-                pass                                # it has ended by itself
-
-    class Handler(urllib.request.HTTPHandler if context is None else urllib.request.HTTPSHandler):
-        """urllib's own handler, but for the connection."""
-
-        def start(self, message):
-            secure = {} if context is None else {"context": context}
-            return self.do_open(lambda host, **options: Connection(host, **secure, **options), message)
-
-        if context is None:
-            http_open = start
-        else:
-            https_open = start
-
+    scheme, handler = "https" if context else "http", urllib.request.AbstractHTTPHandler()
+    setattr(handler, f"{scheme}_open", lambda message: handler.do_open(Connection, message))
+    setattr(handler, f"{scheme}_request", handler.do_request_)
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), Handler()):
-        opener.add_handler(handler)
+    for item in (urllib.request.ProxyHandler(), handler):
+        opener.add_handler(item)
     return opener
 
 
 def get_chain(connection, context):
-    """The peer's certificates (DER), leaf first: as verified, or as presented where nothing is.  Before Python 3.10 the leaf alone."""
+    """The peer's certificates (DER), leaf first: as verified, or as presented where nothing is.
+
+    Before Python 3.10 the leaf alone.
+    """
     import ssl
     kind = "get_unverified_chain" if context.verify_mode == ssl.CERT_NONE else "get_verified_chain"
-    get = getattr(connection, kind, None) or getattr(getattr(connection, "_sslobj", None), kind, None)     # public since 3.13
-    chain = [item if isinstance(item, bytes) else item.public_bytes(2) for item in (get and get()) or ()]   # 2: DER
+    inner = getattr(connection, "_sslobj", None)
+    get = getattr(connection, kind, None) or getattr(inner, kind, None) or tuple        # public since 3.13
+    chain = [item if isinstance(item, bytes) else item.public_bytes(2) for item in get() or ()]       # 2: DER
     return chain or [connection.getpeercert(binary_form=True)]
 
 
 def read_body(response, limit, timeout, where):
-    """The body of a response; Refused over `limit`, Unreachable when it is cut short or slower than 1 KiB/s over four time-outs."""
+    """The body of a response; Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs."""
     pieces, size, start = [], 0, time.monotonic()
     while True:
-        response.guard.renew()
+        response.paced.renew()
         piece = response.read1(65536)
-        if not piece or response.guard.late:
+        if not piece:
             break
         pieces.append(piece)
         size += len(piece)
@@ -2442,11 +2603,9 @@ def read_body(response, limit, timeout, where):
         elapsed = time.monotonic() - start
         if elapsed > 4 * timeout and size < KIB * elapsed:
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
-    response.guard.over.set()
-    if response.guard.late:
-        raise Unreachable(f"{where}: timed out at {size} bytes")
-    if not pieces and response.length is None and not response.chunked and where.startswith("GET") and response.status == 200:
-        raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes the end of a connection for that of a head
+    unframed = response.length is None and not response.chunked
+    if unframed and not pieces and where.startswith("GET") and response.status == 200:
+        raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes a broken head for a whole one
     if response.length:
         raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
     return b"".join(pieces)
@@ -2464,6 +2623,28 @@ def make_network_error(where, error):
     if isinstance(error, ssl.SSLError) and not broken:
         return Untrusted(f"{where}: TLS failed: {text}")
     return Unreachable(f"{where}: {text}")
+
+
+def make_authorization(secret, user=b""):
+    """The value of an Authorization header for a secret (bytes): Basic with a user, else Bearer."""
+    return "Basic " + make_base64(user + b":" + secret) if user else "Bearer " + secret.decode()
+
+
+def load_secret(key, path, fault):
+    """The bytes in a file that a setting names, without the line's end; raises `fault` of some words."""
+    try:
+        data = read_file(path, MAX_ANSWER)
+    except StorageError as error:
+        raise fault(f"{key}: {error.message}") from None
+    if data is None:
+        raise fault(f"{key} {path}: no such file")
+    return data.rstrip(b"\r\n")
+
+
+def find_looseness(key, path):
+    """What to say of a secret's file that others can read, "" where they cannot."""
+    mode = os.stat(path).st_mode & 0o777 if os.path.isfile(path) else 0
+    return f"{key} {path} has mode {mode:04o}; chmod 0600 it" if mode & 0o077 else ""
 
 
 def is_ssh_answering(address, timeout):
@@ -2493,33 +2674,43 @@ def parse_problem(body):
     kind = text("type")
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
-    seconds = value.get("retryAfterSeconds")
-    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in value.get("errors") or ()
-              if isinstance(item, dict)] if isinstance(value.get("errors"), list) else []
-    return Problem(kind, text("title") or text("error"), text("detail") or text("message"), value.get("retryable"),
-                   float(seconds) if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < 10 ** 9 else None,
-                   text("backoffStrategy"), errors)
+    wait = value.get("retryAfterSeconds")
+    wait = float(wait) if is_number(wait) and 0 <= wait < 10 ** 9 else None
+    errors = value["errors"] if isinstance(value.get("errors"), list) else []
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors if isinstance(item, dict)]
+    title, detail = text("title") or text("error"), text("detail") or text("message")
+    return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
+
+
+def find_verdict(status):
+    """What an HTTP status that is no success means: `denied`, `later` (to be asked again) or `refused`."""
+    if status in (401, 403):
+        return "denied"
+    return "later" if status in (408, 429) or status >= 500 else "refused"
 
 
 def check_response(response, where, accepted, now):
     """Returns the response if its status is one of `accepted`, else raises what it means to a client (protocol 10).
 
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  401 and 403: Untrusted.  What
-    says of itself that it can be retried, or is 408, 429 or 5xx: Unreachable.  Else Refused; its `code` is the type, or `HTTP <status>`.
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  Denied: Untrusted.  What says
+    of itself that it can be retried, or is `later`: Unreachable.  Else Refused; its `code` is the type, or `HTTP <status>`.
     """
     if response.status in accepted:
         return response
     problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
+    verdict = find_verdict(response.status)
     known = problem.type in REFUSALS
     kind = "" if known or problem.type in DENIALS + ("about:blank",) else problem.type
     words = "; ".join(part for part in [kind, problem.title, problem.detail] + problem.errors[:5] if part)
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
-    header = parse_retry_after(response.headers.get("Retry-After"), now)
-    retryable = problem.retryable if isinstance(problem.retryable, bool) else problem.strategy != "none" and (
-        response.status in (408, 429) or response.status >= 500)
-    facts = {"status": response.status, "strategy": problem.strategy, "retry_after": problem.retry_after if header is None else header}
-    if response.status in (401, 403) and not known or problem.type in DENIALS:
+    wait = parse_retry_after(response.headers.get("Retry-After"), now)
+    facts = {"status": response.status, "strategy": problem.strategy,
+             "retry_after": problem.retry_after if wait is None else wait}
+    if verdict == "denied" and not known or problem.type in DENIALS:
         raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
+    retryable = problem.retryable
+    if not isinstance(retryable, bool):
+        retryable = verdict == "later" and problem.strategy != "none"
     if retryable:
         raise Unreachable(message, **facts)
     if 300 <= response.status < 400 and response.status != 304:
@@ -3113,14 +3304,16 @@ def load_token(config):
     return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
 
 
-def make_authorization(config, token):
-    """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
+def load_enrollment_header(config):
+    """The enrollment token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
     path = config.identity.est.token_file
-    if not token.partition(b":")[2] or b"\n" in token:
+    user, _, secret = (load_token(config) or b"").partition(b":")
+    if not secret or b"\n" in user + secret:
         raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
-    if os.stat(path).st_mode & 0o077:
-        log("warning", "others can read the enrollment token; chmod 0600 it", path=path)
-    return "Basic " + make_base64(token)
+    loose = find_looseness("identity.est.token_file", path)
+    if loose:
+        log("warning", "others can read the enrollment token", reason=loose)
+    return make_authorization(secret, user)
 
 
 def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False):
@@ -3254,7 +3447,7 @@ def request_svid(config, store, state, renewed, mark, now):
         if settings.certificate:
             load_key_pair(context, settings.certificate, settings.key, "identity.est")
         else:
-            headers["Authorization"] = make_authorization(config, load_token(config) or b"")
+            headers["Authorization"] = load_enrollment_header(config)
         body = begin_enrollment(config, store, state, mark)
     log("info", "asking for an SVID", url=url)
     response = request("POST", url, headers, base64.encodebytes(body), context, config.wfm.timeout, MAX_CERTIFICATES, check_peer)
@@ -3319,7 +3512,7 @@ def check_est_response(response, operation, now):
     problem = parse_problem(response.body)
     words = problem.detail or problem.title if problem else make_printable(response.body[:500].decode("utf-8", "replace"))
     message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
-    if response.status in (408, 429) or response.status >= 500:
+    if find_verdict(response.status) == "later":
         raise Unreachable(message, retry_after=wait if wait is not None or not problem else problem.retry_after)
     raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
 
@@ -4346,11 +4539,10 @@ def check_signed(config, state, now):
 
 def judge_own(leaf, words, config, now):
     """(ok or warn, words) of an own certificate that can be used."""
-    key, days = config.identity.key, int((leaf.not_after - now) // 86400)
-    mode = os.stat(key).st_mode & 0o777 if os.path.isfile(key) else 0
-    if mode & 0o077:
-        return "warn", f"identity.key {key} has mode {mode:04o}; chmod 0600 it"
-    words = f"{words}, {days} days left"
+    loose = find_looseness("identity.key", config.identity.key)
+    if loose:
+        return "warn", loose
+    words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
     return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
 
 
@@ -4410,8 +4602,7 @@ class GitSource:
         if accepted and accepted["version"] == head and not accepted.get("incomplete"):
             return None
         base = accepted["version"] if accepted else None
-        head, files = self.work(lambda: self.fetch_files(base))
-        entries, documents, ignored = parse_files(files)
+        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
         for name in ignored:
             log("info", "ignored: not an ApplicationDeployment", name=name)
         new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
@@ -4431,7 +4622,7 @@ class GitSource:
             raise self.explain(error, "git-upload-pack") from None
 
     def fetch_files(self, base):
-        """(head commit, [(name, bytes)] of its documents), once the head is known to follow on `base`; raises Refused, Untrusted.
+        """(head commit, what read_files returns), once the head is known to follow on `base`; raises Refused, Untrusted.
 
         From a shallow copy that ends at the accepted commit, a plain fetch brings just the commits since and what is new in them, and
         that proves the descent; where the copy has gone, it is begun anew at the accepted commit, which a server gives if it still has it.
@@ -4450,7 +4641,7 @@ class GitSource:
             if not self.config.git.allow_rewrite:
                 raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
             log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
-        return head, self.read_files(head)
+        return head, self.read_files(head, base if base and self.has(base) else None)
 
     def prepare(self):
         """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing ever tidies it."""
@@ -4498,20 +4689,40 @@ class GitSource:
             raise Untrusted(f"commit {head} " + ("is not signed" if verdict == "N" else "has no good signature of git.allowed_signers")
                             + f" (git says {verdict}); the accepted state is kept")
 
-    def read_files(self, head):
-        """[(name, bytes)] of every YAML file below git.path; links, submodules and all else are not looked at.  Raises Refused."""
-        folder, policy = self.config.git.path, self.config.policy
-        listing = self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", head, *([folder + "/"] if folder else [])).stdout
-        if folder and not listing:
-            raise Refused(f"commit {head} has no folder {folder}; nothing is removed for that")
+    def read_files(self, head, base):
+        """What parse_files makes of the YAML files below git.path; links, submodules and all else are not looked at.  Raises Refused.
+
+        So does a path that held a deployment in the accepted commit, `base`, and holds something else now: only one that has gone is
+        a removal.
+        """
+        policy, listing = self.config.policy, self.list_tree(head)
+        if self.config.git.path and not listing:
+            raise Refused(f"commit {head} has no folder {self.config.git.path}; nothing is removed for that")
         blobs, ignored = find_blobs(listing, policy.max_document)
         for name in ignored:
             log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
         if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
-            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than {MAX_DEPLOYMENTS} or policy.max_unpacked")
+            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than {MAX_DEPLOYMENTS}"
+                          " or policy.max_unpacked")
+        found = parse_files(self.read_blobs(blobs))
+        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
+        for name, data in self.read_blobs(suspects):
+            if is_deployment(data):
+                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is none now, or lies below what is no"
+                              " folder; nothing is removed for that: remove the file itself, or put it right")
+        return found
+
+    def list_tree(self, commit):
+        """What `git ls-tree` prints of all that lies below git.path in a commit."""
+        folder = self.config.git.path
+        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *([folder + "/"] if folder else [])).stdout
+
+    def read_blobs(self, blobs):
+        """[(name, bytes)] of [(name, blob, size)]."""
         wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
-        data = self.git("cat-file", "--batch", data=wanted, limit=total + 256 * len(blobs) + 1).stdout if blobs else b""
+        limit = sum(size + 256 for _, _, size in blobs) + 1
+        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
         files, start = [], 0
         for name, blob, size in blobs:
             head_line = f"{blob} blob {size}\n".encode()
@@ -4597,7 +4808,8 @@ def make_git_environment(config, home):
     options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}", f"ServerAliveInterval={timeout}"]
     options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"] if git.known_hosts else []
     options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"'] if git.ssh_key else []
-    return {"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
+    return {"PATH": os.environ.get("PATH", ""), **get_temporary(config.state_dir, os.environ),
+            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
             "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1", "GIT_NO_REPLACE_OBJECTS": "1",
             "GIT_SSH_COMMAND": " ".join(["ssh", "-F", "/dev/null"] + [quote(f"-o{option}") for option in options])}
 
@@ -4609,7 +4821,7 @@ def make_git_config(config, home, header):
         ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow", "always"),
         ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile", "/dev/null"),
         ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto", "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
+        ("transfer", "bundleURI", "false"), ("core", "sharedRepository", "0600"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
         ("http", "lowSpeedTime", str(seconds)), ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
     if config.identity.ca:
         settings += [("http", "sslCAInfo", config.identity.ca), ("http", "sslCAPath", os.path.join(home, "none"))]
@@ -4625,18 +4837,13 @@ def make_git_config(config, home, header):
 
 
 def load_git_header(git):
-    """The Authorization header's value for an https repository: bearer, or basic with git.username; None without a token (C-250, C-253)."""
+    """The Authorization of an https repository: bearer, or basic with git.username; None without a token (C-250, C-253)."""
     if not git.token_file:
         return None
-    try:
-        token = (read_file(git.token_file, MAX_ANSWER) or b"").decode("utf-8", "replace").strip()
-    except StorageError as error:
-        raise Untrusted(f"git.token_file: {error.message}") from None
-    if not re.fullmatch(r"[!-~]+", token):
-        raise Untrusted(f"git.token_file {git.token_file}: is not there, or is not one line of printable characters")
-    if not git.username:
-        return f"Bearer {token}"
-    return "Basic " + make_base64(f"{git.username}:{token}".encode())
+    token = load_secret("git.token_file", git.token_file, Untrusted).strip()
+    if not re.fullmatch(rb"[!-~]+", token):
+        raise Untrusted(f"git.token_file {git.token_file}: is not one line of printable characters")
+    return make_authorization(token, (git.username or "").encode())
 
 
 def make_ref_path(device_id):
@@ -4644,47 +4851,101 @@ def make_ref_path(device_id):
     return re.sub(r"~|\.(?=\.|/|$|lock(/|$))|(?<![^/])\.", lambda found: f"%{ord(found.group()):02X}", device_id)
 
 
-def find_blobs(listing, max_document):
-    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree -r -z -l` prints; raises Refused."""
-    blobs, ignored = [], []
+def parse_listing(listing):
+    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints; names as Python has them of a file system."""
+    found = []
     for line in listing.split(b"\0")[:-1]:
         facts, _, name = line.partition(b"\t")
         mode, kind, blob, size = facts.decode("ascii").split()
-        if not name.lower().endswith((b".yaml", b".yml")):
+        is_file = kind == "blob" and mode.startswith("100")
+        found.append((name.decode("utf-8", "surrogateescape"), is_file, blob, int(size) if is_file else 0))
+    return found
+
+
+def find_blobs(listing, max_document):
+    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree` prints; raises Refused."""
+    blobs, ignored = [], []
+    for name, is_file, blob, size in parse_listing(listing):
+        if not name.lower().endswith((".yaml", ".yml")):
             continue
-        name = make_printable(name.decode("utf-8", "replace"), 200)
-        if kind != "blob" or not mode.startswith("100"):
+        if not is_file:
             ignored.append(name)
-        elif int(size) > max_document:
-            raise Refused(f"{name}: {size} bytes are more than policy.max_document ({max_document})")
+        elif size > max_document:
+            raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document ({max_document})")
         else:
-            blobs.append((name, blob, int(size)))
+            blobs.append((name, blob, size))
     return blobs, ignored
 
 
+def find_suspects(before, after, others):
+    """[(name, blob, size)] of YAML files of the accepted commit whose place holds something else now.
+
+    before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.  Something else is one of
+    those, a link, a submodule, a folder of that name, or any of them in place of a folder above.
+    """
+    files = {name: is_file for name, is_file, _, _ in parse_listing(after)}
+    folders = {parent for name in files for parent in list_parents(name)}
+    blobs, _ = find_blobs(before, float("inf"))
+    return [item for item in blobs if item[0] in others or item[0] in folders or not files.get(item[0], True)
+            or any(parent in files for parent in list_parents(item[0]))]
+
+
+def list_parents(name):
+    """The folders above a path: of a/b/c these are a and a/b."""
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
 def parse_files(files):
-    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment of any generation]); raises Refused."""
+    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment of any generation]).
+
+    Raises Refused for what nobody can have meant: it may stand for a deployment that would be removed.
+    """
     entries, documents, ignored, seen = [], {}, [], {}
     for name, data in files:
+        shown = make_printable(name, 200)
         try:
-            value = load_yaml(data)
+            value = parse_file(data)
             if not is_deployment(value):
                 ignored.append(name)
                 continue
             deployment_id = check_member(normalise_document(value), "id", "", UUID_PATTERN)
         except ValueError as error:                 # a YAMLError is one
-            raise Refused(f"{name}: {error}") from None
+            raise Refused(f"{shown}: {error}") from None
         if deployment_id.lower() in seen:
-            raise Refused(f"{name}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
-        seen[deployment_id.lower()] = name
+            raise Refused(f"{shown}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
+        seen[deployment_id.lower()] = shown
         digest = sha256_digest(data)
         documents[digest] = data
         entries.append(ManifestEntry(deployment_id, digest, len(data)))
     return entries, documents, ignored
 
 
+def parse_file(data):
+    """The YAML value of a file; raises ValueError where it holds something that stands for another file, or for nothing."""
+    if not data.strip():
+        raise ValueError("it is empty; to remove a deployment, remove its file")
+    value = load_yaml(data)
+    if not isinstance(value, (dict, list, type(None))):
+        raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an encrypted file is")
+    members = value if isinstance(value, dict) else {}
+    if "sops" in members:
+        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
+    if isinstance(members.get("spec"), dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
+        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
+    return value
+
+
 def is_deployment(value):
-    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it, which does not say."""
+    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it, which does not say.
+
+    value: as read, or still bytes.
+    """
+    if isinstance(value, bytes):
+        try:
+            value = load_yaml(value)
+        except YAMLError:
+            return False
     if not isinstance(value, dict):
         return False
     if "kind" in value or "apiVersion" in value:
@@ -4700,7 +4961,7 @@ def connect_git(config, store, state, keep):
         import tempfile
         temporary = tempfile.TemporaryDirectory(prefix="margo-git-")
         home = temporary.name
-    os.makedirs(os.path.join(home, "none"), 0o700, exist_ok=True)
+    make_folder(os.path.join(home, "none"))
     path, content = os.path.join(home, ".gitconfig"), make_git_config(config, home, header)
     if read_file(path, MAX_ANSWER) != content:
         write_file(path, content)
@@ -4723,13 +4984,35 @@ def check_git(config, state, now):
         path = config.git[key]
         if path and not os.path.isfile(path):
             raise Untrusted(f"git.{key} {path}: is not there")
-        if path and os.stat(path).st_mode & 0o077:
-            return "warn", f"git.{key} {path} has mode {os.stat(path).st_mode & 0o777:04o}; chmod 0600 it"
+        loose = find_looseness(f"git.{key}", path or "")
+        if loose:
+            return "warn", loose
     return "ok", version
 
 
-SERVED = {"mtls": Profile(connect_mtls, describe_mtls, check_mtls), "signed": Profile(connect_signed, describe_signed, check_signed),
-          "git": Profile(connect_git, describe_git, check_git)}
+def make_owner(identity, device_id):
+    """What an agent's workloads are labelled with: its identity as a client, without any login, and the device id."""
+    return re.sub(r"(?<=//)[^/]*@", "", identity) + "#" + device_id
+
+
+def identify_mtls(config):
+    """Who the client is, even by a certificate that has expired: its SPIFFE ID; raises Untrusted."""
+    return load_identity(config).spiffe_id.text
+
+
+def identify_signed(config):
+    """Its key, at this WFM; raises Untrusted."""
+    return f"{config.wfm.url}#{sha256_digest(load_signer(config).leaf.spki)}"
+
+
+def identify_git(config):
+    """The part of the repository that it follows."""
+    return f"{config.wfm.url}#{config.git.branch}:{config.git.path}"
+
+
+SERVED = {"mtls": Profile(connect_mtls, describe_mtls, check_mtls, identify_mtls),
+          "signed": Profile(connect_signed, describe_signed, check_signed, identify_signed),
+          "git": Profile(connect_git, describe_git, check_git, identify_git)}
 
 
 def connect_source(config, store, state, keep=True):
@@ -4834,11 +5117,6 @@ def is_match(expression, look):
         return False
     found = any(get_kind(item) in kinds and item in values for item in items)
     return found == (operator == "In")
-
-
-def get_kind(value):
-    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
-    return "boolean" if isinstance(value, bool) else "number" if isinstance(value, (int, float)) else "text" if isinstance(value, str) else None
 
 
 def parse_limit(values):
@@ -4973,6 +5251,25 @@ def make_pause(record):
     return record["repairedAt"] + grow(RETRY_FIRST, extra, RETRY_CAP) if extra > 0 else 0
 
 
+def make_claim(owner, state):
+    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its state."""
+    records = state["deployments"]
+    services = [component["services"] for record in records.values() for component in record["components"]]
+    services += [items for record in records.values() for items in (record["running"] or {}).get("services", {}).values()]
+    ids = {facts.get("id") for items in services for facts in items.values()}
+    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None})
+
+
+def is_ours(claim, deployment_id, owner, container_id=None):
+    """Whether a workload, or a network or volume of one, is this agent's.
+
+    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it is labelled by a stranger:
+    by the container's id, or by the deployment's where the label is of an earlier time, or older than such labels (contract, On the engine).
+    """
+    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
+    return known or container_id in claim.ids or owner == claim.owner != ""
+
+
 def make_mark(environment):
     """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
     return sha256_digest(make_json(environment))[7:23] if environment else ""
@@ -5042,26 +5339,25 @@ def parse_reference(repository, revision):
 
 def parse_challenge(header):
     """`WWW-Authenticate` to [(scheme in lower case, {parameter: value})] (RFC 9110, 11.6.1)."""
+    from urllib.request import parse_http_list
     challenges = []
-    for token, name, quoted, plain in re.findall(r'\b([A-Za-z]+)\b(?=\s+[A-Za-z]+=|\s*$)|\b([A-Za-z]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))', header or ""):
-        if token:
-            challenges.append((token.lower(), {}))
-        elif challenges:
-            challenges[-1][1][name.lower()] = re.sub(r"\\(.)", r"\1", quoted) if quoted else plain
+    for item in parse_http_list(header or ""):
+        scheme, parameter = re.fullmatch(r"(?s)(?:([A-Za-z]+)(?:\s+|\Z)(?!=))?(.*)", item).groups()
+        if scheme:
+            challenges.append((scheme.lower(), {}))
+        name, equals, value = parameter.partition("=")
+        if challenges and equals:
+            challenges[-1][1][name.strip().lower()] = value[1:-1] if value[:1] == '"' else value
     return challenges
 
 
 def load_credentials(host, settings):
-    """User name and password of a registry in base64, as Basic authentication takes them; None where none are configured."""
+    """Authorization of a registry by user name and password; None where none are configured."""
     if not settings.username or not settings.password_file:
         return None
-    try:
-        secret = read_file(settings.password_file, MAX_ANSWER)
-    except StorageError as error:
-        raise ComponentError("PULL_UNAUTHORIZED", f"registries.{host}.password_file: {error.message}") from None
-    if secret is None:
-        raise ComponentError("PULL_UNAUTHORIZED", f"registries.{host}.password_file {settings.password_file}: no such file")
-    return make_base64(f"{settings.username}:".encode() + secret.rstrip(b"\r\n"))
+    secret = load_secret(f"registries.{host}.password_file", settings.password_file,
+                         lambda words: ComponentError("PULL_UNAUTHORIZED", words))
+    return make_authorization(secret, settings.username.encode())
 
 
 class Registry:
@@ -5088,13 +5384,14 @@ class Registry:
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
-        """A Response with status 200 and at most `limit` bytes; raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED for any other."""
-        if response.status in (401, 403):
-            raise ComponentError("PULL_UNAUTHORIZED", f"{url}: HTTP {response.status}; set registries.{self.host}.username and password_file")
+        """A Response with status 200 and at most `limit` bytes; raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED."""
+        where = f"{url}: HTTP {response.status}"
+        if find_verdict(response.status) == "denied":
+            raise ComponentError("PULL_UNAUTHORIZED", f"{where}; set registries.{self.host}.username and password_file")
         if response.status != 200:
             hint = "there is no such package" if response.status == 404 else "it cannot be served now, tried again later"
             wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
-            raise ComponentError("PULL_FAILED", f"{url}: HTTP {response.status}; {hint}", retry_after=wait)
+            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
         if len(response.body) > limit:
             raise ComponentError("PULL_FAILED", f"{url}: the answer is longer than {limit} bytes, all that policy allows")
         return response
@@ -5135,7 +5432,6 @@ class Registry:
         """The Authorization that answers a challenge; raises ComponentError PULL_UNAUTHORIZED."""
         from urllib.parse import urlencode
         basic = load_credentials(self.host, self.settings)
-        basic = basic and f"Basic {basic}"
         for scheme, facts in challenges:
             if scheme == "basic" and basic:
                 return basic
@@ -5246,8 +5542,7 @@ def fetch_file(url, config, missing=False):
     """The bytes at an https URL, by the trust, credentials and redirect rules of its host's entry in `registries`; None where there is nothing, if `missing`."""
     host = url.split("/")[2]
     registry = Registry(host, config)
-    basic = load_credentials(host, registry.settings)
-    registry.authorization = basic and f"Basic {basic}"
+    registry.authorization = load_credentials(host, registry.settings)
     response = registry.fetch(url, "*/*", config.policy.max_artifact)
     if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
         return None
@@ -5261,7 +5556,8 @@ def check_package_signature(data, url, key, config):
     if signature is None:
         log("warning", "the document names a key, but there is no signature of the package beside it (.asc or .sig)", package=url)
         return
-    with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+    folder = os.path.join(config.state_dir, "tmp")
+    with tempfile.TemporaryDirectory(prefix="margo-gpg-", dir=folder if os.path.isdir(folder) else None) as home:
         paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
         for path, content in zip(paths, (key, signature, data)):
             write_file(path, content)
@@ -5276,11 +5572,10 @@ def check_package_signature(data, url, key, config):
 
 def check_space(folder, need, what):
     """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched (P-4)."""
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
-    if free < need + FREE_SPACE:
-        raise ComponentError("DISK_FULL", f"{what} takes about {need // MIB + 1} MiB, and of the {free // MIB} MiB that are free at {folder}"
-                             f" {FREE_SPACE // MIB} stay so; free some there")
+    free, margin = get_space(folder)
+    if free < need + margin:
+        raise ComponentError("DISK_FULL", f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
+                             f" {folder} {margin // KIB} stay so; free some there")
 
 
 def find_layers(image, platform, config):
@@ -5477,16 +5772,16 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     work = folder + ".tmp"
     try:
         remove_folder(work)
-        os.makedirs(os.path.join(work, "content"))
+        make_folder(os.path.join(work, "content"))
         for entry in sorted(entries, key=lambda item: item.kind == "link"):
             path = os.path.join(work, "content", entry.path)
-            os.makedirs(path if entry.kind == "folder" else os.path.dirname(path), exist_ok=True)
+            make_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
             if entry.kind == "file":
                 write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode, os.path.join(work, "part"))
             elif entry.kind == "link":
                 os.symlink(entry.link, path)
+        os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
         for path, _, _ in os.walk(os.path.join(work, "content")):
-            os.chmod(path, 0o755)                   # whatever the umask: containers of other users read them (C-161)
             sync_folder(path)
         os.rename(os.path.join(work, "content"), folder)
         os.rmdir(work)
@@ -5500,9 +5795,9 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 # 14. Runtimes
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id",
+Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id owner",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of"
-    " runtime.environment, the child device it is for.", "")
+    " runtime.environment, the child device it is for, the owner to label it with.", "", "")
 Service = define("Service", "name image arguments command environment files networks depends_on health pull hash ports mounts",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks: [Attachment]; depends_on:"
     " {service: (condition, required)}; health: Health, or None where the file says nothing of it; hash: of all that makes its"
@@ -5526,6 +5821,7 @@ Reading = define("Reading", "workload policy engine folder variables volumes net
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
+LABEL_OWNER = "org.margo.owner"
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -6046,7 +6342,7 @@ def make_volumes(document, workload):
         to_form("local", "supported; only local is")(value.get("driver", "local"), f"{where}.driver")
         own, external = make_shared_name(name, value, workload, where, "volume")
         options = make_volume_options(value.get("driver_opts"), f"{where}.driver_opts")
-        labels = make_arguments("--label", to_labels(value.get("labels"), f"{where}.labels"))
+        labels = make_arguments("--label", make_shared_labels(value, where, workload))
         volumes[name] = own, None if external else options + labels
     return volumes
 
@@ -6060,6 +6356,11 @@ def make_volume_options(value, where):
         raise make_fault(f"{where}: only those of a tmpfs are supported; a folder of the host is named where it is mounted",
                          "POLICY_DENIED")
     return make_arguments("--opt", options)
+
+
+def make_shared_labels(value, where, workload):
+    """{label: text} of a network or volume: its own, and by whom it was made for what."""
+    return dict(to_labels(value.get("labels"), f"{where}.labels"), **{LABEL_PROJECT: workload.project, LABEL_OWNER: workload.owner})
 
 
 def make_shared_name(name, value, workload, where, kind):
@@ -6086,7 +6387,7 @@ def make_networks(document, workload):
         own, external = make_shared_name(name, value, workload, where, "network")
         if to_mapping(value.get("driver_opts"), f"{where}.driver_opts"):
             raise make_fault(f"{where}.driver_opts: options of a network are not supported")
-        arguments = make_arguments("--label", to_labels(value.get("labels"), f"{where}.labels"))
+        arguments = make_arguments("--label", make_shared_labels(value, where, workload))
         for key, option in (("internal", "--internal"), ("enable_ipv6", "--ipv6")):
             arguments += make_arguments(option, to_flag(value.get(key, False), f"{where}.{key}"))
         ipam = to_mapping(value.get("ipam"), f"{where}.ipam")
@@ -6095,7 +6396,7 @@ def make_networks(document, workload):
             item = to_mapping(item, f"{where}.ipam.config")
             arguments += [f"--{key.replace('_', '-')}={to_text(item[key], f'{where}.ipam.config')}"
                           for key in ("subnet", "gateway", "ip_range") if key in item]
-        networks[name] = own, None if external else arguments + [f"--label={LABEL_PROJECT}={workload.project}"]
+        networks[name] = own, None if external else arguments
     return networks
 
 
@@ -6597,7 +6898,8 @@ def make_hashes(order, wanted):
 def make_labels(workload, service, digest):
     """The labels by which containers are found again, and those by which compose finds them."""
     ours = {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component, LABEL_PROJECT: workload.project,
-            LABEL_SERVICE: service, LABEL_HASH: digest, LABEL_DEVICE: workload.device_id}        # all of them: an image has labels of its own
+            LABEL_SERVICE: service, LABEL_HASH: digest, LABEL_DEVICE: workload.device_id,
+            LABEL_OWNER: workload.owner}            # all of them, whether empty or not: an image has labels of its own
     theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest, "oneoff": "False"}
     return dict(ours, **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
 
@@ -6637,7 +6939,7 @@ def is_usable(container, service, known):
 
 def find_program(name, environ):
     """Where a program lies on PATH, or None; shutil.which without all that shutil brings along."""
-    paths = [os.path.join(folder, name) for folder in environ.get("PATH", os.defpath).split(os.pathsep)]
+    paths = [os.path.join(folder, name) for folder in list_folders(environ)]
     return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
 
 
@@ -6661,19 +6963,28 @@ def make_child_environment(environ, connection):
     return dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
 
 
-def make_compose_driver(config, environ=None, child=None, others=()):
+def claim_nothing():
+    """The Claim of nobody."""
+    return Claim("", (), (), ())
+
+
+def make_compose_driver(config, environ=None, child=None, others=(), claim=claim_nothing):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
-    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all other devices.
+    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all other devices; claim:
+    a function for the Claim that holds now.
     """
-    environ = os.environ if environ is None else environ
+    environ = dict(os.environ if environ is None else environ)
+    environ.update(get_temporary(config.state_dir, environ))
     if child:
         kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
         engine = kinds and find_engine(max(kinds), environ)
-        return ComposeDriver(engine, config, environ, child, ["", *others]) if engine else None
+        return ComposeDriver(engine, config, environ, child, ["", *others], claim) if engine else None
     engine = find_engine(config.runtime.engine, environ)
-    return ComposeDriver(engine, config, others=others) if engine and config.runtime.compose != "off" else None
+    if config.runtime.compose == "off" or engine is None:
+        return None
+    return ComposeDriver(engine, config, environ, others=others, claim=claim)
 
 
 class ComposeDriver:
@@ -6682,8 +6993,9 @@ class ComposeDriver:
     Containers are found by their labels, by one query for all, and judged by what the engine shows of them.
     """
 
-    def __init__(self, engine, config, environ=None, child=("", {}), others=()):
+    def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
         self.engine, self.config, self.environ = engine, config, environ
+        self.claim, self.strangers = claim, []      # [Container] that the last look has shown, and that are not ours
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even where they share the engine
         self.remote = bool(set(self.connection) & set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"})
@@ -6703,12 +7015,17 @@ class ComposeDriver:
         records: of the deployments that are known to need this driver; a leftover is looked for all the same (P-11).
         """
         facts = [".ID", ".Names"] + [f'(.Label "{name}")' for name in (
-            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE)] + [".State", ".Status"]
+            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER)] + [".State", ".Status"]
         form = "json" if self.engine == "podman" else "[" + ",".join(f"{{{{json {fact}}}}}" for fact in facts) + "]"
         output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 20 if self.remote else 60)
         if output.code:
             raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
-        return [container for container in parse_containers(output.stdout, self.engine) if container.device_id not in self.others]
+        ours, self.strangers = part_containers(parse_containers(output.stdout, self.engine), self.claim())
+        return [container for container in ours if container.device_id not in self.others]
+
+    def find_strangers(self):
+        """[Container] of other owners, as the last look has shown them."""
+        return self.strangers
 
     def prepare(self, deployment, component, known, store):
         """Fetches and verifies all that a component needs, touching nothing that runs: (what `apply` takes, package facts)."""
@@ -6716,8 +7033,32 @@ class ComposeDriver:
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         folder = unpack_package(data, package["digest"], folder, self.config.policy.max_unpacked, relaxed=not component.revision)
         workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
-                            make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id)
-        return self.resolve(workload, IMAGE_PATIENCE, bool(known) and known["digest"] == package["digest"]), package
+                            make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id,
+                            self.claim().owner)
+        prepared = self.resolve(workload, IMAGE_PATIENCE, bool(known) and known["digest"] == package["digest"])
+        self.check_names(*prepared)
+        return prepared, package
+
+    def check_names(self, workload, project):
+        """Raises ComponentError where a name that a component needs is another owner's, before anything is touched."""
+        containers = [make_container_name(workload.project, service.name) for service in project.services]
+        advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
+        for kind, names, words in (("network", [name for name, arguments in project.networks.items() if arguments is not None], advice),
+                                   ("volume", list(project.volumes), advice), ("container", containers, "remove it there")):
+            for name, owner, found_id in self.inspect_names(kind, names):
+                if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
+                    raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {make_printable(owner, 300)}: {words}")
+
+    def inspect_names(self, kind, names):
+        """[(name, owner, id)] of the containers, networks or volumes of these names that there are."""
+        output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
+        found = []
+        for item in parse_json(output or b"[]", f"{kind} inspect"):
+            name = (item.get("Name") or item.get("name", "")).lstrip("/")
+            labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
+            if name in names:                       # what is asked for may be the beginning of an id, too
+                found.append((name, labels.get(LABEL_OWNER, ""), item.get("Id")))
+        return found
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
@@ -6772,11 +7113,11 @@ class ComposeDriver:
         if service.pull == "never":
             raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
-        self.check_space(service.image, "".join(arguments)[len("--platform="):])
+        environ = self.clear_temporary(self.check_space(service.image, "".join(arguments)[len("--platform="):]))
         program, options = self.make_access(find_registry(service.image))
         log("info", "an image is pulled", image=service.image)
         timeout = PULL_TIMEOUT if self.remote else timeout         # from here nobody sees whether it moves over there
-        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=self.environ, patient=True)
+        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ, patient=True)
         if output.code:                             # the system's own words for a full disk stand in every program's
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED", f"{self.engine} pull failed: {output.stderr[-1500:]}")
@@ -6784,14 +7125,34 @@ class ComposeDriver:
             self.pulled.append(service.image)
 
     def check_space(self, image, platform):
-        """Raises ComponentError DISK_FULL for an image that cannot fit where the engine keeps them, as far as that can be told (P-4)."""
+        """Bytes that are fetched for an image, as far as that can be told, else 0.
+
+        Raises ComponentError DISK_FULL where they cannot fit where the engine keeps its images (P-4).
+        """
         form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
         root = "" if self.remote else self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
         layers = find_layers(image, platform, self.config) if os.path.isdir(root) else []
         if layers:
             ids = self.run(["images", "--quiet", "--no-trunc"], 60).stdout.decode().split()
             there = self.run(["image", "inspect", "--format={{json .RootFS.Layers}}"] + sorted(set(ids)), 60).stdout.decode() if ids else ""
-            check_space(root, sum(size for layer, size in layers if layer not in there), f"image {image}")
+            layers = [(layer, size) for layer, size in layers if layer not in there]
+            check_space(root, sum(size for _, size in layers), f"image {image}")
+        return sum(size for _, size in layers)
+
+    def clear_temporary(self, need):
+        """The environment of a pull.  What earlier pulls that were cut off left behind for temporary files goes first.
+
+        Where an image of `need` bytes has no room there, on a small flash say, the engine uses the folder that it has by itself.
+        """
+        folder, environ = os.path.join(self.config.state_dir, "tmp"), self.environ
+        if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
+            return environ
+        empty_folder(folder)
+        free, margin = get_space(folder)
+        if free >= need + margin:
+            return environ
+        log("info", "an image does not fit below state_dir; the engine's own folder takes what it fetches", bytes=need, free=free)
+        return {key: value for key, value in environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says; credentials lie in a file of mode 0600."""
@@ -6799,11 +7160,11 @@ class ComposeDriver:
         if not settings:
             return [self.engine], []
         folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
-        os.makedirs(folder, 0o700, exist_ok=True)
+        make_folder(folder)
         options, program = [], [self.engine]
         basic = load_credentials(host, settings)
         if basic:
-            write_file(os.path.join(folder, "config.json"), make_json({"auths": {host: {"auth": basic}}}))
+            write_file(os.path.join(folder, "config.json"), make_json({"auths": {host: {"auth": basic[len("Basic "):]}}}))
             options, program = (["--authfile=" + os.path.join(folder, "config.json")], program) if self.engine == "podman" else (
                 [], [self.engine, "--config", folder])
         if self.engine == "podman" and settings.insecure:
@@ -7046,11 +7407,20 @@ class ComposeDriver:
         project = make_project_name(component, deployment_id)
         self.remove_containers(ours(containers)[::-1], deadline)
         output = self.run(["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"], 60, "REMOVE_FAILED")
-        for name in output.stdout.decode().split():
-            self.run(["network", "rm", name], 60, "REMOVE_FAILED")
+        for name, owner, _ in self.inspect_names("network", output.stdout.decode().split()):
+            if is_ours(self.claim(), deployment_id, owner):
+                self.run(["network", "rm", name], 60, "REMOVE_FAILED")
         left = ours(self.observe())
         if left:
             raise ComponentError("REMOVE_FAILED", f"container {left[0].name} is still there")
+
+
+def part_containers(containers, claim):
+    """([Container] of ours, [Container] of others): from here on nobody sees what is not ours."""
+    parts = {True: [], False: []}
+    for item in containers:
+        parts[is_ours(claim, item.deployment_id, item.owner, item.id)].append(item)
+    return parts[True], parts[False]
 
 
 def find_health(state, status):
@@ -7072,12 +7442,13 @@ def parse_containers(data, engine):
                 labels, (state, health) = item.get("Labels") or {}, find_health(item["State"].lower(), item.get("Status"))
                 containers.append(Container(item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], labels.get(LABEL_COMPONENT, ""),
                                             labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), state, "compose",
-                                            labels.get(LABEL_DEVICE, ""), item.get("StartedAt", 0), health))
+                                            labels.get(LABEL_DEVICE, ""), item.get("StartedAt", 0), health,
+                                            labels.get(LABEL_OWNER, "")))
         else:
             for line in data.splitlines():
-                *marks, device_id, state, status = parse_json(line, "docker ps")
+                *marks, device_id, owner, state, status = parse_json(line, "docker ps")
                 state, health = find_health(state, status)
-                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, health=health))
+                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, health=health, owner=owner))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
@@ -7088,7 +7459,12 @@ Release = define("Release", "deployment_id component name namespace chart values
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
 
 
-def parse_releases(data, records):
+def make_owner_value(owner):
+    """An owner as the value of a Kubernetes label, which has room for 63 letters and digits."""
+    return sha256_digest(owner.encode())[7:47]
+
+
+def parse_releases(data, records, owner=""):
     """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.  Raises CommandError."""
     names = {make_release_name(component["name"], record["deploymentId"]): (record["deploymentId"], component["name"])
              for record in records for component in record["components"]}
@@ -7100,7 +7476,8 @@ def parse_releases(data, records):
                 continue                            # somebody else's, whatever its labels say
             deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
             containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm"))
+                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm",
+                                        owner=owner))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
     return containers
@@ -7113,10 +7490,10 @@ def list_texts(value):
     return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
 
 
-def make_helm_driver(config, environ, child=None):
+def make_helm_driver(config, environ, child=None, claim=claim_nothing):
     """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything.
 
-    child: (device id, connection) of a child device, whose connection may name its cluster.
+    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for make_compose_driver.
     """
     setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
     if child and "KUBECONFIG" not in child[1]:
@@ -7128,18 +7505,19 @@ def make_helm_driver(config, environ, child=None):
     if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
         return None
     environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
-    return HelmDriver("helm" if setting == "auto" else setting, config, dict(environ, **({"KUBECONFIG": path} if path else {})))
+    environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
+    return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
 
 
 class HelmDriver:
     """Runs Helm components by the helm command, version 3 or 4.
 
-    Releases are ours by the label org.margo.deployment; all of them are seen by one `helm list`, which is asked only where a deployment
+    Releases are ours by the label org.margo.owner; all of them are seen by one `helm list`, which is asked only where a deployment
     needs Helm.  Charts are fetched and verified here, like Compose Archives, so helm needs no access to registries.
     """
 
-    def __init__(self, helm, config, environ):
-        self.helm, self.config, self.environ = helm, config, environ
+    def __init__(self, helm, config, environ, claim=claim_nothing):
+        self.helm, self.config, self.environ, self.claim = helm, config, environ, claim
         self.pulled = []                            # the cluster keeps the images
 
     def run(self, arguments, timeout):
@@ -7148,13 +7526,38 @@ class HelmDriver:
 
     def observe(self, records=()):
         """Every release of ours in any state; [] without asking where no deployment is known to need Helm.  Raises CommandError."""
-        if not records:
-            return []
-        output = self.run(["list", "--all-namespaces", f"--selector={LABEL_DEPLOYMENT}", "--max=0", "--output=json"]
+        found, claim = [], self.claim()
+        wanted = {make_release_name(component["name"], record["deploymentId"]) for record in records for component in record["components"]}
+        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
+            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
+            found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
+            if wanted <= {release.name for release in found}:
+                break                               # under an earlier owner is only what is missing
+        return found
+
+    def list(self, selector, *options):
+        """What `helm list` says of releases in any state; raises CommandError."""
+        output = self.run(["list", "--max=0", "--output=json", f"--selector={selector}"] + (list(options) or ["--all-namespaces"])
                           + [f"--{state}" for state in RELEASE_STATES], 60)
         if output.code:
             raise CommandError(f"the cluster does not answer (helm list: {output.stderr[-500:]})")
-        return parse_releases(output.stdout, records)
+        return output.stdout
+
+    def make_foreign(self):
+        """The selector of releases that carry no owner of this agent's, or none at all."""
+        claim = self.claim()
+        return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
+
+    def find_strangers(self):
+        """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
+        return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
+
+    def check_name(self, name, namespace):
+        """Raises ComponentError where a release of this name was made by somebody else."""
+        options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
+        if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
+                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
+            raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this agent: remove it there")
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
@@ -7168,9 +7571,10 @@ class HelmDriver:
         _, package = obtain_package(component, known, self.config, store, "helm")
         content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
         name = make_release_name(component.name, deployment.deployment_id)
+        self.check_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         try:
-            os.makedirs(folder, 0o700, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
         values_file = os.path.join(folder, content + ".json")
@@ -7191,10 +7595,10 @@ class HelmDriver:
             return {"release": facts}
         for container in present:
             self.repair(container, release.namespace, facts, deadline)
-        seconds = max(1, int(deadline - time.monotonic()))
+        seconds, owner = max(1, int(deadline - time.monotonic())), self.claim().owner
+        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}" + (f",{LABEL_OWNER}={make_owner_value(owner)}" if owner else "")
         output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
-                           f"--values={release.values_file}", f"--labels={LABEL_DEPLOYMENT}={release.deployment_id}",
-                           "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
+                           f"--values={release.values_file}", f"--labels={labels}", "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
                           + (["--wait"] if release.wait else []), seconds + 30)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
@@ -7249,23 +7653,24 @@ class HelmDriver:
         return False
 
 
-def make_drivers(config, child=None, others=()):
-    """{deployment type: driver} of what a device can run; `child` and `others` as make_compose_driver takes them.
+def make_drivers(config, child=None, others=(), claim=claim_nothing):
+    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-    A driver has observe, tail_log, tend, prepare, apply, remove, remove_image and `pulled`, and that of compose components `stop`; no
-    other section knows what it drives.
+    A driver has observe, find_strangers, tail_log, tend, prepare, apply, remove, remove_image and `pulled`, and that of compose
+    components `stop`; no other section knows what it drives.
     """
-    drivers = {"compose": make_compose_driver(config, child=child, others=others), "helm": make_helm_driver(config, os.environ, child)}
+    drivers = {"compose": make_compose_driver(config, child=child, others=others, claim=claim),
+               "helm": make_helm_driver(config, os.environ, child, claim)}
     return {kind: driver for kind, driver in drivers.items() if driver}
 
 
-def make_places(config, own_id):
-    """[Place] of this device and of each child, in this order."""
+def make_places(config, own_id, claim=claim_nothing):
+    """[Place] of this device and of each child, in this order; claim: as for make_compose_driver."""
     ids = [f"{own_id}/{child.id}" for child in config.device.children]
-    places = [Place(own_id, config.device, make_drivers(config, others=ids))]
+    places = [Place(own_id, config.device, make_drivers(config, others=ids, claim=claim))]
     for device_id, child in zip(ids, config.device.children):
         others = [other for other in ids if other != device_id]
-        places.append(Place(device_id, child, make_drivers(config, (device_id, child.connection), others)))
+        places.append(Place(device_id, child, make_drivers(config, (device_id, child.connection), others, claim)))
     return places
 
 
@@ -7513,8 +7918,10 @@ def apply_target(target, record, containers, tools):
             for change in dropped:
                 remove_component(change, containers, hooks)
         yield finish_record(record, make_mark(tools.config.runtime.environment))
-    except (ComponentError, CommandError) as error:
-        error = error if isinstance(error, ComponentError) else ComponentError("INSTALL_FAILED", error.message)
+    except (ComponentError, CommandError, MemoryError) as error:
+        error = to_fault(error)
+        if not isinstance(error, ComponentError):
+            error = ComponentError("OUT_OF_MEMORY" if isinstance(error, NoMemory) else "INSTALL_FAILED", error.message)
         log("error", "deployment failed", deployment=target.deployment_id, component=name, code=error.code, reason=error.message)
         if touched and tools.config.runtime.on_failure != "rollback":
             record = dict(record, fallback=False)   # it is left as it is, for inspection
@@ -7560,7 +7967,8 @@ def roll_back(record, tools):
             record = set_component(record, component.name, "installed", services=services, package=package)
             settled[component.name] = services
         remove_dropped(record, deployment, containers, tools, True)
-    except (ComponentError, CommandError) as error:
+    except (ComponentError, CommandError, MemoryError) as error:
+        error = to_fault(error)
         log("error", "roll-back failed", deployment=record["deploymentId"], reason=error.message)
         return record, f"bringing the version before back failed too: {error.message}"
     log("warning", "rolled back; the version before runs again", deployment=record["deploymentId"], digest=before["digest"])
@@ -7860,7 +8268,8 @@ class Agent:
         self.config, self.stopping = config, stopping
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
-        self.places = make_places(config, self.device_id)
+        self.owner = None                           # what this agent's workloads are labelled with, once it has been asked for
+        self.places = make_places(config, self.device_id, self.make_claim)
         self.observed = {}                          # {device id: [Container]}, as far as it has been seen in this cycle
         self.deaf = {}                              # {(device id, deployment type): CommandError} of what does not answer, Late: not yet
         self.done = set()                           # {(device id, deployment id in lower case)} that this cycle is done with
@@ -7882,17 +8291,18 @@ class Agent:
                     continue                        # there is no SVID to speak with
                 try:
                     changed = step() or changed
-                except MargoError as error:
-                    self.faults.append(error)
-                    self.note_fault(error, began)
+                except (MargoError, MemoryError) as error:
+                    self.faults.append(to_fault(error))
+                    self.note_fault(self.faults[-1], began)
             return self.conclude(max(self.faults, key=lambda fault: fault.exit, default=None), changed, began)
 
     def __enter__(self):
         """Takes the state directory for this process and reads the state."""
         self.store.create()
         self.store.lock()
+        empty_folder(self.store.path("tmp"))
         try:
-            self.state = self.store.load_state()
+            self.state, self.owner = self.store.load_state(), None
         except MargoError:
             self.store.unlock()
             raise
@@ -7908,14 +8318,43 @@ class Agent:
             self.source = connect_source(self.config, self.store, self.state, keep)
         return self.source
 
+    def make_claim(self):
+        """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as the one before."""
+        owners = self.state["owners"]
+        if self.owner is None:
+            try:
+                self.owner = make_owner(SERVED[self.config.wfm.profile].identify(self.config), self.device_id)
+                if self.owner != (owners or [""])[-1]:
+                    self.state["owners"] = [owner for owner in owners if owner != self.owner][1 - HISTORY:] + [self.owner]
+            except Untrusted:
+                self.owner = (owners or [""])[-1]
+        return make_claim(self.owner, self.state)
+
+    def list_others(self, known=None):
+        """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at this device and its children has shown them.
+
+        known: what an earlier list told, so that clusters are not asked again.
+        """
+        others = {item["name"]: item for item in known or () if item["type"] == "helm"}
+        for place in self.places:
+            for kind, driver in self.list_drivers(place).items():
+                found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
+                if isinstance(found, CommandError):
+                    log("warning", "workloads of other owners cannot be named", device=place.device_id, reason=found.message)
+                    continue
+                others.update((item.id, {"owner": make_printable(item.owner), "deploymentId": item.deployment_id, "name": item.name,
+                                         "type": kind}) for item in found)
+        return list(others.values())
+
     def check_patience(self, now, spread=True):
         """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now; spread: or a fleet just starts."""
-        boot, uptime = get_uptime()
+        clock = get_clock()
         if self.is_downtime():
             raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
-        left, why = find_patience(self.state["patience"], now, boot, uptime), "the WFM or a back-off asks"
-        if not left and spread and boot and uptime < START_WINDOW:
-            left, why = self.spread_start(boot, uptime), "a fleet that has just started does not arrive at once"
+        left, why = find_wait(self.state["patience"], clock), "the WFM or a back-off asks"
+        if not left and spread and clock.boot and clock.uptime < START_WINDOW:
+            left = self.spread_start(clock.boot, clock.uptime)
+            why = "a fleet that has just started does not arrive at once"
             self.starting = max(0, left)
         if left > 0:
             raise Silence(f"waiting until {make_time(now + left)}: {why}", retry_after=left)
@@ -7944,10 +8383,10 @@ class Agent:
         long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
         log("error", error.message, code=error.code, **long)
         if isinstance(error, (Unreachable, Refused, Untrusted)):
-            failures, (boot, uptime) = self.state["patience"].get("failures", 0) + 1, get_uptime()
-            delay = (make_backoff(failures, error.retry_after, error.strategy, get_random()) if isinstance(error, Unreachable)
-                     else error.retry_after or 0)
-            self.state["patience"] = {"failures": failures, "at": now, "delay": delay, "boot": boot, "uptime": uptime}
+            before, delay = self.state["patience"], error.retry_after or 0
+            if isinstance(error, Unreachable):
+                delay = make_backoff(before.get("failures", 0) + 1, error.retry_after, error.strategy, get_random())
+            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=now))
         if isinstance(error, (Unreachable, Untrusted)) or error.retry_after:
             self.source = None                      # one time-out a cycle is enough
 
@@ -8394,7 +8833,8 @@ class Agent:
             log("error", error.message, code=error.code)
             codes.append(error.exit)
         memo = self.store.load_memo()
-        self.store.save_memo(dict(memo, lastPoll=last))
+        others = self.list_others(None if changed else memo.get("others"))[:MAX_NAMED] if self.observed else memo.get("others", [])
+        self.store.save_memo(dict(memo, lastPoll=last, others=others))
         return Outcome(max(codes), result, last["detail"], make_delay(self.config, state, fault, time.time(), get_random()))
 
 
@@ -8410,15 +8850,6 @@ def make_backoff(failures, asked, strategy, jitter):
     asked = asked or 0
     top = 0 if asked and strategy in ("fixed", "none") else grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP)
     return asked + jitter * max(0, top - asked)
-
-
-def find_patience(patience, now, boot, uptime):
-    """Seconds for which the WFM still wants to be left alone: by the clock that nobody sets where this is the same boot, else by the
-    wall clock, which may have jumped: no jump makes the wait longer than it was.
-    """
-    if patience.get("boot") == boot:
-        return find_left(dict(patience, at=patience["uptime"]), uptime)
-    return find_left(patience, now)
 
 
 def make_start(uptime, poll, known, jitter):
@@ -8475,12 +8906,16 @@ def command_run(config, options):
 def start_watch(options):
     """Turns this process into the parent of the daemon: a bare interpreter that holds `watch` and nothing else of this file.
 
-    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays behind.
+    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays behind; it is the compiled
+    form, which is there where this file's source is not.
     """
-    import inspect
-    program = f"{inspect.getsource(watch)}\nraise SystemExit(watch({make_child(options)!r}, 60.0))\n"
+    import marshal
+    parts = {part.__name__: part.__code__ for part in (notify, complain, start_cycle, read_answer, count_wakes, end_cycle, watch)}
+    program = (f"import marshal\nfor name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
+               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"raise SystemExit(watch({make_child(options)!r}, {CYCLE_RETRY}, {HUNG}, {STOP_LIMIT}))\n")
     reader, writer = os.pipe()
-    os.write(writer, program.encode())              # a pipe holds 64 KiB, watch is far smaller
+    os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
     os.dup2(reader, 0)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
@@ -8490,74 +8925,148 @@ def make_child(options):
     """The command line of one cycle: this very file, as a module where it can be, because then its compiled form is kept."""
     path = os.path.abspath(__file__)
     folder, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
     start = [sys.executable, "-I", "-S", path]
-    if name.endswith(".py"):
+    if suffix in (".py", ".pyc") and "." not in stem:
         code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); from importlib import import_module; "
-                f"sys.exit(import_module({name[:-3]!r}).main(sys.argv[1:]))")
+                f"sys.exit(import_module({stem!r}).main(sys.argv[1:]))")
         start = [sys.executable, "-I", "-S", "-c", code, folder]
     return start + options["arguments"] + ["--once"]
 
 
-def watch(child, fallback):
-    """The daemon's parent: runs `child` (an argument list) over and over; self-contained, because only its source is run.
+# The daemon's parent: these functions run in an interpreter that has nothing else of this file, so they import what they need.
+
+def notify(address, text):
+    """Tells systemd something, where it listens."""
+    if not address:
+        return
+    import socket
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
+            peer.connect("\0" + address[1:] if address.startswith("@") else address)
+            peer.send(text.encode())
+    except OSError:
+        pass                                        # nobody listens any more: no reason to end
+
+
+def complain(text):
+    """Writes one line as the log does."""
+    import os
+    import time
+    try:
+        os.write(2, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} error   {text}\n".encode())
+    except OSError:
+        pass                                        # nobody listens any more
+
+
+def start_cycle(child, signals):
+    """(process id, pipe by which it says how long to wait) of a new cycle; raises OSError."""
+    import os
+    import signal
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)                  # whoever else keeps the other end open cannot stop us
+    pid = os.fork()
+    if not pid:
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            os.set_inheritable(writer, True)
+            os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
+        except OSError as error:
+            complain(f"{child[0]} cannot be started ({error.strerror}); is Python still where it was?")
+        finally:
+            os._exit(127)
+    os.close(writer)
+    return pid, reader
+
+
+def read_answer(reader):
+    """What a cycle that has ended said by its pipe; closes it."""
+    import os
+    try:
+        return os.read(reader, 64)
+    except BlockingIOError:
+        return b""
+    finally:
+        os.close(reader)
+
+
+def count_wakes(pid):
+    """How often the kernel has let a process go on after a wait; where that cannot be told, another number each time."""
+    import time
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return int(file.read().partition("voluntary_ctxt_switches:")[2].split()[0])
+    except (OSError, IndexError):
+        return time.monotonic()
+
+
+def end_cycle(pid, limit):
+    """Asks a cycle to end after its current step, and kills it after `limit` seconds; the daemon's exit code."""
+    import os
+    import signal
+    import time
+    end = time.monotonic() + limit
+    os.kill(pid, signal.SIGTERM)
+    while not os.waitpid(pid, os.WNOHANG)[0]:
+        if time.monotonic() > end:
+            complain(f"the cycle did not end within {limit} s, and is killed")
+            os.kill(pid, signal.SIGKILL)
+            return 1
+        signal.sigtimedwait({signal.SIGCHLD}, 0.5)
+    return 0
+
+
+def watch(child, fallback, hung, limit):
+    """Runs `child` (an argument list) over and over; returns the exit code.
 
     A child says by a pipe how long to wait, else `fallback` seconds count.  SIGTERM and SIGINT end it after the current step, SIGHUP
-    starts a cycle at once (each reads the configuration anew).  Speaks systemd's notify protocol.
+    starts a cycle at once (each reads the configuration anew).  systemd's watchdog is fed while cycles can be started and move: one
+    that the kernel has not seen wake for `hung` seconds waits for what will never come, because each of its own waits is shorter, and
+    is killed.  Five in a row that cannot be started end the daemon.
     """
     import os
     import signal
     import time
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    address, beat = os.environ.get("NOTIFY_SOCKET"), int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
-
-    def notify(text):
-        if address:
-            import socket
-            try:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
-                    peer.connect("\0" + address[1:] if address.startswith("@") else address)
-                    peer.send(text.encode())
-            except OSError:
-                pass                                # nobody listens any more: no reason to end
-
-    def start():
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if not pid:
-            try:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
-                os.set_inheritable(writer, True)
-                os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
-            finally:
-                os._exit(70)
-        os.close(writer)
-        return pid, reader
-
-    notify("READY=1")
-    pid, reader, due, proven = 0, 0, 0.0, False
+    address, beat = os.environ.get("NOTIFY_SOCKET", ""), int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
+    notify(address, "READY=1")
+    pid, due, moved, seen, proven, failures = 0, 0.0, 0.0, None, False, 0
     while True:
-        if not pid and time.monotonic() >= due:
-            (pid, reader), due = start(), None
-        wait = beat if pid else min(beat, max(0.0, due - time.monotonic()))
-        number = getattr(signal.sigtimedwait(signals, wait), "si_signo", 0)
-        notify("WATCHDOG=1")
+        now = time.monotonic()
+        if not pid and now >= due:
+            try:
+                (pid, reader), due, moved = start_cycle(child, signals), None, now
+            except OSError as error:
+                complain(f"no cycle can be started ({error.strerror})")
+                failures, due = failures + 1, now + fallback
+        wait = hung / 4 if pid else max(0.0, due - now)
+        number = getattr(signal.sigtimedwait(signals, min(beat, wait)), "si_signo", 0)
+        now = time.monotonic()
         if number in (signal.SIGTERM, signal.SIGINT):
-            notify("STOPPING=1")
-            if pid:
-                os.kill(pid, signal.SIGTERM)
-                os.waitpid(pid, 0)
-            return 0
+            notify(address, "STOPPING=1")
+            return end_cycle(pid, limit) if pid else 0
         if number == signal.SIGHUP:
             due = 0.0
         ended, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
         if ended:
-            answer = os.read(reader, 64), os.close(reader)
+            answer = read_answer(reader)
             if status == 2 << 8 and not proven:     # a configuration that never worked
                 return 2
+            failures = failures + 1 if not answer and status in (1 << 8, 127 << 8) else 0      # Python itself failed, or is not there
             pid, proven = 0, True
-            due = time.monotonic() + float(answer[0] or fallback) if due is None else due
+            due = now + float(answer or fallback) if due is None else due
+        if failures >= 5:
+            complain("five cycles in a row could not be started; this process ends, so that its supervisor learns of it")
+            return 1
+        before, seen = seen, count_wakes(pid) if pid else None
+        moved = moved if pid and seen == before else now
+        if now - moved > hung:
+            complain(f"the cycle has not moved for {hung} s, and is killed")
+            os.kill(pid, signal.SIGKILL)
+        elif not failures:
+            notify(address, "WATCHDOG=1")
 
 
 def command_enroll(config, options):
@@ -8621,7 +9130,7 @@ def command_unenroll(config, options):
             except Untrusted as error:
                 log("warning", "the WFM does not know this client any more; the relationship is forgotten here", reason=error.message)
         kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
-        agent.state = dict(make_state(), deployments=kept)
+        agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
         for name in ("issued.p7", "issued.key", "issued.pem"):
             remove_file(agent.store.path(name))     # an enrollment under way is given up
@@ -8653,18 +9162,25 @@ def command_plan(config, options):
 
     for _ in agent.observe(make_targets()) if accepted else ():
         pass                                        # until all have answered
-    plan = agent.plan(make_targets()) if accepted else []
+    plan, others = agent.plan(make_targets()) if accepted else [], agent.list_others() if accepted else []
     if "--json" in options:
         actions = [{"deploymentId": a.deployment_id, "action": a.action, "reason": a.reason, "deviceId": p.device_id} for p, a, _ in plan]
-        print_json({"version": accepted["version"] if accepted else None, "actions": actions})
+        print_json({"version": accepted["version"] if accepted else None, "actions": actions, "others": others})
     else:
         print(f"desired state: version {accepted['version'] if accepted else 'none'}")
         for place, action, _ in plan:
             where = f"on {place.device_id}: " if len(agent.places) > 1 else ""
             print(f"{action.action:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
+        print_others(others, 8)
     for (device_id, _), fault in agent.deaf.items():
         if device_id == agent.device_id:
             raise fault
+
+
+def print_others(others, width):
+    """A line for each workload of another owner."""
+    for item in others:
+        print(f"{'other':{width}}{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}; it is left alone")
 
 
 def command_status(config, options):
@@ -8690,6 +9206,7 @@ def command_status(config, options):
             print(f"  {component['state']:8} {component['name']}{reason}")
         if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
             print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
+    print_others(document["others"], 11)
 
 
 def make_status_report(config, state, memo, now):
@@ -8707,7 +9224,8 @@ def make_status_report(config, state, memo, now):
             "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
             "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
             "outbox": len(state["outbox"]), "deployments": deployments,
-            "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()]}
+            "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
+            "others": memo.get("others", [])}
 
 
 def command_history(config, options):
@@ -8727,7 +9245,7 @@ def command_doctor(config, options):
     agent, failed = Agent(config), False
     agent.state = make_state()
     for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("children", check_children),
-                        ("registry", check_registries), ("hooks", check_hooks), ("labels", check_labels),
+                        ("others", check_others), ("registry", check_registries), ("hooks", check_hooks), ("labels", check_labels),
                         ("identity", lambda agent: SERVED[agent.config.wfm.profile].check(agent.config, agent.state, time.time())),
                         ("wfm", check_connection)):
         try:
@@ -8747,8 +9265,7 @@ def check_storage(agent):
         folder = os.path.dirname(folder) or "/"
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as its owner")
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
+    free, _ = get_space(folder)
     need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
     words = f"{agent.config.state_dir}, {free // MIB} MiB free"
     return ("ok", words) if free > need else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
@@ -8787,6 +9304,13 @@ def check_children(agent):
     if words:
         raise CommandError("; ".join(words))
     return "ok", f"{len(agent.places) - 1} answer" if agent.places[1:] else ""
+
+
+def check_others(agent):
+    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
+    others = agent.list_others()
+    words = "; ".join(dict.fromkeys(f"{item['name']} of {item['owner'] or 'no owner that is known'}" for item in others))
+    return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
 
 def check_registries(agent):
@@ -8912,8 +9436,9 @@ def print_help():
     print(USAGE)
     for name, (function, known, operand) in COMMANDS.items():
         words = "".join(f"[{option} {value}".rstrip() + "]" for option, value in known.items()) or operand
-        print(f"  {name:13} {words:17} {function.__doc__}")
-    print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml\n" + __doc__[__doc__.index("Exit codes"):__doc__.index("Files.")])
+        print(f"  {name:13} {words:17} {function.__doc__ or ''}".rstrip())
+    print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml")
+    print("".join((__doc__ or "").partition("Exit codes")[1:]).partition("Files.")[0])          # python -OO keeps no docstrings
 
 
 def run_main(arguments):
@@ -8956,7 +9481,8 @@ def main(arguments=None):
         code = run_main(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
-    except MargoError as error:
+    except (MargoError, MemoryError) as error:
+        error = to_fault(error)
         log("error", error.message, code=error.code)
         return error.exit
     except BrokenPipeError:
@@ -8966,6 +9492,11 @@ def main(arguments=None):
         return 130
     except Exception as error:                      # a bug: one line for the operator, the rest for whoever mends it
         import errno
+        if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):        # `idna` needs unicodedata
+            log.form = "text"                       # the other form needs a module itself
+            log("error", f"this Python lacks a part of its standard library ({error}); install it (see README, Small devices)",
+                code=ConfigError.code)
+            return ConfigError.exit
         import traceback
         if getattr(error, "errno", 0) == errno.ENOSPC:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

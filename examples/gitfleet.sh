@@ -5,8 +5,8 @@
 #   sh examples/gitfleet.sh
 #
 # makes a bare repository, commits an application, lets the agents of two devices follow, and shows what each says on its own branch;
-# then changes the application, reverts that, and both follow again.  Each device has a container engine (a podman storage) of its
-# own.  Needs what examples/quickstart.sh needs, and git; all happens in a temporary folder.
+# then changes the application, reverts that, and both follow again.  Each device has a container engine of its own.  Needs what
+# examples/quickstart.sh needs, and git; all happens in a temporary folder, beside what runs on this machine and without touching it.
 set -eu
 cd "$(dirname "$0")/.."
 repository=$(pwd)
@@ -19,7 +19,7 @@ say() {
 }
 
 devices="press-1 press-2"
-deployment=5d3f0c1a-7b52-4c7e-9a44-0f6d2c9be101
+deployment=$(cat /proc/sys/kernel/random/uuid)
 work=$(mktemp -d)
 wfm=
 finish() {
@@ -27,39 +27,23 @@ finish() {
     trap - EXIT INT TERM
     [ -z "$wfm" ] || kill "$wfm" 2>/dev/null || true
     for device in $devices; do
-        [ -d "$work/$device/graph" ] || continue
-        engine "$device" rm --all --force --time 0 >/dev/null 2>&1 || true
-        engine "$device" rmi --all --force >/dev/null 2>&1 || true
-        umount --lazy "$work/$device/graph/overlay" 2>/dev/null || true
+        [ ! -d "$work/$device/engine" ] || remove_engine "$work/$device/engine"
     done
     rm -rf "$work"
     if [ $code = 0 ]; then say "Done, and nothing is left behind"; else say "Failed (exit $code)" >&2; fi
     exit $code
 }
+# shellcheck source=examples/engine.sh
+. examples/engine.sh
 trap finish EXIT
 trap 'exit 130' INT TERM
-
-# engine DEVICE ...: podman on a device's own storage
-engine() {
-    device=$1
-    shift
-    CONTAINERS_STORAGE_CONF="$work/$device/storage.conf" podman "$@"
-}
 
 say "Two devices, each with an engine and an image from busybox"
 mkdir -p "$work/image/bin" "$work/image/tmp"
 cp /bin/busybox "$work/image/bin/busybox"
 for name in sh echo sleep true; do ln -s busybox "$work/image/bin/$name"; done
 for device in $devices; do
-    mkdir -p "$work/$device"
-    printf '[storage]\ndriver = "vfs"\ngraphroot = "%s/graph"\nrunroot = "%s/run"\n' "$work/$device" "$work/$device" > "$work/$device/storage.conf"
-    tar -C "$work/image" -c . | engine "$device" import --quiet - localhost/margo-greeter:1 >/dev/null
-    if ! engine "$device" run --rm --net=none localhost/margo-greeter:1 true >/dev/null 2>&1; then
-        # in some virtual machines the default runtime or its limits are refused: runc with smaller ones
-        printf '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]\n[engine]\nruntime = "runc"\n' > "$work/containers.conf"
-        export CONTAINERS_CONF="$work/containers.conf"
-        engine "$device" run --rm --net=none localhost/margo-greeter:1 true
-    fi
+    make_engine "$work/$device/engine" "$work/image" localhost/margo-greeter:1
     echo "$device"
 done
 
@@ -139,9 +123,10 @@ follow() {
     head=$(git rev-parse HEAD)
     for device in $devices; do
         echo "\$ margo_agent.py -c $device/agent.yaml run --once"
-        RUNTIME_DIRECTORY="$work/$device/memory" CONTAINERS_STORAGE_CONF="$work/$device/storage.conf" \
+        RUNTIME_DIRECTORY="$work/$device/memory" on_engine "$work/$device/engine" \
             python3 "$repository/margo_agent.py" -c "$work/$device/agent.yaml" run --once
-        heard=$(engine "$device" logs "$(engine "$device" ps --quiet --filter "label=org.margo.deployment=$deployment")")
+        container=$(on_engine "$work/$device/engine" podman ps --quiet --filter "label=org.margo.deployment=$deployment")
+        heard=$(on_engine "$work/$device/engine" podman logs "$container")
         echo "$device runs: $heard"
         [ "$heard" = "$1" ]
     done

@@ -6,7 +6,8 @@
 #
 # makes certificates, starts the example Workload Fleet Manager, publishes a small web server as a Compose Archive, lets the agent
 # install, update and remove it, and asks the application itself each time.  What is missing (podman, a container runtime and
-# network, openssl, curl, busybox) is installed by the system's package manager; --no-install only checks.  All else happens in a temporary folder.
+# network, openssl, curl, busybox) is installed by the system's package manager; --no-install only checks.  All else happens in a
+# temporary folder: podman keeps its containers, images and networks there, so what runs on this machine is neither seen nor touched.
 #
 # --enroll shows something else: the whole life of an identity in a minute, by certificates that live for seconds.  It needs no podman.
 set -eu
@@ -87,18 +88,14 @@ finish() {
     trap - EXIT INT TERM
     [ -z "$wfm" ] || kill "$wfm" 2>/dev/null || true
     [ -z "$mis" ] || kill "$mis" 2>/dev/null || true
-    if command -v podman >/dev/null 2>&1; then
-        ids=$(podman ps --all --quiet --filter "label=org.margo.deployment=$deployment" 2>/dev/null || true)
-        # shellcheck disable=SC2086
-        [ -z "$ids" ] || podman rm --force $ids >/dev/null 2>&1 || true
-        podman network rm "web-${deployment}_default" >/dev/null 2>&1 || true
-        podman rmi --force localhost/margo-hello:1 >/dev/null 2>&1 || true
-    fi
+    [ ! -d "$work/engine" ] || remove_engine "$work/engine"
     rm -rf "$work"
     if [ $code = 0 ]; then say "Done, and nothing is left behind"; else say "Failed (exit $code)" >&2; fi
     exit $code
 }
-deployment=3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10
+# shellcheck source=examples/engine.sh
+. examples/engine.sh
+deployment=$(cat /proc/sys/kernel/random/uuid)      # a new one each time: the kernel's names of networks come from it
 trap finish EXIT
 trap 'exit 130' INT TERM
 
@@ -191,13 +188,8 @@ say "A container image from busybox, and a look whether containers run here"
 mkdir -p "$work/image/bin" "$work/image/www" "$work/image/tmp"
 cp /bin/busybox "$work/image/bin/busybox"
 for name in sh echo httpd wget sleep true; do ln -s busybox "$work/image/bin/$name"; done
-tar -C "$work/image" -c . | podman import --quiet - localhost/margo-hello:1 >/dev/null
-if ! podman run --rm --net=none localhost/margo-hello:1 true >/dev/null 2>&1; then
-    # in some virtual machines the default runtime or its limits are refused: runc with smaller ones
-    printf '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]\n[engine]\nruntime = "runc"\n' > "$work/containers.conf"
-    export CONTAINERS_CONF="$work/containers.conf"
-    podman run --rm --net=none localhost/margo-hello:1 true
-fi
+make_engine "$work/engine" "$work/image" localhost/margo-hello:1
+use_engine "$work/engine"
 podman --version
 
 say "Certificates: a test trust domain, the WFM's SVID, this device's SVID"
@@ -223,7 +215,8 @@ cat "$work/wfm.log"
 
 # publish GREETING: the deployment of examples/hello, for this registry and port
 publish() {
-    sed -e "s,localhost:5000,$registry," -e "s,value: 8080,value: $port," -e "s,Hello from the edge,$1," examples/hello/deployment.yaml \
+    sed -e "s,localhost:5000,$registry," -e "s,value: 8080,value: $port," -e "s,Hello from the edge,$1," \
+        -e "s,3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10,$deployment," examples/hello/deployment.yaml \
         > "$work/deployment.new"
     mv "$work/deployment.new" "$work/deployments/hello.yaml"
 }

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 
 import margo_agent
@@ -21,7 +20,6 @@ CHANGES = ("write,pwrite64,fsync,fdatasync,rename,renameat,renameat2,unlink,unli
 FILES = ("write", "fsync", "rename", "unlink", "unlinkat", "mkdir", "rmdir", "symlink", "chmod", "fchmod", "openat")
 ERRORS = ("EIO", "ENOSPC", "EROFS", "EMFILE")
 BROKEN = {"main": {"image": support.IMAGE, "command": ["sleep", "7"]}, "broken": {"image": support.IMAGE}}
-START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from importlib import import_module; sys.exit(import_module('margo_agent').main(sys.argv[1:]))"
 
 
 def read_trace(path, root):
@@ -63,7 +61,6 @@ class World:
         self.wfm = support.Wfm(test, self.pki)
         self.engine = support.FakeEngine(test)
         self.device = support.Device(test, self.pki, self.wfm, self.engine, {"poll.jitter": "0%"})
-        self.device.command = self.make_command
         self.wfm.add_package(support.make_compose())
         self.wfm.add_package(support.make_compose({"main": {"image": support.IMAGE, "command": ["sleep", "6"]}}), tag="2.0.0")
         self.wfm.add_package(support.make_compose(BROKEN), tag="3.0.0")
@@ -71,10 +68,6 @@ class World:
         getattr(self, "prepare_" + scenario)()
         self.kept = support.make_folder(test)
         self.save()
-
-    def make_command(self, *arguments):
-        """The agent's command line, with its bytecode at hand: it is started thousands of times here."""
-        return [sys.executable, "-I", "-S", "-c", START, support.ROOT, "-c", self.device.config_file] + list(arguments)
 
     # Scenarios
 
@@ -114,9 +107,9 @@ class World:
 
     def save(self):
         """Keeps the device as it is now."""
-        for name, path in (("state", self.device.state_dir), ("engine", self.engine.folder)):
-            if os.path.isdir(path):
-                shutil.copytree(path, os.path.join(self.kept, name), symlinks=True)
+        if os.path.isdir(self.device.state_dir):
+            shutil.copytree(self.device.state_dir, os.path.join(self.kept, "state"), symlinks=True)
+        shutil.copy(os.path.join(self.engine.folder, "held.json"), self.kept)
 
     def restore(self, state=None):
         """Makes the device what it was when it was kept; state: another folder to take the state directory from."""
@@ -124,7 +117,7 @@ class World:
         source = state or os.path.join(self.kept, "state")
         if os.path.isdir(source):
             shutil.copytree(source, self.device.state_dir, symlinks=True)
-        shutil.copy(os.path.join(self.kept, "engine", "held.json"), self.engine.folder)
+        shutil.copy(os.path.join(self.kept, "held.json"), self.engine.folder)
         shutil.rmtree(os.path.join(self.device.folder, "run"), ignore_errors=True)
         self.engine.forget_calls()
         self.before = len(self.wfm.reports())
@@ -134,7 +127,7 @@ class World:
     def run(self, *options):
         """The command under strace with these options, once all that it started has ended: (exit code or -9, stderr)."""
         self.trace = os.path.join(self.device.folder, "trace")
-        argv = ["strace", "-qq", "-y", "-o", self.trace] + list(options) + self.make_command(*self.command)
+        argv = ["strace", "-qq", "-y", "-o", self.trace] + list(options) + self.device.command(*self.command)
         done = subprocess.run(argv, env=self.device.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=120,
                               universal_newlines=True)
         support.wait_for(lambda: not self.find_children(), what="the end of the engine's commands")

@@ -1,26 +1,36 @@
 """An engine of files that answers as podman does, for tests that need no real containers; see support.FakeEngine.
 
-held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes [name], images [name],
+held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes {name: labels}, images [name],
            exits {service: code}: such a service has ended with this code as soon as it is started,
            unhealthy [service], restless [service] (restarted between any two looks), unpullable [image], deaf (true: every command
            fails), logless (true: no log can be had), stubborn (true: nothing can be removed), uncreatable (true: no container can be made), lethal (a command, at which
            the agent is killed before it is carried out), slow (a file beside it): names of commands that hang, gate (another): the path
            of a file for which `ps` waits,
            cut (n: the n-th command from now fails before its work, -n: after it), history (true: past.jsonl gets all after each command).
+
+A test holds the engine open as a thread of its own (serve), to which fake_podman.pl hands its command lines; run as a program, it is a
+podman for one command.
 """
 import fcntl
 import json
 import os
+import socket
 import sys
+import threading
 import time
 
-FOLDER = os.environ["FAKE_PODMAN"]
+
+class Failed(Exception):
+    """A command that ends with a code, and a message where it is not empty."""
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.message, self.code = message, code
 
 
 def fail(message, code=125):
     """Ends as podman does when it cannot do something."""
-    sys.stderr.write(f"Error: {message}\n")
-    sys.exit(code)
+    raise Failed(f"Error: {message}\n", code)
 
 
 def split(arguments):
@@ -37,10 +47,14 @@ class Engine:
     """The commands, each a method."""
 
     def __init__(self, held):
-        self.held = held
-        for key, value in (("containers", {}), ("networks", {}), ("volumes", []), ("images", []), ("exits", {}), ("unhealthy", []),
+        self.held, self.lines = held, []
+        for key, value in (("containers", {}), ("networks", {}), ("volumes", {}), ("images", []), ("exits", {}), ("unhealthy", []),
                            ("unpullable", []), ("restless", []), ("count", 0)):
             held.setdefault(key, value)
+
+    def say(self, text):
+        """One line of its output."""
+        self.lines.append(text + "\n")
 
     def find(self, name):
         """A container by name or id."""
@@ -60,13 +74,13 @@ class Engine:
         options, _ = split(arguments)
         found = list(self.select(options))
         if ("--quiet", "") in options:
-            print("\n".join(container["id"] for _, container in found))
+            self.say("\n".join(container["id"] for _, container in found))
         else:
-            print(json.dumps([dict({"Id": c["id"], "Names": [key], "Labels": c["labels"], "State": c["state"], "ExitCode": c["code"]},
+            self.say(json.dumps([dict({"Id": c["id"], "Names": [key], "Labels": c["labels"], "State": c["state"], "ExitCode": c["code"]},
                                    **c.get("shown", {})) for key, c in found]))
 
     def info(self, _):
-        print("/nowhere")
+        self.say("/nowhere")
 
     def image(self, arguments):
         _, names = split(arguments[1:])
@@ -83,27 +97,42 @@ class Engine:
         if name not in self.held["images"]:
             self.held["images"].append(name)
 
+    def show(self, kind, names):
+        """Prints those of some names that there are, and fails where one is missing."""
+        held = self.held[kind]
+        self.say(json.dumps([{"Name": name, "Labels": dict(label.split("=", 1) for label in held[name])} for name in names if name in held]))
+        for name in names:
+            if name not in held:
+                fail(f"no such {kind[:-1]}: {name}")
+
     def network(self, arguments):
         command, (options, names) = arguments[0], split(arguments[1:])
         networks = self.held["networks"]
         if command == "ls":
             wanted = [value[len("label="):] for name, value in options if name == "--filter"]
-            print("\n".join(name for name, labels in networks.items() if all(label in labels for label in wanted)))
+            self.say("\n".join(name for name, labels in networks.items() if all(label in labels for label in wanted)))
         elif command == "create":
             networks[names[0]] = [value for name, value in options if name == "--label"]
-        elif command == "connect":
-            return
-        elif names[0] not in networks:
-            fail(f"unable to find network with name or ID {names[0]}", 1)
+        elif command == "inspect":
+            self.show("networks", names)
         elif command == "rm":
+            if names[0] not in networks:
+                fail(f"unable to find network with name or ID {names[0]}", 1)
             del networks[names[0]]
 
     def volume(self, arguments):
-        command, (_, names) = arguments[0], split(arguments[1:])
+        command, (options, names) = arguments[0], split(arguments[1:])
         if command == "create":
-            self.held["volumes"].append(names[0])
-        elif names[0] not in self.held["volumes"]:
-            fail(f"no volume with name {names[0]} found", 1)
+            self.held["volumes"][names[0]] = [value for name, value in options if name == "--label"]
+        else:
+            self.show("volumes", names)
+
+    def container(self, arguments):
+        _, names = split(arguments[1:])
+        there = [(name, self.held["containers"][name]) for name in names if name in self.held["containers"]]
+        self.say(json.dumps([{"Id": item["id"], "Name": name, "Config": {"Labels": item["labels"]}} for name, item in there]))
+        if len(there) < len(names):
+            fail("no such container")
 
     def create(self, arguments):
         options, operands = split(arguments)
@@ -114,7 +143,7 @@ class Engine:
             fail(f"{operands[0]}: image not known")
         self.held["count"] += 1
         labels = dict(value.partition("=")[::2] for option, value in options if option == "--label")
-        env = "".join(open(value).read() for option, value in options if option == "--env-file")
+        env = "".join(read(value) for option, value in options if option == "--env-file")
         self.held["containers"][name] = {"id": f"{self.held['count']:064x}", "image": operands[0], "labels": labels, "state": "created", "code": 0,
                                          "restarts": 0, "argv": arguments, "env": env.splitlines()}
 
@@ -149,57 +178,117 @@ class Engine:
     def inspect(self, arguments):
         for container in self.held["containers"].values():
             container["restarts"] += container["labels"]["org.margo.service"] in self.held["restless"]
-        print(json.dumps([{"Id": c["id"], "Config": {"Labels": c["labels"]}, "RestartCount": c["restarts"],
+        self.say(json.dumps([{"Id": c["id"], "Config": {"Labels": c["labels"]}, "RestartCount": c["restarts"],
                            "State": {"Status": c["state"], "ExitCode": c["code"]}} for c in (self.find(name)[1] for name in split(arguments)[1])]))
 
     def healthcheck(self, arguments):
         _, container = self.find(arguments[1])
-        sys.exit(1 if container["labels"]["org.margo.service"] in self.held["unhealthy"] else 0)
+        if container["labels"]["org.margo.service"] in self.held["unhealthy"]:
+            raise Failed("", 1)
 
     def logs(self, arguments):
         if self.held.get("logless"):
             fail("this log driver cannot be read")
         _, container = self.find(split(arguments)[1][0])
-        print("first line\n" + "\n".join(container["env"]) + "\nlast words")
+        self.say("first line\n" + "\n".join(container["env"]) + "\nlast words")
 
 
-def main():
-    """Carries out one command, alone."""
-    arguments = sys.argv[1:]
-    slow = os.path.join(FOLDER, "slow")             # commands that hang, with a child of their own
-    if os.path.exists(slow) and arguments[0] in open(slow).read().split():
-        import subprocess
-        subprocess.call(["sleep", "600"])
-    gate = os.path.join(FOLDER, "gate")
-    while arguments[0] == "ps" and os.path.exists(gate) and not os.path.exists(open(gate).read()):
-        time.sleep(0.05)
-    with open(os.path.join(FOLDER, "lock"), "w") as lock:
+def is_hanging(folder, command):
+    """Whether this command hangs; returns later where a command waits for its gate."""
+    slow = os.path.join(folder, "slow")
+    if os.path.exists(slow) and command in read(slow).split():
+        return True
+    gate = os.path.join(folder, "gate")
+    while command == "ps" and os.path.exists(gate) and not os.path.exists(read(gate)):
+        time.sleep(0.02)
+    return False
+
+
+def read(path):
+    """A file's text."""
+    with open(path) as file:
+        return file.read()
+
+
+def answer(folder, arguments, parent):
+    """Carries out one command, alone: (exit code, output, errors); parent: the process that gave it."""
+    with open(os.path.join(folder, "lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with open(os.path.join(FOLDER, "calls.jsonl"), "a") as calls:
+        with open(os.path.join(folder, "calls.jsonl"), "a") as calls:
             calls.write(json.dumps(arguments) + "\n")
-        path = os.path.join(FOLDER, "held.json")
-        held = json.load(open(path)) if os.path.exists(path) else {}
+        path = os.path.join(folder, "held.json")
+        held = json.loads(read(path)) if os.path.exists(path) else {}
         if held.get("deaf"):
-            fail("cannot connect to the engine")
+            return 125, "", "Error: cannot connect to the engine\n"
         if held.get("lethal") == arguments[0]:
-            os.kill(os.getppid(), 9)
-            return
+            os.kill(parent, 9)
+            return 0, "", ""
         cut = held.pop("cut", None) or 0
         if abs(cut) > 1:
             held["cut"] = cut - 1 if cut > 0 else cut + 1
+        engine = Engine(held)
         try:
             if cut == 1:
                 fail("the engine has gone")
-            getattr(Engine(held), arguments[0])(arguments[1:])
+            getattr(engine, arguments[0])(arguments[1:])
             if cut == -1:
                 fail("the engine has gone")
+            return 0, "".join(engine.lines), ""
+        except Failed as failure:
+            return failure.code, "".join(engine.lines), failure.message
         finally:
             with open(path + ".tmp", "w") as file:
                 json.dump(held, file)
             os.rename(path + ".tmp", path)
             if held.get("history"):
-                with open(os.path.join(FOLDER, "past.jsonl"), "a") as file:
+                with open(os.path.join(folder, "past.jsonl"), "a") as file:
                     file.write(json.dumps(held) + "\n")
+
+
+def serve(folder):
+    """Answers fake_podman.pl at the socket `door` of the folder, each command in a thread, until the returned function is called."""
+    door = socket.socket(socket.AF_UNIX)
+    door.bind(os.path.join(folder, "door"))
+    door.listen(64)
+
+    def attend(caller):
+        with caller, caller.makefile("rwb") as stream:
+            parent, *arguments = [os.fsdecode(word) for word in stream.read().split(b"\0")]
+            if is_hanging(folder, arguments[0]):
+                stream.write(b"hang\n")
+                return
+            code, output, errors = answer(folder, arguments, int(parent))
+            output = os.fsencode(output)
+            stream.write(b"%d %d\n" % (code, len(output)) + output + os.fsencode(errors))
+
+    def wait():
+        while True:
+            try:
+                caller, _ = door.accept()
+            except OSError:                         # it was shut
+                return
+            threading.Thread(target=attend, args=(caller,), daemon=True).start()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+
+    def shut():
+        door.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        door.close()
+    return shut
+
+
+def main():
+    """The engine for one command, of a folder that FAKE_PODMAN names."""
+    folder, arguments = os.environ["FAKE_PODMAN"], sys.argv[1:]
+    if is_hanging(folder, arguments[0]):
+        import subprocess
+        subprocess.call(["sleep", "600"])
+    code, output, errors = answer(folder, arguments, os.getppid())
+    sys.stdout.write(output)
+    sys.stderr.write(errors)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import tempfile
 import time
 import unittest
 
+from tests import fake_podman
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 AGENT = os.path.join(ROOT, "margo_agent.py")
 EXAMPLES = os.path.join(ROOT, "examples")
@@ -291,13 +293,18 @@ def make_archive(files, top="app"):
 
 # Processes
 
+def start(path):
+    """The command line that runs a file as the installed command does, with its bytecode at hand; no test needs site-packages there."""
+    return [sys.executable, "-S", os.path.join(ROOT, "tests", "start.py"), os.path.join(ROOT, path)]
+
+
 class Service:
     """A process that serves on loopback until its test ends."""
 
     def __init__(self, test, argv, env=None):
         self.output = tempfile.TemporaryFile()
         self.process = subprocess.Popen(argv, stdout=self.output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                        env=dict(os.environ, **(env or {})))
+                                        env=dict(os.environ, PYTHONDONTWRITEBYTECODE="", **(env or {})))
         test.addCleanup(self.stop)
 
     def read_output(self):
@@ -357,7 +364,7 @@ class Wfm(Example):
         own = "site" if self.dialect else "wfm"
         if self.dialect:
             options += ("--profile", name, "--dialect", self.dialect, "--root-ca", pki.path("site-ca.pem"))
-        argv = [sys.executable, os.path.join(EXAMPLES, "wfm.py"), "--listen", "127.0.0.1:0", "--certificate", pki.path(f"{own}.pem"), "--key",
+        argv = start("examples/wfm.py") + ["--listen", "127.0.0.1:0", "--certificate", pki.path(f"{own}.pem"), "--key",
                 pki.path(f"{own}.key"), "--trust-bundle", pki.path("bundle.json"), "--deployments", self.path("deployments"), "--state",
                 self.path("state"), "--registry", "127.0.0.1:0", "--packages", self.path("packages"), "--site-certificate", pki.path("site.pem"),
                 "--site-key", pki.path("site.key"), "--log-requests"]
@@ -399,7 +406,7 @@ class Mis(Example):
 
     def __init__(self, test, pki, *options):
         self.folder = self.state = make_folder(test)
-        argv = [sys.executable, os.path.join(EXAMPLES, "mis.py"), "--listen", "localhost:0", "--anchor", pki.path("ca.pem"), "--anchor-key",
+        argv = start("examples/mis.py") + ["--listen", "localhost:0", "--anchor", pki.path("ca.pem"), "--anchor-key",
                 pki.path("ca.key"), "--trust-bundle", pki.path("bundle.json"), "--site-certificate", pki.path("site.pem"), "--site-key",
                 pki.path("site.key"), "--state", self.folder, "--log-requests"]
         super().__init__(test, argv + list(options))
@@ -469,7 +476,7 @@ class Device:
 
     def command(self, *arguments):
         """The command line of the agent."""
-        return [sys.executable, AGENT, "-c", self.config_file] + list(arguments)
+        return start(AGENT) + ["-c", self.config_file] + list(arguments)
 
     def run(self, *arguments, env=None, timeout=120):
         """Runs the agent; the CompletedProcess has its output as text."""
@@ -505,7 +512,13 @@ class FakeEngine:
 
     def __init__(self, test):
         self.folder = make_folder(test)
-        write(os.path.join(self.folder, "bin", "podman"), f"#!/bin/sh\nexec {sys.executable} -S {ROOT}/tests/fake_podman.py \"$@\"\n", 0o755)
+        program = os.path.join(self.folder, "bin", "podman")
+        if os.access("/usr/bin/perl", os.X_OK):
+            with open(os.path.join(ROOT, "tests", "fake_podman.pl")) as file:
+                write(program, file.read(), 0o755)
+            test.addCleanup(fake_podman.serve(self.folder))
+        else:
+            write(program, f"#!/bin/sh\nexec {sys.executable} -S {ROOT}/tests/fake_podman.py \"$@\"\n", 0o755)
         self.env = {"PATH": os.path.join(self.folder, "bin") + ":" + os.environ["PATH"], "FAKE_PODMAN": self.folder}
         self.change(images=[IMAGE])
 
@@ -561,12 +574,18 @@ class DeviceCase(unittest.TestCase):
 class Engine:
     """A real podman with a storage of its own and an image of busybox; everything in it goes with the test class."""
 
+    count = 0
+
     def __init__(self, test_class):
         require("podman")
         self.folder = tempfile.mkdtemp(prefix="margo-engine-")
+        Engine.count += 1
+        subnet = (os.getpid() * 8 + Engine.count) % 250                         # engines that live at the same time do not meet
         write(os.path.join(self.folder, "containers.conf"), "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n"
               f"[engine]\nruntime = \"{'runc' if shutil.which('runc') else 'crun'}\"\nevents_logger = \"file\"\ncgroup_manager = \"cgroupfs\"\n"
-              f"[network]\nnetwork_config_dir = \"{self.folder}/networks\"\n"
+              f"tmp_dir = \"{self.folder}/tmp\"\nlock_type = \"file\"\n"
+              f"[network]\nnetwork_config_dir = \"{self.folder}/networks\"\ndefault_subnet = \"10.{subnet}.255.0/24\"\n"
+              f"default_subnet_pools = [{{\"base\" = \"10.{subnet}.0.0/17\", \"size\" = 24}}]\n"
               + ("network_backend = \"netavark\"\n" if find_netavark() else ""))
         write(os.path.join(self.folder, "storage.conf"), f"[storage]\ndriver = \"vfs\"\ngraphroot = \"{self.folder}/graph\"\n"
               f"runroot = \"{self.folder}/run\"\n")

@@ -296,6 +296,15 @@ class Cycle(AgentCase):
                               timeout=60)
         self.assertEqual(done.stdout, b"0 unchanged\n")
 
+    def test_a_poll_needs_no_thread(self):
+        """A device at its limit of tasks installs and reports all the same (P-15: reads are paced, not watched)."""
+        code = ("import sys, threading\ndef start(thread): raise RuntimeError(\"can't start new thread\")\n"
+                "threading.Thread.start = start\nimport margo_agent\nsys.exit(margo_agent.main(sys.argv[1:]))")
+        self.publish()
+        done = subprocess.run([sys.executable, "-c", code] + self.device.command("run", "--once")[2:], cwd=support.ROOT,
+                              env=self.device.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+        self.assertEqual(done.returncode, 0, done.stdout)
+
     def test_the_file_works_alone_in_an_empty_folder(self):
         folder = support.make_folder(self)
         with open(support.AGENT, "rb") as file:
@@ -305,6 +314,12 @@ class Cycle(AgentCase):
                               env=self.device.env, stderr=subprocess.PIPE, timeout=60)
         self.assertEqual((done.returncode, self.running()), (0, ["running"]), done.stderr)
         self.assertEqual(os.listdir(folder), ["margo_agent.py"])
+
+    def test_the_module_form_runs_from_its_folder_as_cron_does(self):
+        self.publish()
+        done = subprocess.run([sys.executable, "-m", "margo_agent", "-c", self.device.config_file, "run", "--once"],
+                              cwd=os.path.dirname(support.AGENT), env=self.device.env, stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual((done.returncode, self.running()), (0, ["running"]), done.stderr)
 
 
 class Times(unittest.TestCase):
@@ -349,14 +364,14 @@ class Times(unittest.TestCase):
         patience = {"failures": 1, "at": 1000, "delay": 3600, "boot": "a", "uptime": 50}
 
         def left(now, boot="a", uptime=60):
-            return margo_agent.find_patience(patience, now, boot, uptime)
+            return margo_agent.find_wait(patience, margo_agent.Clock(now, boot, uptime))
 
         self.assertEqual([left(1010), left(10 ** 9), left(-10 ** 9)], [3590] * 3)
         self.assertEqual(left(1010, uptime=3650), 0)
         self.assertEqual(left(1010, boot="b", uptime=1), 3590)
         self.assertEqual([left(10 ** 9, boot="b"), left(0, boot="b")], [0, 0])
-        self.assertEqual(margo_agent.find_patience({}, 0, "", 0), 0)
-        self.assertEqual(margo_agent.find_patience({"failures": 1, "at": 1000, "delay": 60}, 1010, "a", 1), 50)
+        self.assertEqual(margo_agent.find_wait({}, margo_agent.Clock(0, "", 0)), 0)
+        self.assertEqual(margo_agent.find_wait({"failures": 1, "at": 1000, "delay": 60}, margo_agent.Clock(1010, "a", 1)), 50)
 
     def test_a_fleet_that_regains_power_arrives_spread_over_one_interval(self):
         """P-19; 100,000 devices are simulated by tests/bench/fleet.py."""

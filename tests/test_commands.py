@@ -98,7 +98,71 @@ class RunCommand(unittest.TestCase):
 
     def test_the_environment_is_the_one_given(self):
         output = margo_agent.run_command(python("import os; print(sorted(k for k in os.environ if k != 'LC_CTYPE'))"), 30, env={"A": "b"})
-        self.assertEqual(output.stdout, b"['A']\n")
+        self.assertEqual(output.stdout, b"['A', 'PATH']\n")
+
+    def test_the_system_s_folders_are_at_the_end_of_every_path(self):
+        """F-20, E2: cron's PATH has none of them, busybox crond's is short, and none at all is the system's own."""
+        for given, whole in (("/usr/bin:/bin", "/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"), ("/sbin:/bin:/usr/local/sbin",
+                             "/sbin:/bin:/usr/local/sbin:/usr/sbin"), ("", f"{os.defpath}:/usr/local/sbin:/usr/sbin:/sbin")):
+            for environ in ({"PATH": given}, {"PATH": given, "X": "y"}):
+                output = margo_agent.run_command(python("import os; print(os.environ['PATH'])"), 30, env=environ)
+                self.assertEqual(output.stdout.decode().strip(), whole)
+        self.assertEqual(margo_agent.list_folders({}), margo_agent.list_folders({"PATH": ""}))
+
+    def test_a_program_is_found_in_the_system_s_folders(self):
+        """E2: an engine that was installed to /usr/local/sbin is as good as one on PATH."""
+        name = next(name for name in sorted(os.listdir("/usr/sbin")) if os.access(f"/usr/sbin/{name}", os.X_OK)
+                    and os.path.isfile(f"/usr/sbin/{name}") and not any(os.path.exists(f"{folder}/{name}") for folder in ("/bin", "/usr/local/sbin")))
+        self.assertEqual(margo_agent.find_program(name, {"PATH": "/bin"}), f"/usr/sbin/{name}")
+
+    def test_what_systemd_says_to_the_agent_is_told_to_no_other(self):
+        """E12: podman hands NOTIFY_SOCKET on into the container, and speaks there in the agent's name."""
+        own = {name: "1" for name in margo_agent.SYSTEMD_NAMES}
+        code = "import os; print([name for name in os.environ if name.startswith(('NOTIFY', 'WATCHDOG', 'LISTEN'))])"
+        self.assertEqual(margo_agent.run_command(python(code), 30, env=dict(os.environ, **own)).stdout, b"[]\n")
+        with mock.patch.dict(os.environ, own):
+            self.assertEqual(margo_agent.run_command(python(code), 30).stdout, b"[]\n")
+
+    def test_a_folder_for_temporary_files_that_is_not_there_is_none(self):
+        code = "import os; print(os.environ.get('TMPDIR'))"
+        for folder, told in (("/no/such/folder", b"None"), ("/tmp", b"/tmp")):
+            self.assertEqual(margo_agent.run_command(python(code), 30, env={"TMPDIR": folder}).stdout.strip(), told)
+
+    def test_podman_without_root_keeps_its_own_state_where_it_did(self):
+        """Without a folder of its session its containers' state lies below TMPDIR, which the agent empties."""
+        with mock.patch.object(os, "geteuid", lambda: 54321):
+            self.assertEqual(margo_agent.get_temporary("/s", {}), {})
+            self.assertEqual(margo_agent.get_temporary("/s", {"XDG_RUNTIME_DIR": "/tmp"}), {"TMPDIR": "/s/tmp"})
+        with mock.patch.object(os, "geteuid", lambda: 0):
+            self.assertEqual(margo_agent.get_temporary("/s", {}), {"TMPDIR": "/s/tmp"})
+
+    def test_one_that_cannot_be_killed_is_left_behind(self):
+        """F-04: a program that hangs in the kernel at a dead disk; here frozen, which SIGKILL does not end either where cgroups are of version 1."""
+        group = f"/sys/fs/cgroup/freezer/margo-test-{os.getpid()}"
+        try:
+            os.mkdir(group)
+        except OSError:
+            self.skipTest("nothing can be frozen here so that it cannot be killed")
+
+        def thaw():
+            with open(group + "/freezer.state", "w") as file:
+                file.write("THAWED")
+            for _ in range(100):
+                with open(group + "/tasks") as file:
+                    if not file.read():
+                        return os.rmdir(group)
+                time.sleep(0.05)
+
+        self.addCleanup(thaw)
+        code = f"echo $$ > {group}/tasks; echo FROZEN > {group}/freezer.state; sleep 600"
+        for limit, kind in ((1 << 20, margo_agent.CommandTimeout), (0, margo_agent.CommandError)):
+            start = time.monotonic()
+            with mock.patch.object(margo_agent, "CORPSE_GRACE", 1), mock.patch.object(margo_agent, "log") as log:
+                with self.assertRaises(kind):
+                    margo_agent.run_command(["sh", "-c", "echo x; " + code], 2, limit=limit)
+                self.assertLess(time.monotonic() - start, 8)
+                if limit:
+                    self.assertIn("is left behind", log.call_args[0][1])
 
     def test_the_last_words_of_a_program_are_heard_however_the_two_are_scheduled(self):
         """It writes and ends just after a look at its pipes, and leaves something behind that keeps them open."""

@@ -23,7 +23,9 @@ CORPUS = os.path.join(support.DATA, "compose")
 PROJECT = f"web-{support.HELLO}"
 IMAGE = support.IMAGE
 MARGO_LABELS = ("org.margo.deployment", "org.margo.component", "org.margo.project", "org.margo.service",
-                "org.margo.hash", "org.margo.device")
+                "org.margo.hash", "org.margo.device", "org.margo.owner")
+OWNER = "spiffe://factory.example/margo/wfm/main/client/a#a"
+MARKS = [f"--label=org.margo.owner={OWNER}", f"--label=org.margo.project={PROJECT}"]
 
 
 def list_corpus(kind):
@@ -63,7 +65,7 @@ class FileCase(unittest.TestCase):
 
     def make_workload(self, parameters=None, environment=None, wait=False, component="web"):
         return margo_agent.Workload(support.HELLO, component, PROJECT, self.archive, parameters or {},
-                                    environment or {}, wait)
+                                    environment or {}, wait, owner=OWNER)
 
     def settle(self, document, parameters=None, environment=None, engine="podman"):
         """The Project of a compose file's text or value."""
@@ -948,6 +950,22 @@ class Readers(unittest.TestCase):
             self.assertFault(lambda: margo_agent.to_mode(margo_agent.load_yaml(text), "here"), "here")
 
 
+class Ports(FileCase):
+    """What a service holds of the host, as data: who goes first when a port changes hands is decided from it (F-28)."""
+
+    CASES = [("80", []), ("8080:80", [["", 8080, "tcp"]]), ("127.0.0.1:8080:80/udp", [["127.0.0.1", 8080, "udp"]]),
+             ("0.0.0.0:8080:80", [["", 8080, "tcp"]]), ("[::]:8080:80", [["", 8080, "tcp"]]),
+             ("[0:0::1]:53:53/udp", [["::1", 53, "udp"]]), ("127.0.0.1::80", []),
+             ("8080-8081:80-81", [["", 8080, "tcp"], ["", 8081, "tcp"]]), ("8080-8090:80", []),
+             ({"target": 80, "published": 8080, "host_ip": "10.0.0.1", "protocol": "sctp"}, [["10.0.0.1", 8080, "sctp"]]),
+             ({"target": 80}, [])]
+
+    def test_the_ports_of_a_service_are_known_from_its_file(self):
+        for item, expected in self.CASES:
+            with self.subTest(item=item):
+                self.assertEqual(self.settle_service({"ports": [item]}).ports, expected)
+
+
 class InsideTheArchive(FileCase):
     def test_files_are_read_below_the_archive_alone(self):
         self.add_file("conf/a.txt", "inside")
@@ -1151,16 +1169,15 @@ class Shared(FileCase):
                                 "memory": {"driver_opts": {"type": "tmpfs", "device": "tmpfs", "o": "size=8m,noexec"}},
                                 "empty": {"driver": "local", "driver_opts": {}}}}
         self.assertEqual(margo_agent.make_volumes(document, self.make_workload()), {
-            "plain": (f"{PROJECT}_plain", []), "labelled": (f"{PROJECT}_labelled", ["--label=a=b"]),
-            "named": ("own", []), "foreign": ("foreign", None),
-            "both": ("theirs", None), "older": ("plant", None), "empty": (f"{PROJECT}_empty", []),
-            "memory": (f"{PROJECT}_memory", ["--opt=device=tmpfs", "--opt=o=size=8m,noexec", "--opt=type=tmpfs"])})
+            "plain": (f"{PROJECT}_plain", MARKS), "labelled": (f"{PROJECT}_labelled", ["--label=a=b"] + MARKS),
+            "named": ("own", MARKS), "foreign": ("foreign", None),
+            "both": ("theirs", None), "older": ("plant", None), "empty": (f"{PROJECT}_empty", MARKS),
+            "memory": (f"{PROJECT}_memory", ["--opt=device=tmpfs", "--opt=o=size=8m,noexec", "--opt=type=tmpfs"] + MARKS)})
         project = self.settle(make_document({}, **document))
         self.assertEqual(set(project.volumes), {
             "own", *(f"{PROJECT}_{name}" for name in ("plain", "labelled", "memory", "empty"))})
 
     def test_networks_and_how_they_are_made(self):
-        mark = f"--label=org.margo.project={PROJECT}"
         document = {"networks": {"plain": None, "inner": {"internal": True, "labels": ["a=b"]},
                                  "foreign": {"external": True, "name": "plant"}, "older": {"external": {"name": "site"}},
                                  "six": {"enable_ipv6": True, "attachable": True, "driver_opts": {}, "ipam": {
@@ -1168,10 +1185,10 @@ class Shared(FileCase):
                                  "fixed": {"driver": "bridge",
                                            "ipam": {"config": [{"subnet": "10.1.0.0/24", "gateway": "10.1.0.1"}]}}}}
         self.assertEqual(margo_agent.make_networks(document, self.make_workload()), {
-            "default": (f"{PROJECT}_default", [mark]), "plain": (f"{PROJECT}_plain", [mark]),
-            "inner": (f"{PROJECT}_inner", ["--label=a=b", "--internal", mark]), "foreign": ("plant", None),
-            "older": ("site", None), "six": (f"{PROJECT}_six", ["--ipv6", "--subnet=fd00::/64", "--ip-range=fd00::/80", mark]),
-            "fixed": (f"{PROJECT}_fixed", ["--subnet=10.1.0.0/24", "--gateway=10.1.0.1", mark])})
+            "default": (f"{PROJECT}_default", MARKS), "plain": (f"{PROJECT}_plain", MARKS),
+            "inner": (f"{PROJECT}_inner", ["--label=a=b"] + MARKS + ["--internal"]), "foreign": ("plant", None),
+            "older": ("site", None), "six": (f"{PROJECT}_six", MARKS + ["--ipv6", "--subnet=fd00::/64", "--ip-range=fd00::/80"]),
+            "fixed": (f"{PROJECT}_fixed", MARKS + ["--subnet=10.1.0.0/24", "--gateway=10.1.0.1"])})
 
     def test_names_that_an_engine_would_take_for_something_else_are_refused(self):
         for name in ("../x", "a b", "-x", "a/b", "", "ns:/proc/1/ns/net"):
@@ -1350,6 +1367,15 @@ class Shared(FileCase):
     def test_the_labels_of_the_agent_are_its_own(self):
         for labels in ({"org.margo.deployment": "x"}, ["org.margo.service=x"], {"org.margo.anything": None}):
             self.assertRefused(make_document({"labels": labels}), "services.main.labels: org.margo.")
+            for kind in ("networks", "volumes"):
+                self.assertRefused(make_document({}, **{kind: {"a": {"labels": labels}}}), f"{kind}.a.labels: org.margo.")
+
+    def test_the_owner_is_no_part_of_the_hash(self):
+        """What an older agent made keeps running when the agent is updated."""
+        document, workload = make_document({"volumes": ["data:/d"]}, volumes={"data": None}), self.make_workload()
+        hashes = {margo_agent.make_project(document, workload._replace(owner=owner), self.config.policy, "podman").services[0].hash
+                  for owner in ("", OWNER)}
+        self.assertEqual(len(hashes), 1)
 class Hashes(FileCase):
     BASE = {"image": "localhost/a:1", "command": ["a"], "environment": {"A": "1"}, "ports": ["80:80"],
             "volumes": ["data:/d", "./a:/a"],

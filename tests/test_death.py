@@ -1,6 +1,6 @@
 """No bad moment: the agent dies, or a call fails, at every point where it changes something, and one ordinary run puts all to rights.
 
-Every point is tried where MARGO_TEST_SLOW=1, half of them where it is 0.5, otherwise few, by a seed that MARGO_TEST_SEED sets; what was
+Every point is tried where MARGO_TEST_SLOW=1, a tenth of them where it is 0.1, otherwise few, by a seed that MARGO_TEST_SEED sets; what was
 tried is printed.  The number of points is not guessed: it is read from the trace of an undisturbed run.
 """
 import os
@@ -26,7 +26,7 @@ def choose(points, count=SAMPLE):
 
 def tell(words):
     """What was covered, for the reader of the run's output."""
-    sys.stderr.write(f"\n{words} (seed {SEED})\n")
+    sys.__stderr__.write(f"\n{words} (seed {SEED})\n")
 
 
 class Death(unittest.TestCase):
@@ -37,7 +37,8 @@ class Death(unittest.TestCase):
 
     def make_jobs(self, scenario, find, count):
         """([(world, its share of the trials)], trials chosen, trials there are); find: a world to all its trials."""
-        worlds = [death.World(self, scenario) for _ in range(min(2, os.cpu_count() or 1) if SHARE else 1)]
+        count_worlds = min(2, os.cpu_count() or 1) if SHARE and os.environ.get("MARGO_TEST_SHARDS") != "1" else 1
+        worlds = [death.World(self, scenario) for _ in range(count_worlds)]
         trials = [find(world) for world in worlds]                  # ports and digests, and so the names of files, are a world's own
         jobs = [(world, choose(found, count)[index::len(worlds)]) for index, (world, found) in enumerate(zip(worlds, trials))]
         return jobs, sum(len(mine) for _, mine in jobs), len(trials[0])

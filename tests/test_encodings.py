@@ -434,6 +434,37 @@ class Property(Encoding):
                                      st.sampled_from([20, 80, 1000])),
                 check, 100)
 
+    def test_a_block_scalar_at_the_end_of_a_file_without_line_end_has_none(self):
+        """K9a, YAML 1.2 (b-chomped-last): whatever is said of line ends, what is not there is not made up."""
+        for style in "|>":
+            for chomp in ("", "+", "-"):
+                with self.subTest(style=style, chomp=chomp):
+                    self.assertEqual(margo_agent.load_yaml(f"a: {style}{chomp}\n  b\n  c"),
+                                     {"a": "b\nc" if style == "|" else "b c"})
+        for text, value in (("a: |\n  b\n", "b\n"), ("a: |+\n  b\n\n", "b\n\n"), ("a: |\n  b\n#", "b\n"), ("a: |", ""),
+                            ("a: |\n  b\n  ", "b\n"), ("a: |2\n   b", " b"), ("a: |\r\n  b", "b")):
+            with self.subTest(text):
+                self.assertEqual(margo_agent.load_yaml(text), {"a": value})
+
+    def test_a_closing_bracket_may_stand_in_the_column_of_its_key(self):
+        """K9b: not YAML 1.2 to the letter, but read alike by every reader and found in the wild; anything else there is refused."""
+        self.assertEqual(margo_agent.load_yaml("s:\n  a: [\n    1,\n    {\n      b: 2\n    }\n  ]\n  c: {\n  }\nd: [\n]\n"),
+                         {"s": {"a": [1, {"b": 2}], "c": {}}, "d": []})
+        for text in ("s:\n  a: [\n    1\n]\n", "a: [\n1\n]\n", "a: [\n  1\n, 2]\n"):
+            with self.subTest(text):
+                with self.assertRaises(margo_agent.YAMLError):
+                    margo_agent.load_yaml(text)
+
+    def test_two_less_signs_merge_only_as_a_plain_key(self):
+        """K9: anywhere else they are text like any other, and of no other type."""
+        value = margo_agent.load_yaml("a: [a, <<]\nb: <<\nc: {d: &x <<}\n'<<': {e: 1}\n")
+        self.assertEqual(value, {"a": ["a", "<<"], "b": "<<", "c": {"d": "<<"}, "<<": {"e": 1}})
+        self.assertTrue(all(type(item) is str for item in (*value["a"], value["b"], value["c"]["d"])))
+        for text in ("<<: {e: 1}", "{<<: {e: 1}}", "? <<\n: {e: 1}", "&y <<: {e: 1}", "[<<: {e: 1}]"):
+            with self.subTest(text):
+                self.assertIn(margo_agent.load_yaml(text), ({"e": 1}, [{"e": 1}]))
+        self.assertEqual(margo_agent.load_yaml("!!str <<: {e: 1}"), {"<<": {"e": 1}})
+
     def test_json_reads_as_json(self):
         """JSON is YAML: what Python's json writes reads back, in whatever layout."""
         def check(case):
@@ -848,6 +879,12 @@ class Words(unittest.TestCase):
                 with self.assertRaises(ValueError) as caught:
                     margo_agent.parse_json(data, "the state manifest")
                 self.assertIn("the state manifest is not usable JSON: ", str(caught.exception))
+
+    def test_json_that_comes_compressed_is_named_as_such(self):
+        """F-10: a proxy that codes what nobody asked to be coded is found by this message."""
+        with self.assertRaises(ValueError) as caught:
+            margo_agent.parse_json(b"\x1f\x8b\x08\0", "the state manifest")
+        self.assertIn("coded by gzip (Content-Encoding)", str(caught.exception))
 
     def test_durations(self):
         for text, seconds in (("90", 90), ("30s", 30), ("5m", 300), ("2h", 7200), ("1d", 86400), ("0", 0),

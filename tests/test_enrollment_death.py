@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 
 import margo_agent
 from tests import death, support
@@ -48,8 +47,7 @@ class Death(Site):
     def trace(self, *options):
         """One `run --once` under strace, attached to the agent alone: its exit code, -9 where it was killed."""
         path = os.path.join(self.device.folder, "trace")
-        argv = ["strace", "-qq", "-y", "-o", path] + list(options) + [sys.executable, "-I", "-S", "-c", death.START, support.ROOT, "-c",
-                                                                      self.device.config_file, "run", "--once"]
+        argv = ["strace", "-qq", "-y", "-o", path] + list(options) + self.device.command("run", "--once")
         done = subprocess.run(argv, env=self.device.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=120)
         return path, -signal.SIGKILL if done.returncode == 128 + signal.SIGKILL else done.returncode, done.stderr.decode()
 

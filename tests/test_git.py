@@ -253,6 +253,120 @@ class Refusal(GitCase):
         self.assertIn("apps/x.yaml", device.cycle(4))
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 1234\n" % ("4d" * 32)
+SOPS = "id: ENC[AES256_GCM,data:a,iv:b,tag:c,type:str]\nspec: ENC[AES256_GCM,data:a,iv:b,tag:c,type:str]\nsops: {version: 3.8.1}\n"
+VAULT = "$ANSIBLE_VAULT;1.1;AES256\n616263\n"
+
+
+class Unreadable(GitCase):
+    """F-06: nothing is ever removed because something could not be read; only a path that has gone is a removal."""
+
+    def setUp(self):
+        super().setUp()
+        self.good = {name: support.make_deployment(item, f"app-{index}", registry=self.wfm.registry)
+                     for index, (name, item) in enumerate(zip(("apps/a.yaml", "apps/hall/b.yaml", "apps/hall/line/c.yml"), IDS))}
+        self.first = self.repository.commit(self.good)
+        self.device.cycle()
+
+    def check_refused(self, *words):
+        """The newest commit is refused, all goes on running, and the next good one is taken."""
+        log = self.device.cycle(4)
+        for word in words:
+            self.assertIn(word, log)
+        self.assertEqual(len(self.engine.containers()), 3)
+        self.assertEqual(self.device.state()["accepted"]["version"], self.first)
+        self.first = self.repository.git("commit-tree", "-m", "back", "-p", "HEAD", self.first + "^{tree}")
+        self.repository.git("reset", "--quiet", "--hard", self.first)
+        self.repository.git("clean", "-ffdq")
+        self.repository.push()
+        self.device.cycle()
+
+    def test_a_path_that_held_a_deployment_and_holds_something_else(self):
+        good = json.loads(self.good["apps/a.yaml"])
+        for words, text in [("Git LFS", LFS), ("held a deployment", "# switched off\n"), ("held a deployment", json.dumps([good])),
+                            ("held a deployment", "kind: ConfigMap\napiVersion: v1\n")]:
+            with self.subTest(text[:30]):
+                self.repository.commit({"apps/a.yaml": text})
+                self.check_refused("apps/a.yaml", words)
+        self.repository.commit({"apps/a.yaml": "- 1\n"})
+        self.assertIn("held a deployment", self.device.run("plan").stderr)
+
+    def replace(self, path, mode, blob=None):
+        """Commits a link, a submodule or a file in place of a path."""
+        self.repository.git("rm", "-r", "--quiet", "--cached", path)
+        blob = blob or self.repository.git("hash-object", "-w", "--stdin", data=b"a: 1\n")
+        self.repository.git("update-index", "--add", "--cacheinfo", f"{mode},{blob},{path}")
+        self.repository.git("commit", "--quiet", "-m", "replaced")
+        self.repository.push()
+
+    def test_a_path_that_became_a_link_a_submodule_or_a_folder(self):
+        for path, held, mode, blob in (("apps/a.yaml", "apps/a.yaml", "120000", None), ("apps/hall", "apps/hall/b.yaml", "160000", "1" * 40)):
+            with self.subTest(f"{path} {mode}"):
+                self.replace(path, mode, blob)
+                self.check_refused(held, "held a deployment")
+        self.repository.git("rm", "--quiet", "apps/a.yaml")
+        self.repository.commit({"apps/a.yaml/README": "now a folder"})
+        self.check_refused("apps/a.yaml", "held a deployment")
+
+    def test_what_git_calls_a_removal_is_one(self):
+        """Renamed to another YAML file it goes on, to another kind of file or out of git.path it goes; another id is another deployment."""
+        self.repository.commit({"apps/a.yaml": None, "apps/new/A.yml": self.good["apps/a.yaml"]})
+        self.device.cycle()
+        self.assertEqual((len(self.engine.containers()), self.report(IDS[0])["status"]["state"]), (3, "installed"))
+        self.repository.commit({"apps/new/A.yml": self.good["apps/a.yaml"].replace(IDS[0], IDS[9])})
+        self.device.cycle()
+        self.assertEqual([self.report(IDS[item])["status"]["state"] for item in (0, 9)], ["removed", "installed"])
+        self.repository.commit({"apps/hall/b.yaml": None, "apps/hall/b.yaml.txt": self.good["apps/hall/b.yaml"], "apps/hall/line/c.yml": None,
+                                "elsewhere/c.yml": self.good["apps/hall/line/c.yml"]})
+        self.device.cycle()
+        self.assertEqual((len(self.engine.containers()), [self.report(IDS[item])["status"]["state"] for item in (1, 2)]), (1, ["removed", "removed"]))
+
+    def test_it_is_known_after_the_copy_was_lost(self):
+        """What held a deployment is read from the accepted commit itself, wherever that comes from; what never did may change as it likes."""
+        for text in ("kind: Kustomization\napiVersion: x\n", "- 1\n"):
+            self.first = self.repository.commit({"apps/kustomization.yaml": text})
+            self.device.cycle()
+        shutil.rmtree(os.path.join(self.device.state_dir, "git"))
+        self.repository.commit({"apps/a.yaml": "- 1\n"})
+        self.check_refused("apps/a.yaml", "held a deployment")
+
+
+class Reading(unittest.TestCase):
+    """F-06: what is refused wherever it lies, and what a place held before."""
+
+    def test_what_nobody_can_have_meant_is_refused(self):
+        """Also where its path is new: it may have been renamed and spoilt in one commit.  SOPS may leave id and kind in the clear."""
+        text = support.make_deployment()
+        good = json.loads(text)
+        for data, words in [
+                (LFS, "Git LFS"), (LFS.replace("\n", "\r\n"), "Git LFS"), (SOPS, "SOPS"), (json.dumps(dict(good, sops={})), "SOPS"), ("", "is empty"),
+                (" \r\n\n", "is empty"), (VAULT, "encrypted file"), ("../real/a.yaml", "a link"), ("-----BEGIN AGE ENCRYPTED FILE-----\nYQ==\n", "encrypted"),
+                (json.dumps(dict(good, kind="ApplicationDeploymnet")), "'ApplicationDeploymnet'"), (b"\0GITCRYPT\0a", "not allowed"),
+                (json.dumps(dict(good, apiVersion="application.margo.org/v1alpha1")), "kind: found None"), (text.encode("utf-16"), "not UTF-8")]:
+            with self.assertRaisesRegex(margo_agent.Refused, f"apps/x.yaml: .*{words}", msg=data):
+                margo_agent.parse_files([("apps/x.yaml", data if isinstance(data, bytes) else data.encode())])
+
+    def test_what_says_something_else_is_ignored(self):
+        for data in (b"# nothing\n", b"---\n", b"{}", b"- 1", b"kind: Kustomization", b"creation_rules: []", b"spec: {deploymentProfiles: []}"):
+            self.assertEqual(margo_agent.parse_files([("x.yaml", data)]), ([], {}, ["x.yaml"]))
+
+    def test_a_place_that_holds_something_else_now_is_suspect(self):
+        def listing(*items):
+            return b"".join(f"{mode} {kind} {'1' * 40} {size}\t{name}\0".encode() for mode, kind, size, name in items)
+
+        def blob(name):
+            return "100644", "blob", 5, name
+
+        before, rest = listing(blob("a.yaml"), blob("h/b.yaml"), blob("h/l/c.yml"), blob("notes.md")), (blob("h/b.yaml"), blob("h/l/c.yml"))
+        for after, others, found in [
+                (listing(*rest), set(), []), (listing(blob("a.yaml"), *rest), set(), []), (listing(blob("a.yaml"), *rest), {"a.yaml"}, ["a.yaml"]),
+                (listing(("120000", "blob", 5, "a.yaml"), *rest), set(), ["a.yaml"]), (listing(("160000", "commit", "-", "a.yaml"), *rest), set(), ["a.yaml"]),
+                (listing(blob("a.yaml/README"), *rest), set(), ["a.yaml"]), (listing(blob("a.yaml.txt"), blob("A.YAML"), *rest), set(), []),
+                (listing(("120000", "blob", 5, "h")), set(), ["h/b.yaml", "h/l/c.yml"]), (listing(("160000", "commit", "-", "h/l")), set(), ["h/l/c.yml"]),
+                (listing(blob("h/l")), set(), ["h/l/c.yml"]), (listing(blob("h/lx"), blob("hx/l")), set(), [])]:
+            self.assertEqual([name for name, _, _ in margo_agent.find_suspects(before, after, others)], found, after)
+
+
 class Trust(GitCase):
     """Who may change the desired state, and who may read the credentials."""
 
@@ -556,7 +670,7 @@ class Hostile(GitCase):
         """What a log would cut is not cut where it decides: a deployment in a deep folder is not removed for that."""
         listing = b"100644 blob %s 5\t%s\0" % (b"1" * 40, b"sites/" * 50 + b"app.yaml")
         ((name, blob, size),), ignored = margo_agent.find_blobs(listing, 10)
-        self.assertEqual((blob, size, ignored, len(name)), ("1" * 40, 5, [], 203))
+        self.assertEqual((blob, size, ignored, name), ("1" * 40, 5, [], "sites/" * 50 + "app.yaml"))
 
     def test_attributes_and_hooks_have_no_say(self):
         """Neither those of the repository, nor a hook or a filter that the machine's or the user's configuration names."""
@@ -605,7 +719,7 @@ class Hostile(GitCase):
 
     def test_documents_of_other_kinds_are_ignored_with_a_note(self):
         self.repository.commit({"apps/kustomization.yaml": "apiVersion: kustomize.config.k8s.io/v1\nkind: Kustomization\n", "apps/list.yaml": "- 1\n",
-                                "apps/empty.yml": "", "apps/notes.md": "---\n---\n", "ci.yaml": "a: [1", "apps2/x.yaml": "a: [1"})
+                                "apps/empty.yml": "# none yet\n", "apps/notes.md": "---\n---\n", "ci.yaml": "a: [1", "apps2/x.yaml": "a: [1"})
         self.publish("one")
         log = self.device.cycle()
         for name in ("apps/kustomization.yaml", "apps/list.yaml", "apps/empty.yml"):

@@ -1,4 +1,7 @@
-"""The house itself: layering, purity, doors, budgets; what house rules say of margo_agent.py is checked on its syntax tree."""
+"""The house itself: layering, purity, doors, the gauge; what house rules say of margo_agent.py is checked on its syntax tree.
+
+Names and order of the sections come from the file's banners; what has to be known of some of them is in the tables below.
+"""
 import ast
 import builtins
 import os
@@ -6,36 +9,66 @@ import re
 import subprocess
 import sys
 import unittest
+import warnings
 
-from tests import support
+from tests import gauge, support
 
-PURE = ("Records", "Encodings", "Desired state", "Plan", "Deployment status")
+VOCABULARY = ("Constants and errors", "Records")                # what every section may use
+PURE = ("Records", "Encodings", "Desired state", "Eligibility", "Plan", "Deployment status")
+STORY_FIRST = False                 # True: a section uses only the vocabulary and sections below it; False: only sections above it
 WORLD = {"os", "random", "socket", "subprocess", "logging", "shutil", "fcntl", "select", "signal", "tempfile", "ssl", "urllib.request", "http.client"}
-BUDGET = 8600                       # lines of the whole file, blank ones and comments included
 LONGEST = 60                        # lines of one function
+MEDIAN = 14
+
+# The gauge: what is counted (see tests/gauge.py), how much of it there may be, and how far below that it may fall before this table has
+# to follow.  Figures only go down; the aim is 60,000 tokens and none of the rest.
+GAUGE = {
+    "tokens": (74094, 400),
+    "lines wider than 110 columns": (1317, 40),
+    "conditional expressions inside another": (19, 3),
+    "comprehensions with two loops and a condition": (5, 2),
+    "packed assignments": (158, 10),
+}
+# Functions named parse_, make_, check_, is_ or find_ that are not pure.  It only gets shorter: such a function is to be split into what
+# looks and what decides, or named for what it does (load_ save_ fetch_ post_ run_ ask_ obtain_).
+LYING = """
+Agent.check_patience Agent.find_device Agent.find_reason Agent.is_downtime Agent.make_capabilities
+Agent.make_targets Agent.make_tools ComposeDriver.check_health ComposeDriver.check_space
+ComposeDriver.make_access GitSource.check_signature GitSource.find_head GitSource.make_commit
+MtlsSource.check_peer Store.find_time check_clock check_est_response check_git check_hooks check_mtls
+check_own_anchor check_own_chain check_package_signature check_policy check_registries check_signed
+check_space check_status check_storage find_engine find_layers find_longest find_looseness find_own_leaf
+find_program find_provider find_signer is_crl_signed is_signed is_ssh_answering is_within_whole make_child
+make_compose_driver make_configs make_csr make_document make_drivers make_environment make_folder
+make_git_environment make_helm_driver make_issued_chain make_mis_context make_next_key make_opener make_places
+make_private_key make_project make_public_key make_renewal_csr make_service make_wfm_context parse_certs_only
+""".split()
 
 with open(support.AGENT, encoding="utf-8") as file:
     SOURCE = file.read()
-TREE = ast.parse(SOURCE)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    TREE = ast.parse(SOURCE)
 
 
 def find_sections():
-    """[(number, name, first line)] by the banners."""
-    found = re.finditer(r"^# -{126}\n# (\d+)\. (.+)\n# -{126}\n", SOURCE, re.M)
-    return [(int(match.group(1)), match.group(2), SOURCE.count("\n", 0, match.start()) + 1) for match in found]
+    """[(number, name without "(optional)", whether it is optional, first line)] by the banners."""
+    found = re.finditer(r"^# -{60,}\n# (\d+)\. (.+?)( \(optional\))?\n# -{60,}\n", SOURCE, re.M)
+    return [(int(match.group(1)), match.group(2), bool(match.group(3)), SOURCE.count("\n", 0, match.start()) + 1) for match in found]
 
 
 SECTIONS = find_sections()
+OPTIONAL = {name for _, name, is_optional, _ in SECTIONS if is_optional}
 
 
 def section_of(line):
     """The name of the section a line lies in, "Header" above the first."""
-    return next((name for _, name, start in reversed(SECTIONS) if line >= start), "Header")
+    return next((name for _, name, _, start in reversed(SECTIONS) if line >= start), "Header")
 
 
 def order_of(name):
     """A section's place from top to bottom."""
-    return [item for _, item, _ in SECTIONS].index(name) + 1 if name != "Header" else 0
+    return [item for _, item, _, _ in SECTIONS].index(name) + 1 if name != "Header" else 0
 
 
 def definitions():
@@ -65,20 +98,37 @@ def dotted(node):
 
 class Rooms(unittest.TestCase):
     def test_sections_are_numbered_in_order_and_the_docstring_lists_them(self):
-        listed = dict((int(number), name.strip()) for number, name in re.findall(r"(\d+) ([A-Z][A-Za-z-]+(?: [a-z-]+)*)", ast.get_docstring(TREE)
-                                                                                 .split("A section uses only")[1].split('"C-nnn"')[0]))
-        self.assertEqual({number: name for number, name, _ in SECTIONS}, listed)
-        self.assertEqual([number for number, _, _ in SECTIONS], sorted(listed))
+        text = ast.get_docstring(TREE).split("A section uses only")[1].split('"C-nnn"')[0]
+        listed = dict((int(number), name.strip()) for number, name in re.findall(r"(\d+) ([A-Z][\w.-]*(?: [\w.-]+)*)", text))
+        self.assertEqual({number: name for number, name, _, _ in SECTIONS}, listed)
+        self.assertEqual([number for number, _, _, _ in SECTIONS], list(range(1, len(SECTIONS) + 1)))
 
-    def test_a_section_uses_only_sections_above_it(self):
-        defined = definitions()
-        wrong = []
+    def test_tables_of_this_test_name_sections_of_the_file(self):
+        self.assertEqual(set(PURE + VOCABULARY) - {name for _, name, _, _ in SECTIONS}, set())
+
+    def find_uses(self):
+        """[(line, section, name it uses, section of that)], where these are two sections."""
+        defined, found = definitions(), []
         for node in TREE.body:
-            here = order_of(section_of(node.lineno))
-            for name in {item.id for item in ast.walk(node) if isinstance(item, ast.Name)} & set(defined):
-                if order_of(section_of(defined[name])) > here:
-                    wrong.append(f"line {node.lineno} ({section_of(node.lineno)}) uses {name} of {section_of(defined[name])}")
+            here = section_of(node.lineno)
+            if isinstance(node, ast.If) and "__main__" in ast.dump(node.test):
+                continue                            # the file's last lines, of no section
+            for name in sorted({item.id for item in ast.walk(node) if isinstance(item, ast.Name)} & set(defined)):
+                there = section_of(defined[name])
+                if there != here:
+                    found.append((node.lineno, here, name, there))
+        return found
+
+    def test_a_section_uses_only_sections_on_one_side_of_it(self):
+        """Below it and the vocabulary where the story comes first, above it where the tools do."""
+        wrong = [f"line {line} ({here}) uses {name} of {there}" for line, here, name, there in self.find_uses()
+                 if not (there in VOCABULARY + ("Header",) if STORY_FIRST else False)
+                 and (order_of(there) < order_of(here)) == STORY_FIRST]
         self.assertEqual(wrong, [])
+
+    def test_nobody_names_what_is_in_an_optional_room(self):
+        self.assertEqual([f"line {line} ({here}) uses {name} of {there}" for line, here, name, there in self.find_uses()
+                          if there in OPTIONAL], [])
 
     def test_pure_sections_do_not_touch_the_world(self):
         wrong = []
@@ -139,13 +189,10 @@ class Walls(unittest.TestCase):
         done = subprocess.run([sys.executable, "-m", "pyflakes"] + files, stdout=subprocess.PIPE, universal_newlines=True)
         self.assertEqual(done.stdout, "")
 
-    def test_the_file_keeps_its_budget(self):
-        self.assertLessEqual(SOURCE.count("\n"), BUDGET)
-
     def test_functions_are_short(self):
         lengths = sorted(node.end_lineno - node.lineno + 1 for node in functions()) if sys.version_info >= (3, 8) else [1]
         self.assertLessEqual(lengths[-1], LONGEST)
-        self.assertLessEqual(lengths[len(lengths) // 2], 14)
+        self.assertLessEqual(lengths[len(lengths) // 2], MEDIAN)
 
     def test_what_is_public_says_what_it_is(self):
         silent = [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not ast.get_docstring(node)]
@@ -163,6 +210,46 @@ class Walls(unittest.TestCase):
         top = {path.split("/")[0] for path in done.stdout.split()}
         self.assertEqual(top - {".ci", ".github", ".gitignore", "LICENSE", "README.md", "examples", "margo_agent.py", "pyproject.toml", "tests"},
                          set())
+
+
+class Gauge(unittest.TestCase):
+    """How big and how hard to read the file is; figures only go down."""
+
+    def measure(self):
+        """{what is counted: how often, and where}."""
+        found = {"lines wider than 110 columns": gauge.find_wide_lines(SOURCE),
+                 "conditional expressions inside another": gauge.find_nested_conditions(TREE),
+                 "comprehensions with two loops and a condition": gauge.find_crowded_comprehensions(TREE),
+                 "packed assignments": gauge.find_packed_assignments(TREE)}
+        counts = {name: (len(lines), lines[:30]) for name, lines in found.items()}
+        return dict(counts, tokens=(gauge.count_tokens(SOURCE), []))
+
+    def test_no_figure_grows_and_limits_follow_what_is_reached(self):
+        figures = self.measure()
+        self.assertEqual(set(figures), set(GAUGE))
+        for name, (limit, slack) in GAUGE.items():
+            count, lines = figures[name]
+            with self.subTest(name):
+                self.assertLessEqual(count, limit, f"{name}: what arrives is paid for by what leaves; lines {lines}")
+                self.assertLess(limit - count, slack, f"{name}: lower the limit to {count}")
+
+    def test_verbs_keep_their_promise(self):
+        lying = gauge.find_lying_verbs(TREE)
+        new = {name: words for name, words in lying.items() if name not in LYING}
+        self.assertEqual(new, {}, "these are named as if they touched nothing")
+        gone = [name for name in LYING if name not in lying]
+        self.assertLess(len(gone), 5, f"take these off the list: {' '.join(gone)}")
+
+    def test_the_gauge_counts_what_it_says(self):
+        """Comments, docstrings, blank lines and f-strings' insides are no tokens."""
+        source = '"""Doc."""\n\n# note\ndef f(a):\n    """Doc."""\n    return f"{a} {a!r:>{4}}" + "x"\n'
+        self.assertEqual(gauge.count_tokens(source), 10)
+        tree = ast.parse("a = 1 if b else 2 if c else 3\nd = [e for f in g for e in f if e]\nh, i = 1, j()\nk, l = l, k\n")
+        self.assertEqual([find(tree) for find in (gauge.find_nested_conditions, gauge.find_crowded_comprehensions,
+                                                  gauge.find_packed_assignments)], [[1], [2], [3]])
+        tree = ast.parse("def load(a):\n    return open(a)\ndef make_a(b):\n    return load(b)\n"
+                         "def make_b(os):\n    return os.path.join(os.O_RDONLY)\n")
+        self.assertEqual(gauge.find_lying_verbs(tree), {"make_a": "load: open"})
 
 
 class Examples(unittest.TestCase):

@@ -1,18 +1,15 @@
 """The Compose driver (sections 14 and 15): how a start is judged, and what the engine is told and when."""
-import contextlib
-import io
 import json
 import os
 import re
 import stat
-import sys
 import time
 import unittest
 from unittest import mock
 
 import margo_agent
-from tests import support
-from tests.test_compose_file import ABSENT, IMAGE, PROJECT, FileCase, make_config, make_document
+from tests import fake_podman, support
+from tests.test_compose_file import ABSENT, IMAGE, MARKS, OWNER, PROJECT, FileCase, make_config, make_document
 
 
 # Judging a start
@@ -127,8 +124,8 @@ class ParseContainers(unittest.TestCase):
                          [margo_agent.Container("abc", "web-1", support.HELLO, "", "", "", "running", "compose")])
 
     def test_what_docker_shows(self):
-        line = json.dumps(["abc", "web-1", support.HELLO, "c", "s", "h", "gw/a", "exited", "Exited (1) 3 seconds ago"])
-        expected = margo_agent.Container("abc", "web-1", support.HELLO, "c", "s", "h", "exited", "compose", "gw/a")
+        line = json.dumps(["abc", "web-1", support.HELLO, "c", "s", "h", "gw/a", "us", "exited", "Exited (1) 3 seconds ago"])
+        expected = margo_agent.Container("abc", "web-1", support.HELLO, "c", "s", "h", "exited", "compose", "gw/a", owner="us")
         self.assertEqual(margo_agent.parse_containers(f"{line}\n{line}\n".encode(), "docker"), [expected, expected])
         self.assertEqual(margo_agent.parse_containers(b"", "docker"), [])
 
@@ -137,7 +134,7 @@ class ParseContainers(unittest.TestCase):
         for name in ("/etc", "../../..", "", "d", support.HELLO + "\n", support.HELLO + "/.."):
             item = dict(self.GOOD, Labels=dict(self.GOOD["Labels"], **{"org.margo.deployment": name}))
             self.assertEqual(margo_agent.parse_containers(json.dumps([item]).encode(), "podman"), [])
-            self.assertEqual(margo_agent.parse_containers(json.dumps(["a", "b", name, "", "", "", "", "exited", ""]).encode(), "docker"), [])
+            self.assertEqual(margo_agent.parse_containers(json.dumps(["a", "b", name, "", "", "", "", "", "exited", ""]).encode(), "docker"), [])
 
     def test_the_state_of_health_is_in_the_words_of_the_status(self):
         """Drift of a service that runs and is not well is seen without a further command."""
@@ -149,7 +146,7 @@ class ParseContainers(unittest.TestCase):
             (container,) = margo_agent.parse_containers(json.dumps([item]).encode(), "podman")
             self.assertEqual((container.state, container.health, container.started), expected + (17,))
             (container,) = margo_agent.parse_containers(json.dumps(
-                ["i", "n", support.HELLO, "c", "s", "h", "", state, str(status)]).encode(), "docker")
+                ["i", "n", support.HELLO, "c", "s", "h", "", "", state, str(status)]).encode(), "docker")
             self.assertEqual((container.state, container.health), expected)
 
     def test_an_answer_of_another_form_is_not_taken_for_no_containers(self):
@@ -166,33 +163,18 @@ class ParseContainers(unittest.TestCase):
                 with self.assertRaises(margo_agent.CommandError) as caught:
                     margo_agent.parse_containers(data, "podman")
                 self.assertIn("podman ps answered in an unknown form", caught.exception.message)
-        for data in (b"abc\n", b'["a"]\n', b'["a","b","c","d","e","f","g","h","i","j"]\n', b"\n", b"Error: no\n"):
+        for data in (b"abc\n", b'["a"]\n', b'["a","b","c","d","e","f","g","h","i","j","k"]\n', b"\n", b"Error: no\n"):
             with self.subTest(data=data):
                 with self.assertRaises(margo_agent.CommandError) as caught:
                     margo_agent.parse_containers(data, "docker")
                 self.assertIn("docker ps answered in an unknown form", caught.exception.message)
 
 
-class Ports(FileCase):
-    """What a service holds of the host, as data: who goes first when a port changes hands is decided from it (F-28)."""
-
-    CASES = [("80", []), ("8080:80", [["", 8080, "tcp"]]), ("127.0.0.1:8080:80/udp", [["127.0.0.1", 8080, "udp"]]),
-             ("0.0.0.0:8080:80", [["", 8080, "tcp"]]), ("[::]:8080:80", [["", 8080, "tcp"]]),
-             ("[0:0::1]:53:53/udp", [["::1", 53, "udp"]]), ("127.0.0.1::80", []),
-             ("8080-8081:80-81", [["", 8080, "tcp"], ["", 8081, "tcp"]]), ("8080-8090:80", []),
-             ({"target": 80, "published": 8080, "host_ip": "10.0.0.1", "protocol": "sctp"}, [["10.0.0.1", 8080, "sctp"]]),
-             ({"target": 80}, [])]
-
-    def test_the_ports_of_a_service_are_known_from_its_file(self):
-        for item, expected in self.CASES:
-            with self.subTest(item=item):
-                self.assertEqual(self.settle_service({"ports": [item]}).ports, expected)
-
-
 # The driver against an engine of files
 
 class DriverCase(FileCase):
     starts_processes = False
+    claim = margo_agent.Claim(OWNER, frozenset(), frozenset([support.HELLO]), frozenset())
 
     def setUp(self):
         super().setUp()
@@ -200,7 +182,7 @@ class DriverCase(FileCase):
         self.start_patch(mock.patch.dict(os.environ, self.engine.env))
         if not self.starts_processes:
             self.start_patch(mock.patch.object(margo_agent, "run_command", self.run_here))
-        self.driver = margo_agent.ComposeDriver("podman", self.config)
+        self.driver = margo_agent.ComposeDriver("podman", self.config, claim=lambda: self.claim)
 
     def start_patch(self, patch):
         patch.start()
@@ -208,18 +190,10 @@ class DriverCase(FileCase):
 
     def run_here(self, argv, timeout, env=None, patient=False):
         """The engine of files in this process: a process for each of hundreds of commands would take too long."""
-        from tests import fake_podman as engine     # it asks for FAKE_PODMAN as it is imported
         for argument in argv:
             self.assertNotIn(b"\0", os.fsencode(argument))
-        stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), mock.patch.object(sys, "argv",
-            argv), \
-                mock.patch.object(engine, "FOLDER", self.engine.folder):
-            try:
-                engine.main()
-            except SystemExit as end:
-                code = end.code or 0
-        return margo_agent.Output(code, stdout.getvalue().encode(), stderr.getvalue().strip())
+        code, stdout, stderr = fake_podman.answer(self.engine.folder, argv[1:], os.getpid())
+        return margo_agent.Output(code, stdout.encode(), stderr.strip())
 
     def prepare(self, document, **options):
         self.add_file("compose.yaml", document if isinstance(document, str) else json.dumps(document))
@@ -267,16 +241,15 @@ class CommandLines(DriverCase):
         config = next(argument for argument in calls[4] if re.match("--volume=.*:/app:ro$", argument))
         mark = f"--label=org.margo.project={PROJECT}"
         self.assertEqual(calls, [
-            ["network", "create", mark, f"{PROJECT}_default"], ["network", "create", mark, f"{PROJECT}_front"],
-            ["network", "create", "--internal", mark, f"{PROJECT}_back"],
-            ["volume", "create", "--label=a=b", f"{PROJECT}_data"],
+            ["network", "create", *MARKS, f"{PROJECT}_default"], ["network", "create", *MARKS, f"{PROJECT}_front"],
+            ["network", "create", *MARKS, "--internal", f"{PROJECT}_back"],
+            ["volume", "create", "--label=a=b", *MARKS, f"{PROJECT}_data"],
             ["create", f"--name={name}", f"--label=org.margo.deployment={support.HELLO}",
              "--label=org.margo.component=web", mark,
              "--label=org.margo.service=main", f"--label=org.margo.hash={service.hash}", "--label=org.margo.device=",
-             f"--label=com.docker.compose.project={PROJECT}", "--label=com.docker.compose.service=main",
+             f"--label=org.margo.owner={OWNER}", f"--label=com.docker.compose.project={PROJECT}", "--label=com.docker.compose.service=main",
              "--label=com.docker.compose.container-number=1", f"--label=com.docker.compose.config-hash={service.hash}",
-             "--label=com.docker.compose.oneoff=False",
-             "--http-proxy=false", f"--env-file={self.folder}/main.env", config, "--init",
+             "--label=com.docker.compose.oneoff=False", "--http-proxy=false", f"--env-file={self.folder}/main.env", config, "--init",
              "--publish=80:80", f"--volume={PROJECT}_data:/d", f"--network={PROJECT}_front", "--network-alias=main",
              "--network-alias=www", IMAGE,
              "sleep", "5"],
@@ -599,6 +572,66 @@ class Updates(DriverCase):
         self.assertFails("REMOVE_FAILED", lambda: self.apply(self.make(command=["x"])), "device or resource busy")
 
 
+class Owners(DriverCase):
+    """Whose something on the engine is (contract, On the engine)."""
+
+    def check_names(self, document):
+        self.driver.check_names(*self.prepare(document))
+
+    def test_one_rule_says_what_is_ours(self):
+        claim = margo_agent.Claim("me", {"me", "I-then"}, {support.HELLO}, {"recorded"})
+        other = support.HELLO[:-1] + "1"
+        for deployment_id, owner, container_id, expected in (
+                (support.HELLO, "me", "x", True), (other, "me", "x", True),                     # state lost: by our owner alone
+                (support.HELLO, "stranger", "x", False), (other, "stranger", "x", False),
+                (support.HELLO.upper(), "I-then", "x", True), (other, "I-then", "x", False),
+                (support.HELLO, "", "x", True), (other, "", "x", False),                        # before there was this label
+                (other, "stranger", "recorded", True), (support.HELLO, "stranger", None, False)):
+            with self.subTest(deployment_id=deployment_id, owner=owner, container_id=container_id):
+                self.assertIs(margo_agent.is_ours(claim, deployment_id, owner, container_id), expected)
+        self.assertFalse(margo_agent.is_ours(claim._replace(owner=""), other, ""), "an agent without identity owns what has no label")
+
+    def test_the_look_keeps_strangers_aside(self):
+        self.apply(make_document({}))
+        with self.engine.open() as held:
+            (mine,) = held["containers"].values()
+            for name, owner in (("theirs", "stranger"), ("forged", OWNER)):
+                labels = dict(mine["labels"], **{"org.margo.owner": owner})
+                held["containers"][name] = dict(mine, id=name, labels=labels)
+        self.assertEqual({item.name for item in self.driver.observe()}, {f"{PROJECT}-main-1", "forged"})
+        self.assertEqual([(item.name, item.owner) for item in self.driver.find_strangers()], [("theirs", "stranger")])
+
+    def test_a_name_of_a_stranger_s_fails_the_component_before_anything_is_touched(self):
+        document = make_document({"volumes": ["data:/d"]}, volumes={"data": None})
+        self.apply(document)
+        for kind, name in (("networks", f"{PROJECT}_default"), ("volumes", f"{PROJECT}_data"), ("containers", f"{PROJECT}-main-1")):
+            with self.engine.open() as held:
+                kept = json.dumps(held[kind][name])
+                if kind == "containers":
+                    held[kind][name]["labels"]["org.margo.owner"] = "stranger"
+                else:
+                    held[kind][name] = ["org.margo.owner=stranger"]
+            self.engine.forget_calls()
+            self.assertFails("NAME_TAKEN", lambda: self.check_names(document), f"{kind[:-1]} {name} belongs to another agent, stranger")
+            self.assertEqual(self.changes(), [])
+            with self.engine.open() as held:
+                held[kind][name] = json.loads(kept)
+            self.check_names(document)
+
+    def test_what_has_no_owner_or_is_external_is_taken_as_it_is(self):
+        with self.engine.open() as held:
+            held["volumes"] = {f"{PROJECT}_data": [], "plant": ["org.margo.owner=stranger"]}
+            held["networks"] = {"plant": ["org.margo.owner=stranger"]}
+        self.check_names(make_document({"volumes": ["data:/d", "plant:/p"]}, volumes={"data": None, "plant": {"external": True}},
+                                       networks={"plant": {"external": True}}))
+
+    def test_what_an_earlier_identity_made_is_still_ours(self):
+        self.apply(make_document({}))
+        self.claim = self.claim._replace(owner="another now", owners={OWNER})
+        self.check_names(make_document({}))
+        self.assertEqual(len(self.driver.observe()), 1)
+
+
 class Removal(DriverCase):
     def remove(self, component="web"):
         self.driver.remove(support.HELLO, component, self.driver.observe(), time.monotonic() + 60)
@@ -615,7 +648,17 @@ class Removal(DriverCase):
         self.remove()
         self.assertEqual(self.engine.containers(), {})
         with self.engine.open() as held:
-            self.assertEqual((held["networks"], held["volumes"]), ({}, [f"{PROJECT}_data"]))
+            self.assertEqual((held["networks"], held["volumes"]), ({}, {f"{PROJECT}_data": [mark[len("--label="):] for mark in MARKS]}))
+
+    def test_networks_of_another_owner_stay(self):
+        """Contract, On the engine: whatever other labels something has, its owner says whose it is."""
+        self.apply(make_document({}))
+        project = f"org.margo.project={PROJECT}"
+        with self.engine.open() as held:
+            held["networks"].update(theirs=[project, "org.margo.owner=stranger"], older=[project], forged=[project, f"org.margo.owner={OWNER}"])
+        self.remove()
+        with self.engine.open() as held:
+            self.assertEqual(list(held["networks"]), ["theirs"])
 
     def test_another_component_stays(self):
         self.apply(make_document({}))

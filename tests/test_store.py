@@ -207,7 +207,7 @@ class Copy(StoreCase):
         self.assertEqual(store.load_state()["accepted"]["version"], 19)
         os.remove(os.path.join(mount, "filler"))
         store.create()
-        self.assertEqual(os.path.getsize(store.path("reserve")), margo_agent.RESERVE)
+        self.assertEqual(os.path.getsize(store.path("reserve")), (1 << 20) // margo_agent.SHARE)
 
 
 class Artifacts(StoreCase):

@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 import unittest
 from unittest import mock
 
@@ -189,7 +190,9 @@ class Answers(TransportCase):
             "trailer": chunked(content, end=b"0\r\nX-Trailer: x\r\n\r\n"),
             "to the end, 1.0": b"HTTP/1.0 200 OK\r\n\r\n" + content,
             "to the end, 1.1": b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + content,
-            "after 100 Continue": b"HTTP/1.1 100 Continue\r\n\r\n" + answer("200 OK", content)}
+            "after 100 Continue": b"HTTP/1.1 100 Continue\r\n\r\n" + answer("200 OK", content),
+            "after 102": b"HTTP/1.1 102 Processing\r\n\r\n" + answer("200 OK", content),
+            "after 103 twice": b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 2 + answer("200 OK", content)}
         for name, data in frames.items():
             with self.subTest(name):
                 self.assertEqual(self.fetch(data).body, content)
@@ -325,7 +328,7 @@ class Limits(TransportCase):
             with self.subTest(rate=rate, seconds=seconds):
                 pieces = [bytes(rate)] * seconds + [b""]
                 with mock.patch.object(margo_agent.time, "monotonic", lambda: float(seconds + 1 - len(pieces))):
-                    source = mock.Mock(length=0, guard=mock.Mock(late=False), read1=lambda size: pieces.pop(0))
+                    source = mock.Mock(length=0, paced=mock.Mock(), read1=lambda size: pieces.pop(0))
                     if given_up:
                         with self.assertRaises(Unreachable) as caught:
                             margo_agent.read_body(source, 10 ** 9, 10, "GET it")
@@ -335,6 +338,54 @@ class Limits(TransportCase):
 
 
 class Network(TransportCase):
+    def test_no_thread_is_needed(self):
+        """A device at its limit of tasks polls all the same: pacing does without a thread."""
+        def start(thread):
+            raise RuntimeError("can't start new thread")
+
+        server = Server(self, answer("200 OK", b"here"))
+        with mock.patch.object(threading.Thread, "start", start):
+            self.assertEqual(self.get(server).body, b"here")
+
+    def resolve(self, *places):
+        """A name that has these addresses, in this order."""
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in places]
+        patch = mock.patch.object(socket, "getaddrinfo", lambda *arguments, **options: found)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def make_silence(self):
+        """A place that answers no attempt to connect: the queue of its listener is full."""
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        place = listener.getsockname()
+        for peer in (listener, socket.create_connection(place), socket.socket()):
+            self.addCleanup(peer.close)
+        peer.setblocking(False)
+        peer.connect_ex(place)
+        return place
+
+    def test_a_dead_address_before_a_good_one_takes_a_quarter_of_a_second(self):
+        """F-12: the next address of a name is tried before the one before has used up the time-out; a refused one at once."""
+        server = Server(self, answer("200 OK", b"here"))
+        good, closed = server.listener.getsockname(), ("127.0.0.1", support.free_port())
+        for first in (self.make_silence(), closed):
+            self.resolve(first, good)
+            start = time.monotonic()
+            self.assertEqual(self.get("http://wfm.test:1").body, b"here")
+            self.assertLess(time.monotonic() - start, 5)
+
+    def test_only_dead_addresses_are_unreachable_within_one_time_out(self):
+        """F-12: however many there are, and the words are those of the last."""
+        silent, closed = self.make_silence(), ("127.0.0.1", support.free_port())
+        self.resolve(silent, silent, silent)
+        start = time.monotonic()
+        self.refuse(Unreachable, "http://wfm.test:1", "timed out", timeout=1)
+        self.assertLess(time.monotonic() - start, 3)
+        self.resolve(closed, closed)
+        self.refuse(Unreachable, "http://wfm.test:1", "refused")
+
     def test_nobody_there_is_unreachable(self):
         self.refuse(Unreachable, f"http://127.0.0.1:{support.free_port()}", "refused")
 
@@ -402,6 +453,24 @@ class Tls(TransportCase):
         context.minimum_version, context.maximum_version = (getattr(ssl.TLSVersion, version) for version in versions)
         context.load_cert_chain(self.path(f"{name}.pem"), self.path(f"{name}.key"))
         return Server(self, answer("200 OK", b"secret"), context)
+
+    def test_an_end_that_tls_does_not_tell_of_is_none(self):
+        """F-10: a body without a length that ends with the connection alone was cut by the wire: it is no refused manifest."""
+        head, context = b"HTTP/1.0 200 OK\r\n\r\n", margo_agent.make_tls_context(ca_file=self.path("site-ca.pem"))
+        for told in (True, False):
+            server = self.serve()
+
+            def end(connection, over, told=told):
+                connection.sendall(head + b"half")
+                if told:
+                    connection.unwrap()
+                connection.shutdown(socket.SHUT_RDWR)
+
+            server.serve = end
+            if told:
+                self.assertEqual(self.get(server, context=context).body, b"half")
+            else:
+                self.refuse(Unreachable, server, context=context)
 
     def der(self, name):
         with open(self.path(f"{name}.pem")) as file:

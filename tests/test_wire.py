@@ -17,7 +17,7 @@ import unittest
 import margo_agent
 from tests import support
 
-SLOW = float(os.environ.get("MARGO_TEST_SLOW") or 0) > 0
+SLOW = float(os.environ.get("MARGO_TEST_SLOW") or 0) == 1
 
 
 class Relay:
@@ -163,7 +163,7 @@ class EveryByte(WireCase):
                 words.add("timed out" in error.message)
         self.assertLess(outcomes["whole"], 150)     # only the server's goodbye may be missing
         self.assertEqual(words, {False})            # a link that breaks off is noticed when it does
-        sys.stderr.write(f"\nwire: broken off at {len(chosen)} of {len(points)} points: {outcomes}\n")
+        sys.__stderr__.write(f"\nwire: broken off at {len(chosen)} of {len(points)} points: {outcomes}\n")
 
     def test_the_agent_over_links_that_break_off(self):
         """P-12: whole cycles; then the link is whole again, and one cycle does it all."""
