@@ -2170,9 +2170,9 @@ class Folder:
         path = real
         if own and kind:
             path = os.path.join(os.path.dirname(self.path), f"content-{load_digest(real)[:32]}", os.path.basename(real))
-        return Source(path, real, kind, own, not own and self.is_engine(real))
+        return Source(path, real, kind, own, not own and self.leads_to_engine(real))
 
-    def is_engine(self, path):
+    def leads_to_engine(self, path):
         """Whether a path is an engine's socket, by whatever name, or a folder with one in it, as far as 10,000 entries tell."""
         import stat
         places = [self.environ.get(name, "").partition("unix://")[2] for name in ("CONTAINER_HOST", "DOCKER_HOST")]
@@ -5814,9 +5814,9 @@ Health = define("Health", "interval retries start", "A health check as the agent
 Attachment = define("Attachment", "network aliases options",
     "What a container joins: the engine's name of a network, further names in it, arguments; or a network mode, None, None.", None)
 Content = define("Content", "text mode uid gid", "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
-Reading = define("Reading", "workload policy engine folder variables volumes networks contents notes",
+Reading = define("Reading", "workload policy engine folder variables volumes networks contents",
     "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of volumes and of"
-    " networks, {section: {name: text}} of configs and secrets, and the notes so far.")
+    " networks, {section: {name: text}} of configs and secrets.")
 
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
@@ -5852,13 +5852,15 @@ def interpolate(text, variables, where, depth=0):
     if depth > 32:
         raise make_fault(f"{where}: a $ in more than 32 others")
     pattern = re.compile(r"\$(?:(\$)|\{([A-Za-z_]\w*)(:?[-?+]|\})|([A-Za-z_]\w*)|(\{))", re.A)
-    result, position, match = [], 0, pattern.search(text)
+    result, position = [], 0
+    match = pattern.search(text)
     while match:
         dollar, long, operator, short, open_brace = match.groups()
         if open_brace:
             raise make_fault(f"{where}: a ${{ that is not ${{NAME}}; a $ that is meant is written $$")
         result.append(text[position:match.start()])
-        position, name = match.end(), long or short
+        position = match.end()
+        name = long or short
         value = dollar or variables.get(name, "")
         if long and operator != "}":
             end = find_brace(text, position, where)
@@ -5916,34 +5918,27 @@ def interpolate_all(value, variables, where="", named=False):
     return interpolate(value, variables, where) if isinstance(value, str) and "$" in value else value
 
 
-ENV_LINE = (r"(?:export\s+)?([\w.-]+)[ \t]*"                            # a name, and perhaps = or : and a value
+ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"                        # a name, and perhaps = or : and a value
             r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|(?![ \t]*['\"])([^\n]*)))?"
             r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 
 
 def parse_env_file(text, variables, where):
     """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes as compose takes them."""
-    result, known, position, counted, number = {}, Variables(variables), 0, 0, 1
+    result = {}
+    known = Variables(variables)
     text = text.replace("\r\n", "\n").lstrip("\ufeff")
     variables.spend(len(text), where)
     known.room = variables.room
-    while position < len(text):
-        if text[position].isspace():
-            position += 1
-            continue
-        match = re.compile(f"#[^\n]*|{ENV_LINE}", re.S).match(text, position)
-        number += text.count("\n", counted, position)
-        place, counted = f"{where}, line {number}", position
-        if not match:
-            raise make_fault(f"{place}: expected NAME=value")
-        position, (name, single, double, plain) = match.end(), match.groups()
-        if name is None:
-            continue                                # a comment
+    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
+        name, single, double, plain, odd = match.groups()
+        if odd:
+            raise make_fault(f"{where}, line {text.count(chr(10), 0, match.start()) + 1}: expected NAME=value")
         if single is not None:
             result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
             raw = unescape_double(double) if plain is None else re.split(r"\s#", plain, maxsplit=1)[0].strip()
-            result[name] = interpolate(raw, known, place)
+            result[name] = interpolate(raw, known, f"{where}, {name}")
         elif name in variables:
             result[name] = variables[name]
         if name in result and name not in variables:
@@ -5974,16 +5969,18 @@ def to_text(value, where):
 
 def to_form(pattern, words):
     """A reader of text of one form: the pattern, and what it is in words."""
-    def read(value, where):
+    def read_form(value, where):
         text = to_text(value, where)
         if not re.fullmatch(pattern, text):
             raise make_fault(f"{where}: {make_printable(text, 60)!r} is not {words}")
         return text
-    return read
+    return read_form
 
 
 to_size = to_form(r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m")
 to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
+to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
+to_one = to_form("1", "supported; only 1 is")
 
 
 def to_flag(value, where):
@@ -5992,13 +5989,6 @@ def to_flag(value, where):
     if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
         raise make_fault(f"{where}: expected true or false")
     return word in ("true", "yes", "on", "y")
-
-
-def to_items(value, where):
-    """A list as it is, [] for nothing."""
-    if value is not None and not isinstance(value, list):
-        raise make_fault(f"{where}: expected a list")
-    return value or []
 
 
 def to_mapping(value, where):
@@ -6010,8 +6000,7 @@ def to_mapping(value, where):
 
 def to_list(value, where):
     """A list of texts; a single text is one too."""
-    items = [] if value is None else [value]
-    return [to_text(item, where) for item in (value if isinstance(value, list) else items)]
+    return [to_text(item, where) for item in (value if isinstance(value, list) else [value])]
 
 
 def to_pairs(value, where):
@@ -6030,8 +6019,7 @@ def to_values(value, where):
 def to_labels(value, where):
     """`labels` as {name: text}; those by which containers are found again are not to be forged."""
     labels = to_values(value, where)
-    reserved = sorted(name for name in labels if name.startswith(("org.margo.", "com.docker.compose.")))
-    if reserved:
+    if any(name.startswith(("org.margo.", "com.docker.compose.")) for name in labels):
         raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
     return labels
 
@@ -6040,30 +6028,32 @@ def to_words(value, where):
     """A command: a list as it is, a text split as a shell splits it."""
     if not isinstance(value, str):
         return to_list(value, where)
-    words, end = [[]], 0
-    piece = re.compile(r"(\s+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^\s'\"\\]+)", re.S)
-    for match in piece.finditer(to_text(value, where)):
-        if match.start() != end:
-            break
-        end, (blank, single, double, escaped, plain) = match.end(), match.groups()
+    words = [[]]
+    pattern = r"(\s+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^\s'\"\\]+)|."
+    for match in re.finditer(pattern, to_text(value, where), re.S):
+        blank, single, double, escaped, plain = match.groups()
+        if not match.lastindex:
+            raise make_fault(f"{where}: a quotation or a \\ that is not closed")
         if blank:
             words.append([])
         elif double is not None:                    # a space is what YAML has made of a line end
             words[-1].append(re.sub(r'\\([$`"\\\n ])', lambda found: found.group(1).strip("\n"), double))
         else:
             words[-1].append((single or plain or escaped or "").strip("\n" if escaped else ""))
-    if end != len(value):
-        raise make_fault(f"{where}: a quotation or a \\ that is not closed")
     return ["".join(parts) for parts in words if parts]
 
 
 def to_seconds(value, where):
     """Compose's durations such as 1m30s or 500ms to seconds."""
-    text = to_text(value, where)
-    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(h|ms|us|m|s)", text) if len(text) <= 100 else []
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise make_fault(f"{where}: {make_printable(text, 40)!r} is not a duration such as 1m30s")
-    return sum(float(number) * {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}[unit] for number, unit in parts)
+    text = to_form(r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s")(value, where)
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
+    return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
+
+
+def to_duration(value, where):
+    """A duration as it is written."""
+    to_seconds(value, where)
+    return value
 
 
 def to_count(value, where):
@@ -6073,9 +6063,9 @@ def to_count(value, where):
 
 def to_mode(value, where):
     """The permissions of a file: an octal number, or a plain one as compose takes it."""
-    octal = to_text(value, where).startswith("0") or isinstance(value, str)
-    form = "0?o?[0-7]{1,4}" if octal else "[0-9]{1,4}"
-    return int(to_form(form, "a file mode such as 0440")(value, where).replace("o", ""), 8 if octal else 10)
+    octal = isinstance(value, str) or to_text(value, where).startswith("0")
+    text = to_form("0?o?[0-7]{1,4}" if octal else "[0-9]{1,4}", "a file mode such as 0440")(value, where)
+    return int(text.replace("o", ""), 8 if octal else 10)
 
 
 def to_hosts(value, where):
@@ -6083,38 +6073,317 @@ def to_hosts(value, where):
     if isinstance(value, dict):
         pairs = [(name, item) for name in sorted(value) for item in to_list(value[name], f"{where}.{name}")]
     else:
-        pairs = [re.split("[=:]", item + ":", maxsplit=1) for item in to_list(value, where)]
-        pairs = [(name, address[:-1]) for name, address in pairs]
+        pairs = [re.match("([^=:]*)[=:]?(.*)", item, re.S).groups() for item in to_list(value, where)]
     return [f"{name}:{address.strip('[]')}" for name, address in pairs]
 
 
-def to_ports(value, where):
+def to_restart(value, where):
+    """`restart`: the engine's own words."""
+    form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
+    return "no" if value is False else form(value, where)
+
+
+def to_grace(value, where):
+    """`stop_grace_period` in whole seconds; an engine would take zero as not said."""
+    return str(max(1, round(to_seconds(value, where))))
+
+
+def to_external(value, where):
+    """`external`: true or false, or in older files a mapping that has the name."""
+    return to_text(value.get("name"), f"{where}.name") if isinstance(value, dict) else to_flag(value, where)
+
+
+def to_namespace(*words):
+    """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
+    def read_namespace(value, where):
+        text = to_text(value, where)
+        if not re.fullmatch("|".join(words + ("service:.+",)), text):
+            code = "POLICY_DENIED" if re.match("container:|ns:", text) else "INVALID_DEPLOYMENT"
+            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not supported; known are {', '.join(words)},"
+                             " service:NAME", code)
+        return text
+    return read_namespace
+
+
+def to_test(value, where):
+    """`test` of a health check: text for a shell, a list of words for none, [] for no check at all."""
+    if not isinstance(value, list):
+        text = to_text(value, where)
+        return [] if text == "NONE" else text
+    words = to_list(value, where)
+    if words == ["NONE"]:
+        return []
+    if words[:1] == ["CMD-SHELL"] and len(words) == 2:
+        return words[1]
+    if words[:1] != ["CMD"] or len(words) < 2:
+        raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
+    return words[1:]
+
+
+def to_image(value, where):
+    """The whole name of an image: one without a registry is Docker Hub's, for every engine.  None is a file of this device."""
+    text = to_text(value, where)
+    shown = repr(make_printable(text, 100))
+    if re.match(r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|tarball|https?):"
+                r"|[^/]*:(?![0-9]+/)[^/]*/", text[:512]):
+        raise make_fault(f"{where}: {shown} is not read from a registry, as an image has to be", "POLICY_DENIED")
+    if len(text) > 512 or "//" in text or not re.fullmatch(
+            r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,128})?",
+            text, re.A):
+        raise make_fault(f"{where}: {shown} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the path in lower case")
+    if find_registry(text) != "docker.io" or text.startswith("docker.io/"):
+        return text
+    return f"docker.io/{'' if '/' in text.partition('@')[0] else 'library/'}{text}"
+
+
+def find_registry(image):
+    """The registry host that an image name begins with; Docker's own where it names none."""
+    first, slash, _ = image.partition("/")
+    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
+
+
+# The form of a file.  A form is a reader; a dict of known keys and their forms; {None: form} for names of the application's own,
+# {list: form} where a list of such names will do, too; [form]; or (form of the long syntax, reader of the short one).
+
+# Which option of the engine takes a key as it was read.
+SERVICE_OPTIONS = {
+    "user": (to_text, "--user"), "hostname": (to_text, "--hostname"), "working_dir": (to_text, "--workdir"),
+    "stop_signal": (to_text, "--stop-signal"), "stop_grace_period": (to_grace, "--stop-timeout"),
+    "mem_limit": (to_size, "--memory"), "memswap_limit": (to_size, "--memory-swap"),
+    "mem_reservation": (to_size, "--memory-reservation"), "mem_swappiness": (to_number, "--memory-swappiness"),
+    "shm_size": (to_size, "--shm-size"), "oom_score_adj": (to_number, "--oom-score-adj"),
+    "cpus": (to_number, "--cpus"), "cpu_period": (to_number, "--cpu-period"), "cpu_quota": (to_number, "--cpu-quota"),
+    "cpu_shares": (to_number, "--cpu-shares"), "cpuset": (to_text, "--cpuset-cpus"),
+    "pids_limit": (to_number, "--pids-limit"), "platform": (to_text, "--platform"), "mac_address": (to_text, "--mac-address"),
+    "pid": (to_namespace("private", "host"), "--pid"),
+    "ipc": (to_namespace("private", "shareable", "none", "host"), "--ipc"),
+    "userns_mode": (to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?", "host, auto, nomap or keep-id"),
+                    "--userns"),
+    "init": (to_flag, "--init"), "read_only": (to_flag, "--read-only"), "privileged": (to_flag, "--privileged"),
+    "tty": (to_flag, "--tty"), "stdin_open": (to_flag, "--interactive"), "restart": (to_restart, "--restart"),
+    "cap_add": (to_list, "--cap-add"), "cap_drop": (to_list, "--cap-drop"), "devices": (to_list, "--device"),
+    "security_opt": (to_list, "--security-opt"), "group_add": (to_list, "--group-add"), "dns": (to_list, "--dns"),
+    "dns_opt": (to_list, "--dns-option"), "dns_search": (to_list, "--dns-search"), "extra_hosts": (to_hosts, "--add-host"),
+    "labels": (to_labels, "--label"), "sysctls": (to_values, "--sysctl")}
+
+
+def make_form(reader, names, **forms):
+    """The form of a mapping: names that one reader reads, and others with their forms."""
+    return dict(dict.fromkeys(names.split(), reader), **forms)
+
+
+CONTENT_FORM = {None: make_form(to_text, "file content environment name")}
+FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), to_text)]
+SERVICE_FORM = dict(
+    {key: reader for key, (reader, _) in SERVICE_OPTIONS.items()}, image=to_image, command=to_words, entrypoint=to_words,
+    environment=to_pairs, env_file=[(make_form(to_text, "path format", required=to_flag), to_text)],
+    network_mode=to_namespace("none", "host", "bridge"), profiles=to_list, expose=to_list, links=to_list, tmpfs=to_list,
+    container_name=to_name, attach=to_flag, scale=to_one, configs=FILES_FORM, secrets=FILES_FORM,
+    pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
+    blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
+    ulimits={None: (make_form(to_text, "soft hard"), to_text)},
+    ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_text)],
+    depends_on={list: make_form(to_flag, "required restart", condition=to_form(
+        "service_(started|healthy|completed_successfully)", "a condition that is known"))},
+    networks={list: make_form(to_text, "ipv4_address ipv6_address mac_address", aliases=to_list, priority=to_count)},
+    healthcheck=make_form(to_duration, "interval timeout start_period start_interval", test=to_test, retries=to_count,
+                          disable=to_flag),
+    volumes=[(make_form(
+        to_text, "source target consistency", read_only=to_flag, volume={"nocopy": to_flag},
+        type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
+        bind=make_form(to_text, "propagation selinux", create_host_path=to_flag), tmpfs={"size": to_size, "mode": to_mode}),
+        to_text)],
+    deploy={"mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
+            "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
+                          "reservations": make_form(to_number, "cpus", memory=to_size)},
+            "restart_policy": make_form(to_text, "delay window", max_attempts=to_count, condition=to_form(
+                "none|on-failure|any", "none, on-failure or any"))})
+NETWORK_FORM = make_form(
+    to_flag, "internal attachable enable_ipv6", name=to_text, external=to_external, labels=to_labels,
+    driver=to_form("bridge|default", "supported; only bridge is"),
+    ipam={"driver": to_form("default", "supported; only default is"), "config": [make_form(to_text, "subnet gateway ip_range")]})
+VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels, "driver_opts": to_values,
+               "driver": to_form("local", "supported; only local is")}
+FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM}, "networks": {None: NETWORK_FORM},
+             "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM, "secrets": CONTENT_FORM}
+
+# What to write instead of a key that is not supported.
+ADVICE = {"build": "nothing is built on a device; name what was built by `image`", "extends": "write its settings out",
+          "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
+          "runtime": "the engine's own is used", "device_cgroup_rules": "name device files by `devices`",
+          "volumes_from": "name the volumes themselves", "external_links": "join a network that is `external`",
+          "domainname": "put it into `hostname`", "label_file": "write them as `labels`", "uts": "set `hostname`",
+          "models": "run what serves them as a service", "post_start": "let the entrypoint do it",
+          "pre_stop": "let the entrypoint do it on `stop_signal`", "develop": "it is for a developer's machine",
+          "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
+
+
+def find_unknown(value, form, where=""):
+    """(place, key, known keys) of each key below a value that its form does not have."""
+    if isinstance(form, tuple):
+        form = form[0]
+    if isinstance(form, list):
+        for index, item in enumerate(value if isinstance(value, list) else [value]):
+            yield from find_unknown(item, form[0], f"{where}[{index}]")
+    elif isinstance(form, dict) and isinstance(value, dict):
+        each = form.get(None) or form.get(list)
+        for key, item in value.items():
+            place = f"{where}.{key}" if where else key
+            if each or key in form:
+                yield from find_unknown(item, each or form[key], place)
+            else:
+                yield place, key, list(form)
+
+
+def check_keys(document):
+    """Raises ComponentError that names every key of a file that is not supported: none is ever ignored."""
+    import difflib
+    faults, told = [], set()
+    for place, key, known in find_unknown(document, FILE_FORM):
+        near = difflib.get_close_matches(key, known, 1, 0.6)
+        advice = ADVICE.get(key) or (f"did you mean {near[0]}?" if near else "")
+        faults.append((make_printable(place, 200), f" ({advice})" if advice and key not in told else ""))
+        told.add(key)
+    if len(faults) == 1:
+        raise make_fault(": this key is not supported".join(faults[0]))
+    if faults:
+        raise make_fault(f"these keys are not supported: {', '.join(map(''.join, faults))}")
+
+
+def read_value(value, form, where):
+    """A value by its form, whole: Settings with None for keys that are not there, {name: …}, lists, and what readers give."""
+    if callable(form):
+        return None if value is None else form(value, where)
+    if isinstance(form, tuple):
+        return read_value(value, form[0], where) if isinstance(value, dict) else form[1](value, where)
+    if isinstance(form, list):
+        items = [] if value is None else value
+        return [read_value(item, form[0], f"{where}[{index}]")
+                for index, item in enumerate(items if isinstance(items, list) else [items])]
+    if isinstance(value, list) and list in form:
+        value = dict.fromkeys(to_list(value, where))
+    value, each = to_mapping(value, where), form.get(None) or form.get(list)
+    return Settings({key: read_value(value.get(key), each or part, f"{where}.{key}" if where else key)
+                     for key, part in (value if each else form).items()})
+
+
+# What stands beside `services`
+
+def make_volumes(document, workload):
+    """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
+    volumes = {}
+    for name, value in document.volumes.items():
+        where, options = f"volumes.{name}", value.driver_opts or {}
+        parts = options.get("o", "").split(",") if options.get("o") else []
+        if options and not (set(options) <= {"type", "device", "o"} and options.get("type") == "tmpfs"
+                            and options.get("device", "tmpfs") == "tmpfs" and all(map(is_tmpfs_option, parts))):
+            deny(f"{where}.driver_opts", "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
+        volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
+    return volumes
+
+
+def make_networks(document, workload):
+    """Top-level `networks` as make_volumes has it; `default` is always there."""
+    networks = {}
+    for name, value in dict({"default": read_value(None, NETWORK_FORM, "")}, **document.networks).items():
+        arguments = make_arguments("--internal", value.internal) + make_arguments("--ipv6", value.enable_ipv6)
+        for item in value.ipam.config:
+            for key, option in (("subnet", "--subnet"), ("gateway", "--gateway"), ("ip_range", "--ip-range")):
+                arguments += make_arguments(option, item[key])
+        networks[name] = make_shared(name, value, workload, f"networks.{name}", arguments)
+    return networks
+
+
+def make_shared(name, value, workload, where, arguments):
+    """(the engine's name, create arguments) of a volume or network: its own, and labels that say by whom it was made for what."""
+    named = value.external if isinstance(value.external, str) else value.name
+    own = named or (name if value.external else f"{workload.project}_{name}")
+    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}", own):
+        raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a name here")
+    other = re.search(rf"-({UUID_PATTERN})_", own)
+    if other and other.group(1).lower() != workload.deployment_id.lower():
+        deny(where, f"{make_printable(own, 120)!r} is of another deployment; what is shared has a name of its own")
+    labels = dict(value.labels or {}, **{LABEL_PROJECT: workload.project, LABEL_OWNER: workload.owner})
+    return own, None if value.external else make_arguments("--label", labels) + arguments
+
+
+def make_contents(document, variables, folder):
+    """Top-level `configs` and `secrets` as {section: {name: text}}."""
+    contents = {"configs": {}, "secrets": {}}
+    for section, found in contents.items():
+        for name, value in document[section].items():
+            where = f"{section}.{name}"
+            if sum(value[key] is not None for key in ("file", "content", "environment")) != 1:
+                raise make_fault(f"{where}: expected one of file, content, environment")
+            if value.environment is not None and value.environment not in variables:
+                raise make_fault(f"{where}.environment: there is no parameter {make_printable(value.environment, 60)!r}",
+                                 "PARAMETER_INVALID")
+            text = variables[value.environment] if value.environment is not None else value.content
+            found[name] = text if value.file is None else read_inside(folder, value.file, f"{where}.file")
+    return contents
+
+
+def read_inside(folder, name, where):
+    """The text of a file of the package, bytes that are no UTF-8 escaped; raises ComponentError where it is none of its files."""
+    data = folder.read(name)
+    if data is None:
+        raise make_fault(f"{where}: {make_printable(name)!r} is not a file of the archive of at most {MIB} bytes")
+    return data.decode("utf-8", "surrogateescape")
+
+
+# Services
+
+def make_arguments(option, value):
+    """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None."""
+    if value is None or isinstance(value, bool):
+        return [option] if value else []
+    if isinstance(value, dict):
+        return [f"{option}={name}={item}" for name, item in sorted(value.items())]
+    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
+
+
+def make_options(service, workload, where):
+    """The arguments of a service that options of the engine take as they are; a key of its own stands above `deploy`."""
+    limits, policy = service.deploy.resources.limits, service.deploy.restart_policy
+    options = {"--cpus": limits.cpus, "--memory": limits.memory, "--pids-limit": limits.pids,
+               "--memory-reservation": service.deploy.resources.reservations.memory,
+               "--blkio-weight": service.blkio_config.weight, "--log-driver": service.logging.driver,
+               "--log-opt": service.logging.options, "--ulimit": {}}
+    if any(item is not None for item in policy.values()):
+        word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
+        options["--restart"] = f"{word}:{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else word
+    for name, item in service.ulimits.items():
+        item = item if isinstance(item, str) else f"{item.soft}:{item.hard}"
+        options["--ulimit"][name] = to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")(item, f"{where}.ulimits.{name}")
+    options.update((option, service[key]) for key, (_, option) in SERVICE_OPTIONS.items() if service[key] is not None)
+    for option in ("--pid", "--ipc"):
+        options[option] = make_namespace(options.get(option), workload)
+    return [argument for option, value in sorted(options.items()) for argument in make_arguments(option, value)]
+
+
+def make_ports(items, where):
     """`ports` in both syntaxes as [Port]; one that is listed twice is one."""
-    items = value if isinstance(value, list) else [value]
     return list(dict.fromkeys(make_port(item, f"{where}[{index}]") for index, item in enumerate(items)))
 
 
 def make_port(item, where):
     """One of `ports`: a mapping, or [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges that fit each other."""
     import ipaddress
-    if isinstance(item, dict):
-        parts = {key: to_text(part, f"{where}.{key}") for key, part in item.items() if part is not None}
-        address, published, target = (parts.get(key, "") for key in ("host_ip", "published", "target"))
-        protocol, text = parts.get("protocol", ""), f"{published}:{target}"
-    else:
-        text = to_text(item, where)
-        body, _, protocol = text.partition("/")
+    if isinstance(item, str):
+        body, _, protocol = item.partition("/")
         body, _, target = body.rpartition(":")
         address, _, published = body.rpartition(":")
+    else:
+        address, published, target, protocol = (item[key] or "" for key in ("host_ip", "published", "target", "protocol"))
     protocol = protocol.lower() or "tcp"
     published = "" if published == "0" else published               # the engine chooses one
     try:
         address = str(ipaddress.ip_address(re.sub(r"\A\[(.*)\]\Z", r"\1", address))) if address else ""
-        first, last = make_span(published or target), make_span(target)
-        if last[1] not in (0, first[1]) or protocol not in ("tcp", "udp", "sctp"):
-            raise ValueError(text)
+        if make_span(target)[1] not in (0, make_span(published or target)[1]) or protocol not in ("tcp", "udp", "sctp"):
+            raise ValueError(protocol)
     except ValueError:
-        raise make_fault(f"{where}: {make_printable(text, 60)!r} is not a port") from None
+        shown = item if isinstance(item, str) else f"{published}:{target}"
+        raise make_fault(f"{where}: {make_printable(shown, 60)!r} is not a port") from None
     return Port(address, published, target, protocol)
 
 
@@ -6145,329 +6414,50 @@ def find_ports(ports):
     return held
 
 
-def to_restart(value, where):
-    """`restart`: the engine's own words."""
-    word = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
-    return "no" if value is False else word(value, where)
-
-
-def to_ulimits(value, where):
-    """`ulimits` as {name: NUMBER or SOFT:HARD}."""
-    limits = {}
-    for name, item in to_mapping(value, where).items():
-        place = f"{where}.{name}"
-        parts = [item.get(key) for key in ("soft", "hard")] if isinstance(item, dict) else [item]
-        limits[name] = ":".join(to_text(part, place) for part in parts)
-    return limits
-
-
-def to_deploy(value, where):
-    """`deploy` as {option: text}: one replica, its limits, the memory it asks for, and how it is restarted."""
-    value = to_mapping(value, where)
-    if to_text(value.get("replicas", 1), f"{where}.replicas") != "1":
-        raise make_fault(f"{where}.replicas: only 1 is supported")
-    to_form("replicated", "supported; only replicated is")(value.get("mode", "replicated"), f"{where}.mode")
-    options, resources = {}, to_mapping(value.get("resources"), f"{where}.resources")
-    for part, names in (("limits", {"cpus": "--cpus", "memory": "--memory", "pids": "--pids-limit"}),
-                        ("reservations", {"memory": "--memory-reservation"})):
-        place = f"{where}.resources.{part}"
-        given = to_mapping(resources.get(part), place)
-        options.update((option, (to_size if key == "memory" else to_number)(given[key], f"{place}.{key}"))
-                       for key, option in names.items() if key in given)
-    place, policy = f"{where}.restart_policy", to_mapping(value.get("restart_policy"), f"{where}.restart_policy")
-    if policy:
-        word = to_form("none|on-failure|any", "none, on-failure or any")(policy.get("condition", "any"), f"{place}.condition")
-        attempts = f":{to_count(policy['max_attempts'], place)}" if word == "on-failure" and "max_attempts" in policy else ""
-        options["--restart"] = {"none": "no", "any": "always"}.get(word, word) + attempts
-    return options
-
-
-def to_logging(value, where):
-    """`logging` as {option: text or {name: text}}."""
-    value = to_mapping(value, where)
-    driver = {"--log-driver": to_text(value["driver"], f"{where}.driver")} if "driver" in value else {}
-    return dict(driver, **{"--log-opt": to_values(value.get("options"), f"{where}.options")})
-
-
-def to_weight(value, where):
-    """`blkio_config`: its weight alone."""
-    return {"--blkio-weight": to_text(item, f"{where}.{key}") for key, item in to_mapping(value, where).items()}
-
-
-def to_grace(value, where):
-    """`stop_grace_period` in whole seconds; an engine would take zero as not said."""
-    return str(max(1, round(to_seconds(value, where))))
-
-
-def to_namespace(*words):
-    """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
-    def read(value, where):
-        text = to_text(value, where)
-        if not re.fullmatch("|".join(words + ("service:.+",)), text):
-            foreign = re.match("container:|ns:", text)
-            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not supported; known are {', '.join(words)}, service:NAME",
-                             "POLICY_DENIED" if foreign else "INVALID_DEPLOYMENT")
-        return text
-    return read
-
-
-def make_health(value, where, engine):
+def make_health(check, engine):
     """`healthcheck` to (arguments, Health or None)."""
-    value = to_mapping(value, where)
-    test = value.get("test")
-    if to_flag(value.get("disable", False), f"{where}.disable") or test in (["NONE"], "NONE"):
-        return ["--no-healthcheck"], None
-    retries = to_count(value.get("retries", 3), f"{where}.retries")
-    arguments = [f"--health-{key.replace('_', '-')}={to_text(value[key], f'{where}.{key}')}"
-                 for key in ("interval", "timeout", "retries", "start_period") if key in value]
-    interval, _, start = [to_seconds(value.get(key, "0s"), f"{where}.{key}") for key in ("interval", "timeout", "start_period")]
-    if test is not None:
-        arguments.append(f"--health-cmd={make_health_command(test, where, engine)}")
-    return arguments, Health(interval or 30.0, retries or 3, start)     # an engine takes zero as not said
-
-
-def make_health_command(test, where, engine):
-    """`test` as --health-cmd takes it: a text is for a shell, a list of words begins with CMD or CMD-SHELL."""
     import shlex
-    if not isinstance(test, list):
-        return to_text(test, f"{where}.test")
-    kind, words = test[:1], to_list(test[1:], f"{where}.test")
-    if kind == ["CMD-SHELL"] and len(words) == 1:
-        return words[0]
-    if kind != ["CMD"] or not words:
-        raise make_fault(f"{where}.test: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
-    if engine == "podman" and (len(words) > 1 or not re.search(r"\s", words[0])):
-        return make_json(words).decode() if len(words) > 1 else f"CMD {words[0]}"
-    return " ".join(map(shlex.quote, words))
-
-
-# Which keys there are.  SERVICE_OPTIONS: how each is read, and the engine's option that takes it ("" where the reader names it).
-
-SERVICE_OPTIONS = {
-    "user": (to_text, "--user"), "hostname": (to_text, "--hostname"), "working_dir": (to_text, "--workdir"),
-    "stop_signal": (to_text, "--stop-signal"), "mem_limit": (to_size, "--memory"), "memswap_limit": (to_size, "--memory-swap"),
-    "mem_reservation": (to_size, "--memory-reservation"), "mem_swappiness": (to_number, "--memory-swappiness"),
-    "cpus": (to_number, "--cpus"), "cpu_period": (to_number, "--cpu-period"), "cpu_quota": (to_number, "--cpu-quota"),
-    "cpu_shares": (to_number, "--cpu-shares"), "cpuset": (to_text, "--cpuset-cpus"), "blkio_config": (to_weight, ""),
-    "oom_score_adj": (to_form("-?[0-9]{1,4}", "a whole number"), "--oom-score-adj"), "shm_size": (to_size, "--shm-size"),
-    "platform": (to_text, "--platform"), "pids_limit": (to_number, "--pids-limit"), "mac_address": (to_text, "--mac-address"),
-    "pid": (to_namespace("private", "host"), "--pid"),
-    "ipc": (to_namespace("private", "shareable", "none", "host"), "--ipc"),
-    "userns_mode": (to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?", "host, auto, nomap or keep-id"), "--userns"),
-    "init": (to_flag, "--init"), "read_only": (to_flag, "--read-only"), "privileged": (to_flag, "--privileged"),
-    "tty": (to_flag, "--tty"), "stdin_open": (to_flag, "--interactive"), "cap_add": (to_list, "--cap-add"),
-    "cap_drop": (to_list, "--cap-drop"), "devices": (to_list, "--device"), "security_opt": (to_list, "--security-opt"),
-    "group_add": (to_list, "--group-add"), "dns": (to_list, "--dns"), "dns_opt": (to_list, "--dns-option"),
-    "dns_search": (to_list, "--dns-search"), "labels": (to_labels, "--label"), "sysctls": (to_values, "--sysctl"),
-    "extra_hosts": (to_hosts, "--add-host"), "restart": (to_restart, "--restart"), "ulimits": (to_ulimits, "--ulimit"),
-    "deploy": (to_deploy, ""), "logging": (to_logging, ""), "stop_grace_period": (to_grace, "--stop-timeout")}
-
-
-def make_keys(names, **inner):
-    """A table of known keys: their names, and the tables of what is in some of them."""
-    return dict(dict.fromkeys(names.split()), **inner)
-
-
-def make_named(keys):
-    """A table for a mapping whose keys are names of the application's own."""
-    return {None: keys}
-
-
-FILES = [make_keys("source target mode uid gid")]
-SERVICE_KEYS = make_keys(
-    " ".join(SERVICE_OPTIONS) + " attach command container_name entrypoint env_file environment expose image links"
-    " network_mode profiles pull_policy scale tmpfs", configs=FILES, secrets=FILES, blkio_config=make_keys("weight"),
-    deploy=make_keys("mode replicas", resources=make_keys("", limits=make_keys("cpus memory pids"), reservations=make_keys("memory cpus")),
-                     restart_policy=make_keys("condition delay max_attempts window")),
-    depends_on=make_named(make_keys("condition required restart")), env_file=[make_keys("path required format")],
-    healthcheck=make_keys("test interval timeout retries start_period start_interval disable"),
-    logging=make_keys("driver options"), networks=make_named(make_keys("aliases ipv4_address ipv6_address mac_address priority")),
-    ports=[make_keys("target published host_ip protocol mode name app_protocol")],
-    ulimits=make_named(make_keys("soft hard")),
-    volumes=[make_keys("type source target read_only consistency", bind=make_keys("create_host_path propagation selinux"),
-                       volume=make_keys("nocopy"), tmpfs=make_keys("size mode"))])
-CONTENT_KEYS = make_named(make_keys("file content environment name"))
-FILE_KEYS = make_keys(
-    "name version", services=make_named(SERVICE_KEYS), configs=CONTENT_KEYS, secrets=CONTENT_KEYS,
-    networks=make_named(make_keys("name external labels driver internal attachable enable_ipv6 driver_opts",
-                                          ipam=make_keys("driver", config=[make_keys("subnet gateway ip_range")]))),
-    volumes=make_named(make_keys("name external labels driver driver_opts")))
-
-# What to write instead of a key that is not supported.
-ADVICE = {"build": "nothing is built on a device; name what was built by `image`", "extends": "write its settings out",
-          "include": "put everything into compose.yaml", "gpus": "name device files by `devices`", "runtime": "the engine's own is used",
-          "device_cgroup_rules": "name device files by `devices`", "volumes_from": "name the volumes themselves",
-          "external_links": "join a network that is `external`", "domainname": "put it into `hostname`",
-          "label_file": "write them as `labels`", "uts": "set `hostname`", "models": "run what serves them as a service",
-          "post_start": "let the entrypoint do it", "pre_stop": "let the entrypoint do it on `stop_signal`",
-          "develop": "it is for a developer's machine", "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
-
-
-def find_unknown(value, keys, where=""):
-    """(place, key, known keys) of each key below a value that the table does not have."""
-    if isinstance(keys, list):
-        for index, item in enumerate(value if isinstance(value, list) else [value]):
-            yield from find_unknown(item, keys[0], f"{where}[{index}]" if isinstance(value, list) else where)
-    elif isinstance(value, dict) and keys:
-        for key, item in value.items():
-            place = f"{where}.{key}" if where else key
-            if key in keys or None in keys:
-                yield from find_unknown(item, keys.get(key, keys.get(None)), place)
-            else:
-                yield place, key, list(keys)
-
-
-def check_keys(document):
-    """Raises ComponentError that names every key of a file that is not supported: none is ever ignored."""
-    import difflib
-    faults, told = [], set()
-    for place, key, known in find_unknown(document, FILE_KEYS):
-        near = difflib.get_close_matches(key, known, 1, 0.6)
-        advice = ADVICE.get(key) or (f"did you mean {near[0]}?" if near else "")
-        faults.append((make_printable(place, 200), f" ({advice})" if advice and key not in told else ""))
-        told.add(key)
-    if len(faults) == 1:
-        raise make_fault(": this key is not supported".join(faults[0]))
-    if faults:
-        raise make_fault(f"these keys are not supported: {', '.join(map(''.join, faults))}")
-
-
-# What stands beside `services`
-
-def make_volumes(document, workload):
-    """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
-    volumes = {}
-    for name, value in to_mapping(document.get("volumes"), "volumes").items():
-        where, value = f"volumes.{name}", to_mapping(value, f"volumes.{name}")
-        to_form("local", "supported; only local is")(value.get("driver", "local"), f"{where}.driver")
-        own, external = make_shared_name(name, value, workload, where, "volume")
-        options = make_volume_options(value.get("driver_opts"), f"{where}.driver_opts")
-        labels = make_arguments("--label", make_shared_labels(value, where, workload))
-        volumes[name] = own, None if external else options + labels
-    return volumes
-
-
-def make_volume_options(value, where):
-    """`driver_opts` of a volume as arguments: of a tmpfs alone, for all else names files of the host."""
-    options = to_values(value, where)
-    parts = options.get("o", "").split(",") if options.get("o") else []
-    if options and not (set(options) <= {"type", "device", "o"} and options.get("type") == "tmpfs"
-                        and options.get("device", "tmpfs") == "tmpfs" and all(map(is_tmpfs_option, parts))):
-        raise make_fault(f"{where}: only those of a tmpfs are supported; a folder of the host is named where it is mounted",
-                         "POLICY_DENIED")
-    return make_arguments("--opt", options)
-
-
-def make_shared_labels(value, where, workload):
-    """{label: text} of a network or volume: its own, and by whom it was made for what."""
-    return dict(to_labels(value.get("labels"), f"{where}.labels"), **{LABEL_PROJECT: workload.project, LABEL_OWNER: workload.owner})
-
-
-def make_shared_name(name, value, workload, where, kind):
-    """(the engine's name, whether it is external) of a volume or network."""
-    external = value.get("external", False)
-    named = external if isinstance(external, dict) else value       # {name: …}, as older files have it
-    external = isinstance(external, dict) or to_flag(external, f"{where}.external")
-    own = to_text(named.get("name", name if external else f"{workload.project}_{name}"), f"{where}.name")
-    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}", own):
-        raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a {kind} name")
-    other = re.search(rf"-({UUID_PATTERN})_", own)
-    if other and other.group(1).lower() != workload.deployment_id.lower():
-        raise make_fault(f"{where}: {make_printable(own, 120)!r} is a {kind} of another deployment; one that is shared has a name"
-                         " of its own", "POLICY_DENIED")
-    return own, external
-
-
-def make_networks(document, workload):
-    """Top-level `networks` as {name: (engine's name, create arguments or None for an external one)}; `default` is always there."""
-    networks = {}
-    for name, value in dict({"default": None}, **to_mapping(document.get("networks"), "networks")).items():
-        where, value = f"networks.{name}", to_mapping(value, f"networks.{name}")
-        to_form("bridge|default", "supported; only bridge is")(value.get("driver", "bridge"), f"{where}.driver")
-        own, external = make_shared_name(name, value, workload, where, "network")
-        if to_mapping(value.get("driver_opts"), f"{where}.driver_opts"):
-            raise make_fault(f"{where}.driver_opts: options of a network are not supported")
-        arguments = make_arguments("--label", make_shared_labels(value, where, workload))
-        for key, option in (("internal", "--internal"), ("enable_ipv6", "--ipv6")):
-            arguments += make_arguments(option, to_flag(value.get(key, False), f"{where}.{key}"))
-        ipam = to_mapping(value.get("ipam"), f"{where}.ipam")
-        to_form("default", "supported; only default is")(ipam.get("driver", "default"), f"{where}.ipam.driver")
-        for item in to_items(ipam.get("config"), f"{where}.ipam.config"):
-            item = to_mapping(item, f"{where}.ipam.config")
-            arguments += [f"--{key.replace('_', '-')}={to_text(item[key], f'{where}.ipam.config')}"
-                          for key in ("subnet", "gateway", "ip_range") if key in item]
-        networks[name] = own, None if external else arguments
-    return networks
-
-
-def make_contents(document, variables, folder):
-    """Top-level `configs` and `secrets` as {section: {name: text}}."""
-    contents = {}
-    for section in ("configs", "secrets"):
-        contents[section] = {}
-        for name, value in to_mapping(document.get(section), section).items():
-            where, value = f"{section}.{name}", to_mapping(value, f"{section}.{name}")
-            kinds = [key for key in ("file", "content", "environment") if value.get(key) is not None]
-            if len(kinds) != 1:
-                raise make_fault(f"{where}: expected one of file, content, environment")
-            text = to_text(value[kinds[0]], f"{where}.{kinds[0]}")
-            if kinds == ["file"]:
-                text = read_inside(folder, text, f"{where}.file")
-            elif kinds == ["environment"] and text not in variables:
-                raise make_fault(f"{where}.environment: there is no parameter {make_printable(text, 60)!r}", "PARAMETER_INVALID")
-            contents[section][name] = variables[text] if kinds == ["environment"] else text
-    return contents
-
-
-def read_inside(folder, name, where):
-    """The text of a file of the package, bytes that are no UTF-8 escaped; raises ComponentError where it is none of its files."""
-    data = folder.read(name)
-    if data is None:
-        raise make_fault(f"{where}: {make_printable(name)!r} is not a file of the archive of at most {MIB} bytes")
-    return data.decode("utf-8", "surrogateescape")
-
-
-# Services
-
-def make_arguments(option, value):
-    """What a value that was read is as arguments: a flag, an option for each of several, or NAME=value for each name."""
-    if isinstance(value, bool):
-        return [option] if value else []
-    if isinstance(value, dict):
-        return [f"{option}={name}={item}" for name, item in sorted(value.items())]
-    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
+    if check.disable or check.test == []:
+        return ["--no-healthcheck"], None
+    test = check.test
+    if isinstance(test, list) and engine == "podman" and (len(test) > 1 or not re.search(r"\s", test[0])):
+        test = make_json(test).decode() if len(test) > 1 else f"CMD {test[0]}"      # a list of one would be for a shell
+    elif isinstance(test, list):
+        test = " ".join(map(shlex.quote, test))
+    arguments = make_arguments("--health-cmd", test)
+    for key in ("interval", "timeout", "retries", "start_period"):
+        arguments += make_arguments(f"--health-{key.replace('_', '-')}", check[key])
+    if not arguments:
+        return [], None
+    interval = to_seconds(check.interval or "0s", "interval") or 30.0               # an engine takes zero as not said
+    return arguments, Health(interval, check.retries or 3, to_seconds(check.start_period or "0s", "start_period"))
 
 
 def make_mount(item, where):
     """An item of `volumes` in either syntax to a Mount."""
-    if isinstance(item, dict):
-        kind = to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs")(item.get("type"), f"{where}.type")
-        source = to_text(item.get("source", ""), f"{where}.source") if kind != "tmpfs" else ""
-        parts = [source, to_text(item.get("target"), f"{where}.target")]
-        options = make_mount_options(item, where)
-        if kind == "bind" and not source:
-            raise make_fault(f"{where}.source: expected a path")
-    else:
-        parts = to_text(item, where).split(":")
-        options = [option for option in "".join(parts[2:]).split(",") if option]
-        kind = "bind" if parts[0][:1] in ("/", ".", "~") and len(parts) > 1 else "volume"
-        if len(parts) > 3 or parts[0] == "":
+    if isinstance(item, str):
+        parts = item.split(":")
+        if len(parts) > 3 or not parts[0]:
             raise make_fault(f"{where}: expected source:target[:options]")
-        parts = ["", *parts][-2:] if len(parts) < 3 else parts[:2]
-    source, target = parts
+        kind = "bind" if parts[0][0] in "/.~" and len(parts) > 1 else "volume"
+        options = [option for option in "".join(parts[2:]).split(",") if option]
+        source, target = ["", *parts][-2:] if len(parts) < 3 else parts[:2]
+    else:
+        kind, source, target = item.type, item.source or "", item.target or ""
+        options = make_mount_options(item)
+        if not kind or kind == "bind" and not source:
+            raise make_fault(f"{where}: expected a type, and the source of a bind mount")
     if not target.startswith("/") or ":" in source + target:
         raise make_fault(f"{where}: expected source:target[:options] with an absolute target")
     return Mount(kind, source, target, options, None)
 
 
-def make_mount_options(item, where):
+def make_mount_options(item):
     """The options of a mount in the long syntax; `create_host_path` and `consistency` ask for nothing."""
-    bind, volume, tmpfs = (to_mapping(item.get(key), f"{where}.{key}") for key in ("bind", "volume", "tmpfs"))
-    options = ["ro"] if to_flag(item.get("read_only", False), f"{where}.read_only") else []
-    options += [to_text(bind[key], f"{where}.bind.{key}") for key in ("propagation", "selinux") if key in bind]
-    options += ["nocopy"] if to_flag(volume.get("nocopy", False), f"{where}.volume.nocopy") else []
-    options += [f"size={to_size(tmpfs['size'], f'{where}.tmpfs.size')}"] if "size" in tmpfs else []
-    return options + ([f"mode={to_mode(tmpfs['mode'], f'{where}.tmpfs.mode'):o}"] if "mode" in tmpfs else [])
+    options = [word for word, wanted in (("ro", item.read_only), ("nocopy", item.volume.nocopy)) if wanted]
+    options += [option for option in (item.bind.propagation, item.bind.selinux) if option]
+    options += [f"size={item.tmpfs.size}"] if item.tmpfs.size else []
+    return options + ([f"mode={item.tmpfs.mode:o}"] if item.tmpfs.mode is not None else [])
 
 
 def make_mounts(service, reading, where):
@@ -6477,20 +6467,20 @@ def make_mounts(service, reading, where):
     next start would follow out of the package.
     """
     mounts = {}
-    for text in to_list(service.get("tmpfs"), f"{where}.tmpfs"):
+    for text in service.tmpfs or ():
         target, _, options = text.partition(":")
-        mounts[target.rstrip("/")] = make_mount({"type": "tmpfs", "target": target}, f"{where}.tmpfs")._replace(
-            options=[option for option in options.split(",") if option])
-    for index, item in enumerate(to_items(service.get("volumes"), f"{where}.volumes")):
+        mounts[target.rstrip("/")] = make_mount(target, f"{where}.tmpfs")._replace(
+            kind="tmpfs", options=[option for option in options.split(",") if option])
+    for index, item in enumerate(service.volumes):
         place = f"{where}.volumes[{index}]"
         mount = make_mount(item, place)
         if mount.kind == "bind":
             mount = mount._replace(found=reading.folder.look(mount.source))
             kept = [option for option in mount.options if option not in ("ro", "rw")]
             mount = mount._replace(options=["ro"] + kept) if mount.found.own else mount
-        elif mount.kind == "volume" and mount.source:
-            if mount.source not in reading.volumes:
-                raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level volumes")
+        elif mount.source and mount.source not in reading.volumes:
+            raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level volumes")
+        elif mount.source:
             mount = mount._replace(source=reading.volumes[mount.source][0])
         mounts[mount.target.rstrip("/")] = mount
     return list(mounts.values())
@@ -6507,41 +6497,36 @@ def make_files(service, reading, where):
     """`configs` and `secrets` of a service as {path in the container: Content}."""
     files = {}
     for section, root in (("configs", "/"), ("secrets", "/run/secrets/")):
-        for index, item in enumerate(to_items(service.get(section), f"{where}.{section}")):
-            item = item if isinstance(item, dict) else {"source": item}
+        for index, item in enumerate(service[section]):
             place = f"{where}.{section}[{index}]"
-            name = to_text(item.get("source"), place)
-            if name not in reading.contents[section]:
-                raise make_fault(f"{place}: {make_printable(name, 60)!r} is not among the top-level {section}")
-            target = to_text(item.get("target", name), f"{place}.target")
+            item = read_value({"source": item}, FILES_FORM[0][0], place) if isinstance(item, str) else item
+            if item.source not in reading.contents[section]:
+                raise make_fault(f"{place}: {make_printable(item.source or '', 60)!r} is not among the top-level {section}")
+            target = item.target or item.source
             target = target if target.startswith("/") else root + target
             if ":" in target:
                 raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
-            files[target] = Content(reading.contents[section][name], to_mode(item.get("mode", "0644"), f"{place}.mode") & 0o777,
-                                    *(to_count(item[key], f"{place}.{key}") if key in item else -1 for key in ("uid", "gid")))
+            mode = 0o644 if item.mode is None else item.mode & 0o777
+            owner = [-1 if number is None else number for number in (item.uid, item.gid)]
+            files[target] = Content(reading.contents[section][item.source], mode, *owner)
     return files
 
 
 def make_attachments(service, reading, where):
     """[Attachment]: the first is joined at creation and the others before the start; or the network mode alone."""
-    mode, wanted = service.get("network_mode"), service.get("networks")
-    if mode is not None:
-        text = to_namespace("none", "host", "bridge")(mode, f"{where}.network_mode")
-        if wanted:
+    if service.network_mode is not None:
+        if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
-        return [Attachment(make_namespace(text, reading.workload), None)]
-    if not isinstance(wanted, dict):
-        wanted = dict.fromkeys(to_list(to_items(wanted, f"{where}.networks"), f"{where}.networks"))
+        return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
+    wanted = service.networks or {"default": read_value(None, SERVICE_FORM["networks"][list], "")}
     joined = []
-    for name, value in (wanted or {"default": None}).items():
-        place, value = f"{where}.networks.{name}", to_mapping(value, f"{where}.networks.{name}")
+    for name, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
         if name not in reading.networks:
             raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level networks")
-        options = [f"{option}={to_text(value[key], f'{place}.{key}')}" for key, option in (
-            ("ipv4_address", "--ip"), ("ipv6_address", "--ip6"), ("mac_address", "--mac-address")) if key in value]
-        first = to_count(value.get("priority", 0), f"{place}.priority")
-        joined.append((-first, Attachment(reading.networks[name][0], to_list(value.get("aliases"), f"{place}.aliases"), options)))
-    return [item for _, item in sorted(joined, key=lambda pair: pair[0])]
+        options = make_arguments("--ip", value.ipv4_address) + make_arguments("--ip6", value.ipv6_address)
+        options += make_arguments("--mac-address", value.mac_address)
+        joined.append(Attachment(reading.networks[name][0], value.aliases or [], options))
+    return joined
 
 
 def make_container_name(project, service):
@@ -6551,25 +6536,24 @@ def make_container_name(project, service):
 
 def make_namespace(text, workload):
     """A namespace as the engine takes it: that of another service is that of its container."""
-    return f"container:{make_container_name(workload.project, text[8:])}" if text.startswith("service:") else text
+    return f"container:{make_container_name(workload.project, text[8:])}" if (text or "").startswith("service:") else text
 
 
 def find_shared(service):
     """The names of the services whose namespaces a service shares."""
-    modes = [service.get(key) for key in ("network_mode", "pid", "ipc")]
-    return [mode[8:] for mode in modes if isinstance(mode, str) and mode.startswith("service:")]
+    modes = [service.network_mode or "", service.pid or "", service.ipc or ""]
+    return [mode[8:] for mode in modes if mode.startswith("service:")]
 
 
 def make_environment(service, reading, where):
     """What a container's environment is: env files, then `environment`, then runtime.environment of the device (C-185)."""
-    environment, files = {}, service.get("env_file")
-    for item in files if isinstance(files, list) else [files] if files else []:
-        item = item if isinstance(item, dict) else {"path": item}
-        path = to_text(item.get("path"), f"{where}.env_file")
-        needed = to_flag(item.get("required", True), f"{where}.env_file.required")
-        if needed or reading.folder.look(path).kind or not reading.folder.look(path).own:
+    environment = {}
+    for item in service.env_file:
+        path, needed = (item, True) if isinstance(item, str) else (item.path or "", item.required is not False)
+        found = reading.folder.look(path)
+        if needed or found.kind or not found.own:
             environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"), reading.variables, path))
-    for name, text in to_pairs(service.get("environment"), f"{where}.environment").items():
+    for name, text in (service.environment or {}).items():
         if text is None:
             text = reading.variables.get(name)      # a pass-through entry takes the parameter of its name (contract, Parameters)
         if text is not None:
@@ -6582,21 +6566,19 @@ def make_environment(service, reading, where):
 
 # A text that an env file of the engine cannot hold is taken from the environment of the engine's own command.  These names have
 # a meaning there: for the loader and the C library, for Go, for the engines and what they start.
-OBEYED = (r"PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|TZ|TZDIR|TMPDIR|TEMP|TMP|PWD|OLDPWD|IFS|ENV|POSIXLY_CORRECT|BASH_.*|LD_.*|"
-          r"LC_.*|GO(DEBUG|GC|MAXPROCS|MEMLIMIT|TRACEBACK|RACE|ROOT|PATH|COVERDIR|FIPS.*)|XDG_.*|MALLOC_.*|GLIBC_.*|GCONV_PATH|GETCONF_.*|"
-          r"LOCPATH|LOCALDOMAIN|NLSPATH|RES_OPTIONS|HOST(NAME|ALIASES)?|(HTTPS?|FTP|ALL|NO)_PROXY|_.*|CONTAINERS?_.*|DOCKER.*|PODMAN.*|"
-          r"BUILDAH.*|LIBPOD.*|STORAGE_.*|REGISTR.*|CNI_.*|NETAVARK.*|AARDVARK.*|OCI_.*|CRIU.*|RUNC.*|CRUN.*|LIBKRUN.*|CONMON.*|DBUS_.*|"
-          r"NOTIFY_.*|LISTEN_.*|SYSTEMD_.*|SSL_CERT_.*|SSLKEYLOGFILE|OPENSSL_.*|SSH_A.*|GPG|GNUPGHOME|OTEL_.*|RUST_.*|FUSE_.*|USERNS.*|COMPOSE_.*")
-
-
-def is_line(name, text):
-    """Whether an engine's env file can hold a variable: one line, shorter than 64 KiB."""
-    return not re.search("[\r\n]", text) and len(f"{name}={text}".encode()) < 60000
+OBEYED = (
+    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|TZ|TZDIR|TMPDIR|TEMP|TMP|PWD|OLDPWD|IFS|ENV|POSIXLY_CORRECT|BASH_.*|"
+    r"LD_.*|LC_.*|GO(DEBUG|GC|MAXPROCS|MEMLIMIT|TRACEBACK|RACE|ROOT|PATH|COVERDIR|FIPS.*)|XDG_.*|MALLOC_.*|GLIBC_.*|"
+    r"GCONV_PATH|GETCONF_.*|LOCPATH|LOCALDOMAIN|NLSPATH|RES_OPTIONS|HOST(NAME|ALIASES)?|(HTTPS?|FTP|ALL|NO)_PROXY|_.*|"
+    r"CONTAINERS?_.*|DOCKER.*|PODMAN.*|BUILDAH.*|LIBPOD.*|STORAGE_.*|REGISTR.*|CNI_.*|NETAVARK.*|AARDVARK.*|OCI_.*|CRIU.*|"
+    r"RUNC.*|CRUN.*|LIBKRUN.*|CONMON.*|DBUS_.*|NOTIFY_.*|LISTEN_.*|SYSTEMD_.*|SSL_CERT_.*|SSLKEYLOGFILE|OPENSSL_.*|SSH_A.*|"
+    r"GPG|GNUPGHOME|OTEL_.*|RUST_.*|FUSE_.*|USERNS.*|COMPOSE_.*")
 
 
 def find_handed(environment):
-    """{name: text} of the variables that no line of an env file can hold: the engine takes them from its own environment."""
-    return {name: text for name, text in environment.items() if not is_line(name, text)}
+    """{name: text} of the variables that no line of an env file holds: the engine takes them from its own environment."""
+    return {name: text for name, text in environment.items()
+            if re.search("[\r\n]", text) or len(f"{name}={text}".encode()) > 60000}
 
 
 def check_variable(name, text, where):
@@ -6605,54 +6587,28 @@ def check_variable(name, text, where):
         raise make_fault(f"{where}: {make_printable(name)!r} is not a variable name")
     if len(f"{name}={text}".encode()) >= 128 * 1024:
         raise make_fault(f"{where}.{name}: a variable has less than 128 KiB; use a file from `configs`", "PARAMETER_INVALID")
-    if not is_line(name, text) and re.fullmatch(OBEYED, name, re.I):
-        raise make_fault(f"{where}.{name}: a variable of this name has one line, shorter than 60000 bytes; use a file from `configs`",
-                         "PARAMETER_INVALID")
+    if find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
+        raise make_fault(f"{where}.{name}: a variable of this name has one line of at most 60000 bytes; use a file from"
+                         " `configs`", "PARAMETER_INVALID")
 
 
-def make_dependencies(service, name):
+def make_dependencies(service):
     """`depends_on` as {service: (condition, required)}; whose namespace is shared, and what is linked, comes first too."""
-    value, where = service.get("depends_on"), f"services.{name}.depends_on"
-    if isinstance(value, list):
-        value = {to_text(item, where): {} for item in value}
-    result = {}
-    for other, item in to_mapping(value, where).items():
-        item = to_mapping(item, f"{where}.{other}")
-        condition = to_form("service_(started|healthy|completed_successfully)", "a condition that is known")(
-            item.get("condition", "service_started"), f"{where}.{other}.condition")
-        result[other] = condition, to_flag(item.get("required", True), f"{where}.{other}.required")
-    for other in find_shared(service) + [link.partition(":")[0] for link in to_list(service.get("links"), f"services.{name}.links")]:
+    result = {other: (item.condition or "service_started", item.required is not False)
+              for other, item in service.depends_on.items()}
+    for other in find_shared(service) + [link.partition(":")[0] for link in service.links or ()]:
         result.setdefault(other, ("service_started", True))
     return result
 
 
-def make_image(value, where):
-    """The whole name of an image: one without a registry is Docker Hub's, for every engine.  None is a file of this device."""
-    text = to_text(value, where)
-    name = re.fullmatch(r"(?:([A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]{1,5})?)/)?"
-                        r"([a-z0-9][a-z0-9._/-]*)(:\w[\w.-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,128})?", text if len(text) <= 512 else "", re.A)
-    first = re.match("[^/:]*:?", text).group()
-    if first in ("containers-storage:", "dir:", "docker:", "docker-archive:", "docker-daemon:", "oci:", "oci-archive:", "ostree:",
-                 "sif:", "tarball:", "atomic:", "http:", "https:") or re.match("[^/]*:(?![0-9]+/)[^/]*/", text[:512]):
-        raise make_fault(f"{where}: {make_printable(text, 80)!r} is not read from a registry, as an image has to be", "POLICY_DENIED")
-    if not name or "//" in text:
-        raise make_fault(f"{where}: {make_printable(text, 100)!r} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the path"
-                         " in lower case")
-    host = name.group(1)
-    if host and re.search("[.:]|^localhost$", host):
-        return text
-    if host and host != host.lower():
-        raise make_fault(f"{where}: {make_printable(text, 100)!r} is not an image name: its path is in lower case")
-    return "docker.io/" + ("" if "/" in text.partition("@")[0] else "library/") + text
-
-
 # What a file may ask for
 
-# An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`), so only these are taken.
+# An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`): only these are taken.
 MOUNT_OPTIONS = ("ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec", "noexec", "nosuid", "nodev",
                  "private", "rprivate", "slave", "rslave")
 LOG_OPTIONS = ("max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex", "env", "env-regex")
-LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"), "docker": ("json-file", "local", "journald", "syslog", "none")}
+LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
+               "docker": ("json-file", "local", "journald", "syslog", "none")}
 # The capabilities that every container has by itself, on each engine.
 CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID", "SETPCAP", "SETUID",
                 "SYS_CHROOT")
@@ -6660,7 +6616,7 @@ CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_S
 
 def is_tmpfs_option(option):
     """Whether an option of a tmpfs names nothing but its size, its owner and what may be done in it."""
-    return bool(re.fullmatch(r"(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime", option))
+    return bool(re.fullmatch("(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime", option))
 
 
 def deny(place, why):
@@ -6668,25 +6624,22 @@ def deny(place, why):
     raise make_fault(f"{place}: {why}", "POLICY_DENIED")
 
 
-def check_policy(where, settings, policy):
-    """Raises ComponentError POLICY_DENIED for what the settings of a service, as they were read, may not ask for (contract, Policy)."""
+def check_policy(where, service, policy):
+    """Raises ComponentError POLICY_DENIED for what the settings of a service, as they were read, may not ask for."""
+    if service.network_mode == "host" and policy.host_network != "allow":
+        deny(f"{where}.network_mode", "the host's network is denied by policy.host_network")
     if policy.privileged == "allow":
         return
-    if settings.get("privileged"):
-        deny(f"{where}.privileged", "denied by policy.privileged")
-    for key in ("pid", "ipc", "userns_mode"):
-        if settings.get(key) == "host":
-            deny(f"{where}.{key}", "the host's namespace is denied by policy.privileged")
-    harmless = {"cap_add": lambda item: re.sub("^CAP_", "", item.upper()) in CAPABILITIES,
+    harmless = {"privileged": lambda item: False, "oom_score_adj": lambda item: not item.startswith("-"),
+                "pid": lambda item: item != "host", "ipc": lambda item: item != "host", "userns_mode": lambda item: item != "host",
+                "cap_add": lambda item: re.sub("^CAP_", "", item.upper()) in CAPABILITIES,
                 "devices": lambda item: any(is_device(item, pattern) for pattern in policy.devices),
                 "security_opt": re.compile("no-new-privileges([:=]true)?").fullmatch,
                 "group_add": lambda item: item != "keep-groups"}
     for key, is_harmless in harmless.items():
-        for item in settings.get(key, ()):
+        for item in service[key] if isinstance(service[key], list) else filter(None, [service[key]]):
             if not is_harmless(item):
-                deny(f"{where}.{key}", f"{make_printable(item, 80)!r} is denied by policy.privileged")
-    if settings.get("oom_score_adj", "").startswith("-"):
-        deny(f"{where}.oom_score_adj", "one below zero is denied by policy.privileged")
+                deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by policy.privileged")
 
 
 def is_device(item, pattern):
@@ -6695,15 +6648,15 @@ def is_device(item, pattern):
     return ".." not in path.split("/") and bool(re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"), path))
 
 
-def check_logging(where, options, engine):
+def check_logging(where, logging, engine):
     """Raises ComponentError for a log driver, or an option of it, that the engine does not have or that leads elsewhere."""
-    driver = options.get("--log-driver", LOG_DRIVERS[engine][0])
+    driver, options = logging.driver or LOG_DRIVERS[engine][0], logging.options or {}
     if driver not in LOG_DRIVERS[engine]:
         raise make_fault(f"{where}.driver: {engine} has no {make_printable(driver, 40)!r}, but {', '.join(LOG_DRIVERS[engine])}")
-    odd = sorted(set(options.get("--log-opt", ())) - set(LOG_OPTIONS))
-    if odd:
-        deny(f"{where}.options.{make_printable(odd[0], 60)}", f"only {', '.join(LOG_OPTIONS)} are allowed")
-    if engine == "podman" and driver != "journald" and "tag" in options.get("--log-opt", ()):
+    for name in options:
+        if name not in LOG_OPTIONS:
+            deny(f"{where}.options.{make_printable(name, 60)}", f"only {', '.join(LOG_OPTIONS)} are allowed")
+    if engine == "podman" and driver != "journald" and "tag" in options:
         raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
 
 
@@ -6711,10 +6664,9 @@ def check_mounts(where, mounts, policy, folder):
     """Raises ComponentError for mounts of what is not there, or of what policy.host_paths does not allow."""
     roots = [folder.path] + [folder.resolve(path) for path in policy.host_paths]
     for mount in mounts:
-        odd = [option for option in mount.options if not (
-            is_tmpfs_option(option) if mount.kind == "tmpfs" else option in MOUNT_OPTIONS)]
-        if odd:
-            deny(where, f"the mount option {make_printable(odd[0], 80)!r} is not allowed")
+        for option in mount.options:
+            if not (is_tmpfs_option(option) if mount.kind == "tmpfs" else option in MOUNT_OPTIONS):
+                deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
         if mount.kind != "bind":
             continue
         source, found = make_printable(mount.source, 200), mount.found
@@ -6725,7 +6677,8 @@ def check_mounts(where, mounts, policy, folder):
         if not any(is_below(found.real, root) for root in roots):
             deny(where, f"{source} (in truth {make_printable(found.real, 200)}) is outside of policy.host_paths")
         if not found.kind:
-            raise make_fault(f"{where}: {'the package' if found.own else 'this device'} has no {source}; use a named volume for data")
+            raise make_fault(f"{where}: {'the package' if found.own else 'this device'} has no {source}; use a named volume for"
+                             " data")
 
 
 def check_ways(services):
@@ -6733,10 +6686,12 @@ def check_ways(services):
 
     It could put a link there that the engine follows when it starts that one.
     """
-    mounts = [(service.name, mount) for service in services for mount in service.mounts if mount.kind == "bind" and not mount.found.own]
+    mounts = [(service.name, mount) for service in services for mount in service.mounts]
+    mounts = [(name, mount) for name, mount in mounts if mount.kind == "bind" and not mount.found.own]
     for name, mount in mounts:
         for other, above in mounts:
-            if "ro" not in above.options and mount.found.real != above.found.real and is_below(mount.found.real, above.found.real):
+            inside = mount.found.real != above.found.real and is_below(mount.found.real, above.found.real)
+            if inside and "ro" not in above.options:
                 deny(f"services.{name}.volumes", f"{make_printable(mount.source, 200)} lies in {make_printable(above.source, 200)},"
                      f" where service {other} may write: it could put a link there. Mount one of both, or the upper one read-only")
 
@@ -6759,15 +6714,15 @@ def make_project(document, workload, policy, engine, folder=None):
     folder, notes = folder or Folder(workload.folder), []
     variables = make_file_variables(workload, folder)
     document = interpolate_all(document, variables)
-    wanted = document["services"] = find_started(document["services"], notes)
+    document["services"] = find_started(document["services"], notes)
     check_keys(document)
-    reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload), make_networks(document, workload),
-                      make_contents(document, variables, folder), notes)
-    services = {name: make_service(name, service, reading) for name, service in wanted.items()}
+    document = read_value(document, FILE_FORM, "")
+    reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
+                      make_networks(document, workload), make_contents(document, variables, folder))
+    services = {name: make_service(name, service, reading) for name, service in document.services.items()}
     check_ways(services.values())
-    for name, aliases in make_aliases(wanted, notes).items():
-        services[name] = add_aliases(services[name], aliases)
-    order = make_hashes(order_services(services), wanted)
+    add_aliases(services, document.services, notes)
+    order = make_hashes(order_services(services), document.services)
     volumes = {name: arguments for name, arguments in reading.volumes.values() if arguments is not None}
     return Project(order, dict(reading.networks.values()), volumes, notes)
 
@@ -6775,10 +6730,9 @@ def make_project(document, workload, policy, engine, folder=None):
 def make_file_variables(workload, folder):
     """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own."""
     variables = Variables(workload.parameters)
-    given = dict({"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project}, **workload.parameters)
     if folder.look(".env").kind:
         variables.update(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
-    variables.update(given)
+    variables.update({"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project}, **workload.parameters)
     return variables
 
 
@@ -6791,7 +6745,7 @@ def find_started(services, notes):
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
         if not isinstance(service, dict):
             raise make_fault(f"{where}: expected a mapping")
-        if to_list(service.get("profiles"), f"{where}.profiles"):
+        if service.get("profiles") and to_list(service["profiles"], f"{where}.profiles"):
             continue
         if "build" in service and service.get("image"):
             service = {key: item for key, item in service.items() if key != "build"}
@@ -6801,63 +6755,42 @@ def find_started(services, notes):
 
 
 def make_service(name, service, reading):
-    """A Service from its mapping, held against the policy; without a hash, which comes when all are known."""
-    where, workload = f"services.{name}", reading.workload
-    settings = {key: read(service[key], f"{where}.{key}") for key, (read, _) in sorted(SERVICE_OPTIONS.items())
-                if service.get(key) is not None}
-    mounts, networks = make_mounts(service, reading, where), make_attachments(service, reading, where)
-    check_policy(where, settings, reading.policy)
-    check_logging(f"{where}.logging", settings.get("logging", {}), reading.engine)
+    """A Service from its settings, held against the policy; without a hash, which comes when all are known."""
+    where = f"services.{name}"
+    mounts = make_mounts(service, reading, where)
+    check_policy(where, service, reading.policy)
+    check_logging(f"{where}.logging", service.logging, reading.engine)
     check_mounts(f"{where}.volumes", mounts, reading.policy, reading.folder)
-    if networks[0] == Attachment("host", None) and reading.policy.host_network != "allow":
-        deny(f"{where}.network_mode", "the host's network is denied by policy.host_network")
-    to_form("1", "supported; only 1 is")(service.get("scale", 1), f"{where}.scale")
-    arguments, ports = [], to_ports(service.get("ports") or [], f"{where}.ports")
-    for key, value in settings.items():
-        value = make_namespace(value, workload) if key in ("pid", "ipc") else value
-        for option, item in value.items() if SERVICE_OPTIONS[key][1] == "" else [(SERVICE_OPTIONS[key][1], value)]:
-            arguments += make_arguments(option, item)
-    arguments += [f"--publish={make_publish(port)}" for port in ports]
-    command = to_words(service.get("command"), f"{where}.command")
-    if service.get("entrypoint") is not None:
-        words = to_words(service["entrypoint"], f"{where}.entrypoint")
-        arguments.append(f"--entrypoint={words[0] if words else ''}")
-        command = words[1:] + command
-    extra, health = [], None
-    if service.get("healthcheck") is not None:
-        extra, health = make_health(service["healthcheck"], f"{where}.healthcheck", reading.engine)
-    arguments += extra + [make_mount_argument(mount) for mount in mounts]
+    ports = make_ports(service.ports, f"{where}.ports")
+    arguments = make_options(service, reading.workload, where) + make_arguments("--publish", list(map(make_publish, ports)))
+    command = service.command or []
+    if service.entrypoint is not None:
+        arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
+        command = service.entrypoint[1:] + command
+    checks, health = make_health(service.healthcheck, reading.engine)
+    arguments += checks + list(map(make_mount_argument, mounts))
     if sum(map(len, arguments + command)) > 64 * 1024:
         raise make_fault(f"{where}: its settings, labels and command together have more than 64 KiB")
-    pull = to_form("always|missing|if_not_present|never", "a pull policy that is supported")(
-        service.get("pull_policy", "missing"), f"{where}.pull_policy")
-    return Service(name, make_image(service.get("image"), f"{where}.image"), arguments, command,
-                   make_environment(service, reading, where), make_files(service, reading, where), networks,
-                   make_dependencies(service, name), health, pull, "", find_ports(ports), mounts)
+    if not service.image:
+        raise make_fault(f"{where}.image: expected the name of an image")
+    return Service(name, service.image, arguments, command, make_environment(service, reading, where),
+                   make_files(service, reading, where), make_attachments(service, reading, where), make_dependencies(service),
+                   health, service.pull_policy or "missing", "", find_ports(ports), mounts)
 
 
-def make_aliases(services, notes):
-    """{service: further names in its networks}: its container_name, and what others link it by.  One that is taken is noted."""
-    aliases, taken = {}, {}
-    for name, service in services.items():
-        where = f"services.{name}"
-        names = [(name, to_text(service["container_name"], f"{where}.container_name"))] if service.get("container_name") else []
-        links = [link.partition(":") for link in to_list(service.get("links"), f"{where}.links")]
-        for owner, alias in names + [(owner, alias) for owner, _, alias in links if alias]:
-            if not re.fullmatch(r"[a-zA-Z0-9][\w.-]*", alias):
-                raise make_fault(f"{where}: {make_printable(alias, 60)!r} is not a name of a container")
-            if taken.setdefault(alias, owner) != owner or alias in services and alias != owner:
-                notes.append(f"{where}: the name {alias} also leads to service {alias if alias in services else taken[alias]}")
-            if owner in services and alias not in aliases.setdefault(owner, []):
-                aliases[owner].append(alias)
-    return aliases
-
-
-def add_aliases(service, aliases):
-    """A Service that is found by further names in each network that has names."""
-    return service._replace(networks=[
-        item if item.aliases is None else item._replace(aliases=list(dict.fromkeys(item.aliases + aliases)))
-        for item in service.networks])
+def add_aliases(services, wanted, notes):
+    """Changes services to be found by their container_name, and by what others link them as, in each of their networks."""
+    taken = {}
+    for name, service in wanted.items():
+        links = [link.partition(":") for link in service.links or ()]
+        names = [(name, service.container_name)] + [(owner, to_name(alias, f"services.{name}.links")) for owner, _, alias in links if alias]
+        for owner, alias in names:
+            other = alias if alias in services else taken.setdefault(alias, owner)
+            if alias and owner in services:
+                notes += [f"services.{name}: the name {alias} also leads to service {other}"] if other != owner else []
+                services[owner] = services[owner]._replace(networks=[
+                    item if item.aliases is None else item._replace(aliases=list(dict.fromkeys(item.aliases + [alias])))
+                    for item in services[owner].networks])
 
 
 def order_services(services):
@@ -6880,7 +6813,8 @@ def order_services(services):
                 if other in services:
                     todo.append(other)
                 elif required:
-                    raise make_fault(f"services.{name}.depends_on: there is no service {make_printable(other, 60)!r} that is started")
+                    raise make_fault(f"services.{name}.depends_on: there is no service {make_printable(other, 60)!r} that is"
+                                     " started")
     return order
 
 
@@ -6888,7 +6822,8 @@ def make_hashes(order, wanted):
     """The services with a hash of all that makes their containers: who shares another's namespace is made anew with it."""
     final = {}
     for service in order:
-        contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]] for path, item in service.files.items()}
+        contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
+                    for path, item in service.files.items()}
         shared = [final[other].hash for other in find_shared(wanted[service.name])]
         parts = [service.image, service.arguments, service.command, service.environment, contents, service.networks, shared]
         final[service.name] = service._replace(hash=sha256_digest(make_json(parts))[7:39])
@@ -6897,11 +6832,11 @@ def make_hashes(order, wanted):
 
 def make_labels(workload, service, digest):
     """The labels by which containers are found again, and those by which compose finds them."""
-    ours = {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component, LABEL_PROJECT: workload.project,
-            LABEL_SERVICE: service, LABEL_HASH: digest, LABEL_DEVICE: workload.device_id,
-            LABEL_OWNER: workload.owner}            # all of them, whether empty or not: an image has labels of its own
     theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest, "oneoff": "False"}
-    return dict(ours, **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
+    return dict({LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
+                 LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest, LABEL_DEVICE: workload.device_id,
+                 LABEL_OWNER: workload.owner},      # all of them, whether empty or not: an image has labels of its own
+                **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
 
 
 def judge_startup(services, facts, healthy):
@@ -6950,12 +6885,6 @@ def find_engine(setting, environ):
         if find_program(name, environ) and (name == "podman" or setting == name or socket):
             return name
     return None
-
-
-def find_registry(image):
-    """The registry host that an image name begins with; Docker's own where it names none."""
-    first, slash, _ = image.partition("/")
-    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
 
 
 def make_child_environment(environ, connection):

@@ -263,13 +263,17 @@ class EnvFiles(FileCase):
                          {"GIVEN": "parameter", "EMPTY": ""})
 
     def test_what_is_not_supported_is_refused_with_its_line(self):
-        for text, line in (("no name", 1), ("A=1\n=2", 2), ("A=1\n\n+X=2", 3), ("A=${", 1), ("A='1'\n'B'=2", 2),
-                           ("A=1\nB=${}", 2), ('A=1\nB="open', 2),
+        for text, line in (("no name", 1), ("A=1\n=2", 2), ("A=1\n\n+X=2", 3), ("A='1'\n'B'=2", 2),
+                           ('A=1\nB="open', 2),
                            ("A='it''s'", 1), ("A[0]=1", 1)):
             with self.subTest(text=text):
                 with self.assertRaises(margo_agent.ComponentError) as caught:
                     margo_agent.parse_env_file(text, margo_agent.Variables(), "app.env")
                 self.assertIn(f"app.env, line {line}: ", caught.exception.message)
+        for text in ("A=${", "B=1\nA=${}", 'A="${1}"'):
+            with self.assertRaises(margo_agent.ComponentError) as caught:
+                margo_agent.parse_env_file(text, margo_agent.Variables(), "app.env")
+            self.assertIn("app.env, A: a ${ that is not", caught.exception.message)
 
     def test_a_long_line_is_read_as_fast_as_many_lines(self):
         """Neither blanks before what could be a comment nor names that each line could refer to make the time grow by the square."""
@@ -660,7 +664,8 @@ class ServiceKeys(FileCase):
                 self.assertEqual(self.settle_service({key: value}).arguments, expected)
 
     def test_no_key_with_an_option_is_left_out_here(self):
-        self.assertEqual({key for key, _, _ in self.OPTIONS + self.ALLOWED}, set(margo_agent.SERVICE_OPTIONS))
+        self.assertEqual({key for key, _, _ in self.OPTIONS + self.ALLOWED}, {
+            *margo_agent.SERVICE_OPTIONS, "blkio_config", "deploy", "logging", "ulimits"})
 
     def test_a_key_of_nothing_says_nothing(self):
         for key in sorted(margo_agent.SERVICE_OPTIONS):
@@ -671,7 +676,7 @@ class ServiceKeys(FileCase):
         """Contract, Compose keys: none is ever ignored."""
         for key in self.UNSUPPORTED + ["imagee", "Command", "x_note", ""]:
             with self.subTest(key=key):
-                self.assertNotIn(key, margo_agent.SERVICE_KEYS)
+                self.assertNotIn(key, margo_agent.SERVICE_FORM)
                 self.assertRefused(make_document({key: "x"}), f"services.main.{key}", ": this key is not supported")
 
     def test_all_that_is_not_supported_is_told_at_once(self):
@@ -728,7 +733,7 @@ class ServiceKeys(FileCase):
         """What an archive holds fails its own component, and is never a bug of the agent (exit code 70)."""
         cases = [
             ({"volumes": 5}, {}, "services.main.volumes"), ({"volumes": ["/a", []]}, {}, "services.main.volumes[1]"),
-            ({"volumes": [{"type": "bind", "target": "/x"}]}, {}, "services.main.volumes[0].source"),
+            ({"volumes": [{"type": "bind", "target": "/x"}]}, {}, "services.main.volumes[0]"),
             ({"volumes": [{"type": "tmpfs", "target": "/x", "tmpfs": "big"}]}, {}, "services.main.volumes[0]"),
             ({"networks": 5}, {}, "services.main.networks"), ({"networks": [{"a": 1}]}, {}, "services.main.networks"),
             ({"networks": {"default": 5}}, {}, "services.main.networks.default"),
@@ -809,9 +814,9 @@ class ServiceKeys(FileCase):
         keys = strategies.sampled_from(words) | strategies.integers(0, 3) | strategies.text(max_size=3)
         values = strategies.recursive(scalars, lambda inner: strategies.one_of(
             strategies.lists(inner, max_size=3), strategies.dictionaries(keys, inner, max_size=3)), max_leaves=6)
-        sections = strategies.dictionaries(strategies.sampled_from(sorted(margo_agent.FILE_KEYS)), values,
+        sections = strategies.dictionaries(strategies.sampled_from(sorted(margo_agent.FILE_FORM)), values,
                                            max_size=2)
-        services = strategies.dictionaries(strategies.sampled_from(sorted(margo_agent.SERVICE_KEYS)), values,
+        services = strategies.dictionaries(strategies.sampled_from(sorted(margo_agent.SERVICE_FORM)), values,
                                            max_size=2)
         failures = {}
 
@@ -858,7 +863,6 @@ class Readers(unittest.TestCase):
     def test_one_text_is_a_list_too(self):
         self.assertEqual(margo_agent.to_list("a", "here"), ["a"])
         self.assertEqual(margo_agent.to_list(["a", 1, True], "here"), ["a", "1", "true"])
-        self.assertEqual(margo_agent.to_list(None, "here"), [])
         self.assertFault(lambda: margo_agent.to_list([["a"]], "services.main.dns"), "services.main.dns")
 
     def test_pairs_come_as_a_mapping_or_as_a_list(self):
@@ -871,7 +875,7 @@ class Readers(unittest.TestCase):
     def test_a_command_is_split_as_a_shell_splits_it(self):
         for value, expected in (("a b", ["a", "b"]), ("a 'b c' \"d e\" f\\ g", ["a", "b c", "d e", "f g"]), ("", []),
                                 (["a b", 1], ["a b", "1"]),
-                                (None, []), ("a # b", ["a", "#", "b"]), ("a ''", ["a", ""]), (" a\n b ", ["a", "b"]), ("a'b'\"c\"d", ["abcd"]),
+                                ("a # b", ["a", "#", "b"]), ("a ''", ["a", ""]), (" a\n b ", ["a", "b"]), ("a'b'\"c\"d", ["abcd"]),
                                 (r"""sh -c "echo \$HOME \`id\` \"q\" \\ \d" """, ["sh", "-c", r"""echo $HOME `id` "q" \ \d"""]),
                                 ('"a\\\nb" c\\\nd', ["ab", "cd"]), ('"&& \\ x"', ["&&  x"])):
             with self.subTest(value=value):
@@ -888,6 +892,13 @@ class Readers(unittest.TestCase):
             self.assertFault(lambda: margo_agent.to_seconds(text, "services.main.healthcheck"),
                              "services.main.healthcheck")
 
+    def make_ports(self, *items):
+        place = "services.main.ports"
+        return margo_agent.make_ports(margo_agent.read_value(list(items), margo_agent.SERVICE_FORM["ports"], place), place)
+
+    def make_health(self, value, engine="podman"):
+        return margo_agent.make_health(margo_agent.read_value(value, margo_agent.SERVICE_FORM["healthcheck"], "here"), engine)
+
     def test_ports_in_both_syntaxes(self):
         for value, expected in (
                 (80, "80"), ("8080:80", "8080:80"), ("1.2.3.4:8080:80/udp", "1.2.3.4:8080:80/udp"), ("127.0.0.1::80", "127.0.0.1::80"),
@@ -896,15 +907,15 @@ class Readers(unittest.TestCase):
                 ({"target": 80, "published": 90}, "90:80"), ({"target": 80, "published": "90", "host_ip": "::1"}, "[::1]:90:80"),
                 ({"target": 80, "host_ip": "127.0.0.1"}, "127.0.0.1::80"), ({"target": 80, "mode": "host", "name": "x"}, "80")):
             with self.subTest(value=value):
-                self.assertEqual([margo_agent.make_publish(port) for port in margo_agent.to_ports([value], "here")], [expected])
+                self.assertEqual([margo_agent.make_publish(port) for port in self.make_ports(value)], [expected])
         for value in ("http", "80:", ":", "80:80:80", "80:80/icmp", "80 :80", "-80:80", {"published": 80}, "65536:80", "80:65536",
                       "80-81:80-82", "80\n:80", "localhost:80:80", "", None, "9" * 5000, "80:0", "[::1:80:80"):
             with self.subTest(value=value):
-                self.assertFault(lambda: margo_agent.to_ports(["1:1", value], "services.main.ports"), "services.main.ports[1]")
+                self.assertFault(lambda: self.make_ports("1:1", value), "services.main.ports[1]")
 
     def test_a_port_that_is_listed_twice_is_one(self):
         """The engine is asked for a port once: the second time it is in use."""
-        found = margo_agent.to_ports(["80:80", "80:80/tcp", {"target": 80, "published": 80}, "81:80"], "here")
+        found = self.make_ports("80:80", "80:80/tcp", {"target": 80, "published": 80}, "81:80")
         self.assertEqual(list(map(margo_agent.make_publish, found)), ["80:80", "81:80"])
 
     def test_a_restart_policy_is_the_engines_own_word(self):
@@ -921,26 +932,26 @@ class Readers(unittest.TestCase):
             ({"disable": True, "test": "x"}, ["--no-healthcheck"], None),
             ({"disable": "true"}, ["--no-healthcheck"], None),
             ({"test": "a", "interval": "1m", "timeout": "5s", "retries": 7, "start_period": "500ms"},
-             ["--health-interval=1m", "--health-timeout=5s", "--health-retries=7", "--health-start-period=500ms",
-              "--health-cmd=a"], (60, 7, 0.5)),
+             ["--health-cmd=a", "--health-interval=1m", "--health-timeout=5s", "--health-retries=7",
+              "--health-start-period=500ms"], (60, 7, 0.5)),
             ({"interval": "10s"}, ["--health-interval=10s"], (10, 3, 0))]
         for value, arguments, health in cases:
             with self.subTest(value=value):
-                self.assertEqual(margo_agent.make_health(value, "here", "podman"), (arguments, health))
+                self.assertEqual(self.make_health(value), (arguments, health))
 
     def test_a_health_check_without_retries_has_the_usual_three(self):
         """An engine takes 0 as not said; taken literally, the service would be unhealthy before its first check."""
-        _, health = margo_agent.make_health({"test": "a", "retries": 0}, "here", "podman")
+        _, health = self.make_health({"test": "a", "retries": 0})
         self.assertEqual(health[1], 3)
 
     def test_docker_takes_the_words_of_a_health_check_quoted(self):
-        arguments, _ = margo_agent.make_health({"test": ["CMD", "a", "b c", "$d"]}, "here", "docker")
+        arguments, _ = self.make_health({"test": ["CMD", "a", "b c", "$d"]}, "docker")
         self.assertEqual(arguments, ["--health-cmd=a 'b c' '$d'"])
 
     def test_one_word_needs_no_shell(self):
         """K5: there may be none in the image; podman takes a word behind CMD, unless a blank is in it."""
         for word, expected in (("/true", "CMD /true"), ("/opt/a b", "'/opt/a b'")):
-            arguments, _ = margo_agent.make_health({"test": ["CMD", word]}, "here", "podman")
+            arguments, _ = self.make_health({"test": ["CMD", word]})
             self.assertEqual(arguments, [f"--health-cmd={expected}"])
 
     def test_the_mode_of_a_file_is_octal_as_it_is_usually_written(self):
@@ -1162,17 +1173,20 @@ class Order(FileCase):
 
 
 class Shared(FileCase):
+    def make_shared(self, make, document):
+        return make(margo_agent.read_value(document, margo_agent.FILE_FORM, ""), self.make_workload())
+
     def test_volumes_and_how_they_are_made(self):
         document = {"volumes": {"plain": None, "labelled": {"labels": {"a": "b"}}, "named": {"name": "own"},
                                 "foreign": {"external": True},
                                 "both": {"external": "true", "name": "theirs"}, "older": {"external": {"name": "plant"}},
                                 "memory": {"driver_opts": {"type": "tmpfs", "device": "tmpfs", "o": "size=8m,noexec"}},
                                 "empty": {"driver": "local", "driver_opts": {}}}}
-        self.assertEqual(margo_agent.make_volumes(document, self.make_workload()), {
+        self.assertEqual(self.make_shared(margo_agent.make_volumes, document), {
             "plain": (f"{PROJECT}_plain", MARKS), "labelled": (f"{PROJECT}_labelled", ["--label=a=b"] + MARKS),
             "named": ("own", MARKS), "foreign": ("foreign", None),
             "both": ("theirs", None), "older": ("plant", None), "empty": (f"{PROJECT}_empty", MARKS),
-            "memory": (f"{PROJECT}_memory", ["--opt=device=tmpfs", "--opt=o=size=8m,noexec", "--opt=type=tmpfs"] + MARKS)})
+            "memory": (f"{PROJECT}_memory", MARKS + ["--opt=device=tmpfs", "--opt=o=size=8m,noexec", "--opt=type=tmpfs"])})
         project = self.settle(make_document({}, **document))
         self.assertEqual(set(project.volumes), {
             "own", *(f"{PROJECT}_{name}" for name in ("plain", "labelled", "memory", "empty"))})
@@ -1184,18 +1198,17 @@ class Shared(FileCase):
                                      "driver": "default", "config": [{"subnet": "fd00::/64", "ip_range": "fd00::/80"}]}},
                                  "fixed": {"driver": "bridge",
                                            "ipam": {"config": [{"subnet": "10.1.0.0/24", "gateway": "10.1.0.1"}]}}}}
-        self.assertEqual(margo_agent.make_networks(document, self.make_workload()), {
+        self.assertEqual(self.make_shared(margo_agent.make_networks, document), {
             "default": (f"{PROJECT}_default", MARKS), "plain": (f"{PROJECT}_plain", MARKS),
             "inner": (f"{PROJECT}_inner", ["--label=a=b"] + MARKS + ["--internal"]), "foreign": ("plant", None),
             "older": ("site", None), "six": (f"{PROJECT}_six", MARKS + ["--ipv6", "--subnet=fd00::/64", "--ip-range=fd00::/80"]),
             "fixed": (f"{PROJECT}_fixed", MARKS + ["--subnet=10.1.0.0/24", "--gateway=10.1.0.1"])})
 
     def test_names_that_an_engine_would_take_for_something_else_are_refused(self):
-        for name in ("../x", "a b", "-x", "a/b", "", "ns:/proc/1/ns/net"):
-            for section, word in (("volumes", "volume"), ("networks", "network")):
+        for name in ("../x", "a b", "-x", "a/b", "x" * 300, "ns:/proc/1/ns/net"):
+            for section in ("volumes", "networks"):
                 with self.subTest(name=name, section=section):
-                    self.assertRefused(make_document({}, **{section: {"a": {"name": name}}}), f"{section}.a: ",
-                                       f"is not a {word} name")
+                    self.assertRefused(make_document({}, **{section: {"a": {"name": name}}}), f"{section}.a: ", "is not a name here")
 
     def test_what_the_agent_made_for_another_deployment_is_not_reached_by_its_name(self):
         """Data, and a network by which it would answer, are that application's; components of one deployment may share."""
@@ -1274,7 +1287,7 @@ class Shared(FileCase):
                                 ("a:1@sha256:" + "0" * 64, "docker.io/library/a:1@sha256:" + "0" * 64)):
             with self.subTest(image=image):
                 self.assertEqual(self.settle_service({"image": image}).image, expected)
-        for image in ("--help", "", "a b", "Nginx", "User/app", "a:", "a@sha256:0", "a//b", "/a", "a:1:2", "a" * 600, "a" + ":" * 100000,
+        for image in ("--help", "", "a b", "Nginx", "a:", "a@sha256:0", "a//b", "/a", "a:1:2", "a" * 600, "a" + ":" * 100000,
                       "a" + "." * 100000, "$", "a\n"):
             self.assertRefused(make_document({"image": image.replace("$", "$$")}), "services.main.image: ")
 
