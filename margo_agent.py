@@ -18,9 +18,9 @@ How to read it: from top to bottom.  A section uses only sections above it.
    2 Records                   9 Desired state            16 Apply
    3 Encodings                10 Desired-state sources    17 Capabilities
    4 Configuration            11 Eligibility              18 Agent
-   5 Store                    12 Plan                     19 Command line
-   6 Commands                 13 Packages
-   7 Transport                14 Runtimes
+   5 Store                    12 Plan                     19 Gateway (optional)
+   6 Commands                 13 Packages                 20 Hooks (optional)
+   7 Transport                14 Runtimes                 21 Command line
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
 are mistakes of other agents, which a test of the same mark keeps out.
 """
@@ -90,7 +90,7 @@ MAX_TIMEOUT = 6 * 3600                              # seconds that one may ask f
 PULL_LIMIT = 86400                                  # seconds after which a pull that still moves is given up until the next attempt
 PULL_TIMEOUT = 3600                                 # seconds git may take, or a child's engine for an image: links are slow
 IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
-LOOKS, LOOK_PATIENCE = 8, 2                         # engines and clusters that are asked at once; seconds in which all should answer
+LOOKS = 8                                           # engines and clusters that are asked at once
 FREE_SPACE = 32 * MIB                               # at most stays free on a disk that something is fetched to (P-4)
 SHARE = 16                                          # of a small disk it is one part of so many that stays free, and that is kept
 CORPSE_GRACE = 5                                    # seconds in which a program that was killed has to be gone
@@ -152,7 +152,6 @@ Locked = define_fault("Locked", MargoError, "Another instance works on the same 
 CommandError = define_fault("CommandError", MargoError, "A helper program could not be run to its end.", exit=1, code="COMMAND")
 CommandMissing = define_fault("CommandMissing", CommandError, "The program is not installed.")
 CommandTimeout = define_fault("CommandTimeout", CommandError, "The program ran out of its time and was ended.")
-Late = define_fault("Late", CommandError, "What does not answer may still do so within this cycle.")
 
 
 def to_fault(error):
@@ -173,6 +172,10 @@ class ComponentError(MargoError):
 
     def __init__(self, code, message, **facts):
         super().__init__(message[:MAX_MESSAGE] + ("..." if len(message) > MAX_MESSAGE else ""), code, **facts)
+
+
+class Forbidden(ComponentError):
+    """Somebody who is asked before a change says no to it."""
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -225,13 +228,19 @@ Container = define("Container", "id name deployment_id component service hash st
 Claim = define("Claim", "owner owners deployments ids",
     "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of: ids of deployments in lower"
     " case and of containers; see is_ours.")
-Action = define("Action", "deployment_id action reason restore unstable",
-    "One step of a plan: install, update, remove, keep or refuse, and why; `restore`: it is the version before that has to be mended;"
-    " `unstable`: (component, service) that is repaired in vain.", False, None)
+Action = define("Action", "deployment_id verb reason target device_id culprit",
+    "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on; culprit: (component,"
+    " service) that is repaired in vain.", None, "", None)
 Clock = define("Clock", "now boot uptime",
     "A moment: Unix seconds by the wall clock, and by the clock that nobody sets the id of this boot and the seconds since.")
-Place = define("Place", "device_id device drivers",
-    "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}.")
+Device = define("Device", "device_id settings drivers silence",
+    "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}; of another one than this:"
+    " the ComponentError that the WFM is told where it does not answer.", None)
+Seen = define("Seen", "containers silent",
+    "What a device shows now: [Container], and {deployment type: CommandError} of what does not answer.")
+Share = define("Share", "device targets records unseen",
+    "What a device has to care for: its Device, [Target] that should run there, {id in lower case: record} of what is at home"
+    " there, {id in lower case: CommandError} of what cannot be seen now.")
 Profile = define("Profile", "connect describe check identify",
     "How a profile is served: functions that connect its source, tell `status` of its identity, check that for `doctor`, and tell who the"
     " client is by what is configured alone.")
@@ -988,7 +997,7 @@ def find_wait(record, clock):
 
     Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
     """
-    same = "uptime" in record and record["boot"] == clock.boot
+    same = bool(clock.boot) and record.get("boot") == clock.boot
     passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
     delay = record.get("delay", 0)
     return delay - passed if 0 <= passed < delay else 0
@@ -1540,7 +1549,6 @@ SCHEMA = {
         "privileged": (choice("deny", "allow"), "deny"), "host_network": (choice("deny", "allow"), "deny"),
         "devices": (read_devices, []), "host_paths": (read_folders, []),
         "max_removals": read_count},
-    "hooks": {"run": (list_of(read_path, "a list of file names"), []), "timeout": (read_duration, "60s")},
     "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
 }
 REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key")}       # by profile
@@ -1928,7 +1936,7 @@ def make_state():
     history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome; refused: what came after it}
     lastPoll    {at, result, detail} of the last cycle that had something to store
     """
-    return {"schema": 1, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "dropped": {}, "reported": {},
+    return {"schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "dropped": {}, "reported": {},
             "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [], "patience": {}, "waiting": None,
             "owners": [], "pulled": [], "history": [], "lastPoll": None}
 
@@ -1952,18 +1960,32 @@ def parse_state(data, path):
         raise ValueError(f"{path} is not a state of this agent")
     if state["schema"] > blank["schema"]:
         raise StorageError(f"{path} has schema {state['schema']}, this agent knows {blank['schema']}; use the newer agent")
-    state = dict(blank, **state)
+    state = dict(blank, **dict(state, schema=blank["schema"]))
     state.pop("sum", None)
     outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
     try:
         state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
         wrong = [key for key, value in blank.items() if value is not None and type(state[key]) is not type(value)]
         wrong += [key for key, record in state["deployments"].items() if "adopted" not in record]
+        state["deployments"] = {key: migrate_record(record) for key, record in state["deployments"].items()}
     except (TypeError, KeyError, AttributeError):
         wrong = ["outbox or deployments"]
     if wrong:
         raise ValueError(f"{path} is not a state of this agent ({', '.join(wrong)})")
     return state
+
+
+def migrate_record(record):
+    """A deployment's record as of schema 2, in place of moments of the wall clock that of schema 1 has waits (see make_wait)."""
+    record = {key: value for key, value in record.items() if key != "left"}
+    if "retryAt" in record:
+        at, failures = record.pop("retryAt") - 2 * RETRY_CAP, record.pop("failures", 0)
+        record["retry"] = {"failures": failures, "at": at, "delay": 2 * RETRY_CAP} if failures else {}
+    if "repairs" in record:
+        at, failures = record.pop("repairedAt", 0), record.pop("repairs")
+        pause = grow(RETRY_FIRST, failures + 1 - REPAIRS, RETRY_CAP) if failures >= REPAIRS else 0
+        record["repair"] = {"failures": failures, "at": at, "delay": pause} if failures else {}
+    return record
 
 
 def make_core(state):
@@ -1984,7 +2006,6 @@ class Store:
         self.folder = folder
         self.saved = self.core = None               # bytes of state.json as they lie on the disk, and of what its copy is kept for
         self.locked = None
-        self.fetched = []                           # digests of packages and names of images that the deployment at work has fetched
 
     def path(self, *names):
         """A path below the state directory."""
@@ -2080,7 +2101,6 @@ class Store:
     def save_artifact(self, digest, data):
         """Keeps verified content under its digest."""
         write_file(self.path("artifacts", digest.replace(":", "-")), data)
-        self.fetched.append(digest)
 
     def prune_artifacts(self, digests):
         """Removes every artifact, and every unpacked package, whose digest is not among `digests`."""
@@ -5143,53 +5163,91 @@ def is_contained(selector, value, combine):
 # 12. Plan
 # ------------------------------------------------------------------------------------------------------------------------------
 
-def find_place(deployment, held, own_id, children, find_reason, loads):
-    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103 (protocol 9).
-
-    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device id to why it cannot run
-    there, or "".  loads: {device id: deployments that are there}.  A free choice falls on the least loaded child that answers, and
-    stays; a document that names no device is for this one.
-    """
-    wanted = deployment.device_id or own_id
-    if wanted == own_id or wanted in children:
-        return wanted
-    if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
-        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
-    if wanted != f"{own_id}/*":
-        parent = wanted[:-2] if wanted.endswith("/*") else None
-        if parent in children:
-            raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
-        raise ComponentError("101", f"child device {parent or wanted} is not known; known are {', '.join(children)}", source=own_id)
-    reasons = {child: find_reason(child) for child in children}
-    fit = [child for child in children if not reasons[child]]
-    if held in fit:
-        return held
-    if not fit:
-        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items()) or "this device is no gateway"
-        raise ComponentError("103", f"no child device can take it: {words}", source=own_id)
-    there = [child for child in fit if children[child]]
-    if not there:
-        raise ComponentError("102", f"none of the child devices that could take it answers: {', '.join(fit)}", source=own_id)
-    return min(there, key=lambda child: loads.get(child, 0))
+PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}     # what `plan` calls a verb, where not by its own name
 
 
 def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: whose drivers have to tell of it before anything is done."""
+    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell of it."""
     kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
     return kinds | ({target.deployment.type} if target and target.deployment else set())
 
 
 def needs_document(entry, record):
-    """Whether deciding on a manifest entry takes its document: not for what is installed, or was tried and failed, in that revision."""
-    return record is None or record["adopted"]["digest"] != entry.digest or record["refused"] or record["state"] not in ("installed", "failed")
+    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that revision."""
+    if record is None or record["adopted"]["digest"] != entry.digest or record["refused"]:
+        return True
+    return record["state"] not in ("installed", "failed")
 
 
-def make_plan(targets, records, containers, now, settle=0, mark="", unseen=()):
-    """What to do, in order, as [Action]: removals first, to free what they hold, then the manifest's own order.
+def make_share(device, targets, records, silent):
+    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be seen now.
 
-    targets: [Target], deployment and error both None where needs_document said so.  records: the state's `deployments`.
-    containers: [Container] as observed.  settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: ids in lower
-    case of deployments of which not everything could be observed (then nothing is taken for drift).
+    silent: {deployment type: CommandError} of what does not answer there.
+    """
+    wanted = {target.deployment_id.lower(): target for target in targets}
+    unseen = {}
+    for key in {**records, **wanted}:
+        faults = [silent[kind] for kind in sorted(find_kinds(records.get(key), wanted.get(key))) if kind in silent]
+        if faults:
+            unseen[key] = faults[0]
+    return Share(device, targets, records, unseen)
+
+
+def make_actions(shares, records, containers, clock, settle=0, mark=""):
+    """[Action] for all devices, in order: removals first.
+
+    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a device where it is not at home any more is cleared
+    once it runs where it belongs, or when it is about to.
+    """
+    homes = {target.deployment_id.lower(): "" if target.error else target.device_id
+             for share in shares for target in share.targets}
+    actions, strays, placed = [], [], set()
+    for share in shares:
+        device_id = share.device.device_id
+        placed.update(key for key, record in share.records.items() if record["state"] == "installed")
+        for action in make_plan(share.targets, share.records, containers[device_id], clock, settle, mark, share.unseen):
+            action = hold_back(action, share)._replace(device_id=device_id)
+            key = action.deployment_id.lower()
+            record = records.get(key)
+            if action.verb == "remove" and (key in homes or record and key not in share.records):
+                strays.append(action._replace(verb="clear"))
+                continue
+            if action.verb == "install" and record and record["running"] and record["deviceId"] != device_id:
+                action = action._replace(reason=f"moves here from {record['deviceId']}")
+            if action.verb in ("install", "update"):
+                placed.add(key)
+            actions.append(action)
+    for stray in strays:
+        key = stray.deployment_id.lower()
+        if key not in homes:
+            actions.append(stray)
+        elif homes[key] and key in placed:
+            actions.append(stray._replace(reason=f"belongs on {homes[key]}"))
+    return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
+
+
+def hold_back(action, share):
+    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
+
+    It waits where this device itself does not answer; what the WFM is told of another one is the device's `silence`.
+    """
+    fault, silence = share.unseen.get(action.deployment_id.lower()), share.device.silence
+    if not fault or action.verb in ("keep", "refuse"):
+        return action
+    if not silence:
+        return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
+    record = share.records.get(action.deployment_id.lower())
+    target = action.target or Target(action.deployment_id, record["adopted"]["digest"], record["adopted"]["version"], None, None)
+    return action._replace(verb="refuse", reason=f"{silence.code}: {silence.message}", target=target._replace(error=silence))
+
+
+def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
+    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own order.
+
+    targets: [Target], deployment and error both None where needs_document said so.  records: those of the state's `deployments`
+    that are at home here.  containers: [Container] as observed.  clock: a Clock.  settle, mark: `runtime.settle` and make_mark
+    of `runtime.environment`.  unseen: ids in lower case of deployments of which not everything could be observed (then nothing
+    is taken for drift).
     """
     wanted = {target.deployment_id.lower() for target in targets}
     seen = {}
@@ -5200,20 +5258,22 @@ def make_plan(targets, records, containers, now, settle=0, mark="", unseen=()):
     plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans) if key not in wanted]
     for target in targets:
         key = target.deployment_id.lower()
-        plan.append(make_action(target, records.get(key), None if key in unseen else seen.get(key, []), now, settle, mark))
+        there = None if key in unseen else seen.get(key, [])
+        plan.append(make_action(target, records.get(key), there, clock, settle, mark)._replace(target=target))
     return plan
 
 
-def make_action(target, record, containers, now, settle, mark):
+def make_action(target, record, containers, clock, settle, mark):
     """The Action for one deployment that is wanted; containers: its own."""
-    def act(action, reason, **more):
-        return Action(target.deployment_id, action, reason, **more)
+    def act(verb, reason, culprit=None):
+        return Action(target.deployment_id, verb, reason, culprit=culprit)
 
     same = record and record["adopted"]["digest"] == target.digest
-    if same and record["state"] == "failed" and record["fallback"] and (target.error or is_ahead(record["retryAt"], now)):
-        words = find_drift(record["running"]["services"], containers, now, settle)[1]
-        if words and not is_ahead(make_pause(record), now):
-            return act("update", f"drift: {words}; the version before is brought back", restore=True)
+    retry, pause = (find_wait(record["retry"], clock), find_wait(record["repair"], clock)) if record else (0, 0)
+    if same and record["state"] == "failed" and record["fallback"] and not pause and (target.error or retry):
+        words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
+        if words:
+            return act("restore", f"drift: {words}; the version before is brought back")
     if target.error:
         return act("refuse", f"{target.error.code}: {target.error.message}")
     if record is None:
@@ -5223,32 +5283,22 @@ def make_action(target, record, containers, now, settle, mark):
         return act(change, "another revision")
     if record["refused"]:
         return act(change, "was refused before, and can be carried out now")
+    if record["state"] == "failed" and retry:
+        return act("keep", f"failed ({record['error']['code']}); next attempt at {make_time(clock.now + retry)}")
     if record["state"] == "failed":
-        if is_ahead(record["retryAt"], now):
-            return act("keep", f"failed ({record['error']['code']}); next attempt at {make_time(record['retryAt'])}")
-        return act(change, f"failed before, attempt {record['failures'] + 1}")
+        return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
     if record["state"] in ("pending", "removed") and not record["running"]:
         return act("install", "new")
     if record["state"] != "installed":
         return act(change, f"was interrupted while {record['state']}")
-    place, words = find_drift({item["name"]: item["services"] for item in record["components"]}, containers, now, settle)
-    if words and is_ahead(make_pause(record), now):
-        return act("refuse", f"{words} although it was repaired {record['repairs']} times; next attempt at {make_time(make_pause(record))}",
-                   unstable=place)
+    services = {item["name"]: item["services"] for item in record["components"]}
+    culprit, words = find_drift(services, containers, clock.now, settle)
+    if words and pause:
+        return act("give_up", f"{words} although it was repaired {record['repair']['failures']} times; next attempt at"
+                   f" {make_time(clock.now + pause)}", culprit)
     if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
         return act("update", "runtime.environment has changed")
     return act("update", f"drift: {words}") if words else act("keep", "as desired")
-
-
-def is_ahead(moment, now):
-    """Whether a moment of ours lies ahead; one that is too far ahead was made by a clock that was wrong (P-2)."""
-    return now < moment <= now + 2 * RETRY_CAP
-
-
-def make_pause(record):
-    """Until when a further repair of a deployment waits: some are free, then the pauses grow (P-7)."""
-    extra = record["repairs"] - REPAIRS + 1
-    return record["repairedAt"] + grow(RETRY_FIRST, extra, RETRY_CAP) if extra > 0 else 0
 
 
 def make_claim(owner, state):
@@ -5295,15 +5345,82 @@ def find_drift(services, containers, now, settle):
 
 def judge_containers(found, facts, now, settle):
     """What is wrong with the containers found for a service, in words, or "".  facts: what `apply` returned for it."""
-    if len(found) != 1:
-        return f"has {len(found)} containers" if found else "" if facts["finished"] else "has no container"
+    if len(found) > 1:
+        return f"has {len(found)} containers"
+    if not found:
+        return "" if facts["finished"] else "has no container"
     container = found[0]
     if container.hash != facts["hash"] or container.id != facts.get("id", container.id):
         return "is not the container that was made for it"
     if facts["finished"]:
         return ""
-    restless = container.started != facts.get("started", container.started) and 0 <= now - container.started < settle
-    return f"is {container.state}" if container.state != "running" else "is being restarted over and over" if restless else ""
+    if container.state != "running":
+        return f"is {container.state}"
+    restarted = container.started != facts.get("started", container.started)
+    return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
+
+
+def make_groups(actions, records):
+    """Actions in the order in which they are carried out, as [[Action]]; those of one group are made ready before any is done.
+
+    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group, because one may
+    take what another gives up; last what is new.  What is cleared because it moves is left to the step that it moves by.
+    """
+    moving = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
+    first, updates, new = [], [], []
+    for action in actions:
+        record = records.get(action.deployment_id.lower())
+        if action.verb not in ("install", "update"):
+            first += [] if action.verb == "clear" and action.deployment_id.lower() in moving else [[action]]
+        elif not record or not record["running"]:
+            new.append([action])
+        elif record["running"]["digest"] == action.target.digest and record["deviceId"] == action.device_id:
+            first.append([action])
+        else:
+            updates.append(action)
+    return first + [updates] + new
+
+
+def find_held_ports(record):
+    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold, as far as known."""
+    services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
+    if record["fallback"] and "services" in (record["running"] or ()):
+        services = record["running"]["services"].values()       # the version before runs, until the new one has replaced it
+    return {(record["deviceId"], *port) for item in services for facts in item.values() for port in facts.get("ports", ())}
+
+
+def find_clash(takes, holds):
+    """A port among those of `takes` that one of `holds` keeps from being taken, or None; the address "" is every one."""
+    for port in sorted(takes):
+        for device_id, address, *rest in holds:
+            if (device_id, *rest) == (port[0], *port[2:]) and (address == port[1] or "" in (address, port[1])):
+                return port
+    return None
+
+
+def find_turn(waiting, held):
+    """Which of the deployments that are ready to be changed goes on now, and how: (id, verb, words).
+
+    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs: `go`; `fail`, in
+    words, where somebody keeps a port that it takes; `stop` for one that has to free its ports first, because each waits for
+    another one.
+    """
+    blocking = []
+    for key, (takes, _) in waiting.items():
+        rivals = [(other, ports, ports) for other, ports in held.items()]
+        rivals += [(other, holds, keeps) for other, (keeps, holds) in waiting.items() if other != key]
+        blocked = False
+        for other, holds, keeps in rivals:
+            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
+            if port:
+                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
+                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
+            if find_clash(takes, holds):
+                blocking.append(other)
+                blocked = True
+        if not blocked:
+            return key, "go", ""
+    return blocking[0], "stop", ""
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -6916,6 +7033,10 @@ def make_compose_driver(config, environ=None, child=None, others=(), claim=claim
     return ComposeDriver(engine, config, environ, others=others, claim=claim)
 
 
+# Where podman looks for its own helpers, beside PATH.
+HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman", "/usr/lib/podman")
+
+
 class ComposeDriver:
     """Runs compose components by an engine's own commands.
 
@@ -6928,7 +7049,6 @@ class ComposeDriver:
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even where they share the engine
         self.remote = bool(set(self.connection) & set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"})
-        self.pulled = []                            # images that were not here before
 
     def run(self, arguments, timeout, code=None, more=None):
         """The Output of one engine command; with `code` a failure raises ComponentError of that code.  more: for its environment."""
@@ -6956,15 +7076,20 @@ class ComposeDriver:
         """[Container] of other owners, as the last look has shown them."""
         return self.strangers
 
-    def prepare(self, deployment, component, known, store):
-        """Fetches and verifies all that a component needs, touching nothing that runs: (what `apply` takes, package facts)."""
+    def prepare(self, deployment, component, known, store, fetched):
+        """Fetches and verifies all that a component needs, touching nothing that runs: (what `apply` takes, package facts).
+
+        fetched: a list to which digests of packages and names of new images are added, also where it then fails.
+        """
         data, package = obtain_package(component, known, self.config, store, "compose")
+        fetched.append(package["digest"])
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         folder = unpack_package(data, package["digest"], folder, self.config.policy.max_unpacked, relaxed=not component.revision)
         workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
                             make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id,
                             self.claim().owner)
-        prepared = self.resolve(workload, IMAGE_PATIENCE, bool(known) and known["digest"] == package["digest"])
+        again = bool(known) and known["digest"] == package["digest"]
+        prepared = self.resolve(workload, IMAGE_PATIENCE, again, fetched)
         self.check_names(*prepared)
         return prepared, package
 
@@ -6989,19 +7114,49 @@ class ComposeDriver:
                 found.append((name, labels.get(LABEL_OWNER, ""), item.get("Id")))
         return found
 
+    @staticmethod
+    def list_ports(prepared):
+        """[[address or "", port, protocol]] of the host that what was prepared will hold."""
+        return [port for service in prepared[1].services for port in service.ports]
+
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
         return f"{self.engine} answers, {len(self.observe())} containers of ours"
 
-    def resolve(self, workload, timeout, again=False):
+    def ask(self, argv):
+        """The mapping that a program prints as JSON; {} where it prints none."""
+        try:
+            value = parse_json(run_command(argv, 60, env=self.environ).stdout, argv[0])
+        except (CommandError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def list_lacks(self):
+        """What podman's own helpers lack on this device: (words about what applications with a network fail by, words about the rest)."""
+        if self.engine != "podman" or self.remote or self.ask(["podman", "info", "--format=json"]).get("host", {}).get(
+                "networkBackend") != "netavark":
+            return [], []
+        environ = self.environ or os.environ
+        everywhere = {"PATH": os.pathsep.join(HELPER_FOLDERS + (*list_folders(environ),))}
+        backend = find_program("netavark", everywhere)
+        wanted = environ.get("NETAVARK_FW") or backend and self.ask([backend, "version"]).get("default_fw_driver", "iptables")
+        needs = [("netavark", "applications with a network fail"), ("aardvark-dns", "services do not find each other by name")]
+        needs += [(name, "applications with a network fail") for name in {"iptables": ["iptables"], "nftables": ["nft"]}.get(wanted, [])]
+        lacks = [f"{name} is not installed: {words}" for name, words in needs if not find_program(name, everywhere)]
+        return lacks, [] if find_program("catatonit", everywhere) else ["catatonit is not installed: `init: true` fails"]
+
+    def resolve(self, workload, timeout, again=False, fetched=None):
         """The compose file read, checked and resolved, the images pulled: all that can fail without touching what runs (C-154, D-11).
 
         again: this package ran here before; then an image that is here will do where its registry does not answer (P-1).
+        fetched: as in prepare.
         """
         project = self.load_project(workload)
         for service in project.services:
             try:
-                self.pull(service, timeout)
+                new = self.pull(service, timeout)
+                if fetched is not None:
+                    fetched += new
             except (ComponentError, CommandError) as error:
                 if not again or self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code:
                     raise error if isinstance(error, ComponentError) else ComponentError("PULL_FAILED", f"image {service.image}: {error.message}") from None
@@ -7034,11 +7189,14 @@ class ComposeDriver:
         return project
 
     def pull(self, service, timeout):
-        """Has a service's image on the device; one that is there is not asked for again unless pull_policy says so (P-1)."""
+        """Has a service's image on the device; returns [its name] where it was not there before.
+
+        One that is there is not asked for again unless pull_policy says so (P-1).
+        """
         import errno
         present = self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code == 0
         if present and service.pull != "always":
-            return
+            return []
         if service.pull == "never":
             raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
@@ -7050,8 +7208,7 @@ class ComposeDriver:
         if output.code:                             # the system's own words for a full disk stand in every program's
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED", f"{self.engine} pull failed: {output.stderr[-1500:]}")
-        if not present:
-            self.pulled.append(service.image)
+        return [] if present else [service.image]
 
     def check_space(self, image, platform):
         """Bytes that are fetched for an image, as far as that can be told, else 0.
@@ -7447,7 +7604,6 @@ class HelmDriver:
 
     def __init__(self, helm, config, environ, claim=claim_nothing):
         self.helm, self.config, self.environ, self.claim = helm, config, environ, claim
-        self.pulled = []                            # the cluster keeps the images
 
     def run(self, arguments, timeout):
         """The Output of one helm command."""
@@ -7494,10 +7650,11 @@ class HelmDriver:
         version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
         return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
 
-    def prepare(self, deployment, component, known, store):
+    def prepare(self, deployment, component, known, store, fetched):
         """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release, package facts)."""
         values = make_values(deployment, component.name)
         _, package = obtain_package(component, known, self.config, store, "helm")
+        fetched.append(package["digest"])
         content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
         name = make_release_name(component.name, deployment.deployment_id)
         self.check_name(name, deployment.namespace)
@@ -7570,6 +7727,11 @@ class HelmDriver:
         if ours and self.find(deployment_id, component, self.observe([record])):
             raise ComponentError("REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
+    @staticmethod
+    def list_ports(release):
+        """[]: none of this host."""
+        return []
+
     def tail_log(self, container, secrets):
         """Nothing: the cluster keeps the logs."""
         return ""
@@ -7585,27 +7747,24 @@ class HelmDriver:
 def make_drivers(config, child=None, others=(), claim=claim_nothing):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-    A driver has observe, find_strangers, tail_log, tend, prepare, apply, remove, remove_image and `pulled`, and that of compose
-    components `stop`; no other section knows what it drives.
+    A driver has observe, find_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
+    host, stop; no other section knows what it drives.
     """
     drivers = {"compose": make_compose_driver(config, child=child, others=others, claim=claim),
                "helm": make_helm_driver(config, os.environ, child, claim)}
     return {kind: driver for kind, driver in drivers.items() if driver}
 
 
-def make_places(config, own_id, claim=claim_nothing):
-    """[Place] of this device and of each child, in this order; claim: as for make_compose_driver."""
-    ids = [f"{own_id}/{child.id}" for child in config.device.children]
-    places = [Place(own_id, config.device, make_drivers(config, others=ids, claim=claim))]
-    for device_id, child in zip(ids, config.device.children):
-        others = [other for other in ids if other != device_id]
-        places.append(Place(device_id, child, make_drivers(config, (device_id, child.connection), others, claim)))
-    return places
+def find_nothing():
+    """The look at a child device that cannot be reached from here."""
+    raise CommandError("the engine's command that its connection needs is not installed here")
 
 
 def list_looks(drivers, records):
-    """{deployment type: function that looks} of what has to be asked on one device: an engine in any case, because a leftover is looked for
-    there (P-11), a cluster only where a deployment needs it."""
+    """{deployment type: function that looks} of what has to be asked on one device.
+
+    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a deployment needs one.
+    """
     known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
     return {kind: lambda kind=kind: drivers[kind].observe(known[kind]) for kind in drivers if kind == "compose" or known[kind]}
 
@@ -7618,21 +7777,30 @@ def try_look(function):
         return error
 
 
-def look_at_all(looks):
-    """Carries out {key: function that looks}; yields [(key, [Container] or CommandError)] of what has answered since, until all has.
+def observe_devices(devices, records):
+    """{device id: Seen}: all engines are asked at once, and each is waited for up to its own limit.
 
-    One look is simply done.  Several wait at once, and what answers late holds nobody up: after LOOK_PATIENCE the others are told.
+    records: those of all deployments that are there, or will be.
     """
+    looks, seen = [], {device.device_id: Seen([], {}) for device in devices}
+    for device in devices:
+        found = list_looks(device.drivers, records)
+        if device.silence and not device.drivers:
+            found = dict.fromkeys(("compose", "helm"), find_nothing)
+        looks += [(device.device_id, kind, function) for kind, function in found.items()]
+    functions = [function for _, _, function in looks]
     if len(looks) < 2:
-        yield [(key, try_look(function)) for key, function in looks.items()]
-        return
-    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-    with ThreadPoolExecutor(LOOKS) as pool:
-        waiting = {pool.submit(try_look, function): key for key, function in looks.items()}
-        done = wait(waiting, LOOK_PATIENCE).done
-        while done or waiting:
-            yield [(waiting.pop(future), future.result()) for future in done]
-            done = wait(waiting, return_when=FIRST_COMPLETED).done
+        answers = list(map(try_look, functions))
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(LOOKS) as pool:
+            answers = list(pool.map(try_look, functions))
+    for (device_id, kind, _), answer in zip(looks, answers):
+        if isinstance(answer, CommandError):
+            seen[device_id].silent[kind] = answer
+        else:
+            seen[device_id].containers.extend(answer)
+    return seen
 
 
 def observe_all(drivers, record):
@@ -7647,86 +7815,104 @@ def observe_all(drivers, record):
 def make_record(target, device_id):
     """The record of a deployment that was not known before; see begin_record for one that begins a revision.
 
-    adopted: the revision that is worked on, fetched: what is on the device for it (digests, images); running, previous: {digest,
-    packages, images, mark, type} of the last two that were installed, and {services} of `running` once another revision is worked on;
-    fallback: `running` is what should run when that has failed; repairs: how many there were without an hour's rest, repairedAt: the last;
-    deviceId: where it is at home, left (once it has moved): where something of it may still be.
+    deviceId    the device where it is at home
+    adopted     {digest, version}: the revision that is worked on
+    state       of the whole, follows from `components` ({name, state, error, services, package}); error: {code, source, message}
+    running     {digest, packages, images, mark, type} of the version that was installed last, and its {services} once another
+                revision is worked on; previous: the same of the one before
+    fallback    whether `running` is what should run while the revision that is worked on has failed
+    refused     whether the revision cannot be one, whatever is tried
+    fetched     digests of packages and names of images that are on the device for the revision that is worked on
+    retry       failures in a row (see make_wait); repair: repairs without an hour's rest (P-7)
     """
     return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id, "type": "compose",
-            "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None, "running": None,
-            "previous": None, "refused": False, "failures": 0, "retryAt": 0, "components": [], "fetched": [], "fallback": False,
-            "repairs": 0, "repairedAt": 0}
+            "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None,
+            "running": None, "previous": None, "refused": False, "components": [], "fetched": [], "fallback": False,
+            "retry": {}, "repair": {}}
 
 
 def begin_record(record, target):
-    """The record as work on the target's revision begins: all its components pending, its version adopted (E-112, E-114).
+    """The record as work on the target's revision begins: all components pending, its version adopted (E-112, E-114).
 
     What an earlier revision left (services, packages) stays known until the new one has replaced it.
     """
     old = {component["name"]: component for component in record["components"]}
     names = [component.name for component in target.deployment.components] if target.deployment else list(old)
-    same = record["adopted"]["digest"] == target.digest
-    components = [dict(old.get(name) or {"name": name, "services": {}, "package": None}, state="pending", error=None) for name in names]
-    facts = {"name": target.deployment.name, "type": target.deployment.type or record["type"]} if target.deployment else {}
-    kept, running = {} if same else {"failures": 0, "retryAt": 0, "fetched": [], "repairs": 0}, record["running"]
-    if running and running["digest"] == record["adopted"]["digest"] != target.digest:       # from here on it is the version before
-        running = dict(running, services={name: component["services"] for name, component in old.items()})
-    return dict(record, **facts, **kept, state="pending", error=None, refused=False, adopted={"digest": target.digest, "version": target.version},
-                components=components, running=running, fallback=bool(running and running["digest"] != target.digest))
+    blank = {"services": {}, "package": None}
+    components = [dict(old.get(name, blank), name=name, state="pending", error=None) for name in names]
+    record = dict(record, state="pending", error=None, refused=False, components=components)
+    if target.deployment:
+        record.update(name=target.deployment.name, type=target.deployment.type or record["type"])
+    before, running = record["adopted"]["digest"], record["running"]
+    if before != target.digest:
+        record.update(retry={}, repair={}, fetched=[])
+        if running and running["digest"] == before:             # from here on it is the version before
+            running = dict(running, services={name: component["services"] for name, component in old.items()})
+    return dict(record, adopted={"digest": target.digest, "version": target.version}, running=running,
+                fallback=bool(running and running["digest"] != target.digest))
 
 
-def count_repair(record, now):
-    """The record as a repair of what was installed begins (P-7)."""
-    again = record["repairedAt"] <= now < max(record["repairedAt"], make_pause(record)) + RETRY_CAP
-    return dict(record, repairs=record["repairs"] + 1 if again else 1, repairedAt=int(now))
+def count_repair(record, clock):
+    """The record as a repair of what was installed begins: some are free, then the pauses after them grow (P-7)."""
+    last = record["repair"]
+    recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
+    repairs = last["failures"] if last and recent else 0
+    pause = grow(RETRY_FIRST, repairs + 2 - REPAIRS, RETRY_CAP) if repairs + 1 >= REPAIRS else 0
+    return dict(record, repair=make_wait({"failures": repairs}, pause, clock))
 
 
 def set_component(record, name, state, error=None, **facts):
     """The record with one component changed (None: all of them), its overall state following (C-133)."""
     components = [dict(component, state=state, error=error, **facts) if name in (None, component["name"]) else component
                   for component in record["components"]]
-    return dict(record, components=components, state=make_overall_state([component["state"] for component in components] or [state]))
+    states = [component["state"] for component in components] or [state]
+    return dict(record, components=components, state=make_overall_state(states))
 
 
-def fail_record(record, component, error, now, jitter, refused=False):
-    """The record after a ComponentError: the component failed, what comes later stays pending, the next attempt is due with growing delay.
+def fail_record(record, component, error, clock, jitter, refused=False):
+    """The record after a ComponentError: the component failed, what comes later stays pending, the next attempt is due later
+    with each failure.
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
-    delay = max(grow(RETRY_FIRST, record["failures"] + 1, RETRY_CAP) * (0.75 + 0.5 * jitter), min(error.retry_after or 0, 2 * RETRY_CAP))
-    error_object = {"code": error.code, "source": error.source or component or record["name"], "message": error.message}
+    asked = min(error.retry_after or 0, 2 * RETRY_CAP)
+    delay = grow(RETRY_FIRST, record["retry"].get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
+    told = {"code": error.code, "source": error.source or component or record["name"], "message": error.message}
     if component:
-        record = set_component(record, component, "failed", error_object)
-        error_object = dict(error_object, source=record["name"], message=f"component {component} failed: {error.message}")
-    elif record["components"]:
-        record = dict(record, components=[dict(item, state="failed", error=dict(error_object, source=error.source or item["name"]))
-                                          for item in record["components"]])
-    return dict(record, state="failed", error=error_object, refused=refused, failures=record["failures"] + 1, retryAt=int(now + delay))
+        record = set_component(record, component, "failed", told)
+        told = dict(told, source=record["name"], message=f"component {component} failed: {error.message}")
+    else:
+        components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
+                      for item in record["components"]]
+        record = dict(record, components=components)
+    return dict(record, state="failed", error=told, refused=refused, retry=make_wait(record["retry"], max(delay, asked), clock))
 
 
 def finish_record(record, mark=""):
-    """The record once all of the revision that was worked on is installed; mark: make_mark of the environment it was given."""
-    running = {"digest": record["adopted"]["digest"], "packages": {item["name"]: item["package"] for item in record["components"]},
-               "images": sorted({facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}),
-               "mark": mark, "type": record["type"]}
+    """The record once all of the revision that was worked on is installed; mark: make_mark of its environment."""
+    images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
+    running = {"digest": record["adopted"]["digest"], "images": sorted(images), "mark": mark, "type": record["type"],
+               "packages": {item["name"]: item["package"] for item in record["components"]}}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
-    return dict(record, running=running, previous=previous, failures=0, retryAt=0, fetched=[])
+    return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False)
 
 
 def make_history(state, entries, version, at):
     """The history with one more accepted desired state: what it adds, changes and removes against the one before."""
     old = {item["deploymentId"].lower(): item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
     new = {entry.deployment_id.lower(): entry.digest for entry in entries}
+    changed = sorted(key for key in new if key in old and new[key] != old[key])
     return state["history"][1 - HISTORY:] + [{
         "version": version, "at": at, "added": sorted(set(new) - set(old)), "removed": sorted(set(old) - set(new)),
-        "changed": sorted(key for key in new if key in old and new[key] != old[key]), "outcome": "pending"}]
+        "changed": changed, "outcome": "pending"}]
 
 
 def make_outcome(state):
     """How the newest accepted desired state stands: applied, pending, or which deployments failed and why."""
     records = state["deployments"].values()
-    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records if record["state"] == "failed"]
+    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
+              if record["state"] == "failed"]
     done = len(records) == len(state["accepted"]["deployments"]) and all(record["state"] == "installed" for record in records)
     return "; ".join(failed) or ("applied" if done else "pending")
 
@@ -7740,11 +7926,10 @@ def find_needed(state):
         images.update(record["fetched"])
         packages = [item["package"] for item in record["components"]]
         images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
-        for version in (record["running"], record["previous"]):
-            if version:
-                digests.add(version["digest"])
-                packages += version["packages"].values()
-                images.update(version["images"])
+        for version in filter(None, (record["running"], record["previous"])):
+            digests.add(version["digest"])
+            packages += version["packages"].values()
+            images.update(version["images"])
         digests.update(package["digest"] for package in packages if package)
     return digests, images
 
@@ -7778,8 +7963,9 @@ def enqueue_status(state, record, device_id):
 
 
 def acknowledge_status(state, key, refused=None):
-    """The WFM has this status (or will never take it; `refused` says why): out of the outbox; a removed deployment is forgotten with
-    its last report.
+    """The WFM has this status (or will never take it; `refused` says why): out of the outbox.
+
+    A removed deployment is forgotten with its last report.
     """
     status = state["outbox"].pop(key)
     state["dropped"].pop(key, None)
@@ -7796,112 +7982,264 @@ def acknowledge_status(state, key, refused=None):
 # 16. Apply
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Tools = define("Tools", "config store drivers clock jitter leave",
-    "What applying takes: Settings, Store, {deployment type: driver}, functions for Unix seconds, a number in [0, 1), and the removal of what"
-    " moves from where it was.")
+Tools = define("Tools", "config store drivers containers device_id version quiet fetched clock jitter",
+    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device, [Container] there, the device's"
+    " id, the accepted version, whether nothing may be fetched now, a list for what is fetched (digests, images), functions for a"
+    " Clock and for a number in [0, 1).")
 Change = define("Change", "event name record deployment rollback kind",
-    "What hooks are told of: install, update or removal of the component `name`; rollback: on the way back to the version before; kind: the"
-    " deployment type of what is removed.", None)
+    "What listeners are told of: install, update or removal of the component `name`; rollback: on the way back to the version"
+    " before; kind: the deployment type of what is removed.", None)
+Revision = define("Revision", "deployment packages services",
+    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component: {service: facts}}.")
+Ready = define("Ready", "takes",
+    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's ports that it will take, as"
+    " find_held_ports has them.")
+LISTENERS = []              # functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise to forbid
 
 
-def apply_target(target, record, containers, tools):
-    """Makes one deployment as its target says; yields the record at each change, for the caller to make durable before the next step.
+class Notices:
+    """The changes of one step: every listener agrees to all of them before the first is made, and hears what came of each."""
 
-    All that can fail or say no comes before the running version is touched, wherever it runs: everything is fetched and verified, and
-    every hook is asked (D-11, P-20).  A failure ends in a failed record, with the version before running again where
-    runtime.on_failure says so (P-8).
-    """
-    known = {component["name"]: component for component in record["components"]}
-    if record["running"] and record["running"]["digest"] == target.digest == record["adopted"]["digest"]:
-        record = count_repair(record, tools.clock())
-    record, name, touched = begin_record(record, target), None, False
-    yield record
-    try:
+    def __init__(self, tools):
+        self.tools, self.agreed = tools, []
+
+    def __enter__(self):
+        return self
+
+    def ask(self, change):
+        """Raises ComponentError where a listener forbids the change."""
+        for listener in LISTENERS:
+            listener("before", change, self.tools, None)
+        self.agreed.append(change)
+
+    def tell(self, change, error=None):
+        """The change has been made, or nothing comes of it."""
+        self.agreed.remove(change)
+        for listener in LISTENERS:
+            listener("after", change, self.tools, error)
+
+    def __exit__(self, kind, error, _):
+        for change in self.agreed[:] if isinstance(error, MargoError) else ():
+            self.tell(change, error)
+
+
+class Installation:
+    """A deployment on its way to a version: the record so far, the component at work, and whether anything was touched."""
+
+    def __init__(self, record, tools):
+        self.record, self.tools = record, tools
+        self.name, self.touched, self.services = None, False, {}
+
+    def run(self, revision, rollback=False):
+        """Makes a version run, and nothing else of its deployment; yields the record at each change, for the caller to make
+        durable before the next step, and Ready before anything is touched.
+
+        All that can fail or say no comes before that: everything is fetched and verified, and every listener agrees (D-11, P-20).
+        One that is answered by True has to free its ports first, and is made again.  rollback: it is the version before that
+        is brought back, in one go.
+        """
+        tools, deployment = self.tools, revision.deployment
+        containers = observe_all(tools.drivers, self.record) if rollback else tools.containers
         prepared = []
-        for component in target.deployment.components:
-            name = component.name
-            driver = get_driver(target.deployment.type, tools)
-            prepared.append(driver.prepare(target.deployment, component, known.get(name, {}).get("package"), tools.store))
-        with Hooks(tools) as hooks:
-            changes = [Change("update" if known.get(component.name, {}).get("package") else "install", component.name, record, target.deployment, False)
-                       for component in target.deployment.components]
-            for change in changes:
-                name = change.name
-                hooks.ask(change)
-            name, dropped = None, find_dropped(record, target.deployment, containers)
-            for change in dropped:
-                hooks.ask(change)
-            for component, change, (workload, package) in zip(target.deployment.components, changes, prepared):
-                name = component.name
-                record = set_component(record, name, "installing")
-                yield record
-                if not touched:
-                    tools.leave(record)
-                touched = True
-                services = hooks.carry_out(change, lambda: driver.apply(
-                    workload, containers, known.get(name, {}).get("services", {}), time.monotonic() + component.timeout))
-                record = set_component(record, name, "installed", services=services, package=package)
-                if record["state"] != "installed":  # that word is the last one, said below once nothing else is left
-                    yield record
-            name = None
-            for change in dropped:
-                remove_component(change, containers, hooks)
-        yield finish_record(record, make_mark(tools.config.runtime.environment))
-    except (ComponentError, CommandError, MemoryError) as error:
-        error = to_fault(error)
-        if not isinstance(error, ComponentError):
-            error = ComponentError("OUT_OF_MEMORY" if isinstance(error, NoMemory) else "INSTALL_FAILED", error.message)
-        log("error", "deployment failed", deployment=target.deployment_id, component=name, code=error.code, reason=error.message)
-        if touched and tools.config.runtime.on_failure != "rollback":
-            record = dict(record, fallback=False)   # it is left as it is, for inspection
-        elif touched and (record["fallback"] or not record["running"]):
-            record, words = roll_back(record, tools) if record["fallback"] else take_back(record, target.deployment, tools)
-            error = ComponentError(error.code, f"{error.message}; {words}", retry_after=error.retry_after)
-        yield fail_record(record, name, error, tools.clock(), tools.jitter())
-
-
-def take_back(record, deployment, tools):
-    """Removes what a first installation that failed has begun, so that nothing crashes on and on: (record, words for the error)."""
-    try:
-        remove_dropped(record, deployment._replace(components=[]), observe_all(tools.drivers, record), tools, True)
-    except (ComponentError, CommandError) as error:
-        return record, f"taking it back failed too: {error.message}"
-    return dict(record, components=[dict(item, state="pending", services={}) for item in record["components"]]), "it is taken back until the next attempt"
-
-
-def restore(record, tools):
-    """The record once the version before has been mended while a failed one waits for its next attempt; its error stays (P-1, P-12)."""
-    mended, _ = roll_back(count_repair(record, tools.clock()), tools)
-    components = [dict(new, state=old["state"], error=old["error"]) for new, old in zip(mended["components"], record["components"])]
-    return dict(mended, state="failed", error=record["error"], components=components)
-
-
-def roll_back(record, tools):
-    """Brings the version before back after an update that failed: (record, what came of it in words).
-
-    Components that run the version before count as installed.
-    """
-    before, settled = record["running"], {}
-    try:
-        data = tools.store.load_artifact(before["digest"])
-        if data is None:
-            raise ComponentError("INTERNAL", "its document is not in the state directory any more")
-        deployment = parse_deployment(data, record["deploymentId"])
-        driver, containers = get_driver(deployment.type, tools), observe_all(tools.drivers, record)
         for component in deployment.components:
-            workload, package = driver.prepare(deployment, component, before["packages"].get(component.name), tools.store)
-            with Hooks(tools) as hooks:
-                services = hooks.carry_out(hooks.ask(Change("update", component.name, record, deployment, True)), lambda: driver.apply(
-                    workload, containers, before["services"].get(component.name, {}), time.monotonic() + component.timeout))
-            record = set_component(record, component.name, "installed", services=services, package=package)
-            settled[component.name] = services
-        remove_dropped(record, deployment, containers, tools, True)
+            self.name = component.name
+            driver = get_driver(deployment.type, tools)
+            known = revision.packages.get(self.name)
+            prepared.append(driver.prepare(deployment, component, known, tools.store, tools.fetched))
+        changes = [Change("update" if rollback or revision.packages.get(component.name) else "install", component.name,
+                          self.record, deployment, rollback) for component in deployment.components]
+        dropped = find_dropped(self.record, deployment, containers, rollback)
+        with Notices(tools) as notices:
+            for change in changes + dropped:
+                self.name = None if change.kind else change.name
+                notices.ask(change)
+            self.name = None
+            takes = {(tools.device_id, *port) for workload, _ in prepared for port in driver.list_ports(workload)}
+            while not rollback and (yield Ready(takes)):
+                self.free_ports()
+                containers = observe_all(tools.drivers, self.record)
+            for component, change, (workload, package) in zip(deployment.components, changes, prepared):
+                self.name = component.name
+                if not rollback:
+                    self.record = set_component(self.record, self.name, "installing")
+                    yield self.record
+                self.touched = True
+                known, deadline = revision.services.get(self.name, {}), time.monotonic() + component.timeout
+                self.services[self.name] = services = driver.apply(workload, containers, known, deadline)
+                notices.tell(change)
+                self.record = set_component(self.record, self.name, "installed", services=services, package=package)
+                if not rollback and self.record["state"] != "installed":    # that is said once nothing else is left
+                    yield self.record
+            self.name = None
+            for change in dropped:
+                remove_component(change, containers, notices)
+
+    def free_ports(self):
+        """Stops what holds a port of the host, so that another deployment can take it."""
+        self.touched, running = True, self.record["running"]
+        services = running.get("services") or {item["name"]: item["services"] for item in self.record["components"]}
+        ids = [facts["id"] for item in services.values() for facts in item.values() if facts.get("ports")]
+        if ids:
+            get_driver(running["type"], self.tools).stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
+
+    def fail(self, error, deployment):
+        """The record after a failure, with the version before running again where runtime.on_failure says so (P-8)."""
+        tools, name, words = self.tools, self.name, error.message
+        code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
+        code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
+        log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code, reason=words)
+        if self.touched and tools.config.runtime.on_failure != "rollback":
+            self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
+        elif self.touched and self.record["fallback"]:
+            words = f"{words}; {self.go_back()}"
+        elif self.touched and not self.record["running"]:
+            words = f"{words}; {self.take_back(deployment)}"
+        error = ComponentError(code, words, retry_after=error.retry_after)
+        return fail_record(self.record, name, error, tools.clock(), tools.jitter())
+
+    def take_back(self, deployment):
+        """Removes what a first installation has begun, so that nothing crashes on and on; what came of it, in words."""
+        try:
+            list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
+        except (ComponentError, CommandError, MemoryError) as error:
+            return f"taking it back failed too: {to_fault(error).message}"
+        components = [dict(item, state="pending", services={}) for item in self.record["components"]]
+        self.record = dict(self.record, components=components)
+        return "it is taken back until the next attempt"
+
+    def go_back(self):
+        """Brings the version before back after an update that failed; what came of it, in words."""
+        before, self.services = self.record["running"], {}
+        try:
+            data = self.tools.store.load_artifact(before["digest"])
+            if data is None:
+                raise ComponentError("INTERNAL", "its document is not in the state directory any more")
+            deployment = parse_deployment(data, self.record["deploymentId"])
+            list(self.run(Revision(deployment, before["packages"], before["services"]), rollback=True))
+        except (ComponentError, CommandError, MemoryError) as error:
+            words = to_fault(error).message
+            log("error", "roll-back failed", deployment=self.record["deploymentId"], reason=words)
+            return f"bringing the version before back failed too: {words}"
+        log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
+            digest=before["digest"])
+        self.record = dict(self.record, running=dict(before, services=self.services))
+        return "the version before runs again"
+
+
+def apply_install(action, record, tools):
+    """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
+    target, running = action.target, record["running"]
+    if tools.quiet and not is_at_hand(record, target):
+        return                                      # a package or an image would have to be fetched (protocol 10)
+    revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
+                        {item["name"]: item["services"] for item in record["components"]})
+    if running and running["digest"] == target.digest == record["adopted"]["digest"]:
+        record = count_repair(record, tools.clock())
+    job = Installation(begin_record(record, target), tools)
+    yield job.record
+    try:
+        yield from job.run(revision)
+        yield finish_record(job.record, make_mark(tools.config.runtime.environment))
     except (ComponentError, CommandError, MemoryError) as error:
-        error = to_fault(error)
-        log("error", "roll-back failed", deployment=record["deploymentId"], reason=error.message)
-        return record, f"bringing the version before back failed too: {error.message}"
-    log("warning", "rolled back; the version before runs again", deployment=record["deploymentId"], digest=before["digest"])
-    return dict(record, running=dict(before, services=settled)), "the version before runs again"
+        yield job.fail(to_fault(error), target.deployment)
+
+
+def apply_restore(action, record, tools):
+    """Mends the version before while a failed one waits for its next attempt; its error stays (P-1, P-12)."""
+    yield record
+    job = Installation(count_repair(record, tools.clock()), tools)
+    job.go_back()
+    components = [dict(new, state=old["state"], error=old["error"])
+                  for new, old in zip(job.record["components"], record["components"])]
+    yield dict(job.record, state="failed", error=record["error"], components=components)
+
+
+def apply_give_up(action, record, tools):
+    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last (P-6, P-7)."""
+    component, _ = action.culprit
+    there = [container.id for container in find_containers(record["deploymentId"], tools.containers)
+             if (container.component, container.service) == action.culprit]
+    try:                                            # without its document nobody knows what to mask
+        data = tools.store.load_artifact(record["adopted"]["digest"]) or b""
+        deployment = parse_deployment(data, record["deploymentId"])
+        secrets = make_variables(deployment, component).values()
+        words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
+    except MargoError:
+        words = ""
+    failed = fail_record(record, component, ComponentError("UNSTABLE", action.reason + words), tools.clock(), 0)
+    yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
+
+
+def apply_refusal(action, record, tools):
+    """Fails a deployment that cannot be what is wanted; what was said already is not said again."""
+    target = action.target
+    if record["refused"] and (record["error"]["message"], record["adopted"]["digest"]) == (target.error.message, target.digest):
+        return
+    yield fail_record(begin_record(record, target), None, target.error, tools.clock(), tools.jitter(), refused=True)
+
+
+def apply_nothing(action, record, tools):
+    """Does nothing."""
+    yield from ()
+
+
+def apply_removal(action, record, tools):
+    """Removes all of a deployment, last component first, once every listener agrees.
+
+    Only an empty engine counts as removed (D-21).
+    """
+    adopted = dict(record["adopted"], version=tools.version)
+    record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
+    yield record
+    names, deployment = [component["name"] for component in record["components"]], load_deployment(record, tools.store)
+    known = [(name, record["type"]) for name in names[::-1]]
+    unknown = [found for found in find_components(record["deploymentId"], tools.containers) if found not in known]
+    changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
+    name = None
+    try:
+        with Notices(tools) as notices:
+            for change in changes:
+                name = change.name if change.name in names else None
+                if change.kind in tools.drivers:
+                    notices.ask(change)
+            for change in changes:
+                name = change.name if change.name in names else None
+                if change.kind in tools.drivers:
+                    remove_component(change, tools.containers, notices)
+                if (change.name, change.kind) in known:
+                    record = set_component(record, change.name, "removed")
+                    if record["state"] != "removed":            # that word is the last one, said below once nothing is left
+                        yield record
+    except MargoError as error:
+        log("error", "removal failed", deployment=record["deploymentId"], component=name, reason=error.message)
+        code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
+        yield fail_record(record, name, ComponentError(code, error.message), tools.clock(), tools.jitter())
+        return
+    remove_folder(tools.store.path("deployments", record["deploymentId"].lower()))
+    yield dict(record, state="removed", running=None, previous=None)
+
+
+def apply_clearing(action, record, tools):
+    """Removes what a deployment has on a device where it is not at home; raises ComponentError, CommandError."""
+    yield None
+    nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
+    with Notices(tools) as notices:
+        dropped = find_dropped(dict(record, deviceId=tools.device_id), nothing, tools.containers)
+        for change in dropped:
+            notices.ask(change)
+        for change in dropped:
+            remove_component(change, tools.containers, notices)
+
+
+# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the record at each change, and
+# perhaps Ready; one that yields nothing has nothing to do.
+EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore, "give_up": apply_give_up,
+           "remove": apply_removal, "clear": apply_clearing, "refuse": apply_refusal, "keep": apply_nothing}
+
+
+def is_at_hand(record, target):
+    """Whether all that a target takes was on the device before."""
+    return target.digest in [version["digest"] for version in (record["running"], record["previous"]) if version]
 
 
 def get_driver(kind, tools):
@@ -7911,104 +8249,28 @@ def get_driver(kind, tools):
     return tools.drivers[kind]
 
 
+def find_containers(deployment_id, containers):
+    """The containers of one deployment."""
+    return [container for container in containers if container.deployment_id.lower() == deployment_id.lower()]
+
+
 def find_components(deployment_id, containers):
     """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
-    return sorted({(c.component, c.type) for c in containers if c.deployment_id.lower() == deployment_id.lower()})
+    return sorted({(container.component, container.type) for container in find_containers(deployment_id, containers)})
 
 
 def find_dropped(record, deployment, containers, rollback=False):
     """[Change] for the components of a deployment that its document no longer has (D-19)."""
     wanted = {(component.name, deployment.type) for component in deployment.components}
-    return [Change("removal", name, record, deployment, rollback, kind) for name, kind in find_components(deployment.deployment_id, containers)
-            if (name, kind) not in wanted]
+    return [Change("removal", name, record, deployment, rollback, kind)
+            for name, kind in find_components(deployment.deployment_id, containers) if (name, kind) not in wanted]
 
 
-def remove_dropped(record, deployment, containers, tools, rollback=False):
-    """Removes the components of a deployment that its document no longer has (D-19)."""
-    with Hooks(tools) as hooks:
-        for change in [hooks.ask(change) for change in find_dropped(record, deployment, containers, rollback)]:
-            remove_component(change, containers, hooks)
-
-
-def remove_component(change, containers, hooks):
+def remove_component(change, containers, notices):
     """Removes all of one component."""
-    hooks.carry_out(change, lambda: hooks.tools.drivers[change.kind].remove(
-        change.record["deploymentId"], change.name, containers, time.monotonic() + COMPONENT_TIMEOUT))
-
-
-class Hooks:
-    """The operator's hooks around some changes: each is asked before the first change is made, and told what came of it or that nothing will."""
-
-    def __init__(self, tools):
-        self.tools, self.asked = tools, []
-
-    def __enter__(self):
-        return self
-
-    def ask(self, change):
-        """The change, once every hook agrees to it; raises ComponentError HOOK_FAILED."""
-        run_hooks("before", change, self.tools)
-        self.asked.append(change)
-        return change
-
-    def carry_out(self, change, act):
-        """What `act` returns or raises."""
-        result = act()
-        self.asked.remove(change)
-        run_hooks("after", change, self.tools)
-        return result
-
-    def __exit__(self, kind, error, _):
-        for change in self.asked if isinstance(error, MargoError) else ():
-            run_hooks("after", change, self.tools, error)
-
-
-def run_hooks(moment, change, tools, error=None):
-    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the facts as JSON on stdin.
-
-    Raises ComponentError HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way back to the version
-    before, that is only logged.  Values of parameters are not among the facts: no process but the application gets them.
-    """
-    facts, event = {}, f"{moment}-{change.event}"
-    for path in tools.config.hooks.run:
-        facts = facts or make_facts(change, event, error)
-        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
-        try:
-            output = run_command([path, event], tools.config.hooks.timeout, env=environ, data=make_json(facts))
-            words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
-        except CommandError as fault:
-            words = fault.message
-        if words and moment == "before" and not change.rollback:
-            raise ComponentError("HOOK_FAILED", f"hook {path} {event} {words}")
-        if words:
-            log("error", "a hook failed; the change stands", hook=path, hookEvent=event, deployment=facts["deploymentId"], reason=words)
-
-
-def make_facts(change, event, error):
-    """What a hook is told of the change of a component."""
-    record, deployment = change.record, change.deployment
-    component = next((item for item in deployment.components if item.name == change.name), Component(change.name, "", "", True, 0))
-    done = "removed" if change.event == "removal" else "installed"
-    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"], "name": record["name"],
-            "namespace": deployment.namespace, "deviceId": record["deviceId"], "type": deployment.type, "component": change.name,
-            "repository": component.repository, "revision": component.revision,
-            "extensions": dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions, component=component.extensions),
-            "outcome": None if event.startswith("before") else {"state": "failed", "code": error.code, "message": error.message}
-            if error else {"state": done, "code": "", "message": ""}}
-
-
-def give_up(record, action, containers, tools):
-    """The record once a deployment was repaired in vain too often: failed, with the end of the log of what does not last (P-6, P-7)."""
-    component, service = action.unstable
-    there = [container.id for container in containers if container.deployment_id.lower() == record["deploymentId"].lower() and (
-        container.component, container.service) == action.unstable]
-    try:                                            # without its document nobody knows what to mask
-        deployment = parse_deployment(tools.store.load_artifact(record["adopted"]["digest"]) or b"", record["deploymentId"])
-        words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], make_variables(deployment, component).values())
-    except MargoError:
-        words = ""
-    error = ComponentError("UNSTABLE", action.reason + words)
-    return dict(fail_record(record, component, error, tools.clock(), 0), retryAt=make_pause(record))
+    driver, deadline = notices.tools.drivers[change.kind], time.monotonic() + COMPONENT_TIMEOUT
+    driver.remove(change.record["deploymentId"], change.name, containers, deadline)
+    notices.tell(change)
 
 
 def load_deployment(record, store):
@@ -8020,45 +8282,17 @@ def load_deployment(record, store):
         return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
 
 
-def apply_removal(record, version, containers, tools):
-    """Removes all of a deployment, last component first, once every hook agrees; yields the record at each change.  Only an empty engine
-    counts as removed (D-21)."""
-    record = dict(set_component(record, None, "removing"), error=None, adopted=dict(record["adopted"], version=version))
-    yield record
-    names, deployment = [component["name"] for component in record["components"]], load_deployment(record, tools.store)
-    known = [(name, record["type"]) for name in names[::-1]]
-    changes = [Change("removal", name, record, deployment, False, kind) for name, kind in
-               [found for found in find_components(record["deploymentId"], containers) if found not in known] + known]
-    try:
-        with Hooks(tools) as hooks:
-            for change in changes:
-                if change.kind in tools.drivers:
-                    hooks.ask(change)
-            for change in changes:
-                if change in hooks.asked:
-                    remove_component(change, containers, hooks)
-                if (change.name, change.kind) in known:
-                    record = set_component(record, change.name, "removed")
-                    if record["state"] != "removed":            # that word is the last one, said below once nothing is left
-                        yield record
-    except MargoError as error:
-        log("error", "removal failed", deployment=record["deploymentId"], component=change.name, reason=error.message)
-        code = error.code if error.code == "HOOK_FAILED" else "REMOVE_FAILED"
-        yield fail_record(record, change.name if change.name in names else None, ComponentError(code, error.message), tools.clock(), tools.jitter())
-        return
-    remove_folder(tools.store.path("deployments", record["deploymentId"].lower()))
-    yield dict(record, state="removed", running=None, previous=None)
-
-
 def prune(state, store, drivers):
-    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked packages, images that
-    the agent pulled; nothing else on the device.  Changes state["pulled"].  drivers: {"" or child device id: [driver that answers]}.
+    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked packages, images
+    that the agent pulled; nothing else on the device.
+
+    Changes state["pulled"].  drivers: {prefix of an entry of `pulled`: [driver that answers]}.
     """
     digests, images = find_needed(state)
     store.prune_artifacts(digests)
     for entry in state["pulled"]:
-        device_id, _, name = entry.rpartition(" ")
-        if name not in images and any(driver.remove_image(name) for driver in drivers.get(device_id, ())):
+        device_id, space, name = entry.rpartition(" ")
+        if name not in images and any(driver.remove_image(name) for driver in drivers.get(device_id + space, ())):
             log("info", "image pruned", image=entry)
             state["pulled"] = [other for other in state["pulled"] if other != entry]
 
@@ -8182,9 +8416,54 @@ def make_clock_fault(now, stored):
     return f"the clock of this device says {make_time(now)}, and its state was written at {make_time(stored)}: set the clock"
 
 
-def find_nothing():
-    """The look at a child device that cannot be reached from here."""
-    raise CommandError("the engine's command that its connection needs is not installed here")
+def load_own_device(config, device_id, claim):
+    """[Device]: this one.  claim: as for make_compose_driver."""
+    others = [f"{device_id}/{child.id}" for child in config.device.children]
+    return [Device(device_id, config.device, make_drivers(config, others=others, claim=claim))]
+
+
+def assign_here(targets, records, devices, silent, offers):
+    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol 9)."""
+    device, found = devices[0], []
+    for target in targets:
+        error = target.error
+        if target.deployment and not error:
+            wanted = target.deployment.device_id or device.device_id
+            error = find_reason(target.deployment, device, offers)
+            if wanted != device.device_id:
+                error = ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {device.device_id}")
+        found.append(target._replace(error=error, device_id=device.device_id))
+    return [make_share(device, found, records, silent[device.device_id])]
+
+
+def find_reason(deployment, device, offers):
+    """The ComponentError for which a deployment cannot run on a device, or None.  offers: {device id: capabilities document}."""
+    try:
+        if deployment.type not in device.drivers:
+            hint = "" if device.silence else f"; see runtime.{deployment.type}"
+            raise ComponentError("UNSUPPORTED_TYPE", f"nothing on {device.device_id} runs {deployment.type} components{hint}")
+        if deployment.constraints:
+            check_eligibility(deployment.constraints, offers[device.device_id])
+    except ComponentError as error:
+        return error
+    return None
+
+
+# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words), which raises what fails}.
+EXAMINE = {}
+# What makes the devices that the agent serves, this one first: functions of (Settings, own device id,
+# claim).
+DEVICES = [load_own_device]
+# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
+ASSIGN = [assign_here]
+
+
+class Work:
+    """One action under way: its device, its generator, what it takes and holds there, and what has to be cleared before."""
+
+    def __init__(self, action, device, steps, tools):
+        self.action, self.device, self.steps, self.tools = action, device, steps, tools
+        self.takes, self.holds, self.before, self.begun = None, set(), [], False
 
 
 class Agent:
@@ -8198,32 +8477,29 @@ class Agent:
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
         self.owner = None                           # what this agent's workloads are labelled with, once it has been asked for
-        self.places = make_places(config, self.device_id, self.make_claim)
-        self.observed = {}                          # {device id: [Container]}, as far as it has been seen in this cycle
-        self.deaf = {}                              # {(device id, deployment type): CommandError} of what does not answer, Late: not yet
-        self.done = set()                           # {(device id, deployment id in lower case)} that this cycle is done with
-        self.placed = {}                            # {deployment id in lower case: device id} that was chosen in this cycle
-        self.faults = []                            # what went wrong in this cycle
+        self.devices = [device for make in DEVICES for device in make(config, self.device_id, self.make_claim)]
+        self.answering = {}                         # {device id: {deployment type: driver}} of what answered the last look
+        self.state = None                           # what state.json holds, while a cycle has it
         self.source = None                          # connected when the WFM is first needed
+        self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.starting = 0                           # seconds until the first contact since the device started
-        self.state = None
+        self.changed = False                        # whether this cycle had something to do
+        self.faults = []                            # what went wrong in this cycle
 
     def cycle(self):
-        """One cycle: flush the outbox, poll, verify, plan, apply, report.  Returns an Outcome.
+        """One cycle: every step in turn.  Returns an Outcome.
 
-        Raises Locked where another instance works, StorageError where the state cannot be read; all other faults are in the Outcome.
+        Raises Locked where another instance works, StorageError where the state cannot be read; all other faults are in the
+        Outcome.
         """
         with self:
-            self.faults, changed, began = [], False, time.time()
-            for step in (self.tend_identity, self.exchange, self.refresh_revocation, self.reconcile, self.flush_outbox):
-                if step == self.exchange and self.faults and isinstance(self.faults[0], (Unreachable, Untrusted)):
-                    continue                        # there is no SVID to speak with
+            began = time.time()
+            for step in STEPS:
                 try:
-                    changed = step() or changed
+                    step(self)
                 except (MargoError, MemoryError) as error:
-                    self.faults.append(to_fault(error))
-                    self.note_fault(self.faults[-1], began)
-            return self.conclude(max(self.faults, key=lambda fault: fault.exit, default=None), changed, began)
+                    self.note_fault(to_fault(error), began)
+            return self.conclude(began)
 
     def __enter__(self):
         """Takes the state directory for this process and reads the state."""
@@ -8235,6 +8511,7 @@ class Agent:
         except MargoError:
             self.store.unlock()
             raise
+        self.silent, self.changed, self.faults, self.answering = False, False, [], {}
         return self
 
     def __exit__(self, *_):
@@ -8260,49 +8537,58 @@ class Agent:
         return make_claim(self.owner, self.state)
 
     def list_others(self, known=None):
-        """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at this device and its children has shown them.
+        """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown them.
 
         known: what an earlier list told, so that clusters are not asked again.
         """
         others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-        for place in self.places:
-            for kind, driver in self.list_drivers(place).items():
+        for device_id, drivers in self.answering.items():
+            for kind, driver in drivers.items():
                 found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
                 if isinstance(found, CommandError):
-                    log("warning", "workloads of other owners cannot be named", device=place.device_id, reason=found.message)
+                    log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
                     continue
-                others.update((item.id, {"owner": make_printable(item.owner), "deploymentId": item.deployment_id, "name": item.name,
-                                         "type": kind}) for item in found)
+                others.update((item.id, {"owner": make_printable(item.owner), "deploymentId": item.deployment_id,
+                                         "name": item.name, "type": kind}) for item in found)
         return list(others.values())
 
-    def check_patience(self, now, spread=True):
-        """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now; spread: or a fleet just starts."""
+    def check_patience(self, spread=True):
+        """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now.
+
+        spread: or where a whole fleet may just be starting.
+        """
         clock = get_clock()
         if self.is_downtime():
             raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
         left, why = find_wait(self.state["patience"], clock), "the WFM or a back-off asks"
         if not left and spread and clock.boot and clock.uptime < START_WINDOW:
-            left = self.spread_start(clock.boot, clock.uptime)
-            why = "a fleet that has just started does not arrive at once"
+            left, why = self.spread_start(clock), "a fleet that has just started does not arrive at once"
             self.starting = max(0, left)
         if left > 0:
-            raise Silence(f"waiting until {make_time(now + left)}: {why}", retry_after=left)
+            raise Silence(f"waiting until {make_time(clock.now + left)}: {why}", retry_after=left)
 
-    def spread_start(self, boot, uptime):
-        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because then each run would wait anew."""
+    def spread_start(self, clock):
+        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because each run would wait anew."""
         memo = self.store.load_memo()
-        if memo.get("boot") != boot:
-            memo = dict(memo, boot=boot, start=make_start(uptime, self.config.poll, self.state["accepted"], get_random()))
+        if memo.get("boot") != clock.boot:
+            start = make_start(clock.uptime, self.config.poll, self.state["accepted"], get_random())
+            memo = dict(memo, boot=clock.boot, start=start)
             if not self.store.save_memo(memo):
                 return 0
-        return memo["start"] - uptime
+        return memo["start"] - clock.uptime
 
     def is_downtime(self):
         """Whether the operator wants no communication now."""
         return is_within(self.config.poll.downtime, time.localtime())
 
-    def note_fault(self, error, now):
-        """Logs what went wrong, and keeps the back-off that follows from it."""
+    def note_fault(self, error, began):
+        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks to the WFM.
+
+        One time-out a cycle is enough, and without an SVID there is nothing to speak with.
+        """
+        self.faults.append(error)
+        self.silent = self.silent or isinstance(error, (Unreachable, Untrusted)) or bool(
+            isinstance(error, Refused) and error.retry_after)
         if isinstance(error, Silence):
             log("debug", error.message)
             return
@@ -8315,9 +8601,7 @@ class Agent:
             before, delay = self.state["patience"], error.retry_after or 0
             if isinstance(error, Unreachable):
                 delay = make_backoff(before.get("failures", 0) + 1, error.retry_after, error.strategy, get_random())
-            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=now))
-        if isinstance(error, (Unreachable, Untrusted)) or error.retry_after:
-            self.source = None                      # one time-out a cycle is enough
+            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=began))
 
     def tend_identity(self):
         """Enrolls or renews where the configuration wants that automated and it is due (E-060)."""
@@ -8328,15 +8612,17 @@ class Agent:
     def refresh_revocation(self):
         """Fetches revocation lists where there are some and it is time."""
         if not self.is_downtime():
-            refresh_revocation(self.config, self.store, self.state, self.source)
+            refresh_revocation(self.config, self.store, self.state, None if self.silent else self.source)
 
     def exchange(self):
-        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.  True where a new one was accepted.
+        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
 
         A WFM that answers, and does not take a status, is polled all the same (P-9).
         """
-        self.check_patience(time.time())
-        source, fault = self.connect(), None
+        if self.silent:
+            return
+        self.check_patience()
+        source, fault, desired = self.connect(), None, None
         self.report_capabilities()
         try:
             self.flush_outbox()
@@ -8344,24 +8630,23 @@ class Agent:
             if not error.status:
                 raise
             fault = error
-        desired = None
         if not self.config.poll.window or is_within(self.config.poll.window, time.localtime()):
             desired = source.fetch_desired(self.state["accepted"], self.store.load_artifact)
             self.state["patience"] = self.state["patience"] if fault else {}
         if desired:
             self.accept(desired)
+            self.changed = True
         if fault:
             raise fault
-        return bool(desired)
 
     def report_capabilities(self, always=False):
-        """PUTs the capabilities before anything else and where they changed, a gateway's own before its children's; DELETEs those of a
-        device that has gone (C-081, C-082, C-220, C-223).
+        """PUTs the capabilities before anything else and where they changed, a gateway's own before its children's; DELETEs
+        those of a device that has gone (C-081, C-082, C-220, C-223).
         """
-        for place in self.places:
-            self.report_device(place, always)
+        for device in self.devices:
+            self.report_device(device, always)
         devices = self.state["enrollment"]["devices"]
-        for device_id in sorted(set(devices) - {place.device_id for place in self.places}, reverse=True):
+        for device_id in sorted(set(devices) - {device.device_id for device in self.devices}, reverse=True):
             try:
                 self.source.delete_capabilities(device_id)
                 log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
@@ -8372,340 +8657,270 @@ class Agent:
             devices.pop(device_id)
             self.store.save_state(self.state)
 
-    def report_device(self, place, always, again=True):
+    def report_device(self, device, always, again=True):
         """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
-        document, enrolled = self.make_capabilities(place), self.state["enrollment"]
+        document, enrolled = self.make_capabilities(device), self.state["enrollment"]
         digest, devices = sha256_digest(make_json(document)), (enrolled or {}).get("devices", {})
-        if devices.get(place.device_id) == digest and not always:
+        if devices.get(device.device_id) == digest and not always:
             return
         try:
-            self.source.put_capabilities(place.device_id, document)
-            log("info", "capabilities reported", device=place.device_id)
+            self.source.put_capabilities(device.device_id, document)
+            log("info", "capabilities reported", device=device.device_id)
         except Refused as error:
             if not enrolled:
                 raise
-            if again and place is not self.places[0] and error.code in ("gateway-not-found", "HTTP 404"):
-                self.report_device(self.places[0], True)
-                self.report_device(place, True, again=False)
+            if again and device is not self.devices[0] and error.code in ("gateway-not-found", "HTTP 404"):
+                self.report_device(self.devices[0], True)
+                self.report_device(device, True, again=False)
                 return
-            log("error", "the WFM refuses the capabilities", device=place.device_id, reason=error.message)
+            log("error", "the WFM refuses the capabilities", device=device.device_id, reason=error.message)
             if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
                 return                              # that is no verdict on the document: it is sent again (C-082)
-        self.state["enrollment"] = {"id": self.source.client_id, "devices": dict(devices, **{place.device_id: digest})}     # also what was
-        self.store.save_state(self.state)                                                   # refused: it is not sent again unchanged
+        # What was refused is noted, too: it is not sent again unchanged.
+        self.state["enrollment"] = {"id": self.source.client_id, "devices": dict(devices, **{device.device_id: digest})}
+        self.store.save_state(self.state)
 
-    def make_capabilities(self, place):
+    def make_capabilities(self, device):
         """The capabilities document of a device as it is now; a child is what the configuration says of it."""
-        detected = detect_properties(self.config.state_dir) if place is self.places[0] else {"peripherals": [], "interfaces": []}
-        return make_capabilities(detected, place.device, place.device_id, sorted(place.drivers))
+        detected = {"peripherals": [], "interfaces": []} if device.silence else detect_properties(self.config.state_dir)
+        return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one: first its documents, then the state, all durable (C-111)."""
         self.check_removals(desired)
-        at = make_time(time.time())
+        at, state = make_time(time.time()), self.state
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
-        state = self.state
         state["waiting"] = None
         state["history"] = make_history(state, desired.entries, desired.version, at)
+        entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
         state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": at,
-                             "deployments": [{"deploymentId": e.deployment_id, "digest": e.digest} for e in desired.entries]}
+                             "deployments": entries}
         for entry in desired.entries:
             record = state["deployments"].get(entry.deployment_id.lower())
-            held = record and record["adopted"]["digest"] == entry.digest and record["state"] not in ("removing", "removed")
-            if held:                                # already: the new manifest defines it too (E-113)
-                record["adopted"]["version"] = desired.version
+            same = record and record["adopted"]["digest"] == entry.digest
+            if same and record["state"] not in ("removing", "removed"):
+                record["adopted"]["version"] = desired.version                  # the new manifest defines it too (E-113)
                 enqueue_status(state, record, self.device_id)
-            elif not record:                        # received, not started (protocol 5.1)
-                target = Target(entry.deployment_id, entry.digest, desired.version, None, None)
-                target = self.resolve_target(target, self.store.load_artifact)
-                if not target.error:
-                    home = self.device_id if target.deployment.device_id != target.device_id else target.device_id      # `*`: not yet placed
-                    record = state["deployments"][entry.deployment_id.lower()] = begin_record(make_record(target, home), target)
-                    enqueue_status(state, record, self.device_id)
+        new = [item for item in entries if item["deploymentId"].lower() not in state["deployments"]]
+        targets = self.make_targets(dict(state["accepted"], deployments=new), self.store.load_artifact)
+        for target in [target for share in self.assign(targets, {}) for target in share.targets if not target.error]:
+            # Received, not started (protocol 5.1).  One that may run anywhere is at home here until it is placed.
+            home = target.device_id if target.deployment.device_id == target.device_id else self.device_id
+            record = begin_record(make_record(target, home), target)
+            state["deployments"][target.deployment_id.lower()] = record
+            enqueue_status(state, record, self.device_id)
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
     def check_removals(self, desired):
         """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has confirmed it (contract, Guard)."""
         limit, wanted = self.config.policy.max_removals, {entry.deployment_id.lower() for entry in desired.entries}
-        gone = [record["deploymentId"] for key, record in self.state["deployments"].items() if key not in wanted]
+        gone = [key for key in self.state["deployments"] if key not in wanted]
         if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
             self.state["waiting"] = desired.digest
-            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments, policy.max_removals is {limit}; nothing is"
-                          " done until the next poll confirms it")
+            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments, policy.max_removals is {limit};"
+                          " nothing is done until the next poll confirms it")
 
     def make_targets(self, accepted, load_document):
         """[Target] of an accepted desired state; documents are read only where deciding takes them."""
-        targets, self.placed = [], {}
-        for item in accepted["deployments"] if accepted else ():
-            entry = ManifestEntry(item["deploymentId"], item["digest"], None)
-            record = self.state["deployments"].get(entry.deployment_id.lower())
-            target = Target(entry.deployment_id, entry.digest, accepted["version"], None, None, record and record["deviceId"])
-            needed = needs_document(entry, record) or self.find_home(record) != record["deviceId"]
-            targets.append(self.resolve_target(target, load_document) if needed else target)
+        targets, known = [], {device.device_id for device in self.devices}
+        for item in accepted["deployments"]:
+            target = Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
+            record = self.state["deployments"].get(target.deployment_id.lower())
+            needed = needs_document(target, record) or record["deviceId"] not in known
+            targets.append(self.read_target(target, load_document) if needed else target)
         return targets
 
-    def find_home(self, record):
-        """The device that answers for a record: where the deployment is, or this one where that has gone from the configuration."""
-        return record["deviceId"] if record["deviceId"] in {place.device_id for place in self.places} else self.device_id
-
-    def resolve_target(self, target, load_document):
-        """The target with its Deployment and its device, or with the ComponentError for which it cannot be one."""
-        key = target.deployment_id.lower()
-        record = self.state["deployments"].get(key)
-        home = self.find_home(record) if record else self.device_id
+    def read_target(self, target, load_document):
+        """The target with its Deployment, or with the ComponentError for which there is none."""
+        data = load_document(target.digest)
         try:
-            data = load_document(target.digest)
             if data is None:
-                if self.state["accepted"]:
-                    self.state["accepted"]["incomplete"] = True
                 raise ComponentError("INTERNAL", "its document is missing from the state directory; the next poll brings it anew")
-            target = target._replace(deployment=parse_deployment(data, target.deployment_id))
-            home = self.find_device(target.deployment, key, home)
-            reason = self.find_reason(target.deployment, home)
-            if reason:
-                raise reason
+            return target._replace(deployment=parse_deployment(data, target.deployment_id))
         except ComponentError as error:
-            target = target._replace(error=error, deployment=target.deployment or data and make_outline(data, target.deployment_id))
-        return target._replace(device_id=home)
+            return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
 
-    def find_device(self, deployment, key, held):
-        """The id of the device that a deployment is for; raises ComponentError."""
-        homes = dict({key: record["deviceId"] for key, record in self.state["deployments"].items()}, **self.placed)
-        homes.pop(key, None)
-        loads = list(homes.values())
-        silence = {place.device_id: self.find_silence(place.device_id, {deployment.type}) for place in self.places[1:]}
-        children = {child: fault is None or isinstance(fault, Late) for child, fault in silence.items()}      # no choice hangs on who is quick
-        found = find_place(deployment, self.placed.get(key, held), self.device_id, children, lambda child: self.find_reason(deployment, child),
-                           {child: loads.count(child) for child in children})
-        self.placed[key] = found
-        return found
+    def assign(self, targets, silent):
+        """[Share] of each device.  silent: {device id: {deployment type: CommandError}} of what does not answer."""
+        offers = {device.device_id: self.make_capabilities(device) for device in self.devices} if any(
+            target.deployment and target.deployment.constraints for target in targets) else {}
+        silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
+        return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
 
-    def find_reason(self, deployment, device_id):
-        """The ComponentError for which a deployment cannot run on a device, or None."""
-        place = next(place for place in self.places if place.device_id == device_id)
-        try:
-            if place is not self.places[0] and deployment.type not in place.drivers:
-                raise ComponentError("UNSUPPORTED_TYPE", f"nothing there runs {deployment.type} components")
-            if deployment.constraints:
-                check_eligibility(deployment.constraints, self.make_capabilities(place))
-        except ComponentError as error:
-            return error
-        return None
+    def decide(self, accepted, load_document):
+        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all devices show now.
 
-    def observe(self, targets):
-        """Looks at every device and all that runs workloads there, all at once; comes back as often as more has been seen.
-
-        targets: what should run, so that a cluster is asked for what is new to it, too.
+        Documents of what is not as it should be are read, and decided upon again: its device may have to be another one.
         """
-        looks, devices = {}, [place.device_id for place in self.places]
-        records = [(record, [self.find_home(record), *record.get("left", ())]) for record in self.state["deployments"].values()]
-        records += [(begin_record(make_record(target, target.device_id), target), [target.device_id]) for target in targets if target.deployment]
-        for place in self.places:
-            here = [record for record, homes in records if place.device_id in homes]
-            found = list_looks(place.drivers, here) if place.drivers or place is self.places[0] else dict.fromkeys(("compose", "helm"), find_nothing)
-            looks.update(((place.device_id, kind), function) for kind, function in found.items())
-        self.observed, self.deaf, self.done = {device_id: [] for device_id in devices}, {key: Late("has not answered yet") for key in looks}, set()
-        for answers in look_at_all(looks):
-            for key, answer in answers:
-                self.deaf.pop(key)
-                if isinstance(answer, CommandError):
-                    self.deaf[key] = answer
-                else:
-                    self.observed[key[0]] += answer
-            for record in filter(lambda record: record.get("left"), self.state["deployments"].values()):
-                record["left"] = [left for left in record["left"] if self.is_left(record, left)]
-            yield
-
-    def is_left(self, record, device_id):
-        """Whether a deployment may still have something on a device that it has moved away from."""
-        return any(device_id == other for other, _ in self.deaf) or any(
-            container.deployment_id.lower() == record["deploymentId"].lower() for container in self.observed.get(device_id, ()))
-
-    def find_silence(self, device_id, kinds):
-        """Why some deployment types cannot be seen on a device: a CommandError, first of all Late; None where they can."""
-        faults = [self.deaf[device_id, kind] for kind in sorted(kinds) if (device_id, kind) in self.deaf]
-        return next((fault for fault in faults if isinstance(fault, Late)), faults[0] if faults else None)
-
-    def list_drivers(self, place):
-        """{deployment type: driver} of what answers on a device."""
-        return {kind: driver for kind, driver in place.drivers.items() if (place.device_id, kind) not in self.deaf}
-
-    def plan(self, targets):
-        """[(Place, Action, Target or None)] of all devices, in order, of what can be decided by now; removals first.  What moves is kept where
-        it was until it is ready to run, or runs, where it goes (see `leave`).
-
-        Nothing is done blindfold: what takes something that does not answer is refused by 102 on a child device and waits here.
-        """
-        steps, by_id, runtime = [], {target.deployment_id.lower(): target for target in targets}, self.config.runtime
-        for place in self.places:
-            mine = {key: target for key, target in by_id.items() if target.device_id == place.device_id}
-            records = {key: record for key, record in self.state["deployments"].items()
-                       if self.find_home(record) == place.device_id and (key not in by_id or key in mine)}
-            silent = {key: self.find_silence(place.device_id, find_kinds(records.get(key), mine.get(key))) for key in {**records, **mine}}
-            unseen = {key: fault for key, fault in silent.items() if fault}
-            for action in make_plan(list(mine.values()), records, self.observed[place.device_id], time.time(), runtime.settle,
-                                    make_mark(runtime.environment), unseen):
-                step = self.settle(place, action, by_id.get(action.deployment_id.lower()), unseen.get(action.deployment_id.lower()))
-                if step:
-                    steps.append((place, *step))
-        return sorted(steps, key=lambda step: step[1].action != "remove")
-
-    def settle(self, place, action, target, fault):
-        """(Action, Target or None) as the devices allow it; None where it is not due.  fault: for which not all of it can be seen, or None."""
-        known, moves = self.state["deployments"].get(action.deployment_id.lower()), False
-        if action.action == "remove" and target:
-            if target.error or not known or (known["deviceId"], known["state"]) != (target.device_id, "installed"):
-                return None
-            return action._replace(reason=f"belongs on {target.device_id}"), target
-        if action.action == "install" and known and known["running"] and known["deviceId"] != place.device_id:
-            action, moves = action._replace(reason=f"moves here from {known['deviceId']}"), True
-        if isinstance(fault, Late) or moves and isinstance(self.find_silence(known["deviceId"], find_kinds(known)), Late):
-            return None
-        if fault and action.action not in ("keep", "refuse") and place is self.places[0]:
-            action = action._replace(action="keep", reason=f"waits ({action.reason}): {fault.message}", restore=False)
-        elif fault and action.action not in ("keep", "refuse"):
-            error = ComponentError("102", f"child device {place.device_id} does not answer", source=self.device_id)
-            target = target or Target(action.deployment_id, known["adopted"]["digest"], known["adopted"]["version"], None, None, place.device_id)
-            target, action = target._replace(error=error), action._replace(action="refuse", reason=f"102: {error.message}")
-        return action, target
+        targets, runtime = self.make_targets(accepted, load_document), self.config.runtime
+        new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment and not target.error]
+        seen = observe_devices(self.devices, [*self.state["deployments"].values(), *new])
+        silent = {device_id: sight.silent for device_id, sight in seen.items()}
+        self.answering = {device.device_id: {kind: driver for kind, driver in device.drivers.items()
+                                             if kind not in silent[device.device_id]} for device in self.devices}
+        containers = {device_id: sight.containers for device_id, sight in seen.items()}
+        while True:
+            shares = self.assign(targets, silent)
+            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), runtime.settle,
+                                   make_mark(runtime.environment))
+            unread = [action.target for action in actions if action.verb in ("install", "update") and not action.target.deployment]
+            if not unread:
+                return actions, seen
+            unread = {target.deployment_id for target in unread}
+            targets = [self.read_target(target, load_document) if target.deployment_id in unread else target
+                       for target in targets]
 
     def reconcile(self):
-        """Makes what runs match what was accepted; True where there was something to do.
+        """Makes what runs match what was accepted.
 
-        What does not answer has not nothing: nothing is done blindfold, and CommandError says so (D-16).  What answers is not held up by it.
+        What does not answer has not nothing: nothing is done blindfold, and CommandError says so (D-16).
         """
-        acted, accepted = False, self.state["accepted"]
+        accepted = self.state["accepted"]
         if not accepted:
-            return False                            # what runs is left alone until a WFM says what should
-        for _ in self.observe(self.make_targets(accepted, self.store.load_artifact)):
-            acted = self.act(self.plan(self.make_targets(accepted, self.store.load_artifact))) or acted
-        if acted:
-            self.prune()
-        else:
-            self.tend()
-        if self.deaf:
-            words = [error.message if key == self.device_id else f"child device {key}: {error.message}" for (key, _), error in self.deaf.items()]
-            raise CommandError(f"{'; '.join(dict.fromkeys(words))}; what runs there is left as it is")
-        return acted
-
-    def act(self, plan):
-        """Carries out what of a plan this cycle is not done with; True where there was something to do."""
-        acted, plan = False, [step for step in plan if (step[0].device_id, step[1].deployment_id.lower()) not in self.done]
-        if any(action.action != "keep" for _, action, _ in plan):
+            return                                  # what runs is left alone until a WFM says what should
+        actions, seen = self.decide(accepted, self.store.load_artifact)
+        refused = [action.target.digest for action in actions if action.verb == "refuse"]
+        if None in map(self.store.load_artifact, refused):
+            accepted["incomplete"] = True           # a document was lost: the next poll asks for it
+        if any(action.verb != "keep" for action in actions):
             self.prune()                            # before anything is pulled, too (P-5)
-        for place, action, target in plan:
-            if self.stopping():
-                raise Interrupted("ended before everything was done; the next run goes on from here")
-            self.done.add((place.device_id, action.deployment_id.lower()))
-            try:
-                acted = action.action != "keep" and self.perform(place, action, target) or acted
-            except (CommandError, ComponentError) as error:
-                self.deaf[place.device_id, ""] = error      # a leftover that cannot be removed: no deployment's failure, but not as it should be
-        return acted
+        troubles = self.carry_out(actions, seen)
+        for device in self.devices:
+            for fault in seen[device.device_id].silent.values():
+                troubles.append(f"child device {device.device_id}: {fault.message}" if device.silence else fault.message)
+            if not self.changed:
+                for driver in self.answering[device.device_id].values():
+                    driver.tend(seen[device.device_id].containers, get_random())
+        if self.changed:
+            self.prune()
+        if troubles:
+            raise CommandError(f"{'; '.join(dict.fromkeys(troubles))}; what runs there is left as it is")
 
     def prune(self):
         """Housekeeping with everything that answers; see the function of this name."""
         if self.config.runtime.prune:
-            prune(self.state, self.store, {"" if place is self.places[0] else place.device_id: list(self.list_drivers(place).values())
-                                           for place in self.places})
+            prune(self.state, self.store, {make_prefix(device): list(self.answering[device.device_id].values())
+                                           for device in self.devices})
 
-    def tend(self):
-        """What drivers have to do in each cycle that changes nothing."""
-        for place in self.places:
-            for driver in self.list_drivers(place).values():
-                driver.tend(self.observed[place.device_id], get_random())
+    def carry_out(self, actions, seen):
+        """Carries out a plan: group by group, and in a group whatever is ready whose turn it is.
 
-    def make_tools(self, place):
-        """What applying takes on a device."""
-        return Tools(self.config, self.store, self.list_drivers(place), time.time, get_random, self.leave)
+        Returns in words what went wrong and fails no deployment: a leftover that cannot be removed.
+        """
+        troubles, cleared = [], {}
+        for action in actions:
+            if action.verb == "clear":
+                cleared.setdefault(action.deployment_id.lower(), []).append(action)
+        for group in make_groups(actions, self.state["deployments"]):
+            ready = {}
+            for action in group:
+                self.check_stopping()
+                work = self.begin(action, seen)
+                if action.verb in ("install", "update"):
+                    others = cleared.get(action.deployment_id.lower(), ())
+                    work.before = [self.begin(other, seen) for other in others]
+                try:
+                    if self.advance(work):
+                        ready[action.deployment_id.lower()] = work
+                except (CommandError, ComponentError) as error:
+                    troubles.append(error.message)
+            while ready:
+                self.check_stopping()
+                waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
+                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items() if key not in ready}
+                key, verb, words = find_turn(waiting, held)
+                if not self.take_turn(ready[key], verb, words, troubles):
+                    ready.pop(key)
+        return troubles
 
-    def perform(self, place, action, target):
-        """Carries out one action; each change is durable, and told where the WFM can be told, before the next step."""
-        key, tools, containers = action.deployment_id.lower(), self.make_tools(place), self.observed[place.device_id]
+    def check_stopping(self):
+        """Raises Interrupted where the process was asked to end."""
+        if self.stopping():
+            raise Interrupted("ended before everything was done; the next run goes on from here")
+
+    def begin(self, action, seen):
+        """The Work on an action, before its first step."""
+        key, accepted = action.deployment_id.lower(), self.state["accepted"]
+        device = next(device for device in self.devices if device.device_id == action.device_id)
         record = self.state["deployments"].get(key)
-        if action.action == "refuse" and not action.unstable and record and record["refused"] and (
-                record["error"]["message"], record["adopted"]["digest"]) == (target.error.message, target.digest):
-            return False                            # refused before for the same reason, and told so
-        if action.action in ("install", "update") and self.is_downtime() and not (
-                record and record["deviceId"] == place.device_id and is_at_hand(record, target)):
-            return False                            # a package or an image would have to be fetched (protocol 10)
-        log("info" if action.action != "refuse" else "error", action.action, deployment=action.deployment_id, reason=action.reason)
-        if action.action == "remove" and record and (target or self.find_home(record) != place.device_id):
-            self.remove_stray(record, place)        # the record tells of the device where it belongs
-            return True
-        if record and record["deviceId"] not in self.observed:
+        holds = find_held_ports(record) if record else set()
+        if record and record["deviceId"] not in seen and action.verb != "keep":
             log("warning", "its device is no longer configured; what runs there is forgotten", deployment=action.deployment_id,
                 device=record["deviceId"])
-        if not record or target and record["deviceId"] != place.device_id:          # new here: what it was elsewhere is removed there
-            left = [*record.get("left", ()), record["deviceId"]] if record and record["state"] != "pending" else []
-            record = dict(make_record(target or Target(action.deployment_id, "", 0, None, None), place.device_id), left=left)
-        if action.action == "remove":
-            steps = apply_removal(record, self.state["accepted"]["version"], containers, tools)
-        elif action.restore:
-            steps = [restore(record, tools)]
-        elif action.unstable:
-            steps = [give_up(record, action, containers, tools)]
-        else:
-            if not target.deployment and not target.error:
-                target = self.resolve_target(target, self.store.load_artifact)
-                if target.error:
-                    log("error", "deployment failed", deployment=action.deployment_id, code=target.error.code, reason=target.error.message)
-                elif target.device_id != place.device_id:                           # it no longer fits where it is
-                    place = next(other for other in self.places if other.device_id == target.device_id)
-                    self.done.add((place.device_id, key))
-                    return not self.find_silence(place.device_id, {target.deployment.type}) and self.perform(place, action, target)
-            steps = apply_target(target, record, containers, tools) if not target.error else [
-                fail_record(begin_record(record, target), None, target.error, time.time(), get_random(), refused=True)]
-        record = self.keep(key, place, steps)
-        log("info", record["state"], deployment=action.deployment_id, name=record["name"])
+        if not record or action.verb != "clear" and action.target and record["deviceId"] != device.device_id:
+            target = action.target or Target(action.deployment_id, "", 0, None, None)
+            record = make_record(target, device.device_id)      # new here: what it has elsewhere is cleared there
+        tools = Tools(self.config, self.store, self.answering[device.device_id], seen[device.device_id].containers, device.device_id,
+                      accepted["version"], self.is_downtime(), [], get_clock, get_random)
+        work = Work(action, device, EXECUTE[action.verb](action, record, tools), tools)
+        work.holds = holds
+        return work
+
+    def take_turn(self, work, verb, words, troubles):
+        """Carries on with a step that is ready, as find_turn says; whether it is still to be done.
+
+        What moves is removed from where it was before it starts.
+        """
+        fault = ComponentError("PORT_IN_USE", words) if verb == "fail" else None
+        moves = bool(work.before)
+        while work.before and not fault:
+            try:
+                self.advance(work.before.pop())
+            except (CommandError, ComponentError) as error:
+                if isinstance(error, Forbidden):
+                    fault = error
+                else:
+                    troubles.append(error.message)
+        if verb == "stop" and not fault:
+            work.holds = set()
+            return moves or self.advance(work, True)
+        return self.advance(work, False, fault)
+
+    def advance(self, work, answer=None, fault=None):
+        """Carries on with a step until it is ready to change something, or done; whether it is ready.
+
+        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer, fault: what its
+        claim is answered by.
+        """
+        action, item = work.action, None
+        try:
+            item = work.steps.throw(fault) if fault else work.steps.send(answer)
+            while not isinstance(item, Ready):
+                if not work.begun:
+                    word = PRINTED.get(action.verb, action.verb)
+                    log("error" if word == "refuse" else "info", word, deployment=action.deployment_id, reason=action.reason)
+                work.begun = self.changed = True
+                if item:
+                    self.keep(work, item)
+                item = next(work.steps)
+        except StopIteration:
+            record = self.state["deployments"].get(action.deployment_id.lower())
+            if work.begun and record and action.verb != "clear":
+                log("info", record["state"], deployment=action.deployment_id, name=record["name"])
+            return False
+        work.takes = item.takes
         return True
 
-    def remove_stray(self, record, place):
-        """Removes what a deployment has on a device where it does not belong; raises ComponentError, CommandError."""
-        nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
-        remove_dropped(dict(record, deviceId=place.device_id), nothing, self.observed[place.device_id], self.make_tools(place))
-        self.observed[place.device_id] = [container for container in self.observed[place.device_id]
-                                          if container.deployment_id.lower() != record["deploymentId"].lower()]
-
-    def leave(self, record):
-        """Removes a deployment that moves from where it was: all that it takes is ready where it goes (D-11).
-
-        What does not answer, or cannot be removed now, is found again by the next cycle.  Raises ComponentError where a hook says no.
-        """
-        for place in self.places:
-            if place.device_id in record.get("left", ()) and self.observed[place.device_id]:
-                log("info", "moves", deployment=record["deploymentId"], start=place.device_id, end=record["deviceId"])
-                try:
-                    self.remove_stray(record, place)
-                except (CommandError, ComponentError) as error:
-                    if error.code == "HOOK_FAILED":
-                        raise
-                    self.deaf[place.device_id, ""] = error
-
-    def keep(self, key, place, steps):
-        """Makes each record of a deployment durable and tells the WFM, before the next step is taken; returns the last one."""
-        there, fetched = "" if place is self.places[0] else place.device_id + " ", self.store.fetched
-        fetched.clear()
-        for record in steps:
-            for driver in place.drivers.values():
-                fetched += driver.pulled
-                self.state["pulled"] = sorted(set(self.state["pulled"]).union(there + name for name in driver.pulled))
-                driver.pulled.clear()
-            if record["state"] not in ("installed", "removed"):                     # the next attempt finds it here (P-15)
-                record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
-            self.state["deployments"][key] = record
-            enqueue_status(self.state, record, self.device_id)
-            self.store.save_state(self.state)
-            self.flush_outbox(quiet=True)
-        return record
+    def keep(self, work, record):
+        """Makes a record durable, with what was fetched for it, and tells the WFM."""
+        fetched = work.tools.fetched
+        images = [make_prefix(work.device) + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
+        self.state["pulled"] = sorted(set(self.state["pulled"]).union(images))
+        if record["state"] not in ("installed", "removed"):                     # the next attempt finds it here (P-15)
+            record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
+        self.state["deployments"][record["deploymentId"].lower()] = record
+        enqueue_status(self.state, record, self.device_id)
+        self.store.save_state(self.state)
+        self.flush_outbox(quiet=True)
 
     def purge(self):
         """Removes every workload and reports it; True where something could not be removed."""
         if self.state["enrollment"]:
             self.connect()
-        self.state["accepted"] = dict(self.state["accepted"] or {"etag": None, "digest": "", "version": 0}, deployments=[], incomplete=True)
+        accepted = self.state["accepted"] or {"etag": None, "digest": "", "version": 0}
+        self.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
         self.reconcile()
         try:
             self.flush_outbox()                     # also what an earlier purge, that did not come to its end, has left to be told
@@ -8716,11 +8931,11 @@ class Agent:
     def flush_outbox(self, quiet=False):
         """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and `status` says so.
 
-        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of applying; trouble on the wire
-        then only means that it is sent later.
+        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of applying; trouble on the
+        wire then only means that it is sent later.
         """
         for key in list(self.state["outbox"]):
-            if self.source is None:
+            if self.silent or not self.source:
                 return
             status, refused = self.state["outbox"][key], None
             try:
@@ -8730,7 +8945,6 @@ class Agent:
                     self.state["outbox"][key] = self.state["outbox"].pop(key)
                     if not quiet:
                         raise
-                    self.faults.append(error)
                     self.note_fault(error, time.time())
                     log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
                     return
@@ -8738,14 +8952,11 @@ class Agent:
                 log("error", "the WFM refuses a status for good; it is dropped", deployment=key, reason=error.message)
             acknowledge_status(self.state, key, refused)
 
-    def conclude(self, fault, changed, now):
+    def conclude(self, began):
         """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something changed."""
-        state = self.state
-        failed = [record for record in state["deployments"].values() if record["state"] == "failed"]
-        silent = isinstance(fault, Silence) and not fault.exit
-        codes = [fault.exit if fault and not silent else 0, 3 if state["outbox"] and not silent else 0, 1 if failed else 0]
-        words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"), (MargoError, "failed"))
-        result = next((word for kind, word in words if isinstance(fault, kind) and not silent), "failed" if failed else "applied" if changed else "unchanged")
+        state, fault = self.state, max(self.faults, key=lambda fault: fault.exit, default=None)
+        failed = any(record["state"] == "failed" for record in state["deployments"].values())
+        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"]))
         if state["history"] and state["accepted"]:
             newest = state["history"][-1]
             newest["outcome"] = make_outcome(state)
@@ -8753,43 +8964,68 @@ class Agent:
                 newest["refused"] = fault.message
             elif not fault:
                 newest.pop("refused", None)
-        last = {"at": make_time(now), "result": result, "detail": fault.message if fault else ""}
+        last = {"at": make_time(began), "result": result, "detail": fault.message if fault else ""}
         try:
             if make_state_data(state) != self.store.saved:
                 state["lastPoll"] = last
                 self.store.save_state(state)
         except StorageError as error:
             log("error", error.message, code=error.code)
-            codes.append(error.exit)
+            code = max(code, error.exit)
         memo = self.store.load_memo()
-        others = self.list_others(None if changed else memo.get("others"))[:MAX_NAMED] if self.observed else memo.get("others", [])
+        others = memo.get("others", [])
+        if self.answering:
+            others = self.list_others(None if self.changed else memo.get("others"))[:MAX_NAMED]
         self.store.save_memo(dict(memo, lastPoll=last, others=others))
-        return Outcome(max(codes), result, last["detail"], make_delay(self.config, state, fault, time.time(), get_random()))
+        return Outcome(code, result, last["detail"], make_delay(self.config, state, fault, get_clock(), get_random()))
 
 
-def is_at_hand(record, target):
-    """Whether all that a target takes was on the device before."""
-    return bool(record and target.digest in [version["digest"] for version in (record["running"], record["previous"]) if version])
+# What a cycle does, in order: functions of the Agent; what they return is of no account, and a MargoError ends that step alone.
+STEPS = [Agent.tend_identity, Agent.exchange, Agent.refresh_revocation, Agent.reconcile, Agent.flush_outbox]
+
+
+def judge_cycle(fault, changed, failed, waiting):
+    """(word of `lastPoll.result`, exit code) of a cycle.
+
+    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a deployment has failed.
+    waiting: whether a status waits in the outbox.  The operator's own silence is no fault.
+    """
+    silence = isinstance(fault, Silence) and not fault.exit
+    code = 0 if silence or not fault else fault.exit
+    code = max(code, 1 if failed else 0, 3 if waiting and not silence else 0)
+    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"), (MargoError, "failed"))
+    for kind, word in words if not silence else ():
+        if isinstance(fault, kind):
+            return word, code
+    if failed:
+        return "failed", code
+    return "applied" if changed else "unchanged", code
+
+
+def make_prefix(device):
+    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
+    return device.device_id + " " if device.silence else ""
 
 
 def make_backoff(failures, asked, strategy, jitter):
-    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at what it asked for and never
-    less (C-056); exactly that where it says `fixed` or `none` (C-057).
+    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at what it asked for and
+    never less (C-056); exactly that where it says `fixed` or `none` (C-057).
     """
     asked = asked or 0
-    top = 0 if asked and strategy in ("fixed", "none") else grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP)
-    return asked + jitter * max(0, top - asked)
+    if asked and strategy in ("fixed", "none"):
+        return asked
+    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
 
 
 def make_start(uptime, poll, known, jitter):
-    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power arrives spread over one
-    interval (P-19).  One that never had a desired state asks at once.
+    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power arrives spread
+    over one interval (P-19).  One that never had a desired state asks at once.
     """
     return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
 
 
-def make_delay(config, state, fault, now, jitter):
-    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where an attempt is due before."""
+def make_delay(config, state, fault, clock, jitter):
+    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where an attempt is due."""
     interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
     patience = state["patience"]
     if isinstance(fault, (Refused, Untrusted)):
@@ -8797,12 +9033,159 @@ def make_delay(config, state, fault, now, jitter):
     left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
     if left:
         return max(1.0, min(interval, left))        # waiting for the WFM is no reason to leave workloads unwatched
-    attempts = [record["retryAt"] - now for record in state["deployments"].values() if record["state"] == "failed" and not record["refused"]]
+    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
+                if record["state"] == "failed" and not record["refused"]]
     return max(1.0, min([interval] + attempts))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 19. Command line
+# 19. Gateway (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def load_child_devices(config, own_id, claim):
+    """[Device] of each child of a see-thru gateway (protocol 9).  claim: as for make_compose_driver."""
+    ids, devices = [f"{own_id}/{child.id}" for child in config.device.children], []
+    for device_id, child in zip(ids, config.device.children):
+        others = [other for other in ids if other != device_id]
+        silence = ComponentError("102", f"child device {device_id} does not answer", source=own_id)
+        drivers = make_drivers(config, (device_id, child.connection), others, claim)
+        devices.append(Device(device_id, child, drivers, silence))
+    return devices
+
+
+def assign(targets, records, devices, silent, offers):
+    """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
+
+    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent: {device id: {deployment
+    type: CommandError}} of what does not answer.  offers: {device id: capabilities document}, where a rule asks for one.
+    """
+    known, own_id = {device.device_id: device for device in devices}, devices[0].device_id
+    homes = {key: record["deviceId"] if record["deviceId"] in known else own_id for key, record in records.items()}
+    held, found = dict(homes), []
+    for target in targets:
+        key, error = target.deployment_id.lower(), target.error
+        others = [home for other, home in homes.items() if other != key]
+        if target.deployment and not error:
+            reasons = {device_id: find_reason(target.deployment, device, offers) for device_id, device in known.items()}
+            answers = {device.device_id: target.deployment.type not in silent[device.device_id] for device in devices[1:]}
+            try:
+                homes[key] = find_place(target.deployment, held.get(key), own_id, answers, reasons.get,
+                                        {device_id: others.count(device_id) for device_id in known})
+                error = reasons[homes[key]]
+            except ComponentError as fault:
+                error = fault
+        found.append(target._replace(error=error, device_id=homes.get(key, own_id)))
+    return [make_share(device, [target for target in found if target.device_id == device_id],
+                       {key: record for key, record in records.items() if held[key] == homes[key] == device_id}, silent[device_id])
+            for device_id, device in known.items()]
+
+
+def find_place(deployment, held, own_id, children, find_reason, loads):
+    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103 (protocol 9).
+
+    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device id to why it cannot run
+    there, or "".  loads: {device id: deployments that are there}.  A free choice falls on the least loaded child that answers, and
+    stays; a document that names no device is for this one.
+    """
+    wanted = deployment.device_id or own_id
+    if wanted == own_id or wanted in children:
+        return wanted
+    if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
+        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
+    if wanted != f"{own_id}/*":
+        parent = wanted[:-2] if wanted.endswith("/*") else None
+        if parent in children:
+            raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
+        raise ComponentError("101", f"child device {parent or wanted} is not known; known are {', '.join(children)}", source=own_id)
+    reasons = {child: find_reason(child) for child in children}
+    fit = [child for child in children if not reasons[child]]
+    if held in fit:
+        return held
+    if not fit:
+        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items()) or "this device is no gateway"
+        raise ComponentError("103", f"no child device can take it: {words}", source=own_id)
+    there = [child for child in fit if children[child]]
+    if not there:
+        raise ComponentError("102", f"none of the child devices that could take it answers: {', '.join(fit)}", source=own_id)
+    return min(there, key=lambda child: loads.get(child, 0))
+
+
+def check_children(agent):
+    """Whether every child device answers."""
+    children = agent.devices[1:]
+    seen = observe_devices(children, [])
+    words = [f"{device_id} does not answer ({fault.message}); see its connection in device.children"
+             for device_id, sight in seen.items() for fault in list(sight.silent.values())[:1]]
+    if words:
+        raise CommandError("; ".join(words))
+    return "ok", f"{len(children)} answer" if children else ""
+
+
+EXAMINE.update(children=check_children)
+DEVICES.append(load_child_devices)
+ASSIGN.append(assign)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 20. Hooks (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def run_hooks(moment, change, tools, error):
+    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the facts as JSON on stdin.
+
+    Raises Forbidden HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way back to the version
+    before, that is only logged.  Values of parameters are not among the facts: no process but the application gets them.
+    """
+    facts, event = {}, f"{moment}-{change.event}"
+    for path in tools.config.hooks.run:
+        facts = facts or make_facts(change, event, error)
+        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
+        try:
+            output = run_command([path, event], tools.config.hooks.timeout, env=environ, data=make_json(facts))
+            words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
+        except CommandError as fault:
+            words = fault.message
+        if words and moment == "before" and not change.rollback:
+            raise Forbidden("HOOK_FAILED", f"hook {path} {event} {words}")
+        if words:
+            log("error", "a hook failed; the change stands", hook=path, hookEvent=event, deployment=facts["deploymentId"],
+                reason=words)
+
+
+def make_facts(change, event, error):
+    """What a hook is told of the change of a component."""
+    record, deployment = change.record, change.deployment
+    blank = Component(change.name, "", "", True, 0)
+    component = next((item for item in deployment.components if item.name == change.name), blank)
+    outcome = {"state": "removed" if change.event == "removal" else "installed", "code": "", "message": ""}
+    if error:
+        outcome = {"state": "failed", "code": error.code, "message": error.message}
+    extensions = dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions, component=component.extensions)
+    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"], "name": record["name"],
+            "namespace": deployment.namespace, "deviceId": record["deviceId"], "type": deployment.type, "component": change.name,
+            "repository": component.repository, "revision": component.revision, "extensions": extensions,
+            "outcome": None if event.startswith("before") else outcome}
+
+
+def check_hooks(agent):
+    """Whether every hook can be run."""
+    hooks = agent.config.hooks.run
+    broken = [path for path in hooks if not os.path.isfile(path) or not os.access(path, os.X_OK)]
+    if broken:
+        raise ConfigError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
+    loose = [path for path in hooks if os.stat(path).st_mode & 0o022]
+    if loose:
+        return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
+    return "ok", f"{len(hooks)} to be run around changes" if hooks else ""
+
+
+SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []), "timeout": (read_duration, "60s")})
+LISTENERS.append(run_hooks)
+EXAMINE.update(hooks=check_hooks)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 21. Command line
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
@@ -9076,7 +9459,7 @@ def command_plan(config, options):
     if agent.is_downtime():
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
     else:
-        agent.check_patience(time.time(), spread=False)
+        agent.check_patience(spread=False)
         desired = agent.connect(keep=False).fetch_desired(accepted, agent.store.load_artifact)
     if desired:
         entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
@@ -9086,30 +9469,31 @@ def command_plan(config, options):
         except Waiting as error:
             log("warning", error.message)
 
-    def make_targets():
-        return agent.make_targets(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
-
-    for _ in agent.observe(make_targets()) if accepted else ():
-        pass                                        # until all have answered
-    plan, others = agent.plan(make_targets()) if accepted else [], agent.list_others() if accepted else []
+    actions, seen = [], {}
+    if accepted:
+        actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
+    others = agent.list_others()
+    changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
+    actions = [action._replace(verb=PRINTED.get(action.verb, action.verb)) for action in actions
+               if action.verb != "clear" or action.deployment_id not in changed]        # else it is part of a move
     if "--json" in options:
-        actions = [{"deploymentId": a.deployment_id, "action": a.action, "reason": a.reason, "deviceId": p.device_id} for p, a, _ in plan]
-        print_json({"version": accepted["version"] if accepted else None, "actions": actions, "others": others})
+        items = [{"deploymentId": action.deployment_id, "action": action.verb, "reason": action.reason,
+                  "deviceId": action.device_id} for action in actions]
+        print_json({"version": accepted["version"] if accepted else None, "actions": items, "others": others})
     else:
         print(f"desired state: version {accepted['version'] if accepted else 'none'}")
-        for place, action, _ in plan:
-            where = f"on {place.device_id}: " if len(agent.places) > 1 else ""
-            print(f"{action.action:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
-        print_others(others, 8)
-    for (device_id, _), fault in agent.deaf.items():
-        if device_id == agent.device_id:
-            raise fault
+        for action in actions:
+            where = f"on {action.device_id}: " if len(agent.devices) > 1 else ""
+            print(f"{action.verb:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
+        for words in make_others_words(others):
+            print(f"other   {words}; it is left alone")
+    for fault in seen[agent.device_id].silent.values() if seen else ():
+        raise fault
 
 
-def print_others(others, width):
-    """A line for each workload of another owner."""
-    for item in others:
-        print(f"{'other':{width}}{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}; it is left alone")
+def make_others_words(others):
+    """Each workload of another owner, in words."""
+    return [f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}" for item in others]
 
 
 def command_status(config, options):
@@ -9135,7 +9519,8 @@ def command_status(config, options):
             print(f"  {component['state']:8} {component['name']}{reason}")
         if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
             print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
-    print_others(document["others"], 11)
+    for words in make_others_words(document["others"]):
+        print(f"other      {words}; it is left alone")
 
 
 def make_status_report(config, state, memo, now):
@@ -9173,8 +9558,8 @@ def command_doctor(config, options):
     """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
     agent, failed = Agent(config), False
     agent.state = make_state()
-    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("children", check_children),
-                        ("others", check_others), ("registry", check_registries), ("hooks", check_hooks), ("labels", check_labels),
+    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("others", check_others),
+                        *EXAMINE.items(), ("registry", check_registries), ("labels", check_labels),
                         ("identity", lambda agent: SERVED[agent.config.wfm.profile].check(agent.config, agent.state, time.time())),
                         ("wfm", check_connection)):
         try:
@@ -9202,7 +9587,7 @@ def check_storage(agent):
 
 def check_labels(agent):
     """Whether every label is called so that no other's has its name; Margo recommends a domain before it (C-088)."""
-    bare = sorted({name for place in agent.places for name in place.device.labels if not re.match(r"[^/.]+(\.[^/.]+)+/.", name)})
+    bare = sorted({name for device in agent.devices for name in device.settings.labels if not re.match(r"[^/.]+(\.[^/.]+)+/.", name)})
     return ("warn", f"device.labels {', '.join(bare)}: put a domain of yours before it, such as example.com/zone") if bare else ("ok", "")
 
 
@@ -9216,29 +9601,20 @@ def check_clock(agent):
 
 def check_engine(agent):
     """Whether something runs workloads here, and answers."""
-    drivers = agent.places[0].drivers
-    if not drivers and agent.places[1:]:
+    drivers = agent.devices[0].drivers
+    if not drivers and agent.devices[1:]:
         return "ok", "nothing here runs workloads; they run on child devices"
     if not drivers:
         return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
-    return "ok", "; ".join(driver.check() for driver in drivers.values())
-
-
-def check_children(agent):
-    """Whether every child device answers."""
-    for _ in agent.observe([]) if agent.places[1:] else ():
-        pass                                        # until all have answered
-    words = list(dict.fromkeys(f"{key} does not answer ({error.message}); see its connection in device.children"
-                               for (key, _), error in agent.deaf.items() if key != agent.device_id))
-    if words:
-        raise CommandError("; ".join(words))
-    return "ok", f"{len(agent.places) - 1} answer" if agent.places[1:] else ""
+    words = [driver.check() for driver in drivers.values()]
+    lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
+    return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
 
 
 def check_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
     others = agent.list_others()
-    words = "; ".join(dict.fromkeys(f"{item['name']} of {item['owner'] or 'no owner that is known'}" for item in others))
+    words = "; ".join(make_others_words(others))
     return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
 
@@ -9251,17 +9627,6 @@ def check_registries(agent):
     return "ok", ""
 
 
-def check_hooks(agent):
-    """Whether every hook can be run."""
-    broken = [path for path in agent.config.hooks.run if not os.path.isfile(path) or not os.access(path, os.X_OK)]
-    if broken:
-        raise ConfigError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
-    loose = [path for path in agent.config.hooks.run if os.stat(path).st_mode & 0o022]
-    if loose:
-        return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
-    return "ok", f"{len(agent.config.hooks.run)} to be run around changes" if agent.config.hooks.run else ""
-
-
 def check_connection(agent):
     """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
     desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
@@ -9272,7 +9637,7 @@ def check_connection(agent):
 def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
     agent = Agent(config)
-    documents = [agent.make_capabilities(place) for place in agent.places]
+    documents = [agent.make_capabilities(device) for device in agent.devices]
     print_json(documents if documents[1:] else documents[0])
 
 
@@ -9304,7 +9669,7 @@ def command_retry(config, options):
         wanted = (options["operand"] or "").lower()
         records = [record for key, record in agent.state["deployments"].items() if record["state"] == "failed" and wanted in ("", key)]
         for record in records:
-            record.update(retryAt=0, failures=0, repairs=0)
+            record.update(retry={}, repair={})
         agent.store.save_state(agent.state)
         if wanted and not records:
             raise ConfigError(f"{options['operand']} is no failed deployment; `status` lists them")

@@ -41,14 +41,9 @@ if [ $enroll = no ]; then
     need podman podman
     if ! command -v runc >/dev/null 2>&1 && ! command -v crun >/dev/null 2>&1 && [ ! -x /usr/sbin/runc ]; then missing="$missing runc"; fi
     [ -x /bin/busybox ] || missing="$missing busybox-static"
-    # Containers are joined by netavark, or by CNI plugins where podman was set up with those; aardvark-dns lets them find each other by name.
-    if command -v podman >/dev/null 2>&1 && backend=$(podman info --format '{{.Host.NetworkBackend}}' 2>/dev/null); then
-        if [ "$backend" = cni ] && [ -z "$(ls /usr/lib/cni/bridge /usr/libexec/cni/bridge /opt/cni/bin/bridge 2>/dev/null)" ]; then
-            missing="$missing containernetworking-plugins"
-        fi
-    else
+    # Containers are joined by netavark, with aardvark-dns, which lets them find each other by name, or by an older podman's CNI plugins.
+    [ -n "$(ls /usr/lib*/podman/netavark /usr/local/lib*/podman/netavark /usr/lib*/cni/bridge /opt/cni/bin/bridge 2>/dev/null)" ] ||
         missing="$missing netavark aardvark-dns"
-    fi
     command -v iptables >/dev/null 2>&1 || [ -x /usr/sbin/iptables ] || missing="$missing iptables"
 fi
 if [ -n "$missing" ]; then

@@ -326,16 +326,16 @@ class Times(unittest.TestCase):
     CONFIG = margo_agent.make_config({"wfm": {"url": "https://x"}, "identity": {"certificate": "c", "key": "k", "trust_bundle": "b"}}, "/", {})
 
     def delay(self, fault=None, jitter=0.5, **state):
-        return margo_agent.make_delay(self.CONFIG, dict(margo_agent.make_state(), **state), fault, 1000, jitter)
+        return margo_agent.make_delay(self.CONFIG, dict(margo_agent.make_state(), **state), fault, margo_agent.Clock(1000, "", 0), jitter)
 
     def test_the_interval_has_jitter(self):
         """P-19, D-7"""
         self.assertEqual([self.delay(jitter=jitter) for jitter in (0, 0.5, 1)], [54, 60, 66])
 
     def test_a_failed_deployment_is_tried_when_it_is_due(self):
-        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": False, "retryAt": 1020}}), 20)
-        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": False, "retryAt": 10}}), 1)
-        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": True, "retryAt": 10}}), 60)
+        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": False, "retry": {"failures": 1, "at": 990, "delay": 30}}}), 20)
+        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": False, "retry": {"failures": 1, "at": 0, "delay": 10}}}), 1)
+        self.assertEqual(self.delay(deployments={"a": {"state": "failed", "refused": True, "retry": {"failures": 1, "at": 0, "delay": 10}}}), 60)
 
     def test_patience_and_refusals_slow_the_daemon_down(self):
         """C-056, C-057"""

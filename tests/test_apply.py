@@ -289,7 +289,7 @@ class Failure(ApplyCase):
         self.device.cycle(1)
         self.assertEqual(self.commands("create"), [])
         record = self.state_of()
-        self.assertGreater(record["retryAt"], time.time())
+        self.assertGreater(record["retry"]["at"] + record["retry"]["delay"], time.time())
         self.engine.change(exits={})
         self.assertIn("1 failed", self.device.run("retry", HELLO).stdout)
         self.device.cycle(0)
@@ -448,7 +448,7 @@ class Drift(ApplyCase):
         """P-6, D-35: the engine has none, or the document that says what is secret is gone: the failure is told without it."""
         for damage in (lambda: self.engine.change(logless=True), lambda: shutil.rmtree(os.path.join(self.device.state_dir, "artifacts"))):
             state = self.device.state()
-            state["deployments"][HELLO].update(repairs=5, repairedAt=int(time.time()))
+            state["deployments"][HELLO].update(repair={"failures": 5, "at": time.time(), "delay": 30})
             support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(state), 0o600)
             with self.engine.open() as held:
                 held["containers"][self.name]["state"] = "exited"
@@ -508,6 +508,101 @@ class Drift(ApplyCase):
             held["containers"]["stray"] = dict(held["containers"][self.name], id="e" * 64, labels=labels, state="created")
         self.device.cycle()
         self.assertEqual(list(self.engine.containers()), [self.name])
+
+
+class Ports(ApplyCase):
+    """F-28: a host's port that one deployment gives up and another takes, in one manifest, whatever the order in it."""
+
+    NAMES = {HELLO: f"web-{HELLO}-main-1", SECOND: f"web-{SECOND}-main-1"}
+
+    def setUp(self):
+        super().setUp()
+        self.wfm.add_package(support.make_compose({"main": service(ports=["${PORT}:8080"])}))
+
+    def publish_ports(self, **ports):
+        """Deployments by name; those that have other parameters than before are new revisions."""
+        for name, port in ports.items():
+            deployment_id = {"one": HELLO, "two": SECOND}[name]
+            self.wfm.publish(support.make_deployment(deployment_id, name, registry=self.wfm.registry, parameters={"PORT": str(port)}),
+                             deployment_id)
+
+    def outages(self):
+        """[(start or stop, deployment)] since the last look, without what was made and started under another name."""
+        ids = {container["id"]: name for name, container in self.known.items()}
+        found = []
+        for verb, operand in self.commands("stop", "start"):
+            name = ids.get(operand, operand)
+            found.append((verb, next(key for key, item in self.NAMES.items() if name.startswith(item))))
+        return found
+
+    def cycle(self, expected=0):
+        self.known = self.engine.containers()
+        self.commands()
+        return self.device.cycle(expected)
+
+    def test_each_gets_the_others_port_with_one_outage(self):
+        self.publish_ports(one=7001, two=7002)
+        self.cycle()
+        self.publish_ports(one=7002, two=7001)
+        self.assertNotIn("error", self.cycle())
+        self.assertEqual(self.outages(), [("stop", SECOND), ("stop", HELLO), ("start", HELLO), ("start", SECOND)])
+        self.assertEqual([self.wfm.statuses(key)[-4:] for key in (HELLO, SECOND)], [["installed", "pending", "installing", "installed"]] * 2)
+        self.assertEqual({key: item[0] for key, item in self.device.plan().items()}, {HELLO: "keep", SECOND: "keep"})
+
+    def test_who_gives_it_up_goes_first(self):
+        self.publish_ports(one=7001, two=7002)
+        self.cycle()
+        for ports, first, second in (({"one": 7002, "two": 7003}, SECOND, HELLO), ({"one": 7004, "two": 7002}, HELLO, SECOND)):
+            self.publish_ports(**ports)
+            self.assertNotIn("error", self.cycle())
+            self.assertEqual(self.outages(), [("stop", first), ("start", first), ("stop", second), ("start", second)])
+
+    def test_a_new_deployment_takes_what_an_update_or_a_removal_frees(self):
+        self.publish_ports(two=7001)
+        self.cycle()
+        self.publish_ports(one=7001, two=7002)
+        self.assertNotIn("error", self.cycle())
+        self.assertEqual(self.outages(), [("stop", SECOND), ("start", SECOND), ("start", HELLO)])
+        self.wfm.withdraw(HELLO)
+        self.publish_ports(two=7001)
+        self.assertNotIn("error", self.cycle())
+
+    def test_one_that_its_holder_keeps_is_PORT_IN_USE_and_nobody_is_touched(self):
+        """Whether it is new or runs; with the holder's id, at the component and above, and the next attempt comes as after any failure."""
+        self.publish_ports(one=7001)
+        self.cycle()
+        self.publish_ports(two=7001)
+        self.cycle(1)
+        error = self.wfm.reports(SECOND)[-1]["body"]["status"]["error"]
+        self.assertEqual((error["code"], self.outages()), ("PORT_IN_USE", []))
+        self.assertIn(f"7001/tcp is held by deployment {HELLO}", error["message"])
+        self.assertEqual(list(self.engine.containers()), [self.NAMES[HELLO]])
+        self.publish_ports(two=7002)
+        self.cycle(0)
+        before = self.engine.containers()
+        self.publish_ports(two=7001)
+        self.assertNotIn("rolled back", self.cycle(1))
+        self.assertEqual((self.outages(), self.engine.containers()), ([], before))
+        self.publish_ports(one=7003)
+        self.try_again_now()
+        self.cycle(0)
+        self.assertEqual(self.wfm.statuses(SECOND)[-1], "installed")
+
+    def test_a_circle_in_which_one_fails_leaves_both_as_they_were(self):
+        """P-8: the first goes back to its port, and so does the other one, which was stopped for it."""
+        self.publish_ports(one=7001, two=7002)
+        self.cycle()
+        before = {name: item["env"] for name, item in self.engine.containers().items()}
+        self.wfm.add_package(support.make_compose({"main": service(ports=["${PORT}:8080"]), "broken": service()}), tag="2.0.0")
+        self.wfm.publish(support.make_deployment(HELLO, "one", registry=self.wfm.registry, components=(("web", "2.0.0"),),
+                                                 parameters={"PORT": "7002"}), HELLO)
+        self.publish_ports(two=7001)
+        self.engine.change(exits={"broken": 3})
+        self.cycle(1)
+        self.assertEqual({name: item["env"] for name, item in self.engine.containers().items()}, before)
+        self.assertEqual({item["state"] for item in self.engine.containers().values()}, {"running"})
+        self.assertEqual(self.wfm.reports(SECOND)[-1]["body"]["status"]["error"]["code"], "PORT_IN_USE")
+        self.assertEqual({key: item[0] for key, item in self.device.plan().items()}, {HELLO: "keep", SECOND: "keep"})
 
 
 class Prune(ApplyCase):

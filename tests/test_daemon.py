@@ -1,6 +1,8 @@
 """The daemon and its neighbours: asked to end in any phase, hung helpers, a full watchdog, cron beside it, readers during a run."""
 import json
 import os
+import py_compile
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,13 +11,15 @@ import tempfile
 import threading
 import time
 import unittest
+from unittest import mock
 
 import margo_agent
 from tests import death, support
 from tests.support import HELLO
 
 SLOW = float(os.environ.get("MARGO_TEST_SLOW") or 0) == 1
-HASTY = "import sys; sys.path.insert(0, {root!r}); import margo_agent; margo_agent.STOP_GRACE = 1; sys.exit(margo_agent.main(sys.argv[1:]))"
+HASTY = ("import sys; sys.path.insert(0, {root!r}); import margo_agent; margo_agent.STOP_GRACE = 1; margo_agent.CYCLE_RETRY = 0.2; "
+         "margo_agent.HUNG, margo_agent.STOP_LIMIT = {hung}, 2; sys.exit(margo_agent.main(sys.argv[1:]))")
 
 
 class DaemonCase(support.DeviceCase):
@@ -23,13 +27,13 @@ class DaemonCase(support.DeviceCase):
         super().setUp()
         self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
 
-    def start(self, *arguments, hasty=False, **env):
-        """The agent as a process of its own."""
+    def start(self, *arguments, hasty=False, hung=60, python=sys.executable, **env):
+        """The agent as a process of its own; hasty: with short limits, `hung` for a cycle that does not move."""
         self.log = tempfile.TemporaryFile()
         self.addCleanup(self.log.close)
         argv = self.device.command(*arguments)
         if hasty:
-            argv = [sys.executable, "-c", HASTY.format(root=support.ROOT)] + argv[argv.index(support.AGENT) + 1:]
+            argv = [python, "-c", HASTY.format(root=support.ROOT, hung=hung)] + argv[argv.index(support.AGENT) + 1:]
         process = subprocess.Popen(argv, env=dict(self.device.env, **env), stderr=self.log, stdin=subprocess.DEVNULL)
         self.addCleanup(support.end, process)
         return process
@@ -102,7 +106,7 @@ class Stop(DaemonCase):
         old = dict(os.environ)
         self.addCleanup(lambda: (os.environ.clear(), os.environ.update(old)))
         os.environ.update(self.device.env)
-        driver = margo_agent.Agent(margo_agent.load_config(self.device.config_file)).places[0].drivers["compose"]
+        driver = margo_agent.Agent(margo_agent.load_config(self.device.config_file)).devices[0].drivers["compose"]
         run = driver.run
         driver.run = lambda arguments, timeout, *rest: run(arguments, 1, *rest)
         with self.assertRaises(margo_agent.CommandTimeout):
@@ -145,6 +149,118 @@ class Systemd(DaemonCase):
             os.kill(pid, signal.SIGKILL)
         process.send_signal(signal.SIGHUP)
         support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the next cycle's work")
+
+
+class Parent(DaemonCase):
+    """What the daemon's parent does about cycles that do not end, and about such as cannot begin."""
+
+    def setUp(self):
+        super().setUp()
+        self.peer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(self.peer.close)
+        self.peer.bind(os.path.join(self.device.folder, "notify"))
+        self.peer.setblocking(False)
+        self.addCleanup(lambda: [os.kill(pid, signal.SIGKILL) for pid in self.helpers()])
+        self.systemd = {"NOTIFY_SOCKET": os.path.join(self.device.folder, "notify"), "WATCHDOG_USEC": "400000"}
+
+    def count_beats(self, seconds=0.0):
+        """How often the watchdog was fed within some seconds from now."""
+        self.read()
+        time.sleep(seconds)
+        return self.read().count(b"WATCHDOG=1")
+
+    def read(self):
+        """What systemd was told since the last time."""
+        words = []
+        try:
+            while True:
+                words.append(self.peer.recv(100))
+        except BlockingIOError:
+            return words
+
+    def find_child(self, process):
+        """The cycle of a daemon."""
+        return support.wait_for(lambda: [int(pid) for pid in filter(str.isdigit, os.listdir("/proc")) if parent_of(pid) == process.pid])[0]
+
+    def test_the_watchdog_is_fed_while_a_cycle_moves_and_between_cycles(self):
+        """A component may take six hours: a helper that hangs is waited for, and the waiting itself moves."""
+        self.hang("create")
+        process = self.start("run", hasty=True, hung=3, **self.systemd)
+        support.wait_for(lambda: len(self.helpers()) > 1, what="podman create")
+        child = self.find_child(process)
+        self.assertGreater(self.count_beats(5), 10)
+        self.assertEqual(self.find_child(process), child)
+        self.hang()
+        for pid in self.helpers():
+            os.kill(pid, signal.SIGKILL)
+        process.send_signal(signal.SIGHUP)
+        support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the next cycle's work")
+        self.assertGreater(self.count_beats(2), 3)
+
+    def test_a_cycle_that_does_not_move_is_killed_and_followed_by_another(self):
+        """F-04: what waits for a dead disk shows no sign of life; here it is stopped."""
+        self.hang("create")
+        process = self.start("run", hasty=True, hung=3, **self.systemd)
+        support.wait_for(lambda: len(self.helpers()) > 1, what="podman create")
+        child = self.find_child(process)
+        os.kill(child, signal.SIGSTOP)
+        self.hang()
+        for pid in self.helpers():
+            os.kill(pid, signal.SIGKILL)
+        support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the next cycle's work")
+        self.assertIn("the cycle has not moved for 3 s, and is killed", self.errors())
+        self.assertIsNone(process.poll())
+
+    def test_a_cycle_that_does_not_end_does_not_keep_the_parent(self):
+        """It is asked to end, and then it is killed."""
+        self.hang("create")
+        process = self.start("run", hasty=True)
+        support.wait_for(lambda: len(self.helpers()) > 1, what="podman create")
+        os.kill(self.find_child(process), signal.SIGSTOP)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(20), 1)
+        self.assertIn("did not end within 2 s, and is killed", self.errors())
+
+    def test_one_that_can_start_no_cycle_says_why_and_ends(self):
+        """F-22: the interpreter's path went away under the daemon; and the agent's own file."""
+        python = os.path.join(self.device.folder, "python")
+        os.symlink(os.path.realpath(sys.executable), python)
+        self.device.set("poll.interval", "1s")
+        process = self.start("run", hasty=True, python=python, PYTHONHOME=sys.base_prefix, **self.systemd)
+        support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the first installation")
+        os.remove(python)
+        self.assertEqual(process.wait(60), 1, self.errors())
+        self.assertEqual(self.errors().count("python cannot be started (No such file or directory)"), 5)
+        self.assertIn("five cycles in a row could not be started", self.errors())
+        self.assertLess(self.read()[::-1].index(b"WATCHDOG=1"), 3)
+
+    def test_an_agent_that_was_removed_is_noticed_too(self):
+        folder = support.make_folder(self)
+        shutil.copy(support.AGENT, folder)
+        with mock.patch.object(support, "ROOT", folder):
+            process = self.start("run", hasty=True, **self.systemd)
+        support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the first installation")
+        os.remove(os.path.join(folder, "margo_agent.py"))
+        process.send_signal(signal.SIGHUP)
+        self.assertEqual(process.wait(60), 1, self.errors())
+        self.assertIn("No module named 'margo_agent'", self.errors())
+
+    def test_the_compiled_form_alone_is_enough(self):
+        """F-23, E10: OpenWrt and many images ship no source; optimised, there are no docstrings either."""
+        folder = support.make_folder(self)
+        for level in (-1, 2):
+            with self.subTest(level):
+                compiled = os.path.join(folder, "margo_agent.pyc")
+                py_compile.compile(support.AGENT, cfile=compiled, dfile="/usr/lib/margo/margo_agent.py", optimize=level)
+                with mock.patch.object(support, "ROOT", folder):
+                    process = self.start("run", hasty=True)
+                count = len(self.wfm.requests())
+                support.wait_for(lambda: len(self.wfm.requests()) > count, what="a poll")
+                process.send_signal(signal.SIGTERM)
+                self.assertEqual(process.wait(30), 0, self.errors())
+                for command in ("help", "version"):
+                    done = subprocess.run([sys.executable, compiled, command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                    self.assertEqual(done.returncode, 0, done.stdout)
 
 
 class Two(DaemonCase):

@@ -17,7 +17,7 @@ from tests.test_gateway import make_child
 from tests.support import HELLO
 
 CHART = os.path.join(support.DATA, "charts", "web")
-OTHER = HELLO[:-1] + "1"
+OTHER, SECOND = HELLO[:-1] + "1", "00000000-0000-4000-8000-000000000002"
 LONG = "a-component-with-a-name-longer-than-helm-takes"
 
 
@@ -283,7 +283,8 @@ class HelmCase:
         self.publish("1.1.0_build.5", values={"greeting": "b"})
         self.calls()
         self.device.cycle()
-        self.assertEqual([call[0] for call in self.calls()], ["list", "uninstall", "list"])         # what did not change is left alone
+        commands = [call[0] for call in self.calls()]
+        self.assertEqual((set(commands), commands.count("uninstall")), ({"list", "uninstall"}, 1))         # what did not change is left alone
         self.assertEqual(list(self.releases()), [f"web-{HELLO}"])
 
         self.wfm.withdraw()
@@ -338,6 +339,61 @@ class HelmCase:
         self.assertIn("drift", self.device.cycle())
         self.assertEqual(self.values(), {"greeting": "a"})
         self.assertIn(f"web-{OTHER}", self.releases())
+
+    def test_a_release_of_another_owner_is_never_touched(self):
+        """Contract, On the engine: neither upgraded nor mended nor uninstalled, whatever else it has; and `plan` and `doctor` name it."""
+        labels = ("--labels", f"org.margo.deployment={HELLO},org.margo.owner=stranger")
+        for number, more in enumerate((labels, ())):                    # of another agent, and of somebody without any label
+            self.helm("install", f"web-{HELLO}", CHART, "--namespace", "plant-7", "--create-namespace", *more)
+            self.publish(values={"greeting": str(number)})
+            self.assertIn("NAME_TAKEN", self.device.cycle(1))
+            self.assertIn("was not made by this agent", self.wfm.reports()[-1]["body"]["components"][0]["error"]["message"])
+            if more:
+                (other,) = json.loads(self.device.run("plan", "--json").stdout)["others"]
+                self.assertEqual((other["deploymentId"], other["name"], other["type"]), (HELLO, f"web-{HELLO}", "helm"))
+                self.assertIn(f"web-{HELLO} of another agent", self.device.run("doctor").stdout)
+                self.assertEqual([item["name"] for item in self.device.status()["others"]], [f"web-{HELLO}"])
+            self.wfm.withdraw()
+            self.device.cycle()
+            (item,) = json.loads(self.helm("list", "--all-namespaces", "--output", "json"))
+            self.assertEqual((item["revision"], item["status"]), ("1", "deployed"))
+            self.helm("uninstall", f"web-{HELLO}", "--namespace", "plant-7")
+        self.publish(values={"greeting": "2"})
+        self.device.cycle()
+        self.assertEqual(self.values(), {"greeting": "2"})
+
+    def test_after_the_state_was_lost_its_own_releases_are_taken_on_and_removed(self):
+        self.publish()
+        self.publish(deployment_id=OTHER)
+        self.device.cycle()
+        shutil.rmtree(self.device.state_dir)
+        self.wfm.withdraw(OTHER)
+        self.helm("install", f"web-{SECOND}", CHART, "--namespace", "x", "--create-namespace", "--labels",
+                  f"org.margo.deployment={SECOND},org.margo.owner=stranger")
+        self.device.cycle()
+        self.assertEqual(set(self.releases()), {f"web-{HELLO}", f"web-{SECOND}"})
+
+    def test_a_release_of_an_older_agent_or_an_earlier_identity_is_known_by_the_state(self):
+        for number, owner in enumerate(("", "earlier")):
+            self.publish(values={"greeting": "a"})
+            self.device.cycle()
+            state = self.device.state()
+            if owner:
+                state["owners"].insert(0, owner)
+            support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(state))
+            mark = f"org.margo.owner={margo_agent.make_owner_value(owner)}" if owner else "org.margo.owner=null"
+            self.helm("upgrade", f"web-{HELLO}", CHART, "--namespace", "plant-7", "--reuse-values", "--labels", mark)
+            revision = json.loads(self.helm("list", "--all-namespaces", "--output", "json"))[0]["revision"]
+            state["deployments"][HELLO]["components"][0]["services"]["release"]["hash"] = str(revision)
+            support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(state))
+            self.assertNotIn("drift", self.device.cycle())
+            self.publish(values={"greeting": "b"})
+            self.device.cycle()
+            self.assertEqual(self.values(), {"greeting": "b"})
+            self.helm("upgrade", f"web-{HELLO}", CHART, "--namespace", "plant-7", "--reuse-values", "--labels", mark)
+            self.wfm.withdraw()
+            self.device.cycle()
+            self.assertEqual(self.releases(), {})
 
     def test_a_namespace_may_change(self):
         self.publish()
@@ -530,8 +586,6 @@ class HelmCase:
         self.assertEqual(names(), [[f"web-{HELLO}"], [f"web-{HELLO}"]])
         self.device.cycle(0)
         self.assertEqual(names(), [[], [f"web-{HELLO}"]])
-        self.device.cycle(0)
-        self.assertEqual(self.device.state()["deployments"][HELLO]["left"], [])
 
 
 class Helm3(HelmCase, unittest.TestCase):

@@ -275,7 +275,7 @@ class Examples(unittest.TestCase):
         self.assertIn("--publish=127.0.0.1:8080:8080", project.services[0].arguments)
 
     def test_scripts_are_well_formed(self):
-        for name in ("gitfleet.sh", "pki.sh", "quickstart.sh"):
+        for name in ("engine.sh", "gitfleet.sh", "pki.sh", "quickstart.sh"):
             self.assertEqual(subprocess.run(["sh", "-n", os.path.join(support.EXAMPLES, name)]).returncode, 0)
 
     def test_the_service_unit_fits_the_agent(self):

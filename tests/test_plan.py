@@ -7,6 +7,7 @@ from tests.support import HELLO, digest
 
 OTHER = "9c1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a11"
 NOW = 1000000
+WAIT = {"failures": 9, "at": NOW, "delay": 600}
 
 
 def make_target(digest_of=b"one", deployment_id=HELLO, error=None):
@@ -29,8 +30,8 @@ def make_container(deployment_id=HELLO, component="web", service="main", label="
 def plan(targets, records, containers, now=NOW, **runtime):
     records = {record["deploymentId"].lower(): record for record in records}
     unseen = {target.deployment_id.lower() for target in targets}.union(records) if containers is None else ()
-    actions = margo_agent.make_plan(targets, records, containers or [], now, unseen=unseen, **runtime)
-    return [(action.deployment_id, action.action) for action in actions], [action.reason for action in actions]
+    actions = margo_agent.make_plan(targets, records, containers or [], margo_agent.Clock(now, "", 0), unseen=unseen, **runtime)
+    return [(action.deployment_id, margo_agent.PRINTED.get(action.verb, action.verb)) for action in actions], [action.reason for action in actions]
 
 
 class Actions(unittest.TestCase):
@@ -77,13 +78,13 @@ class Actions(unittest.TestCase):
 
     def test_a_failed_revision_waits_for_its_time_and_another_does_not(self):
         """D-13, P-15: no hot loop; a new digest is tried at once."""
-        record = make_record(state="failed", error={"code": "X", "source": "", "message": ""}, retryAt=NOW + 60, failures=2)
+        record = make_record(state="failed", error={"code": "X", "source": "", "message": ""}, retry={"failures": 2, "at": NOW, "delay": 60})
         action, reason = self.one(make_target(), record, [])
         self.assertEqual(action, "keep")
         self.assertIn("X", reason)
         self.assertIn(margo_agent.make_time(NOW + 60), reason)
-        self.assertEqual(self.one(make_target(), dict(record, retryAt=NOW), [])[0], "update")
-        self.assertIn("attempt 3", self.one(make_target(), dict(record, retryAt=NOW), [])[1])
+        self.assertEqual(self.one(make_target(), dict(record, retry={"failures": 2, "at": NOW - 60, "delay": 60}), [])[0], "update")
+        self.assertIn("attempt 3", self.one(make_target(), dict(record, retry={"failures": 2, "at": NOW - 60, "delay": 60}), [])[1])
         self.assertEqual(self.one(make_target(b"two"), record, [])[0], "update")
 
     def test_what_was_interrupted_goes_on(self):
@@ -109,14 +110,14 @@ class Stability(unittest.TestCase):
 
     def act(self, record, containers=(), now=NOW, error=None, **runtime):
         content = b"two" if record["adopted"]["digest"] == digest(b"two") else b"one"
-        (action,) = margo_agent.make_plan([make_target(content, error=error)], {HELLO: record}, list(containers), now, **runtime)
+        (action,) = margo_agent.make_plan([make_target(content, error=error)], {HELLO: record}, list(containers), margo_agent.Clock(now, "", 0), **runtime)
         return action
 
     def test_another_container_under_the_same_labels_is_drift(self):
         """D-23, P-12: changed behind the agent's back, however well it was copied."""
         record = make_record()
         record["components"][0]["services"]["main"]["id"] = "id"
-        self.assertEqual(self.act(record, [make_container()]).action, "keep")
+        self.assertEqual(self.act(record, [make_container()]).verb, "keep")
         record["components"][0]["services"]["main"]["id"] = "other"
         self.assertIn("not the container that was made for it", self.act(record, [make_container()]).reason)
 
@@ -127,68 +128,152 @@ class Stability(unittest.TestCase):
         for started, settle, expected in ((100, 10, "keep"), (NOW - 11, 10, "keep"), (NOW - 3, 10, "update"), (NOW - 3, 0, "keep"),
                                           (NOW + 5, 10, "keep")):
             action = self.act(record, [make_container()._replace(started=started)], settle=settle)
-            self.assertEqual(action.action, expected, started)
+            self.assertEqual(action.verb, expected, started)
         record["components"][0]["services"]["main"]["started"] = NOW - 3               # started by the agent itself
-        self.assertEqual(self.act(record, [make_container()._replace(started=NOW - 3)], settle=10).action, "keep")
+        self.assertEqual(self.act(record, [make_container()._replace(started=NOW - 3)], settle=10).verb, "keep")
 
     def test_a_repair_that_does_not_last_is_not_repeated_for_ever(self):
         """P-7: five in an hour, then with growing pauses, in which the deployment counts as failed."""
         record, now, pauses = make_record(), NOW, []
         for count in range(1, 15):
-            record = margo_agent.count_repair(record, now)
-            self.assertEqual(record["repairs"], count)
-            pause = max(0, margo_agent.make_pause(record) - now)
+            record = margo_agent.count_repair(record, margo_agent.Clock(now, "", 0))
+            self.assertEqual(record["repair"]["failures"], count)
+            pause = record["repair"]["delay"]
             pauses.append(pause)
             action = self.act(record, [], now + 1)
-            self.assertEqual((action.action, action.unstable), ("refuse", ("web", "main")) if pause else ("update", None))
-            self.assertEqual(self.act(record, [], now + pause).action, "update")
+            self.assertEqual((action.verb, action.culprit), ("give_up", ("web", "main")) if pause else ("update", None))
+            self.assertEqual(self.act(record, [], now + pause).verb, "update")
             now += pause
         self.assertEqual(pauses, [0, 0, 0, 0, 30, 60, 120, 240, 480, 960, 1920, 3600, 3600, 3600])
-        self.assertEqual(margo_agent.count_repair(record, now + 3600)["repairs"], 1)      # an hour of rest after the pause
-        self.assertEqual(self.act(record, [make_container()], now - 1).action, "keep")
+        self.assertEqual(margo_agent.count_repair(record, margo_agent.Clock(now + 3600, "", 0))["repair"]["failures"], 1)      # an hour of rest after the pause
+        self.assertEqual(self.act(record, [make_container()], now - 1).verb, "keep")
 
     def test_a_new_revision_starts_with_a_clean_sheet(self):
-        record = dict(make_record(), repairs=9, repairedAt=NOW, failures=3, retryAt=NOW + 9)
+        record = dict(make_record(), repair=WAIT, retry=WAIT)
         begun = margo_agent.begin_record(record, make_target(b"two"))
-        self.assertEqual((begun["repairs"], begun["failures"], begun["retryAt"], begun["fallback"]), (0, 0, 0, True))
-        self.assertEqual(margo_agent.begin_record(record, make_target())["repairs"], 9)
+        self.assertEqual((begun["repair"], begun["retry"], begun["fallback"]), ({}, {}, True))
+        self.assertEqual(margo_agent.begin_record(record, make_target())["repair"], WAIT)
 
     def test_a_clock_that_was_wrong_holds_nothing_up(self):
         """P-2: a next attempt noted in a wrong year does not wait for that year."""
-        record = make_record(state="failed", error={"code": "X", "source": "", "message": ""}, retryAt=NOW + 10 ** 8, failures=2)
-        self.assertEqual(self.act(record).action, "update")
-        self.assertEqual(self.act(dict(make_record(), repairs=9, repairedAt=NOW + 10 ** 8)).action, "update")
+        record = make_record(state="failed", error={"code": "X", "source": "", "message": ""}, retry=dict(WAIT, at=NOW + 10 ** 8))
+        self.assertEqual(self.act(record).verb, "update")
+        self.assertEqual(self.act(dict(make_record(), repair=dict(WAIT, at=NOW + 10 ** 8))).verb, "update")
 
     def make_failed(self, **changes):
-        record = make_record(state="failed", error={"code": "X", "source": "", "message": "m"}, retryAt=NOW + 60, fallback=True)
+        record = make_record(state="failed", error={"code": "X", "source": "", "message": "m"}, retry={"failures": 1, "at": NOW, "delay": 60}, fallback=True)
         return dict(record, adopted={"digest": digest(b"two"), "version": 2}, **changes)
 
     def test_the_version_before_is_mended_while_a_failed_one_waits(self):
         """P-1, P-12: also where the new one was refused; what is kept for inspection is not touched."""
         action = self.act(self.make_failed())
-        self.assertEqual((action.action, action.restore), ("update", True))
+        self.assertEqual(action.verb, "restore")
         self.assertIn("version before", action.reason)
-        self.assertEqual(self.act(self.make_failed(), [make_container()]).action, "keep")
-        self.assertFalse(self.act(self.make_failed(), now=NOW + 60).restore)
-        self.assertEqual(self.act(dict(self.make_failed(), fallback=False)).action, "keep")
-        self.assertEqual(self.act(dict(self.make_failed(), repairs=9, repairedAt=NOW)).action, "keep")
+        self.assertEqual(self.act(self.make_failed(), [make_container()]).verb, "keep")
+        self.assertEqual(self.act(self.make_failed(), now=NOW + 60).verb, "update")
+        self.assertEqual(self.act(dict(self.make_failed(), fallback=False)).verb, "keep")
+        self.assertEqual(self.act(dict(self.make_failed(), repair=WAIT)).verb, "keep")
         error = margo_agent.ComponentError("NOT_ELIGIBLE", "m")
-        self.assertTrue(self.act(self.make_failed(refused=True), error=error).restore)
-        self.assertEqual(self.act(self.make_failed(refused=True), [make_container()], error=error).action, "refuse")
+        self.assertEqual(self.act(self.make_failed(refused=True), error=error).verb, "restore")
+        self.assertEqual(self.act(self.make_failed(refused=True), [make_container()], error=error).verb, "refuse")
 
     def test_another_environment_of_the_device_is_an_update(self):
         """C-185: contract, Workloads: a change of runtime.environment replaces the containers it concerns."""
         record, mark = make_record(), margo_agent.make_mark({"A": "1"})
         record["running"]["mark"] = mark
-        self.assertEqual(self.act(record, [make_container()], mark=mark).action, "keep")
+        self.assertEqual(self.act(record, [make_container()], mark=mark).verb, "keep")
         self.assertEqual(self.act(record, [make_container()], mark="").reason, "runtime.environment has changed")
+
+
+class Turns(unittest.TestCase):
+    """F-28: the host's ports change hands between deployments of one plan; the order in the manifest is of no account."""
+
+    @staticmethod
+    def ports(*numbers, device="gw", address="", protocol="tcp"):
+        return {(device, address, number, protocol) for number in numbers}
+
+    def run_all(self, held=(), **waiting):
+        """[(verb, id)] until nobody waits; waiting: {id: (ports it takes, ports it holds)}; what is done holds what it took."""
+        held, done = dict(held), []
+        while waiting:
+            key, verb, words = margo_agent.find_turn(waiting, held)
+            done.append((verb, key))
+            self.assertEqual(bool(words), verb == "fail")
+            takes, holds = waiting[key]
+            if verb == "stop":
+                self.assertTrue(holds, "what holds nothing has nothing to free")
+                waiting[key] = takes, set()
+                continue
+            waiting.pop(key)
+            held[key] = takes if verb == "go" else holds
+        return done
+
+    def test_who_gives_a_port_up_goes_before_who_takes_it(self):
+        one, two, three = self.ports(1), self.ports(2), self.ports(3)
+        for order in itertools.permutations((("a", (two, one)), ("b", (three, two)), ("c", (self.ports(4), three)))):
+            self.assertEqual(self.run_all(**dict(order)), [("go", "c"), ("go", "b"), ("go", "a")])
+
+    def test_what_is_independent_keeps_the_order_of_the_manifest(self):
+        self.assertEqual(self.run_all(b=(self.ports(1), set()), a=(self.ports(2), self.ports(2)), c=(set(), set())),
+                         [("go", "b"), ("go", "a"), ("go", "c")])
+
+    def test_in_a_circle_one_is_stopped_first_and_each_is_changed_once(self):
+        one, two, three = self.ports(1), self.ports(2), self.ports(3)
+        for items in itertools.permutations((("a", (two, one)), ("b", (three, two)), ("c", (one, three)))):
+            done = self.run_all(**dict(items))
+            self.assertEqual([verb for verb, _ in done].count("stop"), 1)
+            self.assertEqual(sorted(key for verb, key in done if verb == "go"), ["a", "b", "c"])
+        self.assertEqual(self.run_all(a=(two, one), b=(one, two)), [("stop", "b"), ("go", "a"), ("go", "b")])
+
+    def test_a_port_that_its_holder_keeps_is_not_taken(self):
+        """Whoever wants it fails, and so does who waits for what that one would have given up; the holder goes on."""
+        one, two, three = self.ports(1), self.ports(2), self.ports(3)
+        self.assertEqual(self.run_all(held={"b": one}, a=(one, set())), [("fail", "a")])
+        self.assertEqual(self.run_all(a=(two, one), b=(self.ports(2, 3), two)), [("fail", "a"), ("go", "b")])
+        self.assertEqual(self.run_all(c=(one, three), a=(two, one), b=(two, two)), [("fail", "a"), ("fail", "c"), ("go", "b")])
+        self.assertEqual(self.run_all(a=(one, set()), b=(one, set())), [("go", "a"), ("fail", "b")])
+
+    def test_the_words_name_the_port_and_its_holder(self):
+        _, _, words = margo_agent.find_turn({"a": (self.ports(53, protocol="udp"), set())}, {OTHER: self.ports(53, protocol="udp")})
+        self.assertIn("*:53/udp", words)
+        self.assertIn(OTHER, words)
+
+    def test_ports_are_the_same_on_one_device_by_one_protocol_and_at_addresses_that_meet(self):
+        for held, meets in (({"address": "10.0.0.1"}, True), ({}, True), ({"device": "gw/a"}, False), ({"protocol": "udp"}, False)):
+            self.assertEqual(self.run_all(held={"b": self.ports(1, **held)}, a=(self.ports(1), set())),
+                             [("fail" if meets else "go", "a")], held)
+        self.assertEqual(self.run_all(held={"b": self.ports(1, address="10.0.0.1")}, a=(self.ports(1, address="10.0.0.2"), set())),
+                         [("go", "a")])
+
+    def test_what_holds_a_port_is_the_version_that_runs(self):
+        record = make_record()
+        self.assertEqual(margo_agent.find_held_ports(record), set())
+        record["components"][0]["services"]["main"]["ports"] = [["", 80, "tcp"]]
+        self.assertEqual(margo_agent.find_held_ports(record), {("device", "", 80, "tcp")})
+        begun = margo_agent.begin_record(record, make_target(b"two"))
+        self.assertEqual(margo_agent.find_held_ports(begun), {("device", "", 80, "tcp")})
+        begun["components"][0]["services"] = {"main": {"hash": "h", "finished": False, "image": "i", "ports": [["", 81, "tcp"]]}}
+        self.assertEqual(margo_agent.find_held_ports(begun), {("device", "", 80, "tcp")})          # it is not done yet
+        self.assertEqual(margo_agent.find_held_ports(dict(begun, fallback=False)), {("device", "", 81, "tcp")})
+        self.assertEqual(margo_agent.find_held_ports(dict(record, state="removed")), set())
+
+    def test_what_frees_comes_before_what_takes(self):
+        """Removals, repairs, then all updates as one group, then what is new."""
+        ids = [f"{number}" for number in range(6)]
+        running = dict(make_record(), deviceId="gw")
+        records = {key: running for key in ids[1:]}
+        actions = [margo_agent.Action(key, verb, "", make_target(content), "gw") for key, verb, content in (
+            ("5", "remove", b"one"), ("0", "install", b"one"), ("1", "update", b"two"), ("2", "update", b"one"), ("3", "update", b"two"),
+            ("4", "keep", b"one"))]
+        groups = [[action.deployment_id for action in group] for group in margo_agent.make_groups(actions, records)]
+        self.assertEqual(groups, [["5"], ["2"], ["4"], ["1", "3"], ["0"]])
 
 
 class Convergence(unittest.TestCase):
     def test_every_combination_has_exactly_one_action_a_deployment_and_a_reason(self):
         """P-12: whatever was interrupted, nothing wanted is left out and nothing unwanted kept."""
-        records = [None] + [make_record(content, state, retryAt=at, error={"code": "X"}) for content in (b"one", b"two")
-                            for state in margo_agent.STATES for at in (0, NOW + 1)]
+        records = [None] + [make_record(content, state, retry=wait, error={"code": "X"}) for content in (b"one", b"two")
+                            for state in margo_agent.STATES for wait in ({}, WAIT)]
         observed = [None, [], [make_container()], [make_container(state="exited")], [make_container(), make_container(OTHER)]]
         count = 0
         for target, record, containers in itertools.product([None, make_target(), make_target(error=margo_agent.ComponentError("E", "m"))],

@@ -108,7 +108,7 @@ class Machine:
     """An engine behind the interface of a driver."""
 
     def __init__(self, rng):
-        self.rng, self.running, self.faulty, self.pulled = rng, {}, True, []
+        self.rng, self.running, self.faulty = rng, {}, True
 
     def fail(self, code):
         if self.faulty and self.rng.random() < 0.05:
@@ -121,13 +121,16 @@ class Machine:
             self.running.pop(self.rng.choice(sorted(self.running)))
         return [Container(item[:8], item[:8], item, "web", "main", mark, "running", "compose") for item, mark in sorted(self.running.items())]
 
+    def find_strangers(self):
+        return []
+
     def tail_log(self, *_):
         return "; its log ends: last words"
 
     def tend(self, *_):
         pass                                        # nothing of it has a health check
 
-    def prepare(self, deployment, component, known, store):
+    def prepare(self, deployment, component, known, store, fetched):
         self.fail("PULL_FAILED")
         store.save_artifact(support.digest(component.revision.encode()), component.revision.encode())
         return (deployment.deployment_id, component.revision), {"reference": "x", "digest": support.digest(component.revision.encode())}
@@ -136,6 +139,9 @@ class Machine:
         self.fail("INSTALL_FAILED")
         self.running[prepared[0]] = prepared[1]
         return {"main": {"hash": prepared[1], "finished": False, "image": "x"}}
+
+    def list_ports(self, prepared):
+        return []
 
     def remove(self, deployment_id, *_):
         self.fail("REMOVE_FAILED")
@@ -156,7 +162,7 @@ class Soak(unittest.TestCase):
         fleet, machine = Fleet(rng), Machine(rng)
         config = margo_agent.make_config(dict(self.CONFIG, state_dir=os.path.join(folder, "state")), "/", {})
         agent = margo_agent.Agent(config)
-        agent.places = [agent.places[0]._replace(drivers={"compose": machine})]
+        agent.devices = [agent.devices[0]._replace(drivers={"compose": machine})]
         agent.make_capabilities = lambda place: {"properties": {"id": DEVICE}}
         real = margo_agent.write_file
 

@@ -75,7 +75,7 @@ class State(StoreCase):
 
     def test_an_unreadable_state_is_refused_and_kept(self):
         """D-5, D-34: a broken state never turns into "no version accepted yet"."""
-        for text in ("", "{", "[]", "{}", '{"schema": "1"}', '{"schema": 1, "schema": 1}', "\x00" * 64, '{"schema": 2}'):
+        for text in ("", "{", "[]", "{}", '{"schema": "1"}', '{"schema": 1, "schema": 1}', "\x00" * 64, '{"schema": 3}'):
             with open(self.store.path("state.json"), "w") as file:
                 file.write(text)
             with self.assertRaises(margo_agent.StorageError, msg=text) as caught:
@@ -83,6 +83,21 @@ class State(StoreCase):
             self.assertIn("state.json", caught.exception.message)
             with open(self.store.path("state.json")) as file:
                 self.assertEqual(file.read(), text)
+
+    def test_waits_of_an_older_schema_are_kept(self):
+        """Contract, Files: an older schema is migrated; P-2: what stands in a wrong year still holds nothing up."""
+        older = {"adopted": {}, "failures": 3, "retryAt": 1000, "repairs": 6, "repairedAt": 900, "left": []}
+        wrong = dict(older, retryAt=10 ** 9, repairedAt=10 ** 9)
+        calm = {"adopted": {}, "failures": 0, "retryAt": 0, "repairs": 0, "repairedAt": 0}
+        text = json.dumps({"schema": 1, "deployments": {"a": older, "b": wrong, "c": calm}}).encode()
+        state = margo_agent.parse_state(text, "state.json")
+        now = margo_agent.Clock(940, "boot", 5)
+        left = {key: (margo_agent.find_wait(record["retry"], now), margo_agent.find_wait(record["repair"], now))
+                for key, record in state["deployments"].items()}
+        self.assertEqual((state["schema"], left), (2, {"a": (60, 20), "b": (0, 0), "c": (0, 0)}))
+        record = state["deployments"]["a"]
+        self.assertEqual((record["retry"]["failures"], record["repair"]["failures"]), (3, 6))
+        self.assertEqual(set(record), {"adopted", "retry", "repair"})
 
     def test_a_newer_schema_says_so(self):
         with open(self.store.path("state.json"), "w") as file:

@@ -20,7 +20,7 @@ def arrive(rng, spread):
     now = margo_agent.make_start(boot, CONFIG.poll, spread, rng.random()) or boot
     while now < SPAN:
         yield now
-        now += margo_agent.make_delay(CONFIG, margo_agent.make_state(), None, 0, rng.random())
+        now += margo_agent.make_delay(CONFIG, margo_agent.make_state(), None, margo_agent.Clock(0, "", 0), rng.random())
 
 
 def arrive_by_cron(rng, spread):
