@@ -225,9 +225,9 @@ Container = define("Container", "id name deployment_id component service hash st
     " `hash` our mark, `type` the deployment type whose driver showed it, `device_id` the child device it was made for, `started` Unix"
     " seconds where they are shown, `health` the engine's word where there is a check, `owner` who made it, as far as a label says so.",
     "", 0, "", "")
-Claim = define("Claim", "owner owners deployments ids",
-    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of: ids of deployments in lower"
-    " case and of containers; see is_ours.")
+Claim = define("Claim", "owner owners deployments ids images",
+    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of: ids of"
+    " deployments in lower case and of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
     "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on; culprit: (component,"
     " service) that is repaired in vain.", None, "", None)
@@ -2166,8 +2166,7 @@ class Folder:
     """An unpacked package, and the one way by which its compose file is looked up on the disk."""
 
     def __init__(self, path, environ=None):
-        self.path = os.path.realpath(path)
-        self.environ = os.environ if environ is None else environ
+        self.path, self.environ = path, environ
 
     def resolve(self, name):
         """A path, relative to the package, with all links followed."""
@@ -2177,27 +2176,29 @@ class Folder:
         """The bytes of a file of the package of at most 1 MiB; None where it is none."""
         path = self.resolve(name)
         try:
-            return read_file(path, MIB) if path.startswith(self.path + "/") and os.path.isfile(path) else None
+            inside = path.startswith(self.resolve("") + "/")
+            return read_file(path, MIB) if inside and os.path.isfile(path) else None
         except StorageError:
             return None
 
     def look(self, name):
         """The Source that a path is.  What is the package's own is mounted by its content, from a place that stays; see keep."""
-        real = self.resolve(name)
-        own = real == self.path or real.startswith(self.path + "/")
+        real, root = self.resolve(name), self.resolve("")
+        own = real == root or real.startswith(root + "/")
         kind = "folder" if os.path.isdir(real) else "file" if os.path.isfile(real) else ""
         kind = kind or ("other" if os.path.exists(real) else "")
         path = real
         if own and kind:
-            path = os.path.join(os.path.dirname(self.path), f"content-{load_digest(real)[:32]}", os.path.basename(real))
+            path = os.path.join(os.path.dirname(root), f"content-{load_digest(real)[:32]}", os.path.basename(real))
         return Source(path, real, kind, own, not own and self.leads_to_engine(real))
 
     def leads_to_engine(self, path):
         """Whether a path is an engine's socket, by whatever name, or a folder with one in it, as far as 10,000 entries tell."""
         import stat
-        places = [self.environ.get(name, "").partition("unix://")[2] for name in ("CONTAINER_HOST", "DOCKER_HOST")]
+        environ = os.environ if self.environ is None else self.environ
+        places = [environ.get(name, "").partition("unix://")[2] for name in ("CONTAINER_HOST", "DOCKER_HOST")]
         places += ["/run/podman/podman.sock", "/run/docker.sock", "/run/containerd/containerd.sock", "/run/crio/crio.sock",
-                   os.path.join(self.environ.get("XDG_RUNTIME_DIR") or "/run", "podman/podman.sock")]
+                   os.path.join(environ.get("XDG_RUNTIME_DIR") or "/run", "podman/podman.sock")]
         places = [os.path.realpath(place) for place in places if place and os.path.exists(place)]
         if os.path.basename(path) in ENGINE_SOCKETS or any(place.startswith(path.rstrip("/") + "/") for place in places):
             return True
@@ -2229,8 +2230,9 @@ class Folder:
             try:
                 if os.path.lexists(source.path) and load_digest(source.path)[:32] == place[-32:]:
                     continue
-                remove_folder(place)
-                os.makedirs(place + ".new", 0o755, exist_ok=True)
+                for folder in (place, place + ".new"):      # what was spoilt, and what was cut off
+                    remove_folder(folder)
+                os.makedirs(place + ".new", 0o755)
                 part = os.path.join(place + ".new", os.path.basename(source.path))
                 if source.kind == "folder":
                     shutil.copytree(source.real, part, symlinks=True, copy_function=link_file)
@@ -5307,7 +5309,7 @@ def make_claim(owner, state):
     services = [component["services"] for record in records.values() for component in record["components"]]
     services += [items for record in records.values() for items in (record["running"] or {}).get("services", {}).values()]
     ids = {facts.get("id") for items in services for facts in items.values()}
-    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None})
+    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None}, frozenset(state["pulled"]))
 
 
 def is_ours(claim, deployment_id, owner, container_id=None):
@@ -5356,7 +5358,7 @@ def judge_containers(found, facts, now, settle):
         return ""
     if container.state != "running":
         return f"is {container.state}"
-    restarted = container.started != facts.get("started", container.started)
+    restarted = abs(container.started - facts.get("started", container.started)) > 2        # docker rounds it
     return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
 
 
@@ -5915,10 +5917,11 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id owner",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of"
     " runtime.environment, the child device it is for, the owner to label it with.", "", "")
-Service = define("Service", "name image arguments command environment files networks depends_on health pull hash ports mounts",
+Service = define("Service", "name image arguments command environment files networks depends_on health pull hash ports mounts shares",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks: [Attachment]; depends_on:"
     " {service: (condition, required)}; health: Health, or None where the file says nothing of it; hash: of all that makes its"
-    " container what it is; ports: [[address or \"\", port, protocol]] that it holds of the host; mounts: [Mount].", (), ())
+    " container what it is; ports: [[address or \"\", port, protocol]] that it holds of the host; mounts: [Mount]; shares: services whose"
+    " namespaces it shares.", (), (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for an external"
     " network), and what of the file has no effect, in words.", ())
@@ -5936,7 +5939,21 @@ Reading = define("Reading", "workload policy engine folder variables volumes net
     " networks, {section: {name: text}} of configs and secrets.")
 
 
+Changes = define("Changes", "kept idle making late leaving",
+    "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no"
+    " start, [Service] to be made, names of those that can only be made after what leaves has left, and"
+    " [[Container]] that leave, those that stop together in one list, whoever depends on others first.")
+Job = define("Job", "workload project folder known deadline current runs volumes",
+    "One apply: what runs, in which folder its files are, what an earlier apply returned, until when; {service: id"
+    " of its container} as far as it has come, the ids of what ran before, {service: {path: volume}} as it was.")
+Shown = define("Shown", "state code restarts health volumes",
+    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of the volumes in it.",
+    0, 0, "", {})
+Network = define("Network", "labels internal subnets gateways",
+    "A network as `network inspect` shows it; the last two are sets of texts.")
+
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
+AT_REST = ("exited", "created", "initialized", "stopped", "configured")     # an engine's words for what does not run
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
 
@@ -6407,12 +6424,18 @@ def make_networks(document, workload):
         for item in value.ipam.config:
             for key, option in (("subnet", "--subnet"), ("gateway", "--gateway"), ("ip_range", "--ip-range")):
                 arguments += make_arguments(option, item[key])
-        networks[name] = make_shared(name, value, workload, f"networks.{name}", arguments)
+        mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
+        networks[name] = make_shared(name, value, workload, f"networks.{name}", arguments + [f"--label={LABEL_HASH}={mark}"])
     return networks
 
 
+def make_shared_labels(workload):
+    """{label: text} by which a volume or network says by whom it was made for what."""
+    return {LABEL_PROJECT: workload.project, LABEL_OWNER: workload.owner}
+
+
 def make_shared(name, value, workload, where, arguments):
-    """(the engine's name, create arguments) of a volume or network: its own, and labels that say by whom it was made for what."""
+    """(the engine's name, create arguments) of a volume or network; its labels are added."""
     named = value.external if isinstance(value.external, str) else value.name
     own = named or (name if value.external else f"{workload.project}_{name}")
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}", own):
@@ -6420,7 +6443,7 @@ def make_shared(name, value, workload, where, arguments):
     other = re.search(rf"-({UUID_PATTERN})_", own)
     if other and other.group(1).lower() != workload.deployment_id.lower():
         deny(where, f"{make_printable(own, 120)!r} is of another deployment; what is shared has a name of its own")
-    labels = dict(value.labels or {}, **{LABEL_PROJECT: workload.project, LABEL_OWNER: workload.owner})
+    labels = dict(value.labels or {}, **make_shared_labels(workload))
     return own, None if value.external else make_arguments("--label", labels) + arguments
 
 
@@ -6779,7 +6802,7 @@ def check_logging(where, logging, engine):
 
 def check_mounts(where, mounts, policy, folder):
     """Raises ComponentError for mounts of what is not there, or of what policy.host_paths does not allow."""
-    roots = [folder.path] + [folder.resolve(path) for path in policy.host_paths]
+    roots = [folder.resolve(path) for path in ["", *policy.host_paths]]
     for mount in mounts:
         for option in mount.options:
             if not (is_tmpfs_option(option) if mount.kind == "tmpfs" else option in MOUNT_OPTIONS):
@@ -6831,7 +6854,7 @@ def make_project(document, workload, policy, engine, folder=None):
     folder, notes = folder or Folder(workload.folder), []
     variables = make_file_variables(workload, folder)
     document = interpolate_all(document, variables)
-    document["services"] = find_started(document["services"], notes)
+    document["services"] = find_wanted(document["services"], notes)
     check_keys(document)
     document = read_value(document, FILE_FORM, "")
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
@@ -6839,7 +6862,7 @@ def make_project(document, workload, policy, engine, folder=None):
     services = {name: make_service(name, service, reading) for name, service in document.services.items()}
     check_ways(services.values())
     add_aliases(services, document.services, notes)
-    order = make_hashes(order_services(services), document.services)
+    order = make_hashes(order_services(services))
     volumes = {name: arguments for name, arguments in reading.volumes.values() if arguments is not None}
     return Project(order, dict(reading.networks.values()), volumes, notes)
 
@@ -6853,7 +6876,7 @@ def make_file_variables(workload, folder):
     return variables
 
 
-def find_started(services, notes):
+def find_wanted(services, notes):
     """The services that are started: those of no profile.  What an image was built from is left out where it is named, and noted."""
     started = {}
     for name, service in services.items():
@@ -6892,7 +6915,7 @@ def make_service(name, service, reading):
         raise make_fault(f"{where}.image: expected the name of an image")
     return Service(name, service.image, arguments, command, make_environment(service, reading, where),
                    make_files(service, reading, where), make_attachments(service, reading, where), make_dependencies(service),
-                   health, service.pull_policy or "missing", "", find_ports(ports), mounts)
+                   health, service.pull_policy or "missing", "", find_ports(ports), mounts, find_shared(service))
 
 
 def add_aliases(services, wanted, notes):
@@ -6935,13 +6958,13 @@ def order_services(services):
     return order
 
 
-def make_hashes(order, wanted):
+def make_hashes(order):
     """The services with a hash of all that makes their containers: who shares another's namespace is made anew with it."""
     final = {}
     for service in order:
         contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
                     for path, item in service.files.items()}
-        shared = [final[other].hash for other in find_shared(wanted[service.name])]
+        shared = [final[other].hash for other in service.shares]
         parts = [service.image, service.arguments, service.command, service.environment, contents, service.networks, shared]
         final[service.name] = service._replace(hash=sha256_digest(make_json(parts))[7:39])
     return list(final.values())
@@ -6957,22 +6980,29 @@ def make_labels(workload, service, digest):
 
 
 def judge_startup(services, facts, healthy):
-    """Where a start stands: (failure or "", [what is waited for], {finished services}).
+    """Where a start stands: ((service, failure) or None, {service: what is waited for}, {finished services}).
 
-    facts: {service: (state, exit code, restarts)} as inspected; healthy: services whose health check has passed (C-163 to C-165).
+    facts: {service: Shown} of those that have a container; healthy: services whose health check has passed (C-163
+    to C-165).
     """
-    waiting, finished = [], set()
+    waiting, finished = {}, set()
     for service in services:
-        state, code, restarts = facts.get(service.name, ("missing", 0, 0))
-        if restarts or state in ("exited", "stopped", "dead") and code != 0:
-            return f"service {service.name} exited with code {code}" + (f" ({restarts} restarts)" if restarts else ""), [], finished
-        if state in ("exited", "stopped"):
+        seen = facts.get(service.name)
+        if seen is None:
+            words = f"the container of service {service.name} is gone: somebody removed it"
+            return (service.name, words), {}, finished
+        ended = seen.state in ("exited", "stopped", "dead")
+        if seen.restarts or ended and seen.code != 0:
+            code = f" with code {seen.code}" if ended else ""
+            again = f" ({seen.restarts} restarts)" if seen.restarts else ""
+            return (service.name, f"service {service.name} exited{code}{again}"), {}, finished
+        if ended:
             finished.add(service.name)
-        elif state != "running":
-            waiting.append(f"{service.name} is {state}")
+        elif seen.state != "running":
+            waiting[service.name] = f"{service.name} is {seen.state}"
         elif service.health and service.name not in healthy:
-            waiting.append(f"{service.name} is not healthy yet")
-    return "", waiting, finished
+            waiting[service.name] = f"{service.name} is not healthy yet"
+    return None, waiting, finished
 
 
 def mask(text, values):
@@ -6986,7 +7016,133 @@ def mask(text, values):
 def is_usable(container, service, known):
     """Whether a container is the one that was made for a service as it is wanted, in a state from which it can go on."""
     ours = not known or known["hash"] != service.hash or known.get("id", container.id) == container.id
-    return ours and container.hash == service.hash and container.state in ("running", "exited", "created", "stopped", "restarting")
+    return ours and container.hash == service.hash and container.state in (
+        "running", "exited", "created", "initialized", "stopped", "restarting")
+
+
+def plan_services(services, present, known, networks):
+    """The Changes that lead from what is there to what is wanted (P-7, P-16).
+
+    present: [Container] of this component; known: what an earlier apply returned; networks: names of those that are
+    about to be made.  Whose network is made anew, or who shares a namespace of a service that starts anew, is made
+    anew, too.
+    """
+    kept, idle, making, late = {}, set(), [], set()
+    for service in services:
+        facts = known.get(service.name)
+        mine = [item for item in present if item.service == service.name]
+        usable = [item for item in mine if is_usable(item, service, facts)]
+        joined = {name for name, *_ in service.networks} & networks
+        if usable and not joined and idle.issuperset(service.shares):
+            container = min(usable, key=lambda item: item.state != "running")
+            kept[service.name] = container
+            if container.state == "running" or facts and facts["finished"] and facts["hash"] == service.hash:
+                idle.add(service.name)
+        else:
+            making.append(service)
+            late.update([service.name] if joined or late.intersection(service.shares) else [])
+    leaving = [item for item in present if item not in kept.values()]
+    return Changes(kept, idle, making, late, order_leaving(services, leaving))
+
+
+def order_leaving(services, leaving):
+    """[[Container]]: those that stop at once in one list, each before what it depends on.
+
+    What the file no longer names goes first.
+    """
+    by_name = {}
+    names = {service.name for service in services}
+    for item in leaving:
+        by_name.setdefault(item.service, []).append(item)
+    groups = [([], [item for item in leaving if item.service not in names])]
+    for service in reversed(services):
+        if any(service.name in other.depends_on for other in groups[-1][0]):
+            groups.append(([], []))
+        groups[-1][0].append(service)
+        groups[-1][1].extend(by_name.get(service.name, ()))
+    return [items for _, items in groups if items]
+
+
+def parse_network(item):
+    """An element of what `network inspect` prints, in either engine's spelling, to (name, Network)."""
+    facts = {key.lower(): value for key, value in item.items()}
+    ranges = facts.get("subnets") or (facts.get("ipam") or {}).get("Config") or ()
+    ranges = [{key.lower(): value for key, value in part.items()} for part in ranges]
+    subnets = {make_range(part["subnet"]) for part in ranges if part.get("subnet")}
+    gateways = {part["gateway"] for part in ranges if part.get("gateway")}
+    return facts["name"], Network(facts.get("labels") or {}, facts.get("internal", False), subnets, gateways)
+
+
+def make_range(text):
+    """A subnet as every engine spells it; what is none stays as it is."""
+    import ipaddress
+    try:
+        return str(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        return text
+
+
+def is_same_network(network, arguments):
+    """Whether a network that is there is what these create arguments make.
+
+    One from before there was a mark is judged by what it is.
+    """
+    if LABEL_HASH in network.labels:
+        return f"--label={LABEL_HASH}={network.labels[LABEL_HASH]}" in arguments
+    given = {}
+    for name, _, value in (argument.partition("=") for argument in arguments):
+        given.setdefault(name, set()).add(value)
+    labels = {f"{key}={value}" for key, value in network.labels.items()} ^ given.get("--label", set())
+    subnets = {make_range(text) for text in given.get("--subnet", ())}
+    return (network.internal == ("--internal" in given) and subnets <= network.subnets
+            and given.get("--gateway", set()) <= network.gateways
+            and all(text.startswith("org.margo.") for text in labels))
+
+
+def plan_networks(wanted, there, project):
+    """What becomes of networks: {name: create arguments} to be made, [names] to be removed before, and at last.
+
+    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One of
+    somebody else stays as it is.  One that is no longer wanted goes first where a new one may be after its addresses.
+    """
+    ours = {name for name, network in there.items() if network.labels.get(LABEL_PROJECT) == project}
+    new = {}
+    for name, arguments in wanted.items():
+        changed = name in ours and arguments is not None and not is_same_network(there[name], arguments)
+        if arguments is not None and (changed or name not in there):
+            new[name] = arguments
+    changed = sorted(ours.intersection(new))
+    dropped = sorted(ours - set(wanted))
+    ranged = any(argument.startswith("--subnet=") for arguments in new.values() for argument in arguments)
+    return new, changed + (dropped if ranged else []), [] if ranged else dropped
+
+
+def find_targets(service):
+    """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
+    named = set(map(make_path, service.files))
+    unnamed = set()
+    for mount in service.mounts:
+        paths = unnamed if mount.kind == "volume" and not mount.source else named
+        paths.add(make_path(mount.target))
+    return named, unnamed
+
+
+def make_path(text):
+    """A path in a container in its shortest spelling."""
+    return re.sub("/+", "/", text).rstrip("/") or "/"
+
+
+def make_volume_names(service, project, declared, before):
+    """{path: volume} for each volume to which nobody gave a name: in the file, or `declared` by the image.
+
+    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path: volume}
+    as it was in the container before, which an earlier agent may have left to the engine to name.
+    """
+    named, unnamed = find_targets(service)
+    volumes = {}
+    for path in sorted(unnamed.union(map(make_path, declared)) - named):
+        volumes[path] = before.get(path) or f"{project}_{service.name}_{sha256_digest(path.encode())[7:19]}"
+    return volumes
 
 
 def find_program(name, environ):
@@ -7069,7 +7225,8 @@ class ComposeDriver:
         output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 20 if self.remote else 60)
         if output.code:
             raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
-        ours, self.strangers = part_containers(parse_containers(output.stdout, self.engine), self.claim())
+        found = parse_containers(output.stdout, self.engine, time.time())
+        ours, self.strangers = part_containers(found, self.claim())
         return [container for container in ours if container.device_id not in self.others]
 
     def find_strangers(self):
@@ -7097,7 +7254,8 @@ class ComposeDriver:
         """Raises ComponentError where a name that a component needs is another owner's, before anything is touched."""
         containers = [make_container_name(workload.project, service.name) for service in project.services]
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
-        for kind, names, words in (("network", [name for name, arguments in project.networks.items() if arguments is not None], advice),
+        networks = [name for name, arguments in project.networks.items() if arguments is not None]
+        for kind, names, words in (("network", networks, advice),
                                    ("volume", list(project.volumes), advice), ("container", containers, "remove it there")):
             for name, owner, found_id in self.inspect_names(kind, names):
                 if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
@@ -7107,7 +7265,7 @@ class ComposeDriver:
         """[(name, owner, id)] of the containers, networks or volumes of these names that there are."""
         output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
         found = []
-        for item in parse_json(output or b"[]", f"{kind} inspect"):
+        for item in self.parse(output or b"[]", list):
             name = (item.get("Name") or item.get("name", "")).lstrip("/")
             labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
@@ -7265,81 +7423,260 @@ class ComposeDriver:
         return self.run(["image", "rm", name], 60).code == 0
 
     def apply(self, prepared, containers, known, deadline):
-        """Makes the component's containers as prepared; {service: {hash, finished, image}} once they run, or ComponentError.
+        """Makes the component's containers as prepared; {service: facts} once they run, or ComponentError, CommandError.
 
-        containers: as observed; known: what an earlier apply returned.  Unchanged services keep their containers; safe to repeat.
+        containers: as observed before it was prepared, so that the engine is asked again.  known: what an earlier
+        apply returned.  Unchanged services keep their containers; safe to repeat.
         """
         workload, project = prepared
-        ours = {}
-        for container in containers:
-            if container.deployment_id.lower() == workload.deployment_id.lower() and container.component == workload.component:
-                ours.setdefault(container.service, []).append(container)
-        folder = os.path.dirname(workload.folder)
-        gone = [container for name, items in ours.items() for container in items if name not in {s.name for s in project.services}]
-        runs = {container.id for items in ours.values() for container in items if container.state == "running"}
-        self.create_shared(project, deadline)
+        present = self.look_up(workload)
+        runs = {container.id for container in present if container.state == "running"}
+        volumes = self.look_at_volumes(known, present)
+        job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
+        finished = self.carry_through(job, present)
+        started = {container.id: container.started for container in self.look_up(workload)}
+        seen, result = self.inspect(job.current.values()), {}
         for service in project.services:
-            self.await_dependencies(service, project, workload, deadline, runs)
-            gone += self.apply_service(service, workload, folder, ours.get(service.name, []), known.get(service.name), deadline)
-        self.remove_containers(gone[::-1], deadline)                # who shares another's network goes before that one
-        finished = self.await_startup(project.services, workload, deadline, runs) if workload.wait else set()
-        there = {container.service: container for container in self.find(workload)}
-        return {service.name: {"hash": service.hash, "finished": service.name in finished, "image": service.image,
-                               "id": there[service.name].id, "started": there[service.name].started, "ports": service.ports}
-                for service in project.services if service.name in there}
+            container_id = job.current.get(service.name, "")
+            volumes = seen[container_id].volumes if container_id in seen else {}
+            result[service.name] = {
+                "hash": service.hash, "finished": service.name in finished, "image": service.image,
+                "id": container_id, "started": started.get(container_id, 0), "ports": service.ports,
+                "volumes": {path: volumes[path] for path in sorted(set(volumes) - find_targets(service)[0])}}
+        return result
 
-    def find(self, workload):
+    def look_up(self, workload):
         """[Container] of one component as it is now."""
         return [container for container in self.observe() if container.component == workload.component
                 and container.deployment_id.lower() == workload.deployment_id.lower()]
 
-    def create_shared(self, project, deadline):
-        """Networks and volumes that are not there yet; what is there is left as it is."""
-        for kind, items in (("network", project.networks.items()), ("volume", project.volumes.items())):
-            for name, arguments in items:
-                if arguments is not None and self.run([kind, "inspect", name], 60).code:
-                    self.run([kind, "create"] + arguments + [name], deadline - time.monotonic(), "INSTALL_FAILED")
+    def carry_out(self, job, arguments, more=None):
+        """The Output of a command that has to succeed; its words may hold what parameters have put into the file."""
+        output = self.run(arguments, job.deadline - time.monotonic(), more=more)
+        if output.code:
+            words = mask(output.stderr, job.workload.parameters.values())[-1500:]
+            raise ComponentError("INSTALL_FAILED", f"{self.engine} {arguments[0]} failed: {words}")
+        return output
 
-    def apply_service(self, service, workload, folder, present, known, deadline):
-        """One service: kept, started again, or made anew; returns the containers that it has no more use for, which do not run.
+    def carry_through(self, job, present):
+        """All that is new is made, then what goes or changes is stopped, then the new is started; the finished services.
 
-        The new container is made while the old one runs, so that what cannot be made touches nothing; between them lie a stop and
-        a start (P-20).
+        So what cannot be made touches nothing, and ports, addresses and volumes change hands with one outage (P-20).
+        What was replaced is removed last, because it is the quickest way back.
         """
-        name, same = f"{workload.project}-{service.name}-1", [item for item in present if is_usable(item, service, known)][:1]
-        if same:
-            self.remove_containers([item for item in present if item not in same], deadline)
-            if same[0].name != name:                # an update was cut off
-                self.run(["rename", same[0].id, name], deadline - time.monotonic(), "INSTALL_FAILED")
-            if same[0].state != "running" and not (known and known["finished"] and known["hash"] == service.hash):
-                self.run(["start", same[0].id], deadline - time.monotonic(), "INSTALL_FAILED")
-            return []
-        old = [item for item in present if item.state == "running"]
-        self.remove_containers([item for item in present if item not in old], deadline)
-        self.create(service, workload, folder, name + "-new" if old else name, deadline)
-        for item in old:
-            if item.name == name:
-                self.run(["rename", item.id, name + "-old"], deadline - time.monotonic(), "INSTALL_FAILED")
-        if old:
-            self.run(["rename", name + "-new", name], deadline - time.monotonic(), "INSTALL_FAILED")
-            self.stop([item.id for item in old], deadline)
-        self.run(["start", name], deadline - time.monotonic(), "INSTALL_FAILED")
-        return [item._replace(state="exited") for item in old]
+        services, project = job.project.services, job.workload.project
+        new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
+        changes = plan_services(services, present, job.known, set(new))
+        leaving = [container for group in changes.leaving for container in group]
+        first, inside = self.look_inside(first, job.project.networks, leaving)
+        if not first:
+            self.create_shared(job, "network", new)
+        self.create_shared(job, "volume", job.project.volumes)
+        job.current.update({name: container.id for name, container in changes.kept.items()})
+        names = {name: container.name for name, container in changes.kept.items()}
+        late = changes.late if first else ()
+        self.create_all(job, [item for item in changes.making if item.name not in late], leaving, names)
+        try:
+            self.halt(job, changes.leaving)
+            if first:
+                self.remove_containers(inside, job.deadline)
+                for name in first:
+                    self.carry_out(job, ["network", "rm", name])
+                self.create_shared(job, "network", new)
+                leaving = [container for container in leaving if container not in inside]
+                self.create_all(job, [item for item in changes.making if item.name in late], leaving, names)
+            self.hand_names_over(job, leaving, names)
+            for service in services:
+                self.await_dependencies(service, job)
+                if service.name not in changes.idle:
+                    self.start(service, job, service.name in changes.kept)
+            finished = self.await_startup(services, job) if job.workload.wait else set()
+        except MargoError:
+            if leaving and self.config.runtime.on_failure != "rollback":        # they are kept for the way back alone
+                self.run(["rm", "--force"] + [container.id for container in leaving], 60)
+            raise
+        self.remove_containers([container._replace(state="exited") for container in leaving], job.deadline)
+        for name in last:
+            if self.run(["network", "rm", name], 60).code:
+                log("warning", "a network that is not needed any more stays: somebody else uses it", network=name)
+        return finished
 
-    def create(self, service, workload, folder, name, deadline):
-        """Makes the container of a service, joined to its networks, not started yet."""
-        arguments = ["create", f"--name={name}"] + [f"--label={key}={item}" for key, item in make_labels(workload, service.name, service.hash).items()]
-        arguments += ["--http-proxy=false"] if self.engine == "podman" else []      # else the agent's own proxy, password and all, is handed in
-        arguments += self.write_environment(service, folder) + self.write_files(service, folder) + service.arguments
-        first, rest = service.networks[0], service.networks[1:]
-        arguments += [f"--network={first[0]}"] + ([f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2] if first[1] is not None else [])
-        arguments += [service.image] + service.command
-        output = self.run(arguments, deadline - time.monotonic(), more=find_handed(service.environment))
-        if output.code:                             # its words may hold what parameters have put into the file
-            raise ComponentError("INSTALL_FAILED", f"{self.engine} create failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
-        for network, aliases, addresses in rest:
-            self.run(["network", "connect"] + [f"--alias={alias}" for alias in [service.name] + aliases] + addresses + [network, name],
-                     deadline - time.monotonic(), "INSTALL_FAILED")
+    def look_at_networks(self, job):
+        """{name: Network} of those that the project names, as far as they are there, and that were made for it."""
+        mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
+        names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
+        names = sorted(set(names).union(job.project.networks))
+        shown = self.run(["network", "inspect"] + names, 60).stdout
+        networks = self.parse(shown.strip() or b"[]", lambda items: dict(map(parse_network, items)))
+        for name, network in networks.items():
+            if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
+                networks[name] = network._replace(labels={})        # it stays as it is
+        return networks
+
+    def look_inside(self, names, wanted, leaving):
+        """(those of these networks that can be removed, [Container] in them).
+
+        Raises ComponentError for one that has to be removed, and in which there is another container.
+        """
+        free, inside = [], []
+        ours = {container.id: container for container in leaving}
+        for name in names:
+            form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
+            ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
+            strange = [container_id for container_id in ids if container_id not in ours]
+            if strange and name in wanted:
+                words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
+                raise ComponentError("INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
+            if not strange:
+                free.append(name)
+                inside += [ours[container_id] for container_id in ids if ours[container_id] not in inside]
+        return free, inside
+
+    def create_shared(self, job, kind, items):
+        """Networks or volumes that are not there yet; items: {name: create arguments}, None for those of others."""
+        for name, arguments in items.items():
+            if arguments is not None and self.run([kind, "inspect", name], 60).code:
+                self.carry_out(job, [kind, "create"] + arguments + [name])
+
+    def look_at_volumes(self, known, present):
+        """{service: {path: volume}} of what is there for each service, or was when it was installed."""
+        volumes = {name: dict(facts.get("volumes", {})) for name, facts in known.items()}
+        seen = self.inspect([container.id for container in present])
+        for container in sorted(present, key=lambda item: item.state == "running"):
+            if container.id in seen:
+                volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
+        return volumes
+
+    def create_all(self, job, services, leaving, names):
+        """Makes the containers of services beside those that leave, under another name where one has theirs."""
+        held = {container.name: container for container in leaving}
+        for service in services:
+            name = make_container_name(job.workload.project, service.name)
+            if name in held:
+                name += "-new"
+            if name in held:                        # an update was cut off, and another one follows
+                self.rename(job, held[name].id, f"{name}-old-{held[name].id[:12]}")
+            names[service.name] = name
+            job.current[service.name] = self.create(service, job, name)
+
+    def hand_names_over(self, job, leaving, names):
+        """Gives each container the name of its service, which one that leaves may have."""
+        for service, name in names.items():
+            own = make_container_name(job.workload.project, service)
+            for container in leaving if name != own else ():
+                if container.name == own:
+                    self.rename(job, container.id, f"{own}-old-{container.id[:12]}")
+            if name != own:
+                self.rename(job, job.current[service], own)
+
+    def rename(self, job, container_id, name):
+        """Renames a container."""
+        arguments = ["rename", container_id, name]
+        if self.run(arguments, job.deadline - time.monotonic()).code:
+            self.free_name(name)
+            self.carry_out(job, arguments)
+
+    def create(self, service, job, name):
+        """Makes the container of a service, joined to its networks, not started yet; its id.
+
+        Where that fails because the engine remembers something wrongly, that is put right, and it is tried once more.
+        """
+        labels = make_labels(job.workload, service.name, service.hash)
+        marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
+        arguments = ["create"] + marks + self.prepare_options(service, job) + [service.image] + service.command
+        handed = find_handed(service.environment)
+        output = self.run(arguments, job.deadline - time.monotonic(), more=handed)
+        if not output.code:
+            words = output.stdout.decode("utf-8", "replace").split()
+        else:
+            if not self.free_name(name):
+                self.renew_image(service, marks)
+            words = self.carry_out(job, arguments, handed).stdout.decode("utf-8", "replace").split()
+        for network, aliases, addresses in service.networks[1:]:
+            aliases = [f"--alias={alias}" for alias in [service.name] + aliases]
+            self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
+        return words[-1] if words else name
+
+    def prepare_options(self, service, job):
+        """The options of `create` for a service; its files are written, and its volumes made."""
+        project = job.workload.project
+        shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
+        text = b"" if shown.code else shown.stdout.strip()
+        declared = self.parse(text or b"null", lambda value: list(value or ()))
+        volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
+        labels = make_arguments("--label", make_shared_labels(job.workload))
+        self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
+        options = []
+        if self.engine == "podman":                 # else the agent's own proxy, password and all, is handed in
+            options.append("--http-proxy=false")
+        options += self.write_environment(service, job.folder) + self.write_files(service, job.folder)
+        unnamed = {f"--volume={path}" for path in volumes}
+        options += [argument for argument in service.arguments if make_path(argument) not in unnamed]
+        options += [f"--volume={volume}:{path}" for path, volume in volumes.items()]
+        first = service.networks[0]
+        options.append(f"--network={first[0]}")
+        for owner in service.shares:                # whose container may have another name yet
+            name = f"=container:{make_container_name(project, owner)}"
+            options = [re.sub(re.escape(name) + r"\Z", f"=container:{job.current[owner]}", option) for option in options]
+        if first[1] is not None:
+            options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
+        return options
+
+    def free_name(self, name):
+        """Frees a name that storage alone holds, as podman leaves it that is killed in `create`; whether it was so.
+
+        What `ps` shows is a container, and stays.
+        """
+        if self.engine != "podman" or name in self.look_at_names([]):
+            return False
+        held = self.look_at_names(["--external"]).get(name)
+        if held:
+            log("warning", "a name is freed that the engine's storage held for no container", container=name)
+        return bool(held) and self.run(["rm", "--force", held], 60).code == 0
+
+    def look_at_names(self, options):
+        """{name: id} of all that podman lists, whoever it belongs to."""
+        text = self.run(["ps", "--all", "--format=json"] + options, 60).stdout.strip()
+        return self.parse(text or b"[]", lambda items: {(item["Names"] or [""])[0]: item["Id"] for item in items or ()})
+
+    def renew_image(self, service, marks):
+        """Pulls an image of ours anew from which not even a bare container can be made, if its registry has it (P-1)."""
+        platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
+        if f"{self.device_id} {service.image}".strip() not in self.claim().images:
+            return
+        probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
+        if not probe.code:
+            self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
+            return
+        there = find_layers(service.image, "".join(platform)[len("--platform="):], self.config)
+        if there and self.remove_image(service.image):
+            log("warning", "a damaged image is pulled anew", image=service.image)
+            self.pull(service, IMAGE_PATIENCE)
+
+    def start(self, service, job, kept):
+        """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""
+        start = ["start", job.current[service.name]]
+        if not kept:
+            self.carry_out(job, start)
+        elif self.run(start, job.deadline - time.monotonic()).code:
+            log("warning", "a container that cannot be started is made anew", service=service.name)
+            again = [item for item in job.project.services if service.name in (item.name, *item.shares)]
+            for item in reversed(again):
+                self.carry_out(job, ["rm", "--force", job.current[item.name]])
+            self.create_all(job, again, [], {})
+            self.carry_out(job, ["start", job.current[service.name]])
+
+    def halt(self, job, groups):
+        """Stops containers, group by group; what cannot be stopped is removed, so that none runs beside the new."""
+        deadline = job.deadline
+        ids = [container.id for group in groups for container in group]
+        for group in groups:
+            active = [container.id for container in group if container.state not in AT_REST]
+            deadline = self.stop(active, deadline) if active else deadline
+        there = self.look_up(job.workload) if ids else []
+        alive = [item.id for item in there if item.id in ids and item.state not in AT_REST]
+        if alive:
+            self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
 
     def write_environment(self, service, folder):
         """The environment by a file of mode 0600: values never stand on a command line.  What no line can hold is only named."""
@@ -7364,65 +7701,82 @@ class ComposeDriver:
             arguments.append(f"--volume={path}:{target}:ro")
         return arguments
 
-    def inspect(self, workload):
-        """{service: (state, exit code, restarts)} and {service: container id} of a component, as they are now."""
-        ids = [container.id for container in self.find(workload)]
-        facts, names, health = {}, {}, {}
-        for item in parse_json(self.run(["inspect", "--type=container"] + ids, 60, "INSTALL_FAILED").stdout, "inspect") if ids else ():
-            service = item["Config"]["Labels"].get(LABEL_SERVICE)
-            state = item["State"]
-            facts[service] = state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0)
-            names[service] = item["Id"]
-            health[service] = (state.get("Health") or state.get("Healthcheck") or {}).get("Status")
-        return facts, names, health
 
-    def await_dependencies(self, service, project, workload, deadline, runs):
+    def parse(self, data, read):
+        """What `read` makes of JSON that the engine printed; raises CommandError where that is of another form."""
+        try:
+            return read(parse_json(data, self.engine))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            words = f"{type(error).__name__}: {error}"
+            raise CommandError(f"{self.engine} answered in an unknown form ({words})") from None
+
+    def inspect(self, ids):
+        """{id: Shown} of those containers that can be looked at; raises CommandError where the engine does not answer."""
+        ids, seen = list(ids), {}
+        output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
+        if output.stdout.strip():                   # without those that are gone
+            return self.parse(output.stdout, lambda items: dict(map(parse_seen, items)))
+        if len(ids) < 2:
+            self.observe()                          # where it answers, the container itself is damaged
+            return {}
+        for container_id in ids:
+            seen.update(self.inspect([container_id]))
+        return seen
+
+    def await_dependencies(self, service, job):
         """Waits until what a service depends on is as its condition says."""
-        by_name = {item.name: item for item in project.services}
+        by_name = {item.name: item for item in job.project.services}
         for condition in ("service_healthy", "service_completed_successfully"):
             others = [by_name[name] for name, (wanted, _) in service.depends_on.items() if wanted == condition and name in by_name]
             if others:
-                self.await_startup(others, workload, deadline, runs, settle=0, complete=condition.endswith("successfully"))
+                self.await_startup(others, job, settle=0, complete=condition.endswith("successfully"))
 
-    def await_startup(self, services, workload, deadline, runs=(), settle=None, complete=False):
+    def await_startup(self, services, job, settle=None, complete=False):
         """Waits until all services run, are healthy, and stay so for runtime.settle; the set of those that finished with exit code 0.
 
-        Raises ComponentError at once for one that failed (C-164), or when the time is over.  runs: ids of containers that ran
-        before, whose earlier restarts are forgiven.  complete: wait for their end instead.
+        Raises ComponentError at once for one that failed (C-164), or when the time is over.  Earlier restarts of what
+        ran before are forgiven.  complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
+        ids = {service.name: job.current.get(service.name, "") for service in services}
         healthy, misses, calm, start, before = set(), {}, None, time.monotonic(), None
+        secrets = job.workload.parameters.values()
         while True:
-            facts, names, health = self.inspect(workload)
-            before = before or {name: facts[name][2] if names[name] in runs else 0 for name in facts}
-            facts = {name: (state, code, count - before.get(name, 0)) for name, (state, code, count) in facts.items()}
-            self.check_health([s for s in services if s.health and facts.get(s.name, "-")[0] == "running"], names, health, healthy, misses, start)
+            seen = self.inspect(filter(None, ids.values()))
+            before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
+            fresh = {key: item._replace(restarts=item.restarts - before.get(key, 0)) for key, item in seen.items()}
+            facts = {name: fresh[key] for name, key in ids.items() if key in fresh}
+            checked = [item for item in services if item.health]
+            running = [item for item in checked if item.name in facts and facts[item.name].state == "running"]
+            self.check_health(running, ids, facts, healthy, misses, start)
             failure, waiting, finished = judge_startup(services, facts, healthy)
-            unwell = [s.name for s in services if s.health and misses.get(s.name, (0, 0))[0] >= s.health[1]]
+            unwell = [item.name for item in checked if misses.get(item.name, (0, 0))[0] >= item.health[1]]
             if failure or unwell:
-                name = unwell[0] if unwell else failure.split()[1]
-                text = failure or f"service {name} is unhealthy"
-                raise ComponentError("UNHEALTHY" if unwell else "INSTALL_FAILED", text + self.tail_log(names.get(name), workload.parameters.values()))
+                name, words = failure or (unwell[0], f"service {unwell[0]} is unhealthy")
+                code = "INSTALL_FAILED" if failure else "UNHEALTHY"
+                raise ComponentError(code, words + self.tail_log(ids[name], secrets))
             if complete:
-                waiting = [f"{service.name} has not ended" for service in services if service.name not in finished]
+                left = [item.name for item in services if item.name not in finished]
+                waiting = {name: f"{name} has not ended" for name in left}
             now = time.monotonic()
             calm = None if waiting else calm or now
-            restless = any(not service.health and service.name not in finished for service in services)
-            if not waiting and (not restless or now - calm >= settle or now > deadline):
+            restless = any(not item.health and item.name not in finished for item in services)
+            if not waiting and (not restless or now - calm >= settle or now > job.deadline):
                 return finished
-            if now > deadline:
-                name = waiting[0].split()[0]
-                raise ComponentError("INSTALL_TIMEOUT", f"not up in time: {', '.join(waiting)}" + self.tail_log(names.get(name), workload.parameters.values()))
+            if now > job.deadline:
+                words = f"not up in time: {', '.join(waiting.values())}"
+                log_end = self.tail_log(ids[next(iter(waiting))], secrets)
+                raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
-    def check_health(self, services, names, health, healthy, misses, start):
+    def check_health(self, services, ids, facts, healthy, misses, start):
         """Runs the health checks that podman may have nobody to run; a miss counts once an interval, after the start period."""
         for service in services:
             if self.engine != "podman":
-                passed = health.get(service.name) == "healthy"
-                lost = health.get(service.name) == "unhealthy"
+                passed = facts[service.name].health == "healthy"
+                lost = facts[service.name].health == "unhealthy"
             else:
-                passed = self.run(["healthcheck", "run", names[service.name]], 120).code == 0
+                passed = self.run(["healthcheck", "run", ids[service.name]], 120).code == 0
                 lost = False
             interval, retries, grace = service.health
             count, last = misses.get(service.name, (0, start + grace))
@@ -7460,9 +7814,12 @@ class ComposeDriver:
 
         One that is not there any more is passed over.
         """
+        patience = ["--ignore"] if self.engine == "podman" else []
         try:
-            self.run(["stop"] + (["--ignore"] if self.engine == "podman" else []) + ids, deadline - time.monotonic())
+            code = self.run(["stop"] + patience + ids, deadline - time.monotonic()).code
         except CommandTimeout:
+            code = 1
+        if code:
             log("warning", "killed, because it did not stop in time", containers=" ".join(ids))
             self.run(["kill"] + ids, 60)
             deadline = time.monotonic() + 60
@@ -7471,7 +7828,7 @@ class ComposeDriver:
     def remove_containers(self, containers, deadline):
         """Stops containers within their own grace period and removes them."""
         ids = [container.id for container in containers]
-        active = [container.id for container in containers if container.state not in ("exited", "created", "stopped")]
+        active = [container.id for container in containers if container.state not in AT_REST]
         if active:
             deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
         if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
@@ -7480,7 +7837,9 @@ class ComposeDriver:
             left = [name for name in ids if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
             if not left:
                 return
-        self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
+        left = [container.id for container in self.observe() if container.id in left]       # others removed some
+        if left:
+            self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
 
     def remove(self, deployment_id, component, containers, deadline):
         """Removes a component's containers, whatever their state, and its networks; volumes stay.  Needs no compose file.
@@ -7516,8 +7875,27 @@ def find_health(state, status):
     return "unhealthy" if (state, health) == ("running", "unhealthy") else state, health
 
 
-def parse_containers(data, engine):
-    """The engine's list of containers to [Container]; raises CommandError for what is not of the expected form."""
+def parse_seen(item):
+    """An element of what `inspect` prints of containers to (id, Shown)."""
+    state = item["State"]
+    health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
+    mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
+    volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
+    code, restarts = state.get("ExitCode", 0), item.get("RestartCount", 0)
+    return item["Id"], Shown(state["Status"], code, restarts, health, volumes)
+
+
+def find_started(status, now):
+    """About when docker says that a container was started, in Unix seconds; 0 where its words are too vague."""
+    match = re.match("Up (Less than a|[0-9]+) seconds?", str(status))
+    return int(now) - int(match.group(1).replace("Less than a", "0")) if match else 0
+
+
+def parse_containers(data, engine, now=0):
+    """The engine's list of containers to [Container]; now: Unix seconds.
+
+    Raises CommandError for what is not of the expected form.
+    """
     containers = []
     try:
         if engine == "podman":
@@ -7533,8 +7911,9 @@ def parse_containers(data, engine):
         else:
             for line in data.splitlines():
                 *marks, device_id, owner, state, status = parse_json(line, "docker ps")
-                state, health = find_health(state, status)
-                containers.append(Container(*marks, state=state, type="compose", device_id=device_id, health=health, owner=owner))
+                started, (state, health) = find_started(status, now), find_health(state, status)
+                facts = {"device_id": device_id, "started": started, "health": health, "owner": owner}
+                containers.append(Container(*marks, state=state, type="compose", **facts))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's

@@ -1,11 +1,13 @@
 """An engine of files that answers as podman does, for tests that need no real containers; see support.FakeEngine.
 
 held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes {name: labels}, images [name],
+           external {name: id}: what storage alone holds, declared {image: [path]}: its volumes, unstartable [id],
            exits {service: code}: such a service has ended with this code as soon as it is started,
            unhealthy [service], restless [service] (restarted between any two looks), unpullable [image], deaf (true: every command
            fails), logless (true: no log can be had), stubborn (true: nothing can be removed), uncreatable (true: no container can be made), lethal (a command, at which
            the agent is killed before it is carried out), slow (a file beside it): names of commands that hang, gate (another): the path
            of a file for which `ps` waits,
+           thief (n: before the n-th command from now somebody removes all containers), damaged [image]: no container can be made of it,
            cut (n: the n-th command from now fails before its work, -n: after it), history (true: past.jsonl gets all after each command).
 
 A test holds the engine open as a thread of its own (serve), to which fake_podman.pl hands its command lines; run as a program, it is a
@@ -49,7 +51,7 @@ class Engine:
     def __init__(self, held):
         self.held, self.lines = held, []
         for key, value in (("containers", {}), ("networks", {}), ("volumes", {}), ("images", []), ("exits", {}), ("unhealthy", []),
-                           ("unpullable", []), ("restless", []), ("count", 0)):
+                           ("unpullable", []), ("restless", []), ("external", {}), ("declared", {}), ("unstartable", []), ("damaged", []), ("count", 0)):
             held.setdefault(key, value)
 
     def say(self, text):
@@ -64,16 +66,21 @@ class Engine:
         fail(f"no such container {name}")
 
     def select(self, options):
-        """Containers by their label filters."""
-        wanted = [value[len("label="):].partition("=") for name, value in options if name == "--filter"]
+        """Containers by their filters, of a label or a network."""
+        filters = [value.partition("=") for name, value in options if name == "--filter"]
+        wanted = [value.partition("=") for kind, _, value in filters if kind == "label"]
+        inside = {value for kind, _, value in filters if kind == "network"}
         for key, container in self.held["containers"].items():
-            if all(name in container["labels"] and (not mark or container["labels"][name] == text) for name, mark, text in wanted):
+            joined = {item[len("--network="):] for item in container["argv"] if item.startswith("--network=")}
+            if inside <= joined.union(container.get("connected", ())) and all(name in container["labels"] and (not mark or container["labels"][name] == text) for name, mark, text in wanted):
                 yield key, container
 
     def ps(self, arguments):
         options, _ = split(arguments)
         found = list(self.select(options))
-        if ("--quiet", "") in options:
+        if ("--external", "") in options:               # what storage alone holds
+            found += [(key, {"id": item, "labels": {}, "state": "external", "code": 0}) for key, item in self.held["external"].items()]
+        if ("--format", "{{.ID}}") in options:
             self.say("\n".join(container["id"] for _, container in found))
         else:
             self.say(json.dumps([dict({"Id": c["id"], "Names": [key], "Labels": c["labels"], "State": c["state"], "ExitCode": c["code"]},
@@ -89,6 +96,9 @@ class Engine:
                 fail(f"{name}: image not known", 125)
             if arguments[0] == "rm":
                 self.held["images"].remove(name)
+                self.held["damaged"] = [other for other in self.held["damaged"] if other != name]
+            elif "--format={{json .Config.Volumes}}" in arguments:
+                self.say(json.dumps({path: {} for path in self.held["declared"].get(name, ())} or None))
 
     def pull(self, arguments):
         _, (name,) = split(arguments)
@@ -113,11 +123,15 @@ class Engine:
             self.say("\n".join(name for name, labels in networks.items() if all(label in labels for label in wanted)))
         elif command == "create":
             networks[names[0]] = [value for name, value in options if name == "--label"]
+        elif command == "connect":
+            self.find(names[1])[1].setdefault("connected", []).append(names[0])
         elif command == "inspect":
             self.show("networks", names)
         elif command == "rm":
             if names[0] not in networks:
                 fail(f"unable to find network with name or ID {names[0]}", 1)
+            if list(self.select([("--filter", f"network={names[0]}")])):
+                fail(f"{names[0]!r} has associated containers with it", 2)
             del networks[names[0]]
 
     def volume(self, arguments):
@@ -137,32 +151,44 @@ class Engine:
     def create(self, arguments):
         options, operands = split(arguments)
         name = dict(options)["--name"]
-        if name in self.held["containers"]:
+        if name in self.held["containers"] or name in self.held["external"]:
             fail(f"the container name {name} is already in use")
+        if operands[0] in self.held["damaged"]:
+            fail(f"creating container storage: Stat /graph/overlay/{operands[0]}/diff: no such file or directory")
         if operands[0] not in self.held["images"] or self.held.get("uncreatable"):
             fail(f"{operands[0]}: image not known")
         self.held["count"] += 1
         labels = dict(value.partition("=")[::2] for option, value in options if option == "--label")
         env = "".join(read(value) for option, value in options if option == "--env-file")
-        self.held["containers"][name] = {"id": f"{self.held['count']:064x}", "image": operands[0], "labels": labels, "state": "created", "code": 0,
+        self.held["containers"][name] = {"id": f"{self.held['count']:012x}".ljust(64, "0"), "image": operands[0], "labels": labels, "state": "created", "code": 0,
                                          "restarts": 0, "argv": arguments, "env": env.splitlines()}
+        for mount in [value for option, value in options if option == "--volume" and ":" in value]:
+            source, target = mount.split(":")[:2]
+            if not source.startswith("/"):
+                self.held["containers"][name].setdefault("mounts", {})[target] = source
+        self.say(self.held["containers"][name]["id"])
 
     def start(self, arguments):
         for name in arguments:
             _, container = self.find(name)
             service = container["labels"]["org.margo.service"]
+            if container["id"] in self.held["unstartable"]:
+                fail(f"unable to start container {container['id']}: mounting storage: no such file or directory")
             ended = service in self.held["exits"]
             container.update(state="exited" if ended else "running", code=self.held["exits"].get(service, 0))
 
     def rename(self, arguments):
         name, _ = self.find(arguments[0])
-        if arguments[1] in self.held["containers"]:
+        if arguments[1] in self.held["containers"] or arguments[1] in self.held["external"]:
             fail(f"the container name {arguments[1]} is already in use")
         self.held["containers"][arguments[1]] = self.held["containers"].pop(name)
 
     def stop(self, arguments):
-        for name in split(arguments)[1]:
-            self.find(name)[1].update(state="exited", code=137)
+        options, names = split(arguments)
+        there = {name for key, container in self.held["containers"].items() for name in (key, container["id"])}
+        for name in names:
+            if name in there or ("--ignore", "") not in options:
+                self.find(name)[1].update(state="exited", code=137)
 
     kill = stop
 
@@ -174,12 +200,20 @@ class Engine:
                 fail(f"cannot remove container {name}: device or resource busy")
             for key in known:
                 del self.held["containers"][key]
+            for key in [key for key, item in self.held["external"].items() if name in (key, item)]:
+                del self.held["external"][key]
 
     def inspect(self, arguments):
         for container in self.held["containers"].values():
             container["restarts"] += container["labels"]["org.margo.service"] in self.held["restless"]
+        names = split(arguments)[1]
+        found = [c for name in names for key, c in self.held["containers"].items() if name in (key, c["id"])]
         self.say(json.dumps([{"Id": c["id"], "Config": {"Labels": c["labels"]}, "RestartCount": c["restarts"],
-                           "State": {"Status": c["state"], "ExitCode": c["code"]}} for c in (self.find(name)[1] for name in split(arguments)[1])]))
+                           "State": {"Status": c["state"], "ExitCode": c["code"]},
+                           "Mounts": [{"Type": "volume", "Name": name, "Destination": path} for path, name in c.get("mounts", {}).items()]}
+                          for c in found]))
+        if len(found) < len(names):
+            fail("no such container")
 
     def healthcheck(self, arguments):
         _, container = self.find(arguments[1])
@@ -226,6 +260,11 @@ def answer(folder, arguments, parent):
         cut = held.pop("cut", None) or 0
         if abs(cut) > 1:
             held["cut"] = cut - 1 if cut > 0 else cut + 1
+        thief = held.pop("thief", None) or 0
+        if thief > 1:
+            held["thief"] = thief - 1
+        if thief == 1:
+            held["containers"] = {}
         engine = Engine(held)
         try:
             if cut == 1:

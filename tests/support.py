@@ -47,6 +47,11 @@ def find_sshd():
     return shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 
 
+def find_dockerd():
+    """Docker's daemon, which Debian keeps out of a user's PATH."""
+    return shutil.which("dockerd", path=os.environ.get("PATH", "") + ":/usr/sbin")
+
+
 def find_netavark():
     """podman's network program with the one that answers for names, where podman looks for them."""
     folders = ("/usr/libexec/podman", "/usr/lib/podman", "/usr/local/libexec/podman", "/usr/local/lib/podman")
@@ -76,6 +81,7 @@ CHECKS = {
     "podman": lambda: shutil.which("podman") and os.geteuid() == 0 and os.path.exists("/bin/busybox"),
     "docker-compose": find_compose,
     "podman-compose": lambda: shutil.which("podman-compose") or shutil.which("podman-compose", path=os.path.dirname(sys.executable)),
+    "dockerd": lambda: find_dockerd() and shutil.which("docker") and os.geteuid() == 0 and os.path.exists("/bin/busybox"),
     "netavark": find_netavark,
     "docker-registry": lambda: shutil.which("docker-registry"),
     "skopeo": lambda: shutil.which("skopeo"),
@@ -574,7 +580,7 @@ class DeviceCase(unittest.TestCase):
 class Engine:
     """A real podman with a storage of its own and an image of busybox; everything in it goes with the test class."""
 
-    count = 0
+    kind, count = "podman", 0
 
     def __init__(self, test_class):
         require("podman")
@@ -595,12 +601,16 @@ class Engine:
         self.make_image(IMAGE)
 
     def podman(self, *arguments, check=True, data=None):
-        """One podman command; its output as text."""
-        done = subprocess.run(["podman"] + list(arguments), env=dict(os.environ, **self.env), input=data, stdout=subprocess.PIPE,
+        """One command of the engine; its output as text."""
+        done = subprocess.run([self.kind] + list(arguments), env=dict(os.environ, **self.env), input=data, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, timeout=120)
         if check and done.returncode:
-            raise AssertionError(f"podman {' '.join(arguments)}: {done.stderr.decode()}")
+            raise AssertionError(f"{self.kind} {' '.join(arguments)}: {done.stderr.decode()}")
         return done.stdout.decode()
+
+    def facts(self, name, form):
+        """What `inspect` shows of a container by a template."""
+        return self.podman("inspect", "--format", form, name).strip()
 
     def make_image(self, name):
         """An image that holds busybox and its commands."""
@@ -636,12 +646,79 @@ class Engine:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+class Docker(Engine):
+    """The same of a real Docker daemon of the test's own: socket, storage and networks lie in its folder, and it ends by its process id.
+
+    It needs root and no iptables: ports of loopback are served by docker-proxy.
+    """
+
+    kind = "docker"
+
+    def __init__(self, test_class):
+        require("dockerd")
+        self.folder = tempfile.mkdtemp(prefix="margo-docker-")
+        paths = {name: os.path.join(self.folder, name) for name in ("socket", "root", "exec", "pid", "log", "client")}
+        os.mkdir(paths["client"])
+        self.env = {"DOCKER_HOST": f"unix://{paths['socket']}", "DOCKER_CONFIG": paths["client"]}
+        config = write(os.path.join(self.folder, "daemon.json"), "{}")
+        with open(paths["log"], "wb") as log:
+            self.process = subprocess.Popen(
+                [find_dockerd(), f"--config-file={config}", f"--host=unix://{paths['socket']}", f"--data-root={paths['root']}",
+                 f"--exec-root={paths['exec']}", f"--pidfile={paths['pid']}", "--storage-driver=vfs", "--bridge=none", "--iptables=false",
+                 "--ip6tables=false", "--default-address-pool=base=10.213.0.0/16,size=24"], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=dict(os.environ, PATH=os.environ["PATH"] + ":/usr/sbin:/sbin"), start_new_session=True)
+        try:
+            wait_for(self.answers, 60, "an answer of the Docker daemon")
+            self.make_image(IMAGE)
+        except BaseException as error:
+            self.close()
+            raise AssertionError(f"{error}: {self.log[-2000:]}") from None
+
+    def answers(self):
+        """Whether the daemon is up; fails where it has ended."""
+        if self.process.poll() is not None:
+            raise AssertionError("the Docker daemon ended")
+        return subprocess.run(["docker", "info"], env=dict(os.environ, **self.env), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+    def containers(self):
+        """{name: (id, state)} of all there are."""
+        lines = self.podman("ps", "--all", "--no-trunc", "--format={{.Names}} {{.ID}} {{.State}}").splitlines()
+        return {name: (container_id, state) for name, container_id, state in (line.split() for line in lines)}
+
+    def clean(self):
+        """Removes all containers, networks and volumes, so that the next test starts from nothing."""
+        for kind, listing, removal in ((["ps", "--all"], "--quiet", ["rm", "--force"]), (["volume", "ls"], "--quiet", ["volume", "rm"])):
+            found = self.podman(*kind, listing, check=False).split()
+            if found:
+                self.podman(*removal, *found, check=False)
+        self.podman("network", "prune", "--force", check=False)
+
+    def close(self):
+        """Ends the daemon, and removes what it had."""
+        if self.process.poll() is None:
+            self.clean()
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                end(self.process)
+        with open(os.path.join(self.folder, "log"), errors="replace") as file:
+            self.log = file.read()
+        with open("/proc/mounts") as file:
+            mounts = [line.split()[1] for line in file if line.split()[1].startswith(self.folder + "/")]
+        for path in reversed(mounts):
+            subprocess.run(["umount", "--lazy", path], stderr=subprocess.DEVNULL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 class EngineCase(unittest.TestCase):
     """A test with a real podman that its class shares, certificates, the example WFM and a device."""
 
+    engine_class = Engine
+
     @classmethod
     def setUpClass(cls):
-        cls.engine = Engine(cls)
+        cls.engine = cls.engine_class(cls)
 
     @classmethod
     def tearDownClass(cls):
@@ -652,6 +729,7 @@ class EngineCase(unittest.TestCase):
         self.pki = Pki(self)
         self.wfm = Wfm(self, self.pki)
         self.device = Device(self, self.pki, self.wfm, self.engine)
+        self.device.set("runtime.engine", self.engine.kind)
 
 
 class SharedCase(unittest.TestCase):

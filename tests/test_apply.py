@@ -49,7 +49,8 @@ class Install(ApplyCase):
             self.wfm.add_package(support.make_compose(), name)
         self.publish(components=(("db", "1.0.0"), ("web", "1.0.0")))
         self.device.cycle()
-        self.assertEqual([name.split("-")[0] for _, name in self.commands("start")], ["db", "web"])
+        names = {container["id"]: name for name, container in self.engine.containers().items()}
+        self.assertEqual([names[container_id].split("-")[0] for _, container_id in self.commands("start")], ["db", "web"])
         reported = [[entry["state"] for entry in item["body"]["components"]] for item in self.wfm.reports()]
         self.assertEqual(reported, [["pending", "pending"], ["installing", "pending"], ["installed", "pending"], ["installed", "installing"],
                                     ["installed", "installed"]])
@@ -496,7 +497,7 @@ class Drift(ApplyCase):
     def test_what_is_not_ours_is_left_alone(self):
         """D-22: a name alone makes nothing ours."""
         with self.engine.open() as held:
-            held["containers"][f"web-{SECOND}-main-1"] = dict(held["containers"][self.name], id="f" * 64, labels={})
+            held["containers"][f"web-{SECOND}-main-1"] = dict(held["containers"][self.name], id="f" * 64, labels={}, argv=[])
         self.wfm.withdraw()
         self.device.cycle()
         self.assertEqual(list(self.engine.containers()), [f"web-{SECOND}-main-1"])

@@ -1198,7 +1198,11 @@ class Shared(FileCase):
                                      "driver": "default", "config": [{"subnet": "fd00::/64", "ip_range": "fd00::/80"}]}},
                                  "fixed": {"driver": "bridge",
                                            "ipam": {"config": [{"subnet": "10.1.0.0/24", "gateway": "10.1.0.1"}]}}}}
-        self.assertEqual(self.make_shared(margo_agent.make_networks, document), {
+        networks = self.make_shared(margo_agent.make_networks, document)
+        digests = {name: arguments.pop() for name, (_, arguments) in networks.items() if arguments}
+        self.assertEqual(digests["plain"], digests["default"])
+        self.assertEqual(len(set(digests.values())), 4)
+        self.assertEqual(networks, {
             "default": (f"{PROJECT}_default", MARKS), "plain": (f"{PROJECT}_plain", MARKS),
             "inner": (f"{PROJECT}_inner", ["--label=a=b"] + MARKS + ["--internal"]), "foreign": ("plant", None),
             "older": ("site", None), "six": (f"{PROJECT}_six", MARKS + ["--ipv6", "--subnet=fd00::/64", "--ip-range=fd00::/80"]),

@@ -184,6 +184,7 @@ class Connections(unittest.TestCase):
         """Bad input: a clear failure before anything is fetched or touched, not an empty folder that an engine makes."""
         driver = self.driver({"CONTAINER_HOST": "ssh://a"})
         folder = support.make_folder(self)
+        os.mkdir(os.path.join(folder, "data"))
         workload = margo_agent.Workload(HELLO, "web", "p", folder, {}, {}, True)
         for services, members in (({"main": {"image": IMAGE, "volumes": ["./data:/data"]}}, {}),
                                   ({"main": {"image": IMAGE, "volumes": [{"type": "bind", "source": "./data", "target": "/data"}]}}, {}),
@@ -192,7 +193,7 @@ class Connections(unittest.TestCase):
             with self.assertRaises(margo_agent.ComponentError) as caught:
                 driver.resolve(workload, 10)
             self.assertEqual(caught.exception.code, "INVALID_DEPLOYMENT")
-            self.assertIn("services.main: configs and bind mounts are files of the gateway", caught.exception.message)
+            self.assertIn("services.main: configs, secrets and bind mounts are files of the gateway", caught.exception.message)
 
 
 class GatewayCase(support.DeviceCase):

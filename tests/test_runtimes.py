@@ -19,50 +19,55 @@ class JudgeStartup(unittest.TestCase):
         return margo_agent.Service(name, IMAGE, [], [], {}, {}, [], {}, health, "missing", "h")
 
     def test_where_a_start_stands(self):
-        """C-163, C-164, C-165, P-6, P-17: decided from what the engine shows, once-only services included."""
-        checked = (30, 3, 0)
+        """C-163, C-164, C-165, P-6, P-17: decided from what the engine shows, once-only services included.
+
+        E-17: a code is told only of what has ended.
+        """
+        checked, unwell = (30, 3, 0), {"one": "one is not healthy yet"}
         cases = [
-            # facts of `one`, its health check, healthy, failure, what is waited for, finished
-            (("running", 0, 0), None, (), "", [], set()),
-            (("running", 0, 0), checked, (), "", ["one is not healthy yet"], set()),
-            (("running", 0, 0), checked, ("one",), "", [], set()),
-            (("running", 0, 0), checked, ("other",), "", ["one is not healthy yet"], set()),
-            (("exited", 0, 0), None, (), "", [], {"one"}),
-            (("exited", 0, 0), checked, (), "", [], {"one"}),
-            (("stopped", 0, 0), None, (), "", [], {"one"}),
-            (("exited", 3, 0), None, (), "service one exited with code 3", [], set()),
-            (("exited", 137, 0), checked, ("one",), "service one exited with code 137", [], set()),
-            (("stopped", 1, 0), None, (), "service one exited with code 1", [], set()),
-            (("dead", 1, 0), None, (), "service one exited with code 1", [], set()),
-            (("running", 0, 2), None, (), "service one exited with code 0 (2 restarts)", [], set()),
-            (("running", 0, 1), checked, ("one",), "service one exited with code 0 (1 restarts)", [], set()),
-            (("restarting", 1, 1), None, (), "service one exited with code 1 (1 restarts)", [], set()),
-            (("exited", 0, 1), None, (), "service one exited with code 0 (1 restarts)", [], set()),
-            (("created", 0, 0), None, (), "", ["one is created"], set()),
-            (("configured", 0, 0), None, (), "", ["one is configured"], set()),
-            (("paused", 0, 0), None, (), "", ["one is paused"], set()),
-            (None, None, (), "", ["one is missing"], set())]
-        for facts, health, healthy, failure, waiting, finished in cases:
+            # what is seen of `one`, its health check, healthy, failure, what is waited for, finished
+            (("running",), None, (), None, {}, set()),
+            (("running",), checked, (), None, unwell, set()),
+            (("running",), checked, ("one",), None, {}, set()),
+            (("running",), checked, ("other",), None, unwell, set()),
+            (("exited",), None, (), None, {}, {"one"}),
+            (("exited",), checked, (), None, {}, {"one"}),
+            (("stopped",), None, (), None, {}, {"one"}),
+            (("exited", 3), None, (), "service one exited with code 3", {}, set()),
+            (("exited", 137), checked, ("one",), "service one exited with code 137", {}, set()),
+            (("stopped", 1), None, (), "service one exited with code 1", {}, set()),
+            (("dead", 1), None, (), "service one exited with code 1", {}, set()),
+            (("running", 0, 2), None, (), "service one exited (2 restarts)", {}, set()),
+            (("running", 0, 1), checked, ("one",), "service one exited (1 restarts)", {}, set()),
+            (("restarting", 1, 1), None, (), "service one exited (1 restarts)", {}, set()),
+            (("exited", 3, 1), None, (), "service one exited with code 3 (1 restarts)", {}, set()),
+            (("created",), None, (), None, {"one": "one is created"}, set()),
+            (("initialized",), None, (), None, {"one": "one is initialized"}, set()),
+            (("configured",), None, (), None, {"one": "one is configured"}, set()),
+            (("paused",), None, (), None, {"one": "one is paused"}, set()),
+            (None, None, (), "the container of service one is gone: somebody removed it", {}, set())]
+        for facts, health, healthy, words, waiting, finished in cases:
             with self.subTest(facts=facts, health=health, healthy=healthy):
-                found = margo_agent.judge_startup([self.make("one", health)], {"one": facts} if facts else {},
+                found = margo_agent.judge_startup([self.make("one", health)], {"one": margo_agent.Shown(*facts)} if facts else {},
                     set(healthy))
-                self.assertEqual(found, (failure, waiting, finished))
+                self.assertEqual(found, (("one", words) if words else None, waiting, finished))
+
+    def judge(self, services, **states):
+        """judge_startup where nothing is healthy yet."""
+        return margo_agent.judge_startup(services, {name: margo_agent.Shown(*facts) for name, facts in states.items()}, set())
 
     def test_one_failure_is_enough(self):
         services = [self.make("a"), self.make("b"), self.make("c")]
-        failure, _, _ = margo_agent.judge_startup(services, {"a": ("running", 0, 0), "b": ("created", 0, 0),
-            "c": ("exited", 5, 0)}, set())
-        self.assertEqual(failure, "service c exited with code 5")
+        failure, _, _ = self.judge(services, a=("running",), b=("created",), c=("exited", 5))
+        self.assertEqual(failure, ("c", "service c exited with code 5"))
 
     def test_every_service_is_waited_for(self):
-        services = [self.make("a"), self.make("b", (1, 1, 0)), self.make("c"), self.make("d")]
-        found = margo_agent.judge_startup(services, {"a": ("created", 0, 0), "b": ("running", 0, 0),
-            "c": ("exited", 0, 0)}, set())
-        self.assertEqual(found, ("", ["a is created", "b is not healthy yet", "d is missing"], {"c"}))
+        services = [self.make("a"), self.make("b", (1, 1, 0)), self.make("c")]
+        found = self.judge(services, a=("created",), b=("running",), c=("exited", 0))
+        self.assertEqual(found, (None, {"a": "a is created", "b": "b is not healthy yet"}, {"c"}))
 
     def test_containers_of_others_do_not_count(self):
-        self.assertEqual(margo_agent.judge_startup([self.make("a")], {"a": ("running", 0, 0), "b": ("exited", 1, 0)},
-            set()), ("", [], set()))
+        self.assertEqual(self.judge([self.make("a")], a=("running",), b=("exited", 1)), (None, {}, set()))
 
 
 class Masking(unittest.TestCase):
@@ -178,7 +183,7 @@ class DriverCase(FileCase):
 
     def setUp(self):
         super().setUp()
-        self.engine = support.FakeEngine(self)
+        self.engine, self.fetched = support.FakeEngine(self), []
         self.start_patch(mock.patch.dict(os.environ, self.engine.env))
         if not self.starts_processes:
             self.start_patch(mock.patch.object(margo_agent, "run_command", self.run_here))
@@ -197,17 +202,17 @@ class DriverCase(FileCase):
 
     def prepare(self, document, **options):
         self.add_file("compose.yaml", document if isinstance(document, str) else json.dumps(document))
-        return self.driver.resolve(self.make_workload(**options), 60)
+        return self.driver.resolve(self.make_workload(**options), 60, fetched=self.fetched)
 
-    def apply(self, document, known=None, **options):
+    def apply(self, document, known=None, patience=60, **options):
         """One apply as the agent does it; what it returns."""
         return self.driver.apply(self.prepare(document, **options), self.driver.observe(), known or {},
-                                 time.monotonic() + 60)
+                                 time.monotonic() + patience)
 
     def changes(self):
         """The command lines so far that change something."""
         return [call for call in self.engine.calls() if call[0] not in ("ps", "inspect", "logs", "info",
-            "healthcheck") and "inspect" not in call[:2]]
+            "healthcheck") and "inspect" not in call[:2] and call[:2] != ["network", "ls"]]
 
     def ids(self):
         """{service: id of its container}."""
@@ -237,9 +242,11 @@ class CommandLines(DriverCase):
         prepared = self.prepare(document)
         service, name = prepared[1].services[0], f"{PROJECT}-main-1"
         self.driver.apply(prepared, self.driver.observe(), {}, time.monotonic() + 60)
-        calls = [call for call in self.changes() if call[0] != "rm"]
+        calls, mine = self.changes(), self.ids()["main"]
         config = next(argument for argument in calls[4] if re.match("--volume=.*:/app:ro$", argument))
         mark = f"--label=org.margo.project={PROJECT}"
+        for call in calls[:3]:
+            self.assertRegex(call.pop(-2), "^--label=org.margo.hash=[0-9a-f]{32}$")
         self.assertEqual(calls, [
             ["network", "create", *MARKS, f"{PROJECT}_default"], ["network", "create", *MARKS, f"{PROJECT}_front"],
             ["network", "create", *MARKS, "--internal", f"{PROJECT}_back"],
@@ -253,7 +260,7 @@ class CommandLines(DriverCase):
              "--publish=80:80", f"--volume={PROJECT}_data:/d", f"--network={PROJECT}_front", "--network-alias=main",
              "--network-alias=www", IMAGE,
              "sleep", "5"],
-            ["network", "connect", "--alias=main", "--ip=10.1.0.5", f"{PROJECT}_back", name], ["start", name]])
+            ["network", "connect", "--alias=main", "--ip=10.1.0.5", f"{PROJECT}_back", name], ["start", mine]])
         with open(config[len("--volume="):-len(":/app:ro")]) as file:
             self.assertEqual(file.read(), "x")
 
@@ -356,7 +363,7 @@ class Preparation(DriverCase):
         """P-1: a device without network starts what it has."""
         self.prepare(make_document({}))
         self.assertEqual(self.changes(), [])
-        self.assertEqual(self.driver.pulled, [])
+        self.assertEqual(self.fetched, [])
 
     def test_pull_policies(self):
         for policy, image, expected in (("missing", "localhost/new:1", True),
@@ -364,10 +371,10 @@ class Preparation(DriverCase):
                                         ("always", "localhost/new:3", True), ("never", IMAGE, False)):
             with self.subTest(policy=policy, image=image):
                 self.engine.forget_calls()
-                self.driver.pulled = []
+                self.fetched = []
                 self.prepare(make_document({"image": image, "pull_policy": policy}))
                 self.assertEqual(self.changes(), [["pull", "--quiet", image]] if expected else [])
-                self.assertEqual(self.driver.pulled, [image] if image != IMAGE else [])
+                self.assertEqual(self.fetched, [image] if image != IMAGE else [])
 
     def test_the_platform_is_pulled_that_will_run(self):
         self.prepare(make_document({"image": "localhost/new:1", "platform": "linux/arm64"}))
@@ -632,6 +639,188 @@ class Owners(DriverCase):
         self.assertEqual(len(self.driver.observe()), 1)
 
 
+class Handover(DriverCase):
+    """K-2: one outage, and nothing of the old runs beside the new."""
+
+    def test_all_is_made_then_the_old_stops_then_the_new_starts_then_the_old_goes(self):
+        self.apply({"services": {"a": {"image": IMAGE}, "b": {"image": IMAGE}, "c": {"image": IMAGE}}})
+        before = self.ids()
+        self.engine.forget_calls()
+        self.apply({"services": {"new": {"image": IMAGE}, "b": {"image": IMAGE, "command": ["x"]}, "c": {"image": IMAGE}}})
+        calls = [call for call in self.changes() if call[0] in ("create", "stop", "start", "rm")]
+        self.assertEqual([call[0] for call in calls], ["create", "create", "stop", "start", "start", "rm"])
+        self.assertEqual({*calls[2][2:]}, {before["a"], before["b"]})
+        self.assertEqual(self.ids()["c"], before["c"])
+        self.assertEqual(set(self.engine.containers()), {f"{PROJECT}-{name}-1" for name in ("new", "b", "c")})
+
+    def test_who_depends_on_another_stops_first(self):
+        def make(value):
+            return {"services": {name: {"image": IMAGE, "environment": {"V": value}, "depends_on": needs}
+                                 for name, needs in (("web", ["api"]), ("api", ["db"]), ("db", []), ("side", []))}}
+        self.apply(make("1"))
+        names = {container_id: name for name, container_id in self.ids().items()}
+        self.engine.forget_calls()
+        self.apply(make("2"))
+        stops = [{names[container_id] for container_id in call[2:]} for call in self.changes() if call[0] == "stop"]
+        order = {name: number for number, group in enumerate(stops) for name in group}
+        self.assertLess(order["web"], order["api"])
+        self.assertLess(order["api"], order["db"])
+
+    def test_the_way_back_starts_the_containers_that_were_there(self):
+        """K-1, P-8: their own layers and volumes are theirs again."""
+        old = {"services": {"a": {"image": IMAGE}, "b": {"image": IMAGE}}}
+        known = self.apply(old, wait=True)
+        self.engine.change(exits={"b": 3})
+        self.assertFails("INSTALL_FAILED", lambda: self.apply({"services": {name: {"image": IMAGE, "command": ["x"]} for name in "ab"}}, known, wait=True),
+                         "service b exited with code 3")
+        self.engine.change(exits={})
+        again = self.apply(old, known, wait=True)
+        self.assertEqual({name: facts["id"] for name, facts in again.items()}, {name: facts["id"] for name, facts in known.items()})
+        self.assertEqual(set(self.engine.containers()), {f"{PROJECT}-a-1", f"{PROJECT}-b-1"})
+
+    def test_without_a_way_back_the_old_does_not_stay(self):
+        self.config.runtime["on_failure"] = "keep"
+        self.apply(make_document({}))
+        before = self.ids()
+        self.engine.change(exits={"main": 3})
+        self.assertFails("INSTALL_FAILED", lambda: self.apply(make_document({"command": ["x"]}), wait=True), "exited with code 3")
+        self.assertNotIn(before["main"], {item["id"] for item in self.engine.containers().values()})
+
+    def test_what_cannot_be_made_touches_nothing(self):
+        """P-20"""
+        document = {"services": {"a": {"image": IMAGE}, "b": {"image": IMAGE}}}
+        self.apply(document)
+        before = self.ids()
+        self.engine.change(damaged=["localhost/bad:1"], images=[IMAGE, "localhost/bad:1"])
+        self.engine.forget_calls()
+        self.assertFails("INSTALL_FAILED", lambda: self.apply({"services": {
+            "a": {"image": IMAGE, "command": ["x"]}, "b": {"image": "localhost/bad:1"}}}), "create failed")
+        self.assertNotIn("stop", [call[0] for call in self.changes()])
+        self.assertEqual({name for name, item in self.engine.containers().items() if item["state"] == "running"},
+                         {f"{PROJECT}-a-1", f"{PROJECT}-b-1"})
+        self.apply(document)
+        self.assertEqual(self.ids(), before)
+
+
+    def test_who_shares_a_namespace_gets_that_of_the_container_that_is_made(self):
+        """K30: while it is made, another container still has the name."""
+        def make(value):
+            return {"services": {"a": {"image": IMAGE, "command": [value], "ipc": "shareable"},
+                                 "b": {"image": IMAGE, "pid": "service:a", "ipc": "service:a", "network_mode": "service:a"}}}
+        for value in "12":
+            self.apply(make(value))
+            made = self.engine.containers()[f"{PROJECT}-b-1"]["argv"]
+            for key in ("network", "pid", "ipc"):
+                self.assertIn(f"--{key}=container:{self.ids()['a']}", made)
+
+
+class Volumes(DriverCase):
+    """K-1: what nobody named has a name of the agent's."""
+
+    def test_it_goes_on_with_whatever_is_made_in_its_place(self):
+        self.engine.change(declared={IMAGE: ["/data", "/cache", "/both", "/tmpfs"]})
+        document = make_document({"volumes": ["/own", "named:/cache"], "tmpfs": ["/tmpfs"]}, volumes={"named": None})
+        facts = self.apply(document)
+        volumes = facts["main"]["volumes"]
+        self.assertEqual(set(volumes), {"/data", "/both", "/own"})
+        with self.engine.open() as held:
+            self.assertEqual(set(held["volumes"]), {f"{PROJECT}_named", *volumes.values()})
+            for name in volumes.values():
+                self.assertIn(f"org.margo.project={PROJECT}", held["volumes"][name])
+        document["services"]["main"]["command"] = ["x"]
+        self.assertEqual(self.apply(document, facts)["main"]["volumes"], volumes)
+        with self.engine.open() as held:
+            held["containers"] = {}
+        self.assertEqual(self.apply(document)["main"]["volumes"], volumes)
+
+    def test_one_that_an_earlier_agent_left_to_the_engine_to_name_is_taken_over(self):
+        self.engine.change(declared={IMAGE: ["/data"]})
+        self.apply(make_document({}))
+        with self.engine.open() as held:
+            held["containers"][f"{PROJECT}-main-1"]["mounts"] = {"/data": "f" * 64}
+        facts = self.apply(make_document({"command": ["x"]}))
+        self.assertEqual(facts["main"]["volumes"], {"/data": "f" * 64})
+        with self.engine.open() as held:
+            held["containers"] = {}
+        self.assertEqual(self.apply(make_document({"command": ["x"]}), facts)["main"]["volumes"], {"/data": "f" * 64})
+
+
+class Memory(DriverCase):
+    """What the engine remembers wrongly is put right, once an attempt."""
+
+    def test_a_name_that_storage_alone_holds_is_freed(self):
+        """F-01: left by a create that was killed; also where an update needs it."""
+        name = f"{PROJECT}-main-1"
+        for held in (name, f"{name}-new"):
+            with self.subTest(held=held):
+                self.engine.change(external={held: "e" * 64})
+                self.apply(make_document({"command": [held]}))
+                self.assertEqual(set(self.engine.containers()), {name})
+
+    def test_a_container_that_cannot_be_started_is_made_anew_with_those_in_its_network(self):
+        """F-02"""
+        document = {"services": {"a": {"image": IMAGE, "volumes": ["/data"]}, "b": {"image": IMAGE, "network_mode": "service:a"}, "c": {"image": IMAGE}}}
+        facts = self.apply(document)
+        with self.engine.open() as held:
+            for item in held["containers"].values():
+                item["state"] = "exited"
+            held["unstartable"] = [facts["a"]["id"]]
+        again = self.apply(document, facts)
+        self.assertEqual([name for name in facts if facts[name]["id"] == again[name]["id"]], ["c"])
+        self.assertEqual(again["a"]["volumes"], facts["a"]["volumes"])
+        self.assertEqual({item["state"] for item in self.engine.containers().values()}, {"running"})
+        self.assertIn(f"--network=container:{again['a']['id']}", self.engine.containers()[f"{PROJECT}-b-1"]["argv"])
+
+    def test_a_damaged_image_of_ours_is_pulled_anew_and_no_other(self):
+        """F-02"""
+        document = make_document({"image": "registry.example/app:1"})
+        for mine, served, expected in ((True, True, True), (False, True, False), (True, False, False)):
+            with self.subTest(mine=mine, served=served), mock.patch.object(
+                    margo_agent, "find_layers", lambda *_, served=served: [("layer", 1)] if served else []):
+                self.engine.change(containers={}, images=["registry.example/app:1"], damaged=["registry.example/app:1"])
+                images = frozenset(["registry.example/app:1"] if mine else [])
+                self.driver.claim = lambda images=images: self.claim._replace(images=images)
+                self.engine.forget_calls()
+                if expected:
+                    self.apply(document)
+                else:
+                    self.assertFails("INSTALL_FAILED", lambda: self.apply(document), "no such file or directory")
+                self.assertEqual("pull" in [call[0] for call in self.changes()], expected)
+
+    def test_an_image_that_is_well_is_not_pulled_for_an_option_that_is_not(self):
+        self.driver.claim = lambda: self.claim._replace(images=frozenset([IMAGE]))
+        self.engine.change(external={f"{PROJECT}-main-1": "e" * 64})
+        self.apply(make_document({}))
+        self.assertNotIn(["image", "rm", IMAGE], self.changes())
+
+    def test_whatever_vanishes_at_whatever_moment_is_a_failure_that_heals(self):
+        """E-3 and its kind: somebody removes all containers before each command of an installation and of an update."""
+        def make(value):
+            return {"services": {"db": {"image": IMAGE, "environment": {"V": value}, "healthcheck": Startup.CHECKED},
+                                 "web": {"image": IMAGE, "environment": {"V": value}, "depends_on": {"db": {"condition": "service_healthy"}}}}}
+
+        for first in (None, make("1")):
+            number, calls = 0, 1
+            while number < calls:
+                number += 1
+                self.engine.change(containers={}, networks={}, thief=None)
+                known = self.apply(first, wait=True) if first else {}
+                self.engine.forget_calls()
+                self.engine.change(thief=number)
+                with self.subTest(first=bool(first), number=number):
+                    try:
+                        known = self.apply(make("2"), known, wait=True)
+                    except (margo_agent.ComponentError, margo_agent.CommandError):
+                        pass
+                    calls = max(calls, len(self.engine.calls()))
+                    self.engine.change(thief=None)
+                    after = self.apply(make("2"), known, wait=True)
+                    self.assertEqual({name: facts["id"] for name, facts in after.items()}, self.ids())
+                    self.assertEqual({item["state"] for item in self.engine.containers().values()}, {"running"})
+                    self.assertEqual(set(self.engine.containers()), {f"{PROJECT}-db-1", f"{PROJECT}-web-1"})
+            self.assertGreater(calls, 10)
+
+
 class Removal(DriverCase):
     def remove(self, component="web"):
         self.driver.remove(support.HELLO, component, self.driver.observe(), time.monotonic() + 60)
@@ -749,42 +938,45 @@ class Startup(DriverCase):
         """C-152: and the log's end."""
         self.engine.change(unhealthy=["main"])
         document = make_document({"healthcheck": {"test": "true", "interval": "1h"}})
-        self.apply(document)
-        workload, project = self.prepare(document)
-        self.assertFails("INSTALL_TIMEOUT", lambda: self.driver.await_startup(project.services, workload,
-            time.monotonic()),
+        self.assertFails("INSTALL_TIMEOUT", lambda: self.apply(document, wait=True, patience=1),
                          "not up in time: main is not healthy yet", "last words")
 
-    def test_what_must_end_first_has_ended_before_the_next_is_made(self):
+    def starts(self):
+        """The services whose containers were started, in order."""
+        services = {item["id"]: item["labels"]["org.margo.service"] for item in self.engine.containers().values()}
+        return [services[call[1]] for call in self.changes() if call[0] == "start"]
+
+    def test_what_must_end_first_has_ended_before_the_next_is_started(self):
         self.engine.change(exits={"migrate": 0})
         document = {"services": {"main": {"image": IMAGE,
                                           "depends_on": {"migrate": {"condition": "service_completed_successfully"}}},
                                  "migrate": {"image": IMAGE}}}
         known = self.apply(document, wait=True)
         self.assertEqual({name: facts["finished"] for name, facts in known.items()}, {"migrate": True, "main": False})
-        started = [call[1] for call in self.changes() if call[0] == "start"]
-        self.assertEqual(started, [f"{PROJECT}-migrate-1", f"{PROJECT}-main-1"])
+        self.assertEqual(self.starts(), ["migrate", "main"])
 
-    def test_what_fails_first_keeps_the_next_from_being_made(self):
+    def test_what_fails_first_keeps_the_next_from_being_started(self):
         self.engine.change(exits={"migrate": 4})
         document = {"services": {"main": {"image": IMAGE,
                                           "depends_on": {"migrate": {"condition": "service_completed_successfully"}}},
                                  "migrate": {"image": IMAGE}}}
         self.assertFails("INSTALL_FAILED", lambda: self.apply(document), "service migrate exited with code 4")
-        self.assertEqual(set(self.ids()), {"migrate"})
+        self.assertEqual(self.starts(), ["migrate"])
 
-    def test_what_must_be_healthy_is_healthy_before_the_next_is_made(self):
+    def test_what_must_be_healthy_is_healthy_before_the_next_is_started(self):
         document = {"services": {"main": {"image": IMAGE, "depends_on": {"db": {"condition": "service_healthy"}}},
                                  "db": {"image": IMAGE, "healthcheck": self.CHECKED}}}
         self.apply(document)
         kinds = [call[0] for call in self.engine.calls()]
-        self.assertLess(kinds.index("healthcheck"), len(kinds) - 1 - kinds[::-1].index("create"))
-        self.assertEqual(kinds.count("create"), 2)
+        self.assertLess(kinds.index("healthcheck"), len(kinds) - 1 - kinds[::-1].index("start"))
+        self.assertEqual(self.starts(), ["db", "main"])
         self.engine.change(unhealthy=["db"])
         document["services"]["db"]["command"] = document["services"]["main"]["command"] = ["x"]
-        before = self.ids()
+        before = set(self.ids().values())
+        self.engine.forget_calls()
         self.assertFails("UNHEALTHY", lambda: self.apply(document), "service db is unhealthy")
-        self.assertEqual(self.ids()["main"], before["main"])
+        self.assertEqual(self.starts(), ["db"])
+        self.assertLess(before, {item["id"] for item in self.engine.containers().values()}, "the way back is gone")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,221 @@
+"""Section 14 on real engines: the whole life of a deployment by the builtin driver, the same on podman and on a Docker daemon.
+
+What is asserted is what the engine shows and what the applications keep; the cases (E-n, F-n, K-n) are those that were found in use.
+"""
+import unittest
+import uuid
+
+from tests import support
+from tests.support import IMAGE
+
+
+def service(**members):
+    return dict({"image": IMAGE, "init": True, "command": ["sleep", "100000"]}, **members)
+
+
+def serve(port, text):
+    """A service that answers with a text on a port of loopback."""
+    return service(command=["sh", "-c", f"mkdir -p /tmp/w && echo {text} > /tmp/w/index.html && exec httpd -f -p 80 -h /tmp/w"],
+                   ports=[f"127.0.0.1:{port}:80"])
+
+
+class Scenario:
+    """The tests; what is below says on which engine."""
+
+    def setUp(self):
+        super().setUp()
+        self.device.set("runtime.compose", "builtin")
+        self.id = str(uuid.uuid4())
+        self.revision = 0
+
+    def publish(self, services, parameters=None, **members):
+        """Makes these services the next revision of the one component `web`."""
+        self.revision += 1
+        tag = f"{self.revision}.0.0"
+        self.wfm.add_package(support.make_compose(services, **members), tag=tag)
+        self.wfm.publish(support.make_deployment(self.id, components=(("web", tag),), registry=self.wfm.registry, parameters=parameters), self.id)
+
+    def update(self, services, expected=0, parameters=None, **members):
+        """Publishes and runs a cycle; returns its log."""
+        self.publish(services, parameters, **members)
+        return self.device.cycle(expected)
+
+    def name(self, name):
+        return f"web-{self.id}-{name}-1"
+
+    def shell(self, name, line):
+        """What a shell says in a container."""
+        return self.engine.podman("exec", self.name(name), "sh", "-c", line).strip()
+
+    def states(self):
+        """{service: state}; fails for a container of another name than that of a service."""
+        states = {}
+        for name, (_, state) in self.engine.containers().items():
+            self.assertRegex(name, f"^web-{self.id}-[a-z]+-1$")
+            states[name.split("-")[-2]] = state
+        return states
+
+    def ids(self):
+        return {name: container_id for name, (container_id, _) in self.engine.containers().items()}
+
+    def volumes(self):
+        return set(self.engine.podman("volume", "ls", "--quiet").split())
+
+    def fetch(self, port):
+        """What is served on a port of loopback."""
+        import urllib.request
+
+        def ask():
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                    return answer.read().decode().strip()
+            except OSError:
+                return None
+        return support.wait_for(ask, 20, f"an answer on port {port}")
+
+    def test_from_the_first_day_to_the_last(self):
+        """E-3, E-17, K-1, D-10, D-23, P-7, P-8, P-17"""
+        check = {"test": ["CMD-SHELL", "test -e /tmp/up"], "interval": "1s", "retries": 30}
+        start = "sleep 1; touch /tmp/up; exec sleep 100000"
+        waits = {"db": {"condition": "service_healthy"}, "setup": {"condition": "service_completed_successfully"}}
+
+        def make(value, **db):
+            return {"setup": service(command=["true"], init=False, environment={"V": value}),
+                    "web": service(depends_on=waits, environment={"V": value}, volumes=["/cache", "named:/named"]),
+                    "db": service(**dict({"command": ["sh", "-c", start], "healthcheck": check, "environment": {"V": value},
+                                          "volumes": ["/data"]}, **db)), "side": service()}
+
+        settled = {"setup": "exited", "web": "running", "db": "running", "side": "running"}
+        self.update(make("1"), volumes={"named": None})
+        self.assertEqual(self.states(), settled)
+        before, volumes = self.ids(), self.volumes()
+        for path, name in (("/cache/x", "web"), ("/named/x", "web"), ("/data/x", "db")):
+            self.shell(name, f"echo kept > {path}")
+        self.assertNotIn("drift", self.device.cycle())
+        self.assertEqual(self.ids(), before)
+
+        self.update(make("2"), volumes={"named": None})                             # who waits, and whom it waits for, at once
+        self.assertEqual((self.states(), self.volumes()), (settled, volumes))
+        after = self.ids()
+        self.assertEqual([name for name in before if before[name] == after[name]], [self.name("side")])
+        times = [self.engine.facts(self.name(name), "{{.State.StartedAt}}") for name in ("db", "web")]
+        self.assertLess(*times)
+        kept = [self.shell(name, f"cat {path}") for path, name in (("/cache/x", "web"), ("/named/x", "web"), ("/data/x", "db"))]
+        self.assertEqual(kept, ["kept"] * 3)
+
+        for _ in range(2):                                                          # and no attempt leaves anything behind
+            log = self.update(make("3", command=["sh", "-c", "exit 3"], init=False), 1, volumes={"named": None})
+            self.assertRegex(log, "service db exited with code 3")
+            self.assertIn("the version before runs again", log)
+            self.assertEqual((self.states(), self.ids(), self.volumes()), (settled, after, volumes))
+        self.assertEqual(self.shell("db", "cat /data/x"), "kept")
+        self.update(make("2"), volumes={"named": None})
+        self.assertEqual(self.states(), settled)
+
+        for harm in (["kill", self.name("db")], ["pause", self.name("web")], ["rm", "--force", self.name("db")], ["stop", "--time=1", self.name("web")]):
+            self.engine.podman(*harm)
+            self.assertIn("drift", self.device.cycle(), harm)
+            self.assertEqual((self.states(), self.volumes()), (settled, volumes), harm)
+        self.assertEqual(self.ids()[self.name("side")], after[self.name("side")])
+        self.assertEqual([self.shell(name, f"cat {path}") for path, name in (("/cache/x", "web"), ("/data/x", "db"))], ["kept"] * 2)
+
+        self.wfm.withdraw(self.id)
+        self.device.cycle()
+        self.assertEqual((self.states(), self.volumes()), ({}, volumes))
+        self.assertNotIn(self.id, self.engine.podman("network", "ls", "--format={{.Name}}"))
+
+    def test_ports_and_volumes_change_hands(self):
+        """K-2: a service is renamed, a port moves to one that stands first, two swap theirs; never two writers."""
+        one, two = support.free_port(), support.free_port()
+        self.update({"app": serve(one, "a")})
+        self.update({"caddy": serve(one, "b")})
+        self.assertEqual((self.fetch(one), self.states()), ("b", {"caddy": "running"}))
+        self.update({"alpha": serve(one, "c"), "caddy": serve(two, "d")})
+        self.assertEqual((self.fetch(one), self.fetch(two)), ("c", "d"))
+        self.update({"alpha": serve(two, "e"), "caddy": serve(one, "f")})
+        self.assertEqual((self.fetch(one), self.fetch(two), set(self.states().values())), ("f", "e", {"running"}))
+        lock = "test -e /d/lock && echo two writers >> /d/faults; trap 'rm /d/lock; exit' TERM; touch /d/lock; while :; do sleep 0.1; done"
+        for name in ("one", "two", "three"):
+            self.update({name: service(command=["sh", "-c", lock], init=False, volumes=["d:/d"])}, volumes={"d": None})
+        self.assertEqual(self.shell("three", "cat /d/faults 2>/dev/null || echo none"), "none")
+
+    def test_a_network_is_part_of_what_its_services_are(self):
+        """K-3: internal, addresses; what is not in it stays."""
+        app, side = service(), service(networks=["other"])
+        network = f"web-{self.id}_default"
+        form = "{{.Internal}}"
+        self.update({"app": app, "side": side}, networks={"other": None})
+        before = self.ids()
+        self.update({"app": app, "side": side}, networks={"other": None, "default": {"internal": True}})
+        self.assertEqual(self.engine.podman("network", "inspect", network, "--format", form).strip(), "true")
+        self.assertEqual([name for name, container_id in self.ids().items() if before[name] == container_id], [self.name("side")])
+        fixed = {"ipam": {"config": [{"subnet": "10.214.5.0/24"}]}}
+        app = service(networks={"default": {"ipv4_address": "10.214.5.5"}})
+        for networks in ({"default": fixed}, {"plant": fixed}):                     # then the same addresses by another name
+            app = service(networks={name: {"ipv4_address": "10.214.5.5"} for name in networks})
+            self.update({"app": app, "side": side}, networks=dict(networks, other=None))
+            self.assertIn("10.214.5.5", self.engine.facts(self.name("app"), "{{json .NetworkSettings.Networks}}"))
+        failing = service(networks=["plant"], command=["sh", "-c", "exit 4"], init=False)
+        self.update({"app": failing, "side": side}, 1, networks={"plant": {"internal": True}, "other": None})
+        self.assertIn("10.214.5.5", self.engine.facts(self.name("app"), "{{json .NetworkSettings.Networks}}"))
+        self.assertEqual(self.states(), {"app": "running", "side": "running"})
+        self.assertEqual(self.ids()[self.name("side")], before[self.name("side")])
+
+    def test_what_the_agent_before_made_stays(self):
+        """K-3: a network without a mark of its definition that has not changed."""
+        networks = {"default": {"internal": True, "labels": {"a": "b"}, "ipam": {"config": [{"subnet": "10.215.5.0/24"}]}}}
+        self.publish({"app": service()}, networks=networks)
+        self.engine.podman("network", "create", "--internal", "--label=a=b", f"--label=org.margo.project=web-{self.id}", "--subnet=10.215.5.0/24",
+                           f"web-{self.id}_default")
+        form = ["network", "inspect", "--format={{.Id}}" if self.engine.kind == "docker" else "--format={{.ID}}", f"web-{self.id}_default"]
+        before = self.engine.podman(*form)
+        self.device.cycle()
+        self.assertEqual(self.engine.podman(*form), before)
+
+    def test_a_crash_loop_that_begins_later_is_seen(self):
+        """E-13, P-6: it runs whenever it is looked at."""
+        self.device.set("runtime.settle", "4s")
+        self.update({"main": service(command=["sh", "-c", "while [ ! -e /broken ]; do sleep 0.2; done; sleep 3; exit 1"], restart="always")})
+        self.shell("main", "touch /broken")
+
+        def count():
+            return int(self.engine.facts(self.name("main"), "{{.RestartCount}}"))
+        support.wait_for(lambda: count() > 0, 30, "a restart")
+        before = count()
+        support.wait_for(lambda: count() > before, 30, "another restart")
+        (reason,) = [reason for _, reason in self.device.plan().values()]
+        self.assertRegex(reason, "web/main is (being restarted over and over|restarting|initialized)")
+
+    def test_what_somebody_removes_while_it_starts_is_a_failure_that_heals(self):
+        """E-3 and its kind: no bug, whatever vanishes."""
+        import threading
+        check = {"test": ["CMD-SHELL", "test -e /nowhere"], "interval": "1s", "retries": 100}
+        self.publish({"main": service(healthcheck=check)})
+
+        def harm():
+            support.wait_for(lambda: self.states().get("main") == "running", 60, "the start")
+            self.engine.podman("rm", "--force", self.name("main"))
+        thread = threading.Thread(target=harm)
+        thread.start()
+        log = self.device.cycle(1)
+        thread.join()
+        self.assertIn("the container of service main is gone", log)
+        self.update({"main": service()})
+        self.assertEqual(self.states(), {"main": "running"})
+
+    def test_purge_leaves_nothing_but_volumes(self):
+        self.update({"main": service(volumes=["/data"])})
+        self.assertEqual(self.device.run("unenroll", "--purge").returncode, 0)
+        self.assertEqual((self.states(), len(self.volumes())), ({}, 1))
+
+
+class OnPodman(Scenario, support.EngineCase):
+    pass
+
+
+class OnDocker(Scenario, support.EngineCase):
+    engine_class = support.Docker
+
+
+if __name__ == "__main__":
+    unittest.main()
