@@ -2182,25 +2182,30 @@ class Folder:
             return None
 
     def look(self, name):
-        """The Source that a path is.  What is the package's own is mounted by its content, from a place that stays; see keep."""
+        """The Source that a path is. What is the package's own is mounted by its content, from a place that
+        stays; see keep."""
         real, root = self.resolve(name), self.resolve("")
         own = real == root or real.startswith(root + "/")
         kind = "folder" if os.path.isdir(real) else "file" if os.path.isfile(real) else ""
         kind = kind or ("other" if os.path.exists(real) else "")
         path = real
         if own and kind:
-            path = os.path.join(os.path.dirname(root), f"content-{load_digest(real)[:32]}", os.path.basename(real))
+            path = os.path.join(os.path.dirname(root), f"content-{load_digest(real)[:32]}",
+                                os.path.basename(real))
         return Source(path, real, kind, own, not own and self.leads_to_engine(real))
 
     def leads_to_engine(self, path):
-        """Whether a path is an engine's socket, by whatever name, or a folder with one in it, as far as 10,000 entries tell."""
+        """Whether a path is an engine's socket, by whatever name, or a folder with one in it, as far as
+        10,000 entries tell."""
         import stat
         environ = os.environ if self.environ is None else self.environ
         places = [environ.get(name, "").partition("unix://")[2] for name in ("CONTAINER_HOST", "DOCKER_HOST")]
-        places += ["/run/podman/podman.sock", "/run/docker.sock", "/run/containerd/containerd.sock", "/run/crio/crio.sock",
+        places += ["/run/podman/podman.sock", "/run/docker.sock", "/run/containerd/containerd.sock",
+                   "/run/crio/crio.sock",
                    os.path.join(environ.get("XDG_RUNTIME_DIR") or "/run", "podman/podman.sock")]
         places = [os.path.realpath(place) for place in places if place and os.path.exists(place)]
-        if os.path.basename(path) in ENGINE_SOCKETS or any(place.startswith(path.rstrip("/") + "/") for place in places):
+        inside = [place for place in places if place.startswith(path.rstrip("/") + "/")]
+        if inside or os.path.basename(path) in ENGINE_SOCKETS:
             return True
         if os.path.exists(path) and not os.path.isdir(path):
             return stat.S_ISSOCK(os.stat(path).st_mode)
@@ -2218,7 +2223,8 @@ class Folder:
         return False
 
     def keep(self, sources):
-        """Lays what these own Sources are where they are mounted from, and notes that this package needs it; see prune_artifacts.
+        """Lays what these own Sources are where they are mounted from, and notes that this package needs it;
+        see prune_artifacts.
 
         A service whose files did not change keeps its container, whatever else is in the next package.
         """
@@ -2242,7 +2248,8 @@ class Folder:
                     sync_folder(folder)
                 os.rename(place + ".new", place)
             except OSError as error:
-                raise StorageError(f"{place} cannot be written ({error.strerror or error}); free space or make it writable") from None
+                words = f"{place} cannot be written ({error.strerror or error})"
+                raise StorageError(f"{words}; free space or make it writable") from None
         if needed:
             sync_folder(os.path.dirname(self.path))
             write_file(self.path + ".content", "\n".join(sorted(needed)).encode())
@@ -2258,12 +2265,14 @@ def link_file(source, target):
 
 
 def load_digest(path):
-    """A digest in hex of a file or a folder with all that is in it: names, modes, contents, links as they are."""
+    """A digest in hex of a file or a folder with all that is in it: names, modes, contents, links as they
+    are."""
     found = []
     for folder, folders, files in os.walk(path):
         folders.sort()
         for name in sorted(folders + files):
-            found.append((os.path.relpath(os.path.join(folder, name), path), load_part(os.path.join(folder, name))))
+            found.append((os.path.relpath(os.path.join(folder, name), path),
+                          load_part(os.path.join(folder, name))))
     found.append(("", load_part(path)))
     return sha256_digest(repr(found).encode("utf-8", "surrogateescape"))[7:]
 
@@ -2276,7 +2285,8 @@ def load_part(path):
     return f"{os.stat(path).st_mode:o} {content}"
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ------------------
 # 6. Commands
 # ------------------------------------------------------------------------------------------------------------------------------
 
@@ -5914,31 +5924,43 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 # 14. Runtimes
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id owner",
+Workload = define("Workload",
+                  "deployment_id component project folder parameters environment wait device_id owner",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of"
     " runtime.environment, the child device it is for, the owner to label it with.", "", "")
-Service = define("Service", "name image arguments command environment files networks depends_on health pull hash ports mounts shares",
-    "One service as the engine is told of it.  files: {path in the container: Content}; networks: [Attachment]; depends_on:"
-    " {service: (condition, required)}; health: Health, or None where the file says nothing of it; hash: of all that makes its"
-    " container what it is; ports: [[address or \"\", port, protocol]] that it holds of the host; mounts: [Mount]; shares: services whose"
-    " namespaces it shares.", (), (), ())
+Service = define(
+    "Service", "name image arguments command environment files networks depends_on health pull hash ports"
+               " mounts shares",
+    "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
+    " [Attachment];"
+    " depends_on: {service: (condition, required)}; health: Health, or None where the file says nothing of"
+    " it;"
+    " hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that it"
+    " holds of"
+    " the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
 Project = define("Project", "services networks volumes notes",
-    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for an external"
-    " network), and what of the file has no effect, in words.", ())
+    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for an"
+    " external network), and what of the file has no effect, in words.", ())
 Mount = define("Mount", "kind source target options found",
-    "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without name), path in the"
-    " container, engine's options; found: the Source of a bind mount.")
+    "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
+    " name), path in"
+    " the container, engine's options; found: the Source of a bind mount.")
 Port = define("Port", "address published target protocol",
-    "An item of `ports`: address of the host or \"\", its port or ports or \"\", those of the container, tcp, udp or sctp.")
-Health = define("Health", "interval retries start", "A health check as the agent waits for it: seconds, misses, seconds of grace.")
+    "An item of `ports`: address of the host or \"\", its port or ports or \"\", those of the container,"
+    " tcp, udp or"
+    " sctp.")
+Health = define("Health", "interval retries start",
+    "A health check as the agent waits for it: seconds, misses, seconds of grace.")
 Attachment = define("Attachment", "network aliases options",
-    "What a container joins: the engine's name of a network, further names in it, arguments; or a network mode, None, None.", None)
-Content = define("Content", "text mode uid gid", "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
+    "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
+    " mode,"
+    " None, None.", None)
+Content = define("Content", "text mode uid gid",
+    "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
 Reading = define("Reading", "workload policy engine folder variables volumes networks contents",
-    "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of volumes and of"
-    " networks, {section: {name: text}} of configs and secrets.")
-
-
+    "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of"
+    " volumes"
+    " and of networks, {section: {name: text}} of configs and secrets.")
 Changes = define("Changes", "kept idle making late leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no"
     " start, [Service] to be made, names of those that can only be made after what leaves has left, and"
@@ -5966,7 +5988,8 @@ def make_fault(text, code="INVALID_DEPLOYMENT"):
 # Variables
 
 class Variables(dict):
-    """{NAME: text} for one compose file, and how many characters they and env files may bring into it: it cannot be a bomb."""
+    """{NAME: text} for one compose file, and how many characters they and env files may bring into it: it
+    cannot be a bomb."""
 
     room = 8 * MIB
 
@@ -5974,14 +5997,16 @@ class Variables(dict):
         """Takes characters from the room that is left; raises ComponentError where there is none."""
         self.room -= count
         if self.room < 0:
-            raise make_fault(f"{where}: variables and env files bring more than {Variables.room} characters into the file")
+            raise make_fault(f"{where}: variables and env files bring more than {Variables.room} characters"
+                             " into the"
+                             " file")
 
 
 def interpolate(text, variables, where, depth=0):
     """`$NAME`, `${NAME}`, `${NAME:-default}` with the operators - ? + :- :? :+, and `$$` in one text.
 
-    variables: Variables.  An unset name is an empty text, and a `$` that begins none of these stays, as compose has it.  Raises
-    ComponentError naming the place.
+    variables: Variables. An unset name is an empty text, and a `$` that begins none of these stays, as
+    compose has it. Raises ComponentError naming the place.
     """
     if depth > 32:
         raise make_fault(f"{where}: a $ in more than 32 others")
@@ -6000,7 +6025,8 @@ def interpolate(text, variables, where, depth=0):
             end = find_brace(text, position, where)
             rest, position = text[position:end], end + 1
             given = name in variables and bool(value or ":" not in operator)
-            value = choose(operator[-1], given, name, value, lambda: interpolate(rest, variables, where, depth + 1), where)
+            value = choose(operator[-1], given, name, value,
+                           lambda: interpolate(rest, variables, where, depth + 1), where)
         result.append(value)
         variables.spend(len(value), where)
         match = pattern.search(text, position)
@@ -6008,7 +6034,8 @@ def interpolate(text, variables, where, depth=0):
 
 
 def choose(operator, given, name, value, make_rest, where):
-    """What `${NAME` gives with one of the operators - ? +, by whether the name counts as given; make_rest: what stands behind it."""
+    """What `${NAME` gives with one of the operators - ? +, by whether the name counts as given; make_rest:
+    what stands behind it."""
     if operator == "+":
         return make_rest() if given else ""
     if given:
@@ -6019,7 +6046,8 @@ def choose(operator, given, name, value, make_rest, where):
 
 
 def find_brace(text, position, where):
-    """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only those of a `${`."""
+    """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only
+    those of a `${`."""
     for opening in ("{", "${"):
         depth = 0
         for index in range(position, len(text)):
@@ -6029,13 +6057,16 @@ def find_brace(text, position, where):
     raise make_fault(f"{where}: a ${{ that is not closed")
 
 
-# Below these keys, keys are names of the application's own; everywhere else x-… keys are extensions, which are dropped unread.
-NAMING = ("services", "networks", "volumes", "configs", "secrets", "environment", "labels", "sysctls", "extra_hosts", "ulimits",
+# Below these keys, keys are names of the application's own; everywhere else x-… keys are extensions, which
+# are dropped unread.
+NAMING = ("services", "networks", "volumes", "configs", "secrets", "environment", "labels", "sysctls",
+          "extra_hosts", "ulimits",
           "depends_on", "options", "driver_opts")
 
 
 def interpolate_all(value, variables, where="", named=False):
-    """Every text below a value interpolated; keys stay as they are, a number as it was spelt.  named: they are names."""
+    """Every text below a value interpolated; keys stay as they are, a number as it was spelt. named: they are
+    names."""
     if isinstance(value, dict):
         result = {}
         for key, item in value.items():
@@ -6052,13 +6083,16 @@ def interpolate_all(value, variables, where="", named=False):
     return interpolate(value, variables, where) if isinstance(value, str) and "$" in value else value
 
 
-ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"                        # a name, and perhaps = or : and a value
-            r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|(?![ \t]*['\"])([^\n]*)))?"
+# a name, and perhaps = or : and a value
+ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
+            r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")"
+            r"|(?![ \t]*['\"])([^\n]*)))?"
             r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 
 
 def parse_env_file(text, variables, where):
-    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes as compose takes them."""
+    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes as compose
+    takes them."""
     result = {}
     known = Variables(variables)
     text = text.replace("\r\n", "\n").lstrip("\ufeff")
@@ -6067,7 +6101,8 @@ def parse_env_file(text, variables, where):
     for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
         name, single, double, plain, odd = match.groups()
         if odd:
-            raise make_fault(f"{where}, line {text.count(chr(10), 0, match.start()) + 1}: expected NAME=value")
+            number = text.count("\n", 0, match.start()) + 1
+            raise make_fault(f"{where}, line {number}: expected NAME=value")
         if single is not None:
             result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
@@ -6179,7 +6214,8 @@ def to_words(value, where):
 
 def to_seconds(value, where):
     """Compose's durations such as 1m30s or 500ms to seconds."""
-    text = to_form(r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s")(value, where)
+    form = to_form(r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s")
+    text = form(value, where)
     units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
     return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
 
@@ -6233,8 +6269,9 @@ def to_namespace(*words):
         text = to_text(value, where)
         if not re.fullmatch("|".join(words + ("service:.+",)), text):
             code = "POLICY_DENIED" if re.match("container:|ns:", text) else "INVALID_DEPLOYMENT"
-            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not supported; known are {', '.join(words)},"
-                             " service:NAME", code)
+            known = ", ".join(words + ("service:NAME",))
+            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not supported; known are {known}",
+                             code)
         return text
     return read_namespace
 
@@ -6254,17 +6291,26 @@ def to_test(value, where):
     return words[1:]
 
 
+# What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
+TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
+             r"tarball|https?):"
+             r"|[^/]*:(?![0-9]+/)[^/]*/")
+IMAGE = (r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?"
+         r"(@[a-z0-9]+:[0-9a-f]{32,128})?")
+
+
 def to_image(value, where):
-    """The whole name of an image: one without a registry is Docker Hub's, for every engine.  None is a file of this device."""
+    """The whole name of an image: one without a registry is Docker Hub's, for every engine. None is a file of
+    this device."""
     text = to_text(value, where)
     shown = repr(make_printable(text, 100))
-    if re.match(r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|tarball|https?):"
-                r"|[^/]*:(?![0-9]+/)[^/]*/", text[:512]):
-        raise make_fault(f"{where}: {shown} is not read from a registry, as an image has to be", "POLICY_DENIED")
-    if len(text) > 512 or "//" in text or not re.fullmatch(
-            r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,128})?",
-            text, re.A):
-        raise make_fault(f"{where}: {shown} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the path in lower case")
+    if re.match(TRANSPORT, text[:512]):
+        raise make_fault(f"{where}: {shown} is not read from a registry, as an image has to be",
+                         "POLICY_DENIED")
+    if len(text) > 512 or "//" in text or not re.fullmatch(IMAGE, text, re.A):
+        raise make_fault(f"{where}: {shown} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the"
+                         " path in"
+                         " lower case")
     if find_registry(text) != "docker.io" or text.startswith("docker.io/"):
         return text
     return f"docker.io/{'' if '/' in text.partition('@')[0] else 'library/'}{text}"
@@ -6276,29 +6322,36 @@ def find_registry(image):
     return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
 
 
-# The form of a file.  A form is a reader; a dict of known keys and their forms; {None: form} for names of the application's own,
-# {list: form} where a list of such names will do, too; [form]; or (form of the long syntax, reader of the short one).
+# The form of a file.  A form is a reader; a dict of known keys and their forms; {None: form} for names of the
+# application's own, {list: form} where a list of such names will do, too; [form]; or (form of the long
+# syntax,
+# reader of the short one).
 
 # Which option of the engine takes a key as it was read.
 SERVICE_OPTIONS = {
     "user": (to_text, "--user"), "hostname": (to_text, "--hostname"), "working_dir": (to_text, "--workdir"),
     "stop_signal": (to_text, "--stop-signal"), "stop_grace_period": (to_grace, "--stop-timeout"),
     "mem_limit": (to_size, "--memory"), "memswap_limit": (to_size, "--memory-swap"),
-    "mem_reservation": (to_size, "--memory-reservation"), "mem_swappiness": (to_number, "--memory-swappiness"),
+    "mem_reservation": (to_size, "--memory-reservation"), "mem_swappiness": (to_number,
+        "--memory-swappiness"),
     "shm_size": (to_size, "--shm-size"), "oom_score_adj": (to_number, "--oom-score-adj"),
-    "cpus": (to_number, "--cpus"), "cpu_period": (to_number, "--cpu-period"), "cpu_quota": (to_number, "--cpu-quota"),
+    "cpus": (to_number, "--cpus"), "cpu_period": (to_number, "--cpu-period"),
+    "cpu_quota": (to_number, "--cpu-quota"),
     "cpu_shares": (to_number, "--cpu-shares"), "cpuset": (to_text, "--cpuset-cpus"),
-    "pids_limit": (to_number, "--pids-limit"), "platform": (to_text, "--platform"), "mac_address": (to_text, "--mac-address"),
-    "pid": (to_namespace("private", "host"), "--pid"),
+    "pids_limit": (to_number, "--pids-limit"), "platform": (to_text, "--platform"),
+    "mac_address": (to_text, "--mac-address"), "pid": (to_namespace("private", "host"), "--pid"),
     "ipc": (to_namespace("private", "shareable", "none", "host"), "--ipc"),
-    "userns_mode": (to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?", "host, auto, nomap or keep-id"),
-                    "--userns"),
-    "init": (to_flag, "--init"), "read_only": (to_flag, "--read-only"), "privileged": (to_flag, "--privileged"),
+    "userns_mode": (to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
+                            "host, auto, nomap or keep-id"), "--userns"),
+    "init": (to_flag, "--init"), "read_only": (to_flag, "--read-only"),
+    "privileged": (to_flag, "--privileged"),
     "tty": (to_flag, "--tty"), "stdin_open": (to_flag, "--interactive"), "restart": (to_restart, "--restart"),
     "cap_add": (to_list, "--cap-add"), "cap_drop": (to_list, "--cap-drop"), "devices": (to_list, "--device"),
-    "security_opt": (to_list, "--security-opt"), "group_add": (to_list, "--group-add"), "dns": (to_list, "--dns"),
-    "dns_opt": (to_list, "--dns-option"), "dns_search": (to_list, "--dns-search"), "extra_hosts": (to_hosts, "--add-host"),
-    "labels": (to_labels, "--label"), "sysctls": (to_values, "--sysctl")}
+    "security_opt": (to_list, "--security-opt"), "group_add": (to_list, "--group-add"),
+    "dns": (to_list, "--dns"),
+    "dns_opt": (to_list, "--dns-option"), "dns_search": (to_list, "--dns-search"),
+    "extra_hosts": (to_hosts, "--add-host"), "labels": (to_labels, "--label"),
+    "sysctls": (to_values, "--sysctl")}
 
 
 def make_form(reader, names, **forms):
@@ -6308,47 +6361,58 @@ def make_form(reader, names, **forms):
 
 CONTENT_FORM = {None: make_form(to_text, "file content environment name")}
 FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), to_text)]
+DEPLOY_FORM = {
+    "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
+    "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
+                  "reservations": make_form(to_number, "cpus", memory=to_size)},
+    "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
+                                condition=to_form("none|on-failure|any", "none, on-failure or any"))}
+MOUNT_FORM = make_form(
+    to_text, "source target consistency", read_only=to_flag, volume={"nocopy": to_flag},
+    type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
+    bind=make_form(to_text, "propagation selinux", create_host_path=to_flag),
+    tmpfs={"size": to_size, "mode": to_mode})
 SERVICE_FORM = dict(
-    {key: reader for key, (reader, _) in SERVICE_OPTIONS.items()}, image=to_image, command=to_words, entrypoint=to_words,
-    environment=to_pairs, env_file=[(make_form(to_text, "path format", required=to_flag), to_text)],
-    network_mode=to_namespace("none", "host", "bridge"), profiles=to_list, expose=to_list, links=to_list, tmpfs=to_list,
-    container_name=to_name, attach=to_flag, scale=to_one, configs=FILES_FORM, secrets=FILES_FORM,
+    {key: reader for key, (reader, _) in SERVICE_OPTIONS.items()},
+    image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs, profiles=to_list,
+    expose=to_list,
+    links=to_list, tmpfs=to_list, container_name=to_name, attach=to_flag, scale=to_one, configs=FILES_FORM,
+    secrets=FILES_FORM, deploy=DEPLOY_FORM, volumes=[(MOUNT_FORM, to_text)],
+    env_file=[(make_form(to_text, "path format", required=to_flag), to_text)],
+    network_mode=to_namespace("none", "host", "bridge"),
     pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
     blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
     ulimits={None: (make_form(to_text, "soft hard"), to_text)},
     ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_text)],
     depends_on={list: make_form(to_flag, "required restart", condition=to_form(
         "service_(started|healthy|completed_successfully)", "a condition that is known"))},
-    networks={list: make_form(to_text, "ipv4_address ipv6_address mac_address", aliases=to_list, priority=to_count)},
-    healthcheck=make_form(to_duration, "interval timeout start_period start_interval", test=to_test, retries=to_count,
-                          disable=to_flag),
-    volumes=[(make_form(
-        to_text, "source target consistency", read_only=to_flag, volume={"nocopy": to_flag},
-        type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
-        bind=make_form(to_text, "propagation selinux", create_host_path=to_flag), tmpfs={"size": to_size, "mode": to_mode}),
-        to_text)],
-    deploy={"mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
-            "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
-                          "reservations": make_form(to_number, "cpus", memory=to_size)},
-            "restart_policy": make_form(to_text, "delay window", max_attempts=to_count, condition=to_form(
-                "none|on-failure|any", "none, on-failure or any"))})
+    networks={list: make_form(to_text, "ipv4_address ipv6_address mac_address", aliases=to_list,
+                              priority=to_count)},
+    healthcheck=make_form(to_duration, "interval timeout start_period start_interval", test=to_test,
+                          retries=to_count, disable=to_flag))
 NETWORK_FORM = make_form(
     to_flag, "internal attachable enable_ipv6", name=to_text, external=to_external, labels=to_labels,
     driver=to_form("bridge|default", "supported; only bridge is"),
-    ipam={"driver": to_form("default", "supported; only default is"), "config": [make_form(to_text, "subnet gateway ip_range")]})
+    ipam={"driver": to_form("default", "supported; only default is"),
+          "config": [make_form(to_text, "subnet gateway ip_range")]})
 VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels, "driver_opts": to_values,
                "driver": to_form("local", "supported; only local is")}
-FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM}, "networks": {None: NETWORK_FORM},
-             "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM, "secrets": CONTENT_FORM}
+FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM},
+             "networks": {None: NETWORK_FORM}, "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM,
+             "secrets": CONTENT_FORM}
 
 # What to write instead of a key that is not supported.
-ADVICE = {"build": "nothing is built on a device; name what was built by `image`", "extends": "write its settings out",
+ADVICE = {"build": "nothing is built on a device; name what was built by `image`",
+          "extends": "write its settings out",
           "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
           "runtime": "the engine's own is used", "device_cgroup_rules": "name device files by `devices`",
-          "volumes_from": "name the volumes themselves", "external_links": "join a network that is `external`",
-          "domainname": "put it into `hostname`", "label_file": "write them as `labels`", "uts": "set `hostname`",
+          "volumes_from": "name the volumes themselves",
+          "external_links": "join a network that is `external`",
+          "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
+          "uts": "set `hostname`",
           "models": "run what serves them as a service", "post_start": "let the entrypoint do it",
-          "pre_stop": "let the entrypoint do it on `stop_signal`", "develop": "it is for a developer's machine",
+          "pre_stop": "let the entrypoint do it on `stop_signal`",
+          "develop": "it is for a developer's machine",
           "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
 
 
@@ -6385,7 +6449,8 @@ def check_keys(document):
 
 
 def read_value(value, form, where):
-    """A value by its form, whole: Settings with None for keys that are not there, {name: …}, lists, and what readers give."""
+    """A value by its form, whole: Settings with None for keys that are not there, {name: …}, lists, and what
+    readers give."""
     if callable(form):
         return None if value is None else form(value, where)
     if isinstance(form, tuple):
@@ -6410,8 +6475,10 @@ def make_volumes(document, workload):
         where, options = f"volumes.{name}", value.driver_opts or {}
         parts = options.get("o", "").split(",") if options.get("o") else []
         if options and not (set(options) <= {"type", "device", "o"} and options.get("type") == "tmpfs"
-                            and options.get("device", "tmpfs") == "tmpfs" and all(map(is_tmpfs_option, parts))):
-            deny(f"{where}.driver_opts", "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
+                            and options.get("device", "tmpfs") == "tmpfs"
+                            and all(map(is_tmpfs_option, parts))):
+            deny(f"{where}.driver_opts",
+                 "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
         volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
     return volumes
 
@@ -6425,7 +6492,8 @@ def make_networks(document, workload):
             for key, option in (("subnet", "--subnet"), ("gateway", "--gateway"), ("ip_range", "--ip-range")):
                 arguments += make_arguments(option, item[key])
         mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
-        networks[name] = make_shared(name, value, workload, f"networks.{name}", arguments + [f"--label={LABEL_HASH}={mark}"])
+        networks[name] = make_shared(name, value, workload, f"networks.{name}",
+                                     arguments + [f"--label={LABEL_HASH}={mark}"])
     return networks
 
 
@@ -6442,7 +6510,8 @@ def make_shared(name, value, workload, where, arguments):
         raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a name here")
     other = re.search(rf"-({UUID_PATTERN})_", own)
     if other and other.group(1).lower() != workload.deployment_id.lower():
-        deny(where, f"{make_printable(own, 120)!r} is of another deployment; what is shared has a name of its own")
+        deny(where, f"{make_printable(own, 120)!r} is of another deployment; what is shared has a name of its"
+             " own")
     labels = dict(value.labels or {}, **make_shared_labels(workload))
     return own, None if value.external else make_arguments("--label", labels) + arguments
 
@@ -6456,25 +6525,28 @@ def make_contents(document, variables, folder):
             if sum(value[key] is not None for key in ("file", "content", "environment")) != 1:
                 raise make_fault(f"{where}: expected one of file, content, environment")
             if value.environment is not None and value.environment not in variables:
-                raise make_fault(f"{where}.environment: there is no parameter {make_printable(value.environment, 60)!r}",
-                                 "PARAMETER_INVALID")
-            text = variables[value.environment] if value.environment is not None else value.content
+                raise make_fault(f"{where}.environment: there is no parameter"
+                                 f" {make_printable(value.environment, 60)!r}", "PARAMETER_INVALID")
+            text = variables.get(value.environment, value.content)
             found[name] = text if value.file is None else read_inside(folder, value.file, f"{where}.file")
     return contents
 
 
 def read_inside(folder, name, where):
-    """The text of a file of the package, bytes that are no UTF-8 escaped; raises ComponentError where it is none of its files."""
+    """The text of a file of the package, bytes that are no UTF-8 escaped; raises ComponentError where it is
+    none of its files."""
     data = folder.read(name)
     if data is None:
-        raise make_fault(f"{where}: {make_printable(name)!r} is not a file of the archive of at most {MIB} bytes")
+        raise make_fault(f"{where}: {make_printable(name)!r} is not a file of the archive of at most {MIB}"
+                         " bytes")
     return data.decode("utf-8", "surrogateescape")
 
 
 # Services
 
 def make_arguments(option, value):
-    """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None."""
+    """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None.
+    """
     if value is None or isinstance(value, bool):
         return [option] if value else []
     if isinstance(value, dict):
@@ -6483,7 +6555,8 @@ def make_arguments(option, value):
 
 
 def make_options(service, workload, where):
-    """The arguments of a service that options of the engine take as they are; a key of its own stands above `deploy`."""
+    """The arguments of a service that options of the engine take as they are; a key of its own stands above
+    `deploy`."""
     limits, policy = service.deploy.resources.limits, service.deploy.restart_policy
     options = {"--cpus": limits.cpus, "--memory": limits.memory, "--pids-limit": limits.pids,
                "--memory-reservation": service.deploy.resources.reservations.memory,
@@ -6491,14 +6564,18 @@ def make_options(service, workload, where):
                "--log-opt": service.logging.options, "--ulimit": {}}
     if any(item is not None for item in policy.values()):
         word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
-        options["--restart"] = f"{word}:{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else word
+        attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
+        options["--restart"] = word + attempts
     for name, item in service.ulimits.items():
         item = item if isinstance(item, str) else f"{item.soft}:{item.hard}"
-        options["--ulimit"][name] = to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")(item, f"{where}.ulimits.{name}")
-    options.update((option, service[key]) for key, (_, option) in SERVICE_OPTIONS.items() if service[key] is not None)
+        form = to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")
+        options["--ulimit"][name] = form(item, f"{where}.ulimits.{name}")
+    options.update((option, service[key]) for key, (_, option) in SERVICE_OPTIONS.items()
+                   if service[key] is not None)
     for option in ("--pid", "--ipc"):
         options[option] = make_namespace(options.get(option), workload)
-    return [argument for option, value in sorted(options.items()) for argument in make_arguments(option, value)]
+    return [argument for option, value in sorted(options.items())
+            for argument in make_arguments(option, value)]
 
 
 def make_ports(items, where):
@@ -6507,24 +6584,25 @@ def make_ports(items, where):
 
 
 def make_port(item, where):
-    """One of `ports`: a mapping, or [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges that fit each other."""
+    """One of `ports`: a mapping, or [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges
+    that fit each other."""
     import ipaddress
-    if isinstance(item, str):
-        body, _, protocol = item.partition("/")
-        body, _, target = body.rpartition(":")
-        address, _, published = body.rpartition(":")
-    else:
-        address, published, target, protocol = (item[key] or "" for key in ("host_ip", "published", "target", "protocol"))
-    protocol = protocol.lower() or "tcp"
+    if not isinstance(item, str):
+        host = item.host_ip or ""
+        item = f"{host}:{item.published or ''}:{item.target or ''}/{item.protocol or ''}"
+    body, _, protocol = item.partition("/")
+    body, _, target = body.rpartition(":")
+    address, _, published = body.rpartition(":")
+    address = re.sub(r"\A\[(.*)\]\Z", r"\1", address)
     published = "" if published == "0" else published               # the engine chooses one
     try:
-        address = str(ipaddress.ip_address(re.sub(r"\A\[(.*)\]\Z", r"\1", address))) if address else ""
-        if make_span(target)[1] not in (0, make_span(published or target)[1]) or protocol not in ("tcp", "udp", "sctp"):
-            raise ValueError(protocol)
+        address = address and str(ipaddress.ip_address(address))
+        fits = make_span(target)[1] in (0, make_span(published or target)[1])
     except ValueError:
-        shown = item if isinstance(item, str) else f"{published}:{target}"
-        raise make_fault(f"{where}: {make_printable(shown, 60)!r} is not a port") from None
-    return Port(address, published, target, protocol)
+        fits = False
+    if not fits or protocol.lower() not in ("", "tcp", "udp", "sctp"):
+        raise make_fault(f"{where}: {make_printable(item, 60)!r} is not a port")
+    return Port(address, published, target, protocol.lower() or "tcp")
 
 
 def make_span(text):
@@ -6540,11 +6618,13 @@ def make_publish(port):
     """A Port as the engine takes it."""
     address = [f"[{port.address}]" if ":" in port.address else port.address] if port.address else []
     published = [port.published] if port.published or address else []
-    return ":".join(address + published + [port.target]) + ("" if port.protocol == "tcp" else "/" + port.protocol)
+    protocol = "" if port.protocol == "tcp" else "/" + port.protocol
+    return ":".join(address + published + [port.target]) + protocol
 
 
 def find_ports(ports):
-    """The host's ports that a container with these Ports holds while it runs: [[address or "", port, protocol]]."""
+    """The host's ports that a container with these Ports holds while it runs: [[address or "", port,
+    protocol]]."""
     held = []
     for port in ports:
         first, more = make_span(port.published or port.target)
@@ -6561,7 +6641,8 @@ def make_health(check, engine):
         return ["--no-healthcheck"], None
     test = check.test
     if isinstance(test, list) and engine == "podman" and (len(test) > 1 or not re.search(r"\s", test[0])):
-        test = make_json(test).decode() if len(test) > 1 else f"CMD {test[0]}"      # a list of one would be for a shell
+        # a list of one would be for a shell
+        test = make_json(test).decode() if len(test) > 1 else f"CMD {test[0]}"
     elif isinstance(test, list):
         test = " ".join(map(shlex.quote, test))
     arguments = make_arguments("--health-cmd", test)
@@ -6569,8 +6650,10 @@ def make_health(check, engine):
         arguments += make_arguments(f"--health-{key.replace('_', '-')}", check[key])
     if not arguments:
         return [], None
-    interval = to_seconds(check.interval or "0s", "interval") or 30.0               # an engine takes zero as not said
-    return arguments, Health(interval, check.retries or 3, to_seconds(check.start_period or "0s", "start_period"))
+    # an engine takes zero as not said
+    interval = to_seconds(check.interval or "0s", "interval") or 30.0
+    start = to_seconds(check.start_period or "0s", "start_period")
+    return arguments, Health(interval, check.retries or 3, start)
 
 
 def make_mount(item, where):
@@ -6603,8 +6686,8 @@ def make_mount_options(item):
 def make_mounts(service, reading, where):
     """[Mount] of a service, ready for the engine; of two at one path the later one counts.
 
-    What lies in the package is mounted read-only: what was verified stays as it is, and no container can put a link there that the
-    next start would follow out of the package.
+    What lies in the package is mounted read-only: what was verified stays as it is, and no container can put
+    a link there that the next start would follow out of the package.
     """
     mounts = {}
     for text in service.tmpfs or ():
@@ -6619,7 +6702,8 @@ def make_mounts(service, reading, where):
             kept = [option for option in mount.options if option not in ("ro", "rw")]
             mount = mount._replace(options=["ro"] + kept) if mount.found.own else mount
         elif mount.source and mount.source not in reading.volumes:
-            raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level volumes")
+            raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
+                             " volumes")
         elif mount.source:
             mount = mount._replace(source=reading.volumes[mount.source][0])
         mounts[mount.target.rstrip("/")] = mount
@@ -6641,7 +6725,8 @@ def make_files(service, reading, where):
             place = f"{where}.{section}[{index}]"
             item = read_value({"source": item}, FILES_FORM[0][0], place) if isinstance(item, str) else item
             if item.source not in reading.contents[section]:
-                raise make_fault(f"{place}: {make_printable(item.source or '', 60)!r} is not among the top-level {section}")
+                shown = make_printable(item.source or "", 60)
+                raise make_fault(f"{place}: {shown!r} is not among the top-level {section}")
             target = item.target or item.source
             target = target if target.startswith("/") else root + target
             if ":" in target:
@@ -6653,7 +6738,8 @@ def make_files(service, reading, where):
 
 
 def make_attachments(service, reading, where):
-    """[Attachment]: the first is joined at creation and the others before the start; or the network mode alone."""
+    """[Attachment]: the first is joined at creation and the others before the start; or the network mode
+    alone."""
     if service.network_mode is not None:
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
@@ -6662,7 +6748,8 @@ def make_attachments(service, reading, where):
     joined = []
     for name, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
         if name not in reading.networks:
-            raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level networks")
+            raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level"
+                             " networks")
         options = make_arguments("--ip", value.ipv4_address) + make_arguments("--ip6", value.ipv6_address)
         options += make_arguments("--mac-address", value.mac_address)
         joined.append(Attachment(reading.networks[name][0], value.aliases or [], options))
@@ -6676,7 +6763,8 @@ def make_container_name(project, service):
 
 def make_namespace(text, workload):
     """A namespace as the engine takes it: that of another service is that of its container."""
-    return f"container:{make_container_name(workload.project, text[8:])}" if (text or "").startswith("service:") else text
+    owner = (text or "").partition("service:")[2]
+    return f"container:{make_container_name(workload.project, owner)}" if owner else text
 
 
 def find_shared(service):
@@ -6686,37 +6774,48 @@ def find_shared(service):
 
 
 def make_environment(service, reading, where):
-    """What a container's environment is: env files, then `environment`, then runtime.environment of the device (C-185)."""
+    """What a container's environment is: env files, then `environment`, then runtime.environment of the
+    device (C-185)."""
     environment = {}
     for item in service.env_file:
-        path, needed = (item, True) if isinstance(item, str) else (item.path or "", item.required is not False)
+        path = item if isinstance(item, str) else item.path or ""
+        needed = isinstance(item, str) or item.required is not False
         found = reading.folder.look(path)
         if needed or found.kind or not found.own:
-            environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"), reading.variables, path))
+            environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
+                                              reading.variables, path))
     for name, text in (service.environment or {}).items():
         if text is None:
-            text = reading.variables.get(name)      # a pass-through entry takes the parameter of its name (contract, Parameters)
+            # a pass-through entry takes the parameter of its name (contract, Parameters)
+            text = reading.variables.get(name)
         if text is not None:
             environment[name] = text
     environment.update(reading.workload.environment)
     for name, text in environment.items():
-        check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"), f"{where}.environment")
+        check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"),
+                       f"{where}.environment")
     return environment
 
 
-# A text that an env file of the engine cannot hold is taken from the environment of the engine's own command.  These names have
-# a meaning there: for the loader and the C library, for Go, for the engines and what they start.
+# A text that an env file of the engine cannot hold is taken from the environment of the engine's own command.
+# These names have a meaning there: for the loader and the C library, for Go, for the engines and what they
+# start.
 OBEYED = (
-    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|TZ|TZDIR|TMPDIR|TEMP|TMP|PWD|OLDPWD|IFS|ENV|POSIXLY_CORRECT|BASH_.*|"
-    r"LD_.*|LC_.*|GO(DEBUG|GC|MAXPROCS|MEMLIMIT|TRACEBACK|RACE|ROOT|PATH|COVERDIR|FIPS.*)|XDG_.*|MALLOC_.*|GLIBC_.*|"
-    r"GCONV_PATH|GETCONF_.*|LOCPATH|LOCALDOMAIN|NLSPATH|RES_OPTIONS|HOST(NAME|ALIASES)?|(HTTPS?|FTP|ALL|NO)_PROXY|_.*|"
-    r"CONTAINERS?_.*|DOCKER.*|PODMAN.*|BUILDAH.*|LIBPOD.*|STORAGE_.*|REGISTR.*|CNI_.*|NETAVARK.*|AARDVARK.*|OCI_.*|CRIU.*|"
-    r"RUNC.*|CRUN.*|LIBKRUN.*|CONMON.*|DBUS_.*|NOTIFY_.*|LISTEN_.*|SYSTEMD_.*|SSL_CERT_.*|SSLKEYLOGFILE|OPENSSL_.*|SSH_A.*|"
-    r"GPG|GNUPGHOME|OTEL_.*|RUST_.*|FUSE_.*|USERNS.*|COMPOSE_.*")
+    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|TZ|TZDIR|TMPDIR|TEMP|TMP|PWD|OLDPWD|IFS|ENV|"
+    r"POSIXLY_CORRECT|"
+    r"BASH_.*|LD_.*|LC_.*|GO(DEBUG|GC|MAXPROCS|MEMLIMIT|TRACEBACK|RACE|ROOT|PATH|COVERDIR|FIPS.*)|XDG_.*|"
+    r"MALLOC_.*|"
+    r"GLIBC_.*|GCONV_PATH|GETCONF_.*|LOCPATH|LOCALDOMAIN|NLSPATH|RES_OPTIONS|HOST(NAME|ALIASES)?|"
+    r"(HTTPS?|FTP|ALL|NO)_PROXY|_.*|CONTAINERS?_.*|DOCKER.*|PODMAN.*|BUILDAH.*|LIBPOD.*|STORAGE_.*|REGISTR.*|"
+    r"CNI_.*|"
+    r"NETAVARK.*|AARDVARK.*|OCI_.*|CRIU.*|RUNC.*|CRUN.*|LIBKRUN.*|CONMON.*|DBUS_.*|NOTIFY_.*|LISTEN_.*|"
+    r"SYSTEMD_.*|"
+    r"SSL_CERT_.*|SSLKEYLOGFILE|OPENSSL_.*|SSH_A.*|GPG|GNUPGHOME|OTEL_.*|RUST_.*|FUSE_.*|USERNS.*|COMPOSE_.*")
 
 
 def find_handed(environment):
-    """{name: text} of the variables that no line of an env file holds: the engine takes them from its own environment."""
+    """{name: text} of the variables that no line of an env file holds: the engine takes them from its own
+    environment."""
     return {name: text for name, text in environment.items()
             if re.search("[\r\n]", text) or len(f"{name}={text}".encode()) > 60000}
 
@@ -6726,14 +6825,17 @@ def check_variable(name, text, where):
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise make_fault(f"{where}: {make_printable(name)!r} is not a variable name")
     if len(f"{name}={text}".encode()) >= 128 * 1024:
-        raise make_fault(f"{where}.{name}: a variable has less than 128 KiB; use a file from `configs`", "PARAMETER_INVALID")
+        raise make_fault(f"{where}.{name}: a variable has less than 128 KiB; use a file from `configs`",
+                         "PARAMETER_INVALID")
     if find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
-        raise make_fault(f"{where}.{name}: a variable of this name has one line of at most 60000 bytes; use a file from"
-                         " `configs`", "PARAMETER_INVALID")
+        raise make_fault(f"{where}.{name}: a variable of this name has one line of at most 60000 bytes; use"
+                         " a file"
+                         " from `configs`", "PARAMETER_INVALID")
 
 
 def make_dependencies(service):
-    """`depends_on` as {service: (condition, required)}; whose namespace is shared, and what is linked, comes first too."""
+    """`depends_on` as {service: (condition, required)}; whose namespace is shared, and what is linked, comes
+    first too."""
     result = {other: (item.condition or "service_started", item.required is not False)
               for other, item in service.depends_on.items()}
     for other in find_shared(service) + [link.partition(":")[0] for link in service.links or ()]:
@@ -6743,20 +6845,25 @@ def make_dependencies(service):
 
 # What a file may ask for
 
-# An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`): only these are taken.
-MOUNT_OPTIONS = ("ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec", "noexec", "nosuid", "nodev",
+# An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`):
+# only these are taken.
+MOUNT_OPTIONS = ("ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec",
+                 "noexec", "nosuid", "nodev",
                  "private", "rprivate", "slave", "rslave")
-LOG_OPTIONS = ("max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex", "env", "env-regex")
+LOG_OPTIONS = ("max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex",
+               "env", "env-regex")
 LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
                "docker": ("json-file", "local", "journald", "syslog", "none")}
 # The capabilities that every container has by itself, on each engine.
-CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID", "SETPCAP", "SETUID",
+CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID",
+                "SETPCAP", "SETUID",
                 "SYS_CHROOT")
 
 
 def is_tmpfs_option(option):
     """Whether an option of a tmpfs names nothing but its size, its owner and what may be done in it."""
-    return bool(re.fullmatch("(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime", option))
+    return bool(re.fullmatch(
+        "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime", option))
 
 
 def deny(place, why):
@@ -6765,13 +6872,15 @@ def deny(place, why):
 
 
 def check_policy(where, service, policy):
-    """Raises ComponentError POLICY_DENIED for what the settings of a service, as they were read, may not ask for."""
+    """Raises ComponentError POLICY_DENIED for what the settings of a service, as they were read, may not ask
+    for."""
     if service.network_mode == "host" and policy.host_network != "allow":
         deny(f"{where}.network_mode", "the host's network is denied by policy.host_network")
     if policy.privileged == "allow":
         return
     harmless = {"privileged": lambda item: False, "oom_score_adj": lambda item: not item.startswith("-"),
-                "pid": lambda item: item != "host", "ipc": lambda item: item != "host", "userns_mode": lambda item: item != "host",
+                "pid": lambda item: item != "host", "ipc": lambda item: item != "host",
+                "userns_mode": lambda item: item != "host",
                 "cap_add": lambda item: re.sub("^CAP_", "", item.upper()) in CAPABILITIES,
                 "devices": lambda item: any(is_device(item, pattern) for pattern in policy.devices),
                 "security_opt": re.compile("no-new-privileges([:=]true)?").fullmatch,
@@ -6783,16 +6892,20 @@ def check_policy(where, service, policy):
 
 
 def is_device(item, pattern):
-    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a device file that an entry of policy.devices names; * is no slash."""
+    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a device file that an entry of policy.devices
+    names; * is no slash."""
     path = item.split(":")[0]
-    return ".." not in path.split("/") and bool(re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"), path))
+    return ".." not in path.split("/") and bool(re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"),
+        path))
 
 
 def check_logging(where, logging, engine):
-    """Raises ComponentError for a log driver, or an option of it, that the engine does not have or that leads elsewhere."""
+    """Raises ComponentError for a log driver, or an option of it, that the engine does not have or that leads
+    elsewhere."""
     driver, options = logging.driver or LOG_DRIVERS[engine][0], logging.options or {}
     if driver not in LOG_DRIVERS[engine]:
-        raise make_fault(f"{where}.driver: {engine} has no {make_printable(driver, 40)!r}, but {', '.join(LOG_DRIVERS[engine])}")
+        known = ", ".join(LOG_DRIVERS[engine])
+        raise make_fault(f"{where}.driver: {engine} has no {make_printable(driver, 40)!r}, but {known}")
     for name in options:
         if name not in LOG_OPTIONS:
             deny(f"{where}.options.{make_printable(name, 60)}", f"only {', '.join(LOG_OPTIONS)} are allowed")
@@ -6815,14 +6928,16 @@ def check_mounts(where, mounts, policy, folder):
         if found.socket:
             deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
         if not any(is_below(found.real, root) for root in roots):
-            deny(where, f"{source} (in truth {make_printable(found.real, 200)}) is outside of policy.host_paths")
+            real = make_printable(found.real, 200)
+            deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
         if not found.kind:
-            raise make_fault(f"{where}: {'the package' if found.own else 'this device'} has no {source}; use a named volume for"
-                             " data")
+            owner = "the package" if found.own else "this device"
+            raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
 
 
 def check_ways(services):
-    """Raises ComponentError where a service can write to a folder on the way to what another one, or itself, mounts.
+    """Raises ComponentError where a service can write to a folder on the way to what another one, or itself,
+    mounts.
 
     It could put a link there that the engine follows when it starts that one.
     """
@@ -6832,8 +6947,10 @@ def check_ways(services):
         for other, above in mounts:
             inside = mount.found.real != above.found.real and is_below(mount.found.real, above.found.real)
             if inside and "ro" not in above.options:
-                deny(f"services.{name}.volumes", f"{make_printable(mount.source, 200)} lies in {make_printable(above.source, 200)},"
-                     f" where service {other} may write: it could put a link there. Mount one of both, or the upper one read-only")
+                names = [make_printable(item.source, 200) for item in (mount, above)]
+                deny(f"services.{name}.volumes",
+                     f"{names[0]} lies in {names[1]}, where service {other} may write: it"
+                     " could put a link there. Mount one of both, or the upper one read-only")
 
 
 def is_below(path, root):
@@ -6846,10 +6963,12 @@ def is_below(path, root):
 def make_project(document, workload, policy, engine, folder=None):
     """A compose file's value to a Project; raises ComponentError.
 
-    All that parameters mean is settled here, so that none ever reaches a tool's own environment (C-180, D-18).  Everything is read
-    once, into records, and policy is held against these.  folder: the package as a Folder.
+    All that parameters mean is settled here, so that none ever reaches a tool's own environment (C-180,
+    D-18). Everything is read once, into records, and policy is held against these. folder: the package as a
+    Folder.
     """
-    if not isinstance(document, dict) or not isinstance(document.get("services"), dict) or not document["services"]:
+    if not isinstance(document, dict) or not isinstance(document.get("services"),
+            dict) or not document["services"]:
         raise make_fault("no services")
     folder, notes = folder or Folder(workload.folder), []
     variables = make_file_variables(workload, folder)
@@ -6868,7 +6987,8 @@ def make_project(document, workload, policy, engine, folder=None):
 
 
 def make_file_variables(workload, folder):
-    """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own."""
+    """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own.
+    """
     variables = Variables(workload.parameters)
     if folder.look(".env").kind:
         variables.update(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
@@ -6877,11 +6997,13 @@ def make_file_variables(workload, folder):
 
 
 def find_wanted(services, notes):
-    """The services that are started: those of no profile.  What an image was built from is left out where it is named, and noted."""
+    """The services that are started: those of no profile. What an image was built from is left out where it
+    is named, and noted."""
     started = {}
     for name, service in services.items():
         where = f"services.{name}"
-        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}", name):         # it becomes part of the name of a file
+        # it becomes part of the name of a file
+        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}", name):
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
         if not isinstance(service, dict):
             raise make_fault(f"{where}: expected a mapping")
@@ -6895,14 +7017,16 @@ def find_wanted(services, notes):
 
 
 def make_service(name, service, reading):
-    """A Service from its settings, held against the policy; without a hash, which comes when all are known."""
+    """A Service from its settings, held against the policy; without a hash, which comes when all are known.
+    """
     where = f"services.{name}"
     mounts = make_mounts(service, reading, where)
     check_policy(where, service, reading.policy)
     check_logging(f"{where}.logging", service.logging, reading.engine)
     check_mounts(f"{where}.volumes", mounts, reading.policy, reading.folder)
     ports = make_ports(service.ports, f"{where}.ports")
-    arguments = make_options(service, reading.workload, where) + make_arguments("--publish", list(map(make_publish, ports)))
+    arguments = make_options(service, reading.workload, where) + make_arguments("--publish",
+        list(map(make_publish, ports)))
     command = service.command or []
     if service.entrypoint is not None:
         arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
@@ -6914,27 +7038,36 @@ def make_service(name, service, reading):
     if not service.image:
         raise make_fault(f"{where}.image: expected the name of an image")
     return Service(name, service.image, arguments, command, make_environment(service, reading, where),
-                   make_files(service, reading, where), make_attachments(service, reading, where), make_dependencies(service),
-                   health, service.pull_policy or "missing", "", find_ports(ports), mounts, find_shared(service))
+                   make_files(service, reading, where), make_attachments(service, reading, where),
+                   make_dependencies(service),
+                   health, service.pull_policy or "missing", "", find_ports(ports), mounts,
+                   find_shared(service))
 
 
 def add_aliases(services, wanted, notes):
-    """Changes services to be found by their container_name, and by what others link them as, in each of their networks."""
+    """Changes services to be found by their container_name, and by what others link them as, in their"
+    " networks."""
     taken = {}
     for name, service in wanted.items():
-        links = [link.partition(":") for link in service.links or ()]
-        names = [(name, service.container_name)] + [(owner, to_name(alias, f"services.{name}.links")) for owner, _, alias in links if alias]
+        names = [(name, service.container_name)]
+        for link in service.links or ():
+            owner, _, alias = link.partition(":")
+            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
         for owner, alias in names:
             other = alias if alias in services else taken.setdefault(alias, owner)
-            if alias and owner in services:
-                notes += [f"services.{name}: the name {alias} also leads to service {other}"] if other != owner else []
-                services[owner] = services[owner]._replace(networks=[
-                    item if item.aliases is None else item._replace(aliases=list(dict.fromkeys(item.aliases + [alias])))
-                    for item in services[owner].networks])
+            if not alias or owner not in services:
+                continue
+            if other != owner:
+                notes.append(f"services.{name}: the name {alias} also leads to service {other}")
+            services[owner] = services[owner]._replace(networks=[
+                item if item.aliases is None else item._replace(
+                    aliases=list(dict.fromkeys(item.aliases + [alias])))
+                for item in services[owner].networks])
 
 
 def order_services(services):
-    """The services so that each comes after what it depends on; raises ComponentError for a circle or an unknown name."""
+    """The services so that each comes after what it depends on; raises ComponentError for a circle or an
+    unknown name."""
     order, done = [], set()
     for root in services:
         todo, path = [root], []
@@ -6949,33 +7082,39 @@ def order_services(services):
             path.append(name)
             for other, (_, required) in reversed(list(services[name].depends_on.items())):
                 if other in path:
-                    raise make_fault(f"depends_on goes in a circle: {' -> '.join(path[path.index(other):] + [other])}")
+                    circle = path[path.index(other):] + [other]
+                    raise make_fault(f"depends_on goes in a circle: {' -> '.join(circle)}")
                 if other in services:
                     todo.append(other)
                 elif required:
-                    raise make_fault(f"services.{name}.depends_on: there is no service {make_printable(other, 60)!r} that is"
-                                     " started")
+                    raise make_fault(f"services.{name}.depends_on: there is no service"
+                                     f" {make_printable(other, 60)!r} that is started")
     return order
 
 
 def make_hashes(order):
-    """The services with a hash of all that makes their containers: who shares another's namespace is made anew with it."""
+    """The services with a hash of all that makes their containers: who shares another's namespace is made
+    anew with it."""
     final = {}
     for service in order:
         contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
                     for path, item in service.files.items()}
         shared = [final[other].hash for other in service.shares]
-        parts = [service.image, service.arguments, service.command, service.environment, contents, service.networks, shared]
+        parts = [service.image, service.arguments, service.command, service.environment, contents,
+                 service.networks, shared]
         final[service.name] = service._replace(hash=sha256_digest(make_json(parts))[7:39])
     return list(final.values())
 
 
 def make_labels(workload, service, digest):
     """The labels by which containers are found again, and those by which compose finds them."""
-    theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest, "oneoff": "False"}
+    theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
+              "oneoff": "False"}
     return dict({LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
-                 LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest, LABEL_DEVICE: workload.device_id,
-                 LABEL_OWNER: workload.owner},      # all of them, whether empty or not: an image has labels of its own
+                 LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
+                 LABEL_DEVICE: workload.device_id,
+                 # all of them, whether empty or not: an image has labels of its own
+                 LABEL_OWNER: workload.owner},
                 **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
 
 
@@ -7322,7 +7461,8 @@ class ComposeDriver:
         return workload, project
 
     def load_project(self, workload):
-        """The Project of a workload's compose file, its own files laid where they are mounted from; raises ComponentError."""
+        """The Project of a workload's compose file, its own files laid where they are mounted from; raises
+        ComponentError."""
         folder = Folder(workload.folder, self.environ)
         try:
             text = read_inside(folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape")
@@ -7335,15 +7475,18 @@ class ComposeDriver:
             log("warning", f"compose.yaml: {note}", component=workload.component)
         environ = os.environ if self.environ is None else self.environ
         for service in project.services:
-            sources = [mount.found for mount in service.mounts if mount.found]
-            if self.remote and (service.files or sources):
-                raise make_fault(f"services.{service.name}: configs, secrets and bind mounts are files of the gateway, which a child"
+            where = f"services.{service.name}"
+            if self.remote and (service.files or any(mount.found for mount in service.mounts)):
+                raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
+                                 " a child"
                                  " device does not see")
             taken = [name for name in find_handed(service.environment) if name in environ]
             if taken:
-                raise make_fault(f"services.{service.name}.environment.{taken[0]}: the agent has a variable of this name, so its value"
-                                 " has one line here, shorter than 60000 bytes", "PARAMETER_INVALID")
-        folder.keep([mount.found for service in project.services for mount in service.mounts if mount.found and mount.found.own])
+                raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
+                                 " its value"
+                                 " has one line here, of at most 60000 bytes", "PARAMETER_INVALID")
+        folder.keep([mount.found for service in project.services for mount in service.mounts if mount.found
+                     and mount.found.own])
         return project
 
     def pull(self, service, timeout):
