@@ -5934,27 +5934,22 @@ Service = define(
     "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
     " [Attachment];"
     " depends_on: {service: (condition, required)}; health: Health, or None where the file says nothing of"
-    " it;"
-    " hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that it"
-    " holds of"
-    " the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
+    " it; hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that"
+    " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for an"
     " external network), and what of the file has no effect, in words.", ())
 Mount = define("Mount", "kind source target options found",
     "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
-    " name), path in"
-    " the container, engine's options; found: the Source of a bind mount.")
+    " name), path in the container, engine's options; found: the Source of a bind mount.")
 Port = define("Port", "address published target protocol",
     "An item of `ports`: address of the host or \"\", its port or ports or \"\", those of the container,"
-    " tcp, udp or"
-    " sctp.")
+    " tcp, udp or sctp.")
 Health = define("Health", "interval retries start",
     "A health check as the agent waits for it: seconds, misses, seconds of grace.")
 Attachment = define("Attachment", "network aliases options",
     "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
-    " mode,"
-    " None, None.", None)
+    " mode, None, None.", None)
 Content = define("Content", "text mode uid gid",
     "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
 Reading = define("Reading", "workload policy engine folder variables volumes networks contents",
@@ -5998,8 +5993,7 @@ class Variables(dict):
         self.room -= count
         if self.room < 0:
             raise make_fault(f"{where}: variables and env files bring more than {Variables.room} characters"
-                             " into the"
-                             " file")
+                             " into the file")
 
 
 def interpolate(text, variables, where, depth=0):
@@ -6085,9 +6079,8 @@ def interpolate_all(value, variables, where="", named=False):
 
 # a name, and perhaps = or : and a value
 ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
-            r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")"
-            r"|(?![ \t]*['\"])([^\n]*)))?"
-            r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
+            r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|"
+            r"(?![ \t]*['\"])([^\n]*)))?[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 
 
 def parse_env_file(text, variables, where):
@@ -6293,8 +6286,7 @@ def to_test(value, where):
 
 # What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
 TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
-             r"tarball|https?):"
-             r"|[^/]*:(?![0-9]+/)[^/]*/")
+             r"tarball|https?):|[^/]*:(?![0-9]+/)[^/]*/")
 IMAGE = (r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?"
          r"(@[a-z0-9]+:[0-9a-f]{32,128})?")
 
@@ -6309,8 +6301,7 @@ def to_image(value, where):
                          "POLICY_DENIED")
     if len(text) > 512 or "//" in text or not re.fullmatch(IMAGE, text, re.A):
         raise make_fault(f"{where}: {shown} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the"
-                         " path in"
-                         " lower case")
+                         " path in lower case")
     if find_registry(text) != "docker.io" or text.startswith("docker.io/"):
         return text
     return f"docker.io/{'' if '/' in text.partition('@')[0] else 'library/'}{text}"
@@ -6802,15 +6793,12 @@ def make_environment(service, reading, where):
 # start.
 OBEYED = (
     r"PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|TZ|TZDIR|TMPDIR|TEMP|TMP|PWD|OLDPWD|IFS|ENV|"
-    r"POSIXLY_CORRECT|"
-    r"BASH_.*|LD_.*|LC_.*|GO(DEBUG|GC|MAXPROCS|MEMLIMIT|TRACEBACK|RACE|ROOT|PATH|COVERDIR|FIPS.*)|XDG_.*|"
-    r"MALLOC_.*|"
-    r"GLIBC_.*|GCONV_PATH|GETCONF_.*|LOCPATH|LOCALDOMAIN|NLSPATH|RES_OPTIONS|HOST(NAME|ALIASES)?|"
-    r"(HTTPS?|FTP|ALL|NO)_PROXY|_.*|CONTAINERS?_.*|DOCKER.*|PODMAN.*|BUILDAH.*|LIBPOD.*|STORAGE_.*|REGISTR.*|"
-    r"CNI_.*|"
-    r"NETAVARK.*|AARDVARK.*|OCI_.*|CRIU.*|RUNC.*|CRUN.*|LIBKRUN.*|CONMON.*|DBUS_.*|NOTIFY_.*|LISTEN_.*|"
-    r"SYSTEMD_.*|"
-    r"SSL_CERT_.*|SSLKEYLOGFILE|OPENSSL_.*|SSH_A.*|GPG|GNUPGHOME|OTEL_.*|RUST_.*|FUSE_.*|USERNS.*|COMPOSE_.*")
+    r"POSIXLY_CORRECT|BASH_.*|LD_.*|LC_.*|GO(DEBUG|GC|MAXPROCS|MEMLIMIT|TRACEBACK|RACE|ROOT|PATH|COVERDIR|"
+    r"FIPS.*)|XDG_.*|MALLOC_.*|GLIBC_.*|GCONV_PATH|GETCONF_.*|LOCPATH|LOCALDOMAIN|NLSPATH|RES_OPTIONS|"
+    r"HOST(NAME|ALIASES)?|(HTTPS?|FTP|ALL|NO)_PROXY|_.*|CONTAINERS?_.*|DOCKER.*|PODMAN.*|BUILDAH.*|LIBPOD.*|"
+    r"STORAGE_.*|REGISTR.*|CNI_.*|NETAVARK.*|AARDVARK.*|OCI_.*|CRIU.*|RUNC.*|CRUN.*|LIBKRUN.*|CONMON.*|"
+    r"DBUS_.*|NOTIFY_.*|LISTEN_.*|SYSTEMD_.*|SSL_CERT_.*|SSLKEYLOGFILE|OPENSSL_.*|SSH_A.*|GPG|GNUPGHOME|"
+    r"OTEL_.*|RUST_.*|FUSE_.*|USERNS.*|COMPOSE_.*")
 
 
 def find_handed(environment):
@@ -6829,8 +6817,7 @@ def check_variable(name, text, where):
                          "PARAMETER_INVALID")
     if find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
         raise make_fault(f"{where}.{name}: a variable of this name has one line of at most 60000 bytes; use"
-                         " a file"
-                         " from `configs`", "PARAMETER_INVALID")
+                         " a file from `configs`", "PARAMETER_INVALID")
 
 
 def make_dependencies(service):
@@ -7045,8 +7032,7 @@ def make_service(name, service, reading):
 
 
 def add_aliases(services, wanted, notes):
-    """Changes services to be found by their container_name, and by what others link them as, in their"
-    " networks."""
+    """Changes services to be found by their container_name, and by what others link them as."""
     taken = {}
     for name, service in wanted.items():
         names = [(name, service.container_name)]
@@ -7478,13 +7464,11 @@ class ComposeDriver:
             where = f"services.{service.name}"
             if self.remote and (service.files or any(mount.found for mount in service.mounts)):
                 raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
-                                 " a child"
-                                 " device does not see")
+                                 " a child device does not see")
             taken = [name for name in find_handed(service.environment) if name in environ]
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
-                                 " its value"
-                                 " has one line here, of at most 60000 bytes", "PARAMETER_INVALID")
+                                 " its value has one line here, of at most 60000 bytes", "PARAMETER_INVALID")
         folder.keep([mount.found for service in project.services for mount in service.mounts if mount.found
                      and mount.found.own])
         return project
