@@ -14,13 +14,16 @@ Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one
 Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All else may change.
 
 How to read it: from top to bottom.  A section uses only sections above it.
-   1 Constants and errors      8 Identity                 15 Deployment status
-   2 Records                   9 Desired state            16 Apply
-   3 Encodings                10 Desired-state sources    17 Capabilities
-   4 Configuration            11 Eligibility              18 Agent
-   5 Store                    12 Plan                     19 Gateway (optional)
-   6 Commands                 13 Packages                 20 Hooks (optional)
-   7 Transport                14 Runtimes                 21 Command line
+   1 Constants and errors    11 Desired state           21 Gateway (optional)
+   2 Records                 12 Desired-state source    22 Hooks (optional)
+   3 YAML                    13 Eligibility             23 Older documents (optional)
+   4 Small encodings         14 Plan                    24 Signed (optional)
+   5 X.509                   15 Packages                25 Git (optional)
+   6 Configuration           16 Runtimes                26 Enrollment (optional)
+   7 Store                   17 Deployment status       27 Revocation (optional)
+   8 Commands                18 Apply                   28 Command line
+   9 Transport               19 Capabilities
+  10 Identity and trust      20 Agent
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
 are mistakes of other agents, which a test of the same mark keeps out.
 """
@@ -41,7 +44,11 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 # 1. Constants and errors
 # ------------------------------------------------------------------------------------------------------------------------------
 
-PROFILES = ("mtls", "signed", "git")
+# What optional rooms add where they are defined; nothing outside names anything in them.  See also SCHEMA, CHECKS,
+# STEPS, EXAMINE and COMPANIONS.
+PROFILES = {}                       # {wfm.profile: its Profile class}
+OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of configuration and value)}}
+TRACES = []                         # names in the state directory that `unenroll` removes
 
 KIB, MIB = 1024, 1024 * 1024
 MAX_CERTIFICATES = 1 * MIB          # a trust bundle, a PEM file
@@ -70,8 +77,6 @@ EXTENSION_PATTERN = r"x-[a-z][a-z0-9-]*-extensions"
 REGISTRY_PATTERN = r"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?"
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
-ALGORITHMS = ("ecdsa-p256-sha256", "ecdsa-p384-sha384", "rsa-v1_5-sha256", "rsa-pss-sha256", "rsa-pss-sha512", "ed25519")      # of signatures (C-065)
-
 STATES = ("failed", "removing", "installing", "pending", "removed", "installed")     # most severe first (C-133)
 
 RETRY_FIRST, RETRY_CAP = 30, 3600                   # seconds between attempts at a failed deployment
@@ -87,28 +92,11 @@ START_WINDOW = 300                                  # seconds since boot in whic
 RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
 MAX_TIMEOUT = 6 * 3600                              # seconds that one may ask for at most: meanwhile its device hears nobody (P-9)
-PULL_LIMIT = 86400                                  # seconds after which a pull that still moves is given up until the next attempt
-PULL_TIMEOUT = 3600                                 # seconds git may take, or a child's engine for an image: links are slow
-IMAGE_PATIENCE = 600                                # seconds in which the pull of an image has to move; one that moves is no fault (P-15)
+PULL_TIMEOUT = 3600                                 # seconds git, or an engine for an image, may take: links are slow (P-15)
 LOOKS = 8                                           # engines and clusters that are asked at once
 FREE_SPACE = 32 * MIB                               # at most stays free on a disk that something is fetched to (P-4)
 SHARE = 16                                          # of a small disk it is one part of so many that stays free, and that is kept
 CORPSE_GRACE = 5                                    # seconds in which a program that was killed has to be gone
-PUSH_ATTEMPTS = 5                                   # how often a status is put on top of what others pushed meanwhile
-MAX_PACKS = 50                                      # fetches after which the copy of a Git repository is begun anew
-EXPIRY_WARNING, EXPIRY_ADVICE = 0.2, 0.25           # shares of the own SVID's lifetime left: from when to warn, and when doctor does
-
-
-# The draft "MIAF Enrollment, Renewal, and Revocation Profile": its names and figures, which may still change, stand here alone.
-EST_FIELD, CRL_FIELD = "estBaseUri", "crlUris"
-CSR_TYPE, CERTS_TYPE = "application/pkcs10", "application/pkcs7-mime"
-RENEWAL_WINDOW = 0.40, 0.60                         # share of an SVID's lifetime after which it is renewed (E-061)
-EST_FIRST, EST_CAP = 60, 3600                       # seconds between attempts at enrollment and renewal (E-062)
-CRL_PERIOD = 43200                                  # seconds after which a revocation list is asked for again, up to twice that (E-082)
-MAX_ISSUED = 32                                     # certificates in one EST answer
-CLOCK_SKEW = 300                                    # seconds that another clock may be ahead of ours
-HALF_DONE = 600                                     # seconds that the replacement of certificate and key may take
-DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
 
 
 class MargoError(Exception):
@@ -136,18 +124,13 @@ def define_fault(name, base, meaning, **facts):
 
 ConfigError = define_fault("ConfigError", MargoError, "The command line or the configuration is wrong.", exit=2, code="CONFIGURATION")
 Unreachable = define_fault("Unreachable", MargoError, "The WFM cannot be reached or asks for patience.", exit=3, code="UNREACHABLE")
-HalfDone = define_fault("HalfDone", Unreachable,
-    "Certificate and key do not fit at this moment, because an operator has replaced only one of them so far.", code="HALF_DONE")
 Silence = define_fault("Silence", Unreachable, "No request is made now, by the operator's or a server's wish; not a fault.")
-Pending = define_fault("Pending", Silence, "The request for an SVID was accepted and waits for a decision; not a failure.")
-NotRenewed = define_fault("NotRenewed", MargoError, "The own SVID could not be renewed, and is still good.", exit=3, code="NOT_RENEWED")
 Waiting = define_fault("Waiting", MargoError, "A desired state that removes a lot waits for its confirmation.", exit=3, code="REMOVALS_UNCONFIRMED")
 Interrupted = define_fault("Interrupted", MargoError, "The process was asked to end before everything was done.", exit=3, code="INTERRUPTED")
 StorageError = define_fault("StorageError", MargoError, "The state directory cannot be read or written.", exit=3, code="STORAGE")
 NoMemory = define_fault("NoMemory", MargoError, "The device has not enough memory for a step.", exit=3, code="MEMORY")
 Refused = define_fault("Refused", MargoError, "The desired state is refused as a whole; what runs stays as it is.", exit=4, code="REFUSED")
 Untrusted = define_fault("Untrusted", MargoError, "Own identity or the peer's cannot be trusted.", exit=5, code="UNTRUSTED")
-NoPath = define_fault("NoPath", Untrusted, "An issued SVID does not lead to the trust bundle.")
 Locked = define_fault("Locked", MargoError, "Another instance works on the same state directory.", exit=6, code="LOCKED")
 CommandError = define_fault("CommandError", MargoError, "A helper program could not be run to its end.", exit=1, code="COMMAND")
 CommandMissing = define_fault("CommandMissing", CommandError, "The program is not installed.")
@@ -191,18 +174,6 @@ def define(name, fields, meaning, *defaults):
 
 Certificate = define("Certificate", "der subject issuer serial not_before not_after spki uris is_ca key_usage extensions",
     "An X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None, {OID: (critical, value, raw)}.")
-Crl = define("Crl", "issuer this_update next_update entries number extensions",
-    "What is used of a revocation list: raw name, Unix seconds, the raw entries, CRL number, extensions as of a Certificate.")
-Discovery = define("Discovery", "trust_domain bundle_uri est_uri crl_uris faults",
-    "A discovery document: texts (`est_uri` may be None), list of URLs, and words about what of it was passed over.")
-SpiffeId = define("SpiffeId", "text trust_domain path", "A SPIFFE ID, its trust domain and its path (with leading slash).")
-Identity = define("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file",
-    "The own SVID: SPIFFE ID, the WFM's SPIFFE ID that follows from it (C-009), the leaf Certificate, the two files.")
-Signer = define("Signer", "leaf key algorithm label components keyid alg",
-    "What signs requests: the own leaf Certificate, its key (a file or a URI that openssl knows), the algorithm, and how RFC 9421 is spoken:"
-    " label, components to cover, keyid, `alg` parameter (empty: not sent).")
-TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
-    "Trust anchors (DER), `spiffe_sequence` and `spiffe_refresh_hint` in seconds, each None where the bundle has none.")
 ManifestEntry = define("ManifestEntry", "deployment_id digest size",
     "One line of a state manifest; `size` is advice, never a check (C-110).")
 Manifest = define("Manifest", "version bundle_digest bundle_size entries",
@@ -226,8 +197,8 @@ Container = define("Container", "id name deployment_id component service hash st
     " seconds where they are shown, `health` the engine's word where there is a check, `owner` who made it, as far as a label says so.",
     "", 0, "", "")
 Claim = define("Claim", "owner owners deployments ids images",
-    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of: ids of"
-    " deployments in lower case and of containers, see is_ours; and the state's `pulled`.", ())
+    "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of:"
+    " ids of deployments in lower case and of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
     "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on; culprit: (component,"
     " service) that is repaired in vain.", None, "", None)
@@ -241,32 +212,37 @@ Seen = define("Seen", "containers silent",
 Share = define("Share", "device targets records unseen",
     "What a device has to care for: its Device, [Target] that should run there, {id in lower case: record} of what is at home"
     " there, {id in lower case: CommandError} of what cannot be seen now.")
-Profile = define("Profile", "connect describe check identify",
-    "How a profile is served: functions that connect its source, tell `status` of its identity, check that for `doctor`, and tell who the"
-    " client is by what is configured alone.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due.")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 3. Encodings
+# 3. YAML
 # ------------------------------------------------------------------------------------------------------------------------------
 
-# YAML 1.2, one document, core schema.  Parse functions go from coarse to fine; the position moves from token to token, and block
-# functions leave it at the first character of the next line that holds something, its column in `column` (-1 at the end).
+# YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
+# to token, and block functions leave it at the first character of the next line that holds something, its
+# column in `column` (-1 at the end).
 
 MAX_DEPTH, MAX_NODES = 64, 1000000
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
-FLOAT_PATTERN = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
+FLOAT_PATTERN = (
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True,
+             "TRUE": True,
              "false": False, "False": False, "FALSE": False}
-ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r", "e": "\x1b", " ": " ",
+ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
+           "e": "\x1b", " ": " ",
            '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
 
 
 class YAMLError(ValueError):
-    """A document that is no YAML 1.2 of one document, or that load_yaml refuses; `line` and `column` count from 1."""
+    """A document that is no YAML 1.2 of one document, or that load_yaml refuses.
+
+    `line` and `column` count from 1.
+    """
 
     def __init__(self, message, line, column):
         super().__init__(f"line {line}, column {column}: {message}")
@@ -282,10 +258,12 @@ class PlainFloat(float):
 
 
 def load_yaml(text):
-    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the core schema.
+    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the
+    core schema.
 
-    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser: what it does not
-    support it refuses (duplicate keys, keys that are no scalars, other tags, directives other than %YAML 1.2, a second document).
+    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser:
+    what it does not support it refuses (duplicate keys, keys that are no scalars, other tags, directives
+    other than %YAML 1.2, a second document).
     """
     if isinstance(text, (bytes, bytearray)):
         try:
@@ -296,7 +274,10 @@ def load_yaml(text):
 
 
 def scalar_text(value):
-    """A scalar as the text an environment variable gets: a plain number as it was spelt, true or false; raises TypeError."""
+    """A scalar as the text an environment variable gets: a plain number as it was spelt, true or false.
+
+    Raises TypeError.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if not isinstance(value, (str, int, float)):
@@ -308,22 +289,30 @@ class YAMLReader:
     """The reader of one document; see load_yaml."""
 
     SPACE = re.compile(r"[ \t]*")
-    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")                                 # empty and comment lines, then indentation
-    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")                                     # nothing more on this line
-    STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))       # of plain scalars: block, flow
+    # empty and comment lines, then indentation
+    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")
+    # nothing more on this line
+    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")
+    # of plain scalars: block, flow
+    STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
     NAME = re.compile(r"[^\s,\[\]{}]+")
     TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
-    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")       # a key; without bound it takes 100 bytes for each
-    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")                                         # a plain key: quoted, it is text
+    # a key; without bound it takes 100 bytes for each
+    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")
+    # a plain key: quoted, it is text
+    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
     KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
-    FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")     # its opposite takes 3 ms to compile
+    # its opposite takes 3 ms to compile
+    FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
+    HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
     NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
 
     def __init__(self, text):
         text = text[1:] if text.startswith("\ufeff") else text
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        self.cut = text[-1:] not in " \n"           # the last line has no end, so a block scalar there does not get one either
+        # the last line has no end, so a block scalar there does not get one either
+        self.cut = text[-1:] not in " \n"
         self.text = text if text.endswith("\n") else text + "\n"
         self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
         self.closed = -1                            # where the last quoted scalar or flow collection ended
@@ -361,12 +350,15 @@ class YAMLReader:
             self.position += 3
             self.end_line()
         if self.position < len(self.text):
-            self.fail("a second document" if self.at_marker() else "more than one value, or wrong indentation")
+            self.fail("a second document" if self.at_marker()
+                      else "more than one value, or wrong indentation")
         return value
 
     def at_marker(self):
         """Whether --- or ... stands here, at the start of a line."""
-        return self.MARKER.match(self.text, self.position) and self.text[self.position - 1:self.position] in ("", "\n")
+        return self.MARKER.match(self.text, self.position) and self.text[
+            self.position - 1 : self.position
+        ] in ("", "\n")
 
     def next_line(self):
         """Goes to the next line that holds something."""
@@ -376,7 +368,8 @@ class YAMLReader:
             self.column = -1
         elif self.text[self.position] == "\t":
             after = self.SPACE.match(self.text, self.position).end()
-            if self.text[after] not in "[{":                        # only block structure is made by indentation
+            # only block structure is made by indentation
+            if self.text[after] not in "[{":
                 self.fail("a tab in the indentation")
             self.position = after
         elif self.column == 0 and self.text[self.position] in "-." and self.at_marker():
@@ -405,14 +398,17 @@ class YAMLReader:
     # Blocks
 
     def read_block(self, parent, sequence_at_parent=False, compact=True):
-        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper than `parent`."""
+        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper
+        than `parent`.
+        """
         start = self.position
         self.position = self.SPACE.match(self.text, start).end()
         if self.text[self.position] == "\n" or self.text[self.position] == "#" and self.position > start:
             return self.read_below(parent, sequence_at_parent, None, None)
         if "\t" in self.text[start:self.position]:
             compact = False
-        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent, compact, sequence_at_parent)
+        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent,
+                                  compact, sequence_at_parent)
 
     def read_below(self, parent, sequence_at_parent, anchor, tag):
         """A node that starts on a later line, or an empty one."""
@@ -458,7 +454,8 @@ class YAMLReader:
                 if not match or anchor:
                     self.fail("an anchor without a name, or a second one")
                 anchor = match.group(), self.position
-                self.anchors[anchor[0]] = self.position         # open: an alias to it from inside would be endless
+                # open: an alias to it from inside would be endless
+                self.anchors[anchor[0]] = self.position
             else:
                 match = self.TAG.match(self.text, self.position)
                 if tag:
@@ -481,10 +478,15 @@ class YAMLReader:
         self.fail(f"tag {tag} is not supported")
 
     def is_key(self):
-        """Whether an implicit key of a block mapping starts here; it lies on one line and has at most 1,024 characters."""
+        """Whether an implicit key of a block mapping starts here.
+
+        It lies on one line and has at most 1,024 characters.
+        """
         text, position = self.text, self.position
         while text[position] in "&!":
-            match = (self.NAME if text[position] == "&" else self.TAG).match(text, position + (text[position] == "&"))
+            match = (self.NAME if text[position] == "&" else self.TAG).match(
+                text, position + (text[position] == "&")
+            )
             end = match.end() if match else position
             position = self.SPACE.match(text, end).end()
             if position == end:
@@ -514,7 +516,8 @@ class YAMLReader:
     def finish(self, value, anchor, first=None):
         """Counts a node and keeps it under its anchor."""
         self.count()
-        if anchor and self.anchors[anchor[0]] == anchor[1]:         # else one that began later has that name now
+        # else one that began later has that name now
+        if anchor and self.anchors[anchor[0]] == anchor[1]:
             self.anchors[anchor[0]] = (value, self.nodes - (self.nodes - 1 if first is None else first))
         return value
 
@@ -564,7 +567,10 @@ class YAMLReader:
         return key
 
     def make_mapping(self, pairs):
-        """A dictionary from (key, value, position); refuses what is no scalar or occurs twice; merges << last."""
+        """A dictionary from (key, value, position); refuses what is no scalar or occurs twice.
+
+        Merges << last.
+        """
         mapping, merges = {}, []
         for key, value, position in pairs:
             if key == "<<" and self.MERGE.match(self.text, position):
@@ -574,7 +580,8 @@ class YAMLReader:
                 continue
             if isinstance(key, (dict, list)):
                 self.fail("a key that is no scalar is not supported", position)
-            if key in mapping or key != key and any(other != other for other in mapping):          # .nan differs from itself
+            # .nan differs from itself
+            if key in mapping or key != key and any(other != other for other in mapping):
                 self.fail(f"the key {str(key)[:60]!r} occurs twice", position)
             mapping[key] = value
         for value, position in merges:
@@ -590,17 +597,22 @@ class YAMLReader:
 
     def read_block_scalar(self, parent):
         """A literal or folded scalar; the position is at its indicator."""
-        header = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n").match(self.text, self.position)
+        header = self.HEADER.match(self.text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        style, chomp, digit = header.group(1), header.group(2) or header.group(5), header.group(3) or header.group(4)
+        style, chomp = header.group(1), header.group(2) or header.group(5)
+        digit = header.group(3) or header.group(4)
         indent = max(parent, 0) + int(digit) if digit else None
         self.position, lines, blank = header.end(), [], 0
         while self.position < len(self.text):
             end = self.text.index("\n", self.position)
             line = self.text[self.position:end]
             spaces = len(line) - len(line.lstrip(" "))
-            if line[spaces:spaces + 1] == "\t" and spaces <= (parent if indent is None else indent - 1) and spaces <= max(parent, 0):
+            if (
+                line[spaces:spaces + 1] == "\t"
+                and spaces <= (parent if indent is None else indent - 1)
+                and spaces <= max(parent, 0)
+            ):
                 self.fail("a tab in the indentation of a block scalar")
             if spaces == len(line) and (indent is None or spaces <= indent):
                 blank = max(blank, spaces)
@@ -631,7 +643,9 @@ class YAMLReader:
 
     @staticmethod
     def fold_block(body):
-        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are indented further."""
+        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are
+        indented further.
+        """
         lines, result, previous, empties = body.split("\n"), [], None, 0
         for line in lines:
             if not line:
@@ -657,7 +671,14 @@ class YAMLReader:
         value = self.resolve_plain(text)
         if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
             value = float(value)
-        kind = {bool: "bool", int: "int", PlainInt: "int", float: "float", PlainFloat: "float", type(None): "null"}.get(type(value))
+        kind = {
+            bool: "bool",
+            int: "int",
+            PlainInt: "int",
+            float: "float",
+            PlainFloat: "float",
+            type(None): "null",
+        }.get(type(value))
         if tag != kind:
             self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
         return value
@@ -686,12 +707,15 @@ class YAMLReader:
     # Flow
 
     def read_flow(self, parent, flow, anchor=None, tag=None, key=False):
-        """A node of flow style, a quoted or plain scalar, or an alias.  `flow`: depth of flow collections around it."""
+        """A node of flow style, a quoted or plain scalar, or an alias.
+
+        `flow`: depth of flow collections around it.
+        """
         if self.text[self.position] in "&!":
             anchor, tag = self.read_properties(anchor, tag)
             if flow and not key:
                 self.skip_flow(parent)
-                if self.text[self.position] in ",]}" or self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}":
+                if self.text[self.position] in ",]}" or self.at_colon():
                     return self.finish(self.make_scalar("", tag, True), anchor)
         character, first = self.text[self.position], self.nodes
         if character == "*":
@@ -749,7 +773,10 @@ class YAMLReader:
                 return
 
     def read_flow_collection(self, parent, flow, closing):
-        """[ … ] or { … }; the position is behind its start.  A single pair in a sequence is a mapping of its own."""
+        """[ … ] or { … }; the position is behind its start.
+
+        A single pair in a sequence is a mapping of its own.
+        """
         text, items = self.text, []                 # of a mapping: (key, value, position)
         while True:
             self.skip_flow(parent)
@@ -765,11 +792,12 @@ class YAMLReader:
             end = self.position
             self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
-            paired = text[self.position] == ":" and (text[self.position + 1] in " \t\n,[]{}" or self.closed == end)
+            paired = self.at_colon() or self.closed == end and text[self.position] == ":"
             if paired:
                 long = "\n" in text[start:self.position] or self.position - start > 1024
                 if long and closing == "]" and not explicit:
-                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters", start)
+                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters",
+                              start)
                 self.position += 1
                 self.skip_flow(parent)
                 value = self.read_flow_node(parent, flow)
@@ -787,17 +815,24 @@ class YAMLReader:
 
     def read_flow_node(self, parent, flow):
         """A node in a flow collection, None where there is nothing before its end."""
-        character = self.text[self.position]
-        if character in ",]}" or character == ":" and self.text[self.position + 1] in " \t\n,[]{}":
+        if self.text[self.position] in ",]}" or self.at_colon():
             self.count()
             return None
         return self.read_flow(parent, flow)
+
+    def at_colon(self):
+        """Whether a colon stands here that ends a key in a flow collection."""
+        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
 
     def read_plain(self, parent, flow, key):
         """A plain scalar's text, folded over its lines."""
         text, position = self.text, self.position
         character = text[position]
-        if character in "-?:" and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n") or character in ",[]{}#&*!|>'\"%@`":
+        if (
+            character in "-?:"
+            and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n")
+            or character in ",[]{}#&*!|>'\"%@`"
+        ):
             if character == ":" and key:
                 return ""
             self.fail(f"a value cannot start with {character!r} here")
@@ -807,7 +842,13 @@ class YAMLReader:
         while not key and text[stop.start()] == "\n" and stop.start() + 1 < len(text):
             after = re.compile(r"(?:[ \t]*\n)*( *)[ \t]*").match(text, stop.start() + 1)
             start, indent = after.end(), after.end(1) - after.start(1)
-            if start >= len(text) or indent <= parent or text[start] == "#" or flow and text[start] in ",[]{}":
+            if (
+                start >= len(text)
+                or indent <= parent
+                or text[start] == "#"
+                or flow
+                and text[start] in ",[]{}"
+            ):
                 break
             if flow and text[start] == ":" and text[start + 1] in " \t\n,[]{}":
                 break
@@ -861,7 +902,9 @@ class YAMLReader:
         return "\n" * match.group(1).count("\n") or " "
 
     def read_escape(self, parent, start):
-        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from being folded away."""
+        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from
+        being folded away.
+        """
         character = self.text[self.position + 1]
         if character == "\n":
             self.position += 1
@@ -874,8 +917,13 @@ class YAMLReader:
             self.position += 2
             return "\0" + ESCAPES[character]
         digits = self.text[self.position + 2:self.position + 2 + size]
-        if not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits) or int(digits, 16) > 0x10FFFF or 0xD800 <= int(digits, 16) <= 0xDFFF:
-            self.fail(f"\\{character}{digits} is no character")     # halves of a surrogate pair too: YAML takes each by itself
+        if (
+            not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits)
+            or int(digits, 16) > 0x10FFFF
+            or 0xD800 <= int(digits, 16) <= 0xDFFF
+        ):
+            # halves of a surrogate pair too: YAML takes each by itself
+            self.fail(f"\\{character}{digits} is no character")
         self.position += 2 + size
         return "\0" + chr(int(digits, 16))
 
@@ -886,6 +934,10 @@ def measure_depth(value):
     return 0 if items is None else 1 + max(map(measure_depth, items), default=0)
 
 
+# ------------------------------------------------------------------------------------------------------------------------------
+# 4. Small encodings
+# ------------------------------------------------------------------------------------------------------------------------------
+
 def sha256_digest(data):
     """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
     import hashlib
@@ -895,11 +947,14 @@ def sha256_digest(data):
 def make_json(value):
     """JSON as UTF-8 bytes in one stable form, so that equal values are equal bytes."""
     import json
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def parse_json(data, what):
-    """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character) to a value.
+    """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character)
+    to a value.
 
     Raises ValueError naming `what`.
     """
@@ -915,7 +970,8 @@ def parse_json(data, what):
         raise ValueError(f"{word} is not JSON")
 
     def read_int(text):
-        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")     # as newer Pythons have it
+        # as newer Pythons have it
+        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")
 
     def read_float(text):
         return float(text) if abs(float(text)) < float("inf") else refuse(text[:40])
@@ -923,7 +979,8 @@ def parse_json(data, what):
     try:
         if data[:2] == b"\x1f\x8b":
             raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse, parse_int=read_int,
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
+                           parse_int=read_int,
                            parse_float=read_float)
         if re.search(rb"\\u[dD][89a-fA-F]", data):
             make_json(value)                        # refuses a half character
@@ -935,14 +992,18 @@ def parse_json(data, what):
 def parse_duration(text):
     """`90`, `30s`, `5m`, `2h`, `1d` to seconds (float); raises ValueError."""
     match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?)([smhd]?)", text)
-    seconds = float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)] if match else -1
+    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+    seconds = float(match.group(1)) * units[match.group(2)] if match else -1
     if not 0 <= seconds <= MAX_DURATION:
         raise ValueError("a duration: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d")
     return seconds
 
 
 def parse_size(text):
-    """`512`, `512Ki`, `64Mi`, `2Gi` ... to bytes; a space before the unit is read too (protocol 3.5); raises ValueError."""
+    """`512`, `512Ki`, `64Mi`, `2Gi` ... to bytes; a space before the unit is read too (protocol 3.5).
+
+    Raises ValueError.
+    """
     match = re.fullmatch(r"([0-9]{1,40})(?: ?([KMGTPE]i))?", text)
     if not match:
         raise ValueError("a size: bytes, or a number with Ki, Mi, Gi, Ti, Pi or Ei, such as 64Mi")
@@ -973,18 +1034,15 @@ def parse_base64(text):
 
 
 def grow(first, times, cap):
-    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each further one, at most `cap`."""
+    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each
+    further one, at most `cap`.
+    """
     return min(cap, first * 2 ** min(max(times - 1, 0), 30))
 
 
-def find_left(record, now):
-    """Seconds that a record of an attempt, {at, delay}, still asks to be waited; none before its time, where a clock was set back."""
-    passed, delay = now - record.get("at", 0), record.get("delay", 0)
-    return delay - passed if 0 <= passed < delay else 0
-
-
 def make_wait(record, delay, clock):
-    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay, boot, uptime}.
+    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay,
+    boot, uptime}.
 
     record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
     """
@@ -993,7 +1051,8 @@ def make_wait(record, delay, clock):
 
 
 def find_wait(record, clock):
-    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this is the same boot.
+    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this
+    is the same boot.
 
     Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
     """
@@ -1003,8 +1062,44 @@ def find_wait(record, clock):
     return delay - passed if 0 <= passed < delay else 0
 
 
+def make_backoff(failures, asked, strategy, jitter):
+    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
+    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
+    """
+    asked = asked or 0
+    if asked and strategy in ("fixed", "none"):
+        return asked
+    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
+
+
+def make_start(uptime, poll, known, jitter):
+    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
+    arrives spread over one interval (P-19).  One that never had a desired state asks at once.
+    """
+    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
+
+
+def make_delay(config, state, fault, clock, jitter):
+    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
+    an attempt is due.
+    """
+    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
+    patience = state["patience"]
+    if isinstance(fault, (Refused, Untrusted)):
+        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
+        return max(interval, patience.get("delay", 0), slower)
+    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
+    if left:
+        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
+    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
+                if record["state"] == "failed" and not record["refused"]]
+    return max(1.0, min([interval] + attempts))
+
+
 def parse_retry_after(text, now):
-    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is unreadable (C-056)."""
+    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
+    unreadable (C-056).
+    """
     if not text:
         return None
     if re.fullmatch(r"[0-9]+", text.strip()):
@@ -1018,10 +1113,71 @@ def parse_retry_after(text, now):
         return None
 
 
-# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was read.
+def unpack_gzip(data, max_unpacked):
+    """The content of one whole gzip stream.
+
+    Raises ValueError over the limit or for a stream that is not just that.
+    """
+    import zlib
+    stream = zlib.decompressobj(31)
+    try:
+        plain = stream.decompress(data, max_unpacked + 1)
+    except zlib.error as error:
+        raise ValueError(f"not a readable tar+gzip ({error})") from None
+    if len(plain) > max_unpacked:
+        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
+    if not stream.eof or stream.unused_data:
+        raise ValueError("it is cut short, or something follows it")
+    return plain
+
+
+def unpack_tar(data, max_unpacked, max_entries):
+    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
+
+    Raises ValueError for what is none, or is over a limit.
+
+    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to
+    whatever size it claims.
+    """
+    import io
+    import itertools
+    import tarfile
+
+    class Headers(io.BytesIO):
+        """What tarfile reads: headers, forwards and up to a limit.
+
+        A negative size leads it in circles, and it keeps all that they hold.
+        """
+
+        left = 64 * MIB
+
+        def read(self, size=-1):
+            self.left -= size
+            if size < 0 or self.left < 0:
+                raise ValueError("headers that are too large, or of negative size")
+            return super().read(size)
+
+    plain = unpack_gzip(data, max_unpacked)
+    try:
+        with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
+            members = list(itertools.islice(archive, max_entries + 1))
+    except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a readable tar+gzip ({error})") from None
+    if len(members) > max_entries:
+        raise ValueError(f"more than {max_entries} entries")
+    return plain, members, archive.offset
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 5. X.509
+# ------------------------------------------------------------------------------------------------------------------------------
+
+# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
+# read.
 
 OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME = b"\x55\x1d\x13", b"\x55\x1d\x0f", b"\x55\x1d\x11"
-OID_SUBJECT_KEY, OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x0e", b"\x55\x1d\x23", b"\x55\x1d\x14", b"\x55\x1d\x1c"
+OID_SUBJECT_KEY, OID_ISSUER_KEY = b"\x55\x1d\x0e", b"\x55\x1d\x23"
+OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 KEY_CERT_SIGN, CRL_SIGN = 5, 6                      # bits of keyUsage (RFC 5280, 4.2.1.3)
 
 
@@ -1066,12 +1222,16 @@ def parse_certificate(der):
         uris, is_ca, usage = read_extensions(extensions)
     except (IndexError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
-    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2], uris, is_ca, usage,
+    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after,
+                       spki[2], uris, is_ca, usage,
                        extensions)
 
 
 def parse_extensions(data):
-    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}; raises ValueError, IndexError."""
+    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}.
+
+    Raises ValueError, IndexError.
+    """
     found = {}
     for _, extension, raw in parse_der(parse_der(data)[0][1]) if data else ():
         parts = parse_der(extension)
@@ -1082,12 +1242,16 @@ def parse_extensions(data):
 
 
 def read_extensions(extensions):
-    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None); raises ValueError, IndexError."""
+    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None).
+
+    Raises ValueError, IndexError.
+    """
     names, constraints, bits = (parse_der(extensions[oid][1])[0][1] if oid in extensions else None
                                 for oid in (OID_SUBJECT_ALT_NAME, OID_BASIC_CONSTRAINTS, OID_KEY_USAGE))
     uris = [name.decode("ascii") for tag, name, _ in parse_der(names or b"") if tag == 0x86]
     is_ca = any(tag == 0x01 and flag != b"\x00" for tag, flag, _ in parse_der(constraints or b""))
-    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1)) if bits[1 + bit // 8] & (0x80 >> bit % 8)}
+    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1))
+                                       if bits[1 + bit // 8] & (0x80 >> bit % 8)}
     return uris, is_ca, usage
 
 
@@ -1095,59 +1259,25 @@ def find_key_id(item, oid):
     """The identifier of the subject's or the issuer's key in a Certificate or Crl, or None."""
     try:
         inner = parse_der(item.extensions[oid][1])[0][1]
-        return inner if oid == OID_SUBJECT_KEY else next(value for tag, value, _ in parse_der(inner) if tag == 0x80)
+        if oid == OID_SUBJECT_KEY:
+            return inner
+        return next(value for tag, value, _ in parse_der(inner) if tag == 0x80)
     except (KeyError, IndexError, ValueError, StopIteration):
         return None
 
 
 def is_issuer(candidate, item):
-    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key identifier."""
+    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key
+    identifier.
+    """
     ids = find_key_id(candidate, OID_SUBJECT_KEY), find_key_id(item, OID_ISSUER_KEY)
     return candidate.subject == item.issuer and (None in ids or ids[0] == ids[1])
 
 
-def make_chain(leaf, candidates):
-    """[Certificate] from a leaf upwards, out of candidates in any order (E-039); roots are left out."""
-    chain = [leaf]
-    while len(chain) < 10:
-        found = next((item for item in candidates if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain), None)
-        if found is None:
-            break
-        chain.append(found)
-    return chain
-
-
-def parse_crl(data):
-    """A revocation list (DER or PEM) to (DER, Crl); raises ValueError, also for one whose meaning is not understood (E-085)."""
-    try:
-        der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
-        fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
-        if fields[0][:2] != (0x02, b"\1"):
-            raise ValueError("it is not of version 2")
-        times = [parse_der_time(*field[:2]) for field in fields[3:5]]
-        extensions = parse_extensions(next(value for tag, value, _ in fields[5:] if tag == 0xA0))
-        scope = parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1]) if OID_CRL_SCOPE in extensions else []
-        number = int.from_bytes(parse_der(extensions[OID_CRL_NUMBER][1])[0][1], "big")
-        if number >= 2 ** 160:
-            raise ValueError("its number has more than 20 octets")
-    except (IndexError, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
-        raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
-    strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical and oid not in (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)]
-    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:      # a name, and only user certificates, take nothing away for a leaf
-        raise ValueError(f"a list of a kind that is not understood (critical {', '.join(strange) or 'scope'})")
-    entries = fields[5][1] if fields[5][0] == 0x30 else b""
-    return der, Crl(fields[2][2], times[0], times[1], entries, number, extensions)
-
-
-def is_listed(crl, serial):
-    """Whether a Crl lists a serial number; the walk is made only where its bytes occur at all, since lists can be long."""
-    wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
-    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry, _ in parse_der(crl.entries))
-
-
 def parse_der_time(tag, value):
     """UTCTime or GeneralizedTime to Unix seconds; raises ValueError."""
-    import datetime                                 # http.client brings it along; what strptime brings takes 8 ms
+    # http.client brings it along; what strptime brings takes 8 ms
+    import datetime
     text = value.decode("ascii")
     if tag == 0x17:
         text = ("19" if text[:2] >= "50" else "20") + text
@@ -1157,54 +1287,11 @@ def parse_der_time(tag, value):
     return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
 
 
-def unpack_gzip(data, max_unpacked):
-    """The content of one whole gzip stream; raises ValueError over the limit or for a stream that is not just that."""
-    import zlib
-    stream = zlib.decompressobj(31)
-    try:
-        plain = stream.decompress(data, max_unpacked + 1)
-    except zlib.error as error:
-        raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if len(plain) > max_unpacked:
-        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
-    if not stream.eof or stream.unused_data:
-        raise ValueError("it is cut short, or something follows it")
-    return plain
-
-
-def unpack_tar(data, max_unpacked, max_entries):
-    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip; raises ValueError for what is none, or is over a limit.
-
-    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to whatever size it claims.
-    """
-    import io
-    import itertools
-    import tarfile
-
-    class Headers(io.BytesIO):
-        """What tarfile reads: headers, forwards and up to a limit.  A negative size leads it in circles, and it keeps all that they hold."""
-
-        left = 64 * MIB
-
-        def read(self, size=-1):
-            self.left -= size
-            if size < 0 or self.left < 0:
-                raise ValueError("headers that are too large, or of negative size")
-            return super().read(size)
-
-    plain = unpack_gzip(data, max_unpacked)
-    try:
-        with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
-            members = list(itertools.islice(archive, max_entries + 1))
-    except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
-        raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if len(members) > max_entries:
-        raise ValueError(f"more than {max_entries} entries")
-    return plain, members, archive.offset
-
-
 def parse_pem(text, label="CERTIFICATE"):
-    """Every certificate (or block of another label) of a PEM text as DER bytes, in order; raises ValueError."""
+    """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
+
+    Raises ValueError.
+    """
     found = []
     for block in text.split(f"-----BEGIN {label}-----")[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
@@ -1214,8 +1301,15 @@ def parse_pem(text, label="CERTIFICATE"):
     return found
 
 
+def make_pem(ders):
+    """Certificates (DER) as PEM text."""
+    import textwrap
+    bodies = ("\n".join(textwrap.wrap(make_base64(der), 64)) for der in ders)
+    return "".join(f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n" for body in bodies)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
-# 4. Configuration
+# 6. Configuration
 # ------------------------------------------------------------------------------------------------------------------------------
 
 class Settings(dict):
@@ -1230,11 +1324,14 @@ class Settings(dict):
             raise AttributeError(name) from None
 
 
-# The kit of readers.  A reader takes (value, base) and returns what it makes of the value, or raises ValueError of what is expected.
-# The value is YAML; `base` is the folder that relative file names start from.
+# The kit of readers. A reader takes (value, base) and returns what it makes of the value, or raises
+# ValueError of what is expected. The value is YAML; `base` is the folder that relative file names start from.
 
 def scalar(expected, pattern=r"(?s).*", make=None):
-    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text; it may raise ValueError."""
+    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text.
+
+    It may raise ValueError.
+    """
     def read(value, base):
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError(expected)
@@ -1283,35 +1380,28 @@ def is_uri(key):
     return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
 
 
-def parse_folder(text):
-    """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
-    parts = text.strip("/").split("/")
-    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", text):
-        raise ValueError("a folder inside the repository")
-    return "/".join(parts)
-
-
 HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
 GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
 # A repository's address as git takes it, which is never an option or a helper to git, or holds a password.
 GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
                rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
-BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"       # as git allows it
-                  r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
-PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"        # of a SubjectPublicKeyInfo (RFC 7469, 2.4)
-DURATION = "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
+PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
+DURATION = (
+    "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
+)
 
 read_text = scalar("text")
-read_name = scalar("text", "(?s).+")
-read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')            # what fits between quotes in an HTTP header
-read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")     # without user or fragment
-read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?", lambda text: text.rstrip("/"))
+read_name = checked("text", lambda value: isinstance(value, str) and value)
+# what fits between quotes in an HTTP header
+read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
+# without user or fragment
+read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
+read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
+                       lambda text: text.rstrip("/"))
 read_address = scalar(
     "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
     rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
     lambda text: text.rstrip("/") if text.startswith("https:") else text)
-read_branch = scalar("the name of a branch", BRANCH_PATTERN)
-read_folder = scalar("a folder inside the repository", make=parse_folder)
 read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
 read_devices = list_of(scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev")
 read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
@@ -1320,7 +1410,8 @@ read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
 read_size = scalar("a size", make=parse_size)
 read_count = scalar("a whole number", "[0-9]{1,18}", int)
 read_share = scalar("a share from 0% to 100%", r"([0-9]{1,2}|100)%", lambda text: int(text[:-1]) / 100)
-read_device_id = scalar("letters, digits and . _ ~ - in segments parted by /",                          # C-086
+# C-086
+read_device_id = scalar("letters, digits and . _ ~ - in segments parted by /",
                         rf"(?!(.*/)?\.\.?(/|\Z)){DEVICE_ID_PATTERN}")
 read_mapping = checked("a mapping", is_mapping)
 
@@ -1338,10 +1429,15 @@ def read_path(value, base):
 
 
 def read_key(value, base):
-    """A file name, or a URI such as pkcs11:… by which openssl finds a key; it stands on a command line, so it holds no PIN."""
+    """A file name, or a URI such as pkcs11:… by which openssl finds a key.
+
+    It stands on a command line, so it holds no PIN.
+    """
     text = read_text(value, base)
     if "pin-value=" in text:
-        raise ValueError("a URI without pin-value; name a file by pin-source, so that no command line shows the PIN")
+        raise ValueError(
+            "a URI without pin-value; name a file by pin-source, so that no command line shows the PIN"
+        )
     return text if is_uri(text) else read_path(text, base)
 
 
@@ -1362,15 +1458,6 @@ def read_helm(value, base):
     return value if value in ("auto", "off") else read_path(value, base)
 
 
-def read_components(value, base):
-    """What a request signature covers: at least method, target and content digest, else it were one for any request (C-062, C-063)."""
-    names = list_of(read_word, "a list of components")(value, base)
-    lower = [name.lower() for name in names]
-    if not {"@method", "@target-uri", "content-digest"} <= set(lower) or len(set(lower)) < len(lower):
-        raise ValueError("a list of components, @method, @target-uri and content-digest among them")
-    return names
-
-
 def is_words(value, words):
     """Whether a value is a list of at least one of some words."""
     return isinstance(value, list) and bool(value) and all(item in words for item in value)
@@ -1379,7 +1466,8 @@ def is_words(value, words):
 def is_equipment(value, kinds):
     """Whether a value is a list of {type: one of `kinds`, all else: text}."""
     return isinstance(value, list) and all(
-        isinstance(item, dict) and item.get("type") in kinds and all(isinstance(text, str) for text in item.values())
+        isinstance(item, dict) and item.get("type") in kinds
+        and all(isinstance(text, str) for text in item.values())
         for item in value)
 
 
@@ -1391,14 +1479,19 @@ def is_cpus(value):
 
 
 # Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
-PERIPHERALS, INTERFACES = "gpu display camera microphone speaker", "ethernet wifi cellular bluetooth usb canbus rs232"
+PERIPHERALS, INTERFACES = (
+    "gpu display camera microphone speaker",
+    "ethernet wifi cellular bluetooth usb canbus rs232",
+)
 PROPERTIES = {
     "vendor": read_name, "modelNumber": read_name, "serialNumber": read_name,
     "memory": scalar("a size such as 512Mi", "[0-9]{1,18}[KMG]i"),
     "storage": scalar("a size such as 512Mi", "[0-9]{1,18}[KMGTPE]i"),
     "cpus": checked("a list of {cores: number, architecture: amd64, arm64 or arm}", is_cpus),
-    "peripherals": checked(f"a list with the types {PERIPHERALS}", lambda item: is_equipment(item, PERIPHERALS.split())),
-    "interfaces": checked(f"a list with the types {INTERFACES}", lambda item: is_equipment(item, INTERFACES.split())),
+    "peripherals": checked(f"a list with the types {PERIPHERALS}",
+                           lambda item: is_equipment(item, PERIPHERALS.split())),
+    "interfaces": checked(f"a list with the types {INTERFACES}",
+                          lambda item: is_equipment(item, INTERFACES.split())),
     "otelCollector": checked("true, as Margo demands it where workloads run", lambda item: item is True),
     "supportedRuntimes": checked("a list of oci, custom", lambda item: is_words(item, ("oci", "custom"))),
     "supportedDeploymentTypes": checked("a list of helm, compose, custom",
@@ -1425,7 +1518,9 @@ def read_properties(value, base):
 def read_environment(value, base):
     """A mapping of environment variables to text."""
     for name in read_mapping(value, base):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(value[name], (bool, dict, list, type(None))):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(
+            value[name], (bool, dict, list, type(None))
+        ):
             raise ValueError(f"a mapping of variable names to text, which {make_printable(name)} is not")
     return {name: read_text(item, base) for name, item in value.items()}
 
@@ -1440,7 +1535,8 @@ def is_label(value):
     """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
     if not isinstance(value, list):
         return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
-    return len(set(map(get_kind, value))) == 1 and all(isinstance(item, str) or is_number(item) for item in value)
+    kinds = set(map(get_kind, value))
+    return kinds == {"text"} or kinds == {"number"} and all(map(is_number, value))
 
 
 read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
@@ -1454,8 +1550,8 @@ MOMENT_PATTERN = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T(?:[01]
 def parse_window(text):
     """A window of device-local time to (days, start, end); raises ValueError.
 
-    `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later than the start.
-    `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
+    `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later
+    than the start. `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
     """
     start, slash, end = text.partition("/")
     if re.fullmatch(f"{MOMENT_PATTERN}/{MOMENT_PATTERN}", text) and start < end:
@@ -1493,32 +1589,23 @@ def is_within(windows, local):
 
 
 def is_within_whole(windows, start, end):
-    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of device-local time."""
+    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of
+    device-local time.
+    """
     moments = range(int(start), int(max(start, end)) + 1, 60)
     return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
 
 
-def find_longest(windows, now):
-    """Seconds of the longest stretch that lies in windows, from `now` on; those of a date are taken one by one."""
-    today = time.strftime("%Y-%m-%dT%H:%M", time.localtime(now))
-    longest, stretch = 0, 0
-    for days, start, end in windows:
-        if days is None and end > today:
-            first, last = (time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M")) for text in (start, end))
-            longest = max(longest, last - first)
-    weekly = [window for window in windows if window[0] is not None]
-    for moment in range(0, 14 * 86400 if weekly else 0, 60):            # any two weeks: a stretch may begin in one and end in the next
-        stretch = stretch + 60 if is_within(weekly, time.gmtime(moment)) else 0
-        longest = max(longest, stretch)
-    return longest
-
-
-# What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is reached by one of them.
-CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman", "CONTAINERS_STORAGE_CONF": "podman",
+# What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is
+# reached by one of them.
+CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman",
+               "CONTAINERS_STORAGE_CONF": "podman",
                "DOCKER_HOST": "docker", "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
-HOSTING = ("cpus", "memory", "storage")             # what a child device has to say of itself, because only what is here can be detected
+# what a child device has to say of itself, because only what is here can be detected
+HOSTING = ("cpus", "memory", "storage")
 
-# Each setting: its reader, or that and the default in the file's own spelling.  What only one profile has, its part adds below.
+# Each setting: its reader, or that and the default in the file's own spelling. What only one profile has, its
+# part adds below.
 DEVICE_SCHEMA = {
     "id": read_device_id, "vendor": read_text, "modelNumber": read_text, "serialNumber": read_text,
     "properties": (read_properties, {}), "labels": (read_labels, {})}
@@ -1529,111 +1616,51 @@ REGISTRY_SCHEMA = {
 SCHEMA = {
     "state_dir": (read_path, "/var/lib/margo-agent"),
     "wfm": {
-        "profile": (choice(*PROFILES), "mtls"), "url": read_address, "timeout": (read_duration, "30s"),
+        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls"), "url": read_address, "timeout": (read_duration, "30s"),
         "min_tls": (choice("1.2", "1.3"), "1.3")},
     "identity": {
         "certificate": read_path, "key": read_key, "trust_bundle": read_path_or_url,
         "discovery": read_url, "ca": read_path, "pins": (read_pins, []), "refresh": (read_duration, "1h")},
-    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),         # see make_children
+    # see make_children
+    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),
     "poll": {
         "interval": (read_duration, "60s"), "jitter": (read_share, "10%"),
-        "window": (list_of(read_window, "a list of windows"), []), "downtime": (list_of(read_window, "a list of windows"), [])},
+        "window": (list_of(read_window, "a list of windows"), []),
+        "downtime": (list_of(read_window, "a list of windows"), [])},
     "runtime": {
         "compose": (read_compose, "auto"),
-        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"), "kubeconfig": read_path,
+        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"),
+        "kubeconfig": read_path,
         "on_failure": (choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"),
         "environment": (read_environment, {}), "prune": (read_flag, True)},
     "registries": (read_mapping, {}),
     "policy": {
-        "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"), "max_unpacked": (read_size, "256Mi"),
+        "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"),
+        "max_unpacked": (read_size, "256Mi"),
         "privileged": (choice("deny", "allow"), "deny"), "host_network": (choice("deny", "allow"), "deny"),
         "devices": (read_devices, []), "host_paths": (read_folders, []),
         "max_removals": read_count},
     "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
 }
-REQUIRED = {"mtls": ("wfm.url", "identity.certificate", "identity.key")}       # by profile
-CHECKS = []                                         # functions: configuration to [(whether it is wrong, key, words)]
-
-
-# Profile signed
-
-SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
-SCHEMA["identity"]["algorithm"] = choice(*ALGORITHMS)
-SCHEMA["identity"]["signature"] = {
-    "label": (read_word, "sig1"), "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"]),
-    "keyid": read_word, "alg": read_word}
-REQUIRED["signed"] = ("wfm.url", "identity.certificate", "identity.key", "identity.ca")
-
-# Profile git
-
-SCHEMA["wfm"]["status_url"] = read_root_url
-SCHEMA["git"] = {
-    "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False),
-    "allowed_signers": read_path, "allow_rewrite": (read_flag, False), "token_file": read_path,
-    "username": read_text, "ssh_key": read_path, "known_hosts": read_path}
-REQUIRED["git"] = ("wfm.url",)
-
-
-def check_git_settings(config):
-    """What only profile git has: [(whether it is wrong, key, words)]."""
-    wfm, git = config.wfm, config.git
-    return [
-        (wfm.profile != "git" and wfm.status_url, "wfm.status_url", "only profile git reports elsewhere; leave it out"),
-        (git.verify_signatures and not git.allowed_signers,
-         "git.allowed_signers", "not set, and needed for git.verify_signatures"),
-        (git.allow_rewrite and not git.verify_signatures,
-         "git.allow_rewrite", "a rewritten history is accepted only from signers; set git.verify_signatures, too"),
-        (git.username and not git.token_file,
-         "git.username", "is sent with the token of git.token_file, which is not set")]
-
-
-CHECKS.append(check_git_settings)
-
-# Enrollment and revocation
-
-SCHEMA["identity"]["enrollment"] = (choice("off", "est"), "off")
-SCHEMA["identity"]["est"] = {
-    "url": read_root_url, "token_file": read_path, "certificate": read_path, "key": read_path}
-SCHEMA["identity"]["rekey"] = (choice("never", "always"), "never")
-SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
-
-
-def is_combined(identity):
-    """Whether own certificate and key are one PEM file, which one rename replaces."""
-    return os.path.normpath(identity.key) == os.path.normpath(identity.certificate)
-
-
-def check_enrollment_settings(config):
-    """What only enrollment by EST has: [(whether it is wrong, key, words)]."""
-    identity, est = config.identity, config.identity.est
-    enrolled, pair = identity.enrollment == "est", {bool(est.certificate), bool(est.key)}
-    single = enrolled and identity.key and identity.certificate and is_combined(identity)
-    return [
-        (enrolled and config.wfm.profile != "mtls",
-         "identity.enrollment", "est gives an SVID, which only wfm.profile mtls uses"),
-        (enrolled and not est.url and not identity.discovery,
-         "identity.est.url", "not set, and no identity.discovery either; one of them says where to enroll"),
-        (enrolled and pair != {not est.token_file},
-         "identity.est", "either token_file, or certificate and key; found both, neither or a half"),
-        (identity.rekey == "always" and not single,
-         "identity.rekey", "always needs identity.enrollment est, and identity.key to be the file of identity.certificate,"
-         " so that one rename replaces both")]
-
-
-CHECKS.append(check_enrollment_settings)
+CHECKS = []
 
 
 # The configuration as a whole
 
 def make_quote(value, secret=False):
-    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or of what holds secrets, only its kind."""
+    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or of what holds secrets,
+    only its kind.
+    """
     if secret or isinstance(value, dict):
         return {dict: "a mapping", list: "a list"}.get(type(value), "text")
     return repr(make_printable(re.sub(r"(?<=pin-value=)[^;&?]*|(?<=//)[^/@\s]*(?=@)", "...", str(value)), 60))
 
 
 def make_settings(value, schema, base, where, faults):
-    """Reads one mapping of the configuration by its schema; each fault is appended to `faults` as (key, words)."""
+    """Reads one mapping of the configuration by its schema.
+
+    Each fault is appended to `faults` as (key, words).
+    """
     if value is not None and not isinstance(value, dict):
         faults.append((where[:-1] or "the configuration", f"found {make_quote(value)}, expected a mapping"))
         value = None
@@ -1657,7 +1684,8 @@ def make_settings(value, schema, base, where, faults):
             if item is not None:
                 settings[key] = reader(item, base)
         except ValueError as error:
-            faults.append((where + key, f"found {make_quote(item, reader is read_environment)}, expected {error}"))
+            faults.append((where + key,
+                           f"found {make_quote(item, reader is read_environment)}, expected {error}"))
     return settings
 
 
@@ -1670,9 +1698,11 @@ def make_children(items, base, faults):
         named = {key for key, _ in faults}
         needed = [key for key in CHILD_SCHEMA if child[key] is None]
         needed += [f"properties.{key}" for key in HOSTING if key not in (child.properties or {})]
-        faults += [(where + key, "not set, and nothing else knows it") for key in needed if where + key.split(".")[0] not in named]
+        faults += [(where + key, "not set, and nothing else knows it") for key in needed if where
+                   + key.split(".")[0] not in named]
         if child.connection is not None and not set(child.connection) & set(CONNECTIONS):
-            faults.append((f"{where}connection", f"names no engine; expected one of {', '.join(CONNECTIONS)}"))
+            faults.append((f"{where}connection",
+                           f"names no engine; expected one of {', '.join(CONNECTIONS)}"))
         for key in ("id", "connection"):
             if child[key] and child[key] in [other[key] for other in children]:
                 faults.append((where + key, "another child has the same"))
@@ -1692,7 +1722,8 @@ def make_config(document, base, environ):
     for host, entry in (config["registries"] or {}).items():
         registries[host] = make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
         if not re.fullmatch(REGISTRY_PATTERN, host):
-            faults.append((f"registries.{host}", "no registry; expected its host or host:port, as oci://HOST names it"))
+            faults.append((f"registries.{host}",
+                           "no registry; expected its host or host:port, as oci://HOST names it"))
     config["registries"] = registries
     config.device["children"] = make_children(config.device.children, base, faults)
     named = {key for key, _ in faults}
@@ -1704,40 +1735,34 @@ def make_config(document, base, environ):
 
 
 def check_devices(config):
-    """What shows only from several settings of this device and its children: [(whether it is wrong, key, words)]."""
-    wfm, children = config.wfm, config.device.children
-    faults = [(children and wfm.profile != "mtls" and (wfm.profile, wfm.dialect) != ("signed", "b"),
+    """What shows only from several settings of this device and its children: [(whether it is wrong, key,
+    words)].
+    """
+    profile, children = PROFILES.get(config.wfm.profile), config.device.children
+    faults = [(children and profile and not profile.takes_children(config),
                "device.children", "the protocol of this wfm.profile and wfm.dialect knows no child devices")]
     places = {f"device.children[{index}].": child for index, child in enumerate(children)}
     for where, device in {"device.": config.device, **places}.items():
         properties = device.properties or {}
         kinds = [*properties.get("supportedRuntimes", ()), *properties.get("supportedDeploymentTypes", ())]
-        faults.append(("custom" in kinds and not device.labels,                                            # C-089
-                       f"{where}labels", "not set, and needed beside `custom`, for applications to select on"))
+        # C-089
+        faults.append(("custom" in kinds and not device.labels,
+                       f"{where}labels",
+                       "not set, and needed beside `custom`, for applications to select on"))
     return faults
 
 
 def check_profile(config):
-    """What a profile needs, and what only another one has: [(whether it is wrong, key, words)]."""
-    wfm, identity = config.wfm, config.identity
-    mutual = wfm.profile == "mtls" or wfm.status_url
-    needed, suffix = REQUIRED.get(wfm.profile, ()), ""
-    if wfm.status_url:
-        needed, suffix = needed + REQUIRED["mtls"], " with wfm.status_url"
-    missing = [key for key in dict.fromkeys(needed) if config[key.split(".")[0]][key.split(".")[1]] is None]
-    return [(True, key, f"not set, and needed for profile {wfm.profile}{suffix}") for key in missing] + [
-        (mutual and not identity.trust_bundle and not identity.discovery,
-         "identity.trust_bundle", "not set, and no identity.discovery either; one of them says whom to trust"),
-        (mutual and identity.key and is_uri(identity.key),
-         "identity.key", "found a URI, expected a file; only profile signed has openssl use the key"),
-        (wfm.profile != "git" and wfm.url and not wfm.url.startswith("https://"),
-         "wfm.url", f"found {make_printable(wfm.url or '', 60)!r}, expected an absolute https URL")]
+    """What its profile has to say of a configuration: [(whether it is wrong, key, words)]."""
+    profile = PROFILES.get(config.wfm.profile)
+    return profile.check_settings(config) if profile else []
 
 
 def expand_environment(value, environ, where, faults):
     """`${NAME}` in every text of the configuration; an unset name is a fault."""
     if isinstance(value, dict):
-        return {key: expand_environment(item, environ, f"{where}{key}.", faults) for key, item in value.items()}
+        return {key: expand_environment(item, environ, f"{where}{key}.", faults)
+                for key, item in value.items()}
     if isinstance(value, list):
         return [expand_environment(item, environ, where, faults) for item in value]
     if not isinstance(value, str) or "${" not in value:
@@ -1757,17 +1782,20 @@ def load_config(path, environ=None):
         with open(path, "rb") as file:
             document = load_yaml(file.read(MIB))
     except OSError as error:
-        raise ConfigError(f"configuration {path} cannot be read ({error.strerror}); name one by -c or $MARGO_CONFIG") from None
+        raise ConfigError(
+            f"configuration {path} cannot be read ({error.strerror}); name one by -c or $MARGO_CONFIG"
+        ) from None
     except YAMLError as error:
         raise ConfigError(f"configuration {path}: {error}") from None
     try:
-        return make_config(document, os.path.dirname(os.path.abspath(path)), os.environ if environ is None else environ)
+        return make_config(document, os.path.dirname(os.path.abspath(path)),
+                           os.environ if environ is None else environ)
     except ConfigError as error:
         raise ConfigError(f"configuration {path}: {error.message}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 5. Store
+# 7. Store
 # ------------------------------------------------------------------------------------------------------------------------------
 
 class Log:
@@ -1864,13 +1892,13 @@ def read_file(path, limit):
     return data
 
 
-def make_folder(path, mode=0o700):
+def create_folder(path, mode=0o700):
     """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask; may raise OSError."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
     if parent and parent != path:
-        make_folder(parent, mode)
+        create_folder(parent, mode)
     try:
         os.mkdir(path, mode)
         os.chmod(path, mode)
@@ -1924,10 +1952,11 @@ def make_state():
     outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged, oldest first
     dropped     {id in lower case: {state, at, reason}}: the last statuses that the WFM refused for good
     reported    {id in lower case: digest of the last acknowledged status}
-    trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what discovery named
+    trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what discovery named;
+                {strays}: digest of an own leaf that does not lead to it any more
     identity    digest of the own leaf that was last found to lead to the trust bundle
-    est         {token, key: digests of what an enrollment goes by, at, delay, failures, refused, early}; {used}: the token that served
-    crls        {URL: {etag, modified, number, key, at, delay, failures}}: of the revocation lists in crls/
+    est         what is under way, and the back-off: see Enrollment
+    crls        {URL: {digest, number, key, thisUpdate, validity, etag, modified; back-off}}: of the revocation lists in crls/
     drafts      the drafts in use, as the log was told
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
@@ -2006,6 +2035,7 @@ class Store:
         self.folder = folder
         self.saved = self.core = None               # bytes of state.json as they lie on the disk, and of what its copy is kept for
         self.locked = None
+        self.memo = None                            # as load_memo read it; right as long as the lock is held
 
     def path(self, *names):
         """A path below the state directory."""
@@ -2014,9 +2044,9 @@ class Store:
     def create(self):
         """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
-            make_folder(os.path.dirname(self.folder), 0o755)
-            for name in ("artifacts", "deployments", "crls", "tmp"):
-                make_folder(self.path(name))
+            create_folder(os.path.dirname(self.folder), 0o755)
+            for name in ("artifacts", "deployments", "tmp"):
+                create_folder(self.path(name))
             if os.stat(self.folder).st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
             if not os.path.exists(self.path("reserve")):
@@ -2032,9 +2062,10 @@ class Store:
         try:
             self.locked = os.open(self.path("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.memo = None
         except BlockingIOError:
             self.unlock()
-            raise Locked(f"another margo-agent works on {self.folder}; wait until it is done, or stop it. A second agent beside it needs"
+            raise Locked(f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A second agent on this engine needs"
                          " an identity of its own, not only a state_dir") from None
         except OSError as error:
             raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
@@ -2140,23 +2171,26 @@ class Store:
         """Notes the last contact; whether that could be written."""
         path = self.memo_path()
         try:
-            make_folder(os.path.dirname(path), 0o755)
+            create_folder(os.path.dirname(path), 0o755)
             with open(path + ".tmp", "wb") as file:
                 os.fchmod(file.fileno(), 0o600)
                 file.write(make_json(memo))
             os.replace(path + ".tmp", path)
+            self.memo = memo
             return True
         except OSError as error:
             log("debug", "the last contact cannot be noted", path=path, reason=error.strerror)
             return False
 
     def load_memo(self):
-        """What save_memo noted last, or {}."""
-        try:
-            memo = parse_json(read_file(self.memo_path(), MAX_ANSWER) or b"{}", self.memo_path())
-        except (StorageError, ValueError):
-            return {}                               # it is a note, not a state
-        return memo if isinstance(memo, dict) else {}
+        """What save_memo noted last, or {}; read once, until the lock is taken again."""
+        if self.memo is None:
+            try:
+                memo = parse_json(read_file(self.memo_path(), MAX_ANSWER) or b"{}", self.memo_path())
+            except (StorageError, ValueError):
+                memo = {}                           # it is a note, not a state
+            self.memo = memo if isinstance(memo, dict) else {}
+        return dict(self.memo)
 
 
 ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
@@ -2285,32 +2319,38 @@ def load_part(path):
     return f"{os.stat(path).st_mode:o} {content}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# ------------------
-# 6. Commands
+# ------------------------------------------------------------------------------------------------------------------------------
+# 8. Commands
 # ------------------------------------------------------------------------------------------------------------------------------
 
-Output = define("Output", "code stdout stderr", "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
+Output = define("Output", "code stdout stderr",
+                "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
 
 # Which setting needs a program; a missing one is named with it (contract, Shape).
-NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it", "git": "wfm.profile git needs it",
-             "gpg": "the keyLocation of a package, or git.allowed_signers, needs it", "podman": "see runtime.engine", "docker": "see runtime.engine",
-             "helm": "see runtime.helm"}
+NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it",
+             "git": "wfm.profile git needs it",
+             "gpg": "the keyLocation of a package, or git.allowed_signers, needs it",
+             "podman": "see runtime.engine", "docker": "see runtime.engine", "helm": "see runtime.helm"}
 
 
-# Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between systemd and this process alone.
+# Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between
+# systemd and this process alone.
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
-SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID",
+                 "LISTEN_FDNAMES")
 
 
 def list_folders(environ):
-    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them."""
+    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them.
+    """
     folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
     return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
 
 
 def get_command_environment(environ):
-    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR that is no folder."""
+    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR
+    that is no folder.
+    """
     found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
     if not os.path.isdir(found.get("TMPDIR", "/")):
         del found["TMPDIR"]
@@ -2318,22 +2358,27 @@ def get_command_environment(environ):
 
 
 def get_temporary(state_dir, environ):
-    """{TMPDIR: the folder for temporary files below the state directory}; {} where podman, rootless, would keep its own state there."""
+    """{TMPDIR: the folder for temporary files below the state directory}.
+
+    {} where podman, rootless, would keep its own state there.
+    """
     runtime = environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", patient=False):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
-    argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after `timeout` seconds or
-    when it prints more than `limit` bytes; `data` is all that it reads.  patient: the time begins anew as long as it reads more,
-    from wherever.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
+    argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
+    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads.  A non-zero exit
+    code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
     """
     import subprocess
     try:
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, env=get_command_environment(os.environ if env is None else env), cwd=cwd,
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE,
+                                   env=get_command_environment(os.environ if env is None else env), cwd=cwd,
                                    start_new_session=True)
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
@@ -2341,50 +2386,46 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", p
     except OSError as error:
         raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
     try:
-        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit, patient)
+        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit)
     except subprocess.TimeoutExpired:
         raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
     finally:
         kill_group(process)
-    return Output(process.returncode, stdout, make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
+    return Output(process.returncode, stdout,
+                  make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
 
 
 def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes; returns what held before."""
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
+
+    Returns what held before.
+    """
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
     return soft
 
 
-def count_read(group):
-    """Bytes that the programs of a process group have read so far, from files, pipes and sockets."""
-    total = 0
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.getpgid(int(pid)) == group:
-                with open(f"/proc/{pid}/io") as file:
-                    total += int(file.readline().split()[1])
-        except (OSError, IndexError):
-            continue                                # it has ended meanwhile
-    return total
+def serve_pipes(process, data, timeout, limit):
+    """Writes `data` to stdin, reads stdout and stderr until the process has ended.
 
+    Raises subprocess.TimeoutExpired, CommandError.
 
-def serve_pipes(process, data, timeout, limit, patient):
-    """Writes `data` to stdin, reads stdout and stderr until the process has ended; raises subprocess.TimeoutExpired, CommandError.
-
-    A helper may leave something behind that keeps the pipes open, so their end is not waited for once the process itself has ended.
+    A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
+    process itself has ended.
     """
     import select
     import subprocess
-    heard, deadline, moved = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}, time.monotonic() + timeout, 0
-    end = time.monotonic() + PULL_LIMIT
-    open_pipes, tick, stdin = set(heard), 0.2, [process.stdin.fileno()] if data else []
-    for pipe in list(heard) + stdin:
+    heard = {pipe.fileno(): bytearray() for pipe in (process.stdout, process.stderr)}
+    stdin = [process.stdin.fileno()] if data else []
+    deadline, open_pipes = time.monotonic() + timeout, set(heard)
+    for pipe in [*heard, *stdin]:
         os.set_blocking(pipe, False)
     while open_pipes or stdin:
-        ended = process.poll() is not None          # asked before looking: what it wrote last is then in the pipes
-        ready, writable, _ = select.select(list(open_pipes), stdin, [], 0 if ended else max(0.0, min(tick, deadline - time.monotonic())))
+        # asked before looking: what it wrote last is then in the pipes
+        ended = process.poll() is not None
+        pause = 0 if ended else max(0.0, min(0.2, deadline - time.monotonic()))
+        ready, writable, _ = select.select(list(open_pipes), stdin, [], pause)
         if writable:
             try:
                 data = data[os.write(stdin[0], data):]
@@ -2397,23 +2438,21 @@ def serve_pipes(process, data, timeout, limit, patient):
             heard[pipe] += piece
             if not piece:
                 open_pipes.discard(pipe)
-        if sum(len(part) for part in heard.values()) > limit:
+        if sum(map(len, heard.values())) > limit:
             raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
         if ended and not ready:
             break
         if time.monotonic() > deadline:
-            before, moved = moved, count_read(process.pid) if patient else 0
-            if moved - before < max(4, timeout) * KIB or time.monotonic() > end:        # less is what keeps a dead connection alive
-                raise subprocess.TimeoutExpired(process.args, 0)
-            deadline = time.monotonic() + timeout
+            raise subprocess.TimeoutExpired(process.args, 0)
     process.wait(max(0.0, deadline - time.monotonic()))
-    return tuple(bytes(heard[pipe.fileno()]) for pipe in (process.stdout, process.stderr))
+    return tuple(map(bytes, heard.values()))        # stdout was the first
 
 
 def kill_group(process):
     """Ends what still runs of a process group and closes its pipes.
 
-    A process that hangs in the kernel, at a dead disk say, cannot be ended: it is left behind, and whoever waited goes on.
+    A process that hangs in the kernel, at a dead disk say, cannot be ended: it is left behind, and whoever
+    waited goes on.
     """
     import signal
     import subprocess
@@ -2425,13 +2464,14 @@ def kill_group(process):
         try:
             process.wait(CORPSE_GRACE)
         except subprocess.TimeoutExpired:
-            log("warning", "a program cannot be ended, and is left behind", program=process.args[0], pid=process.pid)
+            log("warning", "a program cannot be ended, and is left behind", program=process.args[0],
+                pid=process.pid)
     for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
         pipe.close()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 7. Transport
+# 9. Transport
 # ------------------------------------------------------------------------------------------------------------------------------
 
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
@@ -2441,16 +2481,12 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
     "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
 
 
-def make_pem(ders):
-    """Certificates (DER) as PEM text."""
-    import ssl
-    return "".join(map(ssl.DER_cert_to_PEM_cert, ders))
-
-
 def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
-    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the system's store.
+    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the
+    system's store.
 
-    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides (C-006).
+    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides
+    (C-006).
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -2458,23 +2494,27 @@ def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2 if min_tls == "1.2" else ssl.TLSVersion.TLSv1_3
         if anchors:
             context.check_hostname = False          # an SVID is recognised by its SPIFFE ID alone (C-014)
-            context.verify_flags |= 0x80000         # X509_V_FLAG_PARTIAL_CHAIN: an anchor need not be self-signed
+            # X509_V_FLAG_PARTIAL_CHAIN: an anchor need not be self-signed
+            context.verify_flags |= 0x80000
             context.load_verify_locations(cadata=make_pem(anchors))     # 3.7 with OpenSSL 3 takes no DER
         elif ca_file:
             context.load_verify_locations(cafile=ca_file)
         else:
             context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     except (OSError, ValueError) as error:
-        raise Untrusted(f"trust anchors {ca_file or 'of the trust bundle'} cannot be used ({error})") from None
+        raise Untrusted(
+            f"trust anchors {ca_file or 'of the trust bundle'} cannot be used ({error})"
+        ) from None
     return context
 
 
 def request(method, url, headers, body, context, timeout, limit, check_peer=None):
     """The one door to HTTP: one request, one connection, one Response, whatever its status.
 
-    No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the TLS handshake and
-    each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see get_chain) before anything is sent
-    (C-013).  Raises Unreachable, Untrusted, Refused (body over the limit), or what check_peer raises.
+    No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the
+    TLS handshake and each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see
+    get_chain) before anything is sent (C-013).  Raises Unreachable, Untrusted, Refused (body over the limit),
+    or what check_peer raises.
     """
     import http.client
     import ssl
@@ -2488,18 +2528,20 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
     except urllib.error.URLError as error:
         raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError, RuntimeError) as error:      # the last: no thread for the guard
+    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
         raise make_network_error(where, error) from None
 
 
 class Paced(io.RawIOBase):
-    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four time-outs.
+    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four
+    time-outs.
 
     So neither the words between the pieces may drip, or never end.
     """
 
     def __init__(self, connection):
-        self.connection, self.raw, self.timeout = connection, connection.makefile("rb", 0), connection.gettimeout()
+        self.connection, self.timeout = connection, connection.gettimeout()
+        self.raw = connection.makefile("rb", 0)
         self.renew()
 
     def renew(self):
@@ -2563,7 +2605,9 @@ def open_connection(address, timeout, source=None):
 
 
 def make_opener(context, check_peer):
-    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no other schemes."""
+    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no
+    other schemes.
+    """
     import http.client
     import urllib.request
 
@@ -2589,9 +2633,11 @@ def make_opener(context, check_peer):
             self._create_connection = open_connection
             try:
                 super().connect()
-                if context:                         # an end that TLS does not tell of is none: the answer was cut
+                # an end that TLS does not tell of is none: the answer was cut
+                if context:
                     host = self._tunnel_host or self.host
-                    self.sock = context.wrap_socket(self.sock, server_hostname=host, suppress_ragged_eofs=False)
+                    self.sock = context.wrap_socket(self.sock, server_hostname=host,
+                                                    suppress_ragged_eofs=False)
                 if check_peer:
                     check_peer(get_chain(self.sock, context))
             except (OSError, MargoError):
@@ -2621,7 +2667,10 @@ def get_chain(connection, context):
 
 
 def read_body(response, limit, timeout, where):
-    """The body of a response; Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs."""
+    """The body of a response.
+
+    Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
+    """
     pieces, size, start = [], 0, time.monotonic()
     while True:
         response.paced.renew()
@@ -2637,7 +2686,8 @@ def read_body(response, limit, timeout, where):
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
     unframed = response.length is None and not response.chunked
     if unframed and not pieces and where.startswith("GET") and response.status == 200:
-        raise Unreachable(f"{where}: the answer broke off in its head")     # http.client takes a broken head for a whole one
+        # http.client takes a broken head for a whole one
+        raise Unreachable(f"{where}: the answer broke off in its head")
     if response.length:
         raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
     return b"".join(pieces)
@@ -2648,10 +2698,12 @@ def make_network_error(where, error):
     import ssl
     text = make_printable(str(error) or type(error).__name__)
     if isinstance(error, ssl.SSLCertVerificationError):
-        clock = "; is the clock of this device right?" if error.verify_code in (9, 10) else ""     # not yet valid, expired
+        # not yet valid, expired
+        clock = "; is the clock of this device right?" if error.verify_code in (9, 10) else ""
         return Untrusted(f"{where}: the peer's certificate is refused: {error.verify_message}{clock}")
     broken = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "timed out" in text
-    broken = broken or "unexpected eof" in text     # for which Python 3.7 with OpenSSL 3 has no class of its own
+    # for which Python 3.7 with OpenSSL 3 has no class of its own
+    broken = broken or "unexpected eof" in text
     if isinstance(error, ssl.SSLError) and not broken:
         return Untrusted(f"{where}: TLS failed: {text}")
     return Unreachable(f"{where}: {text}")
@@ -2673,26 +2725,16 @@ def load_secret(key, path, fault):
     return data.rstrip(b"\r\n")
 
 
-def find_looseness(key, path):
+def ask_looseness(key, path):
     """What to say of a secret's file that others can read, "" where they cannot."""
     mode = os.stat(path).st_mode & 0o777 if os.path.isfile(path) else 0
     return f"{key} {path} has mode {mode:04o}; chmod 0600 it" if mode & 0o077 else ""
 
 
-def is_ssh_answering(address, timeout):
-    """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
-    import socket
-    from urllib.parse import urlsplit
-    try:
-        parts = urlsplit(address if address.startswith("ssh://") else "ssh://" + address.partition(":")[0])
-        with socket.create_connection((parts.hostname, parts.port or 22), timeout) as peer:
-            return peer.recv(4) == b"SSH-"
-    except (OSError, ValueError):
-        return False
-
-
 def parse_problem(body):
-    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only explains one)."""
+    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only
+    explains one).
+    """
     try:
         value = parse_json(body, "problem")
     except ValueError:
@@ -2709,7 +2751,8 @@ def parse_problem(body):
     wait = value.get("retryAfterSeconds")
     wait = float(wait) if is_number(wait) and 0 <= wait < 10 ** 9 else None
     errors = value["errors"] if isinstance(value.get("errors"), list) else []
-    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors if isinstance(item, dict)]
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
+              if isinstance(item, dict)]
     title, detail = text("title") or text("error"), text("detail") or text("message")
     return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
 
@@ -2722,10 +2765,12 @@ def find_verdict(status):
 
 
 def check_response(response, where, accepted, now):
-    """Returns the response if its status is one of `accepted`, else raises what it means to a client (protocol 10).
+    """Returns the response if its status is one of `accepted`, else raises what it means to a client
+    (protocol 10).
 
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  Denied: Untrusted.  What says
-    of itself that it can be retried, or is `later`: Unreachable.  Else Refused; its `code` is the type, or `HTTP <status>`.
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).
+    Denied: Untrusted.  What says of itself that it can be retried, or is `later`: Unreachable.  Else Refused;
+    its `code` is the type, or `HTTP <status>`.
     """
     if response.status in accepted:
         return response
@@ -2746,13 +2791,44 @@ def check_response(response, where, accepted, now):
     if retryable:
         raise Unreachable(message, **facts)
     if 300 <= response.status < 400 and response.status != 304:
-        message += "; redirects are not followed: set wfm.url, or the setting this address came from, to the final one"
+        message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
+                    " to the final one")
     raise Refused(message, problem.type if known else f"HTTP {response.status}", **facts)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 8. Identity
+# 10. Identity and trust
 # ------------------------------------------------------------------------------------------------------------------------------
+
+EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
+EXPIRY_ADVICE = 0.25                # ... and when `doctor` does
+CLOCK_SKEW = 300                    # seconds that another clock may be ahead of ours
+DRAFT = "the Margo draft of enrollment, renewal and revocation, which may still change"
+KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that are not named sign by RSA
+    "ecdsa-p256-sha256": ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
+    "ecdsa-p384-sha384": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
+    "ed25519": ["ED25519"]}
+
+SpiffeId = define("SpiffeId", "text trust_domain path",
+                  "A SPIFFE ID, its trust domain and its path (with leading slash).")
+Identity = define("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file",
+    "The own SVID: SPIFFE ID, the WFM's that follows from it (C-009), the leaf Certificate, the two files.")
+TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
+    "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
+Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
+    "A discovery document: texts, {name: value} of what COMPANIONS read, words about what was left out.")
+Companion = define("Companion", "wanted parse limits flaw judge remark",
+    """What an optional room has to say about identity and trust; each member is a function, or None.
+
+    wanted(config): whether its part of the discovery document is needed.
+    parse(members, document_url, public, held): (value of its part, [words about what was passed over]).
+    limits(state): [seconds] after each of which the trust bundle is asked for again at the latest.
+    flaw(store, state, leaf): why an own SVID that is valid is of no use, "" where it is.
+    judge(config, store, state, source, keep): a function (leaf, now) that raises Untrusted for a WFM's leaf.
+    remark(state, now): what `status` should warn of, or "".
+    """, None, None, None, None, None, None)
+COMPANIONS = {}  # {name of its part in state["trust"]: Companion}; optional rooms add themselves
+
 
 def parse_spiffe_id(text):
     """A SPIFFE ID (protocol 1.1) to a SpiffeId; raises ValueError."""
@@ -2763,7 +2839,8 @@ def parse_spiffe_id(text):
 
 
 def check_leaf(certificate):
-    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011)."""
+    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011).
+    """
     if len(certificate.uris) != 1:
         raise ValueError(f"subjectAltName holds {len(certificate.uris)} URIs, an X.509-SVID has exactly one")
     if certificate.is_ca:
@@ -2774,51 +2851,134 @@ def check_leaf(certificate):
 
 
 def check_validity(certificate, now):
-    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds), and names the clock where it may be that."""
+    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds); the clock may be at
+    fault.
+    """
+    clock = f"the clock of this device says {make_time(now)}"
     if now < certificate.not_before:
-        raise ValueError(f"not valid before {make_time(certificate.not_before)}, and the clock of this device says {make_time(now)};"
-                         " set the clock")
+        raise ValueError(f"not valid before {make_time(certificate.not_before)}, and {clock}; set the clock")
     if now > certificate.not_after:
-        raise ValueError(f"expired at {make_time(certificate.not_after)} (the clock of this device says {make_time(now)});"
-                         " have it renewed")
+        raise ValueError(f"expired at {make_time(certificate.not_after)} ({clock}); have it renewed")
 
 
 def parse_identity(chain, certificate_file, key_file):
     """The own Identity from the DER chain of identity.certificate; raises ValueError."""
     if not chain:
         raise ValueError("it holds no certificate in PEM")
-    leaf = parse_certificate(chain[0])
+    return make_identity(parse_certificate(chain[0]), certificate_file, key_file)
+
+
+def make_identity(leaf, certificate_file, key_file):
+    """The own Identity from its leaf Certificate; raises ValueError."""
     spiffe_id = check_leaf(leaf)
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
-        raise ValueError(f"{spiffe_id.text} is not a WFM client's id (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
-    wfm = SpiffeId(f"spiffe://{spiffe_id.trust_domain}{match.group(1)}", spiffe_id.trust_domain, match.group(1))
+        raise ValueError(f"{spiffe_id.text} is not a WFM client's id"
+                         " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
+    wfm = SpiffeId(f"spiffe://{spiffe_id.trust_domain}{match.group(1)}", spiffe_id.trust_domain,
+                   match.group(1))
     return Identity(spiffe_id, wfm, leaf, certificate_file, key_file)
 
 
 def load_identity(config):
-    """The own SVID; raises Untrusted."""
-    return load_own(config, lambda chain: parse_identity(chain, config.identity.certificate, config.identity.key))
-
-
-def load_signer(config):
-    """What signs requests for the own certificate; raises Untrusted."""
-    return load_own(config, lambda chain: make_signer(chain, config))
+    """The own SVID, from its files alone; raises Untrusted."""
+    settings = config.identity
+    return load_own(config, lambda chain: parse_identity(chain, settings.certificate, settings.key))
 
 
 def load_own(config, parse):
-    """What `parse` makes of the DER chain in identity.certificate; raises Untrusted naming the file and what is wrong with it."""
+    """What `parse` makes of the DER chain in identity.certificate; raises Untrusted: which file, and what is
+    wrong with it.
+    """
     path = config.identity.certificate
     try:
         data = read_file(path, MAX_CERTIFICATES)
         if data is None:
-            raise ValueError("there is no such file; " + ("`margo_agent.py enroll` obtains one" if config.identity.enrollment == "est" else
-                                                          "the operator provides the certificate (a CSR for it: margo_agent.py csr)"))
+            way = "the operator provides the certificate (a CSR for it: margo_agent.py csr)"
+            if config.identity.get("enrollment") == "est":
+                way = "`margo_agent.py enroll` obtains one"
+            raise ValueError(f"there is no such file; {way}")
         return parse(parse_pem(data.decode("ascii")))
     except StorageError as error:
         raise Untrusted(f"identity.certificate: {error.message}") from None
     except ValueError as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
+
+
+def check_own(leaf, config, now):
+    """Raises Untrusted unless the own certificate is valid now."""
+    try:
+        check_validity(leaf, now)
+    except ValueError as error:
+        raise Untrusted(f"identity.certificate {config.identity.certificate}: {error}") from None
+
+
+def check_enrollment(state, client_id):
+    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM at a time
+    (C-052).
+    """
+    if state["enrollment"] and state["enrollment"]["id"] != client_id:
+        raise Untrusted(f"the own identity is {client_id}, but this device is enrolled as"
+                        f" {state['enrollment']['id']};"
+                        " unenroll first")
+
+
+def is_expiring(leaf, now, share=EXPIRY_WARNING):
+    """Whether less than a share of a certificate's lifetime is left."""
+    return leaf.not_after - now < share * (leaf.not_after - leaf.not_before)
+
+
+def warn_of_expiry(leaf, store, now):
+    """Foresees the end of the own certificate: one line a day."""
+    memo = store.load_memo()
+    if is_expiring(leaf, now) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        log("warning", "the own certificate expires soon; have it renewed",
+            notAfter=make_time(leaf.not_after),
+            days=int((leaf.not_after - now) // 86400))
+        store.save_memo(dict(memo, warnedAt=now))
+
+
+def describe_own(config, load, known_id, now):
+    """{id, notAfter, warning} of the own certificate, as `status` shows it; never raises.
+
+    load: load_identity, or what another profile has in its place.  known_id: the id of a client whose
+    certificate has none.
+    """
+    try:
+        own = load(config)
+    except Untrusted as error:
+        return {"id": known_id, "notAfter": "", "warning": error.message}
+    days = int((own.leaf.not_after - now) // 86400)
+    warning = ""
+    if days < 0:
+        warning = "expired"
+    elif is_expiring(own.leaf, now):
+        warning = f"expires in {days} days; have it renewed"
+    name = own.spiffe_id.text if isinstance(own, Identity) else known_id
+    return {"id": name, "notAfter": make_time(own.leaf.not_after), "warning": warning}
+
+
+def judge_own(leaf, words, config, now):
+    """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
+    loose = ask_looseness("identity.key", config.identity.key)
+    if loose:
+        return "warn", loose
+    words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
+    return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
+
+
+def note_draft(store, state, what):
+    """Says once in the log that a draft is in use."""
+    if what not in state["drafts"]:
+        log("warning", f"{what} follows {DRAFT}")
+        state["drafts"].append(what)
+        store.save_state(state)
+
+
+def load_flaw(store, state, leaf):
+    """Why an own SVID that is valid is of no use, as a companion knows it; "" where none does."""
+    flaws = [item.flaw(store, state, leaf) for item in COMPANIONS.values() if item.flaw]
+    return next(filter(None, flaws), "")
 
 
 def check_wfm(der, identity, now):
@@ -2829,52 +2989,62 @@ def check_wfm(der, identity, now):
         check_validity(leaf, now)
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
-    if peer.trust_domain != identity.wfm_spiffe_id.trust_domain:
-        raise Untrusted(f"the peer is of trust domain {peer.trust_domain}, this client of {identity.wfm_spiffe_id.trust_domain}")
-    if peer.text != identity.wfm_spiffe_id.text:
-        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {identity.wfm_spiffe_id.text}")
+    ours = identity.wfm_spiffe_id
+    if peer.trust_domain != ours.trust_domain:
+        raise Untrusted(f"the peer is of trust domain {peer.trust_domain},"
+                        f" this client of {ours.trust_domain}")
+    if peer.text != ours.text:
+        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {ours.text}")
     return leaf
 
 
-def make_wfm_context(identity, bundle, min_tls):
-    """The SSLContext towards the WFM: own SVID chain (C-004), anchors of the bundle and nothing else (C-006)."""
-    context = make_tls_context(bundle.anchors, min_tls=min_tls)
+def load_wfm_context(identity, anchors, min_tls):
+    """The SSLContext towards the WFM: own SVID chain (C-004), the given anchors (DER) and nothing else
+    (C-006).
+    """
+    context = make_tls_context(anchors, min_tls=min_tls)
     load_key_pair(context, identity.certificate_file, identity.key_file)
     return context
 
 
 def load_key_pair(context, certificate_file, key_file, where="identity"):
-    """Lets an SSLContext present a chain; raises Untrusted, and HalfDone where an operator seems to be half-way through replacing the pair.
+    """Lets an SSLContext present a chain; raises Untrusted.
 
-    Certificate and key are two files, so between their replacements they do not fit.  That is waited for (E-010).
+    An operator replaces two files one after the other (E-010).  Between the two this raises; the next run
+    finds a pair.
     """
-    asked = []                                      # nobody can type a password here; to raise in the callback upsets Python 3.7
+    asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
     try:
         context.load_cert_chain(certificate_file, key_file, lambda: asked.append(True) or "")
     except FileNotFoundError:
-        name, path = ("certificate", certificate_file) if not os.path.exists(certificate_file) else ("key", key_file)
+        name, path = "key", key_file
+        if not os.path.exists(certificate_file):
+            name, path = "certificate", certificate_file
         raise Untrusted(f"{where}.{name} {path}: there is no such file") from None
     except (OSError, ValueError) as error:
         if asked:
             raise Untrusted(f"{where}.key {key_file} is encrypted; store it unencrypted, mode 0600") from None
         strange = "MISMATCH" in (getattr(error, "reason", None) or "")
-        fault = f"{where}.key {key_file}: {'not the key of' if strange else 'unreadable, beside'} {where}.certificate ({error})"
-        times = [os.stat(path).st_mtime for path in (certificate_file, key_file)]
-        if strange and max(times) > min(times) + 1 and 0 <= time.time() - max(times) < HALF_DONE:
-            raise HalfDone(f"{fault}; one of them was just replaced, the other one is waited for") from None
-        raise Untrusted(fault) from None
+        fault = "not the key of" if strange else "unreadable, beside"
+        raise Untrusted(f"{where}.key {key_file}: {fault} {where}.certificate ({error})") from None
 
 
-def check_own_chain(certificate_file, key_file, anchors):
-    """Raises ValueError unless the own chain leads to one of the anchors (DER): OpenSSL judges, in a handshake with itself (E-012)."""
+def run_own_handshake(certificate_file, key_file, anchors):
+    """Raises ValueError unless the own chain leads to one of the anchors (DER).
+
+    OpenSSL judges, in a handshake with itself (E-012).
+    """
     import ssl
-    client, server = make_tls_context(anchors), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    client = make_tls_context(anchors)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     client.verify_mode = ssl.CERT_NONE              # only the server's side is asked, as a WFM would be
-    server.verify_mode, server.verify_flags = ssl.CERT_REQUIRED, server.verify_flags | 0x80000
+    server.verify_mode = ssl.CERT_REQUIRED
+    server.verify_flags |= 0x80000                  # X509_V_FLAG_PARTIAL_CHAIN: see make_tls_context
     server.load_verify_locations(cadata=make_pem(anchors))
     for context in (client, server):
         load_key_pair(context, certificate_file, key_file)
-    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    there = ssl.MemoryBIO()
+    back = ssl.MemoryBIO()
     ends = [client.wrap_bio(back, there), server.wrap_bio(there, back, server_side=True)]
     for end in ends * 3:
         try:
@@ -2885,91 +3055,279 @@ def check_own_chain(certificate_file, key_file, anchors):
             raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
+def judge_own_chain(config, identity, bundle, store, state, keep):
+    """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
+
+    A chain that did once is used on after the bundle has changed, since the WFM decides; `strays` in the
+    state's trust then names it.  The handshake is made once for each pair of chain and bundle.
+    """
+    mark = sha256_digest(identity.leaf.der + b"".join(bundle.anchors))
+    memo = store.load_memo()
+    if memo.get("checked") == mark:
+        return
+    leaf = sha256_digest(identity.leaf.der)
+    try:
+        run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
+    except ValueError as error:
+        message = f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+        message += f" bundle ({error})"
+        if state["identity"] != leaf:
+            raise Untrusted(message) from None
+        log("error", f"{message} any more; have it issued anew")
+        state["trust"]["strays"] = leaf
+        return
+    state["identity"] = leaf
+    state["trust"].pop("strays", None)
+    if keep:
+        store.save_memo(dict(memo, checked=mark))
+
+
+# Trust bundle and discovery.
+
 def parse_trust_bundle(data):
-    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034, C-036, C-037)."""
-    import base64
+    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034, C-036,
+    C-037).
+    """
+    value = {}
     if b"-----BEGIN CERTIFICATE-----" in data:
-        anchors, value = parse_pem(data.decode("ascii")), {}
+        anchors = parse_pem(data.decode("ascii"))
     else:
         value = parse_json(data, "the trust bundle")
         if not isinstance(value, dict) or not isinstance(value.get("keys"), list):
             raise ValueError("a trust bundle is a JWK Set with `keys`, or PEM")
-        anchors = []
-        for index, key in enumerate(value["keys"]):
-            if isinstance(key, dict) and key.get("use") == "x509-svid":
-                x5c = key.get("x5c")
-                if not isinstance(x5c, list) or not x5c or not isinstance(x5c[0], str):
-                    raise ValueError(f"keys[{index}] is for x509-svid and has no x5c")
-                anchors.append(base64.b64decode(x5c[0], validate=True))        # no white space there (RFC 7517, 4.7)
+        anchors = parse_jwks(value["keys"])
     for anchor in anchors:
         parse_certificate(anchor)
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid)")
-    numbers = [value.get(name) if type(value.get(name)) is int and 0 <= value.get(name) <= MAX_VERSION else None
-               for name in ("spiffe_sequence", "spiffe_refresh_hint")]
-    return TrustBundle(anchors, *numbers)
+    numbers = [value.get(name) for name in ("spiffe_sequence", "spiffe_refresh_hint")]
+    good = [item if type(item) is int and 0 <= item <= MAX_VERSION else None for item in numbers]
+    return TrustBundle(anchors, *good)
 
 
-def parse_discovery(data, document_url, trust_domain, public):
+def parse_jwks(keys):
+    """The anchors (DER) among the keys of a JWK Set; raises ValueError."""
+    import base64
+    anchors = []
+    for index, key in enumerate(keys):
+        if not isinstance(key, dict) or key.get("use") != "x509-svid":
+            continue
+        x5c = key.get("x5c")
+        if not isinstance(x5c, list) or not x5c or not isinstance(x5c[0], str):
+            raise ValueError(f"keys[{index}] is for x509-svid and has no x5c")
+        anchors.append(base64.b64decode(x5c[0], validate=True))        # no white space there (RFC 7517, 4.7)
+    return anchors
+
+
+def check_sequence(bundle, trust, trust_domain):
+    """Returns a TrustBundle; raises ValueError where its sequence went back (C-043)."""
+    known = trust.get("sequence") if trust.get("trustDomain") == trust_domain else None
+    if known is not None and bundle.sequence is not None and bundle.sequence < known:
+        raise ValueError(f"spiffe_sequence went back from {known} to {bundle.sequence} (a security event, or"
+                         " a rebuilt"
+                         " identity service: then unenroll and enroll again)")
+    return bundle
+
+
+def parse_discovery(data, document_url, trust_domain, public, held=None):
     """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
-    trust_domain: of the own SVID, None where there is none yet.  public: whether the document was authenticated by the system's store;
-    the bundle, and where to enroll (E-092), must then have the same origin.
+    trust_domain: of the own SVID, None where there is none yet.  public: whether the document was
+    authenticated by the system's store; the bundle must then have the same origin.  held: the state's
+    `trust`, as it was before.
     """
-    value, uris, faults = parse_json(data, "the discovery document"), {}, []
+    value = parse_json(data, "the discovery document")
     if not isinstance(value, dict) or not isinstance(value.get("trustDomain"), str):
         raise ValueError("the discovery document has no trustDomain")
-    for name, reader in (("trustBundleUri", read_url), (EST_FIELD, read_root_url)):
-        try:
-            uris[name] = reader(value.get(name), "") if name in value or name != EST_FIELD else None
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        if public and uris[name] and url_origin(uris[name]) != url_origin(document_url):
-            raise ValueError(f"{name} {uris[name]} is of another origin than the document; set identity.ca to allow that")
+    uri = parse_discovered("trustBundleUri", read_url, value, document_url, public)
     if trust_domain and value["trustDomain"] != trust_domain:
-        raise ValueError(f"it is for trust domain {make_printable(value['trustDomain'], 100)}, the own SVID is of {trust_domain}")
-    crls = value.get(CRL_FIELD, [])
-    if not isinstance(crls, list):
-        crls, faults = [], [f"{CRL_FIELD} is no list"]
-    good = [uri for uri in crls if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri)]
-    faults += [f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL" for uri in crls if uri not in good]
-    return Discovery(value["trustDomain"], uris["trustBundleUri"], uris[EST_FIELD], good[:MAX_ISSUED], faults)
+        theirs = make_printable(value["trustDomain"], 100)
+        raise ValueError(f"it is for trust domain {theirs}, the own SVID is of {trust_domain}")
+    parts, faults = {}, []
+    for name, companion in COMPANIONS.items():
+        parts[name], passed = companion.parse(value, document_url, public, (held or {}).get(name))
+        faults += passed
+    return Discovery(value["trustDomain"], uri, parts, faults)
 
 
-def url_origin(url):
+def parse_discovered(name, reader, members, document_url, public):
+    """A URL out of the members of a discovery document; raises ValueError."""
+    try:
+        uri = reader(members.get(name), "")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if public and find_origin(uri) != find_origin(document_url):
+        raise ValueError(f"{name} {uri} is of another origin than the document;"
+                         " set identity.ca to allow that")
+    return uri
+
+
+def find_origin(url):
     """(host, port) of an https URL."""
     from urllib.parse import urlsplit
     parts = urlsplit(url)
     return parts.hostname, parts.port or 443
 
 
+def fetch_discovery(config, trust_domain, now, held=None):
+    """The Discovery of identity.discovery; None where there is no such document and identity.trust_bundle is
+    a URL (C-046).
+
+    Raises Unreachable, Untrusted, Refused.
+    """
+    settings = config.identity
+    where = f"identity.discovery {config.identity.discovery}"
+    answer = fetch_from_mis(settings.discovery, config, {"Accept": JSON_TYPE})          # C-045
+    if answer.status == 404 and "://" in (settings.trust_bundle or ""):
+        return None
+    check_response(answer, where, (200,), now)
+    public = not (settings.ca or settings.pins)
+    try:
+        found = parse_discovery(answer.body, settings.discovery, trust_domain, public, held)
+    except ValueError as error:
+        raise Untrusted(f"{where}: {error}") from None
+    for fault in found.faults:
+        log("warning", "part of the discovery document is passed over", reason=fault)
+    return found
+
+
+def fetch_bundle(config, url, trust, now):
+    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged; raises Unreachable,
+    Untrusted, Refused.
+    """
+    headers = {"Accept": JSON_TYPE}
+    accepted = (200,)  # C-045
+    if trust.get("etag") and trust.get("source") == url:
+        headers["If-None-Match"] = trust["etag"]
+        accepted = (200, 304)
+    answer = fetch_from_mis(url, config, headers)
+    check_response(answer, f"trust bundle {url}", accepted, now)
+    return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"))
+
+
+def is_remote(settings):
+    """Whether the trust bundle comes from an identity service, and not from a file."""
+    return bool(settings.discovery) or "://" in (settings.trust_bundle or "")
+
+
+def load_trust_bundle(config, store):
+    """The TrustBundle at hand, None where an identity service has to be asked first; raises Untrusted for a
+    file of no use.
+    """
+    remote = is_remote(config.identity)
+    path = store.path("trust-bundle.json") if remote else config.identity.trust_bundle
+    data = read_file(path, MAX_CERTIFICATES)
+    try:
+        if data is None and not remote:
+            raise ValueError("there is no such file")
+        return None if data is None else parse_trust_bundle(data)
+    except ValueError as error:
+        if not remote:
+            raise Untrusted(f"identity.trust_bundle {path}: {error}") from None
+        log("warning", "the cached trust bundle is unusable and is fetched anew", reason=str(error))
+        return None
+
+
+def is_bundle_due(config, state, held, asked, now):
+    """Whether the identity service has to be asked again; asked: when it was last (Unix seconds)."""
+    trust = state["trust"]
+    known = [name in trust for name,
+             item in COMPANIONS.items() if item.wanted(config) and config.identity.discovery]
+    if not held or "source" not in trust or not all(known):
+        return True
+    periods = [held.refresh_hint or config.identity.refresh]
+    for companion in COMPANIONS.values():
+        periods += companion.limits(state) if companion.limits else []
+    return not asked <= now < asked + min(periods)
+
+
+def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, since=None):
+    """The current TrustBundle, fetched when due; a new one replaces all anchors at once (C-038 to C-042).
+
+    trust_domain: of the own SVID, None where there is none yet.  keep: store what was fetched.  since: what
+    was fetched before that moment is due.  Where it cannot be fetched or is refused the current one stays;
+    without any: Unreachable or Untrusted.
+    """
+    held = load_trust_bundle(config, store)
+    trust = state["trust"]
+    remote = is_remote(config.identity)
+    asked = store.load_memo().get("trust") or trust.get("refreshedAt") or 0
+    if remote and asked >= (since or 0) and not is_bundle_due(config, state, held, asked, now):
+        return held
+    try:
+        if not remote:
+            return check_sequence(held, trust, trust_domain)
+        return fetch_trust_bundle(config, store, state, held, trust_domain, now, keep)
+    except (ValueError, MargoError) as error:
+        reason = getattr(error, "message", str(error))
+        if held and remote:
+            log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use",
+                reason=reason)
+            return held
+        if isinstance(error, Unreachable):
+            raise
+        raise Untrusted(f"no usable trust bundle: {reason}") from None
+
+
+def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
+    """The TrustBundle as the identity service has it now; raises ValueError, MargoError."""
+    trust = state["trust"]
+    url = config.identity.trust_bundle
+    found = None
+    if config.identity.discovery:
+        found = fetch_discovery(config, trust_domain, now, trust)
+    if found:
+        url, trust_domain = found.bundle_uri, found.trust_domain
+    for name, companion in COMPANIONS.items():
+        if companion.wanted(config) and (found or name not in trust):
+            trust[name] = found.parts[name] if found else None
+    answer = fetch_bundle(config, url, trust if held else {}, now)
+    if keep:
+        store.save_memo(dict(store.load_memo(), trust=now))
+    if answer is None:
+        return held
+    data, etag = answer
+    bundle = check_sequence(parse_trust_bundle(data), trust, trust_domain)
+    if keep:
+        write_file(store.path("trust-bundle.json"), data)
+    trust.update(source=url, etag=etag, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
+    log("info", "new trust bundle", source=url, anchors=len(bundle.anchors), sequence=bundle.sequence)
+    return bundle
+
+
+# The Margo Identity Service, known by identity.ca, by pins, or by the system's store.
+
 def is_address(host):
     """Whether a host is an IP address and not a name."""
     return bool(re.fullmatch(r"[0-9.]+|.*:.*", host))
 
 
-def make_mis_context(config, url):
-    """(SSLContext, check_peer) for the identity service at a URL: by identity.ca or the system's store, by pins, or by ca and pins both.
+def obtain_mis_context(config, url):
+    """(SSLContext, check_peer) for the identity service at a URL: by identity.ca or the system's store, by
+    pins, or both.
 
-    The trust bundle has no say here (C-030, C-044).  A pin says which key is trusted, not where its certificate is.  So over a first
-    connection, on which nothing is said, the service shows its certificates; those whose key is pinned become the only anchors of
-    the next one, and OpenSSL judges as ever (E-005).  Before Python 3.10 it is openssl that shows what lies above the leaf.
+    The trust bundle has no say here (C-030, C-044).  A pin says which key is trusted, not where its
+    certificate is.  So over a first connection, on which nothing is said, the service shows its certificates.
+    Those whose key is pinned become the only anchors of the next connection, and OpenSSL judges as ever
+    (E-005).
     """
     import ssl
-    context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
-    if not config.identity.pins:
+    settings, timeout = config.identity, config.wfm.timeout
+    context = make_tls_context(ca_file=settings.ca, min_tls=config.wfm.min_tls)
+    if not settings.pins:
         return context, None
-    open_context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
-    open_context.check_hostname, open_context.verify_mode = False, ssl.CERT_NONE        # for looking only: fetch_chain says nothing
-    seen = fetch_chain(url, open_context, config.wfm.timeout) + context.get_ca_certs(binary_form=True)
-    pinned = [der for der in seen if make_pin(der) in config.identity.pins]
+    looking = make_tls_context(ca_file=settings.ca, min_tls=config.wfm.min_tls)
+    looking.check_hostname = False
+    looking.verify_mode = ssl.CERT_NONE             # fetch_chain says nothing
+    seen = fetch_chain(url, looking, timeout) + context.get_ca_certs(binary_form=True)
+    pinned = [der for der in seen if make_pin(der) in settings.pins]
     if not pinned:
         raise Untrusted(f"{url}: it presents no certificate whose key is in identity.pins")
     narrow = make_tls_context(pinned, min_tls=config.wfm.min_tls)
-    narrow.check_hostname = not is_address(url_origin(url)[0])         # an address has no name to check (E-016)
-    if not config.identity.ca:
+    narrow.check_hostname = not is_address(find_origin(url)[0])  # an address has no name to check (E-016)
+    if not settings.ca:
         return narrow, None
-    leaf = fetch_chain(url, narrow, config.wfm.timeout)[0]
+    leaf = fetch_chain(url, narrow, timeout)[0]
 
     def check_peer(chain):
         if chain[0] != leaf:
@@ -2987,7 +3345,11 @@ def make_pin(der):
 
 
 def fetch_chain(url, context, timeout):
-    """The certificates of the service at a URL (DER), leaf first; the connection ends before anything is said."""
+    """The certificates of the service at a URL (DER), leaf first; the connection ends before anything is
+    said.
+
+    Before Python 3.10 it is openssl that shows what lies above the leaf.
+    """
     found = []
 
     def look(chain):
@@ -2999,797 +3361,115 @@ def fetch_chain(url, context, timeout):
     except Silence:
         pass
     if len(found) == 1 and sys.version_info < (3, 10):
-        host, port = url_origin(url)
+        host, port = find_origin(url)
         name = ["-noservername"] if is_address(host) else ["-servername", host]
-        output = run_command(["openssl", "s_client", "-showcerts", "-connect", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"] + name,
-                             timeout)
-        found.extend(parse_pem(output.stdout.decode("ascii", "replace")))
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        # it shows the chain, and fails afterwards where it is asked for a certificate of its own
+        command = ["s_client", "-showcerts", "-connect", place] + name
+        output = run_openssl(command, timeout=timeout, strict=False)
+        found.extend(parse_pem(output.decode("ascii", "replace")))
     return found
-
-
-def is_signed(der, issuer):
-    """Whether a certificate is signed by the key of another one: openssl says it, where Python shows no verified chain."""
-    import tempfile
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(make_pem([der]).encode())
-        file.flush()
-        return not run_command(["openssl", "verify", "-partial_chain", "-trusted", "/dev/stdin", file.name], 60, data=make_pem([issuer]).encode()).code
 
 
 def fetch_from_mis(url, config, headers, limit=MAX_CERTIFICATES):
     """GET from the Margo Identity Service; only revocation lists, which are signed, may come without TLS."""
-    context, check_peer = make_mis_context(config, url) if url.startswith("https:") else (None, None)
+    context, check_peer = obtain_mis_context(config, url) if url.startswith("https:") else (None, None)
     return request("GET", url, headers, None, context, config.wfm.timeout, limit, check_peer)
 
 
-def fetch_discovery(config, trust_domain, now):
-    """The Discovery of identity.discovery; None where there is no such document and identity.trust_bundle is a URL (C-046).
+# Keys, which openssl makes and uses; the agent never holds a private one.
 
-    Raises Unreachable, Untrusted, Refused.
+def run_openssl(arguments, data=b"", expected=b"", timeout=60, strict=True):
+    """What one openssl command prints on stdout; raises CommandError where it does not say `expected` or, if
+    strict, ends with another code than 0.
     """
-    where, url = f"identity.discovery {config.identity.discovery}", config.identity.trust_bundle
-    answer = fetch_from_mis(config.identity.discovery, config, {"Accept": JSON_TYPE})          # C-045
-    if answer.status == 404 and url and "://" in url:
-        return None
-    check_response(answer, where, (200,), now)
-    try:
-        found = parse_discovery(answer.body, config.identity.discovery, trust_domain, not (config.identity.ca or config.identity.pins))
-    except ValueError as error:
-        raise Untrusted(f"{where}: {error}") from None
-    for fault in found.faults:
-        log("warning", "part of the discovery document is passed over", reason=fault)
-    return found
-
-
-def fetch_bundle(config, url, trust, now):
-    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged; raises Unreachable, Untrusted, Refused."""
-    headers = {"Accept": JSON_TYPE}                 # C-045
-    if trust.get("etag") and trust.get("source") == url:
-        headers["If-None-Match"] = trust["etag"]
-    answer = fetch_from_mis(url, config, headers)
-    check_response(answer, f"trust bundle {url}", (200, 304) if "If-None-Match" in headers else (200,), now)
-    return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"))
-
-
-def note_discovery(config, trust, found):
-    """Keeps what a discovery document says of enrollment and revocation; a list that vanished is told at once (E-091)."""
-    if config.identity.enrollment == "est":
-        trust["est"] = found.est_uri if found else trust.get("est")
-    if config.identity.revocation != "off":
-        if found and trust.get("crls") and not found.crl_uris:
-            log("warning", "the discovery document names no revocation lists any more; those at hand count until they end")
-        trust["crls"] = found.crl_uris if found else trust.get("crls", [])
-
-
-def is_trust_known(config, trust):
-    """Whether the state knows all that a refresh would have told it; a run may have ended in between, and a setting may be new."""
-    settings = config.identity
-    return "source" in trust and (not settings.discovery or (settings.enrollment == "off" or "est" in trust)
-                                  and (settings.revocation == "off" or "crls" in trust))
-
-
-def check_bundle(data, trust, trust_domain):
-    """A candidate for the current bundle; raises ValueError also where its sequence went back (C-043)."""
-    bundle = parse_trust_bundle(data)
-    known = trust.get("sequence") if trust.get("trustDomain") == trust_domain else None
-    if known is not None and bundle.sequence is not None and bundle.sequence < known:
-        raise ValueError(f"spiffe_sequence went back from {known} to {bundle.sequence} (a security event, or a rebuilt identity service:"
-                         " then unenroll and enroll again)")
-    return bundle
-
-
-def load_trust_bundle(config, store):
-    """The bundle to validate with now: (bytes, TrustBundle), or None where only a URL is configured and nothing was fetched yet."""
-    source = config.identity.trust_bundle
-    path = store.path("trust-bundle.json") if config.identity.discovery or "://" in (source or "") else source
-    data = read_file(path, MAX_CERTIFICATES)
-    if data is None and path == source:
-        raise Untrusted(f"identity.trust_bundle {path}: there is no such file")
-    try:
-        return None if data is None else (data, parse_trust_bundle(data))
-    except ValueError as error:
-        if path == source:
-            raise Untrusted(f"identity.trust_bundle {path}: {error}") from None
-        log("warning", "the cached trust bundle is unusable and is fetched anew", reason=str(error))
-        return None
-
-
-def refresh_trust_bundle(config, store, state, trust_domain, now, keep=True):
-    """The current TrustBundle, fetched when due; a new one replaces all anchors at once (C-038 to C-042).
-
-    trust_domain: of the own SVID, None where there is none yet.  Where it cannot be fetched or is refused the current one stays; without
-    any: Unreachable or Untrusted.  keep: store what was fetched.
-    """
-    held = load_trust_bundle(config, store)
-    remote = config.identity.discovery or "://" in (config.identity.trust_bundle or "")
-    trust, url = state["trust"], config.identity.trust_bundle
-    memo = store.load_memo().get("trust") or trust.get("refreshedAt") or 0
-    period = min([(held and held[1].refresh_hint) or config.identity.refresh] + [item["validity"] for item in state["crls"].values()
-                                                                                if item.get("validity")])       # E-090
-    try:
-        if not remote:
-            return check_bundle(held[0], trust, trust_domain)
-        if held and memo <= now < memo + period and is_trust_known(config, trust):
-            return held[1]
-        found = fetch_discovery(config, trust_domain, now) if config.identity.discovery else None
-        if found:
-            url, trust_domain = found.bundle_uri, found.trust_domain
-        note_discovery(config, trust, found)
-        answer = fetch_bundle(config, url, trust if held else {}, now)
-        if keep:
-            store.save_memo(dict(store.load_memo(), trust=now))
-        if answer is None:
-            return held[1]
-        bundle = check_bundle(answer[0], trust, trust_domain)
-    except (ValueError, MargoError) as error:
-        reason = getattr(error, "message", str(error))
-        if not held or not remote:
-            raise error if isinstance(error, Unreachable) else Untrusted(f"no usable trust bundle: {reason}") from None
-        log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use", reason=reason)
-        return held[1]
-    if keep:
-        write_file(store.path("trust-bundle.json"), answer[0])
-    trust.update(source=url, etag=answer[1], sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
-    log("info", "new trust bundle", source=url, anchors=len(bundle.anchors), sequence=bundle.sequence)
-    return bundle
-
-
-# Request signatures (RFC 9421).  What a public key is, by the object identifiers in it, and what it may sign by, the default first;
-# then openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
-KEY_ALGORITHMS = {
-    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",), "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
-    "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"), "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"),
-    "2b6570": ("ed25519",)}
-SIGNING = {
-    "ecdsa-p256-sha256": (["-sha256"], 32), "ecdsa-p384-sha384": (["-sha384"], 48), "rsa-v1_5-sha256": (["-sha256"], 0),
-    "rsa-pss-sha256": (["-sha256", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:32"], 0),
-    "rsa-pss-sha512": (["-sha512", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:64"], 0), "ed25519": (None, 0)}
-NEW_KEYS = {"ecdsa-p384-sha384": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384"], "ed25519": ["ED25519"], "ecdsa-p256-sha256":
-            ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"]}
-
-
-def choose_algorithm(spki, wanted):
-    """The algorithm that the key of a public key (DER) signs by: the wanted one or the default of its kind; raises ValueError."""
-    kind = " ".join(value.hex() for tag, value, _ in parse_der(parse_der(parse_der(spki)[0][1])[0][1]) if tag == 0x06)
-    known = KEY_ALGORITHMS.get(kind)
-    if not known:
-        raise ValueError("its key is of no kind that signs requests: ECDSA P-256 or P-384, RSA, or Ed25519")
-    if wanted and wanted not in known:
-        raise ValueError(f"its key cannot sign by identity.algorithm {wanted}, only by {', '.join(known)}")
-    return wanted or known[0]
-
-
-def make_signer(chain, config):
-    """The Signer of a DER chain and the configuration; raises ValueError."""
-    if not chain:
-        raise ValueError("it holds no certificate in PEM")
-    leaf, wish = parse_certificate(chain[0]), config.identity.signature
-    algorithm = choose_algorithm(leaf.spki, config.identity.algorithm)
-    alg = wish.alg if wish.alg is not None else algorithm if algorithm in ("rsa-v1_5-sha256", "rsa-pss-sha256") else ""
-    return Signer(leaf, config.identity.key, algorithm, wish.label, wish.components, wish.keyid or sha256_digest(leaf.spki)[7:], alg)
-
-
-def make_signature_base(method, url, headers, signer, created):
-    """(signature parameters as text, bytes to sign) of a request (protocol 2.9, C-063, C-064); what it does not carry is not covered."""
-    from urllib.parse import urlsplit
-    parts = urlsplit(url)
-    values = {name.lower(): value for name, value in headers.items()}
-    values.update({"@method": method, "@target-uri": url, "@authority": parts.netloc, "@scheme": parts.scheme, "@path": parts.path})
-    covered = [name for name in signer.components if name.lower() in values]
-    alg = f';alg="{signer.alg}"' if signer.alg else ""
-    parameters = "({});created={};keyid=\"{}\"{}".format(" ".join(f'"{name}"' for name in covered), created, signer.keyid, alg)
-    lines = [f'"{name}": {values[name.lower()]}' for name in covered] + [f'"@signature-params": {parameters}']
-    return parameters, "\n".join(lines).encode("latin-1")
-
-
-def parse_ecdsa(der, size):
-    """An ECDSA signature as openssl makes it to r and s side by side, as RFC 9421 has them (C-066); raises ValueError, OverflowError."""
-    (_, body, _), = parse_der(der)
-    r, s = (int.from_bytes(value, "big") for _, value, _ in parse_der(body))
-    return r.to_bytes(size, "big") + s.to_bytes(size, "big")
-
-
-def run_signature(data, signer):
-    """The signature over bytes, made by openssl, which alone sees the key; raises Untrusted, ConfigError where there is no openssl."""
-    import tempfile
-    arguments, size = SIGNING[signer.algorithm]
-    try:
-        if arguments is None:                       # Ed25519 takes a file that it can measure: in memory, so that nothing is written
-            with tempfile.TemporaryDirectory(prefix="margo-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-                path = os.path.join(folder, "base")
-                write_file(path, data)
-                output = run_command(["openssl", "pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", path], 60)
-        else:
-            output = run_command(["openssl", "dgst"] + arguments + ["-sign", signer.key], 60, data=data)
-        if output.code or not output.stdout:
-            raise ValueError(output.stderr)
-        return parse_ecdsa(output.stdout, size) if size else output.stdout
-    except CommandMissing as error:
-        raise ConfigError(error.message) from None
-    except (ValueError, OverflowError, OSError, CommandError) as error:
-        raise Untrusted(f"identity.key {signer.key}: openssl cannot sign by it: {make_printable(str(error), 300)}") from None
-
-
-def parse_ca(text):
-    """Certificates in base64 of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
-    data = text.encode("ascii")
-    if b"-----BEGIN" not in data:
-        data = parse_base64(text)
-    anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
-    for anchor in anchors:
-        parse_certificate(anchor)
-    if not anchors:
-        raise ValueError("it holds no certificate")
-    return anchors
-
-
-def fetch_ca(config, path):
-    """The WFM's root CA into a file, over a channel that the system's store vouches for and never on first use (C-069); returns [DER]."""
-    where = f"{config.wfm.url}/api/v1/onboarding/certificate"
-    response = request("GET", where, {"Accept": JSON_TYPE}, None, make_tls_context(min_tls=config.wfm.min_tls), config.wfm.timeout, MAX_CERTIFICATES)
-    check_response(response, where, (200,), time.time())
-    try:
-        value = parse_json(response.body, "the answer")
-        anchors = parse_ca(value["certificate"] if isinstance(value, dict) else "")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise Untrusted(f"{where}: no usable certificate ({error})") from None
-    pem = make_pem(anchors).encode()
-    if read_file(path, MAX_CERTIFICATES) not in (None, pem):
-        raise Untrusted(f"{path} holds another CA than {where} gives out; if that is meant to be, move it away first")
-    write_file(path, pem, 0o644)
-    return anchors
-
-
-def find_private_key(data):
-    """The block of a private key in the bytes of a PEM file, b"" where there is none."""
-    match = re.search(rb"-----BEGIN ([A-Z0-9 ]*PRIVATE KEY)-----.*?-----END \1-----\n?", data or b"", re.S)
-    return match.group() if match else b""
-
-
-def has_key(identity):
-    """Whether the own private key is there; one in a file of its own may have a form that only openssl knows."""
-    return bool(find_private_key(read_file(identity.key, MAX_CERTIFICATES))) if is_combined(identity) else os.path.exists(identity.key)
-
-
-def make_private_key(path, algorithm=None):
-    """Makes a key (PKCS#8 PEM, mode 0600; by default ECDSA P-256) by openssl unless there is one; raises CommandError (C-018, E-030)."""
-    if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
-        return False
-    kind = NEW_KEYS.get(algorithm or ALGORITHMS[0]) or ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"]
-    write_file(path, run_openssl(["genpkey", "-algorithm"] + kind, b"PRIVATE KEY"))
-    return True
-
-
-def run_openssl(arguments, expected, data=b""):
-    """The output of one openssl command; raises CommandError where it fails or prints something else than `expected`."""
-    output = run_command(["openssl"] + arguments, 60, data=data)
-    if output.code or expected not in output.stdout:
+    output = run_command(["openssl"] + arguments, timeout, data=data)
+    if strict and output.code or expected not in output.stdout + output.stderr.encode():
         raise CommandError(f"openssl {arguments[0]} failed: {output.stderr}")
     return output.stdout
 
 
-def make_public_key(path):
-    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate; raises CommandError."""
-    return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"], b"")
+def lend_file(data):
+    """A file that holds `data` until it is closed, in memory where that goes; openssl wants a name for some
+    things.
+    """
+    import tempfile
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    try:
+        file = tempfile.NamedTemporaryFile(prefix="margo-", dir=memory)
+        file.write(data)
+        file.flush()
+    except OSError as error:
+        raise StorageError(f"no temporary file can be made ({error.strerror}); free space or set"
+                           " TMPDIR") from None
+    return file
 
 
-def make_csr(path, form="PEM"):
-    """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035)."""
+def obtain_key(path, algorithm=None):
+    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did.  Raises CommandError (C-018,
+    E-030).
+    """
+    if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
+        return False
+    kind = KEY_KINDS.get(algorithm or "ecdsa-p256-sha256", ["RSA", "-pkeyopt", "rsa_keygen_bits:3072"])
+    write_file(path, run_openssl(["genpkey", "-algorithm"] + kind, expected=b"PRIVATE KEY"))
+    log("info", "new private key", path=path)
+    return True
+
+
+def load_public_key(path):
+    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate; raises
+    CommandError.
+    """
+    return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
+
+
+def run_csr(path, form="PEM"):
+    """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035).
+    """
+    expected = b"CERTIFICATE REQUEST" if form == "PEM" else b""
     return run_openssl(["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path],
-                       b"CERTIFICATE REQUEST" if form == "PEM" else b"")
-
-
-# Enrollment and renewal over EST (RFC 7030).  An SVID passes through two files of the state directory before it is the own one: the
-# answer as it came (issued.p7), the chain that was checked (issued.pem).  Each is durable before the next step, and one rename
-# activates the chain; so wherever a run ends, the next one goes on from there, with the same key, and never without the old SVID.
-# Where chain and key are one file the key of the next SVID waits there too (issued.key), and the same rename activates it.
-
-def make_renewal_time(leaf):
-    """When a certificate is due for renewal, Unix seconds: drawn by its own digest, so once and for all, whatever restarts (E-061, E-065)."""
-    first, last = RENEWAL_WINDOW
-    share = first + (last - first) * int(sha256_digest(leaf.der)[7:15], 16) / 16 ** 8
-    return leaf.not_before + share * (leaf.not_after - leaf.not_before)
-
-
-def find_est_step(est, leaf, fault, token, issued, now):
-    """What is to be done about the own SVID now: "" nothing, "wait", "renew" or "enroll"; raises Untrusted where only an operator can help.
-
-    est: the state's record.  leaf: the own Certificate, None where there is none.  fault: why it cannot be used, "" where it can.
-    token: digest of the enrollment token that is at hand, "" for the form by certificate, None where there is neither.  issued: whether an
-    answer is there already.
-    """
-    if not fault and now < make_renewal_time(leaf) and not est.get("early"):
-        return ""
-    if fault and leaf and now < leaf.not_before:
-        raise Untrusted(fault)                      # the clock: a new SVID would not help
-    fresh = token if token != est.get("used") else None
-    if fault and fresh is None and not issued:
-        raise Untrusted(f"{fault}; a fresh enrollment token in identity.est.token_file is needed, or a chain for the request of `margo_agent.py csr`")
-    if find_left(est, now) and (not fault or fresh in (None, est.get("token"))):
-        return "wait"
-    return "enroll" if fault else "renew"
-
-
-def find_own_leaf(config, est, crls, now):
-    """(the own leaf or None, why it cannot be used or ""); a lost key makes it useless, and so do revocation and a key made for the next one."""
-    try:
-        leaf = load_identity(config).leaf
-        check_validity(leaf, now)
-    except Untrusted as error:
-        return None, error.message
-    except ValueError as error:
-        return leaf, f"identity.certificate {config.identity.certificate}: {error}"
-    if not has_key(config.identity):
-        return leaf, f"identity.key {config.identity.key}: the key is lost"
-    if est.get("key"):
-        try:
-            load_key_pair(make_tls_context(), config.identity.certificate, config.identity.key)
-        except MargoError as error:
-            return leaf, error.message
-    return leaf, "the own SVID is revoked" if is_revoked(leaf, crls) else ""
-
-
-def load_token(config):
-    """The enrollment token's bytes, None where there is none any more."""
-    path = config.identity.est.token_file
-    data = read_file(path, 4 * KIB) if path else None
-    return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
-
-
-def load_enrollment_header(config):
-    """The enrollment token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
-    path = config.identity.est.token_file
-    user, _, secret = (load_token(config) or b"").partition(b":")
-    if not secret or b"\n" in user + secret:
-        raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
-    loose = find_looseness("identity.est.token_file", path)
-    if loose:
-        log("warning", "others can read the enrollment token", reason=loose)
-    return make_authorization(secret, user)
-
-
-def tend_identity(config, store, state, now, jitter, is_silent=lambda end: False):
-    """Enrolls or renews where that is due; raises Unreachable, Untrusted where there is no SVID to work with, else NotRenewed.
-
-    jitter: in [0, 1), for the back-off.  is_silent: whether the operator's downtime lasts from now to a moment; it gives way only for an SVID
-    that would not outlive it.
-    """
-    chain = read_file(store.path("issued.pem"), MAX_CERTIFICATES)
-    if chain is not None and chain == read_file(config.identity.certificate, MAX_CERTIFICATES):
-        finish_enrollment(config, store, state)     # a run ended between activation and here
-    est = state["est"]
-    leaf, fault = find_own_leaf(config, est, load_crls(store, state), now)
-    token = load_token(config) if fault else None
-    mark = "" if config.identity.est.certificate else token and sha256_digest(token)
-    issued = [path for path in (store.path("issued.p7"), store.path("issued.pem")) if os.path.exists(path)]
-    if issued and not os.path.exists(find_next_key(config, store)):
-        issued = [path for path in issued if not remove_file(path)]     # the key that it is for is lost
-    step = find_est_step(est, leaf, fault, mark, bool(issued), now)
-    if step == "wait" and fault and est.get("refused"):
-        raise Untrusted(f"{est['refused']}; asked again within an hour, or at once with another token")
-    if step == "wait" or step and is_silent(now) and (fault or not is_silent(leaf.not_after)):
-        if fault:                                   # downtime is the operator's own wish
-            raise Silence("waiting for as long as the identity service, a back-off or downtime asks", retry_after=find_left(est, now),
-                          exit=3 if step == "wait" else 0)
-        return
-    if not step:
-        return
-    note_draft(store, state, "enrollment over EST")
-    try:
-        obtain_svid(config, store, state, leaf, fault, mark, now)
-    except (Unreachable, Untrusted, Refused, CommandError) as error:
-        note_est_fault(store, state, error, leaf.not_after if not fault else None, now, jitter)
-        if fault:
-            raise
-        raise NotRenewed(f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error.message}") from None
-    state["patience"] = {}                          # what the WFM thought of the old SVID no longer counts
-    finish_enrollment(config, store, state)
-
-
-def note_est_fault(store, state, error, end, now, jitter):
-    """Keeps the back-off that follows from a fault; end: of the SVID that is still good, which has to see more than one attempt (E-045, E-062)."""
-    failures = 0 if isinstance(error, Pending) else state["est"].get("failures", 0) + 1
-    refused = isinstance(error, Untrusted)
-    delay = (1 - jitter / 2) * EST_CAP if refused else (1 - jitter) * grow(EST_FIRST, failures, EST_CAP)
-    delay = delay if end is None else min(delay, (end - now) / 4)
-    if isinstance(error, Pending):
-        log("info", error.message)
-        delay = EST_FIRST if error.retry_after is None else 0
-    state["est"].update(at=now, failures=failures, delay=max(error.retry_after or 0, delay),
-                        refused=error.message if refused else None)
-    store.save_state(state)
-
-
-def note_draft(store, state, what):
-    """Says once in the log that a draft is in use."""
-    if what not in state["drafts"]:
-        log("warning", f"{what} follows {DRAFT}")
-        state["drafts"].append(what)
-        store.save_state(state)
-
-
-def finish_enrollment(config, store, state):
-    """Clears up after an activation, in an order that the next run can take up; the token is erased, and never sent again (E-044)."""
-    est, token = state["est"], load_token(config)
-    state["est"] = {"used": est.get("token") or est.get("used")}
-    store.save_state(state)
-    remove_file(store.path("issued.p7"))
-    if token and sha256_digest(token) == state["est"]["used"] and not remove_file(config.identity.est.token_file):
-        log("warning", "the enrollment token has served and cannot be erased; remove it", path=config.identity.est.token_file)
-    remove_file(store.path("issued.key"))
-    sync_folder(store.folder)                       # no power cut brings back the key without what follows
-    remove_file(store.path("issued.pem"))           # last: while it is there, this is not done
-
-
-def obtain_svid(config, store, state, leaf, fault, mark, now):
-    """Goes from wherever an enrollment (with `fault`) or renewal stands to its end: request, answer, chain, proof, activation."""
-    renewed, combined = None if fault else leaf, is_combined(config.identity)
-    trust_domain = parse_identity([leaf.der], "", "").spiffe_id.trust_domain if leaf else None
-    bundle = refresh_trust_bundle(config, store, state, trust_domain, now)
-    chain = load_issued_chain(config, store, renewed, now)
-    if chain is None:
-        if not os.path.exists(store.path("issued.p7")):
-            request_svid(config, store, state, renewed, mark, now)
-        try:
-            chain = make_issued_chain(config, store, state, renewed, bundle, now)
-        except NoPath:                              # a rotation may be under way
-            known, bundle = bundle, refresh_trust_bundle(config, store, state, trust_domain, now)
-            if known.anchors == bundle.anchors:
-                raise
-            chain = make_issued_chain(config, store, state, renewed, bundle, now)
-        write_file(store.path("issued.pem"), chain)
-    own = parse_identity(parse_pem(chain.decode("ascii")), store.path("issued.pem"), store.path("issued.pem") if combined else config.identity.key)
-    if renewed:
-        prove_svid(config, store, state, own, bundle, now)
-    write_file(config.identity.certificate, chain, 0o600 if combined else 0o644)
-    log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after), renewal=make_time(make_renewal_time(own.leaf)))
-
-
-def load_issued_chain(config, store, renewed, now):
-    """The chain (PEM bytes) that waits for its proof; None where there is none, or where it no longer fits what is here by now."""
-    chain = read_file(store.path("issued.pem"), MAX_CERTIFICATES)
-    if chain is None:
-        return None
-    try:
-        certificates = [parse_certificate(der) for der in parse_pem(chain.decode("ascii"))]
-        if now <= find_issued(certificates, make_public_key(find_next_key(config, store)), renewed, None).not_after:
-            return chain
-        reason = "it has expired"
-    except ValueError as error:
-        reason = str(error)
-    log("warning", "an SVID that was issued and waited for its proof is given up", reason=reason)
-    remove_file(store.path("issued.p7"))
-    remove_file(store.path("issued.pem"))
-    return None
-
-
-def request_svid(config, store, state, renewed, mark, now):
-    """Asks for an SVID, and makes the answer durable before anything else; what is asked with which key is durable before (E-042, E-043)."""
-    import base64
-    settings, url = config.identity.est, config.identity.est.url or state["trust"].get("est")
-    if not url:
-        raise Untrusted(f"identity.discovery {config.identity.discovery} names no {EST_FIELD}, and identity.est.url is not set")
-    url = f"{url}/{'simplereenroll' if renewed else 'simpleenroll'}"
-    context, check_peer = make_mis_context(config, url)                 # a fresh one: no certificate slips into the other form (E-034)
-    headers = {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
-    if renewed:
-        load_key_pair(context, config.identity.certificate, config.identity.key)
-        body = make_renewal_csr(renewed, make_next_key(config, store))
-    else:
-        if settings.certificate:
-            load_key_pair(context, settings.certificate, settings.key, "identity.est")
-        else:
-            headers["Authorization"] = load_enrollment_header(config)
-        body = begin_enrollment(config, store, state, mark)
-    log("info", "asking for an SVID", url=url)
-    response = request("POST", url, headers, base64.encodebytes(body), context, config.wfm.timeout, MAX_CERTIFICATES, check_peer)
-    write_file(store.path("issued.p7"), read_certs_only(check_est_response(response, url, now)))
-
-
-def find_next_key(config, store):
-    """The file of the key that the next SVID is for."""
-    return store.path("issued.key") if is_combined(config.identity) else config.identity.key
-
-
-def make_next_key(config, store):
-    """Its path, once it is there: the own key, or by identity.rekey another one; one that has had no certificate yet is used first (E-042)."""
-    path, held = find_next_key(config, store), read_file(config.identity.key, MAX_CERTIFICATES) or b""
-    if is_combined(config.identity) and not os.path.exists(path) and find_private_key(held) and (
-            config.identity.rekey == "never" or b"-----BEGIN CERTIFICATE-----" not in held):
-        write_file(path, find_private_key(held))
-    elif make_private_key(path):
-        log("info", "new private key", path=path)
-    return path
-
-
-def begin_enrollment(config, store, state, mark):
-    """The first request (DER); the key and what it is for are durable then.  Raises Untrusted for a token that went with another key before."""
-    est = state["est"]
-    if not est.get("key") or est.get("token") != mark:
-        state["est"] = est = {"token": mark, "key": "none yet", "used": est.get("used")}
-        store.save_state(state)                     # first: a new key beside an old certificate is no broken pair but an enrollment
-    path = make_next_key(config, store)
-    key = sha256_digest(make_public_key(path))
-    if est["key"] not in ("none yet", key):
-        raise Untrusted("the enrollment token was used with a key that is lost; a fresh token is needed")
-    est["key"] = key
-    store.save_state(state)
-    return make_csr(path, "DER")
-
-
-def make_renewal_csr(leaf, key_file):
-    """A PKCS#10 request (DER) with subject and subjectAltName as they stand in the SVID, byte for byte (E-063; openssl req re-encodes them)."""
-    spki = make_public_key(key_file)
-    rsa = b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]
-    algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0") if rsa else make_der(
-        0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))           # sha256WithRSAEncryption, ecdsa-with-SHA256
-    attribute = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e"),         # extensionRequest
-                         make_der(0x31, make_der(0x30, leaf.extensions[OID_SUBJECT_ALT_NAME][2])))
-    content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
-    signature = run_openssl(["dgst", "-sha256", "-sign", key_file], b"", content)
-    return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
-
-
-def check_est_response(response, operation, now):
-    """The body of a 200; raises Pending for 202, Unreachable for what passes, Untrusted for a refusal (protocol of the draft, 3.3)."""
-    theirs = parse_retry_after(response.headers.get("Date"), 0)         # the same form of time, counted from 1970
-    if theirs is not None and abs(theirs - time.time()) > CLOCK_SKEW:
-        log("error", f"the clock of this device says {make_time(time.time())}, that of the identity service {make_time(theirs)}; set the one that is wrong",
-            code="CLOCK")
-    wait = parse_retry_after(response.headers.get("Retry-After"), now)
-    if response.status == 200:
-        return response.body
-    if response.status == 202:                      # E-037
-        raise Pending("the identity service has accepted the request and has not decided yet", retry_after=wait)
-    problem = parse_problem(response.body)
-    words = problem.detail or problem.title if problem else make_printable(response.body[:500].decode("utf-8", "replace"))
-    message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
-    if find_verdict(response.status) == "later":
-        raise Unreachable(message, retry_after=wait if wait is not None or not problem else problem.retry_after)
-    raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
-
-
-def read_certs_only(body):
-    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038); raises Untrusted."""
-    if body[:1] == b"\x30":
-        return body
-    try:
-        data = parse_base64(re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace")))
-    except ValueError:
-        data = b""
-    if data[:1] != b"\x30":
-        raise Untrusted(f"EST answered 200 with something else than certificates: {make_printable(body[:100].decode('utf-8', 'replace'))!r}")
-    return data
-
-
-def parse_certs_only(data):
-    """The certificates (DER) of CMS SignedData; openssl reads it, because some servers write BER; raises ValueError."""
-    output = run_command(["openssl", "pkcs7", "-inform", "DER", "-print_certs"], 60, data=data)
-    found = parse_pem(output.stdout.decode("ascii", "replace"))
-    if output.code or len(found) > MAX_ISSUED:
-        raise ValueError(f"openssl finds no certs-only message of at most {MAX_ISSUED} certificates in it")
-    return found
-
-
-def find_issued(certificates, spki, renewed, trust_domain):
-    """The leaf among issued Certificates; raises ValueError unless it is for the own key, of a client, and no other than before.
-
-    spki: the own public key.  renewed: the leaf that it renews, or None.  trust_domain: what the discovery document says, or None.
-    """
-    leaf = next((item for item in certificates if item.spki == spki), None)
-    if leaf is None:
-        raise ValueError(f"none of the {len(certificates)} certificates issued is for the own key")
-    own = parse_identity([leaf.der], "", "").spiffe_id
-    if trust_domain and own.trust_domain != trust_domain:
-        raise ValueError(f"the SVID issued is of trust domain {own.trust_domain}, the discovery document says {trust_domain}")
-    if renewed and own.text != renewed.uris[0]:
-        raise ValueError(f"the SVID issued is {own.text}, the one to be renewed is {renewed.uris[0]}")                        # E-067
-    if renewed and leaf.not_after <= renewed.not_after:
-        raise ValueError("the SVID issued ends no later than the one that it renews")
-    return leaf
-
-
-def make_issued_chain(config, store, state, renewed, bundle, now):
-    """The chain (PEM bytes; with the key where that goes with it) from the answer in issued.p7, checked whole; raises Untrusted, Unreachable.
-
-    An answer that will never do is removed, so that the next attempt asks anew; one that only time or a newer bundle can mend is kept.
-    """
-    path, url = store.path("issued.p7"), config.identity.est.url or state["trust"].get("est")
-    key_file = find_next_key(config, store)
-    try:
-        issued = [parse_certificate(der) for der in parse_certs_only(read_file(path, MAX_CERTIFICATES))]
-        leaf = find_issued(issued, make_public_key(key_file), renewed, state["trust"].get("trustDomain"))
-        if time.time() > leaf.not_after:
-            check_validity(leaf, time.time())
-    except ValueError as error:
-        remove_file(path)
-        raise Untrusted(f"the certificate that EST issued is refused: {error}") from None
-    response = fetch_from_mis(f"{url}/cacerts", config, {"Accept": CERTS_TYPE})             # E-039
-    try:
-        found = [parse_certificate(der) for der in parse_certs_only(read_certs_only(check_est_response(response, "cacerts", now)))]
-    except ValueError as error:
-        raise Untrusted(f"cacerts: {error}") from None
-    chain = make_chain(leaf, [item for item in found + issued if item.is_ca])
-    data = make_pem(item.der for item in chain).encode()
-    if 0 < leaf.not_before - time.time() <= CLOCK_SKEW:
-        raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead of ours",
-                      retry_after=leaf.not_before - time.time() + 1)
-    write_file(store.path("issued.try"), data)
-    try:
-        check_validity(leaf, time.time())
-        check_own_chain(store.path("issued.try"), key_file, bundle.anchors)
-    except ValueError as error:
-        store.save_memo(dict(store.load_memo(), trust=1))               # the bundle is due again
-        raise NoPath(f"the SVID issued does not lead to the trust bundle: {error}") from None
-    finally:
-        remove_file(store.path("issued.try"))
-    return data + (read_file(key_file, MAX_CERTIFICATES) if is_combined(config.identity) else b"")
-
-
-def prove_svid(config, store, state, own, bundle, now):
-    """Asks the WFM for nothing new in the name of a renewed SVID, which replaces the old one only where that is answered; raises what request does."""
-    headers, context = {"Accept": MANIFEST_TYPE}, make_wfm_context(own, bundle, config.wfm.min_tls)
-    if state["accepted"] and state["accepted"].get("etag"):
-        headers["If-None-Match"] = state["accepted"]["etag"]
-    crls, listed = load_crls(store, state), state["trust"].get("crls") or ()
-    response = request("GET", config.wfm.url + "/api/v1/deployments", headers, None, context, config.wfm.timeout, config.policy.max_document,
-                       lambda chain: check_status(check_wfm(chain[0], own, now), crls, listed, config.identity.revocation, now))
-    check_response(response, "the renewed SVID, tried at the WFM", (200, 304), now)
-
-
-# Revocation lists, of the same draft: signed by the issuer of the SVIDs that they list, named by the discovery document alone.
-
-def load_crl(store, record):
-    """The bytes of one list at hand; None where there is none, or the disk spoilt it."""
-    data = read_file(store.path("crls", record["digest"][7:]), 1024 * MIB) if record.get("digest") else None
-    return data if data is not None and sha256_digest(data) == record["digest"] else None
-
-
-def load_crls(store, state):
-    """[Crl] of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
-    found = []
-    for url, record in state["crls"].items():
-        data = load_crl(store, record)
-        if data is not None:
-            found.append(parse_crl(data)[1])
-        elif record.get("digest"):
-            log("error", "security: a revocation list at hand is lost; an older one could now pass for the newest", url=url)
-    return found
-
-
-def is_revoked(leaf, crls):
-    """Whether one of the lists by the leaf's issuer lists it, whatever the list's age (E-083)."""
-    return any(is_listed(crl, leaf.serial) for crl in crls if is_same_issuer(crl, leaf))
-
-
-def is_same_issuer(crl, leaf):
-    """Whether list and leaf have one issuer: by name and, where both say one, by key identifier."""
-    ids = find_key_id(crl, OID_ISSUER_KEY), find_key_id(leaf, OID_ISSUER_KEY)
-    return crl.issuer == leaf.issuer and (None in ids or ids[0] == ids[1])
-
-
-def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is; raises Untrusted for one that is revoked (E-083)."""
-    if is_revoked(leaf, crls):
-        raise Untrusted("the peer's certificate is revoked")
-    if not listed and not crls:
-        return "the trust domain names no revocation list"
-    mine = [crl for crl in crls if is_same_issuer(crl, leaf)]
-    if not mine:
-        return "no revocation list at hand is by its issuer" if len(crls) >= len(listed) else "a revocation list could not be had yet"
-    return "" if any(now <= crl.next_update for crl in mine) else f"the revocation list ended at {make_time(max(crl.next_update for crl in mine))}"
-
-
-def find_list_fault(records, now):
-    """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
-    for url, record in records.items():
-        end = record["thisUpdate"] + record["validity"] if record.get("digest") else 0
-        if now > end:
-            return f"the revocation list {url} {f'ended at {make_time(end)}' if end else 'could not be had yet'}"
-    return ""
-
-
-def check_status(leaf, crls, listed, mode, now):
-    """Holds a peer's leaf against the lists; raises Untrusted where it is revoked or, by `require`, where that is not known (E-087, E-088)."""
-    if mode == "off" or mode == "soft" and not listed and not crls:
-        return
-    fault = find_status_fault(leaf, crls, listed, now)
-    if fault and mode == "require":
-        raise Untrusted(f"the WFM's revocation status is not known, and identity.revocation is require: {fault}")
-    if fault:
-        log("warning", "the WFM's revocation status is not known", reason=fault)
-
-
-def refresh_crls(config, store, state, issuers, seek, now, jitter):
-    """Fetches each revocation list that is due (E-081, E-082); no fault of it is more than a line in the log.
-
-    issuers: the Certificates that may have signed one; seek: gets more of them.  No step of connecting, and nothing at all where discovery
-    named none.
-    """
-    listed, records = state["trust"].get("crls") or [], state["crls"]
-    before = make_json(records)
-    for url in listed:
-        note_draft(store, state, "revocation lists")
-        record = records.setdefault(url, {})
-        if find_left(record, now):
-            continue
-        try:
-            fetch_crl(config, store, url, records, issuers, seek, now)
-            left = record["validity"] - (now - record["thisUpdate"])
-            record.update(failures=0, delay=max(1, min(CRL_PERIOD * (1 + jitter), left / 2)))
-        except (MargoError, ValueError) as error:
-            failures = record.get("failures", 0) + 1
-            delay = (1 - jitter) * grow(EST_FIRST, failures, EST_CAP)
-            record.update(failures=failures, delay=max(getattr(error, "retry_after", None) or 0, delay))
-            log("warning", "a revocation list cannot be had; what is at hand stays", url=url, reason=getattr(error, "message", str(error)))
-        record["at"] = now
-    for url in [url for url, record in records.items() if url not in listed and now > record.get("thisUpdate", 0) + record.get("validity", 0)]:
-        del records[url]
-    if make_json(records) != before:
-        store.save_state(state)                     # first what counts, then the old files go
-        keep = {record.get("digest", "")[7:] for record in records.values()}
-        for name in set(os.listdir(store.path("crls"))) - keep:
-            remove_file(store.path("crls", name))
-
-
-def fetch_crl(config, store, url, records, issuers, seek, now):
-    """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError."""
-    record = records[url]
-    known = record if load_crl(store, record) is not None else {}
-    headers = {name: known[key] for name, key in (("If-None-Match", "etag"), ("If-Modified-Since", "modified")) if known.get(key)}
-    response = fetch_from_mis(url, config, headers, config.policy.max_document)
-    if check_response(response, url, (200, 304) if headers else (200,), now).status == 304:
-        return
-    der, crl = parse_crl(response.body)
-    if crl.this_update > now + CLOCK_SKEW:
-        raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")
-    path = store.path("crls", sha256_digest(der)[7:])
-    write_file(path, der)                           # openssl reads it there; it counts only once the state names it
-    signer = find_signer(path, crl, issuers) or find_signer(path, crl, seek())
-    if signer is None:
-        raise ValueError("no issuer that is known, and may sign lists, has signed it")
-    key = sha256_digest(signer.spki)
-    known = max([item["number"] for item in records.values() if item.get("key") == key] or [0])     # of that issuer, wherever it came from
-    if crl.number < known:
-        raise ValueError(f"security: its number went back from {known} to {crl.number}")
-    if record.get("key") not in (None, key):
-        records[f"{url}#{record['key'][7:23]}"] = dict(record)          # a list of another issuer takes nothing from what is held of this one
-    if record.get("key") != key or crl.number > record["number"]:
-        record.update(digest=sha256_digest(der), number=crl.number, key=key, thisUpdate=crl.this_update, validity=crl.next_update - crl.this_update)
-    record.update(etag=response.headers.get("ETag"), modified=response.headers.get("Last-Modified"))
-
-
-def find_signer(path, crl, issuers):
-    """The one among issuers that may sign lists and has signed the one in a file, or None."""
-    return next((item for item in issuers if is_issuer(item, crl) and (item.key_usage is None or CRL_SIGN in item.key_usage)
-                 and is_crl_signed(path, item)), None)
-
-
-def is_crl_signed(path, issuer):
-    """Whether the list in a file is signed by a certificate's key; openssl's words say it, its exit code not in every version."""
-    output = run_command(["openssl", "crl", "-inform", "DER", "-noout", "-verify", "-in", path, "-CAfile", "/dev/stdin"], 60,
-                         data=make_pem([issuer.der]).encode())
-    return output.code == 0 and "verify OK" in output.stderr
+                       b"", expected)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 9. Desired state
+# 11. Desired state
 # ------------------------------------------------------------------------------------------------------------------------------
 
 NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
 COMPONENT_PATTERN = r"[a-z0-9]([a-z0-9-]{0,198}[a-z0-9])?"           # it becomes the name of a folder
-PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
 REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
                     r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
                     r"(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
 
+# Readers of documents, by the kit of the configuration; text is taken for text only where it is written as
+# such.
+read_dict = checked("a mapping", lambda item: isinstance(item, dict))
+read_items = checked("a list", lambda item: isinstance(item, list))
 
-def check_member(value, key, where, pattern):
-    """value[key] as text that matches the pattern; raises ValueError."""
-    item = value.get(key)
-    if not isinstance(item, str) or not re.fullmatch(pattern, item, re.ASCII):
-        raise ValueError(f"{where}{key}: found {make_printable(str(item), 80)!r}, expected text of the form {pattern}")
-    return item
+
+def optional(read):
+    """A reader that takes nothing (null, or no such member), too."""
+    return lambda value, base: None if value is None else read(value, base)
+
+
+def text_of(pattern):
+    """A reader of text of one form."""
+    return checked(f"text of the form {pattern}",
+                   lambda item: isinstance(item, str) and bool(re.fullmatch(pattern, item, re.ASCII)))
+
+
+def check_member(value, key, where, read):
+    """value[key] as a reader (or text of a pattern) takes it.
+
+    Raises ValueError of what was found and what is expected.
+    """
+    read = text_of(read) if isinstance(read, str) else read
+    try:
+        return read(value.get(key), "")
+    except ValueError as error:
+        found = make_printable(str(value.get(key)), 80)
+        raise ValueError(f"{where}{key}: found {found!r}, expected {error}") from None
 
 
 def parse_manifest(data, base_url):
@@ -3799,13 +3479,15 @@ def parse_manifest(data, base_url):
         if not isinstance(value, dict):
             raise ValueError("the state manifest is not an object")
         version = parse_version(value.get("manifestVersion"))
-        if not isinstance(value.get("deployments"), list) or len(value["deployments"]) > MAX_DEPLOYMENTS:
+        items = check_member(value, "deployments", "", read_items)
+        if len(items) > MAX_DEPLOYMENTS:
             raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
         entries, seen = [], set()
-        for index, item in enumerate(value["deployments"]):
-            entry = parse_manifest_entry(item, f"deployments[{index}].", base_url)
+        for index, item in enumerate(items):
+            where = f"deployments[{index}]."
+            entry = parse_manifest_entry(item, where, base_url)
             if entry.deployment_id.lower() in seen:
-                raise ValueError(f"deployments[{index}].deploymentId: {entry.deployment_id} occurs twice")
+                raise ValueError(f"{where}deploymentId: {entry.deployment_id} occurs twice")
             seen.add(entry.deployment_id.lower())
             entries.append(entry)
         digest, size = parse_manifest_bundle(value, entries, base_url)
@@ -3816,10 +3498,14 @@ def parse_manifest(data, base_url):
 
 def parse_version(value):
     """manifestVersion in full precision; raises ValueError (D-5)."""
-    if isinstance(value, float) and value.is_integer() and value < 2 ** 53:         # beyond it, a float does not tell which number was written
+    # beyond, a float does not tell which number was written
+    if isinstance(value, float) and value.is_integer() and value < 2 ** 53:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
-        raise ValueError(f"manifestVersion: found {make_printable(repr(value), 40)}, expected a whole number from 1 to 2^64-1")
+        raise ValueError(
+            f"manifestVersion: found {make_printable(repr(value), 40)},"
+            " expected a whole number from 1 to 2^64-1"
+        )
     return value
 
 
@@ -3828,7 +3514,8 @@ def parse_manifest_entry(item, where, base_url):
     if not isinstance(item, dict):
         raise ValueError(f"{where[:-1]}: expected an object")
     deployment_id = check_member(item, "deploymentId", where, UUID_PATTERN)
-    digest = check_member(item, "digest", where, DIGEST_PATTERN)        # another algorithm makes the manifest invalid (C-107)
+    # another algorithm makes the manifest invalid (C-107)
+    digest = check_member(item, "digest", where, DIGEST_PATTERN)
     check_artifact_url(item, where, base_url, f"/deployments/{deployment_id}/{digest}")
     return ManifestEntry(deployment_id, digest, parse_advice(item))
 
@@ -3837,15 +3524,12 @@ def parse_manifest_bundle(value, entries, base_url):
     """(digest, size) of the bundle, (None, None) where nothing should run; raises ValueError (C-114)."""
     if "bundle" not in value:
         raise ValueError("bundle: missing (it is null where there are no deployments)")
-    bundle = value["bundle"]
+    bundle = check_member(value, "bundle", "", optional(read_dict))
     if (bundle is None) != (not entries):
         raise ValueError("bundle: is null if and only if there are no deployments")
     if bundle is None:
         return None, None
-    if not isinstance(bundle, dict):
-        raise ValueError("bundle: expected an object or null")
-    if bundle.get("mediaType") != BUNDLE_TYPE:
-        raise ValueError(f"bundle.mediaType: found {make_printable(str(bundle.get('mediaType')), 80)!r}, expected {BUNDLE_TYPE}")
+    check_member(bundle, "mediaType", "bundle.", checked(BUNDLE_TYPE, lambda item: item == BUNDLE_TYPE))
     digest = check_member(bundle, "digest", "bundle.", DIGEST_PATTERN)
     check_artifact_url(bundle, "bundle.", base_url, f"/bundles/{digest}")
     return digest, parse_advice(bundle)
@@ -3854,158 +3538,167 @@ def parse_manifest_bundle(value, entries, base_url):
 def parse_advice(item):
     """sizeBytes where it is usable; it decides what is cheaper to fetch and nothing else (C-110)."""
     size = item.get("sizeBytes")
-    return int(size) if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 <= size < 2 ** 53 else None
+    return int(size) if is_number(size) and 0 <= size < 2 ** 53 else None
 
 
 def check_artifact_url(item, where, base_url, path):
-    """The `url` is only held against what id and digest say; nothing is ever fetched from it (C-058, protocol 2.1)."""
-    url = item.get("url")
-    if not isinstance(url, str):
-        raise ValueError(f"{where}url: expected text")
+    """The `url` is only held against what id and digest say.
+
+    Nothing is ever fetched from it (C-058, protocol 2.1).
+    """
     from urllib.parse import unquote, urljoin
+    url = check_member(item, "url", where, r"(?s).*")
     absolute = urljoin(base_url, url)
-    if url_origin(absolute) != url_origin(base_url) or not absolute.startswith("https:"):
+    if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
         raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
     if not unquote(absolute).lower().endswith(path.lower()) or ".." in unquote(url).split("/"):
         raise ValueError(f"{where}url: {make_printable(url, 200)!r} does not end with {path}")
 
 
 def check_version(manifest, digest, accepted):
-    """Whether a manifest is new: True, or False for the very one that was accepted before; raises Refused (C-103, C-119)."""
+    """Whether a manifest is new: True, or False for the very one that was accepted before.
+
+    Raises Refused (C-103, C-119).
+    """
     if accepted is None or manifest.version > accepted["version"]:
         return True
     if manifest.version == accepted["version"] and digest == accepted["digest"]:
         return False
-    relation = "the same version with other content" if manifest.version == accepted["version"] else "an older version"
-    raise Refused(f"security: state manifest refused: version {manifest.version} is {relation} (accepted: {accepted['version']}); a replay,"
-                  " or a WFM restored from a backup: then unenroll and enroll again")
+    same = manifest.version == accepted["version"]
+    relation = "the same version with other content" if same else "an older version"
+    raise Refused(
+        f"security: state manifest refused: version {manifest.version} is {relation}"
+        f" (accepted: {accepted['version']});"
+        " a replay, or a WFM restored from a backup: then unenroll and enroll again"
+    )
+
+
+# How documents of one generation differ; other generations add what reads them to DIALECTS. Such a function
+# takes the document (a mapping) and returns None, or (the document in rc.3's form, its Dialect); it may raise
+# ValueError.
+Dialect = define(
+    "Dialect",
+    "parse_package prefix addressed",
+    "What reads the package of a component (see parse_package), what stands before the pointers of a compose"
+    " component's parameters,"
+    " and whether metadata.deviceId has to be there.",
+)
+DIALECTS = []
+
+
+def parse_document(value):
+    """(an ApplicationDeployment in rc.3's form, its Dialect) of a YAML value; raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("the document is not a mapping")
+    for convert in DIALECTS:
+        found = convert(value)
+        if found:
+            return found
+    if "kind" in value or "apiVersion" in value:
+        raise ValueError("apiVersion and kind are of an older generation, which this agent was made without")
+    return value, Dialect(parse_package, "", True)
+
+
+def parse_package(properties, where, kind, schemes="oci"):
+    """(repository, revision, location of a key or None) of a component of type `kind`.
+
+    Raises ValueError (C-153).
+    """
+    repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
+    return repository, check_member(properties, "revision", where, REVISION_PATTERN), None
 
 
 def parse_deployment(data, deployment_id):
-    """An ApplicationDeployment's bytes to a Deployment; raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
+    """An ApplicationDeployment's bytes to a Deployment.
+
+    Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
 
     Unknown members and extensions are ignored wherever they stand (C-116); what is used is checked.
     """
     try:
-        value = normalise_document(load_yaml(data))
+        value, dialect = parse_document(load_yaml(data))
         own_id = check_member(value, "id", "", UUID_PATTERN)
         if own_id.lower() != deployment_id.lower():
             raise ValueError(f"id: found {own_id}, but the manifest names it {deployment_id}")      # C-115
-        metadata, spec = (check_mapping(value, key, "") for key in ("metadata", "spec"))
+        metadata = check_member(value, "metadata", "", read_dict)
+        spec = check_member(value, "spec", "", read_dict)
         check_member(spec, "applicationId", "spec.", r"[-a-z0-9]{1,200}")
-        profile = check_mapping(spec, "deploymentProfile", "spec.")
-        constraints = profile.get("deviceConstraints")
-        check_constraints(constraints)
-        kind, where = profile.get("type"), "spec.deploymentProfile."
-        components = profile.get("components")
+        profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
+        where = "spec.deploymentProfile."
+        constraints = check_member(profile, "deviceConstraints", where, optional(read_dict))
+        check_constraints(constraints or {}, f"{where}deviceConstraints.")
+        kind = profile.get("type")
         if kind not in ("compose", "helm"):
-            raise ComponentError("UNSUPPORTED_TYPE", f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs")
-        if not isinstance(components, list) or not components:
+            raise ComponentError(
+                "UNSUPPORTED_TYPE",
+                f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs",
+            )
+        items = check_member(profile, "components", where, read_items)
+        if not items:
             raise ValueError(f"{where}components: expected a list of at least one component")
-        schemes = "(oci|https)" if kind == "helm" and "kind" in value else "oci"        # charts of older generations (C-153)
-        components = [parse_component(item, f"{where}components[{index}].", schemes) for index, item in enumerate(components)]
-        known = {component.name for component in components}
-        if len(known) != len(components):
+        components = [parse_component(item, f"{where}components[{index}].", kind, dialect)
+                      for index, item in enumerate(items)]
+        names = {component.name for component in components}
+        if len(names) != len(components):
             raise ValueError(f"{where}components: a name occurs twice")
-        parameters = parse_parameters(spec.get("parameters"), "ENV." if "kind" in value and kind == "compose" else "")
-        check_targets(parameters, known)
+        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "")
+        check_targets(parameters, names)
+        device_id = ""
+        if dialect.addressed or "deviceId" in metadata:
+            device_id = check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?")
         return Deployment(
             deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
-            check_member(metadata, "namespace", "metadata.", NAME_PATTERN),
-            "" if "kind" in value and "deviceId" not in metadata else      # older generations: the device that was given it
-            check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?"),
-            kind, components, parameters, constraints,
+            check_member(metadata, "namespace", "metadata.", NAME_PATTERN), device_id, kind, components,
+            parameters, constraints,
             {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
 
 
-def normalise_document(value):
-    """An ApplicationDeployment of any generation (protocol 0 and 3.3) in rc.3's form, in which it is returned as it is; raises ValueError.
-
-    The older ones are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a namespace is `default`;
-    without `metadata.deviceId` it is for the device that was given it.
-    """
-    if not isinstance(value, dict):
-        raise ValueError("the document is not a mapping")
-    if "apiVersion" not in value and "kind" not in value:
-        return value
-    if value.get("kind") != "ApplicationDeployment":
-        raise ValueError(f"kind: found {make_printable(str(value.get('kind')), 80)!r}, expected ApplicationDeployment")
-    metadata, spec = (check_mapping(value, key, "") for key in ("metadata", "spec"))
-    profile, notes = check_mapping(spec, "deploymentProfile", "spec."), metadata.get("annotations")
-    notes = notes if isinstance(notes, dict) else {}
-    own_id, application = (next((holder[key] for holder in holders if key in holder), None)
-                           for key, holders in (("id", (value, notes, metadata)), ("applicationId", (spec, notes, metadata))))
-    kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
-    metadata = dict(metadata, name=metadata.get("name", application), namespace=metadata.get("namespace", "default"))
-    return dict(value, id=own_id, metadata=metadata, spec=dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind)))
-
-
 def make_outline(data, deployment_id):
-    """Of a document that is refused, what its status needs: a Deployment that holds the names only; None where there are none."""
+    """Of a document that is refused, what its status needs: a Deployment that holds the names only.
+
+    None where there are none.
+    """
     try:
-        value = normalise_document(load_yaml(data))
-        names = [value["metadata"]["name"]] + [item["name"] for item in value["spec"]["deploymentProfile"]["components"]]
-        name, *components = [make_printable(check_member({"name": name}, "name", "", ".+")) for name in names]
-    except (ValueError, KeyError, TypeError):
+        value = parse_document(load_yaml(data))[0]
+        holders = [value["metadata"], *value["spec"]["deploymentProfile"]["components"]]
+        name, *components = [make_printable(check_member(holder, "name", "", ".+")) for holder in holders]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Deployment(deployment_id, name, "", "", "", [Component(item, "", "", True, 0) for item in components], [], None)
+    return Deployment(deployment_id, name, "", "", "",
+                      [Component(item, "", "", True, 0) for item in components], [], None)
 
 
-def check_mapping(value, key, where):
-    """value[key] as a mapping; raises ValueError."""
-    item = value.get(key)
-    if not isinstance(item, dict):
-        raise ValueError(f"{where}{key}: expected a mapping")
-    return item
-
-
-def check_constraints(constraints):
+def check_constraints(constraints, where):
     """Raises ValueError for deviceConstraints that cannot be read (protocol 3.2)."""
-    if constraints is None:
-        return
-    where = "spec.deploymentProfile.deviceConstraints"
-    if not isinstance(constraints, dict):
-        raise ValueError(f"{where}: expected a mapping")
-    capacity, rules = constraints.get("capacityRequirements"), constraints.get("eligibilityRules")
-    if not isinstance(capacity, (dict, type(None))):
-        raise ValueError(f"{where}.capacityRequirements: expected a mapping")
-    capacity = capacity or {}
+    capacity = check_member(constraints, "capacityRequirements", where, optional(read_dict)) or {}
+    check_member(constraints, "eligibilityRules", where, optional(read_items))
+    where += "capacityRequirements."
     for key, units in (("memory", "Mi|Gi|Ki"), ("storage", "Mi|Gi|Ki|Ti|Pi|Ei")):
-        if capacity.get(key) is not None:
-            check_member(capacity, key, f"{where}.capacityRequirements.", f"[0-9]{{1,40}}({units})")
-    cpu = capacity.get("cpu")
-    if cpu is not None:
-        cores, kinds = (cpu.get("cores"), cpu.get("architectures")) if isinstance(cpu, dict) else (None, None)
-        if isinstance(cores, bool) or not isinstance(cores, (int, float)) or not cores >= 0:        # NaN is not, either
-            raise ValueError(f"{where}.capacityRequirements.cpu.cores: expected a number")
-        if not isinstance(kinds, (list, type(None))):
-            raise ValueError(f"{where}.capacityRequirements.cpu.architectures: expected a list")
-    if not isinstance(rules, (list, type(None))):
-        raise ValueError(f"{where}.eligibilityRules: expected a list")
+        check_member(capacity, key, where, optional(text_of(f"[0-9]{{1,40}}({units})")))
+    if capacity.get("cpu") is not None:
+        cpu = capacity["cpu"] if isinstance(capacity["cpu"], dict) else {}
+        check_member(
+            cpu,
+            "cores",
+            f"{where}cpu.",
+            checked("a number", lambda item: get_kind(item) == "number" and item >= 0),
+        )
+        check_member(cpu, "architectures", f"{where}cpu.", optional(read_items))
 
 
-def parse_component(item, where, schemes):
-    """One element of `components`; schemes: pattern of what its repository may begin with.  Raises ValueError."""
+def parse_component(item, where, kind, dialect):
+    """One element of `components` of a deployment of type `kind`; raises ValueError."""
     if not isinstance(item, dict):
         raise ValueError(f"{where[:-1]}: expected a mapping")
     name = check_member(item, "name", where, COMPONENT_PATTERN)
-    properties = check_mapping(item, "properties", where)
+    properties = check_member(item, "properties", where, read_dict)
     where += "properties."
-    key_location, revision = None, ""
-    if "packageLocation" in properties and "repository" not in properties:      # protocol 6.5
-        repository = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN)
-        if properties.get("keyLocation"):
-            key_location = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
-    else:
-        repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
-        revision = check_member(properties, "revision", where, REVISION_PATTERN)
+    repository, revision, key_location = dialect.parse_package(properties, where, kind)
     wait = properties.get("wait", True)
-    if isinstance(wait, str) and wait.lower() in ("true", "false"):
-        wait = wait.lower() == "true"
-    if not isinstance(wait, bool):
-        raise ValueError(f"{where}wait: found {make_printable(str(wait), 40)!r}, expected true or false")
+    wait = wait.lower() if isinstance(wait, str) else wait
+    wait = check_member({"wait": wait}, "wait", where, read_flag)
     timeout = COMPONENT_TIMEOUT
     if properties.get("timeout") is not None:
         minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
@@ -4014,7 +3707,10 @@ def parse_component(item, where, schemes):
 
 
 def find_extensions(value):
-    """The specification extensions of a mapping, for hooks alone; what JSON has no words for is left out: no extension ever fails (C-116)."""
+    """The specification extensions of a mapping, for hooks alone.
+
+    What JSON has no words for is left out: none ever fails (C-116).
+    """
     found = {}
     for key, item in value.items():
         if isinstance(key, str) and re.fullmatch(EXTENSION_PATTERN, key) and isinstance(item, dict):
@@ -4026,40 +3722,1267 @@ def find_extensions(value):
     return found
 
 
-def parse_parameters(value, prefix=""):
-    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers; raises ValueError."""
-    if value is None:
-        return []
-    if not isinstance(value, dict):
-        raise ValueError("spec.parameters: expected a mapping")
+def parse_parameters(spec, prefix=""):
+    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers.
+
+    Raises ValueError.
+    """
     parameters = []
-    for name, item in value.items():
+    for name, item in (check_member(spec, "parameters", "spec.", optional(read_dict)) or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
-        targets = item.get("targets") if isinstance(item, dict) else None
-        if not isinstance(targets, list):
-            raise ValueError(f"{where}.targets: expected a list")
-        found = item.get("value")
-        if any(isinstance(part, (dict, list)) for part in (found if isinstance(found, list) else [found])):
+        item = item if isinstance(item, dict) else {}
+        targets, value = check_member(item, "targets", f"{where}.", read_items), item.get("value")
+        if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
-        if found is None and "valueFrom" in item:
-            raise ComponentError("PARAMETER_INVALID", f"{where}: valueFrom is a draft that this agent does not follow, and there is no value to fall back on")
+        if value is None and "valueFrom" in item:
+            raise ComponentError(
+                "PARAMETER_INVALID",
+                f"{where}: valueFrom is a draft that this agent does not follow, and there is"
+                " no value to fall back on",
+            )
+        reached = []
         for target in targets:
-            names = target.get("components") if isinstance(target, dict) else None
-            if not isinstance(names, list) or not isinstance(target.get("pointer"), str):
-                raise ValueError(f"{where}.targets: each has a pointer and a list of components")
-        parameters.append(Parameter(str(name), found, [
-            (target["pointer"][len(prefix) if target["pointer"].startswith(prefix) else 0:], target["components"]) for target in targets]))
+            target = target if isinstance(target, dict) else {}
+            pointer = check_member(target, "pointer", f"{where}.targets: ", r"(?s).*")
+            pointer = pointer[len(prefix):] if pointer.startswith(prefix) else pointer
+            reached.append((pointer, check_member(target, "components", f"{where}.targets: ", read_items)))
+        parameters.append(Parameter(str(name), value, reached))
     return parameters
 
 
-def check_targets(parameters, known):
-    """Raises ValueError for a parameter that reaches none of the components there are; further targets may be those of another profile."""
-    for parameter in parameters:
-        named = [name for _, names in parameter.targets for name in names]
-        if named and not known.intersection(map(str, named)):
-            raise ValueError(f"spec.parameters.{make_printable(parameter.name, 80)}.targets: {make_printable(str(named[0]), 80)!r} is not among"
-                             f" the components {', '.join(sorted(known))}")
+def check_targets(parameters, names):
+    """Raises ValueError for a parameter that reaches no component there is.
 
+    Further targets may be those of another profile.
+    """
+    for parameter in parameters:
+        named = [str(name) for _, components in parameter.targets for name in components]
+        if named and not names.intersection(named):
+            raise ValueError(
+                f"spec.parameters.{make_printable(parameter.name, 80)}.targets:"
+                f" {make_printable(named[0], 80)!r} is not"
+                f" among the components {', '.join(sorted(names))}"
+            )
+
+
+def parse_bundle(data, entries, max_unpacked):
+    """A bundle's bytes to {digest: bytes}.
+
+    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
+
+    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name
+    of its own.
+    """
+    wanted, documents = {entry.digest for entry in entries}, {}
+    try:
+        plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
+    except ValueError as error:
+        raise Refused(f"bundle refused: {error}") from None
+    for member in members:
+        name = make_printable(member.name, 100)
+        if member.isdir() and member.name in (".", "./"):
+            continue
+        if not member.isfile() or member.issparse():
+            raise Refused(f"bundle refused: {name} is not a regular file")
+        content = plain[member.offset_data:member.offset_data + member.size]
+        digest = sha256_digest(content)
+        if digest not in wanted:
+            raise Refused(f"bundle refused: {name} has digest {digest}, which the manifest does not name")
+        documents[digest] = content
+    missing = wanted - set(documents)
+    if missing:
+        raise Refused(
+            f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}"
+        )
+    return documents
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 12. Desired-state source
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def check_digest(data, digest, what):
+    """Raises Refused unless the bytes have the digest."""
+    found = sha256_digest(data)
+    if found != digest:
+        raise Refused(f"{what}: digest mismatch, the manifest says {digest}, the content has {found}")
+
+
+def is_bundle_cheaper(manifest, missing):
+    """Whether one bundle costs less than the missing documents one by one.
+
+    A request of its own costs a TLS connection, which is worth about 6 KiB on the wire and two more round
+    trips.  Documents compress about four to one in a bundle; where the manifest does not say sizes, more than
+    three missing documents are taken as the point.
+    """
+    sizes = [entry.size for entry in missing]
+    if len(missing) < 2 or None in sizes or manifest.bundle_size is None:
+        return len(missing) > 3
+    return manifest.bundle_size + 6 * KIB < sum(sizes) + 6 * KIB * len(missing)
+
+
+class HttpSource:
+    """Base of the sources over HTTP.  A subclass gives `ask` (how to send a request) and `root` (the path
+    prefix).
+
+    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in
+    the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
+    """
+
+    root = "/api/v1"
+
+    def __init__(self, config):
+        self.config, self.url = config, config.wfm.url
+
+    def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
+        """One request to the WFM; raises what check_response raises."""
+        body = None
+        headers = dict(headers or {})
+        path = self.root + path
+        if document is not None:
+            body = make_json(document)
+            headers["Content-Type"] = JSON_TYPE
+        now = time.time()
+        response = self.ask(method, self.url + path, headers, body, limit)
+        return check_response(response, f"{method} {path}", accepted, now)
+
+    def fetch_manifest(self, etag):
+        """The answer to a request for the state manifest; 304 where it still has the ETag."""
+        headers = {"Accept": MANIFEST_TYPE}
+        accepted = (200,)  # C-100
+        if etag:
+            headers["If-None-Match"] = etag                                             # C-101
+            accepted = (200, 304)
+        return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
+
+    def fetch_desired(self, accepted, load_artifact):
+        """None where nothing changed, else a Desired whose every byte is verified; raises what `send` raises,
+        and Refused.
+
+        accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
+        hand.
+        """
+        incomplete = bool(accepted and accepted.get("incomplete"))  # a document was lost here (D-9)
+        response = self.fetch_manifest(accepted.get("etag") if accepted and not incomplete else None)
+        if response.status == 304:                                                  # C-102
+            return None
+        digest = sha256_digest(response.body)
+        etag = response.headers.get("ETag")
+        manifest = parse_manifest(response.body, self.config.wfm.url)
+        if etag and etag != f'"{digest}"':                                          # C-118
+            log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
+                digest=digest)
+        if not check_version(manifest, digest, accepted) and not incomplete:
+            accepted["etag"] = etag  # the last one (C-101), so that the next poll may be answered by 304
+            return None
+        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
+        documents = self.fetch_documents(manifest, known)
+        return Desired(manifest.version, etag, digest, manifest.entries, documents)
+
+    def fetch_documents(self, manifest, known):
+        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106)."""
+        missing = [entry for entry in manifest.entries if entry.digest not in known]
+        policy = self.config.policy
+        if is_bundle_cheaper(manifest, missing):
+            try:
+                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,),
+                                     limit=policy.max_artifact)
+            except Refused as error:
+                if error.code not in ("invalid-bundle", "HTTP 404"):
+                    raise
+                log("info", "the bundle cannot be had, documents are fetched one by one",
+                    reason=error.message)
+            else:
+                check_digest(response.body, manifest.bundle_digest, "bundle")
+                documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
+                return {entry.digest: documents[entry.digest] for entry in missing}
+        documents, left = {}, policy.max_unpacked
+        for entry in missing:
+            documents[entry.digest] = self.fetch_document(entry)
+            left -= len(documents[entry.digest])
+            if left < 0:
+                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
+                              " together")
+        return documents
+
+    def fetch_document(self, entry):
+        """One ApplicationDeployment's bytes, verified."""
+        path = f"/deployments/{entry.deployment_id}/{entry.digest}"
+        limit = self.config.policy.max_document
+        response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=limit)
+        check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
+        return response.body
+
+    def post_status(self, deployment_id, document):
+        """Reports a deployment's status."""
+        self.send("POST", f"/deployments/{deployment_id}/status", SUCCESS, document=document)
+
+
+class MtlsSource(HttpSource):
+    """Management Interface 1.0.0-rc.3: mutual TLS; the SVID is all that says who asks (C-020)."""
+
+    def __init__(self, config, identity, bundle):
+        super().__init__(config)
+        self.identity = identity
+        self.client_id = identity.spiffe_id.text
+        self.peer = identity.wfm_spiffe_id.text
+        self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
+        self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
+        self.chain = []                             # what the WFM presented last (DER), leaf first
+
+    def ask(self, method, url, headers, body, limit):
+        """One request, sent once the peer is known to be our WFM."""
+        return request(method, url, headers, body, self.context, self.config.wfm.timeout, limit,
+                       self.check_peer)
+
+    def check_peer(self, chain):
+        """Raises Untrusted unless the peer is our WFM, and no companion has anything against it."""
+        now = time.time()
+        leaf = check_wfm(chain[0], self.identity, now)
+        for judge in self.judges:
+            judge(leaf, now)
+        self.chain = chain
+
+    def put_capabilities(self, device_id, document):
+        """Reports what a device can do; repeating it is harmless (C-080)."""
+        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
+
+    def delete_capabilities(self, device_id):
+        """Deregisters a device; one that the WFM does not know is deregistered already."""
+        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+
+
+class Profile:
+    """How one word of wfm.profile is served; PROFILES has the class of each.  Beside what is here a class has
+
+    connect(keep=True): the source of the desired state, and the sink of reports; keep: it
+    stores what it learns.
+    describe(now): what `status` says of the own identity, {id, notAfter, warning}; never raises.
+    check(now): what `doctor` says of it, (ok or warn, words).
+    identify(): who the client is for as long as it serves one WFM, without state or network. All but
+    `describe` raise Untrusted, connect also Unreachable.
+    """
+
+    settings = ()                                   # what the configuration has to say for it
+    https = True                                    # whether wfm.url has to be one of https
+
+    def __init__(self, config, store, state):
+        self.config, self.store, self.state = config, store, state
+        self.identity = None                        # the own certificate, once the WFM is connected by it
+
+    @classmethod
+    def check_settings(cls, config, suffix=""):
+        """What is wrong with a configuration for this profile: [(whether it is wrong, key, words)]."""
+        url = config.wfm.url
+        words = f"not set, and needed for profile {config.wfm.profile}{suffix}"
+        values = {key: config[key.split(".")[0]][key.split(".")[1]] for key in cls.settings}
+        return [(value is None, key, words) for key, value in values.items()] + [
+            (cls.https and not suffix and url and not url.startswith("https://"),
+             "wfm.url", f"found {make_printable(url or '', 60)!r}, expected an absolute https URL")]
+
+    @staticmethod
+    def takes_children(config):
+        """Whether the protocol knows the child devices of a gateway."""
+        return False
+
+
+class Mtls(Profile):
+    """Profile mtls: an X.509-SVID, and a trust bundle that says who the WFM is."""
+
+    settings = ("wfm.url", "identity.certificate", "identity.key")
+
+    @classmethod
+    def check_settings(cls, config, suffix=""):
+        settings = config.identity
+        return super().check_settings(config, suffix) + [
+            (not settings.trust_bundle and not settings.discovery,
+             "identity.trust_bundle",
+             "not set, and no identity.discovery either; one of them says whom to trust"),
+            (settings.key and is_uri(settings.key),
+             "identity.key", "found a URI, expected a file; only profile signed has openssl use the key")]
+
+    @staticmethod
+    def takes_children(config):
+        return True
+
+    def connect(self, keep=True, client_id=None):
+        """See Profile; client_id: as whom this device is enrolled, where that is not its SPIFFE ID."""
+        config = self.config
+        store = self.store
+        state = self.state
+        now = time.time()
+        identity = self.identity = load_identity(config)
+        check_enrollment(state, client_id or identity.spiffe_id.text)
+        check_own(identity.leaf, config, now)
+        warn_of_expiry(identity.leaf, store, now)
+        bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
+        judge_own_chain(config, identity, bundle, store, state, keep)
+        return self.open_source(identity, bundle, keep)
+
+    def open_source(self, identity, bundle, keep):
+        """The MtlsSource of an Identity, with what companions have to say."""
+        source = MtlsSource(self.config, identity, bundle)
+        for companion in COMPANIONS.values():
+            if companion.judge:
+                source.judges.append(companion.judge(self.config, self.store, self.state, source, keep))
+        return source
+
+    def describe(self, now):
+        state = self.state
+        known_id = (state["enrollment"] or {}).get("id", "")
+        found = describe_own(self.config, load_identity, known_id, now)
+        warnings = [found["warning"]]
+        if found["notAfter"]:
+            warnings.insert(0, load_flaw(self.store, state, load_identity(self.config).leaf))
+        warnings += [item.remark(state, now) for item in COMPANIONS.values() if item.remark]
+        return dict(found, warning="; ".join(filter(None, warnings)))
+
+    def check(self, now):
+        own = load_identity(self.config)
+        check_own(own.leaf, self.config, now)
+        load_wfm_context(own, [own.leaf.der], self.config.wfm.min_tls)
+        return judge_own(own.leaf, own.spiffe_id.text, self.config, now)
+
+    def identify(self):
+        """The SPIFFE ID, also of a certificate that has expired."""
+        return (self.identity or load_identity(self.config)).spiffe_id.text
+
+
+def make_owner(identity, device_id):
+    """What an agent's workloads are labelled with: its identity as a client, without any login, and the
+    device id.
+    """
+    return re.sub(r"(?<=//)[^/]*@", "", identity) + "#" + device_id
+
+
+PROFILES["mtls"] = Mtls
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 13. Eligibility
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def check_eligibility(constraints, capabilities):
+    """Raises ComponentError INSUFFICIENT_CAPACITY or NOT_ELIGIBLE where a device does not meet
+    `deviceConstraints` (protocol 8).
+
+    capabilities: the document reported for the device; its totals count, not what is free.  Capacity comes
+    first, rules only if it holds (C-202); one rule that matches is enough, no rules are no condition (C-204).
+    """
+    if not constraints:
+        return
+    properties, labels = capabilities["properties"], capabilities.get("labels", {})
+    lack = find_lack(constraints.get("capacityRequirements") or {}, properties)
+    if lack:
+        raise ComponentError("INSUFFICIENT_CAPACITY", lack)
+    reasons = [find_mismatch(rule, properties, labels) for rule in constraints.get("eligibilityRules") or ()]
+    if reasons and all(reasons):
+        raise ComponentError(
+            "NOT_ELIGIBLE",
+            "; ".join(f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)),
+        )
+
+
+def find_lack(required, properties):
+    """What of `capacityRequirements` the properties of a device do not offer, in words, or ""."""
+    cpu = required.get("cpu")
+    if cpu:
+        wanted, entries = cpu.get("architectures"), properties.get("cpus") or ()
+        cores = [entry.get("cores", 0) for entry in entries if not wanted
+                 or entry.get("architecture") in wanted]
+        # one entry must do: cores are never summed (C-203)
+        most = max(cores, default=0)
+        if most < cpu["cores"]:
+            kinds = " or ".join(map(str, wanted or ["any architecture"]))
+            return f"cpu: {cpu['cores']} cores of {kinds} are needed, there are {most}"
+    for key in ("memory", "storage"):
+        if required.get(key) and parse_size(required[key]) > parse_size(properties.get(key, "0")):
+            return f"{key}: {required[key]} are needed, there are {properties.get(key, 'none')}"
+    return ""
+
+
+def find_mismatch(rule, properties, labels):
+    """Why an eligibility rule does not match, in words, or "": all its selectors and all their expressions
+    have to (C-204).
+    """
+    # label keys are exact, property keys are pointers (C-205)
+    def look_up(key):
+        return key in labels, labels.get(key)
+
+    rule = rule if isinstance(rule, dict) else {"propertySelector": ""}
+    for name, look in (("propertySelector", lambda key: find_pointer(properties, key)),
+                       ("labelSelector", look_up)):
+        if rule.get(name) is None:
+            continue
+        try:
+            expressions = get_expressions(rule, name)
+        except ValueError as error:
+            return str(error)
+        for expression in expressions:
+            try:
+                reason = "" if is_match(expression, look) else "is false"
+            # an expression that breaks the rules is false (C-212)
+            except ValueError as error:
+                reason = f"is false, because {error}"
+            if reason:
+                expression = expression if isinstance(expression, dict) else {}
+                words = [str(expression[key]) for key in ("key", "operator", "values") if key in expression]
+                return f"{name} {make_printable(' '.join(words), 200)} {reason}"
+    return ""
+
+
+def get_expressions(holder, name):
+    """The matchExpressions of a selector; raises ValueError where there are none."""
+    selector = holder.get(name)
+    expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
+    if not isinstance(expressions, list) or not expressions:
+        raise ValueError(f"{name} has no matchExpressions")
+    return expressions
+
+
+def find_pointer(value, pointer):
+    """(True, what an RFC 6901 JSON Pointer leads to) or (False, None).
+
+    Raises ValueError for what is no pointer.
+    """
+    if not isinstance(pointer, str) or not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
+        raise ValueError("the key is no JSON Pointer")
+    for part in pointer[1:].split("/"):
+        part = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, list) and re.fullmatch(r"0|[1-9][0-9]{0,8}", part) and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        else:
+            return False, None
+    return True, value
+
+
+def is_match(expression, look):
+    """Whether one matchExpression holds; look: key to (present, value).
+
+    Raises ValueError for one that breaks the rules.
+    """
+    if not isinstance(expression, dict) or not isinstance(expression.get("key"), str):
+        raise ValueError("it has no key")
+    operator, values = expression.get("operator"), expression.get("values")
+    if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):
+        # C-208 to C-211
+        raise ValueError(f"{operator} takes {'no ' if 'values' in expression else ''}values")
+    present, value = look(expression["key"])
+    if operator in ("Exists", "DoesNotExist"):
+        return present == (operator == "Exists")
+    if operator in ("ContainsAll", "ContainsAny"):
+        return is_contained(get_expressions(expression, "itemSelector"), value,
+                            all if operator == "ContainsAll" else any)
+    if operator in ("Gt", "Lt"):
+        limit = parse_limit(values)
+        return get_kind(value) == "number" and (value > limit if operator == "Gt" else value < limit)
+    if operator not in ("In", "NotIn"):
+        raise ValueError(f"{make_printable(str(operator), 40)} is no operator")
+    kinds = {get_kind(item) for item in values} if isinstance(values, list) else set()
+    if len(kinds) != 1 or None in kinds or ("boolean" in kinds and len(values) > 1):
+        raise ValueError("values must be texts, or numbers, or one boolean")
+    items = value if isinstance(value, list) else [value]
+    others = (None, "boolean") if isinstance(value, list) else (None,)
+    # another type is false for both (C-206)
+    if not present or not items or any(get_kind(item) in others for item in items):
+        return False
+    found = any(get_kind(item) in kinds and item in values for item in items)
+    return found == (operator == "In")
+
+
+def parse_limit(values):
+    """The one number that Gt and Lt compare with; raises ValueError (C-210)."""
+    limit = values[0] if isinstance(values, list) and len(values) == 1 else None
+    if get_kind(limit) == "text" and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", limit):
+        return float(limit)
+    if get_kind(limit) != "number":
+        raise ValueError("values must be one number")
+    return limit
+
+
+def is_contained(expressions, value, combine):
+    """Whether one object of an array meets all, or any, of a selector's expressions, their keys relative to
+    it (C-211).
+    """
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        return False
+    return any(combine([is_match(expression, lambda key, item=item: find_pointer(item, key))
+                        for expression in expressions])
+               for item in value)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 14. Plan
+# ------------------------------------------------------------------------------------------------------------------------------
+
+# What `plan` calls a verb, where not by its own name.
+PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}
+
+
+def find_kinds(record, target=None):
+    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell
+    of it.
+    """
+    kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
+    return kinds | ({target.deployment.type} if target and target.deployment else set())
+
+
+def needs_document(entry, record):
+    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that
+    revision.
+    """
+    if record is None or record["adopted"]["digest"] != entry.digest or record["refused"]:
+        return True
+    return record["state"] not in ("installed", "failed")
+
+
+def make_share(device, targets, records, silent):
+    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be
+    seen now.
+
+    silent: {deployment type: CommandError} of what does not answer there.
+    """
+    wanted = {target.deployment_id.lower(): target for target in targets}
+    unseen = {}
+    for key in {**records, **wanted}:
+        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
+            unseen[key] = silent[kind]
+    return Share(device, targets, records, unseen)
+
+
+def make_actions(shares, records, containers, clock, settle=0, mark=""):
+    """[Action] for all devices, in order: removals first.
+
+    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a
+    device where it is not at home any more is cleared once it runs where it belongs, or when it is about to.
+    """
+    homes = {target.deployment_id.lower(): "" if target.error else target.device_id
+             for share in shares for target in share.targets}
+    actions, strays = [], []
+    placed = set()              # what runs where it belongs, or is about to
+    for share in shares:
+        device_id = share.device.device_id
+        placed.update(key for key, record in share.records.items() if record["state"] == "installed")
+        there = containers[device_id]
+        for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
+            action = hold_back(action, share)._replace(device_id=device_id)
+            key = action.deployment_id.lower()
+            record = records.get(key)
+            if action.verb == "remove" and (key in homes or record and key not in share.records):
+                strays.append(action._replace(verb="clear"))
+                continue
+            if action.verb == "install" and record and record["running"] and record["deviceId"] != device_id:
+                action = action._replace(reason=f"moves here from {record['deviceId']}")
+            if action.verb in ("install", "update"):
+                placed.add(key)
+            actions.append(action)
+    for stray in strays:
+        key = stray.deployment_id.lower()
+        if key not in homes:
+            actions.append(stray)
+        elif homes[key] and key in placed:
+            actions.append(stray._replace(reason=f"belongs on {homes[key]}"))
+    return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
+
+
+def hold_back(action, share):
+    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
+
+    It waits where this device itself does not answer; what the WFM is told of another one is the device's
+    `silence`.
+    """
+    key = action.deployment_id.lower()
+    silence = share.device.silence
+    fault = share.unseen.get(key)
+    if not fault or action.verb in ("keep", "refuse"):
+        return action
+    if not silence:
+        return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
+    target = action.target
+    if not target:
+        adopted = share.records[key]["adopted"]
+        target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
+    reason = f"{silence.code}: {silence.message}"
+    return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
+
+
+def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
+    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own
+    order.
+
+    targets: [Target], deployment and error both None where needs_document said so.  records: those of the
+    state's `deployments` that are at home here.  containers: [Container] as observed.  clock: a Clock.
+    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: ids in lower case of
+    deployments of which not everything could be observed (then nothing is taken for drift).
+    """
+    wanted = {target.deployment_id.lower() for target in targets}
+    seen = {}
+    for container in containers:
+        seen.setdefault(container.deployment_id.lower(), []).append(container)
+    orphans = {key: items[-1].deployment_id for key, items in seen.items()}
+    orphans.update((key, record["deploymentId"]) for key, record in records.items()
+                   if record["state"] != "removed")
+    plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans)
+            if key not in wanted]
+    for target in targets:
+        key = target.deployment_id.lower()
+        there = None if key in unseen else seen.get(key, [])
+        plan.append(make_action(target, records.get(key), there, clock, settle, mark)._replace(target=target))
+    return plan
+
+
+def make_action(target, record, containers, clock, settle, mark):
+    """The Action for one deployment that is wanted; containers: its own."""
+    def act(verb, reason, culprit=None):
+        return Action(target.deployment_id, verb, reason, culprit=culprit)
+
+    same = record and record["adopted"]["digest"] == target.digest
+    retry = find_wait(record["retry"], clock) if record else 0
+    pause = find_wait(record["repair"], clock) if record else 0
+    if same and record["state"] == "failed" and record["fallback"] and not pause and (target.error or retry):
+        words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
+        if words:
+            return act("restore", f"drift: {words}; the version before is brought back")
+    if target.error:
+        return act("refuse", f"{target.error.code}: {target.error.message}")
+    if record is None:
+        return act("install", "new")
+    change = "update" if record["running"] else "install"
+    if not same:
+        return act(change, "another revision")
+    if record["refused"]:
+        return act(change, "was refused before, and can be carried out now")
+    if record["state"] == "failed" and retry:
+        due = make_time(clock.now + retry)
+        return act("keep", f"failed ({record['error']['code']}); next attempt at {due}")
+    if record["state"] == "failed":
+        return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
+    if record["state"] in ("pending", "removed") and not record["running"]:
+        return act("install", "new")
+    if record["state"] != "installed":
+        return act(change, f"was interrupted while {record['state']}")
+    services = {item["name"]: item["services"] for item in record["components"]}
+    culprit, words = find_drift(services, containers, clock.now, settle)
+    if words and pause:
+        words += f" although it was repaired {record['repair']['failures']} times"
+        return act("give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit)
+    if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
+        return act("update", "runtime.environment has changed")
+    return act("update", f"drift: {words}") if words else act("keep", "as desired")
+
+
+def make_mark(environment):
+    """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
+    return sha256_digest(make_json(environment))[7:23] if environment else ""
+
+
+def find_drift(services, containers, now, settle):
+    """((component, service), words) for what differs between what was installed and its containers, or ("",
+    "") (P-12, D-23).
+
+    services: {component: {service: facts}}; containers: those of this deployment, or None.
+    """
+    if containers is None:
+        return "", ""
+    seen = {}
+    for container in containers:
+        seen.setdefault((container.component, container.service), []).append(container)
+    for component, items in services.items():
+        for service, facts in items.items():
+            words = judge_containers(seen.pop((component, service), []), facts, now, settle)
+            if words:
+                return (component, service), f"{component}/{service} {words}"
+    return (min(seen), f"{'/'.join(min(seen))} does not belong to it") if seen else ("", "")
+
+
+def judge_containers(found, facts, now, settle):
+    """What is wrong with the containers found for a service, in words, or "".  facts: what `apply` returned
+    for it.
+    """
+    if len(found) > 1:
+        return f"has {len(found)} containers"
+    if not found:
+        return "" if facts["finished"] else "has no container"
+    container = found[0]
+    if container.hash != facts["hash"] or container.id != facts.get("id", container.id):
+        return "is not the container that was made for it"
+    if facts["finished"]:
+        return ""
+    if container.state != "running":
+        return f"is {container.state}"
+    restarted = abs(container.started - facts.get("started", container.started)) > 2        # docker rounds it
+    return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
+
+
+def make_groups(actions, records):
+    """Actions in the order in which they are carried out, as [[Action]]; those of one group are made ready
+    before any is done.
+
+    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group,
+    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
+    the step that it moves by.
+    """
+    moving = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
+    first, updates, new = [], [], []
+    for action in actions:
+        record = records.get(action.deployment_id.lower())
+        if action.verb not in ("install", "update"):
+            first += [] if action.verb == "clear" and action.deployment_id.lower() in moving else [[action]]
+        elif not record or not record["running"]:
+            new.append([action])
+        elif record["running"]["digest"] == action.target.digest and record["deviceId"] == action.device_id:
+            first.append([action])
+        else:
+            updates.append(action)
+    return first + [updates] + new
+
+
+def find_held_ports(record):
+    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold,
+    as far as known.
+    """
+    services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
+    if record["fallback"] and "services" in (record["running"] or ()):
+        services = record["running"]["services"].values()       # the version before runs still
+    facts = [facts for item in services for facts in item.values()]
+    running = [item for item in facts if not item["finished"]]
+    return {(record["deviceId"], *port) for item in running for port in item.get("ports", ())}
+
+
+def find_clash(takes, holds):
+    """A port among those of `takes` that one of `holds` keeps from being taken, or None; the address "" is
+    every one.
+    """
+    for port in sorted(takes):
+        for device_id, address, *rest in holds:
+            meets = address == port[1] or "" in (address, port[1])
+            if meets and (device_id, *rest) == (port[0], *port[2:]):
+                return port
+    return None
+
+
+def find_turn(waiting, held):
+    """Which of the deployments that are ready to be changed goes on now, and how: (id, verb, words).
+
+    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs:
+    `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
+    ports first, because each waits for another one.
+    """
+    blocking = []
+    for key, (takes, _) in waiting.items():
+        rivals = [(other, ports, ports) for other, ports in held.items()]
+        rivals += [(other, holds, keeps) for other, (keeps, holds) in waiting.items() if other != key]
+        blocked = False
+        for other, holds, keeps in rivals:
+            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
+            if port:
+                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
+                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
+            if find_clash(takes, holds):
+                blocking.append(other)
+                blocked = True
+        if not blocked:
+            return key, "go", ""
+    return blocking[0], "stop", ""
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 15. Packages
+# ------------------------------------------------------------------------------------------------------------------------------
+
+COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
+COMPOSE_LAYER = "application/vnd.org.margo.component.compose.tar+gzip"
+CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
+CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
+                 "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
+MAX_ENTRIES = 10000                                 # files in one archive
+
+
+Reference = define("Reference", "host name tag",
+    "Where a component's package lies: registry host[:port], repository name, tag.")
+Entry = define(
+    "Entry",
+    "path kind mode link offset size",
+    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link"
+    " target, place of its bytes.",
+)
+
+
+def parse_reference(repository, revision):
+    """`oci://host[:port]/name` and a tag to a Reference; raises ComponentError (C-153)."""
+    part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+    match = re.fullmatch(rf"oci://({REGISTRY_PATTERN})/({part}(?:/{part})*)", repository)
+    port = match and re.search(r":([0-9]+)\Z", match.group(1))
+    if (
+        not match
+        or port
+        and int(port.group(1)) > 65535
+        or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision)
+    ):
+        raise ComponentError(
+            "INVALID_DEPLOYMENT",
+            f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference",
+        )
+    return Reference(match.group(1), match.group(2), revision)
+
+
+def parse_challenge(header):
+    """`WWW-Authenticate` to [(scheme in lower case, {parameter: value})] (RFC 9110, 11.6.1)."""
+    from urllib.request import parse_http_list
+    challenges = []
+    for item in parse_http_list(header or ""):
+        scheme, parameter = re.fullmatch(r"(?s)(?:([A-Za-z]+)(?:\s+|\Z)(?!=))?(.*)", item).groups()
+        if scheme:
+            challenges.append((scheme.lower(), {}))
+        name, equals, value = parameter.partition("=")
+        if challenges and equals:
+            challenges[-1][1][name.strip().lower()] = value[1:-1] if value[:1] == '"' else value
+    return challenges
+
+
+def load_credentials(host, settings):
+    """Authorization of a registry by user name and password; None where none are configured."""
+    if not settings.username or not settings.password_file:
+        return None
+    secret = load_secret(f"registries.{host}.password_file", settings.password_file,
+                         lambda words: ComponentError("PULL_UNAUTHORIZED", words))
+    return make_authorization(secret, settings.username.encode())
+
+
+class Registry:
+    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never
+    leave their host).
+    """
+
+    def __init__(self, host, config):
+        self.host, self.timeout = host, config.wfm.timeout
+        self.settings = config.registries.get(host) or make_settings({}, REGISTRY_SCHEMA, "", "", [])
+        self.scheme = "http" if self.settings.insecure else "https"
+        self.authorization = None
+        # made when TLS is first needed: the system's store takes its time
+        self.context = None
+
+    def get(self, name, path, accept, limit):
+        """GET below /v2/<name>/, with authentication where asked for and redirects followed.
+
+        A Response with status 200.
+
+        Raises ComponentError: PULL_UNAUTHORIZED, PULL_FAILED.
+        """
+        url = f"{self.scheme}://{self.host}/v2/{name}/{path}"
+        for attempt in range(2):
+            response = self.fetch(url, accept, limit)
+            if response.status != 401 or attempt:
+                break
+            self.authorization = self.authenticate(
+                parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name
+            )
+        return self.check(response, url, limit)
+
+    def check(self, response, url, limit):
+        """A Response with status 200 and at most `limit` bytes.
+
+        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
+        """
+        where = f"{url}: HTTP {response.status}"
+        if find_verdict(response.status) == "denied":
+            raise ComponentError("PULL_UNAUTHORIZED",
+                                 f"{where}; set registries.{self.host}.username and password_file")
+        if response.status != 200:
+            absent = response.status == 404
+            hint = "there is no such package" if absent else "it cannot be served now, tried again later"
+            wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
+            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
+        if len(response.body) > limit:
+            raise ComponentError("PULL_FAILED",
+                                 f"{url}: the answer is longer than {limit} bytes, all that policy allows")
+        return response
+
+    def fetch(self, url, accept, limit):
+        """One GET that follows at most five redirects.
+
+        Authorization goes to this registry's own origin only.
+        """
+        from urllib.parse import urljoin, urlsplit
+        try:
+            origin = urlsplit(url)[:2]
+            for _ in range(6):
+                parts = urlsplit(url)
+                if parts.scheme not in ("https", self.scheme):
+                    raise ComponentError("PULL_FAILED",
+                                         f"{make_printable(url)}: redirected to a scheme that is not allowed")
+                own, headers = parts[:2] == origin, {"Accept": accept}
+                if self.authorization and own:
+                    headers["Authorization"] = self.authorization
+                response = self.request(url, headers, max(limit, MAX_ANSWER))
+                if response.status == 401 and not own:
+                    raise ComponentError(
+                        "PULL_UNAUTHORIZED",
+                        f"{make_printable(url)}: HTTP 401 after a redirect;"
+                        f" credentials are for {self.host} alone",
+                    )
+                if response.status not in (301, 302, 303, 307, 308):
+                    return response
+                url = urljoin(url, response.headers.get("Location") or "")
+        except (MargoError, ValueError) as error:
+            if isinstance(error, ComponentError):
+                raise
+            raise ComponentError("PULL_FAILED", f"{make_printable(url)}: {error}") from None
+        raise ComponentError("PULL_FAILED", f"{make_printable(url)}: too many redirects")
+
+    def request(self, url, headers, limit):
+        """One GET, by TLS where the URL says so."""
+        secure = url.startswith("https:")
+        if secure and self.context is None:
+            try:
+                self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
+            except Untrusted as error:
+                raise ComponentError("PULL_FAILED", f"registries.{self.host}.ca: {error.message}") from None
+        return request("GET", url, headers, None, self.context if secure else None, self.timeout, limit)
+
+    def authenticate(self, challenges, name):
+        """The Authorization that answers a challenge; raises ComponentError PULL_UNAUTHORIZED."""
+        from urllib.parse import urlencode
+        basic = load_credentials(self.host, self.settings)
+        for scheme, facts in challenges:
+            if scheme == "basic" and basic:
+                return basic
+            if scheme == "bearer" and facts.get("realm", "").startswith(("https://", self.scheme + "://")):
+                query = {"service": facts["service"]} if facts.get("service") else {}
+                query["scope"] = facts.get("scope") or f"repository:{name}:pull"
+                mark = "&" if "?" in facts["realm"] else "?"
+                url = facts["realm"] + mark + urlencode(query)
+                headers = {"Authorization": basic} if basic else {}
+                try:
+                    answer = parse_json(self.request(url, headers, MAX_ANSWER).body, "the token")
+                    token = answer.get("token") or answer.get("access_token")
+                    if isinstance(token, str) and re.fullmatch(r"[\x21-\x7e]+", token):
+                        return "Bearer " + token
+                except (MargoError, ValueError, AttributeError) as error:
+                    log("warning", "no token from the registry", registry=self.host, reason=str(error))
+        raise ComponentError(
+            "PULL_UNAUTHORIZED",
+            f"registry {self.host} asks for a login; set registries.{self.host}.username and password_file",
+        )
+
+
+def obtain_package(component, known, config, store, kind):
+    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept.
+
+    Raises ComponentError.
+
+    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network
+    or not (P-1).
+    """
+    reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
+    data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
+    if data is not None:
+        return data, known
+    fetch = FETCHERS[component.repository.partition(":")[0]]
+    digest, data = fetch(component, config, store, kind)
+    return data, {"reference": reference, "digest": digest}
+
+
+def fetch_component(component, config, store, kind):
+    """The package of a component from a registry; see fetch_package."""
+    return fetch_package(parse_reference(component.repository, component.revision), config, store, kind)
+
+
+# by the scheme of a repository; other generations add theirs
+FETCHERS = {"oci": fetch_component}
+
+
+def fetch_package(reference, config, store, kind="compose"):
+    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified,
+    kept by its digest.
+
+    Raises ComponentError; what is in the store already is not fetched again.
+    """
+    mirror = (config.registries.get(reference.host) or {}).get("mirror")
+    try:
+        if mirror:
+            return fetch_from_registry(
+                reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store, kind
+            )
+    except ComponentError as error:
+        log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror,
+            reason=error.message)
+    return fetch_from_registry(reference, Registry(reference.host, config), config, store, kind)
+
+
+def fetch_from_registry(reference, registry, config, store, kind):
+    """fetch_package from one registry (protocol 6.2)."""
+    where = f"{registry.host}/{reference.name}:{reference.tag}"
+    answer = registry.get(reference.name, f"manifests/{reference.tag}", f"{OCI_MANIFEST}, {OCI_INDEX}",
+                          config.policy.max_document)
+    claimed = answer.headers.get("Docker-Content-Digest")
+    if claimed and claimed.startswith("sha256:") and claimed != sha256_digest(answer.body):
+        raise ComponentError(
+            "DIGEST_MISMATCH",
+            f"{where}: the registry names {claimed}, the manifest has {sha256_digest(answer.body)}",
+        )
+    digest, size = parse_package_manifest(answer.body, where, config.policy.max_artifact, kind)
+    data = store.load_artifact(digest)
+    if data is None:
+        # it is kept, and unpacked to some times its size
+        check_space(store.folder, 5 * size, where)
+        data = registry.get(
+            reference.name, f"blobs/{digest}", "*/*", min(size + 1, config.policy.max_artifact)
+        ).body
+        if len(data) != size or sha256_digest(data) != digest:
+            raise ComponentError(
+                "DIGEST_MISMATCH",
+                f"{where}: the layer should be {digest} of {size} bytes,"
+                f" it is {sha256_digest(data)} of {len(data)}",
+            )
+        store.save_artifact(digest, data)
+    return digest, data
+
+
+def check_space(folder, need, what):
+    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched
+    (P-4).
+    """
+    free, margin = get_space(folder)
+    if free < need + margin:
+        raise ComponentError(
+            "DISK_FULL",
+            f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
+            f" {folder} {margin // KIB} stay so; free some there",
+        )
+
+
+def parse_package_manifest(data, where, max_artifact, kind="compose"):
+    """An OCI manifest's bytes to (digest, size) of the one layer of a Compose Archive or Helm chart.
+
+    Raises ComponentError (C-155).
+    """
+    try:
+        value = parse_json(data, "the OCI manifest")
+        if not isinstance(value, dict) or value.get("schemaVersion") != 2:
+            raise ValueError("not an OCI image manifest (schemaVersion 2)")
+        if "manifests" in value:
+            raise ValueError("an index of several images, where one Compose Archive is expected")
+        layer = find_layer(value, kind)
+        digest = check_member(layer, "digest", "the layer's ", DIGEST_PATTERN)
+        size = check_member(layer, "size", "the layer's ", checked("a number of bytes", is_size))
+        if size > max_artifact:
+            raise ValueError(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
+    except ValueError as error:
+        raise ComponentError("ARCHIVE_INVALID", f"{where}: {error}") from None
+    return digest, size
+
+
+def is_size(value):
+    """Whether a value is a whole number of at least one byte."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def find_layer(value, kind):
+    """The one layer of an OCI manifest that holds a package of a kind; raises ValueError."""
+    layers, wanted = value.get("layers"), COMPOSE_LAYER
+    layers = layers if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else []
+    if kind == "helm":
+        wanted, config = CHART_LAYER, value.get("config")
+        if not isinstance(config, dict) or config.get("mediaType") != CHART_CONFIG:
+            raise ValueError(f"not a Helm chart (its config is no {CHART_CONFIG})")
+        # Beside it there may be its provenance.
+        layers = [layer for layer in layers if layer.get("mediaType") == CHART_LAYER]
+    elif value.get("artifactType") != COMPOSE_ARTIFACT:
+        found, hint = str(value.get("artifactType")), ""
+        if found == "application/vnd.docker.compose.project":
+            hint = "; made by `docker compose publish`, which Margo does not take"
+        raise ValueError(f"artifactType is {make_printable(found, 100)}, expected {COMPOSE_ARTIFACT}{hint}")
+    if len(layers) != 1:
+        raise ValueError("expected exactly one layer")
+    found = make_printable(str(layers[0].get("mediaType")), 100)
+    if found != wanted:
+        raise ValueError(f"the layer's mediaType is {found}, expected {wanted}")
+    return layers[0]
+
+
+COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
+
+
+def check_archive(data, max_unpacked, relaxed=False):
+    """A Compose Archive's bytes to its tar bytes and [Entry].
+
+    Raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
+
+    Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
+    a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
+    need be no top-level folder, and the compose file may have its other names (protocol 6.5).
+    """
+    entries, tops = {}, set()
+    try:
+        plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
+        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir()
+                                for member in members)
+        for member in members:
+            add_entry(member, entries, tops, "package/" if loose else "")
+        if plain[end:].strip(b"\0"):
+            raise ValueError(f"it is damaged at byte {end}")
+        if not entries and not tops:
+            raise ValueError("it is empty")
+        if sum(entry.size for entry in entries.values()) > max_unpacked:
+            raise ValueError(f"its files have more than {max_unpacked} bytes (policy.max_unpacked)")
+        check_tree(entries)
+        compose, others = entries.get("compose.yaml"), [name for name in COMPOSE_NAMES[1:] if name in entries]
+        if compose is None and others and relaxed:
+            compose = entries["compose.yaml"] = entries[others[0]]._replace(path="compose.yaml")
+        if compose is None or compose.kind != "file":
+            raise ValueError("no compose.yaml in the top-level folder"
+                             + (f" ({others[0]} is not taken for it)" if others else ""))
+        return plain, list(entries.values())
+    except ValueError as error:
+        raise ComponentError("ARCHIVE_INVALID",
+                             f"Compose Archive refused: {make_printable(str(error))}") from None
+
+
+def add_entry(member, entries, tops, top=""):
+    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder.
+
+    Raises ValueError.
+
+    top: the folder that an archive without one is taken to lie in.
+    """
+    name = member.name[2:] if member.name.startswith("./") else member.name
+    if name in ("", ".") and member.isdir():
+        return
+    absolute, name = name.startswith("/"), top + name
+    parts = name.rstrip("/").split("/")
+    if absolute or {"..", "", "."} & set(parts) or not is_storable(name):
+        raise ValueError(f"{make_printable(name)!r} is not a path inside the archive")
+    tops.add(parts[0])
+    if len(tops) > 1:
+        raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
+    path = "/".join(parts[1:])
+    if member.isdir():
+        entry = Entry(path, "folder", 0o755, None, 0, 0)
+    elif not path:
+        raise ValueError(f"{name!r} stands at the top, where only one folder may stand")
+    elif member.isfile() and not member.issparse():
+        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data,
+                      member.size)
+    elif member.issym():
+        if not member.linkname or not is_storable(member.linkname):
+            raise ValueError(
+                f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path"
+            )
+        entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
+    elif member.islnk():
+        target = top + (member.linkname[2:] if member.linkname.startswith("./") else member.linkname)
+        source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
+        if source is None or source.kind != "file":
+            raise ValueError(
+                f"the hard link {name!r} leads to {member.linkname!r},"
+                " which is no earlier file of the archive"
+            )
+        entry = source._replace(path=path)
+    else:
+        raise ValueError(f"{name!r} is neither file, folder nor link")
+    if path and entries.get(path, entry) != entry or (path in entries and entry.kind != "folder"):
+        raise ValueError(f"{name!r} occurs twice")
+    if path:
+        entries[path] = entry
+
+
+def is_storable(path):
+    """Whether any file system takes a path: printable, no part over 255 bytes, not too long as a whole."""
+    data = path.encode("utf-8", "surrogateescape")
+    return path.isprintable() and len(data) <= 1000 and max(map(len, data.split(b"/"))) <= 255
+
+
+def check_tree(entries):
+    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of
+    others, and for too many folders.
+    """
+    folders = set()
+    for path, entry in entries.items():
+        parent = path.rpartition("/")[0]
+        while parent and parent not in folders:
+            if parent in entries and entries[parent].kind != "folder":
+                raise ValueError(f"{path!r} lies below {parent!r}, which is no folder")
+            folders.add(parent)
+            if len(folders) > MAX_ENTRIES:
+                raise ValueError(f"more than {MAX_ENTRIES} folders")
+            parent = parent.rpartition("/")[0]
+        if entry.kind == "link":
+            resolve_link(path, entries, 40)
+
+
+def resolve_link(path, entries, hops):
+    """The path in the archive that `path` stands for once links are followed.
+
+    Raises ValueError where that is outside.
+    """
+    resolved = []
+    todo = path.split("/")[::-1]
+    while todo:
+        part = todo.pop()
+        if part == "..":
+            if not resolved:
+                raise ValueError(f"the link {path!r} leads out of the top-level folder")
+            resolved.pop()
+            continue
+        if part in ("", "."):
+            continue
+        entry = entries.get("/".join(resolved + [part]))
+        if entry is None or entry.kind != "link":
+            resolved.append(part)
+            continue
+        hops -= 1
+        if hops < 0 or entry.link.startswith("/"):
+            raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
+        todo.extend(entry.link.split("/")[::-1])
+    return "/".join(resolved)
+
+
+def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
+    """Unpacks a verified archive to `parent`/<digest> and returns that folder.
+
+    One that is there already is complete.
+
+    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay
+    for who uses them.
+    """
+    folder = os.path.join(parent, digest.split(":")[1][:16])
+    if os.path.isdir(folder):
+        return folder
+    plain, entries = check_archive(data, max_unpacked, relaxed)
+    work = folder + ".tmp"
+    try:
+        remove_folder(work)
+        create_folder(os.path.join(work, "content"))
+        for entry in sorted(entries, key=lambda item: item.kind == "link"):
+            path = os.path.join(work, "content", entry.path)
+            create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
+            if entry.kind == "file":
+                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode,
+                           os.path.join(work, "part"))
+            elif entry.kind == "link":
+                os.symlink(entry.link, path)
+        os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
+        for path, _, _ in os.walk(os.path.join(work, "content")):
+            sync_folder(path)
+        os.rename(os.path.join(work, "content"), folder)
+        os.rmdir(work)
+        sync_folder(parent)
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be unpacked ({error.strerror}); free space or make it writable"
+        ) from None
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 16. Runtimes
+# ------------------------------------------------------------------------------------------------------------------------------
 
 def find_parameters(deployment, component):
     """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
@@ -4092,55 +5015,6 @@ def make_variables(deployment, component):
     return variables
 
 
-def make_values(deployment, component):
-    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
-
-    A later parameter for the same place wins.
-    """
-    values = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
-            set_value(values, parse_value_path(pointer), parameter.value)
-        except ValueError as error:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
-                                 f"{make_printable(pointer, 120)!r}: {error}") from None
-    return values
-
-
-def parse_value_path(pointer):
-    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
-        position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
-    return path
-
-
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        wanted = None if following is None else list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        place[step] = value if wanted is None else wanted() if held is None else held
-        place = place[step]
-
-
 def make_project_name(component, deployment_id):
     """`<component>-<deploymentId>` as engines take names, at most 63 characters; what is changed or cut ends with a hash of the whole, so
     that no two can meet (D-19, D-20).
@@ -4149,1780 +5023,6 @@ def make_project_name(component, deployment_id):
     name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
     return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
 
-
-def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
-
-    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
-    """
-    whole = f"{component}-{deployment_id}".lower()
-    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
-
-
-def parse_bundle(data, entries, max_unpacked):
-    """A bundle's bytes to {digest: bytes}; raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
-
-    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name of its own.
-    """
-    wanted, documents = {entry.digest for entry in entries}, {}
-    try:
-        plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
-    except ValueError as error:
-        raise Refused(f"bundle refused: {error}") from None
-    for member in members:
-        name = make_printable(member.name, 100)
-        if member.isdir() and member.name in (".", "./"):
-            continue
-        if not member.isfile() or member.issparse():
-            raise Refused(f"bundle refused: {name} is not a regular file")
-        content = plain[member.offset_data:member.offset_data + member.size]
-        digest = sha256_digest(content)
-        if digest not in wanted:
-            raise Refused(f"bundle refused: {name} has digest {digest}, which the manifest does not name")
-        documents[digest] = content
-    missing = wanted - set(documents)
-    if missing:
-        raise Refused(f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}")
-    return documents
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 10. Desired-state sources
-# ------------------------------------------------------------------------------------------------------------------------------
-
-def check_digest(data, digest, what):
-    """Raises Refused unless the bytes have the digest."""
-    found = sha256_digest(data)
-    if found != digest:
-        raise Refused(f"{what}: digest mismatch, the manifest says {digest}, the content has {found}")
-
-
-def is_bundle_cheaper(manifest, missing):
-    """Whether one bundle costs less than the missing documents one by one.
-
-    A request of its own costs a TLS connection, which is worth about 6 KiB on the wire and two more round trips.  Documents compress
-    about four to one in a bundle; where the manifest does not say sizes, more than three missing documents are taken as the point.
-    """
-    sizes = [entry.size for entry in missing]
-    if len(missing) < 2 or None in sizes or manifest.bundle_size is None:
-        return len(missing) > 3
-    return manifest.bundle_size + 6 * KIB < sum(sizes) + 6 * KIB * len(missing)
-
-
-class HttpSource:
-    """The desired state over HTTP, and the sinks for what is reported: what the generations have in common.
-
-    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in the shape of rc.3, and
-    says who it speaks as (`client_id`) and with (`peer`).  No other section knows which profile it serves.  Of this one the profiles
-    say how a request is made (`ask`) and below which `root` of `url` everything lies.
-    """
-
-    root = "/api/v1"
-
-    def __init__(self, config):
-        self.config, self.url = config, config.wfm.url
-
-    def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
-        """One request to the WFM; raises what check_response raises."""
-        now, body, headers, path = time.time(), None, dict(headers or {}), self.root + path
-        if document is not None:
-            body, headers["Content-Type"] = make_json(document), JSON_TYPE
-        return check_response(self.ask(method, self.url + path, headers, body, limit), f"{method} {path}", accepted, now)
-
-    def fetch_desired(self, accepted, load_artifact):
-        """None where nothing changed, else a Desired whose every byte is verified; raises what `send` raises, and Refused.
-
-        accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at hand.
-        """
-        headers = {"Accept": MANIFEST_TYPE}                                         # C-100
-        incomplete = bool(accepted and accepted.get("incomplete"))                  # a document was lost here: it comes again (D-9)
-        if accepted and accepted.get("etag") and not incomplete:
-            headers["If-None-Match"] = accepted["etag"]                             # C-101
-        accept = (200, 304) if "If-None-Match" in headers else (200,)
-        response = self.send("GET", "/deployments", accept, headers, limit=self.config.policy.max_document)
-        if response.status == 304:                                                  # C-102
-            return None
-        digest, etag = sha256_digest(response.body), response.headers.get("ETag")
-        manifest = parse_manifest(response.body, self.config.wfm.url)
-        if etag and etag != f'"{digest}"':
-            log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag, digest=digest)     # C-118
-        if not check_version(manifest, digest, accepted) and not incomplete:
-            accepted["etag"] = etag                 # the last one (C-101), so that the next poll may be answered by 304
-            return None
-        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
-        return Desired(manifest.version, etag, digest, manifest.entries, self.fetch_documents(manifest, known))
-
-    def fetch_documents(self, manifest, known):
-        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106)."""
-        missing = [entry for entry in manifest.entries if entry.digest not in known]
-        if is_bundle_cheaper(manifest, missing):
-            try:
-                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,), limit=self.config.policy.max_artifact)
-            except Refused as error:
-                if error.code not in ("invalid-bundle", "HTTP 404"):
-                    raise
-                log("info", "the bundle cannot be had, documents are fetched one by one", reason=error.message)
-            else:
-                check_digest(response.body, manifest.bundle_digest, "bundle")
-                documents = parse_bundle(response.body, manifest.entries, self.config.policy.max_unpacked)
-                return {entry.digest: documents[entry.digest] for entry in missing}
-        documents, left = {}, self.config.policy.max_unpacked
-        for entry in missing:
-            documents[entry.digest] = self.fetch_document(entry)
-            left -= len(documents[entry.digest])
-            if left < 0:
-                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all together")
-        return documents
-
-    def fetch_document(self, entry):
-        """One ApplicationDeployment's bytes, verified."""
-        path = f"/deployments/{entry.deployment_id}/{entry.digest}"
-        response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=self.config.policy.max_document)
-        check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
-        return response.body
-
-    def post_status(self, deployment_id, document):
-        """Reports a deployment's status."""
-        self.send("POST", f"/deployments/{deployment_id}/status", SUCCESS, document=document)
-
-
-class MtlsSource(HttpSource):
-    """Management Interface 1.0.0-rc.3: mutual TLS; the SVID is all that says who asks (C-020)."""
-
-    def __init__(self, config, identity, bundle):
-        super().__init__(config)
-        self.crls, self.listed, self.chain = (), (), []
-        self.identity, self.client_id, self.peer = identity, identity.spiffe_id.text, identity.wfm_spiffe_id.text
-        self.context = make_wfm_context(identity, bundle, config.wfm.min_tls)
-
-    def ask(self, method, url, headers, body, limit):
-        """One request, sent once the peer is known to be our WFM."""
-        return request(method, url, headers, body, self.context, self.config.wfm.timeout, limit, self.check_peer)
-
-    def check_peer(self, chain):
-        """Raises Untrusted unless the peer is our WFM and not revoked."""
-        leaf = check_wfm(chain[0], self.identity, time.time())
-        check_status(leaf, self.crls, self.listed, self.config.identity.revocation, time.time())
-        self.chain = chain
-
-    def fetch_issuers(self):
-        """The Certificates above the WFM's, seen over a connection on which nothing is said."""
-        chain = fetch_chain(self.config.wfm.url, self.context, self.config.wfm.timeout)
-        return [parse_certificate(der) for der in chain[1:] if sys.version_info >= (3, 10) or is_signed(chain[0], der)]
-
-    def put_capabilities(self, device_id, document):
-        """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
-
-    def delete_capabilities(self, device_id):
-        """Deregisters a device; one that the WFM does not know is deregistered already."""
-        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
-
-
-class SignedSource(HttpSource):
-    """API 1.0.0 of the first preview release, in either dialect: server-side TLS, a client id, every request signed (C-060 to C-068)."""
-
-    def __init__(self, config, signer, state):
-        super().__init__(config)
-        from urllib.parse import urlsplit
-        self.url = self.url.replace(urlsplit(self.url).netloc, re.sub(":443$", "", urlsplit(self.url).netloc.lower()), 1)      # as it is signed
-        self.signer, self.state, self.peer = signer, state, "the one that identity.ca vouches for"
-        self.context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
-
-    def adopt(self, client_id):
-        """Speaks as this client from now on."""
-        from urllib.parse import quote
-        self.client_id, self.root = client_id, f"/api/v1/clients/{quote(client_id, safe='')}"
-
-    def ask(self, method, url, headers, body, limit):
-        """One request with a signature of its own, also where it is repeated (C-062, C-067); one that is not accepted is explained in the log."""
-        import hashlib
-        if body is not None:
-            headers["Content-Digest"] = f"sha-256=:{make_base64(hashlib.sha256(body).digest())}:"
-        parameters, base = make_signature_base(method, url, headers, self.signer, int(time.time()))
-        headers["Signature-Input"] = f"{self.signer.label}={parameters}"
-        headers["Signature"] = f"{self.signer.label}=:{make_base64(run_signature(base, self.signer))}:"
-        response = request(method, url, headers, body, self.context, self.config.wfm.timeout, limit)
-        if response.status == 401:
-            theirs = parse_retry_after(response.headers.get("Date"), 0)         # the same form of time, counted from 1970
-            log("error", "the WFM does not accept a signature", method=method, target=url, algorithm=self.signer.algorithm,
-                base=base.decode("latin-1"), clockOffset="unknown" if theirs is None else f"{time.time() - theirs:+.0f} s")
-        elif response.status == 404 and url.endswith("/deployments"):
-            log("error", "the WFM does not know this client any more; `unenroll`, then `enroll`, begin anew", client=self.client_id)
-        return response
-
-    def onboard(self):
-        """The client id that the WFM gives to the own certificate; raises Untrusted, Unreachable (protocol 2.7, C-068)."""
-        document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest", "certificate": make_base64(self.signer.leaf.der)}
-        try:
-            value = parse_json(self.send("POST", "/onboarding", (200, 201), document=document).body, "the answer")
-            client_id = value.get("clientId") if isinstance(value, dict) else None
-            if not isinstance(client_id, str) or not re.fullmatch(r"[^/\\]{1,200}", client_id) or not client_id.isprintable() or client_id in (".", ".."):
-                raise ValueError(f"clientId {make_printable(str(client_id), 100)!r} cannot be one segment of a path")
-        except (Untrusted, Refused, ValueError) as error:
-            raise Untrusted(f"onboarding refused: {getattr(error, 'message', error)}; it may wait for somebody's approval at the WFM") from None
-        log("info", "onboarded", client=client_id)
-        return client_id
-
-    def put_capabilities(self, device_id, document):
-        """Reports what a device can do: by POST the first time, by PUT afterwards, by the other where the WFM remembers otherwise."""
-        path = f"/capabilities/{device_id}" if self.config.wfm.dialect == "b" else "/capabilities"      # a knows no child devices
-        methods = ["PUT", "POST"] if device_id in (self.state["enrollment"] or {}).get("devices", {}) else ["POST", "PUT"]
-        document = make_older_capabilities(document, self.config.wfm.dialect)
-        try:
-            self.send(methods[0], path, SUCCESS, document=document)
-        except Refused as error:
-            if error.code not in ("HTTP 404", "HTTP 405", "HTTP 409"):
-                raise
-            self.send(methods[1], path, SUCCESS, document=document)
-
-    def delete_capabilities(self, device_id):
-        """Deregisters a device; dialect a has nothing of the kind."""
-        if self.config.wfm.dialect == "b":
-            self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
-
-    def post_status(self, deployment_id, document):
-        """Reports a deployment's status with that generation's fields."""
-        super().post_status(deployment_id, make_older_status(document, self.config.wfm.dialect))
-
-
-HOSTING_PROPERTIES = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollector", "supportedRuntimes", "supportedDeploymentTypes")
-ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
-
-
-def make_older_capabilities(document, dialect):
-    """Capabilities of rc.3 as the first preview release has them (protocol 3.5): b flat, a with roles and resources; neither has labels."""
-    properties = dict(document["properties"])
-    hosting = {key: properties.pop(key) for key in HOSTING_PROPERTIES if key in properties}
-    cpus, types = hosting.pop("cpus", None), hosting.get("supportedDeploymentTypes", ())
-    heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
-    if dialect == "b":
-        extensions = {key: value for key, value in document.items() if key not in ("properties", "labels")}
-        return dict(extensions, properties=dict(properties, **hosting, **({"cpu": cpus} if cpus else {})), **heading)
-    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
-    if hosting:
-        resources = {key: hosting[key] for key in ("memory", "storage", "peripherals", "interfaces") if key in hosting}
-        properties["resources"] = dict(resources, **({"cpu": max(cpus, key=lambda cpu: cpu["cores"])} if cpus else {}))      # never summed (C-203)
-    return dict(heading, properties=properties)
-
-
-def make_older_status(document, dialect):
-    """A status of rc.3 as the first preview release has it (protocol 3.6): no manifest version; a also without deviceId and error source."""
-    without = ("adoptedManifestVersion", "deviceId", "source") if dialect == "a" else ("adoptedManifestVersion",)
-
-    def strip(value):
-        if isinstance(value, list):
-            return [strip(item) for item in value]
-        return {key: strip(item) for key, item in value.items() if key not in without} if isinstance(value, dict) else value
-
-    return dict(strip(document), apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
-
-
-def connect_mtls(config, store, state, keep, client_id=None):
-    """The MtlsSource, once everything about identity and trust holds; keep: what was learnt is stored.
-
-    client_id: as whom this device is enrolled, where that is not its SPIFFE ID.
-    """
-    now, identity = time.time(), load_identity(config)
-    check_enrollment(state, client_id or identity.spiffe_id.text)
-    check_own(identity.leaf, config, now)
-    warn_of_expiry(identity.leaf, store, now)
-    bundle = refresh_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-    check_own_anchor(config, identity, bundle, store, state, keep)
-    source = MtlsSource(config, identity, bundle)
-    if config.identity.revocation == "require" and keep:
-        refresh_revocation(config, store, state, source)        # else after the poll; but here nothing goes without
-    source.crls, source.listed = load_crls(store, state), state["trust"].get("crls") or ()
-    if is_revoked(identity.leaf, source.crls):
-        log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued", id=identity.spiffe_id.text)
-    return source
-
-
-def check_own_anchor(config, identity, bundle, store, state, keep):
-    """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
-
-    One that did is tried on after the bundle has changed, since the WFM decides; where that can be automated, it is renewed at once.
-    """
-    mark, memo = sha256_digest(identity.leaf.der + b"".join(bundle.anchors)), store.load_memo()
-    if memo.get("checked") == mark:
-        return
-    leaf = sha256_digest(identity.leaf.der)
-    try:
-        check_own_chain(identity.certificate_file, identity.key_file, bundle.anchors)
-    except ValueError as error:
-        message = f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust bundle ({error})"
-        if state["identity"] != leaf:
-            raise Untrusted(message) from None
-        log("error", f"{message} any more; have it issued anew")
-        if config.identity.enrollment == "est":
-            state["est"]["early"] = True
-        return
-    state["identity"] = leaf
-    if keep:
-        store.save_memo(dict(memo, checked=mark))
-
-
-def refresh_revocation(config, store, state, source=None):
-    """Fetches the revocation lists that are due; a list's issuer is sought among anchors, own chain and the chain of the WFM (E-084)."""
-    if config.identity.revocation == "off" or not (state["trust"].get("crls") or state["crls"]):
-        return
-    held, own = load_trust_bundle(config, store), read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
-    ders = (held[1].anchors if held else []) + parse_pem(own.decode("ascii", "replace")) + getattr(source, "chain", [])
-    seek = source.fetch_issuers if isinstance(source, MtlsSource) and len(source.chain) < 2 else lambda: []
-    refresh_crls(config, store, state, [parse_certificate(der) for der in ders], seek, time.time(), get_random())
-
-
-def connect_signed(config, store, state, keep):
-    """The SignedSource, onboarded; keep: that may be done now, and the client id is stored before anything else."""
-    now, signer = time.time(), load_signer(config)
-    check_own(signer.leaf, config, now)
-    warn_of_expiry(signer.leaf, store, now)
-    source, key = SignedSource(config, signer, state), sha256_digest(signer.leaf.spki)
-    if not state["client"] or state["client"]["key"] != key:
-        if not keep:
-            raise Untrusted("this device is not onboarded with its key yet, and that is not done in passing; see `enroll`")
-        state["client"] = {"id": source.onboard(), "key": key}
-        store.save_state(state)
-    check_enrollment(state, state["client"]["id"])
-    source.adopt(state["client"]["id"])
-    return source
-
-
-def check_own(leaf, config, now):
-    """Raises Untrusted unless the own certificate is valid now."""
-    try:
-        check_validity(leaf, now)
-    except ValueError as error:
-        raise Untrusted(f"identity.certificate {config.identity.certificate}: {error}") from None
-
-
-def check_enrollment(state, client_id):
-    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM at a time (C-052)."""
-    if state["enrollment"] and state["enrollment"]["id"] != client_id:
-        raise Untrusted(f"the own identity is {client_id}, but this device is enrolled as {state['enrollment']['id']}; unenroll first")
-
-
-def is_expiring(leaf, now, share=EXPIRY_WARNING):
-    """Whether less than a share of a certificate's lifetime is left."""
-    return leaf.not_after - now < share * (leaf.not_after - leaf.not_before)
-
-
-def warn_of_expiry(leaf, store, now):
-    """Foresees the end of the own certificate: one line a day."""
-    memo = store.load_memo()
-    if is_expiring(leaf, now) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        log("warning", "the own certificate expires soon; have it renewed", notAfter=make_time(leaf.not_after),
-            days=int((leaf.not_after - now) // 86400))
-        store.save_memo(dict(memo, warnedAt=now))
-
-
-def describe_mtls(config, state, now):
-    """What `status` says of the own identity: {id, notAfter, warning}; never raises."""
-    found = describe_own(config, load_identity, (state["enrollment"] or {}).get("id", ""), now)
-    revoked = found["notAfter"] and is_revoked(load_identity(config).leaf, load_crls(Store(config.state_dir), state))
-    return dict(found, warning="revoked; have a new one issued" if revoked else state["est"].get("refused") or found["warning"]
-                or find_list_fault(state["crls"], now))
-
-
-def describe_signed(config, state, now):
-    """The same for a client id."""
-    return describe_own(config, load_signer, (state["client"] or {}).get("id", ""), now)
-
-
-def describe_own(config, load, known_id, now):
-    """{id, notAfter, warning} of the own certificate, whose SPIFFE ID is the id where it has one."""
-    try:
-        own = load(config)
-    except Untrusted as error:
-        return {"id": known_id, "notAfter": "", "warning": error.message}
-    days = int((own.leaf.not_after - now) // 86400)
-    warning = "expired" if days < 0 else f"expires in {days} days; have it renewed" if is_expiring(own.leaf, now) else ""
-    return {"id": own.spiffe_id.text if isinstance(own, Identity) else known_id, "notAfter": make_time(own.leaf.not_after), "warning": warning}
-
-
-def check_mtls(config, state, now):
-    """Whether the own SVID and its key can be used, and for how long: (ok or warn, words); raises Untrusted."""
-    own = load_identity(config)
-    check_own(own.leaf, config, now)
-    make_wfm_context(own, TrustBundle([own.leaf.der], None, None), config.wfm.min_tls)
-    lists, words, enrolled = len(state["crls"]), own.spiffe_id.text, config.identity.enrollment == "est"
-    if enrolled:
-        words += f", renewed over EST (draft){' with a new key' * (config.identity.rekey == 'always')} after {make_time(make_renewal_time(own.leaf))}"
-    level, words = judge_own(own.leaf, words + (f", {lists} revocation lists (draft)" if lists else ""), config, now)
-    fault = find_list_fault(state["crls"], now)
-    if fault:
-        return "warn", f"{words}; {fault}"
-    left, silence = (1 - RENEWAL_WINDOW[1]) * (own.leaf.not_after - own.leaf.not_before), find_longest(config.poll.downtime, now) if enrolled else 0
-    if left < silence:
-        return "warn", f"{words}; a downtime of {silence / 3600:.1f} h (poll.downtime) may outlast it, because the latest renewal leaves {left / 3600:.1f} h:" \
-                       " have it issued for longer"
-    return level, words
-
-
-def check_signed(config, state, now):
-    """Whether the own key signs, is that of the certificate, and for how long: (ok or warn, words); raises Untrusted."""
-    signer = load_signer(config)
-    check_own(signer.leaf, config, now)
-    run_signature(b"a test of this device's own", signer)
-    if make_public_key(signer.key) != signer.leaf.spki:
-        raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
-    return judge_own(signer.leaf, f"signs by {signer.algorithm}", config, now)
-
-
-def judge_own(leaf, words, config, now):
-    """(ok or warn, words) of an own certificate that can be used."""
-    loose = find_looseness("identity.key", config.identity.key)
-    if loose:
-        return "warn", loose
-    words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
-    return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
-
-
-class GitSource:
-    """The desired state as a folder of documents on a branch of a Git repository, and a branch of one's own as the sink of reports.
-
-    git is given a home of its own, so that no configuration, hook, attribute or credential of the machine has a say, and never a work
-    tree.  Its repository is a cache: what was accepted lies in artifacts/, and whatever goes wrong in it, it is made anew (P-14, P-21).
-    """
-
-    def __init__(self, config, home, header, connect_reporter):
-        self.config, self.home, self.header, self.connect_reporter = config, home, header, connect_reporter
-        self.url, self.client_id, self.peer = config.wfm.url, config.wfm.url, f"a repository with a branch {config.git.branch}"
-        self.branch, self.repository = f"refs/heads/{config.git.branch}", os.path.join(home, "repository")
-        self.env, self.heads, self.reporter = make_git_environment(config, home), {}, None
-
-    def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
-        """One git command on the repository: its Output; raises CommandError unless it ends with one of `codes` (None: any)."""
-        folder = self.repository if command != "ls-remote" else os.path.join(self.home, "none")       # what is spoilt stops no poll (P-14)
-        try:
-            output = run_command(["git", f"--git-dir={folder}", command, *arguments], timeout, env or self.env, self.home, **options)
-        except CommandMissing as error:
-            raise ConfigError(error.message) from None
-        if codes and output.code not in codes:
-            raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
-        return output
-
-    def find_head(self, ref):
-        """The commit at which a ref stands at the server now, None where there is none; no object is fetched.  Raises what `explain` says."""
-        try:
-            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * self.config.wfm.timeout)
-        except CommandError as error:
-            if not self.url.startswith(("https://", "file://")) and is_ssh_answering(self.url, self.config.wfm.timeout):
-                raise Untrusted(f"{self.url}: the ssh server is there, but not as it has to be, or gives no access: {error.message}") from None
-            raise self.explain(error, "git-upload-pack") from None
-        found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$", output.stdout.decode("ascii", "replace"), re.M)
-        self.heads[ref] = found.group(1) if found else None
-        return self.heads[ref]
-
-    def explain(self, error, service):
-        """Why the server could not be used, as a fault: git has no words for programs, so an https server is asked once more itself."""
-        if self.url.startswith("https://"):
-            try:
-                context = make_tls_context((), self.config.identity.ca, self.config.wfm.min_tls)
-                headers = {"Git-Protocol": "version=2", **({"Authorization": self.header} if self.header else {})}
-                check_response(request("GET", f"{self.url}/info/refs?service={service}", headers, None, context, self.config.wfm.timeout,
-                                       MAX_ANSWER), self.url, (200,), time.time())
-            except MargoError as fault:
-                return fault
-        return Unreachable(f"{self.url}: {error.message}")
-
-    def fetch_desired(self, accepted, load_artifact):
-        """None where the branch still stands at the accepted commit, else a Desired; see HttpSource."""
-        head = self.find_head(self.branch)
-        if head is None:
-            raise Refused(f"{self.url} has no branch {self.config.git.branch}; nothing is removed for that")
-        if accepted and accepted["version"] == head and not accepted.get("incomplete"):
-            return None
-        base = accepted["version"] if accepted else None
-        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
-        for name in ignored:
-            log("info", "ignored: not an ApplicationDeployment", name=name)
-        new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
-        return Desired(head, None, sha256_digest(head.encode()), entries, new)
-
-    def work(self, act):
-        """What `act` returns; where git ends with a fault although the server answers, once more on a repository made anew (P-14)."""
-        try:
-            return act()
-        except CommandError as error:
-            self.find_head(self.branch)
-            log("warning", "the copy of the repository is made anew", reason=error.message)
-        try:
-            remove_folder(self.repository)
-            return act()
-        except CommandError as error:
-            raise self.explain(error, "git-upload-pack") from None
-
-    def fetch_files(self, base):
-        """(head commit, what read_files returns), once the head is known to follow on `base`; raises Refused, Untrusted.
-
-        From a shallow copy that ends at the accepted commit, a plain fetch brings just the commits since and what is new in them, and
-        that proves the descent; where the copy has gone, it is begun anew at the accepted commit, which a server gives if it still has it.
-        """
-        self.prepare()
-        if base and not self.has(base):
-            self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
-        elif base:
-            self.git("update-ref", "refs/margo/base", base)
-        self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
-        head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
-        if self.config.git.verify_signatures:
-            self.check_signature(head)
-        if base and (not self.has(base) or self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code):
-            words = f"commit {head} does not descend from the accepted {base}: history was rewritten, or set back"
-            if not self.config.git.allow_rewrite:
-                raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
-            log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
-        return head, self.read_files(head, base if base and self.has(base) else None)
-
-    def prepare(self):
-        """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing ever tidies it."""
-        packs = os.path.join(self.repository, "objects", "pack")
-        if os.path.isdir(packs) and len(os.listdir(packs)) > 3 * MAX_PACKS:
-            remove_folder(self.repository)
-        if not os.path.isdir(packs):
-            remove_folder(self.repository)
-            known = self.heads[self.branch] if self.branch in self.heads else self.find_head(self.branch)
-            self.git("init", "--quiet", "--bare", "--template=", *(["--object-format=sha256"] if len(known or "") == 64 else []))
-
-    def has(self, commit):
-        """Whether a commit is in the repository."""
-        return not self.git("cat-file", "-e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
-
-    def fetch(self, refspec, *options, codes=(0,)):
-        """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more."""
-        limit = self.config.policy.max_unpacked
-        before = limit_files(limit)
-        try:
-            output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--", self.url, refspec,
-                              timeout=PULL_TIMEOUT, codes=None)
-        finally:
-            limit_files(before)
-        packs = os.path.join(self.repository, "objects", "pack")
-        if output.code and os.path.isdir(packs) and any(os.path.getsize(os.path.join(packs, name)) >= limit for name in os.listdir(packs)):
-            remove_folder(self.repository)
-            raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or see policy.max_unpacked")
-        if output.code not in codes:
-            raise CommandError(f"git fetch: {output.stderr}")
-
-    def check_signature(self, head):
-        """Raises Untrusted unless a commit is signed by one of git.allowed_signers: an ssh allowed-signers file, or exported gpg keys."""
-        import tempfile
-        signers = self.config.git.allowed_signers
-        with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
-            env = dict(self.env, GNUPGHOME=home)
-            with open(os.path.join(home, "gpg.conf"), "w") as file:
-                file.write("batch\nno-autostart\ntrust-model always\n")
-            data = read_file(signers, MAX_CERTIFICATES) or b""
-            if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
-                run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
-            verdict = self.git("log", "-1", "--format=%G?", head, "--", env=env).stdout.decode().strip()
-        if verdict != "G":
-            raise Untrusted(f"commit {head} " + ("is not signed" if verdict == "N" else "has no good signature of git.allowed_signers")
-                            + f" (git says {verdict}); the accepted state is kept")
-
-    def read_files(self, head, base):
-        """What parse_files makes of the YAML files below git.path; links, submodules and all else are not looked at.  Raises Refused.
-
-        So does a path that held a deployment in the accepted commit, `base`, and holds something else now: only one that has gone is
-        a removal.
-        """
-        policy, listing = self.config.policy, self.list_tree(head)
-        if self.config.git.path and not listing:
-            raise Refused(f"commit {head} has no folder {self.config.git.path}; nothing is removed for that")
-        blobs, ignored = find_blobs(listing, policy.max_document)
-        for name in ignored:
-            log("info", "ignored: not a file", name=name)
-        total = sum(size for _, _, size in blobs)
-        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
-            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than {MAX_DEPLOYMENTS}"
-                          " or policy.max_unpacked")
-        found = parse_files(self.read_blobs(blobs))
-        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
-        for name, data in self.read_blobs(suspects):
-            if is_deployment(data):
-                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is none now, or lies below what is no"
-                              " folder; nothing is removed for that: remove the file itself, or put it right")
-        return found
-
-    def list_tree(self, commit):
-        """What `git ls-tree` prints of all that lies below git.path in a commit."""
-        folder = self.config.git.path
-        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *([folder + "/"] if folder else [])).stdout
-
-    def read_blobs(self, blobs):
-        """[(name, bytes)] of [(name, blob, size)]."""
-        wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
-        limit = sum(size + 256 for _, _, size in blobs) + 1
-        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
-        files, start = [], 0
-        for name, blob, size in blobs:
-            head_line = f"{blob} blob {size}\n".encode()
-            if not data.startswith(head_line, start) or len(data) < start + len(head_line) + size:
-                raise CommandError(f"git cat-file: blob {blob} cannot be read")
-            start += len(head_line)
-            files.append((name, data[start:start + size]))
-            start += size + 1
-        return files
-
-    def put_capabilities(self, device_id, document):
-        """Reports what this device can do: to wfm.status_url, else as capabilities.json on its branch."""
-        if self.config.wfm.status_url:
-            return self.connect_wfm().put_capabilities(device_id, document)
-        self.push_file(device_id, "capabilities.json", document, "Capabilities")
-
-    def delete_capabilities(self, device_id):
-        """Deregisters this device; its branch stays, with its history."""
-        if self.config.wfm.status_url:
-            return self.connect_wfm().delete_capabilities(device_id)
-        self.push_file(device_id, "capabilities.json", None, "Capabilities withdrawn")
-
-    def post_status(self, deployment_id, document):
-        """Reports a deployment's status; a WFM's manifest version is a number, which a commit is given by its first 48 bits."""
-        facts, commit = dict(document), str(document["adoptedManifestVersion"])
-        if self.config.wfm.status_url:
-            number = int(commit[:12], 16)
-            return self.connect_wfm().post_status(deployment_id, dict(facts, adoptedManifestVersion=number or 1, commit=commit))
-        facts.pop("adoptedManifestVersion")
-        words = f"{deployment_id}: {document['status']['state']}"
-        self.push_file(document["deviceId"], f"deployments/{deployment_id}.json", dict(facts, commit=commit), words)
-
-    def connect_wfm(self):
-        """The WFM at wfm.status_url, connected when there is something to report."""
-        if self.reporter is None:
-            self.reporter = self.connect_reporter()
-        return self.reporter
-
-    def push_file(self, device_id, path, document, message):
-        """Makes a document the content of a file on the device's branch by one commit on top of whatever is there, never over it.
-
-        Who loses a race takes the other's commit as its base and tries again; None removes the file.
-        """
-        import json
-        ref = f"refs/heads/status/{make_ref_path(device_id)}"
-        content = None if document is None else json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
-        if ref not in self.heads:
-            self.find_head(ref)
-        for _ in range(PUSH_ATTEMPTS):
-            base = self.heads[ref]
-            commit = self.work(lambda: self.make_commit(ref, base, path, content, message))
-            if commit is None:
-                return
-            try:
-                self.git("push", "--quiet", "--no-verify", "--no-follow-tags", "--", self.url, f"{commit}:{ref}", timeout=PULL_TIMEOUT)
-                self.heads[ref] = commit
-                return
-            except CommandError as error:
-                if self.find_head(ref) == base:
-                    raise self.explain(error, "git-receive-pack") from None
-        raise Unreachable(f"{ref} of {self.url} was moved {PUSH_ATTEMPTS} times while a status was written; the next run tries again")
-
-    def make_commit(self, ref, base, path, content, message):
-        """A commit on `base` (None: the first) that changes one file, made without work tree or index; None where the file is so already."""
-        self.prepare()
-        if base and not self.has(base):
-            self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
-        old = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128), limit=MAX_OUTPUT) if base else Output(128, b"", "")
-        if (None if old.code else old.stdout) == content:
-            return None
-        stream = [f"commit refs/margo/next\nmark :1\ncommitter margo-agent <margo-agent@localhost> {int(time.time())} +0000".encode(),
-                  b"data %d\n%s" % (len(message), message.encode())] + ([b"from " + base.encode()] if base else [])
-        stream += [b"D " + path.encode()] if content is None else [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
-        stream += [b"get-mark :1", b"done", b""]
-        made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
-        return made.stdout.decode().strip()
-
-
-def make_git_environment(config, home):
-    """The whole environment of git: no configuration but that of `home`, no question asked, no host trusted that is not known (C-250)."""
-    from shlex import quote
-    timeout, git = int(config.wfm.timeout) or 1, config.git
-    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}", f"ServerAliveInterval={timeout}"]
-    options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"] if git.known_hosts else []
-    options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"'] if git.ssh_key else []
-    return {"PATH": os.environ.get("PATH", ""), **get_temporary(config.state_dir, os.environ),
-            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
-            "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1", "GIT_NO_REPLACE_OBJECTS": "1",
-            "GIT_SSH_COMMAND": " ".join(["ssh", "-F", "/dev/null"] + [quote(f"-o{option}") for option in options])}
-
-
-def make_git_config(config, home, header):
-    """The configuration that git finds in its home, as bytes: all that it may do, and the credential, which no other process sees."""
-    seconds, url = int(4 * config.wfm.timeout) or 1, config.wfm.url
-    settings = [
-        ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow", "always"),
-        ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile", "/dev/null"),
-        ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto", "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("core", "sharedRepository", "0600"), ("fetch", "unpackLimit", "1"), ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"),
-        ("http", "lowSpeedTime", str(seconds)), ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
-    if config.identity.ca:
-        settings += [("http", "sslCAInfo", config.identity.ca), ("http", "sslCAPath", os.path.join(home, "none"))]
-    if header:
-        settings.append(("http", "extraHeader", f"Authorization: {header}"))
-    if url.startswith("file://"):
-        folder = url[len("file://"):].rstrip("/")
-        settings += [("safe", "directory", folder), ("safe", "directory", folder + "/.git")]        # whoever owns it: the operator named it
-    if config.git.allowed_signers:
-        settings.append(('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers))
-    quoted = [(section, key, value.replace("\\", "\\\\").replace('"', '\\"')) for section, key, value in settings]
-    return "".join(f'[{section}]\n\t{key} = "{value}"\n' for section, key, value in quoted).encode()
-
-
-def load_git_header(git):
-    """The Authorization of an https repository: bearer, or basic with git.username; None without a token (C-250, C-253)."""
-    if not git.token_file:
-        return None
-    token = load_secret("git.token_file", git.token_file, Untrusted).strip()
-    if not re.fullmatch(rb"[!-~]+", token):
-        raise Untrusted(f"git.token_file {git.token_file}: is not one line of printable characters")
-    return make_authorization(token, (git.username or "").encode())
-
-
-def make_ref_path(device_id):
-    """A device id as a part of a ref; what Git allows no ref to have is spelt as in a URL."""
-    return re.sub(r"~|\.(?=\.|/|$|lock(/|$))|(?<![^/])\.", lambda found: f"%{ord(found.group()):02X}", device_id)
-
-
-def parse_listing(listing):
-    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints; names as Python has them of a file system."""
-    found = []
-    for line in listing.split(b"\0")[:-1]:
-        facts, _, name = line.partition(b"\t")
-        mode, kind, blob, size = facts.decode("ascii").split()
-        is_file = kind == "blob" and mode.startswith("100")
-        found.append((name.decode("utf-8", "surrogateescape"), is_file, blob, int(size) if is_file else 0))
-    return found
-
-
-def find_blobs(listing, max_document):
-    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree` prints; raises Refused."""
-    blobs, ignored = [], []
-    for name, is_file, blob, size in parse_listing(listing):
-        if not name.lower().endswith((".yaml", ".yml")):
-            continue
-        if not is_file:
-            ignored.append(name)
-        elif size > max_document:
-            raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document ({max_document})")
-        else:
-            blobs.append((name, blob, size))
-    return blobs, ignored
-
-
-def find_suspects(before, after, others):
-    """[(name, blob, size)] of YAML files of the accepted commit whose place holds something else now.
-
-    before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.  Something else is one of
-    those, a link, a submodule, a folder of that name, or any of them in place of a folder above.
-    """
-    files = {name: is_file for name, is_file, _, _ in parse_listing(after)}
-    folders = {parent for name in files for parent in list_parents(name)}
-    blobs, _ = find_blobs(before, float("inf"))
-    return [item for item in blobs if item[0] in others or item[0] in folders or not files.get(item[0], True)
-            or any(parent in files for parent in list_parents(item[0]))]
-
-
-def list_parents(name):
-    """The folders above a path: of a/b/c these are a and a/b."""
-    parts = name.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
-
-
-def parse_files(files):
-    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment of any generation]).
-
-    Raises Refused for what nobody can have meant: it may stand for a deployment that would be removed.
-    """
-    entries, documents, ignored, seen = [], {}, [], {}
-    for name, data in files:
-        shown = make_printable(name, 200)
-        try:
-            value = parse_file(data)
-            if not is_deployment(value):
-                ignored.append(name)
-                continue
-            deployment_id = check_member(normalise_document(value), "id", "", UUID_PATTERN)
-        except ValueError as error:                 # a YAMLError is one
-            raise Refused(f"{shown}: {error}") from None
-        if deployment_id.lower() in seen:
-            raise Refused(f"{shown}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
-        seen[deployment_id.lower()] = shown
-        digest = sha256_digest(data)
-        documents[digest] = data
-        entries.append(ManifestEntry(deployment_id, digest, len(data)))
-    return entries, documents, ignored
-
-
-def parse_file(data):
-    """The YAML value of a file; raises ValueError where it holds something that stands for another file, or for nothing."""
-    if not data.strip():
-        raise ValueError("it is empty; to remove a deployment, remove its file")
-    value = load_yaml(data)
-    if not isinstance(value, (dict, list, type(None))):
-        raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an encrypted file is")
-    members = value if isinstance(value, dict) else {}
-    if "sops" in members:
-        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
-    if isinstance(members.get("spec"), dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
-        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
-    return value
-
-
-def is_deployment(value):
-    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it, which does not say.
-
-    value: as read, or still bytes.
-    """
-    if isinstance(value, bytes):
-        try:
-            value = load_yaml(value)
-        except YAMLError:
-            return False
-    if not isinstance(value, dict):
-        return False
-    if "kind" in value or "apiVersion" in value:
-        return value.get("kind") == "ApplicationDeployment"
-    return isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
-
-
-def connect_git(config, store, state, keep):
-    """The GitSource; with a home in the state directory, or where nothing is kept, in one that goes with it."""
-    check_enrollment(state, config.wfm.url)
-    header, home, temporary = load_git_header(config.git), store.path("git"), None
-    if not keep:
-        import tempfile
-        temporary = tempfile.TemporaryDirectory(prefix="margo-git-")
-        home = temporary.name
-    make_folder(os.path.join(home, "none"))
-    path, content = os.path.join(home, ".gitconfig"), make_git_config(config, home, header)
-    if read_file(path, MAX_ANSWER) != content:
-        write_file(path, content)
-    wfm = Settings(config, wfm=Settings(config.wfm, url=config.wfm.status_url))
-    source = GitSource(config, home, header, lambda: connect_mtls(wfm, store, state, keep, config.wfm.url))
-    source.temporary = temporary
-    return source
-
-
-def describe_git(config, state, now):
-    """What `status` says of the own identity: the repository, which knows no other."""
-    return {"id": config.wfm.url, "notAfter": "", "warning": ""}
-
-
-def check_git(config, state, now):
-    """Whether git and the credentials are there, and are for nobody else to read: (ok or warn, words); raises CommandMissing, Untrusted."""
-    version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
-    load_git_header(config.git)
-    for key in ("token_file", "ssh_key"):
-        path = config.git[key]
-        if path and not os.path.isfile(path):
-            raise Untrusted(f"git.{key} {path}: is not there")
-        loose = find_looseness(f"git.{key}", path or "")
-        if loose:
-            return "warn", loose
-    return "ok", version
-
-
-def make_owner(identity, device_id):
-    """What an agent's workloads are labelled with: its identity as a client, without any login, and the device id."""
-    return re.sub(r"(?<=//)[^/]*@", "", identity) + "#" + device_id
-
-
-def identify_mtls(config):
-    """Who the client is, even by a certificate that has expired: its SPIFFE ID; raises Untrusted."""
-    return load_identity(config).spiffe_id.text
-
-
-def identify_signed(config):
-    """Its key, at this WFM; raises Untrusted."""
-    return f"{config.wfm.url}#{sha256_digest(load_signer(config).leaf.spki)}"
-
-
-def identify_git(config):
-    """The part of the repository that it follows."""
-    return f"{config.wfm.url}#{config.git.branch}:{config.git.path}"
-
-
-SERVED = {"mtls": Profile(connect_mtls, describe_mtls, check_mtls, identify_mtls),
-          "signed": Profile(connect_signed, describe_signed, check_signed, identify_signed),
-          "git": Profile(connect_git, describe_git, check_git, identify_git)}
-
-
-def connect_source(config, store, state, keep=True):
-    """The source of the desired state, and the sink of reports, for wfm.profile; raises Untrusted, Unreachable."""
-    return SERVED[config.wfm.profile].connect(config, store, state, keep)
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 11. Eligibility
-# ------------------------------------------------------------------------------------------------------------------------------
-
-def check_eligibility(constraints, capabilities):
-    """Raises ComponentError INSUFFICIENT_CAPACITY or NOT_ELIGIBLE where a device does not meet `deviceConstraints` (protocol 8).
-
-    capabilities: the document reported for the device; its totals count, not what is free.  Capacity comes first, rules only if it
-    holds (C-202); one rule that matches is enough, no rules are no condition (C-204).
-    """
-    if not constraints:
-        return
-    properties, labels = capabilities["properties"], capabilities.get("labels", {})
-    lack = find_lack(constraints.get("capacityRequirements") or {}, properties)
-    if lack:
-        raise ComponentError("INSUFFICIENT_CAPACITY", lack)
-    reasons = [find_mismatch(rule, properties, labels) for rule in constraints.get("eligibilityRules") or ()]
-    if reasons and all(reasons):
-        raise ComponentError("NOT_ELIGIBLE", "; ".join(f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)))
-
-
-def find_lack(required, properties):
-    """What of `capacityRequirements` the properties of a device do not offer, in words, or ""."""
-    cpu = required.get("cpu")
-    if cpu:
-        wanted, entries = cpu.get("architectures"), properties.get("cpus") or ()
-        cores = [entry.get("cores", 0) for entry in entries if not wanted or entry.get("architecture") in wanted]
-        if max(cores, default=0) < cpu["cores"]:            # one entry must do: cores are never summed (C-203)
-            return f"cpu: {cpu['cores']} cores of {' or '.join(map(str, wanted or ['any architecture']))} are needed, there are {max(cores, default=0)}"
-    for key in ("memory", "storage"):
-        if required.get(key) and parse_size(required[key]) > parse_size(properties.get(key, "0")):
-            return f"{key}: {required[key]} are needed, there are {properties.get(key, 'none')}"
-    return ""
-
-
-def find_mismatch(rule, properties, labels):
-    """Why an eligibility rule does not match, in words, or "": all its selectors and all their expressions have to (C-204)."""
-    looks = {"propertySelector": lambda key: find_pointer(properties, key), "labelSelector": lambda key: (key in labels, labels.get(key))}
-    for name, look in looks.items():                        # label keys are exact, property keys are pointers (C-205)
-        selector = rule.get(name) if isinstance(rule, dict) else {}
-        if selector is None:
-            continue
-        expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
-        if not isinstance(expressions, list) or not expressions:
-            return f"{name} has no matchExpressions"
-        for expression in expressions:
-            try:
-                reason = "" if is_match(expression, look) else "is false"
-            except ValueError as error:                     # an expression that breaks the rules is false (C-212)
-                reason = f"is false, because {error}"
-            if reason:
-                words = [str(expression.get(key)) for key in ("key", "operator", "values") if key in expression] if isinstance(expression, dict) else []
-                return f"{name} {make_printable(' '.join(words), 200)} {reason}"
-    return ""
-
-
-def find_pointer(value, pointer):
-    """(True, what an RFC 6901 JSON Pointer leads to) or (False, None); raises ValueError for what is no pointer."""
-    if not isinstance(pointer, str) or not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
-        raise ValueError("the key is no JSON Pointer")
-    for part in pointer[1:].split("/"):
-        part = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(value, list) and re.fullmatch(r"0|[1-9][0-9]{0,8}", part) and int(part) < len(value):
-            value = value[int(part)]
-        elif isinstance(value, dict) and part in value:
-            value = value[part]
-        else:
-            return False, None
-    return True, value
-
-
-def is_match(expression, look):
-    """Whether one matchExpression holds; look: key to (present, value).  Raises ValueError for one that breaks the rules."""
-    if not isinstance(expression, dict) or not isinstance(expression.get("key"), str):
-        raise ValueError("it has no key")
-    operator, values = expression.get("operator"), expression.get("values")
-    if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):
-        raise ValueError(f"{operator} " + ("takes no values" if "values" in expression else "takes values"))        # C-208 to C-211
-    present, value = look(expression["key"])
-    if operator in ("Exists", "DoesNotExist"):
-        return present == (operator == "Exists")
-    if operator in ("ContainsAll", "ContainsAny"):
-        return is_contained(expression.get("itemSelector"), value, all if operator == "ContainsAll" else any)
-    if operator in ("Gt", "Lt"):
-        limit = parse_limit(values)
-        return get_kind(value) == "number" and (value > limit if operator == "Gt" else value < limit)
-    if operator not in ("In", "NotIn"):
-        raise ValueError(f"{make_printable(str(operator), 40)} is no operator")
-    kinds = {get_kind(item) for item in values} if isinstance(values, list) else set()
-    if len(kinds) != 1 or None in kinds or ("boolean" in kinds and len(values) > 1):
-        raise ValueError("values must be texts, or numbers, or one boolean")
-    items = value if isinstance(value, list) else [value]
-    others = (None, "boolean") if isinstance(value, list) else (None,)
-    if not present or not items or any(get_kind(item) in others for item in items):     # another type is false for both (C-206)
-        return False
-    found = any(get_kind(item) in kinds and item in values for item in items)
-    return found == (operator == "In")
-
-
-def parse_limit(values):
-    """The one number that Gt and Lt compare with; raises ValueError (C-210)."""
-    limit = values[0] if isinstance(values, list) and len(values) == 1 else None
-    if get_kind(limit) == "text" and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", limit):
-        return float(limit)
-    if get_kind(limit) != "number":
-        raise ValueError("values must be one number")
-    return limit
-
-
-def is_contained(selector, value, combine):
-    """Whether one object of an array meets all, or any, of a selector's expressions, their keys relative to it (C-211)."""
-    expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
-    if not isinstance(expressions, list) or not expressions:
-        raise ValueError("itemSelector has no matchExpressions")
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        return False
-    return any(combine([is_match(expression, lambda key, item=item: find_pointer(item, key)) for expression in expressions]) for item in value)
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 12. Plan
-# ------------------------------------------------------------------------------------------------------------------------------
-
-PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}     # what `plan` calls a verb, where not by its own name
-
-
-def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell of it."""
-    kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
-    return kinds | ({target.deployment.type} if target and target.deployment else set())
-
-
-def needs_document(entry, record):
-    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that revision."""
-    if record is None or record["adopted"]["digest"] != entry.digest or record["refused"]:
-        return True
-    return record["state"] not in ("installed", "failed")
-
-
-def make_share(device, targets, records, silent):
-    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be seen now.
-
-    silent: {deployment type: CommandError} of what does not answer there.
-    """
-    wanted = {target.deployment_id.lower(): target for target in targets}
-    unseen = {}
-    for key in {**records, **wanted}:
-        faults = [silent[kind] for kind in sorted(find_kinds(records.get(key), wanted.get(key))) if kind in silent]
-        if faults:
-            unseen[key] = faults[0]
-    return Share(device, targets, records, unseen)
-
-
-def make_actions(shares, records, containers, clock, settle=0, mark=""):
-    """[Action] for all devices, in order: removals first.
-
-    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a device where it is not at home any more is cleared
-    once it runs where it belongs, or when it is about to.
-    """
-    homes = {target.deployment_id.lower(): "" if target.error else target.device_id
-             for share in shares for target in share.targets}
-    actions, strays, placed = [], [], set()
-    for share in shares:
-        device_id = share.device.device_id
-        placed.update(key for key, record in share.records.items() if record["state"] == "installed")
-        for action in make_plan(share.targets, share.records, containers[device_id], clock, settle, mark, share.unseen):
-            action = hold_back(action, share)._replace(device_id=device_id)
-            key = action.deployment_id.lower()
-            record = records.get(key)
-            if action.verb == "remove" and (key in homes or record and key not in share.records):
-                strays.append(action._replace(verb="clear"))
-                continue
-            if action.verb == "install" and record and record["running"] and record["deviceId"] != device_id:
-                action = action._replace(reason=f"moves here from {record['deviceId']}")
-            if action.verb in ("install", "update"):
-                placed.add(key)
-            actions.append(action)
-    for stray in strays:
-        key = stray.deployment_id.lower()
-        if key not in homes:
-            actions.append(stray)
-        elif homes[key] and key in placed:
-            actions.append(stray._replace(reason=f"belongs on {homes[key]}"))
-    return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
-
-
-def hold_back(action, share):
-    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
-
-    It waits where this device itself does not answer; what the WFM is told of another one is the device's `silence`.
-    """
-    fault, silence = share.unseen.get(action.deployment_id.lower()), share.device.silence
-    if not fault or action.verb in ("keep", "refuse"):
-        return action
-    if not silence:
-        return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
-    record = share.records.get(action.deployment_id.lower())
-    target = action.target or Target(action.deployment_id, record["adopted"]["digest"], record["adopted"]["version"], None, None)
-    return action._replace(verb="refuse", reason=f"{silence.code}: {silence.message}", target=target._replace(error=silence))
-
-
-def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
-    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own order.
-
-    targets: [Target], deployment and error both None where needs_document said so.  records: those of the state's `deployments`
-    that are at home here.  containers: [Container] as observed.  clock: a Clock.  settle, mark: `runtime.settle` and make_mark
-    of `runtime.environment`.  unseen: ids in lower case of deployments of which not everything could be observed (then nothing
-    is taken for drift).
-    """
-    wanted = {target.deployment_id.lower() for target in targets}
-    seen = {}
-    for container in containers:
-        seen.setdefault(container.deployment_id.lower(), []).append(container)
-    orphans = {key: items[-1].deployment_id for key, items in seen.items()}
-    orphans.update((key, record["deploymentId"]) for key, record in records.items() if record["state"] != "removed")
-    plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans) if key not in wanted]
-    for target in targets:
-        key = target.deployment_id.lower()
-        there = None if key in unseen else seen.get(key, [])
-        plan.append(make_action(target, records.get(key), there, clock, settle, mark)._replace(target=target))
-    return plan
-
-
-def make_action(target, record, containers, clock, settle, mark):
-    """The Action for one deployment that is wanted; containers: its own."""
-    def act(verb, reason, culprit=None):
-        return Action(target.deployment_id, verb, reason, culprit=culprit)
-
-    same = record and record["adopted"]["digest"] == target.digest
-    retry, pause = (find_wait(record["retry"], clock), find_wait(record["repair"], clock)) if record else (0, 0)
-    if same and record["state"] == "failed" and record["fallback"] and not pause and (target.error or retry):
-        words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
-        if words:
-            return act("restore", f"drift: {words}; the version before is brought back")
-    if target.error:
-        return act("refuse", f"{target.error.code}: {target.error.message}")
-    if record is None:
-        return act("install", "new")
-    change = "update" if record["running"] else "install"
-    if not same:
-        return act(change, "another revision")
-    if record["refused"]:
-        return act(change, "was refused before, and can be carried out now")
-    if record["state"] == "failed" and retry:
-        return act("keep", f"failed ({record['error']['code']}); next attempt at {make_time(clock.now + retry)}")
-    if record["state"] == "failed":
-        return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
-    if record["state"] in ("pending", "removed") and not record["running"]:
-        return act("install", "new")
-    if record["state"] != "installed":
-        return act(change, f"was interrupted while {record['state']}")
-    services = {item["name"]: item["services"] for item in record["components"]}
-    culprit, words = find_drift(services, containers, clock.now, settle)
-    if words and pause:
-        return act("give_up", f"{words} although it was repaired {record['repair']['failures']} times; next attempt at"
-                   f" {make_time(clock.now + pause)}", culprit)
-    if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
-        return act("update", "runtime.environment has changed")
-    return act("update", f"drift: {words}") if words else act("keep", "as desired")
-
-
-def make_claim(owner, state):
-    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its state."""
-    records = state["deployments"]
-    services = [component["services"] for record in records.values() for component in record["components"]]
-    services += [items for record in records.values() for items in (record["running"] or {}).get("services", {}).values()]
-    ids = {facts.get("id") for items in services for facts in items.values()}
-    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None}, frozenset(state["pulled"]))
-
-
-def is_ours(claim, deployment_id, owner, container_id=None):
-    """Whether a workload, or a network or volume of one, is this agent's.
-
-    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it is labelled by a stranger:
-    by the container's id, or by the deployment's where the label is of an earlier time, or older than such labels (contract, On the engine).
-    """
-    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
-    return known or container_id in claim.ids or owner == claim.owner != ""
-
-
-def make_mark(environment):
-    """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
-    return sha256_digest(make_json(environment))[7:23] if environment else ""
-
-
-def find_drift(services, containers, now, settle):
-    """((component, service), words) for what differs between what was installed and its containers, or ("", "") (P-12, D-23).
-
-    services: {component: {service: facts}}; containers: those of this deployment, or None.
-    """
-    if containers is None:
-        return "", ""
-    seen = {}
-    for container in containers:
-        seen.setdefault((container.component, container.service), []).append(container)
-    for component, items in services.items():
-        for service, facts in items.items():
-            words = judge_containers(seen.pop((component, service), []), facts, now, settle)
-            if words:
-                return (component, service), f"{component}/{service} {words}"
-    return (min(seen), f"{'/'.join(min(seen))} does not belong to it") if seen else ("", "")
-
-
-def judge_containers(found, facts, now, settle):
-    """What is wrong with the containers found for a service, in words, or "".  facts: what `apply` returned for it."""
-    if len(found) > 1:
-        return f"has {len(found)} containers"
-    if not found:
-        return "" if facts["finished"] else "has no container"
-    container = found[0]
-    if container.hash != facts["hash"] or container.id != facts.get("id", container.id):
-        return "is not the container that was made for it"
-    if facts["finished"]:
-        return ""
-    if container.state != "running":
-        return f"is {container.state}"
-    restarted = abs(container.started - facts.get("started", container.started)) > 2        # docker rounds it
-    return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
-
-
-def make_groups(actions, records):
-    """Actions in the order in which they are carried out, as [[Action]]; those of one group are made ready before any is done.
-
-    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group, because one may
-    take what another gives up; last what is new.  What is cleared because it moves is left to the step that it moves by.
-    """
-    moving = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
-    first, updates, new = [], [], []
-    for action in actions:
-        record = records.get(action.deployment_id.lower())
-        if action.verb not in ("install", "update"):
-            first += [] if action.verb == "clear" and action.deployment_id.lower() in moving else [[action]]
-        elif not record or not record["running"]:
-            new.append([action])
-        elif record["running"]["digest"] == action.target.digest and record["deviceId"] == action.device_id:
-            first.append([action])
-        else:
-            updates.append(action)
-    return first + [updates] + new
-
-
-def find_held_ports(record):
-    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold, as far as known."""
-    services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
-    if record["fallback"] and "services" in (record["running"] or ()):
-        services = record["running"]["services"].values()       # the version before runs, until the new one has replaced it
-    return {(record["deviceId"], *port) for item in services for facts in item.values() for port in facts.get("ports", ())}
-
-
-def find_clash(takes, holds):
-    """A port among those of `takes` that one of `holds` keeps from being taken, or None; the address "" is every one."""
-    for port in sorted(takes):
-        for device_id, address, *rest in holds:
-            if (device_id, *rest) == (port[0], *port[2:]) and (address == port[1] or "" in (address, port[1])):
-                return port
-    return None
-
-
-def find_turn(waiting, held):
-    """Which of the deployments that are ready to be changed goes on now, and how: (id, verb, words).
-
-    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs: `go`; `fail`, in
-    words, where somebody keeps a port that it takes; `stop` for one that has to free its ports first, because each waits for
-    another one.
-    """
-    blocking = []
-    for key, (takes, _) in waiting.items():
-        rivals = [(other, ports, ports) for other, ports in held.items()]
-        rivals += [(other, holds, keeps) for other, (keeps, holds) in waiting.items() if other != key]
-        blocked = False
-        for other, holds, keeps in rivals:
-            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
-            if port:
-                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
-                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
-            if find_clash(takes, holds):
-                blocking.append(other)
-                blocked = True
-        if not blocked:
-            return key, "go", ""
-    return blocking[0], "stop", ""
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 13. Packages
-# ------------------------------------------------------------------------------------------------------------------------------
-
-COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
-COMPOSE_LAYER = "application/vnd.org.margo.component.compose.tar+gzip"
-CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
-CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
-OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-IMAGE_TYPES = f"{OCI_MANIFEST}, {OCI_INDEX}, application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json"
-ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
-MAX_ENTRIES = 10000                                 # files in one archive
-
-
-Reference = define("Reference", "host name tag",
-    "Where a component's package lies: registry host[:port], repository name, tag.")
-Entry = define("Entry", "path kind mode link offset size",
-    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link target, place of its bytes.")
-
-
-def parse_reference(repository, revision):
-    """`oci://host[:port]/name` and a tag to a Reference; raises ComponentError (C-153)."""
-    part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
-    match = re.fullmatch(rf"oci://({REGISTRY_PATTERN})/({part}(?:/{part})*)", repository)
-    port = match and re.search(r":([0-9]+)\Z", match.group(1))
-    if not match or port and int(port.group(1)) > 65535 or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision):
-        raise ComponentError("INVALID_DEPLOYMENT", f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference")
-    return Reference(match.group(1), match.group(2), revision)
-
-
-def parse_challenge(header):
-    """`WWW-Authenticate` to [(scheme in lower case, {parameter: value})] (RFC 9110, 11.6.1)."""
-    from urllib.request import parse_http_list
-    challenges = []
-    for item in parse_http_list(header or ""):
-        scheme, parameter = re.fullmatch(r"(?s)(?:([A-Za-z]+)(?:\s+|\Z)(?!=))?(.*)", item).groups()
-        if scheme:
-            challenges.append((scheme.lower(), {}))
-        name, equals, value = parameter.partition("=")
-        if challenges and equals:
-            challenges[-1][1][name.strip().lower()] = value[1:-1] if value[:1] == '"' else value
-    return challenges
-
-
-def load_credentials(host, settings):
-    """Authorization of a registry by user name and password; None where none are configured."""
-    if not settings.username or not settings.password_file:
-        return None
-    secret = load_secret(f"registries.{host}.password_file", settings.password_file,
-                         lambda words: ComponentError("PULL_UNAUTHORIZED", words))
-    return make_authorization(secret, settings.username.encode())
-
-
-class Registry:
-    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never leave their host)."""
-
-    def __init__(self, host, config):
-        self.host, self.timeout = host, config.wfm.timeout
-        self.settings = config.registries.get(host) or make_settings({}, REGISTRY_SCHEMA, "", "", [])
-        self.scheme = "http" if self.settings.insecure else "https"
-        self.authorization = None
-        self.context = None                         # made when TLS is first needed: the system's store takes its time
-
-    def get(self, name, path, accept, limit):
-        """GET below /v2/<name>/, with authentication where asked for and redirects followed; a Response with status 200.
-
-        Raises ComponentError: PULL_UNAUTHORIZED, PULL_FAILED.
-        """
-        url = f"{self.scheme}://{self.host}/v2/{name}/{path}"
-        for attempt in range(2):
-            response = self.fetch(url, accept, limit)
-            if response.status != 401 or attempt:
-                break
-            self.authorization = self.authenticate(parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name)
-        return self.check(response, url, limit)
-
-    def check(self, response, url, limit):
-        """A Response with status 200 and at most `limit` bytes; raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED."""
-        where = f"{url}: HTTP {response.status}"
-        if find_verdict(response.status) == "denied":
-            raise ComponentError("PULL_UNAUTHORIZED", f"{where}; set registries.{self.host}.username and password_file")
-        if response.status != 200:
-            hint = "there is no such package" if response.status == 404 else "it cannot be served now, tried again later"
-            wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
-            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
-        if len(response.body) > limit:
-            raise ComponentError("PULL_FAILED", f"{url}: the answer is longer than {limit} bytes, all that policy allows")
-        return response
-
-    def fetch(self, url, accept, limit):
-        """One GET that follows at most five redirects; Authorization goes to this registry's own origin only."""
-        from urllib.parse import urljoin, urlsplit
-        try:
-            origin = urlsplit(url)[:2]
-            for _ in range(6):
-                parts = urlsplit(url)
-                if parts.scheme not in ("https", self.scheme):
-                    raise ComponentError("PULL_FAILED", f"{make_printable(url)}: redirected to a scheme that is not allowed")
-                own, headers = parts[:2] == origin, {"Accept": accept}
-                if self.authorization and own:
-                    headers["Authorization"] = self.authorization
-                response = self.request(url, headers, max(limit, MAX_ANSWER))
-                if response.status == 401 and not own:
-                    raise ComponentError("PULL_UNAUTHORIZED", f"{make_printable(url)}: HTTP 401 after a redirect; credentials are for {self.host} alone")
-                if response.status not in (301, 302, 303, 307, 308):
-                    return response
-                url = urljoin(url, response.headers.get("Location") or "")
-        except (MargoError, ValueError) as error:
-            raise error if isinstance(error, ComponentError) else ComponentError("PULL_FAILED", f"{make_printable(url)}: {error}") from None
-        raise ComponentError("PULL_FAILED", f"{make_printable(url)}: too many redirects")
-
-    def request(self, url, headers, limit):
-        """One GET, by TLS where the URL says so."""
-        secure = url.startswith("https:")
-        if secure and self.context is None:
-            try:
-                self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
-            except Untrusted as error:
-                raise ComponentError("PULL_FAILED", f"registries.{self.host}.ca: {error.message}") from None
-        return request("GET", url, headers, None, self.context if secure else None, self.timeout, limit)
-
-    def authenticate(self, challenges, name):
-        """The Authorization that answers a challenge; raises ComponentError PULL_UNAUTHORIZED."""
-        from urllib.parse import urlencode
-        basic = load_credentials(self.host, self.settings)
-        for scheme, facts in challenges:
-            if scheme == "basic" and basic:
-                return basic
-            if scheme == "bearer" and facts.get("realm", "").startswith(("https://", self.scheme + "://")):
-                query = {"service": facts.get("service"), "scope": facts.get("scope") or f"repository:{name}:pull"}
-                url = facts["realm"] + ("&" if "?" in facts["realm"] else "?") + urlencode({key: item for key, item in query.items() if item})
-                headers = {"Authorization": basic} if basic else {}
-                try:
-                    answer = parse_json(self.request(url, headers, MAX_ANSWER).body, "the token")
-                    token = answer.get("token") or answer.get("access_token")
-                    if isinstance(token, str) and re.fullmatch(r"[\x21-\x7e]+", token):
-                        return "Bearer " + token
-                except (MargoError, ValueError, AttributeError) as error:
-                    log("warning", "no token from the registry", registry=self.host, reason=str(error))
-        raise ComponentError("PULL_UNAUTHORIZED", f"registry {self.host} asks for a login; set registries.{self.host}.username and password_file")
-
-
-def obtain_package(component, known, config, store, kind):
-    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept; raises ComponentError.
-
-    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network or not (P-1).
-    """
-    reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
-    data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
-    if data is not None:
-        return data, known
-    if component.repository.startswith("oci:"):
-        digest, data = fetch_package(parse_reference(component.repository, component.revision), config, store, kind)
-    elif kind == "helm":
-        digest, data = fetch_chart(component.repository, component.revision, config, store)
-    else:
-        digest, data = fetch_located(component.repository, component.key_location, config, store)
-    return data, {"reference": reference, "digest": digest}
-
-
-def fetch_package(reference, config, store, kind="compose"):
-    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified, kept by its digest.
-
-    Raises ComponentError; what is in the store already is not fetched again.
-    """
-    mirror = (config.registries.get(reference.host) or {}).get("mirror")
-    try:
-        if mirror:
-            return fetch_from_registry(reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store, kind)
-    except ComponentError as error:
-        log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror, reason=error.message)
-    return fetch_from_registry(reference, Registry(reference.host, config), config, store, kind)
-
-
-def fetch_from_registry(reference, registry, config, store, kind):
-    """fetch_package from one registry (protocol 6.2)."""
-    where = f"{registry.host}/{reference.name}:{reference.tag}"
-    answer = registry.get(reference.name, f"manifests/{reference.tag}", f"{OCI_MANIFEST}, {OCI_INDEX}", config.policy.max_document)
-    claimed = answer.headers.get("Docker-Content-Digest")
-    if claimed and claimed.startswith("sha256:") and claimed != sha256_digest(answer.body):
-        raise ComponentError("DIGEST_MISMATCH", f"{where}: the registry names {claimed}, the manifest has {sha256_digest(answer.body)}")
-    digest, size = parse_package_manifest(answer.body, where, config.policy.max_artifact, kind)
-    data = store.load_artifact(digest)
-    if data is None:
-        check_space(store.folder, 5 * size, where)                  # it is kept, and unpacked to some times its size
-        data = registry.get(reference.name, f"blobs/{digest}", "*/*", min(size + 1, config.policy.max_artifact)).body
-        if len(data) != size or sha256_digest(data) != digest:
-            raise ComponentError("DIGEST_MISMATCH", f"{where}: the layer should be {digest} of {size} bytes, it is {sha256_digest(data)} of {len(data)}")
-        store.save_artifact(digest, data)
-    return digest, data
-
-
-def fetch_chart(repository, revision, config, store):
-    """A chart of an older generation from `https://repository/NAME` by that repository's index: (digest, bytes), kept by its digest."""
-    from urllib.parse import urljoin
-    if config.wfm.profile == "mtls":
-        raise ComponentError("INVALID_DEPLOYMENT", f"{make_printable(repository)}: this generation takes charts from OCI registries only")
-    base, _, name = repository.rpartition("/")
-    try:
-        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
-        entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
-        url, wanted = urljoin(base + "/", entry["urls"][0]), entry.get("digest")
-    except YAMLError as error:
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
-    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
-    data = fetch_file(url, config)
-    digest = sha256_digest(data)
-    if wanted and str(wanted) not in (digest, digest[7:]):
-        raise ComponentError("DIGEST_MISMATCH", f"{url}: the index names {make_printable(str(wanted), 80)}, the chart has {digest}")
-    store.save_artifact(digest, data)
-    return digest, data
-
-
-def fetch_located(url, key_url, config, store):
-    """The package of an older generation from its https URL: (digest, bytes), kept by its digest (protocol 6.5); raises ComponentError.
-
-    Nothing vouches for its content but TLS and, where the document names a key, a detached signature beside it (URL.asc or URL.sig).
-    """
-    if config.wfm.profile == "mtls":
-        raise ComponentError("INVALID_DEPLOYMENT", f"packageLocation {make_printable(url)}: this generation takes packages from OCI registries only")
-    data = fetch_file(url, config)
-    if key_url:
-        check_package_signature(data, url, fetch_file(key_url, config), config)
-    digest = sha256_digest(data)
-    store.save_artifact(digest, data)
-    return digest, data
-
-
-def fetch_file(url, config, missing=False):
-    """The bytes at an https URL, by the trust, credentials and redirect rules of its host's entry in `registries`; None where there is nothing, if `missing`."""
-    host = url.split("/")[2]
-    registry = Registry(host, config)
-    registry.authorization = load_credentials(host, registry.settings)
-    response = registry.fetch(url, "*/*", config.policy.max_artifact)
-    if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
-        return None
-    return registry.check(response, url, config.policy.max_artifact).body
-
-
-def check_package_signature(data, url, key, config):
-    """Raises ComponentError unless gpg finds that the key signed the package; where no signature can be had, that is a warning."""
-    import tempfile
-    signature = next((found for found in (fetch_file(url + end, config, True) for end in (".asc", ".sig")) if found), None)
-    if signature is None:
-        log("warning", "the document names a key, but there is no signature of the package beside it (.asc or .sig)", package=url)
-        return
-    folder = os.path.join(config.state_dir, "tmp")
-    with tempfile.TemporaryDirectory(prefix="margo-gpg-", dir=folder if os.path.isdir(folder) else None) as home:
-        paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
-        for path, content in zip(paths, (key, signature, data)):
-            write_file(path, content)
-        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
-        try:
-            outputs = [run_command(gpg + ["--import", paths[0]], 60), run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)]
-        except CommandError as error:
-            raise ComponentError("PULL_FAILED", f"{url} is signed, and that cannot be checked: {error.message}") from None
-    if outputs[-1].code:
-        raise ComponentError("DIGEST_MISMATCH", f"{url}: the key at keyLocation did not sign this package: {outputs[-1].stderr[-300:]}")
-
-
-def check_space(folder, need, what):
-    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched (P-4)."""
-    free, margin = get_space(folder)
-    if free < need + margin:
-        raise ComponentError("DISK_FULL", f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
-                             f" {folder} {margin // KIB} stay so; free some there")
-
-
-def find_layers(image, platform, config):
-    """[(what identifies a layer on the device, bytes as sent)] of an image as its registry tells; [] where it does not.
-
-    platform: such as `linux/arm64`, or "" for this machine's.
-    """
-    match = re.fullmatch(r"([^/]*[.:][^/]*|localhost)/(.+?)(?::([\w.-]+))?(?:@(sha256:[0-9a-f]{64}))?", image)
-    if not match or match.group(1) == "docker.io":
-        return []                                   # without a host of its own it may be anywhere
-    registry, name = Registry(match.group(1), config), match.group(2)
-    system, _, architecture = (platform or f"linux/{ARCHITECTURES.get(os.uname().machine)}").partition("/")
-    architecture = architecture.partition("/")[0]
-
-    def get(path):
-        return parse_json(registry.get(name, path, IMAGE_TYPES, config.policy.max_document).body, image)
-
-    try:
-        value = get(f"manifests/{match.group(4) or match.group(3) or 'latest'}")
-        if "manifests" in value:
-            value = get("manifests/" + next(item["digest"] for item in value["manifests"] if (
-                item["platform"]["os"], item["platform"]["architecture"]) == (system, architecture)))
-        return list(zip(map(str, get(f"blobs/{value['config']['digest']}")["rootfs"]["diff_ids"]), [int(layer["size"]) for layer in value["layers"]]))
-    except (MargoError, ValueError, KeyError, TypeError, StopIteration):
-        return []                                   # the pull itself says what is wrong
-
-
-def parse_package_manifest(data, where, max_artifact, kind="compose"):
-    """An OCI manifest's bytes to (digest, size) of the one layer of a Compose Archive or Helm chart; raises ComponentError (C-155)."""
-    def fault(text):
-        return ComponentError("ARCHIVE_INVALID", f"{where}: {text}")
-
-    try:
-        value = parse_json(data, "the OCI manifest")
-    except ValueError as error:
-        raise fault(str(error)) from None
-    if not isinstance(value, dict) or value.get("schemaVersion") != 2:
-        raise fault("not an OCI image manifest (schemaVersion 2)")
-    if "manifests" in value:
-        raise fault("an index of several images, where one Compose Archive is expected")
-    layers = value.get("layers")
-    layers = layers if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else []
-    wanted = COMPOSE_LAYER
-    if kind == "helm":
-        wanted, config = CHART_LAYER, value.get("config")
-        if not isinstance(config, dict) or config.get("mediaType") != CHART_CONFIG:
-            raise fault(f"not a Helm chart (its config is no {CHART_CONFIG})")
-        layers = [layer for layer in layers if layer.get("mediaType") == CHART_LAYER]       # beside it there may be its provenance
-    elif value.get("artifactType") != COMPOSE_ARTIFACT:
-        found = str(value.get("artifactType"))
-        hint = "; made by `docker compose publish`, which Margo does not take" if found == "application/vnd.docker.compose.project" else ""
-        raise fault(f"artifactType is {make_printable(found, 100)}, expected {COMPOSE_ARTIFACT}{hint}")
-    if len(layers) != 1:
-        raise fault("expected exactly one layer")
-    layer = layers[0]
-    if layer.get("mediaType") != wanted:
-        raise fault(f"the layer's mediaType is {make_printable(str(layer.get('mediaType')), 100)}, expected {wanted}")
-    digest, size = layer.get("digest"), layer.get("size")
-    if not isinstance(digest, str) or not re.fullmatch(DIGEST_PATTERN, digest) or isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise fault("the layer has no sha256 digest or no size")
-    if size > max_artifact:
-        raise fault(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
-    return digest, size
-
-
-COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
-
-
-def check_archive(data, max_unpacked, relaxed=False):
-    """A Compose Archive's bytes to its tar bytes and [Entry]; raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
-
-    Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that a chain of them cannot
-    leave the top-level folder either.  relaxed: as older generations packed, there need be no top-level folder, and the compose file
-    may have its other names (protocol 6.5).
-    """
-    entries, tops = {}, set()
-    try:
-        plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
-        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir() for member in members)
-        for member in members:
-            add_entry(member, entries, tops, "package/" if loose else "")
-        if plain[end:].strip(b"\0"):
-            raise ValueError(f"it is damaged at byte {end}")
-        if not entries and not tops:
-            raise ValueError("it is empty")
-        if sum(entry.size for entry in entries.values()) > max_unpacked:
-            raise ValueError(f"its files have more than {max_unpacked} bytes (policy.max_unpacked)")
-        check_tree(entries)
-        compose, others = entries.get("compose.yaml"), [name for name in COMPOSE_NAMES[1:] if name in entries]
-        if compose is None and others and relaxed:
-            compose = entries["compose.yaml"] = entries[others[0]]._replace(path="compose.yaml")
-        if compose is None or compose.kind != "file":
-            raise ValueError("no compose.yaml in the top-level folder" + (f" ({others[0]} is not taken for it)" if others else ""))
-        return plain, list(entries.values())
-    except ValueError as error:
-        raise ComponentError("ARCHIVE_INVALID", f"Compose Archive refused: {make_printable(str(error))}") from None
-
-
-def add_entry(member, entries, tops, top=""):
-    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder; raises ValueError.
-
-    top: the folder that an archive without one is taken to lie in.
-    """
-    name = member.name[2:] if member.name.startswith("./") else member.name
-    if name in ("", ".") and member.isdir():
-        return
-    absolute, name = name.startswith("/"), top + name
-    parts = name.rstrip("/").split("/")
-    if absolute or {"..", "", "."} & set(parts) or not is_storable(name):
-        raise ValueError(f"{make_printable(name)!r} is not a path inside the archive")
-    tops.add(parts[0])
-    if len(tops) > 1:
-        raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
-    path = "/".join(parts[1:])
-    if member.isdir():
-        entry = Entry(path, "folder", 0o755, None, 0, 0)
-    elif not path:
-        raise ValueError(f"{name!r} stands at the top, where only one folder may stand")
-    elif member.isfile() and not member.issparse():
-        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data, member.size)
-    elif member.issym():
-        if not member.linkname or not is_storable(member.linkname):
-            raise ValueError(f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path")
-        entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
-    elif member.islnk():
-        target = top + (member.linkname[2:] if member.linkname.startswith("./") else member.linkname)
-        source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
-        if source is None or source.kind != "file":
-            raise ValueError(f"the hard link {name!r} leads to {member.linkname!r}, which is no earlier file of the archive")
-        entry = source._replace(path=path)
-    else:
-        raise ValueError(f"{name!r} is neither file, folder nor link")
-    if path and entries.get(path, entry) != entry or (path in entries and entry.kind != "folder"):
-        raise ValueError(f"{name!r} occurs twice")
-    if path:
-        entries[path] = entry
-
-
-def is_storable(path):
-    """Whether any file system takes a path: printable, no part over 255 bytes, not too long as a whole."""
-    data = path.encode("utf-8", "surrogateescape")
-    return path.isprintable() and len(data) <= 1000 and max(map(len, data.split(b"/"))) <= 255
-
-
-def check_tree(entries):
-    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of others, and for too many folders."""
-    folders = set()
-    for path, entry in entries.items():
-        parent = path.rpartition("/")[0]
-        while parent and parent not in folders:
-            if parent in entries and entries[parent].kind != "folder":
-                raise ValueError(f"{path!r} lies below {parent!r}, which is no folder")
-            folders.add(parent)
-            if len(folders) > MAX_ENTRIES:
-                raise ValueError(f"more than {MAX_ENTRIES} folders")
-            parent = parent.rpartition("/")[0]
-        if entry.kind == "link":
-            resolve_link(path, entries, 40)
-
-
-def resolve_link(path, entries, hops):
-    """The path in the archive that `path` stands for once links are followed; raises ValueError where that is outside."""
-    resolved = []
-    todo = path.split("/")[::-1]
-    while todo:
-        part = todo.pop()
-        if part == "..":
-            if not resolved:
-                raise ValueError(f"the link {path!r} leads out of the top-level folder")
-            resolved.pop()
-            continue
-        if part in ("", "."):
-            continue
-        entry = entries.get("/".join(resolved + [part]))
-        if entry is None or entry.kind != "link":
-            resolved.append(part)
-            continue
-        hops -= 1
-        if hops < 0 or entry.link.startswith("/"):
-            raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
-        todo.extend(entry.link.split("/")[::-1])
-    return "/".join(resolved)
-
-
-def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
-    """Unpacks a verified archive to `parent`/<digest> and returns that folder; one that is there already is complete.
-
-    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay for who uses them.
-    """
-    folder = os.path.join(parent, digest.split(":")[1][:16])
-    if os.path.isdir(folder):
-        return folder
-    plain, entries = check_archive(data, max_unpacked, relaxed)
-    work = folder + ".tmp"
-    try:
-        remove_folder(work)
-        make_folder(os.path.join(work, "content"))
-        for entry in sorted(entries, key=lambda item: item.kind == "link"):
-            path = os.path.join(work, "content", entry.path)
-            make_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
-            if entry.kind == "file":
-                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode, os.path.join(work, "part"))
-            elif entry.kind == "link":
-                os.symlink(entry.link, path)
-        os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
-        for path, _, _ in os.walk(os.path.join(work, "content")):
-            sync_folder(path)
-        os.rename(os.path.join(work, "content"), folder)
-        os.rmdir(work)
-        sync_folder(parent)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be unpacked ({error.strerror}); free space or make it writable") from None
-    return folder
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 14. Runtimes
-# ------------------------------------------------------------------------------------------------------------------------------
 
 Workload = define("Workload",
                   "deployment_id component project folder parameters environment wait device_id owner",
@@ -5937,8 +5037,8 @@ Service = define(
     " it; hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that"
     " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
 Project = define("Project", "services networks volumes notes",
-    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for an"
-    " external network), and what of the file has no effect, in words.", ())
+    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for what"
+    " is external), and what of the file has no effect, in words.", ())
 Mount = define("Mount", "kind source target options found",
     "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
     " name), path in the container, engine's options; found: the Source of a bind mount.")
@@ -5973,6 +5073,30 @@ LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")     # an engine's words for what does not run
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
+
+
+def make_claim(owner, state):
+    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
+    state.
+    """
+    records = state["deployments"]
+    services = [component["services"] for record in records.values() for component in record["components"]]
+    for record in records.values():
+        services += (record["running"] or {}).get("services", {}).values()
+    ids = {facts.get("id") for items in services for facts in items.values()}
+    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None},
+                 frozenset(state["pulled"]))
+
+
+def is_ours(claim, deployment_id, owner, container_id=None):
+    """Whether a workload, or a network or volume of one, is this agent's.
+
+    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it
+    is labelled by a stranger: by the container's id, or by the deployment's where the label is of an earlier
+    time, or older than such labels (contract, On the engine).
+    """
+    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
+    return known or container_id in claim.ids or owner == claim.owner != ""
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -6490,7 +5614,7 @@ def make_networks(document, workload):
 
 def make_shared_labels(workload):
     """{label: text} by which a volume or network says by whom it was made for what."""
-    return {LABEL_PROJECT: workload.project, LABEL_OWNER: workload.owner}
+    return {LABEL_PROJECT: workload.project, LABEL_DEPLOYMENT: workload.deployment_id, LABEL_OWNER: workload.owner}
 
 
 def make_shared(name, value, workload, where, arguments):
@@ -6969,8 +6093,7 @@ def make_project(document, workload, policy, engine, folder=None):
     check_ways(services.values())
     add_aliases(services, document.services, notes)
     order = make_hashes(order_services(services))
-    volumes = {name: arguments for name, arguments in reading.volumes.values() if arguments is not None}
-    return Project(order, dict(reading.networks.values()), volumes, notes)
+    return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
 
 
 def make_file_variables(workload, folder):
@@ -7298,8 +6421,8 @@ def claim_nothing():
 def make_compose_driver(config, environ=None, child=None, others=(), claim=claim_nothing):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
-    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all other devices; claim:
-    a function for the Claim that holds now.
+    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all
+    other devices; claim: a function for the Claim that holds now.
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
@@ -7354,7 +6477,7 @@ class ComposeDriver:
         ours, self.strangers = part_containers(found, self.claim())
         return [container for container in ours if container.device_id not in self.others]
 
-    def find_strangers(self):
+    def ask_strangers(self):
         """[Container] of other owners, as the last look has shown them."""
         return self.strangers
 
@@ -7371,30 +6494,38 @@ class ComposeDriver:
                             make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id,
                             self.claim().owner)
         again = bool(known) and known["digest"] == package["digest"]
-        prepared = self.resolve(workload, IMAGE_PATIENCE, again, fetched)
-        self.check_names(*prepared)
+        prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
+        self.ask_names(*prepared)
         return prepared, package
 
-    def check_names(self, workload, project):
+    def ask_names(self, workload, project):
         """Raises ComponentError where a name that a component needs is another owner's, before anything is touched."""
         containers = [make_container_name(workload.project, service.name) for service in project.services]
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
-        networks = [name for name, arguments in project.networks.items() if arguments is not None]
-        for kind, names, words in (("network", networks, advice),
-                                   ("volume", list(project.volumes), advice), ("container", containers, "remove it there")):
-            for name, owner, found_id in self.inspect_names(kind, names):
-                if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
-                    raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {make_printable(owner, 300)}: {words}")
+        items = {"network": project.networks, "volume": project.volumes, "container": dict.fromkeys(containers, [])}
+        for kind, wanted in items.items():
+            for name, labels, found_id in self.inspect_names(kind, list(wanted)):
+                owner = labels.get(LABEL_OWNER, "")
+                made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
+                private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
+                if private and made_for.lower() != workload.deployment_id.lower():
+                    raise make_fault(f"{kind} {name} is of another deployment, {make_printable(made_for, 60)}; what is"
+                                     " shared has a name of its own", "POLICY_DENIED")
+                if wanted[name] is not None and owner and not is_ours(
+                        self.claim(), workload.deployment_id, owner, found_id):
+                    words = "remove it there" if kind == "container" else advice
+                    raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent,"
+                                         f" {make_printable(owner, 300)}: {words}")
 
     def inspect_names(self, kind, names):
-        """[(name, owner, id)] of the containers, networks or volumes of these names that there are."""
+        """[(name, labels, id)] of the containers, networks or volumes of these names that there are."""
         output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
         found = []
         for item in self.parse(output or b"[]", list):
             name = (item.get("Name") or item.get("name", "")).lstrip("/")
             labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
-                found.append((name, labels.get(LABEL_OWNER, ""), item.get("Id")))
+                found.append((name, labels, item.get("Id")))
         return found
 
     @staticmethod
@@ -7485,44 +6616,38 @@ class ComposeDriver:
         if service.pull == "never":
             raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
-        environ = self.clear_temporary(self.check_space(service.image, "".join(arguments)[len("--platform="):]))
+        environ = self.clear_temporary(self.check_space(service.image))
         program, options = self.make_access(find_registry(service.image))
         log("info", "an image is pulled", image=service.image)
-        timeout = PULL_TIMEOUT if self.remote else timeout         # from here nobody sees whether it moves over there
-        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ, patient=True)
+        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ)
         if output.code:                             # the system's own words for a full disk stand in every program's
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED", f"{self.engine} pull failed: {output.stderr[-1500:]}")
         return [] if present else [service.image]
 
-    def check_space(self, image, platform):
-        """Bytes that are fetched for an image, as far as that can be told, else 0.
+    def check_space(self, image):
+        """The folder in which the engine keeps its images, "" where that is elsewhere.
 
-        Raises ComponentError DISK_FULL where they cannot fit where the engine keeps its images (P-4).
+        Raises ComponentError DISK_FULL where that is as good as full already (P-4); whether an image fits, its pull says.
         """
         form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
         root = "" if self.remote else self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
-        layers = find_layers(image, platform, self.config) if os.path.isdir(root) else []
-        if layers:
-            ids = self.run(["images", "--quiet", "--no-trunc"], 60).stdout.decode().split()
-            there = self.run(["image", "inspect", "--format={{json .RootFS.Layers}}"] + sorted(set(ids)), 60).stdout.decode() if ids else ""
-            layers = [(layer, size) for layer, size in layers if layer not in there]
-            check_space(root, sum(size for _, size in layers), f"image {image}")
-        return sum(size for _, size in layers)
+        if not os.path.isdir(root):
+            return ""
+        check_space(root, 0, f"image {image}")
+        return root
 
-    def clear_temporary(self, need):
+    def clear_temporary(self, root):
         """The environment of a pull.  What earlier pulls that were cut off left behind for temporary files goes first.
 
-        Where an image of `need` bytes has no room there, on a small flash say, the engine uses the folder that it has by itself.
+        Where the state directory has less room than the disk of `root`, where images are kept, the engine uses its own folder.
         """
         folder, environ = os.path.join(self.config.state_dir, "tmp"), self.environ
         if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
             return environ
         empty_folder(folder)
-        free, margin = get_space(folder)
-        if free >= need + margin:
+        if not root or get_space(folder)[0] >= get_space(root)[0]:
             return environ
-        log("info", "an image does not fit below state_dir; the engine's own folder takes what it fetches", bytes=need, free=free)
         return {key: value for key, value in environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):
@@ -7531,7 +6656,7 @@ class ComposeDriver:
         if not settings:
             return [self.engine], []
         folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
-        make_folder(folder)
+        create_folder(folder)
         options, program = [], [self.engine]
         basic = load_credentials(host, settings)
         if basic:
@@ -7562,7 +6687,8 @@ class ComposeDriver:
         job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
         finished = self.carry_through(job, present)
         started = {container.id: container.started for container in self.look_up(workload)}
-        seen, result = self.inspect(job.current.values()), {}
+        seen = self.inspect(job.current.values())
+        result = {}
         for service in project.services:
             container_id = job.current.get(service.name, "")
             volumes = seen[container_id].volumes if container_id in seen else {}
@@ -7591,7 +6717,8 @@ class ComposeDriver:
         So what cannot be made touches nothing, and ports, addresses and volumes change hands with one outage (P-20).
         What was replaced is removed last, because it is the quickest way back.
         """
-        services, project = job.project.services, job.workload.project
+        services = job.project.services
+        project = job.workload.project
         new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
         changes = plan_services(services, present, job.known, set(new))
         leaving = [container for group in changes.leaving for container in group]
@@ -7744,7 +6871,8 @@ class ComposeDriver:
         options.append(f"--network={first[0]}")
         for owner in service.shares:                # whose container may have another name yet
             name = f"=container:{make_container_name(project, owner)}"
-            options = [re.sub(re.escape(name) + r"\Z", f"=container:{job.current[owner]}", option) for option in options]
+            options = [option[:-len(name)] + f"=container:{job.current[owner]}" if option.endswith(name) else option
+                       for option in options]
         if first[1] is not None:
             options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
         return options
@@ -7775,10 +6903,15 @@ class ComposeDriver:
         if not probe.code:
             self.run(["rm", "--force"] + probe.stdout.decode().split()[-1:], 60, "INSTALL_FAILED")
             return
-        there = find_layers(service.image, "".join(platform)[len("--platform="):], self.config)
-        if there and self.remove_image(service.image):
+        asked = service._replace(pull="always")
+        try:
+            self.pull(asked, PULL_TIMEOUT)        # fetches nothing that storage thinks it has, but its registry answers
+        except (ComponentError, CommandError) as error:
+            log("warning", "a damaged image cannot be pulled anew now", image=service.image, reason=error.message)
+            return
+        if self.remove_image(service.image):
             log("warning", "a damaged image is pulled anew", image=service.image)
-            self.pull(service, IMAGE_PATIENCE)
+            self.pull(asked, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
         """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""
@@ -7839,13 +6972,14 @@ class ComposeDriver:
 
     def inspect(self, ids):
         """{id: Shown} of those containers that can be looked at; raises CommandError where the engine does not answer."""
-        ids, seen = list(ids), {}
+        ids = list(ids)
         output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
         if output.stdout.strip():                   # without those that are gone
             return self.parse(output.stdout, lambda items: dict(map(parse_seen, items)))
         if len(ids) < 2:
             self.observe()                          # where it answers, the container itself is damaged
             return {}
+        seen = {}
         for container_id in ids:
             seen.update(self.inspect([container_id]))
         return seen
@@ -7979,8 +7113,8 @@ class ComposeDriver:
         project = make_project_name(component, deployment_id)
         self.remove_containers(ours(containers)[::-1], deadline)
         output = self.run(["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"], 60, "REMOVE_FAILED")
-        for name, owner, _ in self.inspect_names("network", output.stdout.decode().split()):
-            if is_ours(self.claim(), deployment_id, owner):
+        for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
+            if is_ours(self.claim(), deployment_id, labels.get(LABEL_OWNER, "")):
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
         left = ours(self.observe())
         if left:
@@ -8008,8 +7142,8 @@ def parse_seen(item):
     health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
     mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
-    code, restarts = state.get("ExitCode", 0), item.get("RestartCount", 0)
-    return item["Id"], Shown(state["Status"], code, restarts, health, volumes)
+    restarts = item.get("RestartCount", 0)
+    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), restarts, health, volumes)
 
 
 def find_started(status, now):
@@ -8101,6 +7235,64 @@ def make_helm_driver(config, environ, child=None, claim=claim_nothing):
     return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
 
 
+def make_values(deployment, component):
+    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
+
+    A later parameter for the same place wins.
+    """
+    values = {}
+    for parameter, pointer in find_parameters(deployment, component):
+        try:
+            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
+            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
+                raise ValueError("JSON has no such number")
+            set_value(values, parse_value_path(pointer), parameter.value)
+        except ValueError as error:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
+                                 f"{make_printable(pointer, 120)!r}: {error}") from None
+    return values
+
+
+def parse_value_path(pointer):
+    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
+    path, position = [], 0
+    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
+    while position < len(pointer) or not path or pointer.endswith("."):
+        match = token.match(pointer, position)
+        if not match:
+            raise ValueError("expected names parted by dots, each with [index] where it is a list")
+        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
+        position = match.end()
+        if len(path) > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        if not match.group(3):
+            break
+    return path
+
+
+def set_value(values, path, value):
+    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
+    place = values
+    for step, following in zip(path, path[1:] + [None]):
+        if isinstance(step, int):
+            place.extend([None] * (step + 1 - len(place)))
+        held = place[step] if isinstance(step, int) else place.get(step)
+        wanted = None if following is None else list if isinstance(following, int) else dict
+        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
+            raise ValueError("another parameter puts something of another kind there")
+        place[step] = value if wanted is None else wanted() if held is None else held
+        place = place[step]
+
+
+def make_release_name(component, deployment_id):
+    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
+
+    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
+    """
+    whole = f"{component}-{deployment_id}".lower()
+    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
+
+
 class HelmDriver:
     """Runs Helm components by the helm command, version 3 or 4.
 
@@ -8139,11 +7331,11 @@ class HelmDriver:
         claim = self.claim()
         return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
 
-    def find_strangers(self):
+    def ask_strangers(self):
         """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
         return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
 
-    def check_name(self, name, namespace):
+    def ask_name(self, name, namespace):
         """Raises ComponentError where a release of this name was made by somebody else."""
         options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
         if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
@@ -8163,10 +7355,10 @@ class HelmDriver:
         fetched.append(package["digest"])
         content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
         name = make_release_name(component.name, deployment.deployment_id)
-        self.check_name(name, deployment.namespace)
+        self.ask_name(name, deployment.namespace)
         folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
         try:
-            make_folder(folder)
+            create_folder(folder)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
         values_file = os.path.join(folder, content + ".json")
@@ -8253,7 +7445,7 @@ class HelmDriver:
 def make_drivers(config, child=None, others=(), claim=claim_nothing):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-    A driver has observe, find_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
+    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
     host, stop; no other section knows what it drives.
     """
     drivers = {"compose": make_compose_driver(config, child=child, others=others, claim=claim),
@@ -8309,13 +7501,31 @@ def observe_devices(devices, records):
     return seen
 
 
+def ask_others(answering, known=None):
+    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown.
+
+    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not asked again.
+    """
+    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
+    for device_id, drivers in answering.items():
+        for kind, driver in drivers.items():
+            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
+            if isinstance(found, CommandError):
+                log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
+                continue
+            for item in found:
+                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
+                                   "deploymentId": item.deployment_id}
+    return list(others.values())
+
+
 def observe_all(drivers, record):
     """Every container of ours on one device, as far as a deployment may have some there; raises CommandError where something does not answer."""
     return [container for function in list_looks(drivers, [record]).values() for container in function()]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 15. Deployment status
+# 17. Deployment status
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_record(target, device_id):
@@ -8323,22 +7533,23 @@ def make_record(target, device_id):
 
     deviceId    the device where it is at home
     adopted     {digest, version}: the revision that is worked on
-    state       of the whole, follows from `components` ({name, state, error, services, package}); error: {code, source, message}
-    running     {digest, packages, images, mark, type} of the version that was installed last, and its {services} once another
-                revision is worked on; previous: the same of the one before
+    components  [{name, state, error, services, package}]; state and error of the whole follow from theirs
+    running     {digest, packages, images, mark, type} of the version that was installed last, and its
+                {services} once another revision is worked on; previous: the same of the one before
     fallback    whether `running` is what should run while the revision that is worked on has failed
     refused     whether the revision cannot be one, whatever is tried
-    fetched     digests of packages and names of images that are on the device for the revision that is worked on
+    fetched     digests of packages and names of images that are there for the revision that is worked on
     retry       failures in a row (see make_wait); repair: repairs without an hour's rest (P-7)
     """
-    return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id, "type": "compose",
-            "adopted": {"digest": target.digest, "version": target.version}, "state": "pending", "error": None,
-            "running": None, "previous": None, "refused": False, "components": [], "fetched": [], "fallback": False,
-            "retry": {}, "repair": {}}
+    return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id,
+            "type": "compose", "adopted": {"digest": target.digest, "version": target.version},
+            "state": "pending", "error": None, "running": None, "previous": None, "refused": False,
+            "components": [], "fetched": [], "fallback": False, "retry": {}, "repair": {}}
 
 
 def begin_record(record, target):
-    """The record as work on the target's revision begins: all components pending, its version adopted (E-112, E-114).
+    """The record as work on the target's revision begins: all components pending, its version adopted (E-112,
+    E-114).
 
     What an earlier revision left (services, packages) stays known until the new one has replaced it.
     """
@@ -8349,7 +7560,8 @@ def begin_record(record, target):
     record = dict(record, state="pending", error=None, refused=False, components=components)
     if target.deployment:
         record.update(name=target.deployment.name, type=target.deployment.type or record["type"])
-    before, running = record["adopted"]["digest"], record["running"]
+    before = record["adopted"]["digest"]
+    running = record["running"]
     if before != target.digest:
         record.update(retry={}, repair={}, fetched=[])
         if running and running["digest"] == before:             # from here on it is the version before
@@ -8359,7 +7571,9 @@ def begin_record(record, target):
 
 
 def count_repair(record, clock):
-    """The record as a repair of what was installed begins: some are free, then the pauses after them grow (P-7)."""
+    """The record as a repair of what was installed begins: some are free, then the pauses after them grow
+    (P-7).
+    """
     last = record["repair"]
     recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
     repairs = last["failures"] if last and recent else 0
@@ -8369,21 +7583,22 @@ def count_repair(record, clock):
 
 def set_component(record, name, state, error=None, **facts):
     """The record with one component changed (None: all of them), its overall state following (C-133)."""
-    components = [dict(component, state=state, error=error, **facts) if name in (None, component["name"]) else component
-                  for component in record["components"]]
+    components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
+                  for item in record["components"]]
     states = [component["state"] for component in components] or [state]
     return dict(record, components=components, state=make_overall_state(states))
 
 
 def fail_record(record, component, error, clock, jitter, refused=False):
-    """The record after a ComponentError: the component failed, what comes later stays pending, the next attempt is due later
-    with each failure.
+    """The record after a ComponentError: the component failed, what comes later stays pending, the next
+    attempt is due later with each failure.
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
     asked = min(error.retry_after or 0, 2 * RETRY_CAP)
     delay = grow(RETRY_FIRST, record["retry"].get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
-    told = {"code": error.code, "source": error.source or component or record["name"], "message": error.message}
+    source = error.source or component or record["name"]
+    told = {"code": error.code, "source": source, "message": error.message}
     if component:
         record = set_component(record, component, "failed", told)
         told = dict(told, source=record["name"], message=f"component {component} failed: {error.message}")
@@ -8391,27 +7606,34 @@ def fail_record(record, component, error, clock, jitter, refused=False):
         components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
                       for item in record["components"]]
         record = dict(record, components=components)
-    return dict(record, state="failed", error=told, refused=refused, retry=make_wait(record["retry"], max(delay, asked), clock))
+    retry = make_wait(record["retry"], max(delay, asked), clock)
+    return dict(record, state="failed", error=told, refused=refused, retry=retry)
 
 
 def finish_record(record, mark=""):
-    """The record once all of the revision that was worked on is installed; mark: make_mark of its environment."""
+    """The record once all of the revision that was worked on is installed; mark: make_mark of its
+    environment.
+    """
     images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
-    running = {"digest": record["adopted"]["digest"], "images": sorted(images), "mark": mark, "type": record["type"],
-               "packages": {item["name"]: item["package"] for item in record["components"]}}
+    packages = {item["name"]: item["package"] for item in record["components"]}
+    running = {"digest": record["adopted"]["digest"], "packages": packages, "images": sorted(images),
+               "mark": mark, "type": record["type"]}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
     return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False)
 
 
 def make_history(state, entries, version, at):
-    """The history with one more accepted desired state: what it adds, changes and removes against the one before."""
-    old = {item["deploymentId"].lower(): item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
+    """The history with one more accepted desired state: what it adds, changes and removes against the one
+    before.
+    """
+    before = (state["accepted"] or {}).get("deployments", ())
+    old = {item["deploymentId"].lower(): item["digest"] for item in before}
     new = {entry.deployment_id.lower(): entry.digest for entry in entries}
     changed = sorted(key for key in new if key in old and new[key] != old[key])
     return state["history"][1 - HISTORY:] + [{
-        "version": version, "at": at, "added": sorted(set(new) - set(old)), "removed": sorted(set(old) - set(new)),
-        "changed": changed, "outcome": "pending"}]
+        "version": version, "at": at, "added": sorted(set(new) - set(old)),
+        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
 
 
 def make_outcome(state):
@@ -8419,12 +7641,15 @@ def make_outcome(state):
     records = state["deployments"].values()
     failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
               if record["state"] == "failed"]
-    done = len(records) == len(state["accepted"]["deployments"]) and all(record["state"] == "installed" for record in records)
+    installed = [record for record in records if record["state"] == "installed"]
+    done = len(installed) == len(records) == len(state["accepted"]["deployments"])
     return "; ".join(failed) or ("applied" if done else "pending")
 
 
 def find_needed(state):
-    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each deployment need (P-5)."""
+    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each
+    deployment need (P-5).
+    """
     digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
     images = set()
     for record in state["deployments"].values():
@@ -8446,7 +7671,9 @@ def make_overall_state(states):
 
 
 def make_status(record, device_id):
-    """A DeploymentStatusManifest (protocol 3.6): one entry a component, `error` only where there is one (C-131 to C-137)."""
+    """A DeploymentStatusManifest (protocol 3.6): one entry a component, `error` only where there is one
+    (C-131 to C-137).
+    """
     status = {"state": record["state"]}
     if record["state"] == "failed" and record["error"]:
         status["error"] = record["error"]
@@ -8457,12 +7684,16 @@ def make_status(record, device_id):
             entry["error"] = component["error"]
         components.append(entry)
     return {"deploymentId": record["deploymentId"], "deviceId": record.get("deviceId") or device_id,
-            "adoptedManifestVersion": record["adopted"]["version"], "status": status, "components": components}
+            "adoptedManifestVersion": record["adopted"]["version"], "status": status,
+            "components": components}
 
 
 def enqueue_status(state, record, device_id):
-    """Puts a record's status into the outbox, in place of an older one, unless the WFM has acknowledged the very same (C-139)."""
-    key, status = record["deploymentId"].lower(), make_status(record, device_id)
+    """Puts a record's status into the outbox, in place of an older one, unless the WFM has acknowledged the
+    very same (C-139).
+    """
+    key = record["deploymentId"].lower()
+    status = make_status(record, device_id)
     state["outbox"].pop(key, None)
     if state["reported"].get(key) != sha256_digest(make_json(status)):
         state["outbox"][key] = status
@@ -8485,26 +7716,30 @@ def acknowledge_status(state, key, refused=None):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 16. Apply
+# 18. Apply
 # ------------------------------------------------------------------------------------------------------------------------------
 
 Tools = define("Tools", "config store drivers containers device_id version quiet fetched clock jitter",
-    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device, [Container] there, the device's"
-    " id, the accepted version, whether nothing may be fetched now, a list for what is fetched (digests, images), functions for a"
-    " Clock and for a number in [0, 1).")
+    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device,"
+    " [Container] there, the device's id, the accepted version, whether nothing may be fetched now, a list"
+    " for what is fetched (digests, images), functions for a Clock and for a number in [0, 1).")
 Change = define("Change", "event name record deployment rollback kind",
-    "What listeners are told of: install, update or removal of the component `name`; rollback: on the way back to the version"
-    " before; kind: the deployment type of what is removed.", None)
+    "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
+    " back to the version before; kind: the deployment type of what is removed.", None)
 Revision = define("Revision", "deployment packages services",
-    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component: {service: facts}}.")
+    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component:"
+    " {service: facts}}.")
 Ready = define("Ready", "takes",
-    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's ports that it will take, as"
-    " find_held_ports has them.")
-LISTENERS = []              # functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise to forbid
+    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's"
+    " ports that it will take, as find_held_ports has them.")
+# Functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise Forbidden.
+LISTENERS = []
 
 
 class Notices:
-    """The changes of one step: every listener agrees to all of them before the first is made, and hears what came of each."""
+    """The changes of one step: every listener agrees to all of them before the first is made, and hears what
+    came of each.
+    """
 
     def __init__(self, tools):
         self.tools, self.agreed = tools, []
@@ -8530,19 +7765,21 @@ class Notices:
 
 
 class Installation:
-    """A deployment on its way to a version: the record so far, the component at work, and whether anything was touched."""
+    """A deployment on its way to a version: the record so far, the component at work, and whether anything
+    was touched.
+    """
 
     def __init__(self, record, tools):
         self.record, self.tools = record, tools
         self.name, self.touched, self.services = None, False, {}
 
     def run(self, revision, rollback=False):
-        """Makes a version run, and nothing else of its deployment; yields the record at each change, for the caller to make
-        durable before the next step, and Ready before anything is touched.
+        """Makes a version run, and nothing else of its deployment; yields the record at each change, for the
+        caller to make durable before the next step, and Ready before anything is touched.
 
-        All that can fail or say no comes before that: everything is fetched and verified, and every listener agrees (D-11, P-20).
-        One that is answered by True has to free its ports first, and is made again.  rollback: it is the version before that
-        is brought back, in one go.
+        All that can fail or say no comes before that: everything is fetched and verified, and every listener
+        agrees (D-11, P-20). One that is answered by True has to free its ports first, and is made again.
+        rollback: it is the version before that is brought back, in one go.
         """
         tools, deployment = self.tools, revision.deployment
         containers = observe_all(tools.drivers, self.record) if rollback else tools.containers
@@ -8552,15 +7789,18 @@ class Installation:
             driver = get_driver(deployment.type, tools)
             known = revision.packages.get(self.name)
             prepared.append(driver.prepare(deployment, component, known, tools.store, tools.fetched))
-        changes = [Change("update" if rollback or revision.packages.get(component.name) else "install", component.name,
-                          self.record, deployment, rollback) for component in deployment.components]
+        changes = []
+        for name in [component.name for component in deployment.components]:
+            event = "update" if rollback or revision.packages.get(name) else "install"
+            changes.append(Change(event, name, self.record, deployment, rollback))
         dropped = find_dropped(self.record, deployment, containers, rollback)
         with Notices(tools) as notices:
             for change in changes + dropped:
                 self.name = None if change.kind else change.name
                 notices.ask(change)
             self.name = None
-            takes = {(tools.device_id, *port) for workload, _ in prepared for port in driver.list_ports(workload)}
+            ports = [port for workload, _ in prepared for port in driver.list_ports(workload)]
+            takes = {(tools.device_id, *port) for port in ports}
             while not rollback and (yield Ready(takes)):
                 self.free_ports()
                 containers = observe_all(tools.drivers, self.record)
@@ -8570,11 +7810,13 @@ class Installation:
                     self.record = set_component(self.record, self.name, "installing")
                     yield self.record
                 self.touched = True
-                known, deadline = revision.services.get(self.name, {}), time.monotonic() + component.timeout
-                self.services[self.name] = services = driver.apply(workload, containers, known, deadline)
+                known = revision.services.get(self.name, {})
+                services = driver.apply(workload, containers, known, time.monotonic() + component.timeout)
+                self.services[self.name] = services
                 notices.tell(change)
-                self.record = set_component(self.record, self.name, "installed", services=services, package=package)
-                if not rollback and self.record["state"] != "installed":    # that is said once nothing else is left
+                facts = {"services": services, "package": package}
+                self.record = set_component(self.record, self.name, "installed", **facts)
+                if not rollback and self.record["state"] != "installed":    # said once nothing else is left
                     yield self.record
             self.name = None
             for change in dropped:
@@ -8582,18 +7824,25 @@ class Installation:
 
     def free_ports(self):
         """Stops what holds a port of the host, so that another deployment can take it."""
-        self.touched, running = True, self.record["running"]
-        services = running.get("services") or {item["name"]: item["services"] for item in self.record["components"]}
-        ids = [facts["id"] for item in services.values() for facts in item.values() if facts.get("ports")]
+        self.touched = True
+        running = self.record["running"] or {}
+        services = [item["services"] for item in self.record["components"]]
+        if "services" in running:
+            services = running["services"].values()
+        facts = [facts for item in services for facts in item.values()]
+        ids = [item["id"] for item in facts if item.get("ports")]
         if ids:
             get_driver(running["type"], self.tools).stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
 
     def fail(self, error, deployment):
-        """The record after a failure, with the version before running again where runtime.on_failure says so (P-8)."""
+        """The record after a failure, with the version before running again where runtime.on_failure says so
+        (P-8).
+        """
         tools, name, words = self.tools, self.name, error.message
         code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
         code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
-        log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code, reason=words)
+        log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
+            reason=words)
         if self.touched and tools.config.runtime.on_failure != "rollback":
             self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
         elif self.touched and self.record["fallback"]:
@@ -8604,7 +7853,9 @@ class Installation:
         return fail_record(self.record, name, error, tools.clock(), tools.jitter())
 
     def take_back(self, deployment):
-        """Removes what a first installation has begun, so that nothing crashes on and on; what came of it, in words."""
+        """Removes what a first installation has begun, so that nothing crashes on and on; what came of it, in
+        words.
+        """
         try:
             list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
         except (ComponentError, CommandError, MemoryError) as error:
@@ -8615,7 +7866,8 @@ class Installation:
 
     def go_back(self):
         """Brings the version before back after an update that failed; what came of it, in words."""
-        before, self.services = self.record["running"], {}
+        before = self.record["running"]
+        self.services = {}
         try:
             data = self.tools.store.load_artifact(before["digest"])
             if data is None:
@@ -8634,11 +7886,12 @@ class Installation:
 
 def apply_install(action, record, tools):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
-    target, running = action.target, record["running"]
+    target = action.target
     if tools.quiet and not is_at_hand(record, target):
-        return                                      # a package or an image would have to be fetched (protocol 10)
+        return                                      # something would have to be fetched (protocol 10)
     revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
                         {item["name"]: item["services"] for item in record["components"]})
+    running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, tools.clock())
     job = Installation(begin_record(record, target), tools)
@@ -8661,7 +7914,9 @@ def apply_restore(action, record, tools):
 
 
 def apply_give_up(action, record, tools):
-    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last (P-6, P-7)."""
+    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last
+    (P-6, P-7).
+    """
     component, _ = action.culprit
     there = [container.id for container in find_containers(record["deploymentId"], tools.containers)
              if (container.component, container.service) == action.culprit]
@@ -8672,16 +7927,18 @@ def apply_give_up(action, record, tools):
         words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
     except MargoError:
         words = ""
-    failed = fail_record(record, component, ComponentError("UNSTABLE", action.reason + words), tools.clock(), 0)
+    error = ComponentError("UNSTABLE", action.reason + words)
+    failed = fail_record(record, component, error, tools.clock(), 0)
     yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
 
 
 def apply_refusal(action, record, tools):
     """Fails a deployment that cannot be what is wanted; what was said already is not said again."""
-    target = action.target
-    if record["refused"] and (record["error"]["message"], record["adopted"]["digest"]) == (target.error.message, target.digest):
-        return
-    yield fail_record(begin_record(record, target), None, target.error, tools.clock(), tools.jitter(), refused=True)
+    target, error = action.target, action.target.error
+    same = record["refused"] and record["adopted"]["digest"] == target.digest
+    if not same or record["error"]["message"] != error.message:
+        record = begin_record(record, target)
+        yield fail_record(record, None, error, tools.clock(), tools.jitter(), refused=True)
 
 
 def apply_nothing(action, record, tools):
@@ -8697,9 +7954,11 @@ def apply_removal(action, record, tools):
     adopted = dict(record["adopted"], version=tools.version)
     record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
     yield record
-    names, deployment = [component["name"] for component in record["components"]], load_deployment(record, tools.store)
+    deployment = load_deployment(record, tools.store)
+    names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
-    unknown = [found for found in find_components(record["deploymentId"], tools.containers) if found not in known]
+    there = find_components(record["deploymentId"], tools.containers)
+    unknown = [found for found in there if found not in known]
     changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
     name = None
     try:
@@ -8714,10 +7973,11 @@ def apply_removal(action, record, tools):
                     remove_component(change, tools.containers, notices)
                 if (change.name, change.kind) in known:
                     record = set_component(record, change.name, "removed")
-                    if record["state"] != "removed":            # that word is the last one, said below once nothing is left
+                    if record["state"] != "removed":            # said below, once nothing is left
                         yield record
     except MargoError as error:
-        log("error", "removal failed", deployment=record["deploymentId"], component=name, reason=error.message)
+        log("error", "removal failed", deployment=record["deploymentId"], component=name,
+            reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
         yield fail_record(record, name, ComponentError(code, error.message), tools.clock(), tools.jitter())
         return
@@ -8726,7 +7986,7 @@ def apply_removal(action, record, tools):
 
 
 def apply_clearing(action, record, tools):
-    """Removes what a deployment has on a device where it is not at home; raises ComponentError, CommandError."""
+    """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
     yield None
     nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
     with Notices(tools) as notices:
@@ -8737,21 +7997,24 @@ def apply_clearing(action, record, tools):
             remove_component(change, tools.containers, notices)
 
 
-# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the record at each change, and
-# perhaps Ready; one that yields nothing has nothing to do.
-EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore, "give_up": apply_give_up,
-           "remove": apply_removal, "clear": apply_clearing, "refuse": apply_refusal, "keep": apply_nothing}
+# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the
+# record at each change, and perhaps Ready; one that yields nothing has nothing to do.
+EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
+           "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
+           "refuse": apply_refusal, "keep": apply_nothing}
 
 
 def is_at_hand(record, target):
     """Whether all that a target takes was on the device before."""
-    return target.digest in [version["digest"] for version in (record["running"], record["previous"]) if version]
+    versions = filter(None, (record["running"], record["previous"]))
+    return target.digest in [version["digest"] for version in versions]
 
 
 def get_driver(kind, tools):
     """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
     if kind not in tools.drivers:
-        raise ComponentError("UNSUPPORTED_TYPE", f"nothing on this device runs {kind} components; see runtime.{kind}")
+        words = f"nothing on this device runs {kind} components; see runtime.{kind}"
+        raise ComponentError("UNSUPPORTED_TYPE", words)
     return tools.drivers[kind]
 
 
@@ -8762,19 +8025,21 @@ def find_containers(deployment_id, containers):
 
 def find_components(deployment_id, containers):
     """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
-    return sorted({(container.component, container.type) for container in find_containers(deployment_id, containers)})
+    return sorted({(item.component, item.type) for item in find_containers(deployment_id, containers)})
 
 
 def find_dropped(record, deployment, containers, rollback=False):
     """[Change] for the components of a deployment that its document no longer has (D-19)."""
     wanted = {(component.name, deployment.type) for component in deployment.components}
-    return [Change("removal", name, record, deployment, rollback, kind)
-            for name, kind in find_components(deployment.deployment_id, containers) if (name, kind) not in wanted]
+    there = find_components(deployment.deployment_id, containers)
+    return [Change("removal", name, record, deployment, rollback, kind) for name, kind in there
+            if (name, kind) not in wanted]
 
 
 def remove_component(change, containers, notices):
     """Removes all of one component."""
-    driver, deadline = notices.tools.drivers[change.kind], time.monotonic() + COMPONENT_TIMEOUT
+    deadline = time.monotonic() + COMPONENT_TIMEOUT
+    driver = notices.tools.drivers[change.kind]
     driver.remove(change.record["deploymentId"], change.name, containers, deadline)
     notices.tell(change)
 
@@ -8789,8 +8054,8 @@ def load_deployment(record, store):
 
 
 def prune(state, store, drivers):
-    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked packages, images
-    that the agent pulled; nothing else on the device.
+    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked
+    packages, images that the agent pulled; nothing else on the device.
 
     Changes state["pulled"].  drivers: {prefix of an entry of `pulled`: [driver that answers]}.
     """
@@ -8798,16 +8063,18 @@ def prune(state, store, drivers):
     store.prune_artifacts(digests)
     for entry in state["pulled"]:
         device_id, space, name = entry.rpartition(" ")
-        if name not in images and any(driver.remove_image(name) for driver in drivers.get(device_id + space, ())):
+        there = drivers.get(device_id + space, ())
+        if name not in images and any(driver.remove_image(name) for driver in there):
             log("info", "image pruned", image=entry)
             state["pulled"] = [other for other in state["pulled"] if other != entry]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 17. Capabilities
+# 19. Capabilities
 # ------------------------------------------------------------------------------------------------------------------------------
 
-VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy", "bond", "vlan", "vxlan", "flannel")
+VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy",
+                      "bond", "vlan", "vxlan", "flannel")
 
 
 def read_fact(*path):
@@ -8828,27 +8095,42 @@ def list_names(*path):
 
 
 def detect_properties(state_dir, root="/"):
-    """What the running system says of itself, in rc.3's property names; values that the device keeps from one poll to the next."""
+    """What the running system says of itself, in rc.3's property names.
+
+    Values that the device keeps from one poll to the next.
+    """
     cpu = {"cores": len(os.sched_getaffinity(0))}
     if os.uname().machine in ARCHITECTURES:
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
     return {
-        "vendor": detect_text(root, "sys_vendor", None) or "unknown", "modelNumber": detect_text(root, "product_name", "model") or "unknown",
+        "vendor": detect_text(root, "sys_vendor", None) or "unknown",
+        "modelNumber": detect_text(root, "product_name", "model") or "unknown",
         "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown", "cpus": [cpu],
-        "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi", "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
-        "peripherals": detect_peripherals(root), "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
+        "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
+        "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
+        "peripherals": detect_peripherals(root),
+        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
 
 
 def detect_text(root, dmi, tree):
-    """One fact from the firmware: DMI on a PC, the device tree elsewhere; placeholders of careless makers count as nothing."""
-    text = read_fact(root, "sys/class/dmi/id", dmi) or (tree and read_fact(root, "proc/device-tree", tree)) or ""
-    return "" if re.fullmatch(r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?", text) else make_printable(text, 120)
+    """One fact from the firmware: DMI on a PC, the device tree elsewhere.
+
+    Placeholders of careless makers count as nothing.
+    """
+    text = read_fact(root, "sys/class/dmi/id", dmi)
+    if not text and tree:
+        text = read_fact(root, "proc/device-tree", tree)
+    placeholder = r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?"
+    return "" if re.fullmatch(placeholder, text) else make_printable(text, 120)
 
 
 def detect_interfaces(root):
-    """The kinds of interface there are; what comes and goes with containers is left out, so that the document does not change with them."""
+    """The kinds of interface there are.
+
+    What comes and goes with containers is left out, so that the document does not change with them.
+    """
     kinds = set()
     for name in list_names(root, "sys/class/net"):
         folder = os.path.join(root, "sys/class/net", name)
@@ -8858,12 +8140,17 @@ def detect_interfaces(root):
             kinds.add("cellular")
         elif read_fact(folder, "type") == "280":
             kinds.add("canbus")
-        elif read_fact(folder, "type") == "1" and not name.startswith(VIRTUAL_INTERFACES) and not os.path.isdir(os.path.join(folder, "bridge")):
+        elif (
+            read_fact(folder, "type") == "1"
+            and not name.startswith(VIRTUAL_INTERFACES)
+            and not os.path.isdir(os.path.join(folder, "bridge"))
+        ):
             kinds.add("ethernet")
     for kind, path in (("bluetooth", "sys/class/bluetooth"), ("usb", "sys/bus/usb/devices")):
         if list_names(root, path):
             kinds.add(kind)
-    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0") for name in list_names(root, "sys/class/tty")):
+    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0")
+           for name in list_names(root, "sys/class/tty")):
         kinds.add("rs232")
     return kinds
 
@@ -8876,8 +8163,10 @@ def detect_peripherals(root):
         found.append({"type": "gpu"})
     if any(read_fact(root, "sys/class/drm", name, "status") == "connected" for name in cards):
         found.append({"type": "display"})
-    cameras = {read_fact(root, "sys/class/video4linux", name, "name") for name in list_names(root, "sys/class/video4linux")}
-    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {})) for model in sorted(cameras)]
+    cameras = {read_fact(root, "sys/class/video4linux", name, "name")
+               for name in list_names(root, "sys/class/video4linux")}
+    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {}))
+              for model in sorted(cameras)]
     sound = list_names(root, "sys/class/sound")
     for kind, end in (("microphone", "c"), ("speaker", "p")):
         if any(re.fullmatch(rf"pcmC[0-9]+D[0-9]+{end}", name) for name in sound):
@@ -8886,40 +8175,99 @@ def detect_peripherals(root):
 
 
 def get_device_id(device, root="/"):
-    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved characters (C-086)."""
-    found = device.id or device.serialNumber or detect_text(root, "product_serial", "serial-number") or read_fact(root, "etc/machine-id")
-    name = found if device.id else re.sub(r"[^A-Za-z0-9._~-]+", "-", found).strip("-.")
+    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved
+    characters (C-086).
+    """
+    if device.id:
+        return device.id
+    found = device.serialNumber or detect_text(root, "product_serial", "serial-number")
+    found = found or read_fact(root, "etc/machine-id")
+    name = re.sub(r"[^A-Za-z0-9._~-]+", "-", found).strip("-.")
     if not name:
-        raise ConfigError("device.id: not set, and this hardware has no serial number or machine id to take instead")
+        raise ConfigError(
+            "device.id: not set, and this hardware has no serial number or machine id to take instead"
+        )
     return name
 
 
+HOSTING_PROPERTIES = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollector", "supportedRuntimes",
+                      "supportedDeploymentTypes")
+
+
 def make_capabilities(detected, device, device_id, deployment_types):
-    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says (C-085).
+    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says
+    (C-085).
 
     A device on which nothing runs workloads says nothing of hosting (C-084).
     """
-    properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types), otelCollector=True)
+    properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types),
+                      otelCollector=True)
     properties.update({key: device[key] for key in ("vendor", "modelNumber", "serialNumber") if device[key]})
     properties.update(device.properties)
     if not deployment_types:
         properties = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
     properties["id"] = device_id
     extensions = [name for name in properties if name.startswith("x-")]
-    document = {name: properties.pop(name) for name in extensions}          # they stand at the root (protocol 3.5)
+    # they stand at the root (protocol 3.5)
+    document = {name: properties.pop(name) for name in extensions}
     document["properties"] = properties
     if device.labels:
         document["labels"] = dict(device.labels)
     return document
 
 
+def report_devices(documents, source, store, state, always):
+    """PUTs what changed of {device id: capabilities document}, a gateway's own first; DELETEs that of a device that has
+    gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and saves state["enrollment"].
+    """
+    for device_id in documents:
+        report_device(device_id, documents, source, store, state, always)
+    devices = state["enrollment"]["devices"]
+    for device_id in sorted(set(devices) - set(documents), reverse=True):
+        try:
+            source.delete_capabilities(device_id)
+            log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
+        except Refused as error:
+            log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
+            if error.status < 400:
+                continue                            # nobody judged that: it is asked for again
+        devices.pop(device_id)
+        store.save_state(state)
+
+
+def report_device(device_id, documents, source, store, state, always, again=True):
+    """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
+    enrolled, own_id = state["enrollment"], next(iter(documents))
+    digest = sha256_digest(make_json(documents[device_id]))
+    devices = enrolled["devices"] if enrolled else {}
+    if devices.get(device_id) == digest and not always:
+        return
+    try:
+        source.put_capabilities(device_id, documents[device_id])
+        log("info", "capabilities reported", device=device_id)
+    except Refused as error:
+        if not enrolled:
+            raise
+        if again and device_id != own_id and error.code in ("gateway-not-found", "HTTP 404"):
+            report_device(own_id, documents, source, store, state, True)
+            report_device(device_id, documents, source, store, state, True, again=False)
+            return
+        log("error", "the WFM refuses the capabilities", device=device_id, reason=error.message)
+        if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
+            return                                  # no verdict on the document: it is sent again (C-082)
+    # What was refused is noted, too: it is not sent again unchanged.
+    state["enrollment"] = {"id": source.client_id, "devices": dict(devices, **{device_id: digest})}
+    store.save_state(state)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
-# 18. Agent
+# 20. Agent
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_clock_fault(now, stored):
     """What is wrong with a clock that stands before the last write of the state, in words."""
-    return f"the clock of this device says {make_time(now)}, and its state was written at {make_time(stored)}: set the clock"
+    return (f"the clock of this device says {make_time(now)}, and its state was written at"
+            f" {make_time(stored)}: set the clock")
 
 
 def load_own_device(config, device_id, claim):
@@ -8929,25 +8277,32 @@ def load_own_device(config, device_id, claim):
 
 
 def assign_here(targets, records, devices, silent, offers):
-    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol 9)."""
-    device, found = devices[0], []
+    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol
+    9).
+    """
+    device = devices[0]
+    own_id, found = device.device_id, []
     for target in targets:
         error = target.error
         if target.deployment and not error:
-            wanted = target.deployment.device_id or device.device_id
+            wanted = target.deployment.device_id or own_id
             error = find_reason(target.deployment, device, offers)
-            if wanted != device.device_id:
-                error = ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {device.device_id}")
-        found.append(target._replace(error=error, device_id=device.device_id))
-    return [make_share(device, found, records, silent[device.device_id])]
+            if wanted != own_id:
+                words = f"metadata.deviceId is {wanted}, this device is {own_id}"
+                error = ComponentError("WRONG_DEVICE", words)
+        found.append(target._replace(error=error, device_id=own_id))
+    return [make_share(device, found, records, silent[own_id])]
 
 
 def find_reason(deployment, device, offers):
-    """The ComponentError for which a deployment cannot run on a device, or None.  offers: {device id: capabilities document}."""
+    """The ComponentError for which a deployment cannot run on a device, or None.  offers: {device id:
+    capabilities document}.
+    """
     try:
         if deployment.type not in device.drivers:
+            words = f"nothing on {device.device_id} runs {deployment.type} components"
             hint = "" if device.silence else f"; see runtime.{deployment.type}"
-            raise ComponentError("UNSUPPORTED_TYPE", f"nothing on {device.device_id} runs {deployment.type} components{hint}")
+            raise ComponentError("UNSUPPORTED_TYPE", words + hint)
         if deployment.constraints:
             check_eligibility(deployment.constraints, offers[device.device_id])
     except ComponentError as error:
@@ -8955,7 +8310,7 @@ def find_reason(deployment, device, offers):
     return None
 
 
-# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words), which raises what fails}.
+# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words)}.
 EXAMINE = {}
 # What makes the devices that the agent serves, this one first: functions of (Settings, own device id,
 # claim).
@@ -8965,11 +8320,15 @@ ASSIGN = [assign_here]
 
 
 class Work:
-    """One action under way: its device, its generator, what it takes and holds there, and what has to be cleared before."""
+    """One action under way: its device, its generator, what it takes and holds there, and what has to be
+    cleared before.
+    """
 
     def __init__(self, action, device, steps, tools):
         self.action, self.device, self.steps, self.tools = action, device, steps, tools
-        self.takes, self.holds, self.before, self.begun = None, set(), [], False
+        self.takes = self.holds = frozenset()
+        self.before = []
+        self.begun = False
 
 
 class Agent:
@@ -8982,12 +8341,16 @@ class Agent:
         self.config, self.stopping = config, stopping
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
-        self.owner = None                           # what this agent's workloads are labelled with, once it has been asked for
-        self.devices = [device for make in DEVICES for device in make(config, self.device_id, self.make_claim)]
-        self.answering = {}                         # {device id: {deployment type: driver}} of what answered the last look
+        self.owner = None                           # what its workloads are labelled with, once known
+        self.devices = []
+        for load in DEVICES:
+            self.devices += load(config, self.device_id, self.make_claim)
+        self.answering = {}                         # {device id: {type: driver}} that answered the last look
         self.state = None                           # what state.json holds, while a cycle has it
         self.source = None                          # connected when the WFM is first needed
         self.silent = False                         # whether the WFM is not spoken to any more in this cycle
+        self.profile = None                         # how wfm.profile is served, for the state at hand
+        self.asked = False                          # whether a person asks for an SVID, by `enroll`
         self.starting = 0                           # seconds until the first contact since the device started
         self.changed = False                        # whether this cycle had something to do
         self.faults = []                            # what went wrong in this cycle
@@ -8995,8 +8358,8 @@ class Agent:
     def cycle(self):
         """One cycle: every step in turn.  Returns an Outcome.
 
-        Raises Locked where another instance works, StorageError where the state cannot be read; all other faults are in the
-        Outcome.
+        Raises Locked where another instance works, StorageError where the state cannot be read; all other
+        faults are in the Outcome.
         """
         with self:
             began = time.time()
@@ -9013,50 +8376,44 @@ class Agent:
         self.store.lock()
         empty_folder(self.store.path("tmp"))
         try:
-            self.state, self.owner = self.store.load_state(), None
+            self.state = self.store.load_state()
         except MargoError:
             self.store.unlock()
             raise
-        self.silent, self.changed, self.faults, self.answering = False, False, [], {}
+        self.owner, self.faults, self.answering = None, [], {}
+        self.silent = self.changed = False
         return self
 
     def __exit__(self, *_):
         self.store.unlock()
-        self.source = None
+        self.source = self.profile = None
 
     def connect(self, keep=True):
-        """The source of the desired state, connected when it is first needed; raises Untrusted, Unreachable."""
+        """The source of the desired state, connected when it is needed; raises Untrusted, Unreachable."""
         if self.source is None:
-            self.source = connect_source(self.config, self.store, self.state, keep)
+            self.source = self.get_profile().connect(keep)
         return self.source
 
+    def get_profile(self):
+        """How wfm.profile is served."""
+        if self.profile is None or self.profile.state is not self.state:
+            self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
+        return self.profile
+
     def make_claim(self):
-        """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as the one before."""
+        """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as
+        the one before.
+        """
         owners = self.state["owners"]
         if self.owner is None:
             try:
-                self.owner = make_owner(SERVED[self.config.wfm.profile].identify(self.config), self.device_id)
+                self.owner = make_owner(self.get_profile().identify(), self.device_id)
                 if self.owner != (owners or [""])[-1]:
-                    self.state["owners"] = [owner for owner in owners if owner != self.owner][1 - HISTORY:] + [self.owner]
+                    before = [owner for owner in owners if owner != self.owner]
+                    self.state["owners"] = before[1 - HISTORY:] + [self.owner]
             except Untrusted:
                 self.owner = (owners or [""])[-1]
         return make_claim(self.owner, self.state)
-
-    def list_others(self, known=None):
-        """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown them.
-
-        known: what an earlier list told, so that clusters are not asked again.
-        """
-        others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-        for device_id, drivers in self.answering.items():
-            for kind, driver in drivers.items():
-                found = try_look(driver.find_strangers) if kind == "compose" or known is None else []
-                if isinstance(found, CommandError):
-                    log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
-                    continue
-                others.update((item.id, {"owner": make_printable(item.owner), "deploymentId": item.deployment_id,
-                                         "name": item.name, "type": kind}) for item in found)
-        return list(others.values())
 
     def check_patience(self, spread=True):
         """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now.
@@ -9066,15 +8423,19 @@ class Agent:
         clock = get_clock()
         if self.is_downtime():
             raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
-        left, why = find_wait(self.state["patience"], clock), "the WFM or a back-off asks"
+        left = find_wait(self.state["patience"], clock)
+        why = "the WFM or a back-off asks"
         if not left and spread and clock.boot and clock.uptime < START_WINDOW:
-            left, why = self.spread_start(clock), "a fleet that has just started does not arrive at once"
+            left = self.spread_start(clock)
+            why = "a fleet that has just started does not arrive at once"
             self.starting = max(0, left)
         if left > 0:
             raise Silence(f"waiting until {make_time(clock.now + left)}: {why}", retry_after=left)
 
     def spread_start(self, clock):
-        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because each run would wait anew."""
+        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because each
+        run would wait anew.
+        """
         memo = self.store.load_memo()
         if memo.get("boot") != clock.boot:
             start = make_start(clock.uptime, self.config.poll, self.state["accepted"], get_random())
@@ -9088,7 +8449,8 @@ class Agent:
         return is_within(self.config.poll.downtime, time.localtime())
 
     def note_fault(self, error, began):
-        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks to the WFM.
+        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks
+        to the WFM.
 
         One time-out a cycle is enough, and without an SVID there is nothing to speak with.
         """
@@ -9099,26 +8461,18 @@ class Agent:
             log("debug", error.message)
             return
         stored = self.store.find_time()
-        if isinstance(error, Untrusted) and time.time() < stored:       # no verdict on certificates is one (P-2)
-            error.code, error.message = "CLOCK", f"{error.message}; {make_clock_fault(time.time(), stored)}"
+        if isinstance(error, Untrusted) and time.time() < stored:   # no verdict on certificates is one (P-2)
+            error.code = "CLOCK"
+            error.message += f"; {make_clock_fault(time.time(), stored)}"
         long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
         log("error", error.message, code=error.code, **long)
         if isinstance(error, (Unreachable, Refused, Untrusted)):
-            before, delay = self.state["patience"], error.retry_after or 0
+            before = self.state["patience"]
+            delay = error.retry_after or 0
             if isinstance(error, Unreachable):
-                delay = make_backoff(before.get("failures", 0) + 1, error.retry_after, error.strategy, get_random())
+                failures = before.get("failures", 0) + 1
+                delay = make_backoff(failures, error.retry_after, error.strategy, get_random())
             self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=began))
-
-    def tend_identity(self):
-        """Enrolls or renews where the configuration wants that automated and it is due (E-060)."""
-        now, downtime = time.time(), self.config.poll.downtime
-        if self.config.identity.enrollment == "est":
-            tend_identity(self.config, self.store, self.state, now, get_random(), lambda end: is_within_whole(downtime, now, end))
-
-    def refresh_revocation(self):
-        """Fetches revocation lists where there are some and it is time."""
-        if not self.is_downtime():
-            refresh_revocation(self.config, self.store, self.state, None if self.silent else self.source)
 
     def exchange(self):
         """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
@@ -9128,7 +8482,8 @@ class Agent:
         if self.silent:
             return
         self.check_patience()
-        source, fault, desired = self.connect(), None, None
+        source = self.connect()
+        fault = desired = None
         self.report_capabilities()
         try:
             self.flush_outbox()
@@ -9145,73 +8500,43 @@ class Agent:
         if fault:
             raise fault
 
-    def report_capabilities(self, always=False):
-        """PUTs the capabilities before anything else and where they changed, a gateway's own before its children's; DELETEs
-        those of a device that has gone (C-081, C-082, C-220, C-223).
-        """
-        for device in self.devices:
-            self.report_device(device, always)
-        devices = self.state["enrollment"]["devices"]
-        for device_id in sorted(set(devices) - {device.device_id for device in self.devices}, reverse=True):
-            try:
-                self.source.delete_capabilities(device_id)
-                log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
-            except Refused as error:
-                log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
-                if error.status < 400:
-                    continue                        # nobody judged that: it is asked for again
-            devices.pop(device_id)
-            self.store.save_state(self.state)
-
-    def report_device(self, device, always, again=True):
-        """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
-        document, enrolled = self.make_capabilities(device), self.state["enrollment"]
-        digest, devices = sha256_digest(make_json(document)), (enrolled or {}).get("devices", {})
-        if devices.get(device.device_id) == digest and not always:
-            return
-        try:
-            self.source.put_capabilities(device.device_id, document)
-            log("info", "capabilities reported", device=device.device_id)
-        except Refused as error:
-            if not enrolled:
-                raise
-            if again and device is not self.devices[0] and error.code in ("gateway-not-found", "HTTP 404"):
-                self.report_device(self.devices[0], True)
-                self.report_device(device, True, again=False)
-                return
-            log("error", "the WFM refuses the capabilities", device=device.device_id, reason=error.message)
-            if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
-                return                              # that is no verdict on the document: it is sent again (C-082)
-        # What was refused is noted, too: it is not sent again unchanged.
-        self.state["enrollment"] = {"id": self.source.client_id, "devices": dict(devices, **{device.device_id: digest})}
-        self.store.save_state(self.state)
-
     def make_capabilities(self, device):
-        """The capabilities document of a device as it is now; a child is what the configuration says of it."""
-        detected = {"peripherals": [], "interfaces": []} if device.silence else detect_properties(self.config.state_dir)
+        """The capabilities document of a device as it is; a child is what the configuration says of it."""
+        detected = {"peripherals": [], "interfaces": []}
+        if not device.silence:
+            detected = detect_properties(self.config.state_dir)
         return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
 
+    def report_capabilities(self, always=False):
+        """PUTs the capabilities of all devices before anything else, and again where they changed."""
+        documents = {device.device_id: self.make_capabilities(device) for device in self.devices}
+        report_devices(documents, self.source, self.store, self.state, always)
+
     def accept(self, desired):
-        """Makes a verified desired state the accepted one: first its documents, then the state, all durable (C-111)."""
+        """Makes a verified desired state the accepted one: first its documents, then the state, all durable
+        (C-111).
+        """
         self.check_removals(desired)
-        at, state = make_time(time.time()), self.state
+        state = self.state
+        at = make_time(time.time())
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
         state["waiting"] = None
         state["history"] = make_history(state, desired.entries, desired.version, at)
         entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
-        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": at,
-                             "deployments": entries}
+        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest,
+                             "acceptedAt": at, "deployments": entries}
         for entry in desired.entries:
             record = state["deployments"].get(entry.deployment_id.lower())
             same = record and record["adopted"]["digest"] == entry.digest
             if same and record["state"] not in ("removing", "removed"):
-                record["adopted"]["version"] = desired.version                  # the new manifest defines it too (E-113)
+                record["adopted"]["version"] = desired.version      # the new manifest defines it, too (E-113)
                 enqueue_status(state, record, self.device_id)
         new = [item for item in entries if item["deploymentId"].lower() not in state["deployments"]]
         targets = self.make_targets(dict(state["accepted"], deployments=new), self.store.load_artifact)
-        for target in [target for share in self.assign(targets, {}) for target in share.targets if not target.error]:
-            # Received, not started (protocol 5.1).  One that may run anywhere is at home here until it is placed.
+        targets = [target for share in self.assign(targets, {}) for target in share.targets]
+        for target in [target for target in targets if not target.error]:
+            # Received, not started (protocol 5.1); what may run anywhere is at home here until it is placed.
             home = target.device_id if target.deployment.device_id == target.device_id else self.device_id
             record = begin_record(make_record(target, home), target)
             state["deployments"][target.deployment_id.lower()] = record
@@ -9220,17 +8545,21 @@ class Agent:
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
     def check_removals(self, desired):
-        """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has confirmed it (contract, Guard)."""
-        limit, wanted = self.config.policy.max_removals, {entry.deployment_id.lower() for entry in desired.entries}
+        """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has
+        confirmed it (contract, Guard).
+        """
+        limit = self.config.policy.max_removals
+        wanted = {entry.deployment_id.lower() for entry in desired.entries}
         gone = [key for key in self.state["deployments"] if key not in wanted]
         if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
             self.state["waiting"] = desired.digest
-            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments, policy.max_removals is {limit};"
-                          " nothing is done until the next poll confirms it")
+            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments,"
+                          f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
     def make_targets(self, accepted, load_document):
         """[Target] of an accepted desired state; documents are read only where deciding takes them."""
-        targets, known = [], {device.device_id for device in self.devices}
+        targets = []
+        known = {device.device_id for device in self.devices}
         for item in accepted["deployments"]:
             target = Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
             record = self.state["deployments"].get(target.deployment_id.lower())
@@ -9243,38 +8572,46 @@ class Agent:
         data = load_document(target.digest)
         try:
             if data is None:
-                raise ComponentError("INTERNAL", "its document is missing from the state directory; the next poll brings it anew")
+                words = "its document is missing from the state directory; the next poll brings it anew"
+                raise ComponentError("INTERNAL", words)
             return target._replace(deployment=parse_deployment(data, target.deployment_id))
         except ComponentError as error:
             return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
 
     def assign(self, targets, silent):
-        """[Share] of each device.  silent: {device id: {deployment type: CommandError}} of what does not answer."""
-        offers = {device.device_id: self.make_capabilities(device) for device in self.devices} if any(
-            target.deployment and target.deployment.constraints for target in targets) else {}
+        """[Share] of each device.  silent: {device id: {deployment type: CommandError}} of what does not
+        answer.
+        """
+        offers = {}
+        if any(target.deployment and target.deployment.constraints for target in targets):
+            offers = {device.device_id: self.make_capabilities(device) for device in self.devices}
         silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
         return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
 
     def decide(self, accepted, load_document):
-        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all devices show now.
+        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all
+        devices show now.
 
-        Documents of what is not as it should be are read, and decided upon again: its device may have to be another one.
+        Documents of what is not as it should be are read, and decided upon again: its device may have to be
+        another one.
         """
-        targets, runtime = self.make_targets(accepted, load_document), self.config.runtime
-        new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment and not target.error]
+        targets = self.make_targets(accepted, load_document)
+        new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
         seen = observe_devices(self.devices, [*self.state["deployments"].values(), *new])
         silent = {device_id: sight.silent for device_id, sight in seen.items()}
-        self.answering = {device.device_id: {kind: driver for kind, driver in device.drivers.items()
-                                             if kind not in silent[device.device_id]} for device in self.devices}
         containers = {device_id: sight.containers for device_id, sight in seen.items()}
+        for device in self.devices:
+            answers = set(device.drivers) - set(silent[device.device_id])
+            self.answering[device.device_id] = {kind: device.drivers[kind] for kind in sorted(answers)}
+        settle = self.config.runtime.settle
+        mark = make_mark(self.config.runtime.environment)
         while True:
             shares = self.assign(targets, silent)
-            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), runtime.settle,
-                                   make_mark(runtime.environment))
-            unread = [action.target for action in actions if action.verb in ("install", "update") and not action.target.deployment]
+            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), settle, mark)
+            unread = {action.deployment_id for action in actions
+                      if action.verb in ("install", "update") and not action.target.deployment}
             if not unread:
                 return actions, seen
-            unread = {target.deployment_id for target in unread}
             targets = [self.read_target(target, load_document) if target.deployment_id in unread else target
                        for target in targets]
 
@@ -9294,8 +8631,8 @@ class Agent:
             self.prune()                            # before anything is pulled, too (P-5)
         troubles = self.carry_out(actions, seen)
         for device in self.devices:
-            for fault in seen[device.device_id].silent.values():
-                troubles.append(f"child device {device.device_id}: {fault.message}" if device.silence else fault.message)
+            name = f"child device {device.device_id}: " if device.silence else ""
+            troubles += [name + fault.message for fault in seen[device.device_id].silent.values()]
             if not self.changed:
                 for driver in self.answering[device.device_id].values():
                     driver.tend(seen[device.device_id].containers, get_random())
@@ -9307,8 +8644,8 @@ class Agent:
     def prune(self):
         """Housekeeping with everything that answers; see the function of this name."""
         if self.config.runtime.prune:
-            prune(self.state, self.store, {make_prefix(device): list(self.answering[device.device_id].values())
-                                           for device in self.devices})
+            drivers = [self.answering[device.device_id].values() for device in self.devices]
+            prune(self.state, self.store, dict(zip(map(make_prefix, self.devices), drivers)))
 
     def carry_out(self, actions, seen):
         """Carries out a plan: group by group, and in a group whatever is ready whose turn it is.
@@ -9335,7 +8672,8 @@ class Agent:
             while ready:
                 self.check_stopping()
                 waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
-                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items() if key not in ready}
+                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items()
+                        if key not in ready}
                 key, verb, words = find_turn(waiting, held)
                 if not self.take_turn(ready[key], verb, words, troubles):
                     ready.pop(key)
@@ -9348,18 +8686,20 @@ class Agent:
 
     def begin(self, action, seen):
         """The Work on an action, before its first step."""
-        key, accepted = action.deployment_id.lower(), self.state["accepted"]
+        key = action.deployment_id.lower()
         device = next(device for device in self.devices if device.device_id == action.device_id)
         record = self.state["deployments"].get(key)
         holds = find_held_ports(record) if record else set()
         if record and record["deviceId"] not in seen and action.verb != "keep":
-            log("warning", "its device is no longer configured; what runs there is forgotten", deployment=action.deployment_id,
-                device=record["deviceId"])
+            log("warning", "its device is no longer configured; what runs there is forgotten",
+                deployment=action.deployment_id, device=record["deviceId"])
         if not record or action.verb != "clear" and action.target and record["deviceId"] != device.device_id:
             target = action.target or Target(action.deployment_id, "", 0, None, None)
-            record = make_record(target, device.device_id)      # new here: what it has elsewhere is cleared there
-        tools = Tools(self.config, self.store, self.answering[device.device_id], seen[device.device_id].containers, device.device_id,
-                      accepted["version"], self.is_downtime(), [], get_clock, get_random)
+            record = make_record(target, device.device_id)      # new here; elsewhere it is cleared
+        device_id = device.device_id
+        containers = seen[device_id].containers
+        tools = Tools(self.config, self.store, self.answering[device_id], containers, device_id,
+                      self.state["accepted"]["version"], self.is_downtime(), [], get_clock, get_random)
         work = Work(action, device, EXECUTE[action.verb](action, record, tools), tools)
         work.holds = holds
         return work
@@ -9387,8 +8727,8 @@ class Agent:
     def advance(self, work, answer=None, fault=None):
         """Carries on with a step until it is ready to change something, or done; whether it is ready.
 
-        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer, fault: what its
-        claim is answered by.
+        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer,
+        fault: what its claim is answered by.
         """
         action, item = work.action, None
         try:
@@ -9396,7 +8736,8 @@ class Agent:
             while not isinstance(item, Ready):
                 if not work.begun:
                     word = PRINTED.get(action.verb, action.verb)
-                    log("error" if word == "refuse" else "info", word, deployment=action.deployment_id, reason=action.reason)
+                    log("error" if word == "refuse" else "info", word, deployment=action.deployment_id,
+                        reason=action.reason)
                 work.begun = self.changed = True
                 if item:
                     self.keep(work, item)
@@ -9412,38 +8753,28 @@ class Agent:
     def keep(self, work, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
         fetched = work.tools.fetched
-        images = [make_prefix(work.device) + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
+        prefix = make_prefix(work.device)
+        images = [prefix + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
         self.state["pulled"] = sorted(set(self.state["pulled"]).union(images))
-        if record["state"] not in ("installed", "removed"):                     # the next attempt finds it here (P-15)
+        if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
             record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
         self.state["deployments"][record["deploymentId"].lower()] = record
         enqueue_status(self.state, record, self.device_id)
         self.store.save_state(self.state)
         self.flush_outbox(quiet=True)
 
-    def purge(self):
-        """Removes every workload and reports it; True where something could not be removed."""
-        if self.state["enrollment"]:
-            self.connect()
-        accepted = self.state["accepted"] or {"etag": None, "digest": "", "version": 0}
-        self.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
-        self.reconcile()
-        try:
-            self.flush_outbox()                     # also what an earlier purge, that did not come to its end, has left to be told
-        except Untrusted as error:
-            log("warning", "the WFM does not take the last reports", reason=error.message)
-        return any(record["state"] != "removed" for record in self.state["deployments"].values())
-
     def flush_outbox(self, quiet=False):
-        """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and `status` says so.
+        """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and
+        `status` says so.
 
-        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of applying; trouble on the
-        wire then only means that it is sent later.
+        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of
+        applying; trouble on the wire then only means that it is sent later.
         """
         for key in list(self.state["outbox"]):
             if self.silent or not self.source:
                 return
-            status, refused = self.state["outbox"][key], None
+            status = self.state["outbox"][key]
+            refused = None
             try:
                 self.source.post_status(status["deploymentId"], status)
             except (Refused, Unreachable, Untrusted) as error:
@@ -9454,13 +8785,18 @@ class Agent:
                     self.note_fault(error, time.time())
                     log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
                     return
-                refused = {"state": status["status"]["state"], "at": make_time(time.time()), "reason": error.message}
-                log("error", "the WFM refuses a status for good; it is dropped", deployment=key, reason=error.message)
+                refused = {"state": status["status"]["state"], "at": make_time(time.time()),
+                           "reason": error.message}
+                log("error", "the WFM refuses a status for good; it is dropped", deployment=key,
+                    reason=error.message)
             acknowledge_status(self.state, key, refused)
 
     def conclude(self, began):
-        """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something changed."""
-        state, fault = self.state, max(self.faults, key=lambda fault: fault.exit, default=None)
+        """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something
+        changed.
+        """
+        state = self.state
+        fault = max(self.faults, key=lambda fault: fault.exit, default=None)
         failed = any(record["state"] == "failed" for record in state["deployments"].values())
         result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"]))
         if state["history"] and state["accepted"]:
@@ -9479,27 +8815,30 @@ class Agent:
             log("error", error.message, code=error.code)
             code = max(code, error.exit)
         memo = self.store.load_memo()
-        others = memo.get("others", [])
+        others = memo.get("others")
         if self.answering:
-            others = self.list_others(None if self.changed else memo.get("others"))[:MAX_NAMED]
-        self.store.save_memo(dict(memo, lastPoll=last, others=others))
-        return Outcome(code, result, last["detail"], make_delay(self.config, state, fault, get_clock(), get_random()))
+            others = ask_others(self.answering, None if self.changed else others)[:MAX_NAMED]
+        self.store.save_memo(dict(memo, lastPoll=last, others=others or []))
+        delay = make_delay(self.config, state, fault, get_clock(), get_random())
+        return Outcome(code, result, last["detail"], delay)
 
 
-# What a cycle does, in order: functions of the Agent; what they return is of no account, and a MargoError ends that step alone.
-STEPS = [Agent.tend_identity, Agent.exchange, Agent.refresh_revocation, Agent.reconcile, Agent.flush_outbox]
+# What a cycle does, in order: functions of the Agent.  A MargoError ends that step alone.
+STEPS = [Agent.exchange, Agent.reconcile, Agent.flush_outbox]
 
 
 def judge_cycle(fault, changed, failed, waiting):
     """(word of `lastPoll.result`, exit code) of a cycle.
 
-    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a deployment has failed.
-    waiting: whether a status waits in the outbox.  The operator's own silence is no fault.
+    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
+    deployment has failed. waiting: whether a status waits in the outbox.  The operator's own silence is no
+    fault.
     """
     silence = isinstance(fault, Silence) and not fault.exit
     code = 0 if silence or not fault else fault.exit
     code = max(code, 1 if failed else 0, 3 if waiting and not silence else 0)
-    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"), (MargoError, "failed"))
+    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"),
+             (MargoError, "failed"))
     for kind, word in words if not silence else ():
         if isinstance(fault, kind):
             return word, code
@@ -9513,44 +8852,14 @@ def make_prefix(device):
     return device.device_id + " " if device.silence else ""
 
 
-def make_backoff(failures, asked, strategy, jitter):
-    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at what it asked for and
-    never less (C-056); exactly that where it says `fixed` or `none` (C-057).
-    """
-    asked = asked or 0
-    if asked and strategy in ("fixed", "none"):
-        return asked
-    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
-
-
-def make_start(uptime, poll, known, jitter):
-    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power arrives spread
-    over one interval (P-19).  One that never had a desired state asks at once.
-    """
-    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
-
-
-def make_delay(config, state, fault, clock, jitter):
-    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where an attempt is due."""
-    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
-    patience = state["patience"]
-    if isinstance(fault, (Refused, Untrusted)):
-        return max(interval, patience.get("delay", 0), grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP))
-    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
-    if left:
-        return max(1.0, min(interval, left))        # waiting for the WFM is no reason to leave workloads unwatched
-    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
-                if record["state"] == "failed" and not record["refused"]]
-    return max(1.0, min([interval] + attempts))
-
-
 # ------------------------------------------------------------------------------------------------------------------------------
-# 19. Gateway (optional)
+# 21. Gateway (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def load_child_devices(config, own_id, claim):
     """[Device] of each child of a see-thru gateway (protocol 9).  claim: as for make_compose_driver."""
-    ids, devices = [f"{own_id}/{child.id}" for child in config.device.children], []
+    devices = []
+    ids = [f"{own_id}/{child.id}" for child in config.device.children]
     for device_id, child in zip(ids, config.device.children):
         others = [other for other in ids if other != device_id]
         silence = ComponentError("102", f"child device {device_id} does not answer", source=own_id)
@@ -9562,36 +8871,46 @@ def load_child_devices(config, own_id, claim):
 def assign(targets, records, devices, silent, offers):
     """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
 
-    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent: {device id: {deployment
-    type: CommandError}} of what does not answer.  offers: {device id: capabilities document}, where a rule asks for one.
+    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent:
+    {device id: {deployment type: CommandError}} of what does not answer.  offers: {device id: capabilities
+    document}, where a rule asks for one.
     """
-    known, own_id = {device.device_id: device for device in devices}, devices[0].device_id
-    homes = {key: record["deviceId"] if record["deviceId"] in known else own_id for key, record in records.items()}
-    held, found = dict(homes), []
+    known = {device.device_id: device for device in devices}
+    own_id, *children = known
+    before = {key: record["deviceId"] if record["deviceId"] in known else own_id
+              for key, record in records.items()}
+    homes = dict(before)
+    found = []
     for target in targets:
-        key, error = target.deployment_id.lower(), target.error
-        others = [home for other, home in homes.items() if other != key]
+        key = target.deployment_id.lower()
+        error = target.error
         if target.deployment and not error:
-            reasons = {device_id: find_reason(target.deployment, device, offers) for device_id, device in known.items()}
-            answers = {device.device_id: target.deployment.type not in silent[device.device_id] for device in devices[1:]}
+            others = [home for other, home in homes.items() if other != key]
+            loads = {child: others.count(child) for child in children}
+            answers = {child: target.deployment.type not in silent[child] for child in children}
+            reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
             try:
-                homes[key] = find_place(target.deployment, held.get(key), own_id, answers, reasons.get,
-                                        {device_id: others.count(device_id) for device_id in known})
+                held = before.get(key)
+                homes[key] = find_place(target.deployment, held, own_id, answers, reasons.get, loads)
                 error = reasons[homes[key]]
             except ComponentError as fault:
                 error = fault
         found.append(target._replace(error=error, device_id=homes.get(key, own_id)))
-    return [make_share(device, [target for target in found if target.device_id == device_id],
-                       {key: record for key, record in records.items() if held[key] == homes[key] == device_id}, silent[device_id])
-            for device_id, device in known.items()]
+    shares = []
+    for device_id, device in known.items():
+        mine = {key: record for key, record in records.items() if before[key] == homes[key] == device_id}
+        wanted = [target for target in found if target.device_id == device_id]
+        shares.append(make_share(device, wanted, mine, silent[device_id]))
+    return shares
 
 
 def find_place(deployment, held, own_id, children, find_reason, loads):
-    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103 (protocol 9).
+    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103
+    (protocol 9).
 
-    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device id to why it cannot run
-    there, or "".  loads: {device id: deployments that are there}.  A free choice falls on the least loaded child that answers, and
-    stays; a document that names no device is for this one.
+    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device
+    id to why it cannot run there, or "".  loads: {device id: deployments that are there}.  A free choice
+    falls on the least loaded child that answers, and stays; a document that names no device is for this one.
     """
     wanted = deployment.device_id or own_id
     if wanted == own_id or wanted in children:
@@ -9602,17 +8921,20 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
         parent = wanted[:-2] if wanted.endswith("/*") else None
         if parent in children:
             raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
-        raise ComponentError("101", f"child device {parent or wanted} is not known; known are {', '.join(children)}", source=own_id)
+        words = f"child device {parent or wanted} is not known; known are {', '.join(children)}"
+        raise ComponentError("101", words, source=own_id)
     reasons = {child: find_reason(child) for child in children}
     fit = [child for child in children if not reasons[child]]
     if held in fit:
         return held
     if not fit:
-        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items()) or "this device is no gateway"
-        raise ComponentError("103", f"no child device can take it: {words}", source=own_id)
+        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items())
+        words = f"no child device can take it: {words or 'this device is no gateway'}"
+        raise ComponentError("103", words, source=own_id)
     there = [child for child in fit if children[child]]
     if not there:
-        raise ComponentError("102", f"none of the child devices that could take it answers: {', '.join(fit)}", source=own_id)
+        words = f"none of the child devices that could take it answers: {', '.join(fit)}"
+        raise ComponentError("102", words, source=own_id)
     return min(there, key=lambda child: loads.get(child, 0))
 
 
@@ -9633,29 +8955,33 @@ ASSIGN.append(assign)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 20. Hooks (optional)
+# 22. Hooks (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def run_hooks(moment, change, tools, error):
-    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the facts as JSON on stdin.
+    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the
+    facts as JSON on stdin.
 
-    Raises Forbidden HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way back to the version
-    before, that is only logged.  Values of parameters are not among the facts: no process but the application gets them.
+    Raises Forbidden HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way
+    back to the version before, that is only logged.  Values of parameters are not among the facts: no process
+    but the application gets them.
     """
-    facts, event = {}, f"{moment}-{change.event}"
+    facts = {}
+    event = f"{moment}-{change.event}"
     for path in tools.config.hooks.run:
         facts = facts or make_facts(change, event, error)
         environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
         try:
-            output = run_command([path, event], tools.config.hooks.timeout, env=environ, data=make_json(facts))
+            output = run_command([path, event], tools.config.hooks.timeout, env=environ,
+                                 data=make_json(facts))
             words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
         except CommandError as fault:
             words = fault.message
         if words and moment == "before" and not change.rollback:
             raise Forbidden("HOOK_FAILED", f"hook {path} {event} {words}")
         if words:
-            log("error", "a hook failed; the change stands", hook=path, hookEvent=event, deployment=facts["deploymentId"],
-                reason=words)
+            log("error", "a hook failed; the change stands", hook=path, hookEvent=event,
+                deployment=facts["deploymentId"], reason=words)
 
 
 def make_facts(change, event, error):
@@ -9666,10 +8992,12 @@ def make_facts(change, event, error):
     outcome = {"state": "removed" if change.event == "removal" else "installed", "code": "", "message": ""}
     if error:
         outcome = {"state": "failed", "code": error.code, "message": error.message}
-    extensions = dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions, component=component.extensions)
-    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"], "name": record["name"],
-            "namespace": deployment.namespace, "deviceId": record["deviceId"], "type": deployment.type, "component": change.name,
-            "repository": component.repository, "revision": component.revision, "extensions": extensions,
+    extensions = dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions,
+                      component=component.extensions)
+    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"],
+            "name": record["name"], "namespace": deployment.namespace, "deviceId": record["deviceId"],
+            "type": deployment.type, "component": change.name, "repository": component.repository,
+            "revision": component.revision, "extensions": extensions,
             "outcome": None if event.startswith("before") else outcome}
 
 
@@ -9685,13 +9013,2025 @@ def check_hooks(agent):
     return "ok", f"{len(hooks)} to be run around changes" if hooks else ""
 
 
-SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []), "timeout": (read_duration, "60s")})
+SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []),
+                     "timeout": (read_duration, "60s")})
 LISTENERS.append(run_hooks)
 EXAMINE.update(hooks=check_hooks)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 21. Command line
+# 23. Older documents (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
+
+
+def convert_older(value):
+    """An ApplicationDeployment of an older generation (protocol 0 and 3.3) in rc.3's form, see DIALECTS.
+
+    Raises ValueError.
+
+    They are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a
+    namespace is `default`; without `metadata.deviceId` it is for the device that was given it.
+    """
+    if "apiVersion" not in value and "kind" not in value:
+        return None
+    check_member(value, "kind", "", checked("ApplicationDeployment",
+                                            lambda item: item == "ApplicationDeployment"))
+    metadata = check_member(value, "metadata", "", read_dict)
+    spec = check_member(value, "spec", "", read_dict)
+    profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
+    notes = metadata.get("annotations")
+    notes = notes if isinstance(notes, dict) else {}
+    own_id = next((holder["id"] for holder in (value, notes, metadata) if "id" in holder), None)
+    key = "applicationId"
+    application = next((holder[key] for holder in (spec, notes, metadata) if key in holder), None)
+    kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
+    metadata = {"name": application, "namespace": "default", **metadata}
+    spec = dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind))
+    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, "ENV.", False)
+
+
+def parse_older_package(properties, where, kind):
+    """parse_package of older generations, which name a package by its URL, too, and a chart by that of its
+    repository (6.5).
+    """
+    if "packageLocation" not in properties or "repository" in properties:
+        return parse_package(properties, where, kind, "(oci|https)" if kind == "helm" else "oci")
+    url, key = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN), None
+    if properties.get("keyLocation"):
+        key = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
+    return url, "", key
+
+
+def fetch_older(component, config, store, kind):
+    """The package of a component of an older generation: (digest, bytes), kept by its digest.
+
+    Raises ComponentError.
+
+    Nothing vouches for its content but TLS, an index's digest and, where the document names a key, a
+    signature.
+    """
+    url = component.repository
+    if config.wfm.profile == "mtls":
+        raise ComponentError(
+            "INVALID_DEPLOYMENT",
+            f"{make_printable(url)}: this generation takes packages from OCI registries only",
+        )
+    if kind == "helm":
+        data = fetch_chart(url, component.revision, config)
+    else:
+        data = fetch_file(url, config)
+        if component.key_location:
+            run_signature_check(data, url, fetch_file(component.key_location, config), config)
+    digest = sha256_digest(data)
+    store.save_artifact(digest, data)
+    return digest, data
+
+
+def fetch_chart(repository, revision, config):
+    """The bytes of a chart from `https://repository/NAME` by that repository's index."""
+    from urllib.parse import urljoin
+    base, _, name = repository.rpartition("/")
+    try:
+        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
+        entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
+        url, wanted = urljoin(base + "/", entry["urls"][0]), entry.get("digest")
+    except YAMLError as error:
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
+    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
+    data = fetch_file(url, config)
+    digest = sha256_digest(data)
+    if wanted and str(wanted) not in (digest, digest[7:]):
+        words = f"the index names {make_printable(str(wanted), 80)}, the chart has {digest}"
+        raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
+    return data
+
+
+def fetch_file(url, config, missing=False):
+    """The bytes at an https URL, by what `registries` says of its host.
+
+    None where there is nothing, if `missing`.
+    """
+    host = url.split("/")[2]
+    registry = Registry(host, config)
+    registry.authorization = load_credentials(host, registry.settings)
+    response = registry.fetch(url, "*/*", config.policy.max_artifact)
+    if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
+        return None
+    return registry.check(response, url, config.policy.max_artifact).body
+
+
+def run_signature_check(data, url, key, config):
+    """Raises ComponentError unless gpg finds that the key signed the package.
+
+    No signature to be had is a warning.
+    """
+    import tempfile
+    signature = fetch_file(f"{url}.asc", config, True) or fetch_file(f"{url}.sig", config, True)
+    if not signature:
+        log(
+            "warning",
+            "the document names a key, but there is no signature of the package beside it (.asc or .sig)",
+            package=url,
+        )
+        return
+    with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+        paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
+        for path, content in zip(paths, (key, signature, data)):
+            write_file(path, content)
+        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
+        try:
+            run_command(gpg + ["--import", paths[0]], 60)
+            output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
+        except CommandError as error:
+            raise ComponentError("PULL_FAILED",
+                                 f"{url} is signed, and that cannot be checked: {error.message}") from None
+    if output.code:
+        words = f"the key at keyLocation did not sign this package: {output.stderr[-300:]}"
+        raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
+
+
+DIALECTS.append(convert_older)
+FETCHERS["https"] = fetch_older
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 24. Signed (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+Signer = define("Signer", "leaf key algorithm label components keyid alg",
+    "What signs requests: the own leaf Certificate, its key (a file, or a URI that openssl knows), algorithm,"
+    " and how RFC 9421 is spoken: label, components to cover, keyid, `alg` parameter (empty: not sent).")
+
+# What a public key is, by the object identifiers in it, and what it may sign by, the default first (C-065).
+KEY_ALGORITHMS = {
+    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",
+                                        ), "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
+    "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"),
+    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"), "2b6570": ("ed25519",)}
+# openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
+SIGNING = {
+    "ecdsa-p256-sha256": (["-sha256"], 32), "ecdsa-p384-sha384": (["-sha384"],
+                                                                  48), "rsa-v1_5-sha256": (["-sha256"], 0),
+    "rsa-pss-sha256": (["-sha256", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:32"], 0),
+    "rsa-pss-sha512": (["-sha512", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:64"], 0),
+    "ed25519": (None, 0)}
+ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
+
+
+def read_components(value, base):
+    """What a request signature covers; without method, target and content digest it would do for any request
+    (C-062, C-063).
+    """
+    names = list_of(read_word, "a list of components")(value, base)
+    lower = [name.lower() for name in names]
+    if not {"@method", "@target-uri", "content-digest"} <= set(lower) or len(set(lower)) < len(lower):
+        raise ValueError("a list of components, @method, @target-uri and content-digest among them")
+    return names
+
+
+SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
+SCHEMA["identity"]["algorithm"] = choice(*SIGNING)
+SCHEMA["identity"]["signature"] = {
+    "label": (read_word, "sig1"), "components": (read_components,
+                                                 ["@method", "@target-uri", "@authority", "content-digest"]),
+    "keyid": read_word, "alg": read_word}
+
+
+def choose_algorithm(spki, wanted):
+    """The algorithm that the key of a public key (DER) signs by: the wanted one or its kind's default; raises
+    ValueError.
+    """
+    fields = parse_der(parse_der(parse_der(spki)[0][1])[0][1])
+    known = KEY_ALGORITHMS.get(" ".join(value.hex() for tag, value, _ in fields if tag == 0x06))
+    if not known:
+        raise ValueError("its key is of no kind that signs requests: ECDSA P-256 or P-384, RSA, or Ed25519")
+    if wanted and wanted not in known:
+        raise ValueError(f"its key cannot sign by identity.algorithm {wanted}, only by {', '.join(known)}")
+    return wanted or known[0]
+
+
+def make_signer(chain, config):
+    """The Signer of a DER chain and the configuration; raises ValueError."""
+    if not chain:
+        raise ValueError("it holds no certificate in PEM")
+    leaf = parse_certificate(chain[0])
+    wish = config.identity.signature
+    algorithm = choose_algorithm(leaf.spki, config.identity.algorithm)
+    alg = wish.alg
+    if alg is None:
+        alg = algorithm if algorithm in ("rsa-v1_5-sha256", "rsa-pss-sha256") else ""
+    keyid = wish.keyid or sha256_digest(leaf.spki)[7:]
+    return Signer(leaf, config.identity.key, algorithm, wish.label, wish.components, keyid, alg)
+
+
+def load_signer(config):
+    """What signs requests for the own certificate; raises Untrusted."""
+    return load_own(config, lambda chain: make_signer(chain, config))
+
+
+def make_signature_base(method, url, headers, signer, created):
+    """(signature parameters as text, bytes to sign) of a request (protocol 2.9, C-063, C-064); what it lacks
+    is not covered.
+    """
+    from urllib.parse import urlsplit
+    parts = urlsplit(url)
+    values = {name.lower(): value for name, value in headers.items()}
+    values.update({"@method": method, "@target-uri": url, "@authority": parts.netloc, "@scheme": parts.scheme,
+                   "@path": parts.path})
+    covered = [name for name in signer.components if name.lower() in values]
+    alg = f';alg="{signer.alg}"' if signer.alg else ""
+    names = " ".join(f'"{name}"' for name in covered)
+    parameters = f'({names});created={created};keyid="{signer.keyid}"{alg}'
+    lines = [f'"{name}": {values[name.lower()]}' for name in covered] + [f'"@signature-params": {parameters}']
+    return parameters, "\n".join(lines).encode("latin-1")
+
+
+def parse_ecdsa(der, size):
+    """An ECDSA signature of openssl to r and s side by side, as RFC 9421 has them (C-066); raises ValueError,
+    OverflowError.
+    """
+    (_, body, _), = parse_der(der)
+    r, s = (int.from_bytes(value, "big") for _, value, _ in parse_der(body))
+    return r.to_bytes(size, "big") + s.to_bytes(size, "big")
+
+
+def run_signature(data, signer):
+    """The signature over bytes by openssl, which alone sees the key; raises Untrusted, or ConfigError without
+    openssl.
+    """
+    arguments, size = SIGNING[signer.algorithm]
+    try:
+        if arguments is None:                       # Ed25519 takes a file that it can measure
+            with lend_file(data) as file:
+                found = run_openssl(["pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", file.name])
+        else:
+            found = run_openssl(["dgst"] + arguments + ["-sign", signer.key], data)
+        if not found:
+            raise ValueError("it printed no signature")
+        return parse_ecdsa(found, size) if size else found
+    except CommandMissing as error:
+        raise ConfigError(error.message) from None
+    except (ValueError, OverflowError, OSError, CommandError) as error:
+        reason = make_printable(str(error), 300)
+        raise Untrusted(f"identity.key {signer.key}: openssl cannot sign by it: {reason}") from None
+
+
+def parse_ca(text):
+    """Certificates in base64 of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
+    data = text.encode("ascii")
+    if b"-----BEGIN" not in data:
+        data = parse_base64(text)
+    anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
+    for anchor in anchors:
+        parse_certificate(anchor)
+    if not anchors:
+        raise ValueError("it holds no certificate")
+    return anchors
+
+
+def fetch_ca(config, path):
+    """`enroll --fetch-ca FILE`: the WFM's root CA into a file, and its fingerprint for a person to compare.
+
+    The channel is one that the system's store vouches for, never trust on first use (C-069).
+    """
+    if config.wfm.profile != "signed":
+        raise ConfigError("--fetch-ca is for profile signed; others have a trust bundle")
+    where = f"{config.wfm.url}/api/v1/onboarding/certificate"
+    path = os.path.abspath(path)
+    context = make_tls_context(min_tls=config.wfm.min_tls)
+    response = request("GET", where, {"Accept": JSON_TYPE}, None, context, config.wfm.timeout,
+                       MAX_CERTIFICATES)
+    check_response(response, where, (200,), time.time())
+    try:
+        value = parse_json(response.body, "the answer")
+        anchors = parse_ca(value["certificate"] if isinstance(value, dict) else "")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise Untrusted(f"{where}: no usable certificate ({error})") from None
+    pem = make_pem(anchors).encode()
+    if read_file(path, MAX_CERTIFICATES) not in (None, pem):
+        raise Untrusted(f"{path} holds another CA than {where} gives out; if that is meant to be, move it"
+                        " away first")
+    write_file(path, pem, 0o644)
+    for anchor in anchors:
+        print(f"{path}: compare its SHA-256 fingerprint {sha256_digest(anchor)[7:]}")
+
+
+OPTIONS["enroll"]["--fetch-ca"] = ("FILE", fetch_ca)
+
+
+class SignedSource(HttpSource):
+    """API 1.0.0 of the first preview release, in either dialect (C-060 to C-068).
+
+    Server-side TLS, a client id, and every request signed.
+    """
+
+    def __init__(self, config, signer, state):
+        super().__init__(config)
+        from urllib.parse import urlsplit
+        host = urlsplit(self.url).netloc
+        self.url = self.url.replace(host, re.sub(":443$", "", host.lower()), 1)             # as it is signed
+        self.signer, self.state, self.peer = signer, state, "the one that identity.ca vouches for"
+        self.context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
+
+    def adopt(self, client_id):
+        """Speaks as this client from now on."""
+        from urllib.parse import quote
+        self.client_id = client_id
+        self.root = f"/api/v1/clients/{quote(client_id, safe='')}"
+
+    def ask(self, method, url, headers, body, limit):
+        """One request with a signature of its own, also where it is repeated (C-062, C-067).
+
+        A signature that is not accepted is explained in the log.
+        """
+        import hashlib
+        if body is not None:
+            headers["Content-Digest"] = f"sha-256=:{make_base64(hashlib.sha256(body).digest())}:"
+        signer = self.signer
+        parameters, base = make_signature_base(method, url, headers, signer, int(time.time()))
+        headers["Signature-Input"] = f"{signer.label}={parameters}"
+        headers["Signature"] = f"{signer.label}=:{make_base64(run_signature(base, signer))}:"
+        response = request(method, url, headers, body, self.context, self.config.wfm.timeout, limit)
+        if response.status == 401:
+            # the same form of time, counted from 1970
+            theirs = parse_retry_after(response.headers.get("Date"), 0)
+            offset = "unknown" if theirs is None else f"{time.time() - theirs:+.0f} s"
+            log("error", "the WFM does not accept a signature", method=method, target=url,
+                algorithm=signer.algorithm,
+                base=base.decode("latin-1"), clockOffset=offset)
+        elif response.status == 404 and url.endswith("/deployments"):
+            log("error", "the WFM does not know this client any more; `unenroll`, then `enroll`, begin anew",
+                client=self.client_id)
+        return response
+
+    def onboard(self):
+        """The client id that the WFM gives to the own certificate; raises Untrusted, Unreachable (protocol
+        2.7, C-068).
+        """
+        document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest",
+                    "certificate": make_base64(self.signer.leaf.der)}
+        try:
+            answer = self.send("POST", "/onboarding", (200, 201), document=document)
+            client_id = parse_client_id(parse_json(answer.body, "the answer"))
+        except (Untrusted, Refused, ValueError) as error:
+            reason = getattr(error, "message", error)
+            raise Untrusted(f"onboarding refused: {reason};"
+                            " it may wait for somebody's approval at the WFM") from None
+        log("info", "onboarded", client=client_id)
+        return client_id
+
+    def put_capabilities(self, device_id, document):
+        """Reports what a device can do: by POST the first time, by PUT afterwards, by the other where the WFM
+        wants that.
+        """
+        dialect = self.config.wfm.dialect
+        methods = ["POST", "PUT"]
+        path = f"/capabilities/{device_id}" if dialect == "b" else "/capabilities"  # a knows no child devices
+        if device_id in (self.state["enrollment"] or {}).get("devices", {}):
+            methods = ["PUT", "POST"]
+        document = make_older_capabilities(document, dialect)
+        try:
+            self.send(methods[0], path, SUCCESS, document=document)
+        except Refused as error:
+            if error.status not in (404, 405, 409):
+                raise
+            self.send(methods[1], path, SUCCESS, document=document)
+
+    def delete_capabilities(self, device_id):
+        """Deregisters a device; dialect a has nothing of the kind."""
+        if self.config.wfm.dialect == "b":
+            self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+
+    def post_status(self, deployment_id, document):
+        """Reports a deployment's status with that generation's fields."""
+        super().post_status(deployment_id, make_older_status(document, self.config.wfm.dialect))
+
+
+def parse_client_id(value):
+    """The client id in the answer to an onboarding; raises ValueError."""
+    found = value.get("clientId") if isinstance(value, dict) else None
+    good = isinstance(found, str) and re.fullmatch(r"[^/\\]{1,200}", found) and found.isprintable()
+    if not good or found in (".", ".."):
+        raise ValueError(f"clientId {make_printable(str(found), 100)!r} cannot be one segment of a path")
+    return found
+
+
+def make_older_capabilities(document, dialect):
+    """Capabilities of rc.3 as the first preview release has them (protocol 3.5).
+
+    Dialect b is flat, a has roles and resources; neither has labels.
+    """
+    properties = dict(document["properties"])
+    hosting = {key: properties.pop(key) for key in HOSTING_PROPERTIES if key in properties}
+    cpus = hosting.pop("cpus", None)
+    types = hosting.get("supportedDeploymentTypes", ())
+    heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
+    if dialect == "b":
+        extensions = {key: value for key, value in document.items() if key not in ("properties", "labels")}
+        properties.update(hosting)
+        if cpus:
+            properties["cpu"] = cpus
+        return dict(extensions, properties=properties, **heading)
+    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+    if hosting:
+        names = ("memory", "storage", "peripherals", "interfaces")
+        properties["resources"] = {key: hosting[key] for key in names if key in hosting}
+        if cpus:
+            properties["resources"]["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])  # never summed (C-203)
+    return dict(heading, properties=properties)
+
+
+def make_older_status(document, dialect):
+    """A status of rc.3 as the first preview release has it (protocol 3.6): no manifest version.
+
+    Dialect a also has neither deviceId nor the source of an error.
+    """
+    without = ("adoptedManifestVersion", "deviceId",
+               "source") if dialect == "a" else ("adoptedManifestVersion",)
+
+    def strip(value):
+        if isinstance(value, list):
+            return [strip(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return {key: strip(item) for key, item in value.items() if key not in without}
+
+    return dict(strip(document), apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
+
+
+class Signed(Profile):
+    """Profile signed: a certificate whose key signs every request, and a client id from onboarding."""
+
+    settings = ("wfm.url", "identity.certificate", "identity.key", "identity.ca")
+
+    @staticmethod
+    def takes_children(config):
+        return config.wfm.dialect == "b"
+
+    def connect(self, keep=True):
+        """See Profile.  keep: onboards where that is due, and stores the client id before anything else."""
+        config = self.config
+        state = self.state
+        now = time.time()
+        signer = load_signer(config)
+        check_own(signer.leaf, config, now)
+        warn_of_expiry(signer.leaf, self.store, now)
+        source = SignedSource(config, signer, state)
+        key = sha256_digest(signer.leaf.spki)
+        if not state["client"] or state["client"]["key"] != key:
+            if not keep:
+                raise Untrusted("this device is not onboarded with its key yet, and that is not done in"
+                                " passing; see `enroll`")
+            state["client"] = {"id": source.onboard(), "key": key}
+            self.store.save_state(state)
+        check_enrollment(state, state["client"]["id"])
+        source.adopt(state["client"]["id"])
+        return source
+
+    def describe(self, now):
+        return describe_own(self.config, load_signer, (self.state["client"] or {}).get("id", ""), now)
+
+    def check(self, now):
+        signer = load_signer(self.config)
+        check_own(signer.leaf, self.config, now)
+        run_signature(b"a test of this device's own", signer)
+        if load_public_key(signer.key) != signer.leaf.spki:
+            raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
+        return judge_own(signer.leaf, f"signs by {signer.algorithm}", self.config, now)
+
+    def identify(self):
+        """The own key, at this WFM."""
+        return f"{self.config.wfm.url}#{sha256_digest(load_signer(self.config).leaf.spki)}"
+
+
+PROFILES["signed"] = Signed
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 25. Git (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
+MAX_PACKS = 50                      # fetches after which the copy of a repository is begun anew (P-21)
+
+BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"       # as git allows it
+                  r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
+
+
+def parse_folder(text):
+    """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
+    parts = text.strip("/").split("/")
+    if parts != [""] and {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f]", text):
+        raise ValueError("a folder inside the repository")
+    return "/".join(parts)
+
+
+read_branch = scalar("the name of a branch", BRANCH_PATTERN)
+read_folder = scalar("a folder inside the repository", make=parse_folder)
+SCHEMA["wfm"]["status_url"] = read_root_url
+SCHEMA["git"] = {
+    "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False),
+    "allowed_signers": read_path, "allow_rewrite": (read_flag, False), "token_file": read_path,
+    "username": read_text, "ssh_key": read_path, "known_hosts": read_path}
+
+
+def check_git_settings(config):
+    """What only profile git has: [(whether it is wrong, key, words)]."""
+    wfm, git = config.wfm, config.git
+    return [
+        (wfm.profile != "git" and wfm.status_url, "wfm.status_url",
+         "only profile git reports elsewhere; leave it out"),
+        (git.verify_signatures and not git.allowed_signers,
+         "git.allowed_signers", "not set, and needed for git.verify_signatures"),
+        (git.allow_rewrite and not git.verify_signatures,
+         "git.allow_rewrite",
+         "a rewritten history is accepted only from signers; set git.verify_signatures, too"),
+        (git.username and not git.token_file,
+         "git.username", "is sent with the token of git.token_file, which is not set")]
+
+
+CHECKS.append(check_git_settings)
+
+
+class GitSource:
+    """The desired state as a folder of documents on a branch, and a branch of one's own as the sink of
+    reports.
+
+    git is given a home of its own, so that no configuration, hook, attribute or credential of the machine has
+    a say, and never a work tree.  Its repository is a cache: what was accepted lies in artifacts/, and
+    whatever goes wrong in it, it is made anew (P-14, P-21).
+    """
+
+    def __init__(self, config, home, header, connect_reporter):
+        self.config, self.home, self.header, self.connect_reporter = config, home, header, connect_reporter
+        self.url, self.client_id = config.wfm.url, config.wfm.url
+        self.peer = f"a repository with a branch {config.git.branch}"
+        self.branch = f"refs/heads/{config.git.branch}"
+        self.repository = os.path.join(home, "repository")
+        self.env = make_git_environment(config, home, os.environ)
+        self.heads, self.reporter = {}, None
+
+    def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
+        """One git command on the repository: its Output; raises CommandError unless it ends with one of
+        `codes` (None: any).
+        """
+        folder = self.repository
+        if command == "ls-remote":
+            folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
+        before = os.umask(0o077)                    # what git writes is below the state directory
+        try:
+            command_line = ["git", f"--git-dir={folder}", command, *arguments]
+            output = run_command(command_line, timeout, env or self.env, self.home, **options)
+        except CommandMissing as error:
+            raise ConfigError(error.message) from None
+        finally:
+            os.umask(before)
+        if codes and output.code not in codes:
+            raise CommandError(f"git {command}: {output.stderr or f'exit code {output.code}'}")
+        return output
+
+    def fetch_head(self, ref):
+        """The commit at which a ref stands at the server now, None where there is none; no object is fetched.
+
+        Raises what `ask_reason` says.
+        """
+        try:
+            output = self.git("ls-remote", "--", self.url, ref, timeout=4 * self.config.wfm.timeout)
+        except CommandError as error:
+            raise self.ask_reason(error, "git-upload-pack") from None
+        lines = output.stdout.decode("ascii", "replace")
+        found = re.search(rf"^([0-9a-f]{{40}}|[0-9a-f]{{64}})\t{re.escape(ref)}$", lines, re.M)
+        self.heads[ref] = found.group(1) if found else None
+        return self.heads[ref]
+
+    def ask_reason(self, error, service):
+        """Why the server could not be used, as a fault: git has no words for programs, so the server itself
+        is asked.
+
+        Of an https server the status tells; an ssh server that answers is not one that cannot be reached.
+        """
+        wfm = self.config.wfm
+        headers = {"Git-Protocol": "version=2"}
+        if self.url.startswith("https://"):
+            try:
+                context = make_tls_context((), self.config.identity.ca, wfm.min_tls)
+                if self.header:
+                    headers["Authorization"] = self.header
+                where = f"{self.url}/info/refs?service={service}"
+                answer = request("GET", where, headers, None, context, wfm.timeout, MAX_ANSWER)
+                check_response(answer, self.url, (200,), time.time())
+            except MargoError as fault:
+                return fault
+        elif service == "git-upload-pack" and not self.url.startswith("file://") and ask_ssh(self.url,
+                                                                                             wfm.timeout):
+            return Untrusted(f"{self.url}: the ssh server is there, but not as it has to be, or gives no"
+                             f" access: {error.message}")
+        return Unreachable(f"{self.url}: {error.message}")
+
+    def fetch_desired(self, accepted, load_artifact):
+        """None where the branch still stands at the accepted commit, else a Desired; see HttpSource."""
+        head = self.fetch_head(self.branch)
+        if head is None:
+            raise Refused(f"{self.url} has no branch {self.config.git.branch}; nothing is removed for that")
+        if accepted and accepted["version"] == head and not accepted.get("incomplete"):
+            return None
+        base = accepted["version"] if accepted else None
+        head, (entries, documents, ignored) = self.work(lambda: self.fetch_files(base))
+        for name in ignored:
+            log("info", "ignored: not an ApplicationDeployment", name=name)
+        new = {digest: data for digest, data in documents.items() if load_artifact(digest) is None}
+        return Desired(head, None, sha256_digest(head.encode()), entries, new)
+
+    def work(self, act):
+        """What `act` returns; where git fails although the server answers, once more on a repository made
+        anew (P-14).
+        """
+        try:
+            return act()
+        except CommandError as error:
+            self.fetch_head(self.branch)
+            log("warning", "the copy of the repository is made anew", reason=error.message)
+        try:
+            remove_folder(self.repository)
+            return act()
+        except CommandError as error:
+            raise self.ask_reason(error, "git-upload-pack") from None
+
+    def fetch_files(self, base):
+        """(head commit, what read_files returns), once the head is known to follow on `base`.
+
+        From a shallow copy that ends at the accepted commit, a plain fetch brings just the commits since and
+        what is new in them, and that proves the descent; where the copy has gone, it is begun anew at the
+        accepted commit, which a server gives if it still has it.  Raises Refused, Untrusted.
+        """
+        self.prepare()
+        if base and not self.has(base):
+            self.fetch(f"{base}:refs/margo/base", "--depth=1", codes=(0, 1, 128))
+        elif base:
+            self.git("update-ref", "refs/margo/base", base)
+        known = base
+        self.fetch(f"+{self.branch}:refs/margo/head", *([] if base else ["--depth=1"]))
+        head = self.git("rev-parse", "--verify", "refs/margo/head").stdout.decode().strip()
+        if self.config.git.verify_signatures:
+            self.ask_signature(head)
+        base = base if base and self.has(base) else None
+        if known and not (base and self.follows(base, head)):
+            words = f"commit {head} does not descend from the accepted {known}:"
+            words += " history was rewritten, or set back"
+            if not self.config.git.allow_rewrite:
+                raise Refused(f"security: {words}; revert by a new commit instead, or see git.allow_rewrite")
+            log("warning", f"{words}; accepted, because it is signed and git.allow_rewrite is set")
+        return head, self.read_files(head, base)
+
+    def prepare(self):
+        """Makes the bare repository where there is none, and anew where many fetches have piled up: nothing
+        tidies it.
+        """
+        packs = os.path.join(self.repository, "objects", "pack")
+        if os.path.isdir(packs) and len(os.listdir(packs)) <= 3 * MAX_PACKS:
+            return
+        remove_folder(self.repository)
+        known = self.heads[self.branch] if self.branch in self.heads else self.fetch_head(self.branch)
+        form = ["--object-format=sha256"] if len(known or "") == 64 else []
+        self.git("init", "--quiet", "--bare", "--template=", *form)
+
+    def has(self, commit):
+        """Whether a commit is in the repository."""
+        return not self.git("cat-file", "-e", f"{commit}^{{commit}}", codes=(0, 1, 128)).code
+
+    def follows(self, base, head):
+        """Whether a commit follows on another one."""
+        return not self.git("merge-base", "--is-ancestor", base, head, codes=(0, 1)).code
+
+    def fetch(self, refspec, *options, codes=(0,)):
+        """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
+        """
+        limit = self.config.policy.max_unpacked
+        packs = os.path.join(self.repository, "objects", "pack")
+        before = limit_files(limit)
+        try:
+            output = self.git("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", *options, "--",
+                              self.url, refspec,
+                              timeout=PULL_TIMEOUT, codes=None)
+        finally:
+            limit_files(before)
+        paths = [os.path.join(packs, name) for name in os.listdir(packs)] if os.path.isdir(packs) else []
+        if output.code and max(map(os.path.getsize, paths), default=0) >= limit:
+            remove_folder(self.repository)
+            raise Refused(f"{self.url}: more than {limit} bytes to fetch; keep large files elsewhere, or see"
+                          " policy.max_unpacked")
+        if output.code not in codes:
+            raise CommandError(f"git fetch: {output.stderr}")
+
+    def ask_signature(self, head):
+        """Raises Untrusted unless a commit is signed by one of git.allowed_signers: ssh's file of that, or
+        exported gpg keys.
+        """
+        import tempfile
+        signers = self.config.git.allowed_signers
+        with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+            env = dict(self.env, GNUPGHOME=home)
+            with open(os.path.join(home, "gpg.conf"), "w") as file:
+                file.write("batch\nno-autostart\ntrust-model always\n")
+            data = read_file(signers, MAX_CERTIFICATES) or b""
+            if data[:1] > b"\x7f" or data.startswith(b"-----BEGIN PGP"):
+                run_command(["gpg", "--homedir", home, "--import", signers], 60, env)
+            verdict = self.git("log", "-1", "--format=%G?", head, "--", env=env).stdout.decode().strip()
+        if verdict != "G":
+            words = "is not signed" if verdict == "N" else "has no good signature of git.allowed_signers"
+            raise Untrusted(f"commit {head} {words} (git says {verdict}); the accepted state is kept")
+
+    def read_files(self, head, base):
+        """What parse_files makes of the YAML files below git.path; links, submodules and all else are not
+        looked at.
+
+        Raises Refused, also for a path that held a deployment in the accepted commit, `base`, and holds
+        something else now: only one that has gone is a removal.
+        """
+        policy = self.config.policy
+        listing = self.list_tree(head)
+        if self.config.git.path and not listing:
+            raise Refused(f"commit {head} has no folder {self.config.git.path}; nothing is removed for that")
+        blobs, ignored = find_blobs(listing, policy.max_document)
+        for name in ignored:
+            log("info", "ignored: not a file", name=name)
+        total = sum(size for _, _, size in blobs)
+        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
+            raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than"
+                          f" {MAX_DEPLOYMENTS}"
+                          " or policy.max_unpacked")
+        found = parse_files(self.read_blobs(blobs))
+        suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
+        for name, data in self.read_blobs(suspects):
+            if is_deployment(data):
+                raise Refused(f"{make_printable(name, 200)} held a deployment in the accepted commit, and is"
+                              " none now, or lies below what is no folder; nothing is removed for that:"
+                              " remove the file itself, or put it right")
+        return found
+
+    def list_tree(self, commit):
+        """What `git ls-tree` prints of all that lies below git.path in a commit."""
+        below = [self.config.git.path + "/"] if self.config.git.path else []
+        return self.git("ls-tree", "-r", "-z", "-l", "--full-tree", "--", commit, *below).stdout
+
+    def read_blobs(self, blobs):
+        """[(name, bytes)] of [(name, blob, size)]."""
+        wanted = "".join(f"{blob}\n" for _, blob, _ in blobs).encode()
+        limit = sum(size + 256 for _, _, size in blobs) + 1
+        data = self.git("cat-file", "--batch", data=wanted, limit=limit).stdout if blobs else b""
+        return split_blobs(data, blobs)
+
+    def put_capabilities(self, device_id, document):
+        """Reports what this device can do: to wfm.status_url, else as capabilities.json on its branch."""
+        if self.config.wfm.status_url:
+            return self.connect_wfm().put_capabilities(device_id, document)
+        self.push_file(device_id, "capabilities.json", document, "Capabilities")
+
+    def delete_capabilities(self, device_id):
+        """Deregisters this device; its branch stays, with its history."""
+        if self.config.wfm.status_url:
+            return self.connect_wfm().delete_capabilities(device_id)
+        self.push_file(device_id, "capabilities.json", None, "Capabilities withdrawn")
+
+    def post_status(self, deployment_id, document):
+        """Reports a deployment's status; for a WFM, whose manifest versions are numbers, a commit is its
+        first 48 bits.
+        """
+        report = dict(document)
+        commit = report["commit"] = str(report.pop("adoptedManifestVersion"))
+        if self.config.wfm.status_url:
+            report["adoptedManifestVersion"] = int(commit[:12], 16) or 1
+            return self.connect_wfm().post_status(deployment_id, report)
+        words = f"{deployment_id}: {document['status']['state']}"
+        self.push_file(document["deviceId"], f"deployments/{deployment_id}.json", report, words)
+
+    def connect_wfm(self):
+        """The WFM at wfm.status_url, connected when there is something to report."""
+        if self.reporter is None:
+            self.reporter = self.connect_reporter()
+        return self.reporter
+
+    def push_file(self, device_id, path, document, message):
+        """Makes a document the content of a file on the device's branch by one commit on top of what is
+        there, never over it.
+
+        Who loses a race takes the other's commit as its base and tries again; None removes the file.
+        """
+        import json
+        ref = f"refs/heads/status/{make_ref_path(device_id)}"
+        content = None
+        if document is not None:
+            content = json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
+        if ref not in self.heads:
+            self.fetch_head(ref)
+        for _ in range(PUSH_ATTEMPTS):
+            base = self.heads[ref]
+            commit = self.work(lambda: self.save_commit(ref, base, path, content, message))
+            if commit is None:
+                return
+            try:
+                self.git("push", "--quiet", "--no-verify", "--no-follow-tags", "--", self.url,
+                         f"{commit}:{ref}",
+                         timeout=PULL_TIMEOUT)
+                self.heads[ref] = commit
+                return
+            except CommandError as error:
+                if self.fetch_head(ref) == base:
+                    raise self.ask_reason(error, "git-receive-pack") from None
+        raise Unreachable(f"{ref} of {self.url} was moved {PUSH_ATTEMPTS} times while a status was written;"
+                          " the next run tries again")
+
+    def save_commit(self, ref, base, path, content, message):
+        """A commit on `base` (None: the first) that changes one file, made without work tree or index; None
+        where it is so.
+        """
+        self.prepare()
+        old, parent = None, []
+        if base:
+            if not self.has(base):
+                self.fetch(f"+{ref}:refs/margo/status", "--depth=1")
+            found = self.git("cat-file", "blob", f"{base}:{path}", codes=(0, 128), limit=MAX_OUTPUT)
+            old = None if found.code else found.stdout
+            parent = [b"from " + base.encode()]
+        if old == content:
+            return None
+        author = f"committer margo-agent <margo-agent@localhost> {int(time.time())} +0000"
+        change = [b"D " + path.encode()]
+        if content is not None:
+            change = [f"M 100644 inline {path}\ndata {len(content)}".encode(), content]
+        stream = [b"commit refs/margo/next\nmark :1", author.encode(),
+                  b"data %d\n%s" % (len(message), message.encode())]
+        stream += parent + change + [b"get-mark :1", b"done", b""]
+        made = self.git("fast-import", "--quiet", "--force", "--done", data=b"\n".join(stream))
+        return made.stdout.decode().strip()
+
+
+def ask_ssh(address, timeout):
+    """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
+    import socket
+    from urllib.parse import urlsplit
+    try:
+        parts = urlsplit(address if address.startswith("ssh://") else "ssh://" + address.partition(":")[0])
+        with socket.create_connection((parts.hostname, parts.port or 22), timeout) as peer:
+            return peer.recv(4) == b"SSH-"
+    except (OSError, ValueError):
+        return False
+
+
+def make_git_environment(config, home, environ):
+    """The whole environment of git: no configuration but that of `home`, no question asked, no unknown host
+    (C-250).
+    """
+    from shlex import quote
+    timeout = int(config.wfm.timeout) or 1
+    git = config.git
+    options = ["BatchMode=yes", "StrictHostKeyChecking=yes", f"ConnectTimeout={timeout}",
+               f"ServerAliveInterval={timeout}"]
+    if git.known_hosts:
+        options += [f'UserKnownHostsFile="{git.known_hosts}"', "GlobalKnownHostsFile=/dev/null"]
+    if git.ssh_key:
+        options += ["IdentitiesOnly=yes", f'IdentityFile="{git.ssh_key}"']
+    return {"PATH": environ.get("PATH", ""), **get_temporary(config.state_dir, environ),
+            "HOME": home, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
+            "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_VARIANT": "ssh", "GIT_LITERAL_PATHSPECS": "1",
+            "GIT_NO_REPLACE_OBJECTS": "1",
+            "GIT_SSH_COMMAND": " ".join(["ssh", "-F",
+                                         "/dev/null"] + [quote(f"-o{option}") for option in options])}
+
+
+def make_git_config(config, home, header):
+    """The configuration that git finds in its home, as bytes: all that it may do, and the credential, which
+    nobody else sees.
+    """
+    seconds = int(4 * config.wfm.timeout) or 1
+    url = config.wfm.url
+    settings = [
+        ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow",
+                                                                                  "always"),
+        ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile",
+                                                                                     "/dev/null"),
+        ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto",
+                                                                  "false"), ("credential", "helper", ""),
+        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit",
+                                                                                   "1"),
+        ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"), ("http", "lowSpeedTime",
+                                                                                  str(seconds)),
+        ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
+    if config.identity.ca:
+        settings += [("http", "sslCAInfo", config.identity.ca),
+                     ("http", "sslCAPath", os.path.join(home, "none"))]
+    if header:
+        settings.append(("http", "extraHeader", f"Authorization: {header}"))
+    if url.startswith("file://"):                   # whoever owns it: the operator named it
+        folder = url[len("file://"):].rstrip("/")
+        settings += [("safe", "directory", folder), ("safe", "directory", folder + "/.git")]
+    if config.git.allowed_signers:
+        settings.append(('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers))
+    lines = []
+    for section, key, value in settings:
+        value = value.replace("\\", "\\\\").replace('"', '\\"')
+        lines.append(f'[{section}]\n\t{key} = "{value}"\n')
+    return "".join(lines).encode()
+
+
+def load_git_header(git):
+    """The Authorization of an https repository: bearer, or basic with git.username; None without a token
+    (C-250, C-253).
+    """
+    if not git.token_file:
+        return None
+    token = load_secret("git.token_file", git.token_file, Untrusted).strip()
+    if not re.fullmatch(rb"[!-~]+", token):
+        raise Untrusted(f"git.token_file {git.token_file}: is not one line of printable characters")
+    return make_authorization(token, (git.username or "").encode())
+
+
+def make_ref_path(device_id):
+    """A device id as a part of a ref; what Git allows no ref to have, such as a dot at the end, is spelt as
+    in a URL.
+    """
+    return re.sub(r"~|\.(?=\.|/|$|lock(/|$))|(?<![^/])\.", lambda found: f"%{ord(found.group()):02X}",
+                  device_id)
+
+
+def parse_listing(listing):
+    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints; names as those of a
+    file system.
+    """
+    found = []
+    for line in listing.split(b"\0")[:-1]:
+        head, _, name = line.partition(b"\t")
+        mode, kind, blob, size = head.decode("ascii").split()
+        is_file = kind == "blob" and mode.startswith("100")
+        found.append((name.decode("utf-8", "surrogateescape"), is_file, blob, int(size) if is_file else 0))
+    return found
+
+
+def find_blobs(listing, max_document):
+    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree` prints;
+    raises Refused.
+    """
+    blobs, ignored = [], []
+    for name, is_file, blob, size in parse_listing(listing):
+        if not name.lower().endswith((".yaml", ".yml")):
+            continue
+        if not is_file:
+            ignored.append(name)
+        elif size > max_document:
+            raise Refused(f"{make_printable(name, 200)}: {size} bytes are more than policy.max_document"
+                          f" ({max_document})")
+        else:
+            blobs.append((name, blob, size))
+    return blobs, ignored
+
+
+def find_suspects(before, after, others):
+    """[(name, blob, size)] of YAML files of the accepted commit whose place holds something else now.
+
+    before, after: what `git ls-tree` prints of both commits; others: YAML files that hold no deployment now.
+    Something else is one of those, a link, a submodule, a folder of that name, or any of them in place of a
+    folder above.
+    """
+    files = {name: is_file for name, is_file, _, _ in parse_listing(after)}
+    folders = {parent for name in files for parent in list_parents(name)}
+    blobs, _ = find_blobs(before, float("inf"))
+    return [item for item in blobs if item[0] in others or item[0] in folders or not files.get(item[0], True)
+            or any(parent in files for parent in list_parents(item[0]))]
+
+
+def list_parents(name):
+    """The folders above a path: of a/b/c these are a and a/b."""
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def split_blobs(data, blobs):
+    """[(name, bytes)] out of what `git cat-file --batch` prints for [(name, blob, size)]; raises
+    CommandError.
+    """
+    files, start = [], 0
+    for name, blob, size in blobs:
+        head = f"{blob} blob {size}\n".encode()
+        if not data.startswith(head, start) or len(data) < start + len(head) + size:
+            raise CommandError(f"git cat-file: blob {blob} cannot be read")
+        start += len(head)
+        files.append((name, data[start:start + size]))
+        start += size + 1
+    return files
+
+
+def parse_files(files):
+    """[(name, bytes)] to ([ManifestEntry], {digest: bytes}, [name of what is no ApplicationDeployment of any
+    generation]).
+
+    Raises Refused for what nobody can have meant: it may stand for a deployment that would be removed.
+    """
+    entries, documents, ignored, seen = [], {}, [], {}
+    for name, data in files:
+        shown = make_printable(name, 200)
+        try:
+            value = parse_file(data)
+            if not is_deployment(value):
+                ignored.append(name)
+                continue
+            deployment_id = check_member(parse_document(value)[0], "id", "", UUID_PATTERN)
+        except ValueError as error:                 # a YAMLError is one
+            raise Refused(f"{shown}: {error}") from None
+        if deployment_id.lower() in seen:
+            raise Refused(f"{shown}: deployment {deployment_id} is in {seen[deployment_id.lower()]}, too")
+        seen[deployment_id.lower()] = shown
+        digest = sha256_digest(data)
+        documents[digest] = data
+        entries.append(ManifestEntry(deployment_id, digest, len(data)))
+    return entries, documents, ignored
+
+
+def parse_file(data):
+    """The YAML value of a file; raises ValueError where it holds something that stands for another file, or
+    for nothing.
+    """
+    if not data.strip():
+        raise ValueError("it is empty; to remove a deployment, remove its file")
+    value = load_yaml(data)
+    if not isinstance(value, (dict, list, type(None))):
+        raise ValueError("it is bare text, as a pointer of Git LFS, a link that became a file, or an"
+                         " encrypted file is")
+    members = value if isinstance(value, dict) else {}
+    if "sops" in members:
+        raise ValueError("it is encrypted by SOPS; commit what the agent can read")
+    if isinstance(members.get("spec"),
+                  dict) and "deploymentProfile" in members["spec"] and not is_deployment(value):
+        raise ValueError(f"kind: found {members.get('kind')!r}, expected 'ApplicationDeployment'")
+    return value
+
+
+def is_deployment(value):
+    """Whether a YAML value is meant as an ApplicationDeployment: it says so, or is built as rc.3 has it,
+    which does not say.
+
+    value: as read, or still bytes.
+    """
+    if isinstance(value, bytes):
+        try:
+            value = load_yaml(value)
+        except YAMLError:
+            return False
+    if not isinstance(value, dict):
+        return False
+    if "kind" in value or "apiVersion" in value:
+        return value.get("kind") == "ApplicationDeployment"
+    return isinstance(value.get("spec"), dict) and "deploymentProfile" in value["spec"]
+
+
+class Git(Profile):
+    """Profile git: a repository, which knows no other identity of a device than its credentials."""
+
+    settings = ("wfm.url",)
+    https = False
+
+    @classmethod
+    def check_settings(cls, config, suffix=""):
+        faults = super().check_settings(config)
+        if config.wfm.status_url:
+            faults += Mtls.check_settings(config, " with wfm.status_url")
+        return faults
+
+    def connect(self, keep=True):
+        """See Profile; with a home in the state directory, or where nothing is kept, in one that goes with
+        the source.
+        """
+        config, store, state = self.config, self.store, self.state
+        check_enrollment(state, config.wfm.url)
+        header = load_git_header(config.git)
+        home = store.path("git")
+        temporary = None
+        if not keep:
+            import tempfile
+            temporary = tempfile.TemporaryDirectory(prefix="margo-git-")
+            home = temporary.name
+        create_folder(os.path.join(home, "none"))
+        path = os.path.join(home, ".gitconfig")
+        content = make_git_config(config, home, header)
+        if read_file(path, MAX_ANSWER) != content:
+            write_file(path, content)
+        wfm = Settings(config, wfm=Settings(config.wfm, url=config.wfm.status_url))
+        reporter = Mtls(wfm, store, state)
+        source = GitSource(config, home, header, lambda: reporter.connect(keep, config.wfm.url))
+        source.temporary = temporary
+        return source
+
+    def describe(self, now):
+        return {"id": self.config.wfm.url, "notAfter": "", "warning": ""}
+
+    def check(self, now):
+        """Whether git and the credentials are there, and are for nobody else to read; raises CommandMissing,
+        Untrusted.
+        """
+        version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
+        load_git_header(self.config.git)
+        for key in ("token_file", "ssh_key"):
+            path = self.config.git[key]
+            if path and not os.path.isfile(path):
+                raise Untrusted(f"git.{key} {path}: is not there")
+            loose = ask_looseness(f"git.{key}", path or "")
+            if loose:
+                return "warn", loose
+        return "ok", version
+
+    def identify(self):
+        """The part of the repository that it follows."""
+        return f"{self.config.wfm.url}#{self.config.git.branch}:{self.config.git.path}"
+
+
+PROFILES["git"] = Git
+TRACES.append("git")                # its credential, too
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 26. Enrollment (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+# Enrollment and renewal over EST (RFC 7030), by the draft "MIAF Enrollment, Renewal, and Revocation Profile".
+EST_FIELD = "estBaseUri"
+CSR_TYPE, CERTS_TYPE = "application/pkcs10", "application/pkcs7-mime"
+RENEWAL_WINDOW = 0.40, 0.60         # share of an SVID's lifetime after which it is renewed (E-061)
+EST_FIRST, EST_CAP = 60, 3600       # seconds between attempts (E-062)
+MAX_ISSUED = 32                     # certificates in one EST answer
+MAX_PATHS = 16                      # ways from a leaf upwards that are tried
+
+Pending = define_fault("Pending", Silence,
+                       "The request for an SVID was accepted and waits for a decision; not a failure.")
+NotRenewed = define_fault("NotRenewed", MargoError, "The own SVID could not be renewed, and is still good.",
+                          exit=3, code="NOT_RENEWED")
+
+
+def read_rekey(value, base):
+    """A setting that has gone; says what to do instead."""
+    raise ValueError("no such setting any more, because a renewal keeps the key; for another key remove"
+                     " identity.key,"
+                     " put a fresh token into identity.est.token_file and run `enroll`")
+
+
+SCHEMA["identity"].update({
+    "enrollment": (choice("off", "est"), "off"), "rekey": read_rekey,
+    "est": {"url": read_root_url, "token_file": read_path, "certificate": read_path, "key": read_path}})
+
+
+def check_est_settings(config):
+    """What only enrollment by EST has: [(whether it is wrong, key, words)]."""
+    settings, est = config.identity, config.identity.est
+    pair = {bool(est.certificate), bool(est.key)}
+    files = [settings.key, settings.certificate]
+    if settings.enrollment != "est":
+        return []
+    return [
+        (config.wfm.profile != "mtls", "identity.enrollment",
+         "est gives an SVID, which only wfm.profile mtls uses"),
+        (not est.url and not settings.discovery,
+         "identity.est.url", "not set, and no identity.discovery either; one of them says where to enroll"),
+        (pair != {not est.token_file},
+         "identity.est", "either token_file, or certificate and key; found both, neither or a half"),
+        (all(files) and len(set(map(os.path.normpath, files))) == 1,
+         "identity.key", "found the file of identity.certificate, expected one of its own, because a renewal"
+         " replaces the certificate alone")]
+
+
+CHECKS.append(check_est_settings)
+
+
+def parse_est_uri(members, document_url, public, held):
+    """(where to enroll or None, no faults) from the members of a discovery document; raises ValueError
+    (E-092).
+    """
+    if EST_FIELD not in members:
+        return None, []
+    return parse_discovered(EST_FIELD, read_root_url, members, document_url, public), []
+
+
+COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est", parse_est_uri,
+                              remark=lambda state, now: state["est"].get("refused") or "")
+
+
+def make_renewal_time(leaf):
+    """When a certificate is due for renewal, Unix seconds (E-061, E-065).
+
+    Drawn by its own digest, so once and for all, whatever restarts.
+    """
+    first, last = RENEWAL_WINDOW
+    share = first + (last - first) * int(sha256_digest(leaf.der)[7:15], 16) / 16 ** 8
+    return leaf.not_before + share * (leaf.not_after - leaf.not_before)
+
+
+def find_est_step(est, leaf, fault, token, clock, asked=False, strays=False):
+    """What is to be done about the own SVID now: "" nothing, "wait", "renew" or "enroll".
+
+    est: the state's record.  leaf: the own Certificate, None where there is none.  fault: why it cannot be
+    used, "" where it can.  token: digest of the token that is at hand, "" for the form by certificate, None
+    where there is neither.
+    asked: `enroll` asks for it, which uses a fresh token although the SVID is good (F-35).  strays: the SVID
+    does not lead to the trust bundle any more.  Raises Untrusted where only an operator can help.
+    """
+    now = clock.now
+    stage = est.get("stage")
+    fresh = token if token != est.get("used") else None
+    issued = stage in ("issued", "proving")
+    if fault and leaf and now < leaf.not_before:
+        raise Untrusted(fault)                      # the clock: a new SVID would not help
+    if fault and fresh is None and not issued:
+        raise Untrusted(f"{fault}; a fresh enrollment token in identity.est.token_file is needed, or a chain"
+                        " for the request"
+                        " of `margo_agent.py csr`")
+    begun = stage and est.get("token") and not est.get("refused") and (issued or fresh == est["token"])
+    if fault or begun or asked and fresh:
+        return "wait" if find_wait(est, clock) and fresh in (None, est.get("token")) else "enroll"
+    if now < make_renewal_time(leaf) and not strays:
+        return ""
+    return "wait" if find_wait(est, clock) else "renew"
+
+
+class Enrollment:
+    """The own SVID, obtained and renewed over EST.
+
+    What is under way stands in the state's record `est`, which is durable before each next step: with `stage`
+    "asking" the digests of token and key; "issued" the answer as it came; "proving" the chain that was
+    checked.  One rename activates the chain.  So wherever a run ends, the next one goes on from there, with
+    the same key, and never without the old SVID.
+    """
+
+    def __init__(self, config, store, state, asked):
+        self.config, self.store, self.state, self.asked = config, store, state, asked
+        self.settings = config.identity
+        self.clock = get_clock()
+        self.take_over()
+        if asked and self.est.get("failures"):
+            self.est["delay"] = 0  # somebody asks for it now; what the service asked for is still waited for
+
+    @property
+    def est(self):
+        """The state's record."""
+        return self.state["est"]
+
+    def keep(self, **members):
+        """Makes members of the record durable."""
+        self.est.update(members)
+        self.store.save_state(self.state)
+
+    def drop(self):
+        """Forgets what was issued, so that the next attempt asks anew."""
+        for name in ("stage", "answer", "chain"):
+            self.est.pop(name, None)
+        if "token" in self.est:
+            self.est["stage"] = "asking"
+
+    def take_over(self):
+        """Goes on from what an older agent left: files beside the state, and a record without stage."""
+        est = self.est
+        paths = [self.store.path(name) for name in ISSUED_FILES]
+        if "key" in est and "stage" not in est:
+            est["stage"] = "asking"
+            if est["key"] == "none yet":
+                del est["key"]
+        answer, chain = (read_file(path, MAX_CERTIFICATES) or b"" for path in paths[:2])
+        if answer:
+            self.keep(stage="issued", answer=make_base64(answer))
+        if b"-----END CERTIFICATE-----" in chain:   # a key may stand beside it, which goes nowhere
+            self.keep(stage="proving", chain=make_pem(parse_pem(chain.decode("ascii", "replace"))))
+        for path in paths:
+            if os.path.exists(path):
+                remove_file(path)
+
+    def tend(self):
+        """Enrolls or renews where that is due.
+
+        Raises Unreachable or Untrusted where there is no SVID to work with, else NotRenewed.
+        """
+        chain = self.est.get("chain")
+        if chain and chain.encode() == read_file(self.settings.certificate, MAX_CERTIFICATES):
+            self.finish()                           # a run ended between activation and here
+        if self.est.get("stage") and not os.path.exists(self.settings.key):
+            self.drop()                             # the key that it is for is lost
+        leaf, fault = self.load_leaf()
+        mark = self.load_mark() if fault or self.asked or "token" in self.est else None
+        strays = bool(leaf) and self.state["trust"].get("strays") == sha256_digest(leaf.der)
+        step = find_est_step(self.est, leaf, fault, mark, self.clock, self.asked, strays)
+        if not step or self.has_to_wait(step, leaf, fault):
+            return
+        note_draft(self.store, self.state, "enrollment over EST")
+        try:
+            self.obtain(leaf, step == "renew", mark)
+        except (Unreachable, Untrusted, Refused, CommandError) as error:
+            self.note_fault(error, None if fault else leaf.not_after)
+            if fault:
+                raise
+            words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet:"
+            words += f" {error.message}"
+            if not self.asked:
+                raise NotRenewed(words) from None
+            log("warning", words)
+            return
+        self.state["patience"] = {}                 # what the WFM thought of the old SVID no longer counts
+        self.finish()
+
+    def has_to_wait(self, step, leaf, fault):
+        """Whether a step waits although the SVID is good; raises Silence or Untrusted where it waits and
+        there is none.
+
+        A renewal waits for the end of the operator's downtime unless the SVID would expire first.
+        """
+        now, downtime = self.clock.now, self.config.poll.downtime
+        if step == "wait" and fault and self.est.get("refused"):
+            raise Untrusted(f"{self.est['refused']}; asked again within an hour, or at once with another"
+                            " token")
+        silent = is_within_whole(downtime, now, now)
+        if not fault:
+            return step == "wait" or silent and not is_within_whole(downtime, now, leaf.not_after)
+        if step == "wait" or silent:
+            raise Silence("waiting for as long as the identity service, a back-off or downtime asks",
+                          retry_after=find_wait(self.est, self.clock), exit=3 if step == "wait" else 0)
+        return False
+
+    def load_leaf(self):
+        """(the own leaf or None, why it cannot be used or ""): lost or strange key, validity, and what
+        companions know.
+        """
+        settings = self.settings
+        try:
+            leaf = load_identity(self.config).leaf
+        except Untrusted as error:
+            return None, error.message
+        try:
+            check_own(leaf, self.config, self.clock.now)
+            if not os.path.exists(settings.key):
+                raise Untrusted(f"identity.key {settings.key}: the key is lost")
+            if "token" in self.est:                 # the key may be one for the next SVID
+                load_key_pair(make_tls_context(), settings.certificate, settings.key)
+        except Untrusted as error:
+            return leaf, error.message
+        return leaf, load_flaw(self.store, self.state, leaf)
+
+    def load_token(self):
+        """The enrollment token's bytes, None where there is none any more."""
+        path = self.settings.est.token_file
+        data = read_file(path, 4 * KIB) if path else None
+        return None if data is None else re.sub(rb"\r?\n\Z", b"", data)
+
+    def load_mark(self):
+        """What find_est_step calls token."""
+        if self.settings.est.certificate:
+            return ""
+        token = self.load_token()
+        return token and sha256_digest(token)
+
+    def load_authorization(self):
+        """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
+        path = self.settings.est.token_file
+        loose = ask_looseness("identity.est.token_file", self.settings.est.token_file)
+        user, _, secret = (self.load_token() or b"").partition(b":")
+        if not secret or b"\n" in user + secret:
+            raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
+        if loose:
+            log("warning", "others can read the enrollment token", reason=loose)
+        return make_authorization(secret, user)
+
+    def note_fault(self, error, end):
+        """Keeps the back-off that follows from a fault (E-045, E-062).
+
+        end: expiry of the SVID in use; the delay is capped so that several attempts fit before it.
+        """
+        est = self.est
+        refused = isinstance(error, Untrusted)
+        delay = EST_CAP if refused else grow(EST_FIRST, est.get("failures", 0) + 1, EST_CAP)
+        delay *= 1 - get_random() / 2
+        if end is not None:
+            delay = min(delay, (end - self.clock.now) / 4)
+        if isinstance(error, Pending):
+            log("info", error.message)
+            delay = EST_FIRST if error.retry_after is None else 0
+        est.update(make_wait(est, max(error.retry_after or 0, delay), self.clock))
+        if isinstance(error, Pending):
+            est["failures"] = 0
+        self.keep(refused=error.message if refused else None)
+
+    def finish(self):
+        """Clears up after an activation, as often as it takes; the token is erased, and never sent again
+        (E-044).
+        """
+        used = self.est.get("token") or self.est.get("used")
+        token = self.load_token()
+        if token and sha256_digest(token) == used and not remove_file(self.settings.est.token_file):
+            log("warning", "the enrollment token has served and cannot be erased; remove it",
+                path=self.settings.est.token_file)
+        self.state["est"] = {"used": used}
+        self.store.save_state(self.state)
+
+    def obtain_bundle(self, leaf, since=None):
+        """The current TrustBundle; discovery says with it where to enroll."""
+        domain = make_identity(leaf, "", "").spiffe_id.trust_domain if leaf else None
+        return obtain_trust_bundle(self.config, self.store, self.state, domain, self.clock.now, since=since)
+
+    def obtain(self, leaf, renewing, mark):
+        """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, proof,
+        activation.
+        """
+        renewed = leaf if renewing else None
+        bundle = self.obtain_bundle(leaf)
+        if not self.load_chain(renewed):
+            if self.est.get("stage") != "issued":
+                self.post_request(renewed, mark)
+            bundle = self.obtain_bundle(leaf, self.clock.now)           # a rotation may be under way
+            self.keep(stage="proving", chain=self.obtain_chain(renewed, bundle))
+        chain = self.est["chain"]
+        own = parse_identity(parse_pem(chain), "", self.settings.key)
+        if renewed:
+            self.prove(chain, own, bundle)
+        write_file(self.settings.certificate, chain.encode(), 0o644)
+        log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after),
+            renewal=make_time(make_renewal_time(own.leaf)))
+
+    def load_chain(self, renewed):
+        """Whether a chain waits for its proof; one that no longer fits what is here by now is given up."""
+        if self.est.get("stage") != "proving":
+            return False
+        try:
+            found = [parse_certificate(der) for der in parse_pem(self.est["chain"])]
+            leaf = find_issued(found, load_public_key(self.settings.key), renewed, None)
+            if self.clock.now <= leaf.not_after:
+                return True
+            reason = "it has expired"
+        except ValueError as error:
+            reason = str(error)
+        log("warning", "an SVID that was issued and waited for its proof is given up", reason=reason)
+        self.drop()
+        return False
+
+    def find_url(self):
+        """Where to enroll; raises Untrusted where nobody says it."""
+        url = self.settings.est.url or self.state["trust"].get("est")
+        if not url:
+            raise Untrusted(f"identity.discovery {self.settings.discovery} names no {EST_FIELD}, and"
+                            " identity.est.url is not set")
+        return url
+
+    def post_request(self, renewed, mark):
+        """Asks for an SVID, and makes the answer durable before anything else (E-042, E-043)."""
+        import base64
+        settings = self.settings
+        headers = {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
+        url = f"{self.find_url()}/{'simplereenroll' if renewed else 'simpleenroll'}"
+        # a fresh one: no certificate in the other form (E-034)
+        context, check_peer = obtain_mis_context(self.config, url)
+        if renewed:
+            load_key_pair(context, settings.certificate, settings.key)
+            body = run_renewal_csr(renewed, settings.key)
+        else:
+            if settings.est.certificate:
+                load_key_pair(context, settings.est.certificate, settings.est.key, "identity.est")
+            else:
+                headers["Authorization"] = self.load_authorization()
+            body = self.begin(mark)
+        log("info", "asking for an SVID", url=url)
+        response = request("POST", url, headers, base64.encodebytes(body), context, self.config.wfm.timeout,
+                           MAX_CERTIFICATES, check_peer)
+        answer = parse_certs_only(judge_est_response(response, url, time.time()))
+        self.keep(stage="issued", answer=make_base64(answer))
+
+    def begin(self, mark):
+        """The first request (DER); what is asked with which key is durable then.
+
+        Raises Untrusted for a token that went with another key before.
+        """
+        path = self.settings.key
+        if not self.est.get("stage") or self.est.get("token") != mark:
+            self.state["est"] = {"stage": "asking", "token": mark, "used": self.est.get("used")}
+            # first: a new key beside an old certificate is then no broken pair
+            self.store.save_state(self.state)
+        obtain_key(path)
+        key = sha256_digest(load_public_key(path))
+        if self.est.get("key", key) != key:
+            raise Untrusted("the enrollment token was used with a key that is lost; a fresh token is needed")
+        self.keep(key=key)
+        return run_csr(path, "DER")
+
+    def obtain_chain(self, renewed, bundle):
+        """The chain (PEM) from the answer, checked whole; raises Untrusted, Unreachable.
+
+        An answer that will never do is dropped, so that the next attempt asks anew; one that only time or a
+        newer bundle can mend is kept.
+        """
+        key_file = self.settings.key
+        trust_domain = self.state["trust"].get("trustDomain")
+        try:
+            issued = load_certificates(parse_base64(self.est["answer"]))
+            leaf = find_issued(issued, load_public_key(key_file), renewed, trust_domain)
+            if time.time() > leaf.not_after:
+                check_validity(leaf, time.time())
+        except ValueError as error:
+            self.drop()
+            raise Untrusted(f"the certificate that EST issued is refused: {error}") from None
+        response = fetch_from_mis(f"{self.find_url()}/cacerts", self.config, {"Accept": CERTS_TYPE})  # E-039
+        try:
+            found = load_certificates(parse_certs_only(judge_est_response(response, "cacerts", time.time())))
+        except ValueError as error:
+            raise Untrusted(f"cacerts: {error}") from None
+        ahead = leaf.not_before - time.time()
+        if 0 < ahead <= CLOCK_SKEW:
+            raise Pending(f"the SVID issued begins at {make_time(leaf.not_before)}, by a clock that is ahead"
+                          " of ours", retry_after=ahead + 1)
+        try:
+            check_validity(leaf, time.time())
+            return run_paths(leaf, found + issued, key_file, bundle.anchors)
+        except ValueError as error:
+            raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
+
+    def prove(self, chain, own, bundle):
+        """Tries the renewed SVID on a conditional GET; only if the WFM answers does it replace the old one.
+        """
+        with lend_file(chain.encode()) as file:
+            own = own._replace(certificate_file=file.name)
+            source = Mtls(self.config, self.store, self.state).open_source(own, bundle, keep=False)
+        source.fetch_manifest((self.state["accepted"] or {}).get("etag"))
+
+
+def run_renewal_csr(leaf, key_file):
+    """A PKCS#10 request (DER) with subject and subjectAltName as they stand in the SVID, byte for byte
+    (E-063).
+
+    `openssl req` would encode them again.
+    """
+    spki = load_public_key(key_file)
+    names = leaf.extensions[OID_SUBJECT_ALT_NAME][2]
+    algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))  # ecdsa-with-SHA256
+    if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:  # an RSA key
+        algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0")
+    extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
+    attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, names)))
+    content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
+    signature = run_openssl(["dgst", "-sha256", "-sign", key_file], content)
+    return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
+
+
+def judge_est_response(response, operation, now):
+    """The body of a 200 (protocol of the draft, 3.3).
+
+    Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.  A clock that is wrong is
+    told in the log.
+    """
+    theirs = parse_retry_after(response.headers.get("Date"), 0)  # the same form of time, counted from 1970
+    if theirs is not None and abs(theirs - now) > CLOCK_SKEW:
+        log("error", f"the clock of this device says {make_time(now)}, that of the identity service"
+            f" {make_time(theirs)};"
+            " set the one that is wrong", code="CLOCK")
+    wait = parse_retry_after(response.headers.get("Retry-After"), now)
+    if response.status == 200:
+        return response.body
+    if response.status == 202:                      # E-037
+        raise Pending("the identity service has accepted the request and has not decided yet",
+                      retry_after=wait)
+    problem = parse_problem(response.body)
+    words = make_printable(response.body[:500].decode("utf-8", "replace"))
+    if problem:
+        words = problem.detail or problem.title
+        wait = problem.retry_after if wait is None else wait
+    message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
+    if find_verdict(response.status) == "later":
+        raise Unreachable(message, retry_after=wait)
+    raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
+
+
+def parse_certs_only(body):
+    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038); raises
+    Untrusted.
+    """
+    if body[:1] == b"\x30":
+        return body
+    try:
+        data = parse_base64(re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace")))
+    except ValueError:
+        data = b""
+    if data[:1] != b"\x30":
+        words = make_printable(body[:100].decode("utf-8", "replace"))
+        raise Untrusted(f"EST answered 200 with something else than certificates: {words!r}")
+    return data
+
+
+def load_certificates(data):
+    """The Certificates in CMS SignedData; openssl reads it, because some servers write BER.  Raises
+    ValueError.
+    """
+    try:
+        found = parse_pem(run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii",
+                                                                                                "replace"))
+    except CommandError:
+        found = None
+    if found is None or len(found) > MAX_ISSUED:
+        raise ValueError(f"openssl finds no certs-only message of at most {MAX_ISSUED} certificates in it")
+    return [parse_certificate(der) for der in found]
+
+
+def find_issued(certificates, spki, renewed, trust_domain):
+    """The leaf among issued Certificates; raises ValueError unless it is for the own key, of a client, and no
+    other than before.
+
+    spki: the own public key.  renewed: the leaf that it renews, or None.  trust_domain: as the discovery
+    document says, or None.
+    """
+    leaf = next((item for item in certificates if item.spki == spki), None)
+    if leaf is None:
+        raise ValueError(f"none of the {len(certificates)} certificates issued is for the own key")
+    own = make_identity(leaf, "", "").spiffe_id
+    if trust_domain and own.trust_domain != trust_domain:
+        raise ValueError(f"the SVID issued is of trust domain {own.trust_domain}, the discovery document says"
+                         f" {trust_domain}")
+    if renewed and own.text != renewed.uris[0]:                                                     # E-067
+        raise ValueError(f"the SVID issued is {own.text}, the one to be renewed is {renewed.uris[0]}")
+    if renewed and leaf.not_after <= renewed.not_after:
+        raise ValueError("the SVID issued ends no later than the one that it renews")
+    return leaf
+
+
+def find_paths(chain, candidates):
+    """Every way [Certificate] from a chain upwards, one after the other (E-039); roots are left out."""
+    above = []
+    if len(chain) < 10:
+        above = [item for item in candidates
+                 if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain]
+    for item in above:
+        yield from find_paths(chain + [item], candidates)
+    if not above:
+        yield chain
+
+
+def run_paths(leaf, certificates, key_file, anchors):
+    """The first chain (PEM) that leads to one of the anchors; raises ValueError: why the first one does not.
+
+    A CA may have several certificates, of which one has ended, or is by a CA that the bundle does not know
+    (F-15).
+    """
+    from itertools import islice
+    fault = None
+    candidates = list({item.der: item for item in certificates if item.is_ca}.values())
+    for path in islice(find_paths([leaf], candidates), MAX_PATHS):
+        pem = make_pem(item.der for item in path)
+        try:
+            with lend_file(pem.encode()) as file:
+                run_own_handshake(file.name, key_file, anchors)
+            return pem
+        except ValueError as error:
+            fault = fault or error
+    raise fault
+
+
+def tend_identity(agent):
+    """Enrolls or renews where the configuration wants that automated and it is due (E-060)."""
+    if agent.config.identity.enrollment == "est":
+        Enrollment(agent.config, agent.store, agent.state, agent.asked).tend()
+
+
+def examine_renewal(agent):
+    """When the own SVID will be renewed, and whether a token waits for `enroll`."""
+    if agent.config.identity.enrollment != "est":
+        return "ok", ""
+    try:
+        leaf = load_identity(agent.config).leaf
+    except Untrusted:
+        return "ok", ""                             # the check of the identity says it
+    path = agent.config.identity.est.token_file
+    words = f"renewed over EST (draft) after {make_time(make_renewal_time(leaf))}"
+    if path and os.path.exists(path):
+        return "warn", f"{words}; the token in {path} has not served, `enroll` uses it"
+    return "ok", words
+
+
+ISSUED_FILES = ("issued.p7", "issued.pem", "issued.key")        # of an older agent
+TRACES.extend(ISSUED_FILES)
+STEPS.insert(0, tend_identity)
+EXAMINE["renewal"] = examine_renewal
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 27. Revocation (optional)
+# ------------------------------------------------------------------------------------------------------------------------------
+
+# Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
+# of the SVIDs that they list, named by the discovery document alone.
+CRL_FIELD = "crlUris"
+MAX_LISTS = 32                      # that a discovery document may name
+CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
+CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
+
+Crl = define("Crl", "issuer this_update next_update entries number extensions",
+    "What is used of a revocation list: raw name, Unix seconds, raw entries, CRL number, extensions as of a"
+    " Certificate.")
+
+SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
+
+
+def parse_crl(data):
+    """A revocation list (DER or PEM) to (DER, Crl); raises ValueError, also for one whose meaning is not
+    understood (E-085).
+    """
+    try:
+        der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
+        fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
+        if fields[0][:2] != (0x02, b"\1"):
+            raise ValueError("it is not of version 2")
+        times = [parse_der_time(*field[:2]) for field in fields[3:5]]
+        extensions = parse_extensions(next(value for tag, value, _ in fields[5:] if tag == 0xA0))
+        scope = []
+        if OID_CRL_SCOPE in extensions:
+            scope = parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1])
+        number = int.from_bytes(parse_der(extensions[OID_CRL_NUMBER][1])[0][1], "big")
+        if number >= 2 ** 160:
+            raise ValueError("its number has more than 20 octets")
+    except (IndexError, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
+        raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
+    known = (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)
+    strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical and oid not in known]
+    # a name, and only user certificates, concern every leaf
+    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:
+        words = ", ".join(strange) or "scope"
+        raise ValueError(f"a list of a kind that is not understood (critical {words})")
+    entries = fields[5][1] if fields[5][0] == 0x30 else b""
+    return der, Crl(fields[2][2], times[0], times[1], entries, number, extensions)
+
+
+def is_listed(crl, serial):
+    """Whether a Crl lists a serial number; the walk is made only where its bytes occur at all, since lists
+    can be long.
+    """
+    wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
+    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry,
+                                         _ in parse_der(crl.entries))
+
+
+def is_same_issuer(crl, leaf):
+    """Whether list and leaf have one issuer: by name and, where both say one, by key identifier."""
+    ids = find_key_id(crl, OID_ISSUER_KEY), find_key_id(leaf, OID_ISSUER_KEY)
+    return crl.issuer == leaf.issuer and (None in ids or ids[0] == ids[1])
+
+
+def is_revoked(leaf, crls):
+    """Whether one of the lists by the leaf's issuer lists it, whatever the list's age (E-083)."""
+    return any(is_listed(crl, leaf.serial) for crl in crls if is_same_issuer(crl, leaf))
+
+
+def find_status_fault(leaf, crls, listed, now):
+    """Why the revocation status of a peer's leaf is not known, "" where it is; raises Untrusted if it is
+    revoked (E-083).
+    """
+    if is_revoked(leaf, crls):
+        raise Untrusted("the peer's certificate is revoked")
+    if not listed and not crls:
+        return "the trust domain names no revocation list"
+    ends = [crl.next_update for crl in crls if is_same_issuer(crl, leaf)]
+    if not ends and len(crls) < len(listed):
+        return "a revocation list could not be had yet"
+    if not ends:
+        return "no revocation list at hand is by its issuer"
+    return "" if now <= max(ends) else f"the revocation list ended at {make_time(max(ends))}"
+
+
+def find_list_fault(state, now):
+    """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
+    for url, record in state["crls"].items():
+        end = record["thisUpdate"] + record["validity"] if record.get("digest") else 0
+        if now > end:
+            return f"the revocation list {url} " + (f"ended at {make_time(end)}" if end else "could not be"
+                                                    " had yet")
+    return ""
+
+
+def judge_status(leaf, crls, listed, mode, now):
+    """Holds a peer's leaf against the lists (E-087, E-088).
+
+    Raises Untrusted where it is revoked or, by `require`, where that is not known.
+    """
+    fault = find_status_fault(leaf, crls, listed, now)
+    if fault and mode == "require":
+        raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
+                        f" {fault}")
+    if fault:
+        log("warning", "the WFM's revocation status is not known", reason=fault)
+
+
+def load_crl(store, record):
+    """The bytes of one list at hand; None where there is none, or the disk spoilt it."""
+    if not record.get("digest"):
+        return None
+    data = read_file(store.path("crls", record["digest"][7:]), 1024 * MIB)
+    return data if data is not None and sha256_digest(data) == record["digest"] else None
+
+
+def load_crls(store, state):
+    """[Crl] of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
+    found = []
+    for url, record in state["crls"].items():
+        data = load_crl(store, record)
+        if data is not None:
+            found.append(parse_crl(data)[1])
+        elif record.get("digest"):
+            log("error", "security: a revocation list at hand is lost; an older one could now pass for the"
+                " newest", url=url)
+    return found
+
+
+def refresh_crls(config, store, state, issuers, seek):
+    """Fetches each revocation list that is due (E-081, E-082); no fault of it is more than a line in the log.
+
+    issuers: the Certificates that may have signed one; seek: a function that gets more of them.
+    """
+    listed = state["trust"].get("crls") or []
+    records = state["crls"]
+    before = make_json(records)
+    clock = get_clock()
+    jitter = get_random()
+    os.makedirs(store.path("crls"), 0o700, exist_ok=True)
+    for url in listed:
+        note_draft(store, state, "revocation lists")
+        record = records.setdefault(url, {})
+        if find_wait(record, clock):
+            continue
+        try:
+            fetch_crl(config, store, url, records, issuers, seek, clock.now)
+            left = record["validity"] - (clock.now - record["thisUpdate"])
+            record.update(make_wait({}, max(1, min(CRL_PERIOD * (1 + jitter), left / 2)), clock), failures=0)
+        except (MargoError, ValueError) as error:
+            delay = (1 - jitter) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
+            record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
+            reason = getattr(error, "message", str(error))
+            log("warning", "a revocation list cannot be had; what is at hand stays", url=url, reason=reason)
+    for url in set(records) - set(listed):
+        if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
+            del records[url]
+    if make_json(records) != before:
+        store.save_state(state)                     # first what counts, then the old files go
+        keep = {record.get("digest", "")[7:] for record in records.values()}
+        for name in set(os.listdir(store.path("crls"))) - keep:
+            remove_file(store.path("crls", name))
+
+
+def fetch_crl(config, store, url, records, issuers, seek, now):
+    """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError.
+    """
+    record = records[url]
+    headers = {}
+    if load_crl(store, record) is not None:
+        pairs = ("If-None-Match", "etag"), ("If-Modified-Since", "modified")
+        headers = {name: record[key] for name, key in pairs if record.get(key)}
+    response = fetch_from_mis(url, config, headers, config.policy.max_document)
+    if check_response(response, url, (200, 304) if headers else (200,), now).status == 304:
+        return
+    der, crl = parse_crl(response.body)
+    if crl.this_update > now + CLOCK_SKEW:
+        raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")
+    signer = ask_signer(der, crl, issuers) or ask_signer(der, crl, seek())
+    if signer is None:
+        raise ValueError("no issuer that is known, and may sign lists, has signed it")
+    key = sha256_digest(signer.spki)
+    # of that issuer, wherever it came from
+    numbers = [item["number"] for item in records.values() if item.get("key") == key]
+    if crl.number < max(numbers, default=0):
+        raise ValueError(f"security: its number went back from {max(numbers)} to {crl.number}")
+    # a list of another issuer takes nothing from what is held of this one
+    if record.get("key") not in (None, key):
+        records[f"{url}#{record['key'][7:23]}"] = dict(record)
+    digest = sha256_digest(der)
+    write_file(store.path("crls", digest[7:]), der)             # it counts once the state names it
+    if record.get("key") != key or crl.number > record["number"]:
+        record.update(digest=digest, number=crl.number, key=key, thisUpdate=crl.this_update,
+                      validity=crl.next_update - crl.this_update)
+    record.update(etag=response.headers.get("ETag"), modified=response.headers.get("Last-Modified"))
+
+
+def ask_signer(der, crl, issuers):
+    """The one among issuers that may sign lists and has signed this one, or None; openssl says it."""
+    with lend_file(der) as file:
+        command = ["crl", "-inform", "DER", "-noout", "-verify", "-in", file.name, "-CAfile", "/dev/stdin"]
+        for item in issuers:
+            if not is_issuer(item, crl) or item.key_usage is not None and CRL_SIGN not in item.key_usage:
+                continue
+            try:
+                # its exit code says it in no old version
+                run_openssl(command, make_pem([item.der]).encode(), b"verify OK")
+                return item
+            except CommandMissing:
+                raise
+            except CommandError:
+                pass                                # it is by another one
+    return None
+
+
+def fetch_issuers(source):
+    """The Certificates above the WFM's, seen over a connection on which nothing is said."""
+    chain = fetch_chain(source.url, source.context, source.config.wfm.timeout)
+    if sys.version_info < (3, 10):  # which shows what was presented, and not what was verified
+        chain = chain[:1] + [der for der in chain[1:] if ask_issuer(chain[0], der)]
+    return [parse_certificate(der) for der in chain[1:]]
+
+
+def ask_issuer(der, issuer):
+    """Whether a certificate is signed by the key of another one; openssl says it."""
+    with lend_file(make_pem([der]).encode()) as file:
+        try:
+            run_openssl(["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name],
+                        make_pem([issuer]).encode())
+        except CommandError:
+            return False
+    return True
+
+
+def refresh_revocation(config, store, state, source=None):
+    """Fetches the revocation lists that are due; an issuer is sought among anchors, own chain and the WFM's
+    chain (E-084).
+    """
+    if config.identity.revocation == "off" or not (state["trust"].get("crls") or state["crls"]):
+        return
+    held = load_trust_bundle(config, store)
+    own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
+    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
+    chain = source.chain if isinstance(source, MtlsSource) else None
+    issuers = [parse_certificate(der) for der in ders + (chain or [])]
+    blind = chain is not None and len(chain) < 2
+    refresh_crls(config, store, state, issuers, lambda: fetch_issuers(source) if blind else [])
+
+
+def load_judge(config, store, state, source, keep):
+    """A function that holds the WFM's leaf against the lists at hand; by `require` they are fetched before
+    anything is said.
+    """
+    mode = config.identity.revocation
+    if mode == "require" and keep:
+        refresh_revocation(config, store, state, source)
+    crls = load_crls(store, state)
+    listed = state["trust"].get("crls") or ()
+    if is_revoked(source.identity.leaf, crls):
+        log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued",
+            id=source.client_id)
+
+    def judge(leaf, now):
+        if mode == "require" or mode == "soft" and (listed or crls):
+            judge_status(leaf, crls, listed, mode, now)
+    return judge
+
+
+def parse_crl_uris(members, document_url, public, held):
+    """([URL of a list], [words about what was passed over]) from the members of a discovery document (E-080,
+    E-091).
+    """
+    listed = members.get(CRL_FIELD, [])
+    faults = []
+    if not isinstance(listed, list):
+        listed = []
+        faults = [f"{CRL_FIELD} is no list"]
+    good = []
+    for uri in listed:
+        if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri):
+            good.append(uri)
+        else:
+            faults.append(f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL")
+    if held and not good:
+        faults.append("it names no revocation lists any more; those at hand count until they end")
+    return good[:MAX_LISTS], faults
+
+
+def load_own_flaw(store, state, leaf):
+    """Why the own leaf is of no use to the WFM."""
+    return "the own SVID is revoked; have a new one issued" if is_revoked(leaf,
+                                                                          load_crls(store, state)) else ""
+
+
+def examine_lists(agent):
+    """Whether the revocation lists say something of today."""
+    fault = find_list_fault(agent.state, time.time())
+    count = len(agent.state["crls"])
+    if fault:
+        return "warn", fault
+    return "ok", f"{count} revocation lists (draft)" if count else ""
+
+
+def refresh_after_poll(agent):
+    """Fetches revocation lists where there are some and it is time."""
+    if not agent.is_downtime():
+        source = None if agent.silent else agent.source
+        refresh_revocation(agent.config, agent.store, agent.state, source)
+
+
+COMPANIONS["crls"] = Companion(
+    lambda config: config.identity.revocation != "off", parse_crl_uris, flaw=load_own_flaw, judge=load_judge,
+    # E-090
+    limits=lambda state: [item["validity"] for item in state["crls"].values() if item.get("validity")],
+    remark=find_list_fault)
+STEPS.insert(STEPS.index(Agent.exchange) + 1, refresh_after_poll)
+EXAMINE["lists"] = examine_lists
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 28. Command line
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
@@ -9760,7 +11100,8 @@ def notify(address, text):
         return
     import socket
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK      # who does not read does not keep us
+        with socket.socket(socket.AF_UNIX, kind) as peer:
             peer.connect("\0" + address[1:] if address.startswith("@") else address)
             peer.send(text.encode())
     except OSError:
@@ -9889,45 +11230,24 @@ def watch(child, fallback, hung, limit):
 
 def command_enroll(config, options):
     """Establishes trust and reports capabilities; safe to repeat.  --fetch-ca: first gets the WFM's root CA (profile signed)."""
-    if "--fetch-ca" in options:
-        if config.wfm.profile != "signed":
-            raise ConfigError("--fetch-ca is for profile signed; others have a trust bundle")
-        path = os.path.abspath(options["--fetch-ca"])
-        for anchor in fetch_ca(config, path):
-            print(f"{path}: compare its SHA-256 fingerprint {sha256_digest(anchor)[7:]}")
+    for name, (_, act) in OPTIONS["enroll"].items():
+        if name in options:
+            act(config, options[name])
+    exchange, reconcile = STEPS.index(Agent.exchange), STEPS.index(Agent.reconcile)
     with Agent(config) as agent:
         agent.store.save_memo({})                   # the trust bundle is asked for whatever its age
-        agent.state["trust"]["refreshedAt"] = None
+        agent.state["trust"].pop("refreshedAt", None)
+        agent.asked = True
         try:
-            wait_for_svid(agent)
+            for step in STEPS[:exchange]:
+                step(agent)
             source = agent.connect()
             agent.report_capabilities(always=True)
-            agent.refresh_revocation()
+            for step in STEPS[exchange + 1:reconcile]:
+                step(agent)
         finally:
             agent.store.save_state(agent.state)     # also what was learnt of the trust bundle before it failed
         print(f"enrolled: {source.client_id} with {config.wfm.url} as device {agent.device_id}")
-
-
-def wait_for_svid(agent):
-    """Enrolls over EST where that is due; at a terminal the decision of the identity service is waited for, with a line of progress."""
-    if agent.state["est"].get("failures"):
-        agent.state["est"]["delay"] = 0             # somebody asks for it now; only what the service itself asked for is waited for
-    while True:
-        try:
-            return agent.tend_identity()
-        except Silence as error:
-            left = find_left(agent.state["est"], time.time())
-            if not sys.stderr.isatty() or not left:
-                raise
-            while left:
-                sys.stderr.write(f"\r{error.message}; next request in {left:.0f} s ...  ")
-                sys.stderr.flush()
-                time.sleep(min(1, left))
-                left = find_left(agent.state["est"], time.time())
-            sys.stderr.write("\n")
-        except NotRenewed as error:
-            log("warning", error.message)
-            return None
 
 
 def command_unenroll(config, options):
@@ -9938,7 +11258,7 @@ def command_unenroll(config, options):
             print("not enrolled")
             return
         if "--purge" in options:
-            failed = agent.purge()
+            failed = purge(agent)
         if failed:
             raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge again")
         if state["enrollment"]:
@@ -9950,11 +11270,24 @@ def command_unenroll(config, options):
         kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
-        for name in ("issued.p7", "issued.key", "issued.pem"):
-            remove_file(agent.store.path(name))     # an enrollment under way is given up
-        remove_folder(agent.store.path("git"))      # its credential, too
+        for name in TRACES:
+            remove_folder(agent.store.path(name))
         agent.store.save_memo({})
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
+
+
+def purge(agent):
+    """Removes every workload and reports it; True where something could not be removed."""
+    if agent.state["enrollment"]:
+        agent.connect()
+    accepted = agent.state["accepted"] or {"etag": None, "digest": "", "version": 0}
+    agent.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
+    agent.reconcile()
+    try:
+        agent.flush_outbox()                        # also what a purge that was cut off has left to be told
+    except Untrusted as error:
+        log("warning", "the WFM does not take the last reports", reason=error.message)
+    return any(record["state"] != "removed" for record in agent.state["deployments"].values())
 
 
 def command_plan(config, options):
@@ -9978,7 +11311,7 @@ def command_plan(config, options):
     actions, seen = [], {}
     if accepted:
         actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
-    others = agent.list_others()
+    others = ask_others(agent.answering)
     changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
     actions = [action._replace(verb=PRINTED.get(action.verb, action.verb)) for action in actions
                if action.verb != "clear" or action.deployment_id not in changed]        # else it is part of a move
@@ -10040,7 +11373,7 @@ def make_status_report(config, state, memo, now):
         "components": [{"name": component["name"], "state": component["state"], "error": component["error"] or no_error}
                        for component in record["components"]]} for _, record in sorted(state["deployments"].items())]
     return {"version": __version__, "profile": config.wfm.profile, "enrolled": bool(state["enrollment"]),
-            "identity": SERVED[config.wfm.profile].describe(config, state, now),
+            "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(now),
             "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
             "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
             "outbox": len(state["outbox"]), "deployments": deployments,
@@ -10064,9 +11397,9 @@ def command_doctor(config, options):
     """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
     agent, failed = Agent(config), False
     agent.state = make_state()
-    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), ("others", check_others),
-                        *EXAMINE.items(), ("registry", check_registries), ("labels", check_labels),
-                        ("identity", lambda agent: SERVED[agent.config.wfm.profile].check(agent.config, agent.state, time.time())),
+    for name, check in (("state", check_storage), ("clock", check_clock), ("engine", check_engine), *EXAMINE.items(),
+                        ("others", check_others), ("registry", check_registries), ("labels", check_labels),
+                        ("identity", lambda agent: agent.get_profile().check(time.time())),
                         ("wfm", check_connection)):
         try:
             level, words = check(agent)
@@ -10119,7 +11452,7 @@ def check_engine(agent):
 
 def check_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
-    others = agent.list_others()
+    others = ask_others({device.device_id: device.drivers for device in agent.devices})
     words = "; ".join(make_others_words(others))
     return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
 
@@ -10151,14 +11484,13 @@ def command_csr(config, options):
     """Makes a private key if there is none, and prints a certificate signing request for it."""
     if not config.identity.key:
         raise ConfigError("identity.key: not set; it says where the key is kept")
-    if config.identity.enrollment == "est":
+    if config.identity.get("enrollment") == "est":
         store = Store(config.state_dir)             # an enrollment under way makes the key itself; the lock goes with this process
         store.create()
         store.lock()
     try:
-        if make_private_key(config.identity.key, config.identity.algorithm):
-            log("info", "new private key", path=config.identity.key)
-        request_pem = make_csr(config.identity.key)
+        obtain_key(config.identity.key, config.identity.get("algorithm"))
+        request_pem = run_csr(config.identity.key)
     except CommandMissing as error:
         raise ConfigError(error.message) from None
     except CommandError as error:
@@ -10195,7 +11527,8 @@ def print_json(value):
 
 # Each command: its function (to an exit code, or nothing for 0), the options it knows, with the name of what follows them, and its operand.
 COMMANDS = {
-    "enroll": (command_enroll, {"--fetch-ca": "FILE"}, ""), "run": (command_run, {"--once": ""}, ""), "plan": (command_plan, {"--json": ""}, ""),
+    "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
+    "run": (command_run, {"--once": ""}, ""), "plan": (command_plan, {"--json": ""}, ""),
     "status": (command_status, {"--json": ""}, ""), "history": (command_history, {"--json": ""}, ""),
     "doctor": (command_doctor, {}, ""), "capabilities": (command_capabilities, {"--json": ""}, ""),
     "csr": (command_csr, {"--out": "FILE"}, ""), "retry": (command_retry, {}, "[ID]"), "unenroll": (command_unenroll, {"--purge": ""}, ""),

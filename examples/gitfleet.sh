@@ -59,6 +59,7 @@ services:
     environment: [GREETING]
     command: [sh, -c, 'echo "$$GREETING"; exec sleep 100000']
 END
+: > "$work/wfm.log"
 python3 examples/wfm.py --listen localhost:0 --certificate "$work/pki/wfm.pem" --key "$work/pki/wfm.key" --trust-bundle "$work/pki/bundle.json" \
     --deployments "$work/deployments" --state "$work/wfm" --registry localhost:0 --packages "$work/packages" \
     --site-certificate "$work/pki/site.pem" --site-key "$work/pki/site.key" > "$work/wfm.log" 2>&1 &

@@ -124,7 +124,8 @@ SAN, CHALLENGE_PASSWORD, EXTENSION_REQUEST = oid("2.5.29.17"), oid("1.2.840.1135
 def run_openssl(*arguments, data=b""):
     """One openssl command's output; raises ValueError."""
     done = subprocess.run(["openssl"] + list(arguments), input=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
-    if done.returncode or "-verify" in arguments and b"verify OK" not in done.stderr:       # OpenSSL 3.0 says a failure by words alone
+    words = done.stdout + done.stderr               # OpenSSL 3.0 says a failure by words alone, 3.5 on the other stream
+    if done.returncode or "-verify" in arguments and b"verify OK" not in words:
         raise ValueError(f"openssl {arguments[0]}: {done.stderr.decode(errors='replace').strip()}")
     return done.stdout
 

@@ -171,7 +171,7 @@ class World:
             with open(path, "rb") as file:
                 state = margo_agent.parse_state(file.read(), path)
             for record in state["deployments"].values():
-                record["retryAt"] = 0
+                record["retry"] = {}
             support.write(path, margo_agent.make_state_data(dict(state, patience={})), 0o600)
 
     def check(self, what, failures=False, again=None, told=False):

@@ -1,4 +1,4 @@
-"""Section 18, Agent: enrollment, cycles, the daemon, and everything around them, as processes against the example WFM."""
+"""Agent: enrollment, cycles, the daemon, and everything around them, as processes against the example WFM."""
 import json
 import os
 import shutil
@@ -301,7 +301,7 @@ class Cycle(AgentCase):
         code = ("import sys, threading\ndef start(thread): raise RuntimeError(\"can't start new thread\")\n"
                 "threading.Thread.start = start\nimport margo_agent\nsys.exit(margo_agent.main(sys.argv[1:]))")
         self.publish()
-        done = subprocess.run([sys.executable, "-c", code] + self.device.command("run", "--once")[2:], cwd=support.ROOT,
+        done = subprocess.run([sys.executable, "-c", code, "-c", self.device.config_file, "run", "--once"], cwd=support.ROOT,
                               env=self.device.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
         self.assertEqual(done.returncode, 0, done.stdout)
 

@@ -1,4 +1,4 @@
-"""Section 16, Apply: what is done to the engine and in which order, by the agent as a process on an engine of files."""
+"""Apply: what is done to the engine and in which order, by the agent as a process on an engine of files."""
 import json
 import os
 import shutil
@@ -544,9 +544,10 @@ class Ports(ApplyCase):
     def test_each_gets_the_others_port_with_one_outage(self):
         self.publish_ports(one=7001, two=7002)
         self.cycle()
-        self.publish_ports(one=7002, two=7001)
-        self.assertNotIn("error", self.cycle())
-        self.assertEqual(self.outages(), [("stop", SECOND), ("stop", HELLO), ("start", HELLO), ("start", SECOND)])
+        for ports in ({"one": 7002, "two": 7001}, {"one": 7001, "two": 7002}):
+            self.publish_ports(**ports)
+            self.assertNotIn("error", self.cycle())
+            self.assertEqual(self.outages(), [("stop", SECOND), ("stop", HELLO), ("start", HELLO), ("start", SECOND)])
         self.assertEqual([self.wfm.statuses(key)[-4:] for key in (HELLO, SECOND)], [["installed", "pending", "installing", "installed"]] * 2)
         self.assertEqual({key: item[0] for key, item in self.device.plan().items()}, {HELLO: "keep", SECOND: "keep"})
 

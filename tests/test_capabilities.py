@@ -1,4 +1,4 @@
-"""Section 17, Capabilities: what the running system says, under what the operator says."""
+"""Capabilities: what the running system says, under what the operator says."""
 import json
 import os
 import re

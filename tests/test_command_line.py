@@ -1,4 +1,4 @@
-"""Section 19, Command line: commands, options, exit codes, output for people and for machines."""
+"""Command line: commands, options, exit codes, output for people and for machines."""
 import importlib
 import io
 import json
@@ -69,7 +69,8 @@ class Output(support.DeviceCase):
     def test_status_json_is_the_contract_s_object(self):
         self.device.cycle()
         status = self.device.status()
-        self.assertEqual(set(status), {"version", "profile", "enrolled", "identity", "desiredState", "lastPoll", "outbox", "deployments", "dropped"})
+        self.assertEqual(set(status), {"version", "profile", "enrolled", "identity", "desiredState", "lastPoll", "outbox", "deployments", "dropped",
+                                       "others"})
         self.assertEqual((status["profile"], status["enrolled"], status["identity"]["id"]), ("mtls", True, support.CLIENT_ID))
         self.assertEqual(status["desiredState"]["version"], 1)
         for moment in (status["identity"]["notAfter"], status["desiredState"]["acceptedAt"], status["lastPoll"]["at"]):
@@ -95,7 +96,7 @@ class Output(support.DeviceCase):
     def test_plan_json_is_the_contract_s_object(self):
         document = json.loads(self.device.run("plan", "--json").stdout)
         self.assertEqual(document, {"version": 1, "actions": [{"deploymentId": HELLO, "action": "install", "reason": "new",
-                                                                "deviceId": support.DEVICE}]})
+                                                                "deviceId": support.DEVICE}], "others": []})
 
     def test_the_log_is_one_line_an_event_in_text_or_json(self):
         text = self.device.cycle()

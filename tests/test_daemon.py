@@ -185,30 +185,31 @@ class Parent(DaemonCase):
     def test_the_watchdog_is_fed_while_a_cycle_moves_and_between_cycles(self):
         """A component may take six hours: a helper that hangs is waited for, and the waiting itself moves."""
         self.hang("create")
-        process = self.start("run", hasty=True, hung=3, **self.systemd)
+        process = self.start("run", hasty=True, hung=12, **self.systemd)
         support.wait_for(lambda: len(self.helpers()) > 1, what="podman create")
         child = self.find_child(process)
-        self.assertGreater(self.count_beats(5), 10)
+        self.assertGreater(self.count_beats(15), 5)
         self.assertEqual(self.find_child(process), child)
         self.hang()
+        os.kill(child, signal.SIGKILL)
         for pid in self.helpers():
             os.kill(pid, signal.SIGKILL)
         process.send_signal(signal.SIGHUP)
         support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the next cycle's work")
-        self.assertGreater(self.count_beats(2), 3)
+        self.assertGreater(self.count_beats(3), 1)
 
     def test_a_cycle_that_does_not_move_is_killed_and_followed_by_another(self):
         """F-04: what waits for a dead disk shows no sign of life; here it is stopped."""
         self.hang("create")
-        process = self.start("run", hasty=True, hung=3, **self.systemd)
+        process = self.start("run", hasty=True, hung=12, **self.systemd)
         support.wait_for(lambda: len(self.helpers()) > 1, what="podman create")
         child = self.find_child(process)
         os.kill(child, signal.SIGSTOP)
         self.hang()
         for pid in self.helpers():
             os.kill(pid, signal.SIGKILL)
-        support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the next cycle's work")
-        self.assertIn("the cycle has not moved for 3 s, and is killed", self.errors())
+        support.wait_for(lambda: "installed" in self.wfm.statuses(), 60, "the next cycle's work")
+        self.assertIn("the cycle has not moved for 12 s, and is killed", self.errors())
         self.assertIsNone(process.poll())
 
     def test_a_cycle_that_does_not_end_does_not_keep_the_parent(self):
@@ -229,10 +230,11 @@ class Parent(DaemonCase):
         process = self.start("run", hasty=True, python=python, PYTHONHOME=sys.base_prefix, **self.systemd)
         support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the first installation")
         os.remove(python)
+        support.wait_for(lambda: "cannot be started" in self.errors(), what="a cycle that cannot be started")
+        self.assertLess(self.count_beats(0.5), 2)
         self.assertEqual(process.wait(60), 1, self.errors())
         self.assertEqual(self.errors().count("python cannot be started (No such file or directory)"), 5)
         self.assertIn("five cycles in a row could not be started", self.errors())
-        self.assertLess(self.read()[::-1].index(b"WATCHDOG=1"), 3)
 
     def test_an_agent_that_was_removed_is_noticed_too(self):
         folder = support.make_folder(self)

@@ -1,4 +1,4 @@
-"""Section 11, Eligibility: capacity and rules against the reported capabilities (protocol 8), every operator and every type."""
+"""Eligibility: capacity and rules against the reported capabilities (protocol 8), every operator and every type."""
 import unittest
 
 import margo_agent

@@ -1,4 +1,4 @@
-"""Section 3, Encodings: what is read is read as everyone reads it; what is not understood is refused with its place."""
+"""YAML, Small encodings and X.509: what is read is read as everyone reads it; what is not understood is refused with its place."""
 import base64
 import calendar
 import contextlib

@@ -1,4 +1,4 @@
-"""Section 8, Identity: enrollment, renewal and revocation over the draft's EST, against examples/mis.py and examples/wfm.py."""
+"""Enrollment: SVIDs obtained and renewed over the draft's EST, against examples/mis.py and examples/wfm.py."""
 import base64
 import os
 import re
@@ -131,18 +131,6 @@ class Enrollment(Site):
         self.device.cycle()
         self.assertEqual((read(self.device.key), self.asked("simpleenroll")[1:]), (key, [("simpleenroll", 200)]))
 
-    def test_at_a_terminal_enroll_waits_and_says_so(self):
-        """E-037: a line of progress until the decision."""
-        import pty
-        self.mis.add_token(TOKEN, review=1)
-        ours, theirs = pty.openpty()
-        done = subprocess.run(self.device.command("enroll"), env=self.device.env, stdout=subprocess.PIPE, stderr=theirs, timeout=60)
-        os.close(theirs)
-        text = os.read(ours, 65536).decode()
-        os.close(ours)
-        self.assertEqual(done.returncode, 0, text)
-        self.assertIn("has not decided yet; next request in", text)
-
     def test_a_refusal_is_named_and_waits_for_another_token(self):
         """E-045: 401 ends in 5 without guessing why; not asked again until an hour has passed or the token is another one."""
         support.write(self.device.token, "line-4:wrong\n", 0o600)
@@ -215,7 +203,8 @@ class Enrollment(Site):
         self.mis.fault({"path": "*/simpleenroll", "status": 503, "times": 1})
         self.device.cycle(3)
         state = self.device.state()
-        state["est"]["at"] -= 10000
+        for clock in ("at", "uptime"):
+            state["est"][clock] -= 10000
         support.write(os.path.join(self.device.state_dir, "state.json"), margo_agent.make_json(state))
         self.device.set("poll.downtime", ["00:00-24:00"])
         agent = margo_agent.Agent(margo_agent.load_config(self.device.config_file))
@@ -260,6 +249,112 @@ class Enrollment(Site):
             done = device.run("enroll")
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertEqual(len(self.issued()) - before, 1)
+
+    def certify_issuer(self, signer, start, end):
+        """Another certificate of the issuing CA, with its name and its key; the path."""
+        current, again = self.mis.path("issuing.pem"), f"again-{signer}"
+        support.write(self.pki.path(f"{again}.cnf"), "\n".join((
+            "[ca]", "default_ca = x", "[x]", "new_certs_dir = .", f"database = {again}.db", f"serial = {again}.serial",
+            "default_md = sha256", "policy = any", "unique_subject = no", "preserve = yes", "[any]",
+            "organizationName = optional", "commonName = optional", "[ext]", "basicConstraints = critical, CA:TRUE",
+            "keyUsage = critical, keyCertSign, cRLSign", "subjectKeyIdentifier = hash", "")))
+        support.write(self.pki.path(f"{again}.db"), "")
+        support.write(self.pki.path(f"{again}.serial"), os.urandom(8).hex())
+        self.pki.run("x509", "-x509toreq", "-in", current, "-signkey", self.mis.path("issuing.key"), "-out", f"{again}.csr")
+        self.pki.run("ca", "-batch", "-config", f"{again}.cnf", "-extensions", "ext", "-startdate", support.moment(start),
+                     "-enddate", support.moment(end), "-notext", "-in", f"{again}.csr", "-out", f"{again}.pem",
+                     "-cert", f"{signer}.pem", "-keyfile", f"{signer}.key")
+        return self.pki.path(f"{again}.pem")
+
+    def test_every_certificate_of_the_issuer_is_tried(self):
+        """E-039, F-15: one that has ended, or is by a CA that the bundle does not know, may come first."""
+        for signer, start, end in (("ca", "-400d", "-1d"), ("site-ca", "-10d", "+100d")):
+            other, current = self.certify_issuer(signer, start, end), self.mis.path("issuing.pem")
+            for order in ([other, current], [current, other]):
+                device = self.make_device()
+                files = [word for path in order for word in ("-certfile", path)]
+                body = subprocess.run(["openssl", "crl2pkcs7", "-nocrl", "-outform", "DER", *files], check=True,
+                                      stdout=subprocess.PIPE).stdout
+                self.mis.fault({"path": "*/cacerts", "status": 200, "body": base64.encodebytes(body).decode()})
+                with self.subTest((signer, order[0] == other)):
+                    device.cycle()
+                    chain = margo_agent.parse_pem(read(device.certificate).decode())
+                    self.assertEqual(chain[1:], margo_agent.parse_pem(read(current).decode()))
+
+    def test_enroll_uses_a_fresh_token_although_the_svid_is_good(self):
+        """F-35: a WFM that does not take the SVID any more; `run` goes on with it, doctor and `enroll` help."""
+        self.device.cycle()
+        first = self.leaf()
+        self.mis.add_token("line-4:new")
+        support.write(self.device.token, "line-4:new\n", 0o600)
+        self.device.cycle()
+        self.assertEqual(self.leaf(), first)
+        self.assertRegex(self.device.run("doctor").stdout, r"warn renewal .*has not served, `enroll` uses it")
+        done = self.device.run("enroll")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertNotEqual(self.leaf(), first)
+        self.assertEqual((read(self.device.token), self.leaf().spki), (None, first.spki))
+
+    def test_a_fresh_token_that_is_refused_is_told_and_the_svid_stays(self):
+        """F-35: also where the service takes its time; `run` then goes on asking."""
+        self.device.cycle()
+        first = self.leaf()
+        support.write(self.device.token, "line-4:wrong\n", 0o600)
+        done = self.device.run("enroll")
+        self.assertEqual((done.returncode, self.leaf()), (0, first), done.stderr)
+        self.assertIn("is not renewed yet: enrollment authorization refused", done.stderr)
+        self.mis.add_token("line-4:slow", review=1)
+        support.write(self.device.token, "line-4:slow\n", 0o600)
+        self.assertIn("has not decided yet", self.device.run("enroll").stderr)
+        time.sleep(1.1)
+        self.let_retry()
+        self.device.cycle()
+        self.assertNotEqual(self.leaf(), first)
+
+    def leave_files(self, **record):
+        """The state directory as an older agent left it: what was issued in files of its own, and a record without stage."""
+        state = self.device.state()
+        pending, folder = state["est"], self.device.state_dir
+        support.write(os.path.join(folder, "issued.p7"), base64.b64decode(pending["answer"]))
+        if "chain" in pending:
+            key = "-----BEGIN PRIVATE KEY-----\nbm9uZQ==\n-----END PRIVATE KEY-----\n"
+            support.write(os.path.join(folder, "issued.pem"), pending["chain"] + key)
+        support.write(os.path.join(folder, "issued.key"), "of a retired setting")
+        members = {name: pending[name] for name in ("token", "key", "used") if name in pending}
+        state.update(est=dict(members, **record), patience={})
+        support.write(os.path.join(folder, "state.json"), margo_agent.make_json(state))
+
+    def check_taken_over(self, issued):
+        """The next cycle goes on, without another request, and leaves nothing behind."""
+        self.device.cycle()
+        self.assertEqual((len(self.issued()), list(self.device.state()["est"])), (issued, ["used"]))
+        self.assertEqual([name for name in os.listdir(self.device.state_dir) if name.startswith("issued")], [])
+
+    def test_an_enrollment_that_an_older_agent_began_goes_on(self):
+        """E-042, E-043: with the answer at hand, and with a request that was never answered."""
+        self.mis.misissue(cacerts="none")
+        self.device.cycle(5)
+        self.mis.misissue()
+        self.leave_files()
+        self.check_taken_over(1)
+        self.device = self.make_device()
+        self.mis.fault({"path": "*/simpleenroll", "status": 503, "times": 1})
+        self.device.cycle(3)
+        state = self.device.state()
+        state.update(est={"token": state["est"]["token"], "key": state["est"]["key"], "used": None}, patience={})
+        support.write(os.path.join(self.device.state_dir, "state.json"), margo_agent.make_json(state))
+        key = read(self.device.key)
+        self.check_taken_over(2)
+        self.assertEqual(read(self.device.key), key)
+
+    def test_a_renewal_that_an_older_agent_began_goes_on(self):
+        """E-043: the chain that waited for its proof; a key that stood beside it by a setting that has gone stays nowhere."""
+        self.age()
+        self.wfm.fault({"path": "/api/v1/deployments", "status": 403, "times": 1})
+        self.device.cycle(3)
+        self.leave_files(at=0, delay=60, failures=1)
+        self.check_taken_over(2)
+        self.assertNotIn(b"PRIVATE", read(self.device.certificate))
 
     def test_a_token_that_served_is_never_sent_again(self):
         """E-044: also if it comes back from a backup and the SVID is gone."""
@@ -318,7 +413,7 @@ class Enrollment(Site):
         with mock.patch.object(margo_agent, "log", lambda level, message, **_: told.append(message)):
             for ahead in (-200, 200, -4000, 4000):
                 date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + ahead))
-                self.assertEqual(margo_agent.check_est_response(margo_agent.Response(200, {"Date": date}, b"x"), "simpleenroll", time.time()), b"x")
+                self.assertEqual(margo_agent.judge_est_response(margo_agent.Response(200, {"Date": date}, b"x"), "simpleenroll", time.time()), b"x")
                 self.assertEqual(len(told), max(0, (-200, 200, -4000, 4000).index(ahead) - 1))
         self.assertIn("set the one that is wrong", told[0])
 
@@ -326,9 +421,10 @@ class Enrollment(Site):
         """C-052: whoever enrolls this device next gets nothing of it."""
         self.mis.misissue(cacerts="none")
         self.device.cycle(5)
-        self.assertIn("issued.p7", os.listdir(self.device.state_dir))
+        self.assertEqual(self.device.state()["est"]["stage"], "issued")
+        support.write(os.path.join(self.device.state_dir, "issued.p7"), b"of an older agent")
         self.device.run("unenroll")
-        self.assertNotIn("issued.p7", os.listdir(self.device.state_dir))
+        self.assertEqual((self.device.state()["est"], os.path.exists(os.path.join(self.device.state_dir, "issued.p7"))), ({}, False))
 
     def test_a_token_file_is_one_line_with_a_secret(self):
         """E-008, E-033: what cannot be a token is a configuration error, what others can read a warning."""
@@ -377,14 +473,8 @@ class Enrollment(Site):
         self.assertEqual((state["est"], state["crls"], state["drafts"], sorted(state["trust"])), (
             {}, {}, [], ["etag", "refreshedAt", "sequence", "source", "trustDomain"]))
 
-    def test_doctor_foresees_a_downtime_that_outlasts_the_svid(self):
-        """The draft's 4: 40 % of the lifetime are left at the latest renewal; and less than a quarter means that renewals fail."""
-        self.device.cycle()
-        self.device.set("poll.downtime", ["00:10-00:30"])
-        self.assertRegex(self.device.run("doctor").stdout, r"ok +identity ")
-        self.device.set("poll.downtime", ["00:10-00:30", "2126-12-24T00:00/2126-12-24T00:25"])
-        self.assertRegex(self.device.run("doctor").stdout, r"warn identity .*a downtime of 0.4 h .* leaves 0.4 h: have it issued for longer")
-        self.device.set("poll.downtime", [])
+    def test_doctor_foresees_the_end_of_an_svid_that_is_not_renewed(self):
+        """Less than a quarter of its lifetime left means that renewals fail."""
         for share, level in ((0.7, "ok"), (0.8, "warn")):
             device = self.make_device()
             self.age(share, device=device)
@@ -393,7 +483,7 @@ class Enrollment(Site):
     def test_doctor_says_draft_and_when_it_will_be_renewed(self):
         self.assertIn("`margo_agent.py enroll` obtains one", self.device.run("doctor").stdout)
         self.device.cycle()
-        self.assertRegex(self.device.run("doctor").stdout, r"renewed over EST \(draft\) after 20.*, 2 revocation lists \(draft\)")
+        self.assertRegex(self.device.run("doctor").stdout, r"ok +renewal +renewed over EST \(draft\) after 20.*\nok +lists +2 revocation lists \(draft\)\n")
 
 
 class Authorized(Site):
@@ -436,15 +526,15 @@ class Requests(unittest.TestCase):
     def make_renewal(self, name):
         """The renewal request for a certificate of the folder."""
         leaf = margo_agent.parse_certificate(self.pki.der(f"{name}.pem"))
-        return leaf, margo_agent.make_renewal_csr(leaf, self.pki.path(f"{name}.key"))
+        return leaf, margo_agent.run_renewal_csr(leaf, self.pki.path(f"{name}.key"))
 
     def test_the_first_request_carries_no_claim(self):
         """E-031, E-035: empty subject, no names, no challengePassword, ECDSA with SHA-256; asn1crypto and cryptography read it."""
         support.require("asn1crypto", "cryptography")
         from asn1crypto import csr
         from cryptography import x509
-        margo_agent.make_private_key(self.pki.path("new.key"))
-        data = margo_agent.make_csr(self.pki.path("new.key"), "DER")
+        margo_agent.obtain_key(self.pki.path("new.key"))
+        data = margo_agent.run_csr(self.pki.path("new.key"), "DER")
         read = csr.CertificationRequest.load(data, strict=True)
         info = read["certification_request_info"]
         self.assertEqual((info["subject"].native, info["attributes"].native or []), ({}, []))
@@ -477,6 +567,15 @@ class Requests(unittest.TestCase):
 class Decisions(unittest.TestCase):
     """The pure part."""
 
+    def test_many_certificates_of_one_name_make_no_endless_search(self):
+        """F-15: paths are found one after the other, each at most ten long."""
+        many = [margo_agent.Certificate(b"%d" % number, b"a", b"b", number, 0, 9, b"", [], True, None, {})
+                for number in range(16)]
+        loop = many + [item._replace(der=item.der + b"b", subject=b"b", issuer=b"a") for item in many]
+        leaf = margo_agent.Certificate(b"leaf", b"c", b"a", 1, 0, 9, b"", [], False, None, {})
+        paths = [path for path, _ in zip(margo_agent.find_paths([leaf], loop), range(16))]
+        self.assertEqual((len(paths), {len(path) for path in paths}), (16, {10}))
+
     def make(self, der=b"x", start=0, end=1000):
         return margo_agent.Certificate(der, b"", b"", 1, start, end, b"", [CLIENT_ID], False, {0}, {})
 
@@ -500,16 +599,16 @@ class Decisions(unittest.TestCase):
                 (due, "", {"at": due + 500, "delay": 60}, None, False, "renew"),             # the clock jumped back
                 (due, "", {"at": due - 10, "delay": 60, "used": "a"}, None, False, "wait"),
                 (1001, "expired", {}, "a", False, "enroll"), (1001, "expired", {"used": "a"}, "b", False, "enroll"), (1001, "expired", {}, "", False, "enroll"),
-                (1001, "expired", {"used": "a"}, "a", True, "enroll"),
+                (1001, "expired", {"used": "a", "stage": "issued"}, "a", True, "enroll"),
                 (1001, "expired", {"at": 1000, "delay": 60, "token": "a"}, "a", False, "wait"),
                 (1001, "expired", {"at": 1000, "delay": 60, "token": "a"}, "b", False, "enroll"),
                 (due - 1, "not the key", {"key": "x", "token": "a"}, "a", False, "enroll"),
                 (1001, "expired", {"at": 1000, "delay": 60, "token": ""}, "", False, "wait")):
             with self.subTest((now, fault, est, token)):
-                self.assertEqual(margo_agent.find_est_step(est, leaf, fault, token, issued, now), expected)
+                self.assertEqual(margo_agent.find_est_step(est, leaf, fault, token, margo_agent.Clock(now, "", 0)), expected)
         for now, fault, est, token in ((1001, "expired", {}, None), (1001, "expired", {"used": "a"}, "a"), (-5, "not valid before", {}, "a")):
             with self.subTest((now, fault)), self.assertRaises(Untrusted) as caught:
-                margo_agent.find_est_step(est, leaf, fault, token, False, now)
+                margo_agent.find_est_step(est, leaf, fault, token, margo_agent.Clock(now, "", 0))
             self.assertIn(fault, caught.exception.message)
 
     def test_enrollment_settings_are_checked_together(self):
@@ -533,14 +632,14 @@ class Decisions(unittest.TestCase):
 
         def parse(public=False, **members):
             return margo_agent.parse_discovery(json.dumps(dict(base, **members)).encode(), "https://m/d", None, public)
-        self.assertEqual(parse(estBaseUri="https://m:443/est/x", public=True).est_uri, "https://m:443/est/x")
-        self.assertEqual(parse(estBaseUri="https://other/est").est_uri, "https://other/est")
+        self.assertEqual(parse(estBaseUri="https://m:443/est/x", public=True).parts["est"], "https://m:443/est/x")
+        self.assertEqual(parse(estBaseUri="https://other/est").parts["est"], "https://other/est")
         for uri, public in (("https://other/est", True), ("http://m/est", False), ("https://m/est?x", False), ("https://u@m/est", False),
                             ("https://m/est#f", False), (7, False), (None, False)):
             with self.subTest(uri), self.assertRaises(ValueError):
                 parse(estBaseUri=uri, public=public)
         found = parse(crlUris=["http://c/a.crl", 7, "ftp://x/y", "https://c/b?c=d"])
-        self.assertEqual((found.crl_uris, len(found.faults)), (["http://c/a.crl", "https://c/b?c=d"], 2))
+        self.assertEqual((found.parts["crls"], len(found.faults)), (["http://c/a.crl", "https://c/b?c=d"], 2))
         self.assertEqual(parse(crlUris="http://c").faults, ["crlUris is no list"])
 
 
@@ -688,99 +787,26 @@ class Renewal(Site):
         self.assertEqual(self.asked("simplereenroll"), [("simplereenroll", 200)])       # at once, long before it would be due
 
 
-class Rekeying(Site):
-    """identity.rekey: certificate and key are one file, and each renewal has a key of its own."""
+class Retired(unittest.TestCase):
+    """Settings that have gone say what to do instead."""
 
-    def make_device(self, token=None):
-        device = super().make_device(token)
-        device.key = device.certificate
-        device.set("identity.key", device.certificate)
-        device.set("identity.rekey", "always")
-        return device
+    def check(self, **identity):
+        """The words of the faults of a configuration."""
+        base = {"certificate": "c", "key": "k", "trust_bundle": "b", "enrollment": "est",
+                "est": {"url": "https://x/y", "token_file": "t"}}
+        with self.assertRaises(margo_agent.ConfigError) as caught:
+            margo_agent.make_config({"wfm": {"url": "https://x"}, "identity": dict(base, **identity)}, "/", {})
+        return caught.exception.message
 
-    def check_whole(self, device=None):
-        """The one file is a pair that leads to the anchor, for its owner alone, and nothing waits; returns the leaf."""
-        path = (device or self.device).certificate
-        margo_agent.check_own_chain(path, path, [self.pki.der("ca.pem")])
-        self.assertEqual((stat.S_IMODE(os.stat(path).st_mode), read(path).count(b"PRIVATE KEY-----"), read(path).count(b"BEGIN CERTIFICATE")), (0o600, 2, 2))
-        self.assertEqual([name for name in os.listdir((device or self.device).state_dir) if name.startswith("issued")], [])
-        return self.leaf(device)
+    def test_rekeying_is_refused_with_what_to_do_instead(self):
+        for value in ("always", "never"):
+            words = self.check(rekey=value)
+            self.assertRegex(words, f"^identity.rekey: found '{value}', expected no such setting any more")
+            self.assertIn("put a fresh token into identity.est.token_file and run `enroll`", words)
 
-    def test_a_renewal_has_a_new_key_and_one_rename_activates_both(self):
-        """E-030, E-043, E-060, E-063, E-064: the draft's 3.5 and 4; the current SVID authenticates, the new key signs the request."""
-        old = self.age()
-        self.assertEqual(self.check_whole(), old)
-        self.device.cycle()
-        new = self.check_whole()
-        self.assertNotEqual(new.spki, old.spki)
-        self.assertEqual((new.uris, new.subject), (old.uris, old.subject))
-        self.assertEqual([item["how"] for item in self.issued()], ["token", "renewal"])
-        self.assertEqual(len({item["key"] for item in self.issued()}), 2)
-        self.device.cycle()
-        self.assertRegex(self.device.run("doctor").stdout, r"ok +identity .*renewed over EST \(draft\) with a new key after 20")
-        self.assertEqual(self.device.status()["identity"]["id"], CLIENT_ID)
-
-    def test_the_old_pair_stays_until_the_new_one_is_proven_and_every_retry_has_the_same_new_key(self):
-        """E-042: the answer is lost, then the service decides late, then the WFM does not accept the new one; one new key for all of it."""
-        self.age()
-        old = read(self.device.certificate)
-        for fault in ({"late": True, "close": True, "times": 1}, {"status": 202, "body": "", "headers": {"Retry-After": "0"}, "times": 1}):
-            self.mis.fault(dict(fault, path="*/simplereenroll"))
-            self.device.cycle(3)
-            self.assertEqual(read(self.device.certificate), old)
-            self.assertEqual(stat.S_IMODE(os.stat(os.path.join(self.device.state_dir, "issued.key")).st_mode), 0o600)
-            self.let_retry()
-        self.wfm.fault({"path": "/api/v1/deployments", "status": 403, "times": 1})
-        self.device.cycle(3)
-        self.assertEqual(read(self.device.certificate), old)
-        self.assertEqual(self.device.run("enroll").returncode, 0)
-        self.check_whole()
-        self.assertEqual([item["how"] for item in self.issued()], ["token", "renewal", "renewal"])
-        self.assertEqual(len({item["key"] for item in self.issued()[1:]}), 1)
-
-    def test_the_key_of_csr_is_that_of_the_first_enrollment(self):
-        """E-011, E-042: one that had no certificate yet is used; by hand the chain goes into the same file."""
-        request = support.write(self.pki.path("combined.csr"), self.device.run("csr").stdout)
-        key = read(self.device.key)
-        other = self.make_device()
-        self.device.cycle()
-        self.check_whole()
-        self.assertTrue(read(self.device.key).endswith(key))
-        ext = support.write(self.pki.path("combined.ext"), f"keyUsage=critical,digitalSignature\nsubjectAltName=URI:{CLIENT_ID}\n")
-        self.pki.run("x509", "-req", "-in", request, "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", ext, "-out", "combined.pem",
-                     "-days", "1")
-        support.write(other.certificate, key + read(self.pki.path("combined.pem")), 0o600)
-        other.cycle()
-        self.assertEqual(self.asked("simpleenroll"), [("simpleenroll", 200)])
-
-    def test_a_key_that_is_lost_takes_a_fresh_token(self):
-        """E-066: a file with a chain alone is no identity."""
-        self.device.cycle()
-        first = self.leaf()
-        support.write(self.device.certificate, re.sub(rb"(?s)-----BEGIN PRIVATE.*", b"", read(self.device.certificate)), 0o600)
-        self.assertIn("the key is lost; a fresh enrollment token", self.device.cycle(5))
-        self.mis.add_token("line-5:again")
-        support.write(self.device.token, "line-5:again\n", 0o600)
-        self.device.cycle()
-        self.assertNotEqual(self.check_whole().spki, first.spki)
-
-    def test_one_file_without_rekeying_keeps_its_key(self):
-        """E-042, E-060: activation never loses the key that lies beside the chain."""
-        self.device.set("identity.rekey", "never")
-        old = self.age()
-        self.device.cycle()
-        self.assertEqual(self.check_whole().spki, old.spki)
-        self.assertEqual([item["how"] for item in self.issued()], ["token", "renewal"])
-
-    def test_two_files_cannot_be_replaced_together(self):
-        """E-008: neither can a token's key, and without enrollment nobody renews."""
-        base = {"wfm": {"url": "https://x"}, "identity": {"certificate": "c", "key": "c", "trust_bundle": "b", "enrollment": "est", "rekey": "always",
-                                                          "est": {"url": "https://x/y", "token_file": "t"}}}
-        self.assertEqual(margo_agent.make_config(base, "/", {}).identity.rekey, "always")
-        for odd in ({"key": "k"}, {"key": "pkcs11:object=c"}, {"enrollment": "off"}, {"key": None}):
-            with self.subTest(odd), self.assertRaises(margo_agent.ConfigError) as caught:
-                margo_agent.make_config(dict(base, identity=dict(base["identity"], **odd)), "/", {})
-            self.assertIn("identity.rekey: always needs", caught.exception.message)
+    def test_a_renewal_needs_certificate_and_key_in_two_files(self):
+        """E-042: else the rename of the chain would lose the key beside it."""
+        self.assertRegex(self.check(key="./c"), "^identity.key: found the file of identity.certificate, expected one of its own")
 
 
 class Quickstart(unittest.TestCase):
@@ -823,26 +849,14 @@ class Installed(Site):
         log = [item["headers"] for item in self.wfm.lines("requests.jsonl")]
         self.assertTrue(log)
 
-    def test_a_half_done_replacement_is_waited_for(self):
-        """E-010: certificate and key do not fit for a moment; exit code 3, nothing is lost, the next cycle works."""
+    def test_a_replacement_that_is_half_done_is_no_pair_and_the_next_cycle_has_one(self):
+        """E-010: an operator replaces two files one after the other; a cycle between the two changes nothing."""
         self.provide()
         self.device.cycle()
-        os.utime(self.device.key, (time.time() - 100, time.time() - 100))
         self.provide(key=False)
-        self.assertIn("the other one is waited for", self.device.cycle(3))
-        support.write(self.device.key, read(self.pki.path(f"svid-{self.count}.key")), 0o600)
-        state = self.device.state()
-        state["patience"] = {}
-        support.write(os.path.join(self.device.state_dir, "state.json"), margo_agent.make_json(state))
-        self.device.cycle()
-
-    def test_a_pair_that_never_fits_is_an_error(self):
-        """E-008: not a replacement under way, once some minutes have passed."""
-        self.provide()
-        self.provide(key=False)
-        for path in (self.device.key, self.device.certificate):
-            os.utime(path, (time.time() - 1000, time.time() - 1000))
         self.assertIn("not the key of identity.certificate", self.device.cycle(5))
+        support.write(self.device.key, read(self.pki.path(f"svid-{self.count}.key")), 0o600)
+        self.device.cycle()
 
     def test_a_new_chain_has_to_reach_the_bundle(self):
         """E-006, E-008, E-012: the cause is told apart from a refusal by the WFM, before a connection."""

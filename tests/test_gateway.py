@@ -24,7 +24,7 @@ def make_child(name, connection, labels=None, memory="512Mi", **members):
 
 
 class FindPlace(unittest.TestCase):
-    """Section 12: which device a deployment is for."""
+    """Plan: which device a deployment is for."""
 
     def find(self, wanted, held=None, children=None, unfit=None, loads=None):
         children = {"gw/a": True, "gw/b": True} if children is None else children
@@ -82,7 +82,7 @@ class FindPlace(unittest.TestCase):
 
 
 class Settings(unittest.TestCase):
-    """Section 4: `device.children` (contract, Children)."""
+    """Configuration: `device.children` (contract, Children)."""
 
     def faults(self, *children, **sections):
         from tests.test_configuration import faults
@@ -129,7 +129,7 @@ class Settings(unittest.TestCase):
 
 
 class Connections(unittest.TestCase):
-    """Section 14: how the commands for a child find its engine."""
+    """Runtimes: how the commands for a child find its engine."""
 
     CONFIG = None
 

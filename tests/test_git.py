@@ -1,4 +1,4 @@
-"""Section 10, Desired-state sources: profile git, with real git over https, ssh and files; every road, every refusal, every accident."""
+"""Git: the profile, with real git over https, ssh and files; every road, every refusal, every accident."""
 import getpass
 import json
 import os

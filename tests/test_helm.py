@@ -1,4 +1,4 @@
-"""Section 14 with Helm: helm 3 and helm 4 against a Kubernetes API server in memory, charts in a real registry; the values as pure code."""
+"""Runtimes with Helm: helm 3 and helm 4 against a Kubernetes API server in memory, charts in a real registry; the values as pure code."""
 import base64
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Section 16, Apply, its hooks: executables of the device's maker around every change of a component, and the extensions they read."""
+"""Apply, its hooks: executables of the device's maker around every change of a component, and the extensions they read."""
 import json
 import os
 import unittest

@@ -14,7 +14,7 @@ import warnings
 from tests import gauge, support
 
 VOCABULARY = ("Constants and errors", "Records")                # what every section may use
-PURE = ("Records", "Encodings", "Desired state", "Eligibility", "Plan", "Deployment status")
+PURE = ("Records", "YAML", "Small encodings", "X.509", "Desired state", "Eligibility", "Plan", "Deployment status")
 STORY_FIRST = False                 # True: a section uses only the vocabulary and sections below it; False: only sections above it
 WORLD = {"os", "random", "socket", "subprocess", "logging", "shutil", "fcntl", "select", "signal", "tempfile", "ssl", "urllib.request", "http.client"}
 LONGEST = 60                        # lines of one function
@@ -24,24 +24,20 @@ MEDIAN = 14
 # to follow.  Figures only go down; the aim is 60,000 tokens and none of the rest.
 GAUGE = {
     "tokens": (74094, 400),
-    "lines wider than 110 columns": (1317, 40),
-    "conditional expressions inside another": (19, 3),
-    "comprehensions with two loops and a condition": (5, 2),
-    "packed assignments": (158, 10),
+    "lines wider than 110 columns": (520, 40),
+    "conditional expressions inside another": (11, 3),
+    "comprehensions with two loops and a condition": (3, 2),
+    "packed assignments": (93, 10),
 }
 # Functions named parse_, make_, check_, is_ or find_ that are not pure.  It only gets shorter: such a function is to be split into what
 # looks and what decides, or named for what it does (load_ save_ fetch_ post_ run_ ask_ obtain_).
 LYING = """
-Agent.check_patience Agent.find_device Agent.find_reason Agent.is_downtime Agent.make_capabilities
-Agent.make_targets Agent.make_tools ComposeDriver.check_health ComposeDriver.check_space
-ComposeDriver.make_access GitSource.check_signature GitSource.find_head GitSource.make_commit
-MtlsSource.check_peer Store.find_time check_clock check_est_response check_git check_hooks check_mtls
-check_own_anchor check_own_chain check_package_signature check_policy check_registries check_signed
-check_space check_status check_storage find_engine find_layers find_longest find_looseness find_own_leaf
-find_program find_provider find_signer is_crl_signed is_signed is_ssh_answering is_within_whole make_child
-make_compose_driver make_configs make_csr make_document make_drivers make_environment make_folder
-make_git_environment make_helm_driver make_issued_chain make_mis_context make_next_key make_opener make_places
-make_private_key make_project make_public_key make_renewal_csr make_service make_wfm_context parse_certs_only
+Agent.check_patience Agent.is_downtime Agent.make_capabilities ComposeDriver.check_health
+ComposeDriver.check_space ComposeDriver.make_access MtlsSource.check_peer Store.find_time
+check_clock check_hooks check_policy check_registries check_space check_storage find_engine
+find_program find_provider is_within_whole make_child make_compose_driver make_configs make_document
+make_drivers make_environment make_git_environment make_helm_driver make_opener make_project
+make_service
 """.split()
 
 with open(support.AGENT, encoding="utf-8") as file:
@@ -76,7 +72,8 @@ def definitions():
     found = {}
     for node in TREE.body:
         names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [
-            target.id for item in getattr(node, "targets", []) for target in ast.walk(item) if isinstance(target, ast.Name)]
+            target.id for item in getattr(node, "targets", []) for target in ast.walk(item)
+            if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)]
         found.update((name, node.lineno) for name in names)
     return found
 

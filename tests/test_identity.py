@@ -1,4 +1,4 @@
-"""Section 8, Identity: who this device is, whom it trusts, and that nothing is said to anybody else."""
+"""Identity and trust: who this device is, whom it trusts, and that nothing is said to anybody else."""
 import base64
 import contextlib
 import io
@@ -241,12 +241,12 @@ class Bundles(unittest.TestCase):
             with self.subTest(known=known, new=new, domain=domain):
                 trust = {"sequence": known, "trustDomain": domain}
                 if accepted:
-                    self.assertEqual(margo_agent.check_bundle(data, trust, TRUST_DOMAIN).sequence, new)
+                    self.assertEqual(margo_agent.check_sequence(margo_agent.parse_trust_bundle(data), trust, TRUST_DOMAIN).sequence, new)
                 else:
                     with self.assertRaises(ValueError) as caught:
-                        margo_agent.check_bundle(data, trust, TRUST_DOMAIN)
+                        margo_agent.check_sequence(margo_agent.parse_trust_bundle(data), trust, TRUST_DOMAIN)
                     self.assertIn(f"spiffe_sequence went back from {known} to {new}", str(caught.exception))
-        self.assertEqual(margo_agent.check_bundle(data, {}, TRUST_DOMAIN).sequence, new)
+        self.assertEqual(margo_agent.check_sequence(margo_agent.parse_trust_bundle(data), {}, TRUST_DOMAIN).sequence, new)
 
 
 class Discovery(unittest.TestCase):
@@ -708,7 +708,7 @@ class RemoteCase(LiveCase):
         """What refresh_trust_bundle returns, and what it logs."""
         config = margo_agent.load_config(self.device.config_file)
         with contextlib.redirect_stderr(io.StringIO()) as output:
-            bundle = margo_agent.refresh_trust_bundle(config, self.store, self.state, TRUST_DOMAIN, now)
+            bundle = margo_agent.obtain_trust_bundle(config, self.store, self.state, TRUST_DOMAIN, now)
         return bundle, output.getvalue()
 
     def refuse(self, *kinds, now=NOW):

@@ -25,7 +25,7 @@ def make_config(profile="mtls", url="https://wfm.example", device=DEVICE, **sect
 
 def make_owner(config):
     """The owner's text of a configuration, as the agent finds it."""
-    return margo_agent.make_owner(margo_agent.SERVED[config.wfm.profile].identify(config), config.device.id)
+    return margo_agent.make_owner(margo_agent.PROFILES[config.wfm.profile](config, None, None).identify(), config.device.id)
 
 
 class Texts(unittest.TestCase):
@@ -109,7 +109,7 @@ class Labels(Pair, support.DeviceCase):
             container = next(iter(held["containers"].values()))
             labels = {f"org.margo.{key}": value for key, value in labels.items()}
             labels = {key: value for key, value in dict(container["labels"], **labels).items() if key not in remove}
-            held["containers"][name] = dict(container, id=name * 4, labels=labels)
+            held["containers"][name] = dict(container, id=name * 4, labels=labels, argv=[])        # in no network of ours
 
     def change(self, **labels):
         """Ours with other labels; None: without."""
@@ -245,6 +245,8 @@ class Labels(Pair, support.DeviceCase):
         self.wfm.withdraw()
         self.device.cycle()
         self.assertEqual(set(self.engine.containers()), {"theirs"})
+        with self.engine.open() as held:
+            self.assertEqual(held["networks"], {})
 
     def test_without_its_certificate_an_agent_still_mends_its_own(self):
         self.install()

@@ -1,4 +1,4 @@
-"""Section 13, Packages: OCI manifests, hostile archives, unpacking, and registries from the example's to a real one."""
+"""Packages: OCI manifests, hostile archives, unpacking, and registries from the example's to a real one."""
 import base64
 import contextlib
 import gzip
@@ -88,20 +88,20 @@ INVALID_MANIFESTS = [
     ("an image's layer", make_manifest(layer_members={"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip"}),
      "expected " + LAYER),
     ("no mediaType", make_manifest(layer_members={"mediaType": "dropped"}), "the layer's mediaType is None"),
-    ("no digest", make_manifest(layer_members={"digest": "dropped"}), "no sha256 digest"),
-    ("a short digest", make_manifest(layer_members={"digest": digest(b"")[:-1]}), "no sha256 digest"),
-    ("a long digest", make_manifest(layer_members={"digest": digest(b"") + "0"}), "no sha256 digest"),
-    ("a digest in capitals", make_manifest(layer_members={"digest": "sha256:" + "AB" * 32}), "no sha256 digest"),
-    ("sha512", make_manifest(layer_members={"digest": "sha512:" + "ab" * 64}), "no sha256 digest"),
+    ("no digest", make_manifest(layer_members={"digest": "dropped"}), "the layer's digest"),
+    ("a short digest", make_manifest(layer_members={"digest": digest(b"")[:-1]}), "the layer's digest"),
+    ("a long digest", make_manifest(layer_members={"digest": digest(b"") + "0"}), "the layer's digest"),
+    ("a digest in capitals", make_manifest(layer_members={"digest": "sha256:" + "AB" * 32}), "the layer's digest"),
+    ("sha512", make_manifest(layer_members={"digest": "sha512:" + "ab" * 64}), "the layer's digest"),
     ("a digest that is a path", make_manifest(layer_members={"digest": "sha256:../../" + "a" * 58}),
-     "no sha256 digest"),
-    ("a digest and a line end", make_manifest(layer_members={"digest": digest(b"") + "\n"}), "no sha256 digest"),
-    ("no size", make_manifest(layer_members={"size": "dropped"}), "no size"),
-    ("size 0", make_manifest(layer_members={"size": 0}), "no size"),
-    ("a negative size", make_manifest(layer_members={"size": -1}), "no size"),
-    ("a broken size", make_manifest(layer_members={"size": 10.0}), "no size"),
-    ("size as text", make_manifest(layer_members={"size": "10"}), "no size"),
-    ("size as a truth value", make_manifest(layer_members={"size": True}), "no size"),
+     "the layer's digest"),
+    ("a digest and a line end", make_manifest(layer_members={"digest": digest(b"") + "\n"}), "the layer's digest"),
+    ("the layer's size", make_manifest(layer_members={"size": "dropped"}), "the layer's size"),
+    ("size 0", make_manifest(layer_members={"size": 0}), "the layer's size"),
+    ("a negative size", make_manifest(layer_members={"size": -1}), "the layer's size"),
+    ("a broken size", make_manifest(layer_members={"size": 10.0}), "the layer's size"),
+    ("size as text", make_manifest(layer_members={"size": "10"}), "the layer's size"),
+    ("size as a truth value", make_manifest(layer_members={"size": True}), "the layer's size"),
     ("over the limit", make_manifest(layer_members={"size": MIB + 1}), "1048577 bytes, policy.max_artifact is 1048576"),
     ("nested without end", b'{"a":' * 100000, "not usable JSON"),
 ]
@@ -1394,7 +1394,8 @@ class Located(RegistryCase):
         output = io.StringIO()
         try:
             with contextlib.redirect_stderr(output):
-                return margo_agent.fetch_located(self.site.url + path, key and self.site.url + key, config, self.store)
+                component = margo_agent.Component("web", self.site.url + path, "", True, 0, {}, key and self.site.url + key)
+                return margo_agent.fetch_older(component, config, self.store, "compose")
         finally:
             self.log = output.getvalue()
 
@@ -1496,29 +1497,28 @@ class LooseArchives(ArchiveCase):
         self.assertIn("leads out", self.refuse(make_archive({"compose.yaml": COMPOSE, "l": link}, "")))
 
 
-class Layers(unittest.TestCase):
-    """P-4: what an image takes is asked of its registry only to know whether there is room; no answer of it is a fault."""
+class Served(unittest.TestCase):
+    """F-02: before a damaged image is removed its registry is asked whether it could be had again."""
 
-    def find(self, platform="", **changes):
-        answers = {"manifests/1": dict({"config": {"digest": "c"}, "layers": [{"size": 5}]}, **changes.get("manifest", {})),
-                   "blobs/c": changes.get("config", {"rootfs": {"diff_ids": ["sha256:a"]}})}
-        config = margo_agent.make_config({"wfm": {"url": "https://wfm.example"}, "identity": {
-            "certificate": "c", "key": "k", "trust_bundle": "b"}}, "/", {})
-        with mock.patch.object(margo_agent.Registry, "get", lambda _, name, path, *more: margo_agent.Response(
-                200, {}, json.dumps(answers[path]).encode())):
-            return margo_agent.find_layers("r.example/a:1", platform, config)
+    def ask(self, image, *served):
+        def get(registry, name, path, *more):
+            if (registry.host, name, path) not in served:
+                raise ComponentError("PULL_FAILED", "there is no such package")
+            return margo_agent.Response(200, {}, b"{}")
 
-    def test_layers_and_their_sizes(self):
-        self.assertEqual(self.find(), [("sha256:a", 5)])
+        with mock.patch.object(margo_agent.Registry, "get", get):
+            return margo_agent.ask_for_image(image, make_config({}))
 
-    def test_an_odd_platform_or_answer_is_no_fault(self):
-        """An application names the platform, a registry what it likes."""
-        for platform in ("linux", "x", "linux/arm/v7", "/"):
-            self.assertEqual(self.find(platform), [("sha256:a", 5)])
-        for config in ({"rootfs": {"diff_ids": [1, None, ["x"]]}}, {"rootfs": {"diff_ids": 5}}, {"rootfs": None}, [], 5):
-            self.assertTrue(all(isinstance(layer, str) for layer, _ in self.find(config=config)))
-        for manifest in ({"layers": [{"size": "x"}]}, {"layers": None}, {"manifests": 5}, {"manifests": [1]}, {"manifests": []}):
-            self.assertEqual(self.find(manifest=manifest), [])
+    def test_an_image_is_asked_for_by_its_digest_or_else_its_tag(self):
+        digest = "sha256:" + "a" * 64
+        for image, place in (("r.example/a/b:1", ("r.example", "a/b", "manifests/1")), ("localhost/a", ("localhost", "a", "manifests/latest")),
+                             (f"r.example:5000/a:1@{digest}", ("r.example:5000", "a", f"manifests/{digest}"))):
+            self.assertTrue(self.ask(image, place))
+            self.assertFalse(self.ask(image))
+
+    def test_what_may_be_anywhere_is_not_known_to_be_served(self):
+        for image in ("busybox", "library/busybox:1", "docker.io/library/busybox:1"):
+            self.assertFalse(self.ask(image, ("docker.io", "library/busybox", "manifests/1")))
 
 
 class DockerRegistry(support.Service):

@@ -1,4 +1,4 @@
-"""Section 12, Plan: a pure comparison of what should run, what is known and what is there."""
+"""Plan: a pure comparison of what should run, what is known and what is there."""
 import itertools
 import unittest
 
@@ -250,6 +250,8 @@ class Turns(unittest.TestCase):
         self.assertEqual(margo_agent.find_held_ports(record), set())
         record["components"][0]["services"]["main"]["ports"] = [["", 80, "tcp"]]
         self.assertEqual(margo_agent.find_held_ports(record), {("device", "", 80, "tcp")})
+        record["components"][0]["services"]["once"] = {"finished": True, "image": "i", "ports": [["", 90, "tcp"]]}
+        self.assertEqual(margo_agent.find_held_ports(record), {("device", "", 80, "tcp")})      # what has ended holds nothing
         begun = margo_agent.begin_record(record, make_target(b"two"))
         self.assertEqual(margo_agent.find_held_ports(begun), {("device", "", 80, "tcp")})
         begun["components"][0]["services"] = {"main": {"hash": "h", "finished": False, "image": "i", "ports": [["", 81, "tcp"]]}}

@@ -1,4 +1,4 @@
-"""Section 10, Desired-state sources: every profile goes through the same scenarios, on the engine of files.
+"""Desired-state sources: every profile goes through the same scenarios, on the engine of files.
 
 A road is how a profile's other side is driven by a test: `publish`, `withdraw`, `spoil` (what comes next does not verify), `mend`, `stop`
 (nobody answers any more), `states` (what was reported of a deployment). ROADS has one for each profile; a new one gets every scenario.

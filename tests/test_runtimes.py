@@ -193,7 +193,7 @@ class DriverCase(FileCase):
         patch.start()
         self.addCleanup(patch.stop)
 
-    def run_here(self, argv, timeout, env=None, patient=False):
+    def run_here(self, argv, timeout, env=None):
         """The engine of files in this process: a process for each of hundreds of commands would take too long."""
         for argument in argv:
             self.assertNotIn(b"\0", os.fsencode(argument))
@@ -583,7 +583,7 @@ class Owners(DriverCase):
     """Whose something on the engine is (contract, On the engine)."""
 
     def check_names(self, document):
-        self.driver.check_names(*self.prepare(document))
+        self.driver.ask_names(*self.prepare(document))
 
     def test_one_rule_says_what_is_ours(self):
         claim = margo_agent.Claim("me", {"me", "I-then"}, {support.HELLO}, {"recorded"})
@@ -606,7 +606,7 @@ class Owners(DriverCase):
                 labels = dict(mine["labels"], **{"org.margo.owner": owner})
                 held["containers"][name] = dict(mine, id=name, labels=labels)
         self.assertEqual({item.name for item in self.driver.observe()}, {f"{PROJECT}-main-1", "forged"})
-        self.assertEqual([(item.name, item.owner) for item in self.driver.find_strangers()], [("theirs", "stranger")])
+        self.assertEqual([(item.name, item.owner) for item in self.driver.ask_strangers()], [("theirs", "stranger")])
 
     def test_a_name_of_a_stranger_s_fails_the_component_before_anything_is_touched(self):
         document = make_document({"volumes": ["data:/d"]}, volumes={"data": None})
@@ -631,6 +631,21 @@ class Owners(DriverCase):
             held["networks"] = {"plant": ["org.margo.owner=stranger"]}
         self.check_names(make_document({"volumes": ["data:/d", "plant:/p"]}, volumes={"data": None, "plant": {"external": True}},
                                        networks={"plant": {"external": True}}))
+
+    def test_what_was_made_for_another_deployment_is_not_reached_by_any_name(self):
+        """A project's name may be cut, so that no id stands in it: the label says for whom something was made."""
+        project = "a-component-of-a-long-name-that-is-cut-to-its-first-0123456789"
+        labels = [f"org.margo.deployment={support.HELLO[:-1]}1", f"org.margo.owner={OWNER}", f"org.margo.project={project}"]
+        for kind in ("networks", "volumes"):
+            for name, denied in ((f"{project}_data", True), ("shared", False)):
+                with self.engine.open() as held:
+                    held[kind] = {name: labels}
+                for value in ({"name": name}, {"external": True, "name": name}, {"external": {"name": name}}):
+                    document = make_document({}, **{kind: {"x": value}})
+                    if denied:
+                        self.assertFails("POLICY_DENIED", lambda: self.check_names(document), f"{name} is of another deployment")
+                    else:
+                        self.check_names(document)
 
     def test_what_an_earlier_identity_made_is_still_ours(self):
         self.apply(make_document({}))
@@ -775,8 +790,8 @@ class Memory(DriverCase):
         """F-02"""
         document = make_document({"image": "registry.example/app:1"})
         for mine, served, expected in ((True, True, True), (False, True, False), (True, False, False)):
-            with self.subTest(mine=mine, served=served), mock.patch.object(
-                    margo_agent, "find_layers", lambda *_, served=served: [("layer", 1)] if served else []):
+            with self.subTest(mine=mine, served=served):
+                self.engine.change(unpullable=[] if served else ["registry.example/app:1"])
                 self.engine.change(containers={}, images=["registry.example/app:1"], damaged=["registry.example/app:1"])
                 images = frozenset(["registry.example/app:1"] if mine else [])
                 self.driver.claim = lambda images=images: self.claim._replace(images=images)
@@ -785,7 +800,7 @@ class Memory(DriverCase):
                     self.apply(document)
                 else:
                     self.assertFails("INSTALL_FAILED", lambda: self.apply(document), "no such file or directory")
-                self.assertEqual("pull" in [call[0] for call in self.changes()], expected)
+                self.assertEqual(["image", "rm", "registry.example/app:1"] in self.changes(), expected)
 
     def test_an_image_that_is_well_is_not_pulled_for_an_option_that_is_not(self):
         self.driver.claim = lambda: self.claim._replace(images=frozenset([IMAGE]))

@@ -199,7 +199,7 @@ class Scenario:
         thread.start()
         log = self.device.cycle(1)
         thread.join()
-        self.assertIn("the container of service main is gone", log)
+        self.assertRegex(log, "the container of service main is gone|service main exited with code")
         self.update({"main": service()})
         self.assertEqual(self.states(), {"main": "running"})
 

@@ -1,4 +1,4 @@
-"""Sections 8 and 10, profile signed: signatures held against an independent implementation of RFC 9421, and what is said by whom to whom."""
+"""Room Signed: signatures held against an independent implementation of RFC 9421, and what is said by whom to whom."""
 import base64
 import datetime
 import hashlib

@@ -121,7 +121,7 @@ class Machine:
             self.running.pop(self.rng.choice(sorted(self.running)))
         return [Container(item[:8], item[:8], item, "web", "main", mark, "running", "compose") for item, mark in sorted(self.running.items())]
 
-    def find_strangers(self):
+    def ask_strangers(self):
         return []
 
     def tail_log(self, *_):
@@ -303,7 +303,7 @@ class AgainstTheExample(support.DeviceCase):
         if os.path.exists(store.path("state.json")):
             state = store.load_state()
             for record in state["deployments"].values():
-                record["retryAt"] = 0
+                record["retry"] = {}
             store.save_state(dict(state, patience={}))
         with contextlib.redirect_stderr(io.StringIO()):
             return margo_agent.Agent(config).cycle()

@@ -1,4 +1,4 @@
-"""Section 10, Desired-state sources: the agent as a process against the example WFM; what is fetched, what is refused, what is kept."""
+"""Desired-state source: the agent as a process against the example WFM; what is fetched, what is refused, what is kept."""
 import json
 import os
 import time

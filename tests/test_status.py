@@ -1,4 +1,4 @@
-"""Section 15, Deployment status: the state machine, its precedence, the documents and the durable outbox."""
+"""Deployment status: the state machine, its precedence, the documents and the durable outbox."""
 import itertools
 import unittest
 

@@ -1,4 +1,4 @@
-"""Section 5, Store: atomic, durable, only when something changed; an unreadable state is refused, never started afresh."""
+"""Store: atomic, durable, only when something changed; an unreadable state is refused, never started afresh."""
 import io
 import json
 import os

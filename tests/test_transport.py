@@ -1,4 +1,4 @@
-"""Section 7, Transport: one request and one answer, whatever the network does; and what each answer means."""
+"""Transport: one request and one answer, whatever the network does; and what each answer means."""
 import contextlib
 import email.message
 import email.utils
