@@ -190,6 +190,9 @@ Deployment = define("Deployment", "deployment_id name namespace device_id type c
     "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None; `extensions`: those of {spec, deploymentProfile}.", {})
 Target = define("Target", "deployment_id digest version deployment error device_id",
     "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it; `device_id`: where it is at home.", None)
+Source = define("Source", "path real kind own socket",
+    "What a compose file names of the disk: the path by which it is mounted, where it lies in truth, file, folder, other, or \"\" where"
+    " nothing is, whether it is the package's own, whether it is an engine's socket or leads to one.")
 Container = define("Container", "id name deployment_id component service hash state type device_id started health owner",
     "One container (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, or `unhealthy`;"
     " `hash` our mark, `type` the deployment type whose driver showed it, `device_id` the child device it was made for, `started` Unix"
@@ -1402,6 +1405,7 @@ read_address = scalar(
     rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
     lambda text: text.rstrip("/") if text.startswith("https:") else text)
 read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
+read_devices = list_of(scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev")
 read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
 read_pause = scalar("a duration", make=parse_duration)
 read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
@@ -1442,6 +1446,13 @@ def read_key(value, base):
 def read_path_or_url(value, base):
     """A file name or an https URL."""
     return read_url(value, base) if "://" in str(value) else read_path(value, base)
+
+
+def read_compose(value, base):
+    """Whether the agent runs compose files; the programs that once could are told apart from what never could."""
+    if value in ("docker compose", "docker-compose", "podman-compose"):
+        raise ValueError("auto, builtin or off; what compose providers did, builtin does now")
+    return choice("auto", "builtin", "off")(value, base)
 
 
 def read_helm(value, base):
@@ -1619,8 +1630,7 @@ SCHEMA = {
         "window": (list_of(read_window, "a list of windows"), []),
         "downtime": (list_of(read_window, "a list of windows"), [])},
     "runtime": {
-        "compose": (choice("auto", "docker compose", "docker-compose", "podman-compose", "builtin", "off"),
-                    "auto"),
+        "compose": (read_compose, "auto"),
         "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"),
         "kubeconfig": read_path,
         "on_failure": (choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"),
@@ -1629,7 +1639,8 @@ SCHEMA = {
     "policy": {
         "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"),
         "max_unpacked": (read_size, "256Mi"),
-        "privileged": (choice("deny", "allow"), "deny"), "host_paths": (read_folders, []),
+        "privileged": (choice("deny", "allow"), "deny"), "host_network": (choice("deny", "allow"), "deny"),
+        "devices": (read_devices, []), "host_paths": (read_folders, []),
         "max_removals": read_count},
     "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
 }
@@ -2136,10 +2147,22 @@ class Store:
         short = {digest.split(":")[1][:16] for digest in digests}
         for folder, folders, _ in os.walk(self.path("deployments")):
             inside = os.path.dirname(os.path.dirname(folder)) == self.path("deployments")       # of a component, which may have such a name itself
-            for name in [name for name in folders if name.endswith(".tmp") or inside and re.fullmatch(r"[0-9a-f]{16}", name)]:
+            needed = self.load_needed(folder, short) if inside else set()
+            form = r"[0-9a-f]{16}|content-[0-9a-f]{32}(\.new)?"
+            for name in [name for name in folders if name.endswith(".tmp") or inside and re.fullmatch(form, name)]:
                 folders.remove(name)
-                if name not in short:
+                if name not in short | needed:
                     remove_folder(os.path.join(folder, name))
+
+    def load_needed(self, folder, short):
+        """The folders of a component from which containers of these packages mount files (see Folder.keep); other notes go."""
+        needed = set()
+        for name in [name for name in os.listdir(folder) if re.fullmatch(r"[0-9a-f]{16}\.content", name)]:
+            if name[:16] in short:
+                needed.update((read_file(os.path.join(folder, name), MIB) or b"").decode().split())
+            else:
+                remove_file(os.path.join(folder, name))
+        return needed
 
     def memo_path(self):
         """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes nothing to the disk."""
@@ -2172,6 +2195,132 @@ class Store:
         return dict(self.memo)
 
 
+ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
+
+
+class Folder:
+    """An unpacked package, and the one way by which its compose file is looked up on the disk."""
+
+    def __init__(self, path, environ=None):
+        self.path, self.environ = path, environ
+
+    def resolve(self, name):
+        """A path, relative to the package, with all links followed."""
+        return os.path.realpath(os.path.join(self.path, name))
+
+    def read(self, name):
+        """The bytes of a file of the package of at most 1 MiB; None where it is none."""
+        path = self.resolve(name)
+        try:
+            inside = path.startswith(self.resolve("") + "/")
+            return read_file(path, MIB) if inside and os.path.isfile(path) else None
+        except StorageError:
+            return None
+
+    def look(self, name):
+        """The Source that a path is. What is the package's own is mounted by its content, from a place that
+        stays; see keep."""
+        real, root = self.resolve(name), self.resolve("")
+        own = real == root or real.startswith(root + "/")
+        kind = "folder" if os.path.isdir(real) else "file" if os.path.isfile(real) else ""
+        kind = kind or ("other" if os.path.exists(real) else "")
+        path = real
+        if own and kind:
+            path = os.path.join(os.path.dirname(root), f"content-{load_digest(real)[:32]}",
+                                os.path.basename(real))
+        return Source(path, real, kind, own, not own and self.leads_to_engine(real))
+
+    def leads_to_engine(self, path):
+        """Whether a path is an engine's socket, by whatever name, or a folder with one in it, as far as
+        10,000 entries tell."""
+        import stat
+        environ = os.environ if self.environ is None else self.environ
+        places = [environ.get(name, "").partition("unix://")[2] for name in ("CONTAINER_HOST", "DOCKER_HOST")]
+        places += ["/run/podman/podman.sock", "/run/docker.sock", "/run/containerd/containerd.sock",
+                   "/run/crio/crio.sock",
+                   os.path.join(environ.get("XDG_RUNTIME_DIR") or "/run", "podman/podman.sock")]
+        places = [os.path.realpath(place) for place in places if place and os.path.exists(place)]
+        inside = [place for place in places if place.startswith(path.rstrip("/") + "/")]
+        if inside or os.path.basename(path) in ENGINE_SOCKETS:
+            return True
+        if os.path.exists(path) and not os.path.isdir(path):
+            return stat.S_ISSOCK(os.stat(path).st_mode)
+        inodes, left = {os.stat(place).st_ino for place in places}, 10000
+        todo = [path]
+        while todo and left > 0:
+            try:
+                entries = list(os.scandir(todo.pop()))[:left]
+            except OSError:
+                continue                            # what cannot be read, or is not there
+            left -= len(entries)
+            if any(entry.name in ENGINE_SOCKETS or entry.inode() in inodes for entry in entries):
+                return True
+            todo += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        return False
+
+    def keep(self, sources):
+        """Lays what these own Sources are where they are mounted from, and notes that this package needs it;
+        see prune_artifacts.
+
+        A service whose files did not change keeps its container, whatever else is in the next package.
+        """
+        import shutil
+        needed = set()
+        for source in sources:
+            place = os.path.dirname(source.path)
+            needed.add(os.path.basename(place))
+            try:
+                if os.path.lexists(source.path) and load_digest(source.path)[:32] == place[-32:]:
+                    continue
+                for folder in (place, place + ".new"):      # what was spoilt, and what was cut off
+                    remove_folder(folder)
+                os.makedirs(place + ".new", 0o755)
+                part = os.path.join(place + ".new", os.path.basename(source.path))
+                if source.kind == "folder":
+                    shutil.copytree(source.real, part, symlinks=True, copy_function=link_file)
+                else:
+                    link_file(source.real, part)
+                for folder, _, _ in os.walk(place + ".new"):
+                    sync_folder(folder)
+                os.rename(place + ".new", place)
+            except OSError as error:
+                words = f"{place} cannot be written ({error.strerror or error})"
+                raise StorageError(f"{words}; free space or make it writable") from None
+        if needed:
+            sync_folder(os.path.dirname(self.path))
+            write_file(self.path + ".content", "\n".join(sorted(needed)).encode())
+
+
+def link_file(source, target):
+    """One more name of a file, or a copy where the disk has no such thing."""
+    import shutil
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def load_digest(path):
+    """A digest in hex of a file or a folder with all that is in it: names, modes, contents, links as they
+    are."""
+    found = []
+    for folder, folders, files in os.walk(path):
+        folders.sort()
+        for name in sorted(folders + files):
+            found.append((os.path.relpath(os.path.join(folder, name), path),
+                          load_part(os.path.join(folder, name))))
+    found.append(("", load_part(path)))
+    return sha256_digest(repr(found).encode("utf-8", "surrogateescape"))[7:]
+
+
+def load_part(path):
+    """What load_digest takes of one file, folder or link."""
+    if os.path.islink(path):
+        return os.readlink(path)
+    content = "" if os.path.isdir(path) else sha256_digest(read_file(path, 1024 * MIB) or b"")
+    return f"{os.stat(path).st_mode:o} {content}"
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
 # 8. Commands
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -2183,9 +2332,7 @@ Output = define("Output", "code stdout stderr",
 NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it",
              "git": "wfm.profile git needs it",
              "gpg": "the keyLocation of a package, or git.allowed_signers, needs it",
-             "podman": "see runtime.engine", "docker": "see runtime.engine and"
-             " runtime.compose", "docker-compose": "see runtime.compose",
-             "podman-compose": "see runtime.compose", "helm": "see runtime.helm"}
+             "podman": "see runtime.engine", "docker": "see runtime.engine", "helm": "see runtime.helm"}
 
 
 # Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between
@@ -4879,17 +5026,38 @@ def make_project_name(component, deployment_id):
     return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
 
 
-Workload = define("Workload", "deployment_id component project folder parameters environment wait device_id owner",
-    "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of runtime.environment, the"
-    " child device it is for, the owner to label it with.", "", "")
-Service = define("Service", "name image arguments command environment files networks depends_on health pull hash ports",
-    "One service as the engine is told of it; see make_service. networks: see make_attachments; health: (interval, retries, start)"
-    " or None; ports: the host's ports that it holds while it runs, see find_ports.", ())
-Project = define("Project", "services networks volumes document",
-    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for an"
-    " external network), and the resolved document.")
-
-
+Workload = define("Workload",
+                  "deployment_id component project folder parameters environment wait device_id owner",
+    "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of"
+    " runtime.environment, the child device it is for, the owner to label it with.", "", "")
+Service = define(
+    "Service", "name image arguments command environment files networks depends_on health pull hash ports"
+               " mounts shares",
+    "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
+    " [Attachment];"
+    " depends_on: {service: (condition, required)}; health: Health, or None where the file says nothing of"
+    " it; hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that"
+    " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
+Project = define("Project", "services networks volumes notes",
+    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for what"
+    " is external), and what of the file has no effect, in words.", ())
+Mount = define("Mount", "kind source target options found",
+    "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
+    " name), path in the container, engine's options; found: the Source of a bind mount.")
+Port = define("Port", "address published target protocol",
+    "An item of `ports`: address of the host or \"\", its port or ports or \"\", those of the container,"
+    " tcp, udp or sctp.")
+Health = define("Health", "interval retries start",
+    "A health check as the agent waits for it: seconds, misses, seconds of grace.")
+Attachment = define("Attachment", "network aliases options",
+    "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
+    " mode, None, None.", None)
+Content = define("Content", "text mode uid gid",
+    "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
+Reading = define("Reading", "workload policy engine folder variables volumes networks contents",
+    "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of"
+    " volumes"
+    " and of networks, {section: {name: text}} of configs and secrets.")
 Changes = define("Changes", "kept idle making late leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no"
     " start, [Service] to be made, names of those that can only be made after what leaves has left, and"
@@ -4938,8 +5106,11 @@ def make_fault(text, code="INVALID_DEPLOYMENT"):
     return ComponentError(code, f"compose.yaml: {text}")
 
 
+# Variables
+
 class Variables(dict):
-    """{NAME: text} for the interpolation of one compose file, and the characters that they and env files may bring into it: it cannot be a bomb."""
+    """{NAME: text} for one compose file, and how many characters they and env files may bring into it: it
+    cannot be a bomb."""
 
     room = 8 * MIB
 
@@ -4947,63 +5118,75 @@ class Variables(dict):
         """Takes characters from the room that is left; raises ComponentError where there is none."""
         self.room -= count
         if self.room < 0:
-            raise make_fault(f"{where}: variables and env files bring more than {Variables.room} characters into the file")
+            raise make_fault(f"{where}: variables and env files bring more than {Variables.room} characters"
+                             " into the file")
 
 
 def interpolate(text, variables, where, depth=0):
-    """`$NAME`, `${NAME}`, `${NAME:-default}`, `${NAME-…}`, `${NAME:?message}`, `${NAME?…}`, `${NAME:+…}`, `${NAME+…}`, `$$` in one text.
+    """`$NAME`, `${NAME}`, `${NAME:-default}` with the operators - ? + :- :? :+, and `$$` in one text.
 
-    variables: Variables.  An unset name is an empty text, as compose has it.  Raises ComponentError naming the place.
+    variables: Variables. An unset name is an empty text, and a `$` that begins none of these stays, as
+    compose has it. Raises ComponentError naming the place.
     """
     if depth > 32:
         raise make_fault(f"{where}: a $ in more than 32 others")
+    pattern = re.compile(r"\$(?:(\$)|\{([A-Za-z_]\w*)(:?[-?+]|\})|([A-Za-z_]\w*)|(\{))", re.A)
     result, position = [], 0
-    while True:
-        dollar = text.find("$", position)
-        if dollar < 0:
-            return "".join(result) + text[position:]
-        result.append(text[position:dollar])
-        match = re.compile(r"\$|\{([A-Za-z_][A-Za-z0-9_]*)(:?[-?+]|\})|([A-Za-z_][A-Za-z0-9_]*)").match(text, dollar + 1)
-        if not match:
-            raise make_fault(f"{where}: a $ that is neither $NAME, ${{NAME}} nor $$")
-        name, operator, position = match.group(1) or match.group(3), match.group(2) or "}", match.end()
-        if name is None:
-            result.append("$")
-            continue
-        value, found = variables.get(name), name in variables
-        if operator != "}":
+    match = pattern.search(text)
+    while match:
+        dollar, long, operator, short, open_brace = match.groups()
+        if open_brace:
+            raise make_fault(f"{where}: a ${{ that is not ${{NAME}}; a $ that is meant is written $$")
+        result.append(text[position:match.start()])
+        position = match.end()
+        name = long or short
+        value = dollar or variables.get(name, "")
+        if long and operator != "}":
             end = find_brace(text, position, where)
             rest, position = text[position:end], end + 1
-            given = found and (value or ":" not in operator)
-            if operator[-1] == "?" and not given:
-                raise make_fault(f"{where}: {name} is needed: {interpolate(rest, variables, where, depth + 1)}", "PARAMETER_INVALID")
-            if (operator[-1] == "-") != bool(given) and operator[-1] != "?":
-                value = interpolate(rest, variables, where, depth + 1)
-            elif operator[-1] == "+":
-                value = ""
-        result.append(value or "")
-        variables.spend(len(result[-1]), where)
+            given = name in variables and bool(value or ":" not in operator)
+            value = choose(operator[-1], given, name, value,
+                           lambda: interpolate(rest, variables, where, depth + 1), where)
+        result.append(value)
+        variables.spend(len(value), where)
+        match = pattern.search(text, position)
+    return "".join(result) + text[position:]
+
+
+def choose(operator, given, name, value, make_rest, where):
+    """What `${NAME` gives with one of the operators - ? +, by whether the name counts as given; make_rest:
+    what stands behind it."""
+    if operator == "+":
+        return make_rest() if given else ""
+    if given:
+        return value
+    if operator == "?":
+        raise make_fault(f"{where}: {name} is needed: {make_rest()}", "PARAMETER_INVALID")
+    return make_rest()
 
 
 def find_brace(text, position, where):
-    """The closing brace of a `${…` whose inside starts at `position`."""
-    depth = 0
-    for index in range(position, len(text)):
-        if text.startswith("${", index):
-            depth += 1
-        elif text[index] == "}":
-            depth -= 1
+    """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only
+    those of a `${`."""
+    for opening in ("{", "${"):
+        depth = 0
+        for index in range(position, len(text)):
+            depth += text.startswith(opening, index) - (text[index] == "}")
             if depth < 0:
                 return index
     raise make_fault(f"{where}: a ${{ that is not closed")
 
 
-# Below these keys, keys are names of the application's own; everywhere else x-… keys are extensions, which are dropped unread.
-NAMING = ("services", "networks", "volumes", "configs", "environment", "labels", "sysctls", "extra_hosts", "ulimits", "depends_on", "options")
+# Below these keys, keys are names of the application's own; everywhere else x-… keys are extensions, which
+# are dropped unread.
+NAMING = ("services", "networks", "volumes", "configs", "secrets", "environment", "labels", "sysctls",
+          "extra_hosts", "ulimits",
+          "depends_on", "options", "driver_opts")
 
 
 def interpolate_all(value, variables, where="", named=False):
-    """Every text below a value interpolated; keys stay as they are, a number among them as it was spelt.  named: they are names."""
+    """Every text below a value interpolated; keys stay as they are, a number as it was spelt. named: they are
+    names."""
     if isinstance(value, dict):
         result = {}
         for key, item in value.items():
@@ -5012,33 +5195,38 @@ def interpolate_all(value, variables, where="", named=False):
                 continue
             if name in result:
                 raise make_fault(f"{where}: {make_printable(name, 60)} occurs twice")
-            result[name] = interpolate_all(item, variables, f"{where}.{name}" if where else name, not named and name in NAMING)
+            place = f"{where}.{name}" if where else name
+            result[name] = interpolate_all(item, variables, place, not named and name in NAMING)
         return result
     if isinstance(value, list):
         return [interpolate_all(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
     return interpolate(value, variables, where) if isinstance(value, str) and "$" in value else value
 
 
+# a name, and perhaps = or : and a value
+ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
+            r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|"
+            r"(?![ \t]*['\"])([^\n]*)))?[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
+
+
 def parse_env_file(text, variables, where):
-    """An env file's lines to {NAME: text}: `NAME=value`, `export` and quotes as compose takes them; no value over several lines."""
-    result, escapes, known = {}, {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\", "$": "$$"}, Variables(variables)
+    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes as compose
+    takes them."""
+    result = {}
+    known = Variables(variables)
+    text = text.replace("\r\n", "\n").lstrip("\ufeff")
     variables.spend(len(text), where)
     known.room = variables.room
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_][\w.-]*)\s*(?:=(?:\s*(?:'([^'\\]*)'|"((?:[^"\\]|\\.)*)")(?:\s+#.*)?|(?!\s*['"])(.*))|\s#.*)?""",
-                             line, re.S)
-        if not match:
+    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
+        name, single, double, plain, odd = match.groups()
+        if odd:
+            number = text.count("\n", 0, match.start()) + 1
             raise make_fault(f"{where}, line {number}: expected NAME=value")
-        name, single, double, plain = match.groups()
         if single is not None:
-            result[name] = single
+            result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
-            raw = re.split(r"\s#", plain, maxsplit=1)[0].strip() if double is None else re.sub(
-                r"\\(.)", lambda m: escapes.get(m.group(1), m.group(0)), double)
-            result[name] = interpolate(raw, known, f"{where}, line {number}")
+            raw = unescape_double(double) if plain is None else re.split(r"\s#", plain, maxsplit=1)[0].strip()
+            result[name] = interpolate(raw, known, f"{where}, {name}")
         elif name in variables:
             result[name] = variables[name]
         if name in result and name not in variables:
@@ -5047,30 +5235,48 @@ def parse_env_file(text, variables, where):
     return result
 
 
-# Readers of compose values: what is meant as text, list, names and values; each names the place of what is not that.
+def unescape_double(text):
+    """What stands in double quotes of an env file, ready to be interpolated."""
+    escapes = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\", "$": "$$"}
+    return re.sub(r"\\(.)", lambda match: escapes.get(match.group(1), match.group(0)), text, flags=re.S)
+
+
+# Readers of compose values: (value, place) to what is meant; each names the place of what is not that.
 
 def to_text(value, where):
-    """A scalar as text."""
+    """A scalar as text; a number keeps its spelling."""
     if value is None or isinstance(value, (dict, list)):
         raise make_fault(f"{where}: expected a single value")
     text = scalar_text(value)
     if "\0" in text:
         raise make_fault(f"{where}: holds a NUL character")
+    if re.search("[\ud800-\udfff]", text):
+        raise make_fault(f"{where}: holds bytes that are no UTF-8")
     return text
 
 
+def to_form(pattern, words):
+    """A reader of text of one form: the pattern, and what it is in words."""
+    def read_form(value, where):
+        text = to_text(value, where)
+        if not re.fullmatch(pattern, text):
+            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not {words}")
+        return text
+    return read_form
+
+
+to_size = to_form(r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m")
+to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
+to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
+to_one = to_form("1", "supported; only 1 is")
+
+
 def to_flag(value, where):
-    """true or false, also as the text that interpolation leaves."""
-    if isinstance(value, bool) or isinstance(value, str) and value in ("true", "false"):
-        return value in (True, "true")
-    raise make_fault(f"{where}: expected true or false")
-
-
-def to_items(value, where):
-    """A list as it is, [] for nothing."""
-    if value is not None and not isinstance(value, list):
-        raise make_fault(f"{where}: expected a list")
-    return value or []
+    """true or false, also as the text that interpolation leaves, by all words of YAML 1.1."""
+    word = scalar_text(value).lower() if isinstance(value, (bool, str)) else ""
+    if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
+        raise make_fault(f"{where}: expected true or false")
+    return word in ("true", "yes", "on", "y")
 
 
 def to_mapping(value, where):
@@ -5082,415 +5288,589 @@ def to_mapping(value, where):
 
 def to_list(value, where):
     """A list of texts; a single text is one too."""
-    items = value if isinstance(value, list) else [] if value is None else [value]
-    return [to_text(item, where) for item in items]
+    return [to_text(item, where) for item in (value if isinstance(value, list) else [value])]
 
 
 def to_pairs(value, where):
     """A mapping, or a list of NAME=value, as {NAME: text or None}."""
     if isinstance(value, dict):
-        return {str(key): None if item is None else to_text(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: None if item is None else to_text(item, f"{where}.{key}") for key, item in value.items()}
     pairs = [item.partition("=") for item in to_list(value, where)]
     return {name: text if mark else None for name, mark, text in pairs}
 
 
+def to_values(value, where):
+    """A mapping, or a list of NAME=value, as {NAME: text}."""
+    return {name: text or "" for name, text in to_pairs(value, where).items()}
+
+
+def to_labels(value, where):
+    """`labels` as {name: text}; those by which containers are found again are not to be forged."""
+    labels = to_values(value, where)
+    if any(name.startswith(("org.margo.", "com.docker.compose.")) for name in labels):
+        raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
+    return labels
+
+
 def to_words(value, where):
     """A command: a list as it is, a text split as a shell splits it."""
-    import shlex
-    if isinstance(value, str):
-        try:
-            return shlex.split(to_text(value, where))
-        except ValueError as error:
-            raise make_fault(f"{where}: {error}") from None
-    return to_list(value, where)
+    if not isinstance(value, str):
+        return to_list(value, where)
+    words = [[]]
+    pattern = r"(\s+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^\s'\"\\]+)|."
+    for match in re.finditer(pattern, to_text(value, where), re.S):
+        blank, single, double, escaped, plain = match.groups()
+        if not match.lastindex:
+            raise make_fault(f"{where}: a quotation or a \\ that is not closed")
+        if blank:
+            words.append([])
+        elif double is not None:                    # a space is what YAML has made of a line end
+            words[-1].append(re.sub(r'\\([$`"\\\n ])', lambda found: found.group(1).strip("\n"), double))
+        else:
+            words[-1].append((single or plain or escaped or "").strip("\n" if escaped else ""))
+    return ["".join(parts) for parts in words if parts]
 
 
 def to_seconds(value, where):
     """Compose's durations such as 1m30s or 500ms to seconds."""
-    text = to_text(value, where)
-    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(h|ms|us|m|s)", text) if len(text) <= 100 else []
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise make_fault(f"{where}: {make_printable(text, 40)!r} is not a duration such as 1m30s")
-    return sum(float(number) * {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}[unit] for number, unit in parts)
+    form = to_form(r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s")
+    text = form(value, where)
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
+    return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
+
+
+def to_duration(value, where):
+    """A duration as it is written."""
+    to_seconds(value, where)
+    return value
 
 
 def to_count(value, where):
     """A whole number, zero or more."""
-    text = to_text(value, where)
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise make_fault(f"{where}: {make_printable(text, 40)!r} is not a whole number")
-    return int(text)
+    return int(to_form("[0-9]{1,9}", "a whole number")(value, where))
 
 
-def make_option(name):
-    """A builder for a setting that is one option of the engine.  All builders: (value, where) to a list of arguments."""
-    return lambda value, where: [f"{name}={to_text(value, where)}"]
+def to_mode(value, where):
+    """The permissions of a file: an octal number, or a plain one as compose takes it."""
+    octal = isinstance(value, str) or to_text(value, where).startswith("0")
+    text = to_form("0?o?[0-7]{1,4}" if octal else "[0-9]{1,4}", "a file mode such as 0440")(value, where)
+    return int(text.replace("o", ""), 8 if octal else 10)
 
 
-def make_options(name):
-    """A builder for a setting that is an option for each item."""
-    return lambda value, where: [f"{name}={item}" for item in to_list(value, where)]
-
-
-def make_switch(name):
-    """A builder for a setting that is an option without value."""
-    return lambda value, where: [name] if to_flag(value, where) else []
-
-
-def make_pairs(name):
-    """A builder for a setting of names and values."""
-    return lambda value, where: [f"{name}={key}={item or ''}" for key, item in sorted(to_pairs(value, where).items())]
-
-
-def make_hosts(value, where):
-    """`extra_hosts`: a mapping, or HOST:ADDRESS and HOST=ADDRESS; a name may have several addresses."""
+def to_hosts(value, where):
+    """`extra_hosts` as [HOST:ADDRESS]; a name may have several addresses."""
     if isinstance(value, dict):
-        return [f"--add-host={name}:{item}" for name in sorted(value) for item in to_list(value[name], f"{where}.{name}")]
-    return [f"--add-host={re.sub('[=:]', ':', item, count=1)}" for item in to_list(value, where)]
+        pairs = [(name, item) for name in sorted(value) for item in to_list(value[name], f"{where}.{name}")]
+    else:
+        pairs = [re.match("([^=:]*)[=:]?(.*)", item, re.S).groups() for item in to_list(value, where)]
+    return [f"{name}:{address.strip('[]')}" for name, address in pairs]
 
 
-def make_ports(value, where):
-    """`ports` in both syntaxes."""
-    arguments = []
-    for index, item in enumerate(value if isinstance(value, list) else [value]):
-        place = f"{where}[{index}]"
-        if isinstance(item, dict):
-            check_keys(item, ("target", "published", "host_ip", "protocol", "mode", "name", "app_protocol"), place)
-            facts = {key: to_text(part, f"{place}.{key}") for key, part in item.items()}
-            address = facts.get("host_ip", "")
-            parts = [f"[{address}]" if ":" in address else address] if address else []
-            parts += [facts.get("published", "")] if address or "published" in facts else []
-            item = ":".join(parts + [facts.get("target", "")]) + ("/" + facts["protocol"] if "protocol" in facts else "")
-        text = to_text(item, place)
-        try:
-            parse_port(text)
-        except ValueError:
-            raise make_fault(f"{place}: {make_printable(text, 60)!r} is not a port") from None
-        arguments.append(f"--publish={text}")
-    return arguments
-
-
-PORTS = re.compile(r"(?:(?:([0-9.]+|\[[0-9a-fA-F:.]+\]):)?([0-9]{1,5}(?:-[0-9]{1,5})?)?:)?([0-9]{1,5}(?:-[0-9]{1,5})?)"
-                   r"(?:/(tcp|udp|sctp))?")
-
-
-def parse_port(text):
-    """[[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] as [[address, host's port, protocol]]; raises ValueError.
-
-    The address is "" where it is every one.  A port that the engine chooses is not known, and not among them.
-    """
-    import ipaddress
-    match = PORTS.fullmatch(text)
-    if not match:
-        raise ValueError(text)
-    address = ipaddress.ip_address((match.group(1) or "0.0.0.0").strip("[]"))
-    ranges = [[int(number) for number in part.split("-")] for part in match.group(2, 3) if part]
-    if not all(1 <= item[0] <= item[-1] <= 65535 for item in ranges):
-        raise ValueError(text)
-    sizes = [item[-1] - item[0] for item in ranges]
-    if sizes[-1] not in (0, sizes[0]):
-        raise ValueError(text)
-    if not match.group(2) or sizes[-1] != sizes[0]:
-        return []
-    where = "" if address.is_unspecified else str(address)
-    return [[where, port, match.group(4) or "tcp"] for port in range(ranges[0][0], ranges[0][-1] + 1)]
-
-
-def find_ports(arguments):
-    """The host's ports that a container made with these arguments holds while it runs: [[address or "", port, protocol]]."""
-    published = [argument[len("--publish="):] for argument in arguments if argument.startswith("--publish=")]
-    return [port for text in published for port in parse_port(text)]
-
-
-def make_restart(value, where):
+def to_restart(value, where):
     """`restart`: the engine's own words."""
-    text = to_text(value, where) if value is not False else "no"
-    if not re.fullmatch(r"no|always|unless-stopped|on-failure(:[0-9]+)?", text):
-        raise make_fault(f"{where}: {make_printable(text, 40)!r} is not a restart policy")
-    return [f"--restart={text}"]
+    form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
+    return "no" if value is False else form(value, where)
 
 
-def make_ulimits(value, where):
-    """`ulimits`: one number, or soft and hard."""
-    arguments = []
-    for name, item in sorted(to_mapping(value, where).items()):
-        if isinstance(item, dict):
-            check_keys(item, ("soft", "hard"), f"{where}.{name}")
-            item = f"{to_text(item.get('soft'), f'{where}.{name}.soft')}:{to_text(item.get('hard'), f'{where}.{name}.hard')}"
-        arguments.append(f"--ulimit={name}={to_text(item, f'{where}.{name}')}")
-    return arguments
+def to_grace(value, where):
+    """`stop_grace_period` in whole seconds; an engine would take zero as not said."""
+    return str(max(1, round(to_seconds(value, where))))
 
 
-def make_deploy(value, where):
-    """`deploy`: only the limits of resources, and one replica."""
-    check_keys(value, ("resources", "replicas"), where)
-    if to_text(value.get("replicas", 1), f"{where}.replicas") != "1":
-        raise make_fault(f"{where}.replicas: only 1 is supported")
-    resources = to_mapping(value.get("resources"), f"{where}.resources")
-    check_keys(resources, ("limits",), f"{where}.resources")
-    limits = to_mapping(resources.get("limits"), f"{where}.resources.limits")
-    check_keys(limits, ("cpus", "memory", "pids"), f"{where}.resources.limits")
-    names = {"cpus": "--cpus", "memory": "--memory", "pids": "--pids-limit"}
-    return [f"{names[key]}={to_text(item, f'{where}.resources.limits.{key}')}" for key, item in sorted(limits.items())]
+def to_external(value, where):
+    """`external`: true or false, or in older files a mapping that has the name."""
+    return to_text(value.get("name"), f"{where}.name") if isinstance(value, dict) else to_flag(value, where)
 
 
-def make_logging(value, where):
-    """`logging`: driver and options."""
-    check_keys(value, ("driver", "options"), where)
-    driver = make_option("--log-driver")(value["driver"], f"{where}.driver") if "driver" in value else []
-    return driver + make_pairs("--log-opt")(value.get("options"), f"{where}.options")
+def to_namespace(*words):
+    """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
+    def read_namespace(value, where):
+        text = to_text(value, where)
+        if not re.fullmatch("|".join(words + ("service:.+",)), text):
+            code = "POLICY_DENIED" if re.match("container:|ns:", text) else "INVALID_DEPLOYMENT"
+            known = ", ".join(words + ("service:NAME",))
+            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not supported; known are {known}",
+                             code)
+        return text
+    return read_namespace
 
 
-def make_health(value, where, engine):
-    """`healthcheck` to (arguments, (interval, retries, start period) or None)."""
-    check_keys(value, ("test", "interval", "timeout", "retries", "start_period", "start_interval", "disable"), where)
-    test = value.get("test")
-    if to_flag(value.get("disable", False), f"{where}.disable") or test in (["NONE"], "NONE"):
-        return ["--no-healthcheck"], None
-    retries = to_count(value.get("retries", 3), f"{where}.retries")
-    arguments = [f"--health-{key.replace('_', '-')}={to_text(value[key], f'{where}.{key}')}" for key in (
-        "interval", "timeout", "retries", "start_period") if key in value]
-    interval, _, start = [to_seconds(value.get(key, "0s"), f"{where}.{key}") for key in ("interval", "timeout", "start_period")]
-    if test is not None:
-        arguments.append(f"--health-cmd={make_health_command(test, where, engine)}")
-    return arguments, (interval or 30.0, retries or 3, start)          # an engine takes zero as not said
+def to_test(value, where):
+    """`test` of a health check: text for a shell, a list of words for none, [] for no check at all."""
+    if not isinstance(value, list):
+        text = to_text(value, where)
+        return [] if text == "NONE" else text
+    words = to_list(value, where)
+    if words == ["NONE"]:
+        return []
+    if words[:1] == ["CMD-SHELL"] and len(words) == 2:
+        return words[1]
+    if words[:1] != ["CMD"] or len(words) < 2:
+        raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
+    return words[1:]
 
 
-def make_health_command(test, where, engine):
-    """`test` as --health-cmd takes it: a text is for a shell, a list of words begins with CMD or CMD-SHELL."""
-    import shlex
-    if not isinstance(test, list):
-        return to_text(test, f"{where}.test")
-    kind, words = test[:1], to_list(test[1:], f"{where}.test")
-    if kind == ["CMD-SHELL"] and len(words) == 1:
-        return words[0]
-    if kind != ["CMD"] or not words:
-        raise make_fault(f"{where}.test: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
-    return make_json(words).decode() if engine == "podman" and len(words) > 1 else " ".join(map(shlex.quote, words))
+# What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
+TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
+             r"tarball|https?):|[^/]*:(?![0-9]+/)[^/]*/")
+IMAGE = (r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?"
+         r"(@[a-z0-9]+:[0-9a-f]{32,128})?")
 
 
-def check_keys(value, known, where):
-    """Raises ComponentError for a value that is no mapping, or for a key in it that is not supported: none is ever ignored."""
-    if not isinstance(value, dict):
-        raise make_fault(f"{where}: expected a mapping")
-    for key in value:
-        if key not in known:
-            raise make_fault(f"{where}.{make_printable(key, 60)}: this key is not supported by " + (
-                "the agent" if set(PROVIDER_KEYS) <= set(known) else "the builtin driver"))
+def to_image(value, where):
+    """The whole name of an image: one without a registry is Docker Hub's, for every engine. None is a file of
+    this device."""
+    text = to_text(value, where)
+    shown = repr(make_printable(text, 100))
+    if re.match(TRANSPORT, text[:512]):
+        raise make_fault(f"{where}: {shown} is not read from a registry, as an image has to be",
+                         "POLICY_DENIED")
+    if len(text) > 512 or "//" in text or not re.fullmatch(IMAGE, text, re.A):
+        raise make_fault(f"{where}: {shown} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the"
+                         " path in lower case")
+    if find_registry(text) != "docker.io" or text.startswith("docker.io/"):
+        return text
+    return f"docker.io/{'' if '/' in text.partition('@')[0] else 'library/'}{text}"
 
 
+def find_registry(image):
+    """The registry host that an image name begins with; Docker's own where it names none."""
+    first, slash, _ = image.partition("/")
+    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
+
+
+# The form of a file.  A form is a reader; a dict of known keys and their forms; {None: form} for names of the
+# application's own, {list: form} where a list of such names will do, too; [form]; or (form of the long
+# syntax,
+# reader of the short one).
+
+# Which option of the engine takes a key as it was read.
 SERVICE_OPTIONS = {
-    "user": make_option("--user"), "hostname": make_option("--hostname"), "working_dir": make_option("--workdir"),
-    "stop_signal": make_option("--stop-signal"), "mem_limit": make_option("--memory"), "cpus": make_option("--cpus"),
-    "shm_size": make_option("--shm-size"), "platform": make_option("--platform"), "pid": make_option("--pid"), "ipc": make_option("--ipc"),
-    "userns_mode": make_option("--userns"), "pids_limit": make_option("--pids-limit"), "init": make_switch("--init"),
-    "read_only": make_switch("--read-only"), "privileged": make_switch("--privileged"), "tty": make_switch("--tty"),
-    "stdin_open": make_switch("--interactive"), "cap_add": make_options("--cap-add"), "cap_drop": make_options("--cap-drop"),
-    "devices": make_options("--device"), "security_opt": make_options("--security-opt"), "group_add": make_options("--group-add"),
-    "dns": make_options("--dns"), "tmpfs": make_options("--tmpfs"), "labels": make_pairs("--label"), "sysctls": make_pairs("--sysctl"),
-    "extra_hosts": make_hosts, "ports": make_ports, "restart": make_restart, "ulimits": make_ulimits, "deploy": make_deploy,
-    "logging": make_logging, "stop_grace_period": lambda value, where: [f"--stop-timeout={max(1, round(to_seconds(value, where)))}"]}
-SERVICE_KEYS = tuple(SERVICE_OPTIONS) + ("image", "command", "entrypoint", "environment", "env_file", "volumes", "networks", "network_mode",
-                                         "depends_on", "healthcheck", "configs", "profiles", "pull_policy", "expose")
-PROJECT_KEYS = ("name", "version", "services", "networks", "volumes", "configs")
-# What a provider takes besides.  All else is refused for it too: it may go round the checks below, name files of the host (`init-path`, `glob`
-# mounts), or run programs there, and each release brings more.
-PROVIDER_KEYS = ("blkio_config", "cpu_count", "cpu_percent", "cpu_period", "cpu_quota", "cpu_rt_period", "cpu_rt_runtime", "cpu_shares", "cpuset",
-                 "dns_opt", "dns_search", "domainname", "mac_address", "mem_reservation", "mem_swappiness", "memswap_limit", "oom_kill_disable",
-                 "oom_score_adj", "storage_opt")
-# An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`), so only these are taken.
-MOUNT_OPTIONS = {"ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec", "noexec", "nosuid", "nodev", "private",
-                 "rprivate", "slave", "rslave"}
-LOG_OPTIONS = {"max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex", "env", "env-regex"}
-ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
+    "user": (to_text, "--user"), "hostname": (to_text, "--hostname"), "working_dir": (to_text, "--workdir"),
+    "stop_signal": (to_text, "--stop-signal"), "stop_grace_period": (to_grace, "--stop-timeout"),
+    "mem_limit": (to_size, "--memory"), "memswap_limit": (to_size, "--memory-swap"),
+    "mem_reservation": (to_size, "--memory-reservation"), "mem_swappiness": (to_number,
+        "--memory-swappiness"),
+    "shm_size": (to_size, "--shm-size"), "oom_score_adj": (to_number, "--oom-score-adj"),
+    "cpus": (to_number, "--cpus"), "cpu_period": (to_number, "--cpu-period"),
+    "cpu_quota": (to_number, "--cpu-quota"),
+    "cpu_shares": (to_number, "--cpu-shares"), "cpuset": (to_text, "--cpuset-cpus"),
+    "pids_limit": (to_number, "--pids-limit"), "platform": (to_text, "--platform"),
+    "mac_address": (to_text, "--mac-address"), "pid": (to_namespace("private", "host"), "--pid"),
+    "ipc": (to_namespace("private", "shareable", "none", "host"), "--ipc"),
+    "userns_mode": (to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
+                            "host, auto, nomap or keep-id"), "--userns"),
+    "init": (to_flag, "--init"), "read_only": (to_flag, "--read-only"),
+    "privileged": (to_flag, "--privileged"),
+    "tty": (to_flag, "--tty"), "stdin_open": (to_flag, "--interactive"), "restart": (to_restart, "--restart"),
+    "cap_add": (to_list, "--cap-add"), "cap_drop": (to_list, "--cap-drop"), "devices": (to_list, "--device"),
+    "security_opt": (to_list, "--security-opt"), "group_add": (to_list, "--group-add"),
+    "dns": (to_list, "--dns"),
+    "dns_opt": (to_list, "--dns-option"), "dns_search": (to_list, "--dns-search"),
+    "extra_hosts": (to_hosts, "--add-host"), "labels": (to_labels, "--label"),
+    "sysctls": (to_values, "--sysctl")}
 
 
-def check_policy(name, service, folder, policy):
-    """Raises ComponentError POLICY_DENIED for what a service may not ask for (contract, Policy)."""
-    def deny(key, why):
-        raise make_fault(f"services.{name}.{key}: {why}", "POLICY_DENIED")
-
-    for key in ("pid", "ipc", "userns_mode", "network_mode"):
-        if str(service.get(key)).startswith("container:"):
-            deny(key, "a container of its own choice is not shared")
-    if policy.privileged != "allow":
-        if service.get("privileged") not in (None, False, "false"):
-            deny("privileged", "denied by policy.privileged")
-        for key in ("pid", "ipc", "userns_mode"):
-            if service.get(key) == "host" or str(service.get(key)).startswith("ns:"):
-                deny(key, "the host's namespace is denied by policy.privileged")
-        for key in ("cap_add", "devices"):
-            if service.get(key):
-                deny(key, "denied by policy.privileged")
-        resources = to_mapping(to_mapping(service.get("deploy"), f"services.{name}.deploy").get("resources"), f"services.{name}.deploy.resources")
-        if "devices" in to_mapping(resources.get("reservations"), f"services.{name}.deploy.resources.reservations"):
-            deny("deploy.resources.reservations.devices", "denied by policy.privileged")
-        for item in to_list(service.get("security_opt"), f"services.{name}.security_opt"):
-            if not re.fullmatch(r"no-new-privileges([:=]true)?", item):
-                deny("security_opt", f"{make_printable(item, 80)!r} is denied by policy.privileged")
-    image = to_text(service.get("image"), f"services.{name}.image")
-    if re.match(r"[^/]*:(?![0-9]+/)[^/]*/", image):
-        deny("image", f"{make_printable(image, 80)!r} is read from this device's own files; an image comes from a registry")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.:/@-]*", image):
-        raise make_fault(f"services.{name}.image: {make_printable(image, 100)!r} is not an image name")
-    logging = to_mapping(service.get("logging"), f"services.{name}.logging")
-    odd = set(to_mapping(logging.get("options"), f"services.{name}.logging.options")) - LOG_OPTIONS
-    if odd:
-        deny(f"logging.options.{min(odd)}", f"only {', '.join(sorted(LOG_OPTIONS))} are allowed")
-    for place, option in find_mount_options(service.get("volumes"), f"services.{name}.volumes"):
-        if option not in MOUNT_OPTIONS:
-            deny(place, f"the mount option {make_printable(option, 80)!r} is not allowed")
-    for source in find_binds(service.get("volumes"), f"services.{name}.volumes"):
-        path = os.path.realpath(os.path.join(folder, source))
-        if source.startswith("~"):
-            deny("volumes", f"{source} is in a home folder; name the path itself")
-        if os.path.basename(path) in ENGINE_SOCKETS:
-            deny("volumes", f"{source} is an engine's socket, which is never handed out")
-        if not any(is_below(path, os.path.realpath(root)) for root in [folder] + policy.host_paths):
-            deny("volumes", f"{source} (in truth {path}) is outside of policy.host_paths")
+def make_form(reader, names, **forms):
+    """The form of a mapping: names that one reader reads, and others with their forms."""
+    return dict(dict.fromkeys(names.split(), reader), **forms)
 
 
-def find_binds(volumes, where):
-    """The host paths that the `volumes` of a service name."""
-    for index, item in enumerate(to_items(volumes, where)):
-        if isinstance(item, dict):
-            if item.get("type") == "bind":
-                yield to_text(item.get("source"), f"{where}[{index}].source")
-        elif re.match(r"[./~][^:]*:", to_text(item, f"{where}[{index}]")):
-            yield item.split(":")[0]
+CONTENT_FORM = {None: make_form(to_text, "file content environment name")}
+FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), to_text)]
+DEPLOY_FORM = {
+    "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
+    "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
+                  "reservations": make_form(to_number, "cpus", memory=to_size)},
+    "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
+                                condition=to_form("none|on-failure|any", "none, on-failure or any"))}
+MOUNT_FORM = make_form(
+    to_text, "source target consistency", read_only=to_flag, volume={"nocopy": to_flag},
+    type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
+    bind=make_form(to_text, "propagation selinux", create_host_path=to_flag),
+    tmpfs={"size": to_size, "mode": to_mode})
+SERVICE_FORM = dict(
+    {key: reader for key, (reader, _) in SERVICE_OPTIONS.items()},
+    image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs, profiles=to_list,
+    expose=to_list,
+    links=to_list, tmpfs=to_list, container_name=to_name, attach=to_flag, scale=to_one, configs=FILES_FORM,
+    secrets=FILES_FORM, deploy=DEPLOY_FORM, volumes=[(MOUNT_FORM, to_text)],
+    env_file=[(make_form(to_text, "path format", required=to_flag), to_text)],
+    network_mode=to_namespace("none", "host", "bridge"),
+    pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
+    blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
+    ulimits={None: (make_form(to_text, "soft hard"), to_text)},
+    ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_text)],
+    depends_on={list: make_form(to_flag, "required restart", condition=to_form(
+        "service_(started|healthy|completed_successfully)", "a condition that is known"))},
+    networks={list: make_form(to_text, "ipv4_address ipv6_address mac_address", aliases=to_list,
+                              priority=to_count)},
+    healthcheck=make_form(to_duration, "interval timeout start_period start_interval", test=to_test,
+                          retries=to_count, disable=to_flag))
+NETWORK_FORM = make_form(
+    to_flag, "internal attachable enable_ipv6", name=to_text, external=to_external, labels=to_labels,
+    driver=to_form("bridge|default", "supported; only bridge is"),
+    ipam={"driver": to_form("default", "supported; only default is"),
+          "config": [make_form(to_text, "subnet gateway ip_range")]})
+VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels, "driver_opts": to_values,
+               "driver": to_form("local", "supported; only local is")}
+FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM},
+             "networks": {None: NETWORK_FORM}, "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM,
+             "secrets": CONTENT_FORM}
+
+# What to write instead of a key that is not supported.
+ADVICE = {"build": "nothing is built on a device; name what was built by `image`",
+          "extends": "write its settings out",
+          "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
+          "runtime": "the engine's own is used", "device_cgroup_rules": "name device files by `devices`",
+          "volumes_from": "name the volumes themselves",
+          "external_links": "join a network that is `external`",
+          "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
+          "uts": "set `hostname`",
+          "models": "run what serves them as a service", "post_start": "let the entrypoint do it",
+          "pre_stop": "let the entrypoint do it on `stop_signal`",
+          "develop": "it is for a developer's machine",
+          "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
 
 
-def find_mount_options(volumes, where):
-    """(place, option) of each option of the mounts in the `volumes` of a service."""
-    for index, item in enumerate(to_items(volumes, where)):
-        if isinstance(item, dict):
-            if item.get("type") not in ("bind", "volume", "tmpfs"):         # podman has one that takes patterns of host paths
-                raise make_fault(f"{where}[{index}].type: {make_printable(str(item.get('type')), 40)!r} is not supported")
-            odd = next((key for key in ("source", "target") if re.search("[:,]", str(item.get(key)))), None)
-            if odd:                                 # a provider may put it between others of both
-                raise make_fault(f"{where}[{index}].{odd}: {make_printable(str(item[odd]), 80)!r} holds a colon or comma")
-            facts = to_mapping(item.get("bind"), f"{where}[{index}].bind")
-            yield from ((f"volumes[{index}].bind.{key}", to_text(facts[key], f"{where}[{index}].bind")) for key in ("propagation", "selinux")
-                        if key in facts)
-            continue
-        parts = to_text(item, f"{where}[{index}]").split(":")
-        if len(parts) == 3 and parts[1]:
-            yield from ((f"volumes[{index}]", option) for option in parts[2].split(","))
+def find_unknown(value, form, where=""):
+    """(place, key, known keys) of each key below a value that its form does not have."""
+    if isinstance(form, tuple):
+        form = form[0]
+    if isinstance(form, list):
+        for index, item in enumerate(value if isinstance(value, list) else [value]):
+            yield from find_unknown(item, form[0], f"{where}[{index}]")
+    elif isinstance(form, dict) and isinstance(value, dict):
+        each = form.get(None) or form.get(list)
+        for key, item in value.items():
+            place = f"{where}.{key}" if where else key
+            if each or key in form:
+                yield from find_unknown(item, each or form[key], place)
+            else:
+                yield place, key, list(form)
 
 
-def is_below(path, root):
-    """Whether a path is `root` or lies below it."""
-    return path == root or path.startswith(root.rstrip("/") + "/")
+def check_keys(document):
+    """Raises ComponentError that names every key of a file that is not supported: none is ever ignored."""
+    import difflib
+    faults, told = [], set()
+    for place, key, known in find_unknown(document, FILE_FORM):
+        near = difflib.get_close_matches(key, known, 1, 0.6)
+        advice = ADVICE.get(key) or (f"did you mean {near[0]}?" if near else "")
+        faults.append((make_printable(place, 200), f" ({advice})" if advice and key not in told else ""))
+        told.add(key)
+    if len(faults) == 1:
+        raise make_fault(": this key is not supported".join(faults[0]))
+    if faults:
+        raise make_fault(f"these keys are not supported: {', '.join(map(''.join, faults))}")
+
+
+def read_value(value, form, where):
+    """A value by its form, whole: Settings with None for keys that are not there, {name: …}, lists, and what
+    readers give."""
+    if callable(form):
+        return None if value is None else form(value, where)
+    if isinstance(form, tuple):
+        return read_value(value, form[0], where) if isinstance(value, dict) else form[1](value, where)
+    if isinstance(form, list):
+        items = [] if value is None else value
+        return [read_value(item, form[0], f"{where}[{index}]")
+                for index, item in enumerate(items if isinstance(items, list) else [items])]
+    if isinstance(value, list) and list in form:
+        value = dict.fromkeys(to_list(value, where))
+    value, each = to_mapping(value, where), form.get(None) or form.get(list)
+    return Settings({key: read_value(value.get(key), each or part, f"{where}.{key}" if where else key)
+                     for key, part in (value if each else form).items()})
+
+
+# What stands beside `services`
+
+def make_volumes(document, workload):
+    """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
+    volumes = {}
+    for name, value in document.volumes.items():
+        where, options = f"volumes.{name}", value.driver_opts or {}
+        parts = options.get("o", "").split(",") if options.get("o") else []
+        if options and not (set(options) <= {"type", "device", "o"} and options.get("type") == "tmpfs"
+                            and options.get("device", "tmpfs") == "tmpfs"
+                            and all(map(is_tmpfs_option, parts))):
+            deny(f"{where}.driver_opts",
+                 "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
+        volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
+    return volumes
+
+
+def make_networks(document, workload):
+    """Top-level `networks` as make_volumes has it; `default` is always there."""
+    networks = {}
+    for name, value in dict({"default": read_value(None, NETWORK_FORM, "")}, **document.networks).items():
+        arguments = make_arguments("--internal", value.internal) + make_arguments("--ipv6", value.enable_ipv6)
+        for item in value.ipam.config:
+            for key, option in (("subnet", "--subnet"), ("gateway", "--gateway"), ("ip_range", "--ip-range")):
+                arguments += make_arguments(option, item[key])
+        mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
+        networks[name] = make_shared(name, value, workload, f"networks.{name}",
+                                     arguments + [f"--label={LABEL_HASH}={mark}"])
+    return networks
+
+
+def make_shared_labels(workload):
+    """{label: text} by which a volume or network says by whom it was made for what."""
+    return {LABEL_PROJECT: workload.project, LABEL_DEPLOYMENT: workload.deployment_id, LABEL_OWNER: workload.owner}
+
+
+def make_shared(name, value, workload, where, arguments):
+    """(the engine's name, create arguments) of a volume or network; its labels are added."""
+    named = value.external if isinstance(value.external, str) else value.name
+    own = named or (name if value.external else f"{workload.project}_{name}")
+    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}", own):
+        raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a name here")
+    other = re.search(rf"-({UUID_PATTERN})_", own)
+    if other and other.group(1).lower() != workload.deployment_id.lower():
+        deny(where, f"{make_printable(own, 120)!r} is of another deployment; what is shared has a name of its"
+             " own")
+    labels = dict(value.labels or {}, **make_shared_labels(workload))
+    return own, None if value.external else make_arguments("--label", labels) + arguments
+
+
+def make_contents(document, variables, folder):
+    """Top-level `configs` and `secrets` as {section: {name: text}}."""
+    contents = {"configs": {}, "secrets": {}}
+    for section, found in contents.items():
+        for name, value in document[section].items():
+            where = f"{section}.{name}"
+            if sum(value[key] is not None for key in ("file", "content", "environment")) != 1:
+                raise make_fault(f"{where}: expected one of file, content, environment")
+            if value.environment is not None and value.environment not in variables:
+                raise make_fault(f"{where}.environment: there is no parameter"
+                                 f" {make_printable(value.environment, 60)!r}", "PARAMETER_INVALID")
+            text = variables.get(value.environment, value.content)
+            found[name] = text if value.file is None else read_inside(folder, value.file, f"{where}.file")
+    return contents
 
 
 def read_inside(folder, name, where):
-    """The text of a file of the archive, bytes that are no UTF-8 escaped; raises ComponentError where it is outside, missing or too long."""
-    path = os.path.realpath(os.path.join(folder, name))
-    if not is_below(path, os.path.realpath(folder)) or not os.path.isfile(path):
-        raise make_fault(f"{where}: {make_printable(name)!r} is not a file of the archive")
+    """The text of a file of the package, bytes that are no UTF-8 escaped; raises ComponentError where it is
+    none of its files."""
+    data = folder.read(name)
+    if data is None:
+        raise make_fault(f"{where}: {make_printable(name)!r} is not a file of the archive of at most {MIB}"
+                         " bytes")
+    return data.decode("utf-8", "surrogateescape")
+
+
+# Services
+
+def make_arguments(option, value):
+    """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None.
+    """
+    if value is None or isinstance(value, bool):
+        return [option] if value else []
+    if isinstance(value, dict):
+        return [f"{option}={name}={item}" for name, item in sorted(value.items())]
+    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
+
+
+def make_options(service, workload, where):
+    """The arguments of a service that options of the engine take as they are; a key of its own stands above
+    `deploy`."""
+    limits, policy = service.deploy.resources.limits, service.deploy.restart_policy
+    options = {"--cpus": limits.cpus, "--memory": limits.memory, "--pids-limit": limits.pids,
+               "--memory-reservation": service.deploy.resources.reservations.memory,
+               "--blkio-weight": service.blkio_config.weight, "--log-driver": service.logging.driver,
+               "--log-opt": service.logging.options, "--ulimit": {}}
+    if any(item is not None for item in policy.values()):
+        word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
+        attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
+        options["--restart"] = word + attempts
+    for name, item in service.ulimits.items():
+        item = item if isinstance(item, str) else f"{item.soft}:{item.hard}"
+        form = to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")
+        options["--ulimit"][name] = form(item, f"{where}.ulimits.{name}")
+    options.update((option, service[key]) for key, (_, option) in SERVICE_OPTIONS.items()
+                   if service[key] is not None)
+    for option in ("--pid", "--ipc"):
+        options[option] = make_namespace(options.get(option), workload)
+    return [argument for option, value in sorted(options.items())
+            for argument in make_arguments(option, value)]
+
+
+def make_ports(items, where):
+    """`ports` in both syntaxes as [Port]; one that is listed twice is one."""
+    return list(dict.fromkeys(make_port(item, f"{where}[{index}]") for index, item in enumerate(items)))
+
+
+def make_port(item, where):
+    """One of `ports`: a mapping, or [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges
+    that fit each other."""
+    import ipaddress
+    if not isinstance(item, str):
+        host = item.host_ip or ""
+        item = f"{host}:{item.published or ''}:{item.target or ''}/{item.protocol or ''}"
+    body, _, protocol = item.partition("/")
+    body, _, target = body.rpartition(":")
+    address, _, published = body.rpartition(":")
+    address = re.sub(r"\A\[(.*)\]\Z", r"\1", address)
+    published = "" if published == "0" else published               # the engine chooses one
     try:
-        return read_file(path, MIB).decode("utf-8", "surrogateescape")
-    except StorageError as error:
-        raise make_fault(f"{where}: {error.message}") from None
+        address = address and str(ipaddress.ip_address(address))
+        fits = make_span(target)[1] in (0, make_span(published or target)[1])
+    except ValueError:
+        fits = False
+    if not fits or protocol.lower() not in ("", "tcp", "udp", "sctp"):
+        raise make_fault(f"{where}: {make_printable(item, 60)!r} is not a port")
+    return Port(address, published, target, protocol.lower() or "tcp")
 
 
-def make_project(document, workload, policy, engine, strict=True):
-    """A compose file's value to a Project; raises ComponentError.  strict: refuse keys that the builtin driver does not know.
+def make_span(text):
+    """PORT or PORT-PORT as (first, how many more); raises ValueError."""
+    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
+    first, last = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (0, 0)
+    if not 1 <= first <= last <= 65535:
+        raise ValueError(text)
+    return first, last - first
 
-    All that parameters mean is settled here, so that every driver is given the same file and no parameter ever reaches a tool's own
-    environment (C-180, D-18).
+
+def make_publish(port):
+    """A Port as the engine takes it."""
+    address = [f"[{port.address}]" if ":" in port.address else port.address] if port.address else []
+    published = [port.published] if port.published or address else []
+    protocol = "" if port.protocol == "tcp" else "/" + port.protocol
+    return ":".join(address + published + [port.target]) + protocol
+
+
+def find_ports(ports):
+    """The host's ports that a container with these Ports holds while it runs: [[address or "", port,
+    protocol]]."""
+    held = []
+    for port in ports:
+        first, more = make_span(port.published or port.target)
+        if port.published and more == make_span(port.target)[1]:        # else the engine chooses one
+            address = "" if re.fullmatch("[0.:]+", port.address) else port.address
+            held += [[address, first + number, port.protocol] for number in range(more + 1)]
+    return held
+
+
+def make_health(check, engine):
+    """`healthcheck` to (arguments, Health or None)."""
+    import shlex
+    if check.disable or check.test == []:
+        return ["--no-healthcheck"], None
+    test = check.test
+    if isinstance(test, list) and engine == "podman" and (len(test) > 1 or not re.search(r"\s", test[0])):
+        # a list of one would be for a shell
+        test = make_json(test).decode() if len(test) > 1 else f"CMD {test[0]}"
+    elif isinstance(test, list):
+        test = " ".join(map(shlex.quote, test))
+    arguments = make_arguments("--health-cmd", test)
+    for key in ("interval", "timeout", "retries", "start_period"):
+        arguments += make_arguments(f"--health-{key.replace('_', '-')}", check[key])
+    if not arguments:
+        return [], None
+    # an engine takes zero as not said
+    interval = to_seconds(check.interval or "0s", "interval") or 30.0
+    start = to_seconds(check.start_period or "0s", "start_period")
+    return arguments, Health(interval, check.retries or 3, start)
+
+
+def make_mount(item, where):
+    """An item of `volumes` in either syntax to a Mount."""
+    if isinstance(item, str):
+        parts = item.split(":")
+        if len(parts) > 3 or not parts[0]:
+            raise make_fault(f"{where}: expected source:target[:options]")
+        kind = "bind" if parts[0][0] in "/.~" and len(parts) > 1 else "volume"
+        options = [option for option in "".join(parts[2:]).split(",") if option]
+        source, target = ["", *parts][-2:] if len(parts) < 3 else parts[:2]
+    else:
+        kind, source, target = item.type, item.source or "", item.target or ""
+        options = make_mount_options(item)
+        if not kind or kind == "bind" and not source:
+            raise make_fault(f"{where}: expected a type, and the source of a bind mount")
+    if not target.startswith("/") or ":" in source + target:
+        raise make_fault(f"{where}: expected source:target[:options] with an absolute target")
+    return Mount(kind, source, target, options, None)
+
+
+def make_mount_options(item):
+    """The options of a mount in the long syntax; `create_host_path` and `consistency` ask for nothing."""
+    options = [word for word, wanted in (("ro", item.read_only), ("nocopy", item.volume.nocopy)) if wanted]
+    options += [option for option in (item.bind.propagation, item.bind.selinux) if option]
+    options += [f"size={item.tmpfs.size}"] if item.tmpfs.size else []
+    return options + ([f"mode={item.tmpfs.mode:o}"] if item.tmpfs.mode is not None else [])
+
+
+def make_mounts(service, reading, where):
+    """[Mount] of a service, ready for the engine; of two at one path the later one counts.
+
+    What lies in the package is mounted read-only: what was verified stays as it is, and no container can put
+    a link there that the next start would follow out of the package.
     """
-    if not isinstance(document, dict) or not isinstance(document.get("services"), dict) or not document["services"]:
-        raise make_fault("no services")
-    defaults = read_inside(workload.folder, ".env", ".env") if os.path.isfile(os.path.join(workload.folder, ".env")) else ""
-    variables = Variables(workload.parameters)
-    variables.update(dict(parse_env_file(defaults, variables, ".env"), **workload.parameters))
-    document = interpolate_all(document, variables)
-    check_keys(document, PROJECT_KEYS, "the file")
-    volumes, networks = make_volumes(document, workload), make_networks(document, workload)
-    services, settled = {}, {}
-    for name, service in document["services"].items():
-        where = f"services.{name}"
-        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}", name):         # it becomes part of the name of a file
-            raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
-        check_keys(service, SERVICE_KEYS if strict else SERVICE_KEYS + PROVIDER_KEYS, where)
-        if to_list(service.get("profiles"), f"{where}.profiles"):
-            continue
-        check_policy(name, service, workload.folder, policy)
-        settled[name] = settle_service(service, workload, variables, where)
-        services[name] = make_service(name, settled[name], document, workload, engine, volumes, networks) if strict else make_proxy(
-            name, settled[name])
-    order = settle_hashes(order_services(services), settled)
-    for service in order:
-        facts = settled[service.name]
-        facts["labels"] = dict(to_pairs(facts.get("labels"), "labels"), **make_labels(workload, service.name, service.hash))
-        if isinstance(facts.get("depends_on"), dict):               # what is not required may be a service that is not started
-            facts["depends_on"] = {other: item for other, item in facts["depends_on"].items() if other in services}
-    own_volumes = {name: args for name, args in volumes.values() if args is not None}
-    return Project(order, dict(networks.values()), own_volumes, make_document(document, settled, workload))
+    mounts = {}
+    for text in service.tmpfs or ():
+        target, _, options = text.partition(":")
+        mounts[target.rstrip("/")] = make_mount(target, f"{where}.tmpfs")._replace(
+            kind="tmpfs", options=[option for option in options.split(",") if option])
+    for index, item in enumerate(service.volumes):
+        place = f"{where}.volumes[{index}]"
+        mount = make_mount(item, place)
+        if mount.kind == "bind":
+            mount = mount._replace(found=reading.folder.look(mount.source))
+            kept = [option for option in mount.options if option not in ("ro", "rw")]
+            mount = mount._replace(options=["ro"] + kept) if mount.found.own else mount
+        elif mount.source and mount.source not in reading.volumes:
+            raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
+                             " volumes")
+        elif mount.source:
+            mount = mount._replace(source=reading.volumes[mount.source][0])
+        mounts[mount.target.rstrip("/")] = mount
+    return list(mounts.values())
 
 
-def settle_service(service, workload, variables, where):
-    """A service with its environment made and its paths absolute, so that every driver reads the same."""
-    read_own_labels(service, where)
-    service = dict(service, environment=make_environment(service, workload, variables, where))
-    service.pop("env_file", None)
-    volumes = [settle_mount(item, workload.folder) for item in to_items(service.get("volumes"), f"{where}.volumes")]
-    return dict(service, volumes=volumes) if volumes else service
+def make_mount_argument(mount):
+    """A Mount as the engine takes it."""
+    source = mount.found.path if mount.found else mount.source
+    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
+    return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
 
 
-def read_own_labels(value, where):
-    """`labels` of a service, network or volume as {name: text}; those by which the agent finds its own are not to be forged."""
-    labels = to_pairs(value.get("labels"), f"{where}.labels")
-    if any(key.startswith("org.margo.") for key in labels):
-        raise make_fault(f"{where}.labels: org.margo.… is the agent's own")
-    return labels
+def make_files(service, reading, where):
+    """`configs` and `secrets` of a service as {path in the container: Content}."""
+    files = {}
+    for section, root in (("configs", "/"), ("secrets", "/run/secrets/")):
+        for index, item in enumerate(service[section]):
+            place = f"{where}.{section}[{index}]"
+            item = read_value({"source": item}, FILES_FORM[0][0], place) if isinstance(item, str) else item
+            if item.source not in reading.contents[section]:
+                shown = make_printable(item.source or "", 60)
+                raise make_fault(f"{place}: {shown!r} is not among the top-level {section}")
+            target = item.target or item.source
+            target = target if target.startswith("/") else root + target
+            if ":" in target:
+                raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
+            mode = 0o644 if item.mode is None else item.mode & 0o777
+            owner = [-1 if number is None else number for number in (item.uid, item.gid)]
+            files[target] = Content(reading.contents[section][item.source], mode, *owner)
+    return files
 
 
-def settle_mount(item, folder):
-    """An element of `volumes` with its host path absolute; what lies in the package is mounted read-only.
-
-    What was verified stays as it is, and no container can put a link where the next start would follow it out of the package.
-    """
-    short = not isinstance(item, dict)
-    if short and not re.match("[./][^:]*:", to_text(item, "volumes")) or not short and item.get("type") != "bind":
-        return item
-    source, _, rest = item.partition(":") if short else (to_text(item["source"], "volumes"), "", "")
-    path = os.path.realpath(os.path.join(folder, source))
-    own = is_below(path, os.path.realpath(folder))
-    if not short:
-        return dict(item, source=path, read_only=True) if own else dict(item, source=path)
-    target, _, options = rest.partition(":")
-    if own:
-        options = ",".join(["ro"] + [option for option in options.split(",") if option not in ("", "ro", "rw")])
-    return ":".join(filter(None, (path, target, options)))
-
-
-def settle_hashes(order, settled):
-    """The services with final hashes: who shares another's network is made anew with it."""
-    final = {}
-    for service in order:
-        mode = str(settled[service.name].get("network_mode"))
-        if mode.startswith("service:"):
-            service = service._replace(hash=sha256_digest(f"{service.hash} {final[mode[8:]].hash}".encode())[7:39])
-        final[service.name] = service
-    return list(final.values())
-
-
-def make_document(document, services, workload):
-    """The compose file for a provider: only what is started, nothing left to interpolate, no path that is relative."""
-    networks = dict({"default": None}, **to_mapping(document.get("networks"), "networks"))
-    volumes = to_mapping(document.get("volumes"), "volumes")
-    document = dict(document, services=services, networks=add_labels(networks, "networks", workload),
-                    volumes=add_labels(volumes, "volumes", workload))
-    for name, item in to_mapping(document.get("configs"), "configs").items():
-        facts = to_mapping(item, f"configs.{name}")
-        if facts.get("file") is not None:
-            where = f"configs.{name}.file"
-            read_inside(workload.folder, to_text(facts["file"], where), where)
-            document["configs"] = dict(document["configs"], **{name: dict(facts, file=os.path.realpath(os.path.join(workload.folder, facts["file"])))})
-    document.pop("name", None)
-    return document
+def make_attachments(service, reading, where):
+    """[Attachment]: the first is joined at creation and the others before the start; or the network mode
+    alone."""
+    if service.network_mode is not None:
+        if service.networks:
+            raise make_fault(f"{where}.network_mode: cannot stand beside networks")
+        return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
+    wanted = service.networks or {"default": read_value(None, SERVICE_FORM["networks"][list], "")}
+    joined = []
+    for name, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
+        if name not in reading.networks:
+            raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level"
+                             " networks")
+        options = make_arguments("--ip", value.ipv4_address) + make_arguments("--ip6", value.ipv6_address)
+        options += make_arguments("--mac-address", value.mac_address)
+        joined.append(Attachment(reading.networks[name][0], value.aliases or [], options))
+    return joined
 
 
 def make_container_name(project, service):
@@ -5498,82 +5878,307 @@ def make_container_name(project, service):
     return f"{project}-{service}-1"
 
 
-def make_shared_labels(value, kind, name, workload):
-    """{label: text} of a network or volume: its own, and whose it is."""
-    mark = {LABEL_OWNER: workload.owner}
-    if kind == "networks":
-        mark[LABEL_PROJECT] = workload.project
-    return dict(read_own_labels(value, f"{kind}.{name}"), **mark)
+def make_namespace(text, workload):
+    """A namespace as the engine takes it: that of another service is that of its container."""
+    owner = (text or "").partition("service:")[2]
+    return f"container:{make_container_name(workload.project, owner)}" if owner else text
 
 
-def add_labels(items, kind, workload):
-    """The networks or volumes of a compose file with their labels; what is external is another's."""
-    labelled = {}
-    for name, value in items.items():
-        value = to_mapping(value, f"{kind}.{name}")
-        external = to_flag(value.get("external", False), f"{kind}.{name}.external")
-        labelled[name] = value if external else dict(value, labels=make_shared_labels(value, kind, name, workload))
-    return labelled
+def find_shared(service):
+    """The names of the services whose namespaces a service shares."""
+    modes = [service.network_mode or "", service.pid or "", service.ipc or ""]
+    return [mode[8:] for mode in modes if mode.startswith("service:")]
 
 
-def make_labels(workload, service, digest):
-    """The labels by which containers are found again."""
-    return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component, LABEL_PROJECT: workload.project,
-            LABEL_SERVICE: service, LABEL_HASH: digest, LABEL_DEVICE: workload.device_id,
-            LABEL_OWNER: workload.owner}            # all of them, whether empty or not: an image has labels of its own
-
-
-def make_environment(service, workload, variables, where):
-    """What a container's environment is: env files, then `environment`, then runtime.environment of the device (C-185)."""
-    environment, files = {}, service.get("env_file")
-    for item in files if isinstance(files, list) else [files] if files else []:
-        name, needed = (item.get("path"), item.get("required", True)) if isinstance(item, dict) else (item, True)
-        path = to_text(name, f"{where}.env_file")
-        if to_flag(needed, f"{where}.env_file.required") or os.path.exists(os.path.join(workload.folder, path)):
-            environment.update(parse_env_file(read_inside(workload.folder, path, f"{where}.env_file"), variables, path))
-    for name, text in to_pairs(service.get("environment"), f"{where}.environment").items():
+def make_environment(service, reading, where):
+    """What a container's environment is: env files, then `environment`, then runtime.environment of the
+    device (C-185)."""
+    environment = {}
+    for item in service.env_file:
+        path = item if isinstance(item, str) else item.path or ""
+        needed = isinstance(item, str) or item.required is not False
+        found = reading.folder.look(path)
+        if needed or found.kind or not found.own:
+            environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
+                                              reading.variables, path))
+    for name, text in (service.environment or {}).items():
         if text is None:
-            text = variables.get(name)              # a pass-through entry takes the parameter of its name (contract, Parameters)
+            # a pass-through entry takes the parameter of its name (contract, Parameters)
+            text = reading.variables.get(name)
         if text is not None:
             environment[name] = text
-    environment.update(workload.environment)
+    environment.update(reading.workload.environment)
     for name, text in environment.items():
-        if not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
-            raise make_fault(f"{where}.environment: {make_printable(name)!r} is not a variable name")
-        if re.search("[\ud800-\udfff]", to_text(text, f"{where}.environment.{name}")):
-            raise make_fault(f"{where}.environment.{name}: holds bytes that are no UTF-8")
+        check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"),
+                       f"{where}.environment")
     return environment
 
 
-def make_proxy(name, service):
-    """What the agent itself needs of a service that a compose provider runs."""
-    where, digest = f"services.{name}", sha256_digest(make_json(service))[7:39]
-    health = make_health(service["healthcheck"], f"{where}.healthcheck", "docker")[1] if service.get("healthcheck") is not None else None
-    return Service(name, to_text(service.get("image"), f"{where}.image"), [], [], {}, {}, [], make_dependencies(service, name), health,
-                   "missing", digest)
+# A text that an env file of the engine cannot hold is taken from the environment of the engine's own command.
+# These names have a meaning there: for the loader and the C library, for Go, for the engines and what they
+# start.
+OBEYED = (
+    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|TZ|TZDIR|TMPDIR|TEMP|TMP|PWD|OLDPWD|IFS|ENV|"
+    r"POSIXLY_CORRECT|BASH_.*|LD_.*|LC_.*|GO(DEBUG|GC|MAXPROCS|MEMLIMIT|TRACEBACK|RACE|ROOT|PATH|COVERDIR|"
+    r"FIPS.*)|XDG_.*|MALLOC_.*|GLIBC_.*|GCONV_PATH|GETCONF_.*|LOCPATH|LOCALDOMAIN|NLSPATH|RES_OPTIONS|"
+    r"HOST(NAME|ALIASES)?|(HTTPS?|FTP|ALL|NO)_PROXY|_.*|CONTAINERS?_.*|DOCKER.*|PODMAN.*|BUILDAH.*|LIBPOD.*|"
+    r"STORAGE_.*|REGISTR.*|CNI_.*|NETAVARK.*|AARDVARK.*|OCI_.*|CRIU.*|RUNC.*|CRUN.*|LIBKRUN.*|CONMON.*|"
+    r"DBUS_.*|NOTIFY_.*|LISTEN_.*|SYSTEMD_.*|SSL_CERT_.*|SSLKEYLOGFILE|OPENSSL_.*|SSH_A.*|GPG|GNUPGHOME|"
+    r"OTEL_.*|RUST_.*|FUSE_.*|USERNS.*|COMPOSE_.*")
 
 
-def make_dependencies(service, name):
-    """`depends_on` as {service: (condition, required)}; whose network is shared comes first too."""
-    value, where = service.get("depends_on"), f"services.{name}.depends_on"
-    if isinstance(value, list):
-        value = {to_text(item, where): {} for item in value}
-    result = {}
-    for other, facts in to_mapping(value, where).items():
-        facts = to_mapping(facts, f"{where}.{other}")
-        check_keys(facts, ("condition", "required", "restart"), f"{where}.{other}")
-        condition = to_text(facts.get("condition", "service_started"), f"{where}.{other}.condition")
-        if condition not in ("service_started", "service_healthy", "service_completed_successfully"):
-            raise make_fault(f"{where}.{other}.condition: {make_printable(condition, 60)!r} is unknown")
-        result[other] = condition, to_flag(facts.get("required", True), where)
-    mode = str(service.get("network_mode"))
-    if mode.startswith("service:"):
-        result.setdefault(mode[8:], ("service_started", True))
+def find_handed(environment):
+    """{name: text} of the variables that no line of an env file holds: the engine takes them from its own
+    environment."""
+    return {name: text for name, text in environment.items()
+            if re.search("[\r\n]", text) or len(f"{name}={text}".encode()) > 60000}
+
+
+def check_variable(name, text, where):
+    """Raises ComponentError for a variable that no process, or no engine, can be given."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise make_fault(f"{where}: {make_printable(name)!r} is not a variable name")
+    if len(f"{name}={text}".encode()) >= 128 * 1024:
+        raise make_fault(f"{where}.{name}: a variable has less than 128 KiB; use a file from `configs`",
+                         "PARAMETER_INVALID")
+    if find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
+        raise make_fault(f"{where}.{name}: a variable of this name has one line of at most 60000 bytes; use"
+                         " a file from `configs`", "PARAMETER_INVALID")
+
+
+def make_dependencies(service):
+    """`depends_on` as {service: (condition, required)}; whose namespace is shared, and what is linked, comes
+    first too."""
+    result = {other: (item.condition or "service_started", item.required is not False)
+              for other, item in service.depends_on.items()}
+    for other in find_shared(service) + [link.partition(":")[0] for link in service.links or ()]:
+        result.setdefault(other, ("service_started", True))
     return result
 
 
+# What a file may ask for
+
+# An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`):
+# only these are taken.
+MOUNT_OPTIONS = ("ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec",
+                 "noexec", "nosuid", "nodev",
+                 "private", "rprivate", "slave", "rslave")
+LOG_OPTIONS = ("max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex",
+               "env", "env-regex")
+LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
+               "docker": ("json-file", "local", "journald", "syslog", "none")}
+# The capabilities that every container has by itself, on each engine.
+CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID",
+                "SETPCAP", "SETUID",
+                "SYS_CHROOT")
+
+
+def is_tmpfs_option(option):
+    """Whether an option of a tmpfs names nothing but its size, its owner and what may be done in it."""
+    return bool(re.fullmatch(
+        "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime", option))
+
+
+def deny(place, why):
+    """Raises ComponentError POLICY_DENIED."""
+    raise make_fault(f"{place}: {why}", "POLICY_DENIED")
+
+
+def check_policy(where, service, policy):
+    """Raises ComponentError POLICY_DENIED for what the settings of a service, as they were read, may not ask
+    for."""
+    if service.network_mode == "host" and policy.host_network != "allow":
+        deny(f"{where}.network_mode", "the host's network is denied by policy.host_network")
+    if policy.privileged == "allow":
+        return
+    harmless = {"privileged": lambda item: False, "oom_score_adj": lambda item: not item.startswith("-"),
+                "pid": lambda item: item != "host", "ipc": lambda item: item != "host",
+                "userns_mode": lambda item: item != "host",
+                "cap_add": lambda item: re.sub("^CAP_", "", item.upper()) in CAPABILITIES,
+                "devices": lambda item: any(is_device(item, pattern) for pattern in policy.devices),
+                "security_opt": re.compile("no-new-privileges([:=]true)?").fullmatch,
+                "group_add": lambda item: item != "keep-groups"}
+    for key, is_harmless in harmless.items():
+        for item in service[key] if isinstance(service[key], list) else filter(None, [service[key]]):
+            if not is_harmless(item):
+                deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by policy.privileged")
+
+
+def is_device(item, pattern):
+    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a device file that an entry of policy.devices
+    names; * is no slash."""
+    path = item.split(":")[0]
+    return ".." not in path.split("/") and bool(re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"),
+        path))
+
+
+def check_logging(where, logging, engine):
+    """Raises ComponentError for a log driver, or an option of it, that the engine does not have or that leads
+    elsewhere."""
+    driver, options = logging.driver or LOG_DRIVERS[engine][0], logging.options or {}
+    if driver not in LOG_DRIVERS[engine]:
+        known = ", ".join(LOG_DRIVERS[engine])
+        raise make_fault(f"{where}.driver: {engine} has no {make_printable(driver, 40)!r}, but {known}")
+    for name in options:
+        if name not in LOG_OPTIONS:
+            deny(f"{where}.options.{make_printable(name, 60)}", f"only {', '.join(LOG_OPTIONS)} are allowed")
+    if engine == "podman" and driver != "journald" and "tag" in options:
+        raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
+
+
+def check_mounts(where, mounts, policy, folder):
+    """Raises ComponentError for mounts of what is not there, or of what policy.host_paths does not allow."""
+    roots = [folder.resolve(path) for path in ["", *policy.host_paths]]
+    for mount in mounts:
+        for option in mount.options:
+            if not (is_tmpfs_option(option) if mount.kind == "tmpfs" else option in MOUNT_OPTIONS):
+                deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
+        if mount.kind != "bind":
+            continue
+        source, found = make_printable(mount.source, 200), mount.found
+        if mount.source.startswith("~"):
+            deny(where, f"{source} is in a home folder; name the path itself")
+        if found.socket:
+            deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
+        if not any(is_below(found.real, root) for root in roots):
+            real = make_printable(found.real, 200)
+            deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
+        if not found.kind:
+            owner = "the package" if found.own else "this device"
+            raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
+
+
+def check_ways(services):
+    """Raises ComponentError where a service can write to a folder on the way to what another one, or itself,
+    mounts.
+
+    It could put a link there that the engine follows when it starts that one.
+    """
+    mounts = [(service.name, mount) for service in services for mount in service.mounts]
+    mounts = [(name, mount) for name, mount in mounts if mount.kind == "bind" and not mount.found.own]
+    for name, mount in mounts:
+        for other, above in mounts:
+            inside = mount.found.real != above.found.real and is_below(mount.found.real, above.found.real)
+            if inside and "ro" not in above.options:
+                names = [make_printable(item.source, 200) for item in (mount, above)]
+                deny(f"services.{name}.volumes",
+                     f"{names[0]} lies in {names[1]}, where service {other} may write: it"
+                     " could put a link there. Mount one of both, or the upper one read-only")
+
+
+def is_below(path, root):
+    """Whether a path is `root` or lies below it."""
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+# A whole file
+
+def make_project(document, workload, policy, engine, folder=None):
+    """A compose file's value to a Project; raises ComponentError.
+
+    All that parameters mean is settled here, so that none ever reaches a tool's own environment (C-180,
+    D-18). Everything is read once, into records, and policy is held against these. folder: the package as a
+    Folder.
+    """
+    if not isinstance(document, dict) or not isinstance(document.get("services"),
+            dict) or not document["services"]:
+        raise make_fault("no services")
+    folder, notes = folder or Folder(workload.folder), []
+    variables = make_file_variables(workload, folder)
+    document = interpolate_all(document, variables)
+    document["services"] = find_wanted(document["services"], notes)
+    check_keys(document)
+    document = read_value(document, FILE_FORM, "")
+    reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
+                      make_networks(document, workload), make_contents(document, variables, folder))
+    services = {name: make_service(name, service, reading) for name, service in document.services.items()}
+    check_ways(services.values())
+    add_aliases(services, document.services, notes)
+    order = make_hashes(order_services(services))
+    return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
+
+
+def make_file_variables(workload, folder):
+    """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own.
+    """
+    variables = Variables(workload.parameters)
+    if folder.look(".env").kind:
+        variables.update(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
+    variables.update({"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project}, **workload.parameters)
+    return variables
+
+
+def find_wanted(services, notes):
+    """The services that are started: those of no profile. What an image was built from is left out where it
+    is named, and noted."""
+    started = {}
+    for name, service in services.items():
+        where = f"services.{name}"
+        # it becomes part of the name of a file
+        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}", name):
+            raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
+        if not isinstance(service, dict):
+            raise make_fault(f"{where}: expected a mapping")
+        if service.get("profiles") and to_list(service["profiles"], f"{where}.profiles"):
+            continue
+        if "build" in service and service.get("image"):
+            service = {key: item for key, item in service.items() if key != "build"}
+            notes.append(f"{where}.build is not used: the image is pulled")
+        started[name] = service
+    return started
+
+
+def make_service(name, service, reading):
+    """A Service from its settings, held against the policy; without a hash, which comes when all are known.
+    """
+    where = f"services.{name}"
+    mounts = make_mounts(service, reading, where)
+    check_policy(where, service, reading.policy)
+    check_logging(f"{where}.logging", service.logging, reading.engine)
+    check_mounts(f"{where}.volumes", mounts, reading.policy, reading.folder)
+    ports = make_ports(service.ports, f"{where}.ports")
+    arguments = make_options(service, reading.workload, where) + make_arguments("--publish",
+        list(map(make_publish, ports)))
+    command = service.command or []
+    if service.entrypoint is not None:
+        arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
+        command = service.entrypoint[1:] + command
+    checks, health = make_health(service.healthcheck, reading.engine)
+    arguments += checks + list(map(make_mount_argument, mounts))
+    if sum(map(len, arguments + command)) > 64 * 1024:
+        raise make_fault(f"{where}: its settings, labels and command together have more than 64 KiB")
+    if not service.image:
+        raise make_fault(f"{where}.image: expected the name of an image")
+    return Service(name, service.image, arguments, command, make_environment(service, reading, where),
+                   make_files(service, reading, where), make_attachments(service, reading, where),
+                   make_dependencies(service),
+                   health, service.pull_policy or "missing", "", find_ports(ports), mounts,
+                   find_shared(service))
+
+
+def add_aliases(services, wanted, notes):
+    """Changes services to be found by their container_name, and by what others link them as."""
+    taken = {}
+    for name, service in wanted.items():
+        names = [(name, service.container_name)]
+        for link in service.links or ():
+            owner, _, alias = link.partition(":")
+            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
+        for owner, alias in names:
+            other = alias if alias in services else taken.setdefault(alias, owner)
+            if not alias or owner not in services:
+                continue
+            if other != owner:
+                notes.append(f"services.{name}: the name {alias} also leads to service {other}")
+            services[owner] = services[owner]._replace(networks=[
+                item if item.aliases is None else item._replace(
+                    aliases=list(dict.fromkeys(item.aliases + [alias])))
+                for item in services[owner].networks])
+
+
 def order_services(services):
-    """The services so that each comes after what it depends on; raises ComponentError for a circle or an unknown name."""
+    """The services so that each comes after what it depends on; raises ComponentError for a circle or an
+    unknown name."""
     order, done = [], set()
     for root in services:
         todo, path = [root], []
@@ -5588,166 +6193,40 @@ def order_services(services):
             path.append(name)
             for other, (_, required) in reversed(list(services[name].depends_on.items())):
                 if other in path:
-                    raise make_fault(f"depends_on goes in a circle: {' -> '.join(path[path.index(other):] + [other])}")
+                    circle = path[path.index(other):] + [other]
+                    raise make_fault(f"depends_on goes in a circle: {' -> '.join(circle)}")
                 if other in services:
                     todo.append(other)
                 elif required:
-                    raise make_fault(f"services.{name}.depends_on: there is no service {make_printable(other, 60)!r} that is started")
+                    raise make_fault(f"services.{name}.depends_on: there is no service"
+                                     f" {make_printable(other, 60)!r} that is started")
     return order
 
 
-def make_volumes(document, workload):
-    """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
-    volumes = {}
-    for name, value in to_mapping(document.get("volumes"), "volumes").items():
-        where = f"volumes.{name}"
-        value = to_mapping(value, where)
-        check_keys(value, ("name", "external", "labels", "driver"), where)
-        if to_text(value.get("driver", "local"), f"{where}.driver") != "local":
-            raise make_fault(f"{where}.driver: only local is supported")
-        own, external = make_shared_name(name, value, workload, where, "volume")
-        labels = make_shared_labels(value, "volumes", name, workload)
-        volumes[name] = own, None if external else make_pairs("--label")(labels, f"{where}.labels")
-    return volumes
+def make_hashes(order):
+    """The services with a hash of all that makes their containers: who shares another's namespace is made
+    anew with it."""
+    final = {}
+    for service in order:
+        contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
+                    for path, item in service.files.items()}
+        shared = [final[other].hash for other in service.shares]
+        parts = [service.image, service.arguments, service.command, service.environment, contents,
+                 service.networks, shared]
+        final[service.name] = service._replace(hash=sha256_digest(make_json(parts))[7:39])
+    return list(final.values())
 
 
-def make_shared_name(name, value, workload, where, kind):
-    """(the engine's name, whether it is external) of a volume or network."""
-    external = to_flag(value.get("external", False), f"{where}.external")
-    own = to_text(value.get("name", name if external else f"{workload.project}_{name}"), f"{where}.name")
-    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", own):
-        raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a {kind} name")
-    other = re.search(rf"-({UUID_PATTERN})_", own)
-    if other and other.group(1).lower() != workload.deployment_id.lower():
-        raise make_fault(f"{where}: {make_printable(own, 120)!r} is a {kind} of another deployment; one that is shared has a name of its own", "POLICY_DENIED")
-    return own, external
-
-
-def make_networks(document, workload):
-    """Top-level `networks` as {name: (engine's name, create arguments or None for an external one)}; `default` is always there."""
-    networks = {}
-    for name, value in dict({"default": None}, **to_mapping(document.get("networks"), "networks")).items():
-        where = f"networks.{name}"
-        value = to_mapping(value, where)
-        check_keys(value, ("name", "external", "labels", "driver", "internal", "ipam"), where)
-        if to_text(value.get("driver", "bridge"), f"{where}.driver") != "bridge":
-            raise make_fault(f"{where}.driver: only bridge is supported")
-        own, external = make_shared_name(name, value, workload, where, "network")
-        arguments = make_pairs("--label")(make_shared_labels(value, "networks", name, workload), f"{where}.labels")
-        arguments += make_switch("--internal")(value.get("internal", False), f"{where}.internal")
-        ipam = to_mapping(value.get("ipam"), f"{where}.ipam")
-        check_keys(ipam, ("config",), f"{where}.ipam")
-        for item in to_items(ipam.get("config"), f"{where}.ipam.config"):
-            check_keys(item, ("subnet", "gateway"), f"{where}.ipam.config")
-            arguments += [f"--{key}={to_text(item[key], f'{where}.ipam.config')}" for key in sorted(item, reverse=True)]
-        definition = [argument for argument in arguments if not argument.startswith("--label=org.margo.")]
-        mark = f"--label={LABEL_HASH}={sha256_digest(make_json(definition))[7:39]}"
-        networks[name] = own, None if external else arguments + [mark]
-    return networks
-
-
-def make_service(name, service, document, workload, engine, volumes, networks):
-    """A Service from its settled mapping; `hash` covers all that makes its container what it is."""
-    where, arguments, health = f"services.{name}", [], None
-    for key in sorted(set(service) & set(SERVICE_OPTIONS)):
-        if service[key] is not None:
-            arguments += SERVICE_OPTIONS[key](service[key], f"{where}.{key}")
-    command = to_words(service.get("command"), f"{where}.command")
-    if service.get("entrypoint") is not None:
-        words = to_words(service["entrypoint"], f"{where}.entrypoint")
-        arguments.append(f"--entrypoint={words[0] if words else ''}")
-        command = words[1:] + command
-    if service.get("healthcheck") is not None:
-        extra, health = make_health(service["healthcheck"], f"{where}.healthcheck", engine)
-        arguments += extra
-    for variable, text in service["environment"].items():
-        if "\n" in text or "\r" in text:
-            raise make_fault(f"{where}.environment.{variable}: holds a line end, which the builtin driver cannot hand over; use a file"
-                             " from `configs`, or a compose provider", "PARAMETER_INVALID")
-    files = make_configs(service, document, workload, where)
-    arguments += make_mounts(service, volumes, where)
-    joined = make_attachments(service, workload, networks, where)
-    image = to_text(service.get("image"), f"{where}.image")
-    pull = to_text(service.get("pull_policy", "missing"), f"{where}.pull_policy")
-    if pull not in ("always", "missing", "if_not_present", "never"):
-        raise make_fault(f"{where}.pull_policy: {make_printable(pull, 40)!r} is not supported by the builtin driver")
-    contents = {target: sha256_digest(text.encode("utf-8", "surrogateescape")) for target, text in files.items()}
-    digest = sha256_digest(make_json([image, arguments, command, service["environment"], contents, joined]))[7:39]
-    return Service(name, image, arguments, command, service["environment"], files, joined, make_dependencies(service, name),
-                   health, pull, digest, find_ports(arguments))
-
-
-def make_mounts(service, volumes, where):
-    """`volumes` of a service in both syntaxes as arguments; host paths are absolute already."""
-    arguments = []
-    for index, item in enumerate(service.get("volumes") or ()):
-        place = f"{where}.volumes[{index}]"
-        if isinstance(item, dict):
-            check_keys(item, ("type", "source", "target", "read_only", "tmpfs", "bind", "volume"), place)
-            kind, target, size = item.get("type"), to_text(item.get("target"), f"{place}.target"), None
-            for key, known in (("tmpfs", ("size",)), ("bind", ()), ("volume", ())):
-                check_keys(to_mapping(item.get(key), f"{place}.{key}"), known, f"{place}.{key}")
-            if kind == "tmpfs":
-                size = to_mapping(item.get("tmpfs"), place).get("size")
-            parts = ([to_text(item["source"], f"{place}.source")] if "source" in item else []) + [target]
-            parts += ["ro"] if to_flag(item.get("read_only", False), f"{place}.read_only") else []
-        else:
-            parts = to_text(item, place).split(":")
-            kind = "bind" if parts[0].startswith("/") and len(parts) > 1 else "volume"
-        if kind not in ("bind", "volume", "tmpfs") or (kind == "bind" and len(parts) < 2):
-            raise make_fault(f"{place}.type: {make_printable(str(kind), 40)!r} is not supported by the builtin driver")
-        if kind == "volume" and len(parts) > 1 and parts[:1] != [""]:
-            if parts[0] not in volumes:
-                raise make_fault(f"{place}: {make_printable(parts[0], 60)!r} is not among the top-level volumes")
-            parts[0] = volumes[parts[0]][0]
-        if len(parts) > 3 or any(not part or ":" in part for part in parts) or not parts[min(1, len(parts) - 1)].startswith("/"):
-            raise make_fault(f"{place}: expected source:target[:options] with an absolute target")
-        arguments.append(f"--volume={':'.join(parts)}" if kind != "tmpfs" else f"--tmpfs={parts[-1]}" + (
-            f":size={to_text(size, place)}" if size is not None else ""))
-    return arguments
-
-
-def make_configs(service, document, workload, where):
-    """`configs` of a service as {target in the container: text}."""
-    files, known = {}, to_mapping(document.get("configs"), "configs")
-    for item in to_items(service.get("configs"), f"{where}.configs"):
-        facts = item if isinstance(item, dict) else {"source": item}
-        check_keys(facts, ("source", "target", "mode", "uid", "gid"), f"{where}.configs")
-        name = to_text(facts.get("source"), f"{where}.configs")
-        if name not in known:
-            raise make_fault(f"{where}.configs: {make_printable(name, 60)!r} is not among the top-level configs")
-        check_keys(known[name], ("file", "content", "name"), f"configs.{name}")
-        target = to_text(facts.get("target", f"/{name}"), f"{where}.configs.target")
-        if ":" in target or not target.startswith("/"):
-            raise make_fault(f"{where}.configs: {make_printable(target, 60)!r} is not an absolute path")
-        text = known[name].get("content")
-        files[target] = to_text(text, f"configs.{name}.content") if text is not None else read_inside(
-            workload.folder, to_text(known[name].get("file"), f"configs.{name}.file"), f"configs.{name}.file")
-    return files
-
-
-def make_attachments(service, workload, networks, where):
-    """[(engine's name, aliases, options)], of which the first is joined at creation and the others before the start, or [(network_mode, None)]."""
-    mode, wanted = service.get("network_mode"), service.get("networks")
-    if mode is not None:
-        text = to_text(mode, f"{where}.network_mode")
-        if wanted:
-            raise make_fault(f"{where}.network_mode: cannot stand beside networks")
-        if text.startswith("service:"):
-            text = f"container:{make_container_name(workload.project, text[8:])}"
-        elif text not in ("none", "host", "bridge"):
-            raise make_fault(f"{where}.network_mode: {make_printable(text, 60)!r} is not supported by the builtin driver")
-        return [(text, None)]
-    joined = []
-    for name in wanted if isinstance(wanted, dict) and wanted else to_list(to_items(wanted, f"{where}.networks"), f"{where}.networks") or ["default"]:
-        facts = to_mapping(wanted[name], f"{where}.networks.{name}") if isinstance(wanted, dict) and wanted else {}
-        check_keys(facts, ("aliases", "ipv4_address", "ipv6_address"), f"{where}.networks.{name}")
-        if name not in networks:
-            raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level networks")
-        addresses = [f"{option}={to_text(facts[key], f'{where}.networks.{name}.{key}')}"
-                     for key, option in (("ipv4_address", "--ip"), ("ipv6_address", "--ip6")) if key in facts]
-        joined.append((networks[name][0], to_list(facts.get("aliases"), f"{where}.networks.{name}.aliases"), addresses))
-    return joined
+def make_labels(workload, service, digest):
+    """The labels by which containers are found again, and those by which compose finds them."""
+    theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
+              "oneoff": "False"}
+    return dict({LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
+                 LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
+                 LABEL_DEVICE: workload.device_id,
+                 # all of them, whether empty or not: an image has labels of its own
+                 LABEL_OWNER: workload.owner},
+                **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
 
 
 def judge_startup(services, facts, healthy):
@@ -5791,43 +6270,29 @@ def is_usable(container, service, known):
         "running", "exited", "created", "initialized", "stopped", "restarting")
 
 
-def is_settled(service, containers, known):
-    """Whether a service has exactly the container that it should, running, or finished as it did before."""
-    done = known and known["finished"] and known["hash"] == service.hash
-    return len(containers) == 1 and is_usable(containers[0], service, known) and (containers[0].state == "running" or bool(done))
-
-
-def plan_services(services, present, known, project, networks):
+def plan_services(services, present, known, networks):
     """The Changes that lead from what is there to what is wanted (P-7, P-16).
 
-    present: [Container] of this component; known: what an earlier apply returned; project: the compose project;
-    networks: names of those that are about to be made.  Whose network is made anew, or belongs to a service that
-    starts anew, is made anew, too.
+    present: [Container] of this component; known: what an earlier apply returned; networks: names of those that are
+    about to be made.  Whose network is made anew, or who shares a namespace of a service that starts anew, is made
+    anew, too.
     """
     kept, idle, making, late = {}, set(), [], set()
     for service in services:
         facts = known.get(service.name)
-        owner = find_owner(service, services, project)
         mine = [item for item in present if item.service == service.name]
         usable = [item for item in mine if is_usable(item, service, facts)]
         joined = {name for name, *_ in service.networks} & networks
-        if usable and not joined and (owner is None or owner in idle):
+        if usable and not joined and idle.issuperset(service.shares):
             container = min(usable, key=lambda item: item.state != "running")
             kept[service.name] = container
             if container.state == "running" or facts and facts["finished"] and facts["hash"] == service.hash:
                 idle.add(service.name)
         else:
             making.append(service)
-            late.update([service.name] if joined or owner in late else [])
+            late.update([service.name] if joined or late.intersection(service.shares) else [])
     leaving = [item for item in present if item not in kept.values()]
     return Changes(kept, idle, making, late, order_leaving(services, leaving))
-
-
-def find_owner(service, services, project):
-    """The name of the service whose network a service shares, or None."""
-    name = service.networks[0][0].partition("container:")[2]
-    names = {make_container_name(project, other.name): other.name for other in services}
-    return names.get(name)
 
 
 def order_leaving(services, leaving):
@@ -5906,14 +6371,9 @@ def find_targets(service):
     """({path} at which the compose file mounts something of a name, {path} of volumes without a name)."""
     named = set(map(make_path, service.files))
     unnamed = set()
-    for option, _, text in (argument.partition("=") for argument in service.arguments):
-        parts = text.split(":")
-        if option == "--tmpfs":
-            named.add(make_path(parts[0]))
-        elif option == "--volume" and len(parts) > 1:
-            named.add(make_path(parts[1]))
-        elif option == "--volume":
-            unnamed.add(make_path(parts[0]))
+    for mount in service.mounts:
+        paths = unnamed if mount.kind == "volume" and not mount.source else named
+        paths.add(make_path(mount.target))
     return named, unnamed
 
 
@@ -5950,25 +6410,6 @@ def find_engine(setting, environ):
     return None
 
 
-def find_provider(setting, engine, environ):
-    """The compose provider's command as a list, None for the builtin driver."""
-    plugins = [os.path.join(folder, "docker-compose") for folder in (
-        os.path.join(environ.get("DOCKER_CONFIG") or os.path.join(environ.get("HOME", "/root"), ".docker"), "cli-plugins"),
-        "/usr/local/lib/docker/cli-plugins", "/usr/local/libexec/docker/cli-plugins", "/usr/lib/docker/cli-plugins",
-        "/usr/libexec/docker/cli-plugins")]
-    if setting == "auto":
-        if engine == "docker" and any(os.path.exists(path) for path in plugins):
-            return ["docker", "compose"]
-        return ["docker-compose"] if engine == "docker" and find_program("docker-compose", environ) else None
-    return None if setting == "builtin" else setting.split(" ")
-
-
-def find_registry(image):
-    """The registry host that an image name begins with; Docker's own where it names none."""
-    first, slash, _ = image.partition("/")
-    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
-
-
 def make_child_environment(environ, connection):
     """The environment of commands for a child device: nothing in it leads to what is the gateway's own."""
     return dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
@@ -5990,15 +6431,12 @@ def make_compose_driver(config, environ=None, child=None, others=(), claim=claim
     if child:
         kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
-        engine, compose = kinds and find_engine(max(kinds), environ), config.runtime.compose if config.runtime.compose != "off" else "auto"
-        provider = find_provider(compose, engine, environ)
-        return ComposeDriver(engine, provider, config, environ, child, ["", *others], claim) if engine else None
-    docker = config.runtime.engine == "auto" and config.runtime.compose == "docker compose"        # what docker starts, docker shows
-    engine = find_engine("docker" if docker else config.runtime.engine, environ)
+        engine = kinds and find_engine(max(kinds), environ)
+        return ComposeDriver(engine, config, environ, child, ["", *others], claim) if engine else None
+    engine = find_engine(config.runtime.engine, environ)
     if config.runtime.compose == "off" or engine is None:
         return None
-    provider = find_provider(config.runtime.compose, engine, environ)
-    return ComposeDriver(engine, provider, config, environ, others=others, claim=claim)
+    return ComposeDriver(engine, config, environ, others=others, claim=claim)
 
 
 # Where podman looks for its own helpers, beside PATH.
@@ -6006,22 +6444,22 @@ HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/li
 
 
 class ComposeDriver:
-    """Runs compose components: by an engine's own commands, or by a compose provider that is given a file with nothing left to settle.
+    """Runs compose components by an engine's own commands.
 
-    Either way containers are found by their labels, by one query for all, and judged by what the engine shows of them.
+    Containers are found by their labels, by one query for all, and judged by what the engine shows of them.
     """
 
-    def __init__(self, engine, provider, config, environ=None, child=("", {}), others=(),
-                 claim=claim_nothing):
-        self.engine, self.provider, self.config, self.environ = engine, provider, config, environ
+    def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
+        self.engine, self.config, self.environ = engine, config, environ
         self.claim, self.strangers = claim, []      # [Container] that the last look has shown, and that are not ours
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even where they share the engine
         self.remote = bool(set(self.connection) & set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"})
 
-    def run(self, arguments, timeout, code=None):
-        """The Output of one engine command; with `code` a failure raises ComponentError of that code."""
-        output = run_command([self.engine] + arguments, max(1.0, timeout), env=self.environ)
+    def run(self, arguments, timeout, code=None, more=None):
+        """The Output of one engine command; with `code` a failure raises ComponentError of that code.  more: for its environment."""
+        environ = dict(os.environ if self.environ is None else self.environ, **more) if more else self.environ
+        output = run_command([self.engine] + arguments, max(1.0, timeout), env=environ)
         if code and output.code:
             raise ComponentError(code, f"{self.engine} {arguments[0]} failed: {output.stderr[-1500:]}")
         return output
@@ -6060,44 +6498,36 @@ class ComposeDriver:
         again = bool(known) and known["digest"] == package["digest"]
         prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
         self.ask_names(*prepared)
-        if self.provider:
-            self.keep_owners(*prepared)
         return prepared, package
 
     def ask_names(self, workload, project):
         """Raises ComponentError where a name that a component needs is another owner's, before anything is touched."""
-        between = "_" if self.provider == ["podman-compose"] else "-"
-        containers = [between.join((workload.project, service.name, "1")) for service in project.services]
+        containers = [make_container_name(workload.project, service.name) for service in project.services]
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
-        networks = [name for name, arguments in project.networks.items() if arguments is not None]
-        for kind, names, words in (("network", networks, advice), ("volume", list(project.volumes), advice),
-                                   ("container", containers, "remove it there")):
-            for name, owner, found_id in self.inspect_names(kind, names):
-                if owner and not is_ours(self.claim(), workload.deployment_id, owner, found_id):
-                    owner = make_printable(owner, 300)
-                    raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent, {owner}: {words}")
-
-    def keep_owners(self, workload, project):
-        """Lets a provider's file say of networks and volumes that are there whose they are by their labels: for one that
-        is not in its file as it was made docker compose stops everything, and goes no further."""
-        for kind in ("network", "volume"):
-            items = project.document[kind + "s"].items()
-            labels = {item.get("name", f"{workload.project}_{key}"): item["labels"]
-                      for key, item in items if item.get("labels")}
-            for name, owner, _ in self.inspect_names(kind, list(labels)):
-                labels[name][LABEL_OWNER] = owner
-                if not owner:                       # an older agent made it
-                    del labels[name][LABEL_OWNER]
+        items = {"network": project.networks, "volume": project.volumes, "container": dict.fromkeys(containers, [])}
+        for kind, wanted in items.items():
+            for name, labels, found_id in self.inspect_names(kind, list(wanted)):
+                owner = labels.get(LABEL_OWNER, "")
+                made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
+                private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
+                if private and made_for.lower() != workload.deployment_id.lower():
+                    raise make_fault(f"{kind} {name} is of another deployment, {make_printable(made_for, 60)}; what is"
+                                     " shared has a name of its own", "POLICY_DENIED")
+                if wanted[name] is not None and owner and not is_ours(
+                        self.claim(), workload.deployment_id, owner, found_id):
+                    words = "remove it there" if kind == "container" else advice
+                    raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent,"
+                                         f" {make_printable(owner, 300)}: {words}")
 
     def inspect_names(self, kind, names):
-        """[(name, owner, id)] of the containers, networks or volumes of these names that there are."""
+        """[(name, labels, id)] of the containers, networks or volumes of these names that there are."""
         output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
         found = []
         for item in self.parse(output or b"[]", list):
             name = (item.get("Name") or item.get("name", "")).lstrip("/")
             labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
-                found.append((name, labels.get(LABEL_OWNER, ""), item.get("Id")))
+                found.append((name, labels, item.get("Id")))
         return found
 
     @staticmethod
@@ -6107,10 +6537,7 @@ class ComposeDriver:
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
-        count = len(self.observe())
-        if self.provider:
-            run_command(self.provider + ["version"], 60, env=self.environ)
-        return f"{' '.join(self.provider or [self.engine, '(builtin)'])} answers, {count} containers of ours"
+        return f"{self.engine} answers, {len(self.observe())} containers of ours"
 
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
@@ -6140,14 +6567,8 @@ class ComposeDriver:
         again: this package ran here before; then an image that is here will do where its registry does not answer (P-1).
         fetched: as in prepare.
         """
-        try:
-            document = load_yaml(read_inside(workload.folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape"))
-        except YAMLError as error:
-            raise make_fault(str(error)) from None
-        project = make_project(document, workload, self.config.policy, self.engine, strict=self.provider is None)
+        project = self.load_project(workload)
         for service in project.services:
-            if self.remote and (service.files or list(find_binds(project.document["services"][service.name].get("volumes"), "volumes"))):
-                raise make_fault(f"services.{service.name}: configs and bind mounts are files of the gateway, which a child device does not see")
             try:
                 new = self.pull(service, timeout)
                 if fetched is not None:
@@ -6157,6 +6578,33 @@ class ComposeDriver:
                     raise error if isinstance(error, ComponentError) else ComponentError("PULL_FAILED", f"image {service.image}: {error.message}") from None
                 log("warning", "the image that is here is used, as it cannot be pulled now", image=service.image, reason=error.message)
         return workload, project
+
+    def load_project(self, workload):
+        """The Project of a workload's compose file, its own files laid where they are mounted from; raises
+        ComponentError."""
+        folder = Folder(workload.folder, self.environ)
+        try:
+            text = read_inside(folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape")
+            project = make_project(load_yaml(text), workload, self.config.policy, self.engine, folder)
+        except YAMLError as error:
+            raise make_fault(str(error)) from None
+        except ComponentError as error:             # it may show what a parameter has put into the file
+            raise ComponentError(error.code, mask(error.message, workload.parameters.values())) from None
+        for note in project.notes:
+            log("warning", f"compose.yaml: {note}", component=workload.component)
+        environ = os.environ if self.environ is None else self.environ
+        for service in project.services:
+            where = f"services.{service.name}"
+            if self.remote and (service.files or any(mount.found for mount in service.mounts)):
+                raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
+                                 " a child device does not see")
+            taken = [name for name in find_handed(service.environment) if name in environ]
+            if taken:
+                raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
+                                 " its value has one line here, of at most 60000 bytes", "PARAMETER_INVALID")
+        folder.keep([mount.found for service in project.services for mount in service.mounts if mount.found
+                     and mount.found.own])
+        return project
 
     def pull(self, service, timeout):
         """Has a service's image on the device; returns [its name] where it was not there before.
@@ -6239,7 +6687,7 @@ class ComposeDriver:
         runs = {container.id for container in present if container.state == "running"}
         volumes = self.look_at_volumes(known, present)
         job = Job(workload, project, os.path.dirname(workload.folder), known, deadline, {}, runs, volumes)
-        finished = (self.apply_provider if self.provider else self.apply_builtin)(job, present)
+        finished = self.carry_through(job, present)
         started = {container.id: container.started for container in self.look_up(workload)}
         seen = self.inspect(job.current.values())
         result = {}
@@ -6257,15 +6705,15 @@ class ComposeDriver:
         return [container for container in self.observe() if container.component == workload.component
                 and container.deployment_id.lower() == workload.deployment_id.lower()]
 
-    def carry_out(self, job, arguments):
+    def carry_out(self, job, arguments, more=None):
         """The Output of a command that has to succeed; its words may hold what parameters have put into the file."""
-        output = self.run(arguments, job.deadline - time.monotonic())
+        output = self.run(arguments, job.deadline - time.monotonic(), more=more)
         if output.code:
             words = mask(output.stderr, job.workload.parameters.values())[-1500:]
             raise ComponentError("INSTALL_FAILED", f"{self.engine} {arguments[0]} failed: {words}")
         return output
 
-    def apply_builtin(self, job, present):
+    def carry_through(self, job, present):
         """All that is new is made, then what goes or changes is stopped, then the new is started; the finished services.
 
         So what cannot be made touches nothing, and ports, addresses and volumes change hands with one outage (P-20).
@@ -6274,7 +6722,7 @@ class ComposeDriver:
         services = job.project.services
         project = job.workload.project
         new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
-        changes = plan_services(services, present, job.known, project, set(new))
+        changes = plan_services(services, present, job.known, set(new))
         leaving = [container for group in changes.leaving for container in group]
         first, inside = self.look_inside(first, job.project.networks, leaving)
         if not first:
@@ -6392,13 +6840,14 @@ class ComposeDriver:
         labels = make_labels(job.workload, service.name, service.hash)
         marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
         arguments = ["create"] + marks + self.prepare_options(service, job) + [service.image] + service.command
-        output = self.run(arguments, job.deadline - time.monotonic())
+        handed = find_handed(service.environment)
+        output = self.run(arguments, job.deadline - time.monotonic(), more=handed)
         if not output.code:
             words = output.stdout.decode("utf-8", "replace").split()
         else:
             if not self.free_name(name):
                 self.renew_image(service, marks)
-            words = self.carry_out(job, arguments).stdout.decode("utf-8", "replace").split()
+            words = self.carry_out(job, arguments, handed).stdout.decode("utf-8", "replace").split()
         for network, aliases, addresses in service.networks[1:]:
             aliases = [f"--alias={alias}" for alias in [service.name] + aliases]
             self.carry_out(job, ["network", "connect"] + aliases + addresses + [network, name])
@@ -6411,18 +6860,21 @@ class ComposeDriver:
         text = b"" if shown.code else shown.stdout.strip()
         declared = self.parse(text or b"null", lambda value: list(value or ()))
         volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
-        labels = [f"--label={LABEL_PROJECT}={project}", f"--label={LABEL_OWNER}={job.workload.owner}"]
+        labels = make_arguments("--label", make_shared_labels(job.workload))
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
         options = []
         if self.engine == "podman":                 # else the agent's own proxy, password and all, is handed in
             options.append("--http-proxy=false")
-        options += self.write_environment(service, job.folder) + self.write_configs(service, job.folder)
+        options += self.write_environment(service, job.folder) + self.write_files(service, job.folder)
         unnamed = {f"--volume={path}" for path in volumes}
         options += [argument for argument in service.arguments if make_path(argument) not in unnamed]
         options += [f"--volume={volume}:{path}" for path, volume in volumes.items()]
         first = service.networks[0]
-        owner = find_owner(service, job.project.services, project)
-        options.append(f"--network=container:{job.current[owner]}" if owner else f"--network={first[0]}")
+        options.append(f"--network={first[0]}")
+        for owner in service.shares:                # whose container may have another name yet
+            name = f"=container:{make_container_name(project, owner)}"
+            options = [option[:-len(name)] + f"=container:{job.current[owner]}" if option.endswith(name) else option
+                       for option in options]
         if first[1] is not None:
             options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
         return options
@@ -6470,9 +6922,7 @@ class ComposeDriver:
             self.carry_out(job, start)
         elif self.run(start, job.deadline - time.monotonic()).code:
             log("warning", "a container that cannot be started is made anew", service=service.name)
-            services = job.project.services
-            owners = {item.name: find_owner(item, services, job.workload.project) for item in services}
-            again = [item for item in services if service.name in (item.name, owners[item.name])]
+            again = [item for item in job.project.services if service.name in (item.name, *item.shares)]
             for item in reversed(again):
                 self.carry_out(job, ["rm", "--force", job.current[item.name]])
             self.create_all(job, again, [], {})
@@ -6491,60 +6941,28 @@ class ComposeDriver:
             self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
 
     def write_environment(self, service, folder):
-        """The environment by a file of mode 0600: values never stand on a command line."""
-        lines = [f"{name}={text}\n" for name, text in sorted(service.environment.items())]
+        """The environment by a file of mode 0600: values never stand on a command line.  What no line can hold is only named."""
+        handed = find_handed(service.environment)
+        lines = [f"{name}={text}\n" for name, text in sorted(service.environment.items()) if name not in handed]
         path = os.path.join(folder, f"{service.name}.env")
         write_file(path, "".join(lines).encode())
-        return [f"--env-file={path}"]
+        return [f"--env-file={path}"] + [f"--env={name}" for name in sorted(handed)]
 
-    def write_configs(self, service, folder):
-        """Files of `configs`, mounted read-only."""
+    def write_files(self, service, folder):
+        """Files of `configs` and `secrets`, mounted read-only."""
         arguments = []
-        for target, text in sorted(service.files.items()):
+        for target, content in sorted(service.files.items()):
             path = os.path.join(folder, f"config-{sha256_digest(make_json([service.name, target]))[7:23]}")
-            write_file(path, text.encode("utf-8", "surrogateescape"), 0o644)
+            write_file(path, content.text.encode("utf-8", "surrogateescape"), content.mode)
+            if (content.uid, content.gid) != (-1, -1):
+                try:
+                    os.chown(path, content.uid, content.gid)
+                except OSError as error:
+                    raise ComponentError("INSTALL_FAILED", f"{target} cannot be given to {content.uid}:{content.gid} ({error.strerror});"
+                                         " leave out its uid and gid") from None
             arguments.append(f"--volume={path}:{target}:ro")
         return arguments
 
-    def apply_provider(self, job, present):
-        """Hands the resolved file to the compose provider, in whose environment nothing is the application's; the
-        finished services.
-
-        Where some services are as they should be only the others are named to it: left to itself it makes those anew too.
-        """
-        ours = {}
-        for container in present:
-            ours.setdefault(container.service, []).append(container)
-        wanted = {service.name for service in job.project.services}
-        gone = [item for item in present if item.service not in wanted]
-        workload, project, folder, known, deadline = job[:5]
-        path = os.path.join(folder, "resolved.json")
-        write_file(path, make_json(escape_dollars(project.document)))
-        environ = {key: item for key, item in (self.environ or os.environ).items() if key in self.connection or key in (
-            "PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONFIG", "CONTAINER_HOST", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF")}
-        argv = self.provider + ["--project-name", workload.project, "--file", path]
-        if self.provider != ["podman-compose"]:
-            argv += ["--project-directory", workload.folder, "--env-file", os.devnull]       # else the package's .env would steer it
-        changed = [service for service in project.services if not is_settled(service, ours.get(service.name, []), known.get(service.name))]
-        self.remove_containers([item for service in changed for item in ours.get(service.name, []) if item.hash == service.hash
-                                and not is_usable(item, service, known.get(service.name))], deadline)      # it would leave such ones alone
-        for service in [None] if len(changed) == len(project.services) else changed:
-            if service:
-                job.current.update(self.look_up_current(job))
-                self.await_dependencies(service, job)
-            selection = ["--no-deps", service.name] if service else ["--remove-orphans"]
-            output = run_command(argv + ["up", "--detach"] + selection, max(1.0, deadline - time.monotonic()), env=environ)
-            if output.code:
-                raise ComponentError("INSTALL_FAILED", f"{' '.join(self.provider)} up failed: {mask(output.stderr, workload.parameters.values())[-1500:]}")
-        self.remove_containers(gone[::-1], deadline)        # who shares another's network goes before that one
-        job.current.update(self.look_up_current(job))
-        return self.await_startup(project.services, job) if workload.wait else set()
-
-    def look_up_current(self, job):
-        """{service: id} of the containers that are as the project has them."""
-        marks = {service.name: service.hash for service in job.project.services}
-        there = self.look_up(job.workload)
-        return {item.service: item.id for item in there if marks.get(item.service) == item.hash}
 
     def parse(self, data, read):
         """What `read` makes of JSON that the engine printed; raises CommandError where that is of another form."""
@@ -6697,8 +7115,8 @@ class ComposeDriver:
         project = make_project_name(component, deployment_id)
         self.remove_containers(ours(containers)[::-1], deadline)
         output = self.run(["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"], 60, "REMOVE_FAILED")
-        for name, owner, _ in self.inspect_names("network", output.stdout.decode().split()):
-            if is_ours(self.claim(), deployment_id, owner):
+        for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
+            if is_ours(self.claim(), deployment_id, labels.get(LABEL_OWNER, "")):
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
         left = ours(self.observe())
         if left:
@@ -6711,17 +7129,6 @@ def part_containers(containers, claim):
     for item in containers:
         parts[is_ours(claim, item.deployment_id, item.owner, item.id)].append(item)
     return parts[True], parts[False]
-
-
-def escape_dollars(value):
-    """A resolved compose value for a provider that would interpolate it again: `$` as `$$`."""
-    if isinstance(value, dict):
-        return {key: escape_dollars(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [escape_dollars(item) for item in value]
-    if isinstance(value, (PlainInt, PlainFloat)) and value.source[:1] == "0" and value.source[:2] not in ("0.", "0x", "0o"):
-        return value.source                         # 0440 is octal to whoever wrote it, decimal to YAML 1.2: compose reads the text
-    return value.replace("$", "$$") if isinstance(value, str) else value
 
 
 def find_health(state, status):

@@ -36,6 +36,20 @@ class Reading(unittest.TestCase):
         self.assertEqual(config.policy.privileged, "deny")
         self.assertEqual(config.identity.refresh, 3600.0)
 
+    def test_a_compose_provider_is_refused_with_what_does_its_work_now(self):
+        for name in ("docker compose", "docker-compose", "podman-compose"):
+            words = faults(runtime={"compose": name})
+            self.assertIn(f"runtime.compose: found '{name}', expected auto, builtin or off", words)
+            self.assertIn("builtin does now", words)
+        self.assertIn("expected one of auto, builtin, off", faults(runtime={"compose": "nerdctl"}))
+        self.assertEqual([make(runtime={"compose": name}).runtime.compose for name in ("auto", "builtin", "off")], ["auto", "builtin", "off"])
+
+    def test_what_of_the_host_applications_may_have_is_read(self):
+        self.assertEqual((make().policy.host_network, make().policy.devices), ("deny", []))
+        config = make(policy={"host_network": "allow", "devices": ["/dev/ttyUSB0", "/dev/serial/by-id/*"]})
+        self.assertEqual((config.policy.host_network, config.policy.devices), ("allow", ["/dev/ttyUSB0", "/dev/serial/by-id/*"]))
+        self.assertIn("policy.devices", faults(policy={"devices": ["/etc/passwd"]}))
+
     def test_relative_paths_are_relative_to_the_file(self):
         config = make(state_dir="state")
         self.assertEqual(config.state_dir, "/etc/margo/state")

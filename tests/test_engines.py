@@ -1,4 +1,4 @@
-"""Sections 14 and 16 on real parts: podman by the builtin driver, Docker Compose v2 on podman's API socket, podman-compose.
+"""The Compose driver and Apply on real parts: podman.
 
 The agent runs as a process against the example WFM; what is asserted is what the engine shows and what the applications answer.
 """
@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import unittest
 import urllib.request
 import uuid
@@ -108,7 +107,7 @@ class Cron(EngineCase):
 
 
 class Life(EngineCase):
-    """One application from its first day to its last; run again below on each compose provider."""
+    """One application from its first day to its last."""
 
     def test_install_unchanged_update_drift_and_removal(self):
         """C-113, C-130, C-163, C-180, D-3, D-10, D-23"""
@@ -443,58 +442,12 @@ class FullDisk(EngineCase):
 
     def test_a_pull_that_fills_it_is_told_as_such(self):
         """P-4: where the registry does not tell sizes."""
-        driver = margo_agent.ComposeDriver("podman", None, margo_agent.load_config(self.device.config_file), self.device.env)
+        driver = margo_agent.ComposeDriver("podman", margo_agent.load_config(self.device.config_file), self.device.env)
         driver.check_space = lambda image: ""
         subprocess.run(["mount", "-o", "remount,size=20m", self.disk], check=True)
         with self.assertRaises(margo_agent.ComponentError) as caught:
             driver.pull(margo_agent.Service("main", self.image, [], [], {}, {}, [], {}, None, "missing", ""), 60)
         self.assertEqual(caught.exception.code, "DISK_FULL")
-
-
-class DockerCompose(Life):
-    """The same life by Docker Compose v2, which talks to podman's API socket."""
-
-    compose = "docker-compose"
-
-    @classmethod
-    def setUpClass(cls):
-        support.require("docker-compose")
-        super().setUpClass()
-
-    def setUp(self):
-        super().setUp()
-        path = os.path.join(support.make_folder(self), "podman.sock")
-        service_process = support.Service(self, ["podman", "system", "service", "--time=0", f"unix://{path}"], self.engine.env)
-        support.wait_for(lambda: os.path.exists(path) or service_process.process.poll(), what="podman's socket")
-        folder = os.path.dirname(support.find_compose())
-        self.device.env.update(DOCKER_HOST=f"unix://{path}", PATH=f"{folder}:{self.device.env['PATH']}", DOCKER_CONFIG=self.device.folder)
-
-    def test_it_is_called_only_when_something_changed(self):
-        """`up` recreates unchanged containers against podman 4.3.1, so an unchanged poll must not call it."""
-        self.publish({"main": service()})
-        self.device.cycle()
-        before = self.engine.containers()
-        folder = support.make_folder(self)
-        support.write(os.path.join(folder, "docker-compose"), f"#!/bin/sh\ntouch {folder}/called\n", 0o755)
-        self.device.env["PATH"] = f"{folder}:{self.device.env['PATH']}"
-        self.device.cycle()
-        self.assertEqual((os.path.exists(f"{folder}/called"), self.engine.containers()), (False, before))
-
-
-class PodmanCompose(Life):
-    """The same life by podman-compose."""
-
-    compose, separator = "podman-compose", "_"
-
-    @classmethod
-    def setUpClass(cls):
-        support.require("podman-compose")
-        super().setUpClass()
-
-    def setUp(self):
-        super().setUp()
-        folder = os.path.dirname(shutil.which("podman-compose") or os.path.join(os.path.dirname(sys.executable), "podman-compose"))
-        self.device.env["PATH"] = f"{folder}:{self.device.env['PATH']}"
 
 
 class Quickstart(unittest.TestCase):

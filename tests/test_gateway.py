@@ -178,12 +178,13 @@ class Connections(unittest.TestCase):
     def test_what_the_gateway_does_not_host_its_children_may(self):
         """runtime.compose and runtime.engine speak of this device; `off` makes a gateway that hosts nothing itself."""
         driver = self.driver({"CONTAINER_HOST": "ssh://a"}, compose="off", engine="docker")
-        self.assertEqual((driver.engine, driver.provider), ("podman", None))
+        self.assertEqual(driver.engine, "podman")
 
     def test_files_of_the_gateway_are_not_mounted_on_a_child(self):
         """Bad input: a clear failure before anything is fetched or touched, not an empty folder that an engine makes."""
         driver = self.driver({"CONTAINER_HOST": "ssh://a"})
         folder = support.make_folder(self)
+        os.mkdir(os.path.join(folder, "data"))
         workload = margo_agent.Workload(HELLO, "web", "p", folder, {}, {}, True)
         for services, members in (({"main": {"image": IMAGE, "volumes": ["./data:/data"]}}, {}),
                                   ({"main": {"image": IMAGE, "volumes": [{"type": "bind", "source": "./data", "target": "/data"}]}}, {}),
@@ -192,7 +193,7 @@ class Connections(unittest.TestCase):
             with self.assertRaises(margo_agent.ComponentError) as caught:
                 driver.resolve(workload, 10)
             self.assertEqual(caught.exception.code, "INVALID_DEPLOYMENT")
-            self.assertIn("services.main: configs and bind mounts are files of the gateway", caught.exception.message)
+            self.assertIn("services.main: configs, secrets and bind mounts are files of the gateway", caught.exception.message)
 
 
 class GatewayCase(support.DeviceCase):
@@ -878,17 +879,6 @@ class RealChildren(unittest.TestCase):
         self.wfm.withdraw()
         self.device.cycle()
         self.assertNotIn(image, self.engines[A].podman("images", "--format", "{{.Repository}}:{{.Tag}}"))
-
-    def test_a_compose_provider_works_on_a_child(self):
-        support.require("docker-compose")
-        self.device.set("runtime.compose", "docker-compose")
-        self.device.env["PATH"] = os.path.dirname(support.find_compose()) + ":" + self.device.env["PATH"]
-        self.publish("provided")
-        self.device.cycle()
-        self.assertEqual(self.logs(A), "provided")
-        self.wfm.withdraw()
-        self.device.cycle()
-        self.assertEqual(self.holds(), {A: 0, B: 0})
 
 
 if __name__ == "__main__":

@@ -1,1527 +1,15 @@
-"""Runtimes: what a compose file means, what it may not ask for, and what the engine is told.
-
-tests/data/compose/valid: files that make_project must read as Docker Compose reads them; their head holds
-`# parameters: {JSON}` and `# files: {JSON of path: text}`.
-tests/data/compose/invalid: files to be refused; their first line is `# expected: CODE part of message`.
-"""
-import atexit
-import functools
-import itertools
+"""The Compose driver (sections 14 and 15): how a start is judged, and what the engine is told and when."""
 import json
 import os
 import re
-import shutil
 import stat
-import subprocess
-import sys
-import tempfile
 import time
 import unittest
 from unittest import mock
 
 import margo_agent
 from tests import fake_podman, support
-
-CORPUS = os.path.join(support.DATA, "compose")
-PROJECT = f"web-{support.HELLO}"
-IMAGE = support.IMAGE
-MARGO_LABELS = ("org.margo.deployment", "org.margo.component", "org.margo.project", "org.margo.service",
-                "org.margo.hash", "org.margo.device", "org.margo.owner")
-OWNER = "spiffe://factory.example/margo/wfm/main/client/a#a"
-MARKS = [f"--label=org.margo.owner={OWNER}", "--label=org.margo.project=web-3f1d6f0e-5c35-4c9f-9b43-2f6f6c1f7a10"]
-
-
-def list_corpus(kind):
-    """The names of the files of a corpus."""
-    return sorted(name[:-len(".yaml")] for name in os.listdir(os.path.join(CORPUS, kind)) if name.endswith(".yaml"))
-
-
-def read_corpus(kind, name):
-    """(text, {what stands in the head: value}) of a corpus file."""
-    with open(os.path.join(CORPUS, kind, name + ".yaml"), encoding="utf-8", newline="") as file:
-        text = file.read()
-    head = dict(re.findall(r"^# (parameters|files|expected): (.*)$", text, re.MULTILINE))
-    return text, {key: value if key == "expected" else json.loads(value) for key, value in head.items()}
-
-
-def make_config(**settings):
-    """The configuration; runtime__engine="podman" sets runtime.engine."""
-    document = {"wfm": {"url": "https://wfm.factory.example"},
-                "identity": {"certificate": "/c", "key": "/k", "trust_bundle": "/b"},
-                "runtime": {"settle": "0s"}, "policy": {}}
-    for key, value in settings.items():
-        section, name = key.split("__")
-        document[section][name] = value
-    return margo_agent.make_config(document, "/", {})
-
-
-class RuntimeCase(unittest.TestCase):
-    def setUp(self):
-        self.folder = os.path.realpath(support.make_folder(self))
-        self.archive = os.path.join(self.folder, "archive")
-        os.mkdir(self.archive)
-        self.config = make_config()
-
-    def add_file(self, path, content):
-        """A file of the archive."""
-        return support.write(os.path.join(self.archive, path), content)
-
-    def make_workload(self, parameters=None, environment=None, wait=False, component="web"):
-        return margo_agent.Workload(support.HELLO, component, PROJECT, self.archive, parameters or {},
-                                    environment or {}, wait, owner=OWNER)
-
-    def settle(self, document, parameters=None, strict=True, environment=None, engine="podman"):
-        """The Project of a compose file's text or value."""
-        if not isinstance(document, str):
-            document = json.dumps(document)
-        return margo_agent.make_project(margo_agent.load_yaml(document), self.make_workload(parameters, environment),
-                                        self.config.policy,
-                                        engine, strict)
-
-    def settle_service(self, keys, parameters=None, **members):
-        """The Service `main` with these keys."""
-        project = self.settle(make_document(keys, **members), parameters)
-        return next(service for service in project.services if service.name == "main")
-
-    def assertRefused(self, document, *words, **options):
-        """Asserts that make_project raises ComponentError whose message has all the words, each naming a fault."""
-        code = options.pop("code", "INVALID_DEPLOYMENT")
-        with self.assertRaises(margo_agent.ComponentError, msg=repr(document)) as caught:
-            self.settle(document, **options)
-        for word in words:
-            self.assertIn(word, caught.exception.message)
-        self.assertEqual(caught.exception.code, code, caught.exception.message)
-        self.assertTrue(caught.exception.message.startswith("compose.yaml: "), caught.exception.message)
-
-
-def make_document(keys, **members):
-    """A compose file's value with one service `main` of these keys."""
-    return dict({"services": {"main": dict({"image": IMAGE}, **keys)}}, **members)
-
-
-# Interpolation
-
-class Interpolation(RuntimeCase):
-    VARIABLES = margo_agent.Variables({"SET": "value", "EMPTY": "", "PRICE": "5$SET", "_under": "u", "A1": "one"})
-    FORMS = [                                       # also given to Docker Compose, see below
-        ("plain", "plain"), ("", ""), ("$SET", "value"), ("${SET}", "value"), ("<$SET>", "<value>"),
-        ("$SET.x", "value.x"), ("$SETx", ""),
-        ("$_under$A1", "uone"), ("$$", "$"), ("$$SET", "$SET"), ("$$$SET", "$value"), ("$$$$", "$$"),
-        ("$PRICE", "5$SET"), ("${PRICE}", "5$SET"),
-        ("${UNSET}", ""), ("$UNSET", ""), ("${SET:-d}", "value"), ("${EMPTY:-d}", "d"), ("${UNSET:-d}", "d"),
-        ("${SET-d}", "value"),
-        ("${EMPTY-d}", ""), ("${UNSET-d}", "d"), ("${SET:+o}", "o"), ("${EMPTY:+o}", ""), ("${UNSET:+o}", ""),
-        ("${SET+o}", "o"),
-        ("${EMPTY+o}", "o"), ("${UNSET+o}", ""), ("${SET:?m}", "value"), ("${SET?m}", "value"), ("${EMPTY?m}", ""),
-        ("${UNSET:-}", ""),
-        ("${UNSET:-${SET}}", "value"), ("${UNSET:-$SET}", "value"), ("${UNSET:-${EMPTY:-${ALSO-deep}}}", "deep"),
-        ("${SET:+<${SET}>}", "<value>"),
-        ("${UNSET:-a}b}", "ab}"), ("${UNSET:-{x}}", "{x}"), ("${UNSET:-a:-b}", "a:-b"), ("${UNSET:-$$}", "$"),
-        ("${UNSET:-$${SET}}", "${SET}"),
-        ("${UNSET:-${SET}-${SET}}", "value-value"), ("${SET}}", "value}"), ("${UNSET:-\"q\" 'r'}", "\"q\" 'r'"),
-        ("${UNSET:-\\}", "\\"),
-        ("a${UNSET:-}${SET}", "avalue"), ("${SET+x}${UNSET-y}", "xy"), ("${EMPTY:-${PRICE}}", "5$SET")]
-
-    def test_every_form_gives_its_text(self):
-        """C-180: parameters feed ${NAME} and all forms of Compose; a value is never interpolated again."""
-        for text, expected in self.FORMS:
-            with self.subTest(text=text):
-                self.assertEqual(margo_agent.interpolate(text, self.VARIABLES, "here"), expected)
-
-    def test_docker_compose_gives_the_same_texts(self):
-        support.require("docker-compose")
-        document = make_document({"environment": {f"F{index}": text for index, (text, _) in enumerate(self.FORMS)}})
-        self.add_file("compose.yaml", json.dumps(document))
-        answer = ask_compose(self.archive, self.VARIABLES)
-        for index, (text, expected) in enumerate(self.FORMS):
-            with self.subTest(text=text):
-                self.assertEqual(unescape(answer["services"]["main"]["environment"][f"F{index}"]), expected)
-
-    def test_a_form_that_is_unknown_is_refused_at_its_place(self):
-        for text in ("${}", "${1}", "${SET", "${SET:-${UNSET}", "${SET!x}", "${ SET}", "${SET }", "a${", "${SET:x}",
-                     "${\u00c9}", "$", "a$ b", "$1"):
-            with self.subTest(text=text):
-                self.assertRefused(make_document({"command": ["echo", text]}), "services.main.command[1]: a $")
-
-    def test_a_needed_name_that_is_missing_is_a_fault_of_the_parameters(self):
-        for text, words in (("${T:?}", "T is needed"), ("${T?set T}", "T is needed: set T"),
-                            ("${EMPTY:?set it}", "EMPTY is needed: set it"),
-                            ("${T:?ask ${SET}}", "T is needed: ask value"),
-                            ("${UNSET:-${T:?inner}}", "T is needed: inner")):
-            with self.subTest(text=text):
-                self.assertRefused(make_document({"environment": {"TOKEN": text}}),
-                                   f"services.main.environment.TOKEN: {words}",
-                                   code="PARAMETER_INVALID", parameters=self.VARIABLES)
-
-    def test_the_branch_that_is_not_taken_asks_for_nothing(self):
-        for text, expected in (("${SET:-${T:?no}}", "value"), ("${UNSET:+${T:?no}}", "")):
-            self.assertEqual(margo_agent.interpolate(text, self.VARIABLES, "here"), expected)
-
-    def test_find_brace_skips_the_braces_of_inner_names(self):
-        for text, start, end in (("${A}", 2, 3), ("${A:-${B}}", 5, 9), ("${A:-${B:-${C}}}x}", 5, 15),
-                                 ("${A:-{}}", 5, 6)):
-            with self.subTest(text=text):
-                self.assertEqual(margo_agent.find_brace(text, start, "here"), end)
-        with self.assertRaises(margo_agent.ComponentError) as caught:
-            margo_agent.find_brace("${A:-${B}", 5, "services.main.image")
-        self.assertIn("services.main.image: a ${ that is not closed", caught.exception.message)
-
-    def test_defaults_nested_without_end_are_refused(self):
-        """What an archive holds never takes the agent down."""
-        text = "${A:-" * 1200 + "x" + "}" * 1200
-        self.assertRefused(make_document({"command": [text]}), "services.main.command[0]")
-
-    def test_values_at_any_depth_are_interpolated_and_keys_are_not(self):
-        value = {"$SET": ["$SET", {"deep": "${SET}"}], "number": 7, "none": None, "flag": True}
-        self.assertEqual(margo_agent.interpolate_all(value, self.VARIABLES),
-                         {"$SET": ["value", {"deep": "value"}], "number": 7, "none": None, "flag": True})
-
-    def test_extension_keys_are_dropped_unread(self):
-        """Contract, Compose keys: x-… keys are ignored, even where nothing could make sense of them."""
-        service = self.settle_service({"x-a": "${", "healthcheck": {"test": "true", "x-b": "${"},
-                                       "deploy": {"x-c": []}},
-                                      **{"x-d": {"services": "${UNSET:?}"}})
-        self.assertEqual(service.hash, self.settle_service({"healthcheck": {"test": "true"}, "deploy": {}}).hash)
-
-    def test_a_service_may_be_called_x_something(self):
-        """A service's name is no key of the format: Docker Compose starts x-ray too; none is left out in silence."""
-        project = self.settle({"services": {"x-ray": {"image": IMAGE}, "main": {"image": IMAGE}}})
-        self.assertEqual(sorted(service.name for service in project.services), ["main", "x-ray"])
-
-
-    def test_no_name_of_a_service_keeps_extensions(self):
-        """podman-compose runs the host's own files by `x-podman.rootfs`: what is dropped goes by where it stands, not by how that is spelt."""
-        for name in ("web.labels", "networks", "a.environment"):
-            services = self.settle({"services": {name: {"image": IMAGE, "x-podman.rootfs": "/", "labels": {"x-mine": "1"}, "networks": {
-                "labels": {"x-podman.mac_address": "1"}}}}, "networks": {"labels": None}}, strict=False).document["services"]
-            self.assertNotIn("x-podman.rootfs", services[name])
-            self.assertEqual(services[name]["labels"]["x-mine"], "1")
-            self.assertEqual(services[name]["networks"], {"labels": {}})
-
-    def test_variables_are_no_bomb(self):
-        """A few lines that double each other, or one long value that is named again and again, would take all the memory there is."""
-        laughs = "A0=aaaaaaaaaa\n" + "".join(f"A{n}=" + f"$A{n - 1}" * 10 + "\n" for n in range(1, 12))
-        self.add_file(".env", laughs)
-        self.assertRefused(make_document({}), "characters into the file")
-        self.add_file(".env", "BIG=" + "x" * 50000)
-        self.assertRefused(make_document({"command": ["$BIG"] * 2000}), "characters into the file")
-        self.add_file("a.env", "x=" + "y" * 500000)
-        self.assertRefused(make_document({"env_file": ["a.env"] * 20}), "characters into the file")
-        self.assertEqual(self.settle_service({"command": ["$BIG"] * 10}).command, ["x" * 50000] * 10)
-
-
-class EnvFiles(RuntimeCase):
-    VARIABLES = margo_agent.Variables({"GIVEN": "parameter", "EMPTY": "", "BOTH": "parameter"})
-    LINES = [                                       # also given to Docker Compose, see below
-        ("X=1", {"X": "1"}), ("X=", {"X": ""}), ("  X=1  ", {"X": "1"}), ("X = 1", {"X": "1"}), ("X=a b", {"X": "a b"}),
-        ("# X=1", {}), ("", {}),
-        ("export X=1", {"X": "1"}), ("export   X=1", {"X": "1"}), ("X=a # c", {"X": "a"}), ("X=a#c", {"X": "a#c"}),
-        ("X=#c", {"X": "#c"}),
-        ("X==", {"X": "="}), ("X=a=b", {"X": "a=b"}), ("X=1\nX=2", {"X": "2"}), ("A.b-C=1", {"A.b-C": "1"}),
-        ("X=a\r\nY=b\r\n", {"X": "a", "Y": "b"}),
-        ('X="a b"', {"X": "a b"}), ('X="a" # c', {"X": "a"}), ("X='a' # c", {"X": "a"}), ('X="a # b"', {"X": "a # b"}),
-        ('X=""', {"X": ""}),
-        ("X=''", {"X": ""}), ('X="a\\nb"', {"X": "a\nb"}), ('X="a\\tb"', {"X": "a\tb"}), ('X="a\\\\b"', {"X": "a\\b"}),
-        ('X="a\\"b"', {"X": 'a"b'}),
-        ('X="a\' b"', {"X": "a' b"}), ("X=a'b'", {"X": "a'b'"}), ('X=a"b', {"X": 'a"b'}), ("X=a\\nb", {"X": "a\\nb"}),
-        ("X=$GIVEN", {"X": "parameter"}), ('X="${GIVEN}"', {"X": "parameter"}), ("X='$GIVEN'", {"X": "$GIVEN"}),
-        ("X=a$$GIVEN", {"X": "a$GIVEN"}),
-        ("X=${UNSET:-d e}", {"X": "d e"}), ("A=file\nX=$A", {"A": "file", "X": "file"}),
-        ("X=\u00e9\u20ac", {"X": "\u00e9\u20ac"}),
-        ('X="a\\$GIVEN"', {"X": "a$GIVEN"}),        # a password with an escaped $ stays as it was written
-        ('X="a\\d"', {"X": "a\\d"}),
-        ("BOTH=file\nX=$BOTH", {"BOTH": "file", "X": "parameter"}),
-        ("X=a\u2028Y=b", {"X": "a\u2028Y=b"}), ("X=a\x0cY=b", {"X": "a\x0cY=b"})]
-
-    def test_every_line_is_read(self):
-        for text, expected in self.LINES:
-            with self.subTest(text=text):
-                self.assertEqual(margo_agent.parse_env_file(text, self.VARIABLES, "app.env"), expected)
-
-    def test_docker_compose_reads_the_same(self):
-        support.require("docker-compose")
-        services = {}
-        for index, (text, _) in enumerate(self.LINES):
-            self.add_file(f"{index}.env", text)
-            services[f"s{index}"] = {"image": IMAGE, "env_file": f"{index}.env"}
-        self.add_file("compose.yaml", json.dumps({"services": services}))
-        answer = ask_compose(self.archive, self.VARIABLES)["services"]
-        for index, (text, expected) in enumerate(self.LINES):
-            with self.subTest(text=text):
-                found = answer[f"s{index}"].get("environment") or {}
-                self.assertEqual({name: unescape(value) for name, value in found.items()}, expected)
-
-    def test_a_bare_name_takes_the_parameter_of_its_name(self):
-        self.assertEqual(margo_agent.parse_env_file("GIVEN\nUNSET\nEMPTY\n", self.VARIABLES, "app.env"),
-                         {"GIVEN": "parameter", "EMPTY": ""})
-
-    def test_what_is_not_supported_is_refused_with_its_line(self):
-        for text, line in (("no name", 1), ("A=1\n=2", 2), ("A=1\n\n-X=2", 3), ("1A=x", 1), ("A=${", 1),
-                           ("A=1\nB=${}", 2), ('A=1\nB="open', 2),
-                           ("A='it''s'", 1), ("A[0]=1", 1)):
-            with self.subTest(text=text):
-                with self.assertRaises(margo_agent.ComponentError) as caught:
-                    margo_agent.parse_env_file(text, margo_agent.Variables(), "app.env")
-                self.assertIn(f"app.env, line {line}: ", caught.exception.message)
-
-    def test_a_long_line_is_read_as_fast_as_many_lines(self):
-        """Neither blanks before what could be a comment nor names that each line could refer to make the time grow by the square."""
-        self.assertEqual(self.read("X=a" + " " * 200000 + "b"), {"X": "a" + " " * 200000 + "b"})
-        self.assertEqual(len(self.read("".join(f"X{n}=$GIVEN\n" for n in range(60000)))), 60000)
-
-    def read(self, text):
-        return margo_agent.parse_env_file(text, margo_agent.Variables(GIVEN="1"), "app.env")
-
-    def test_quotes_over_several_lines_are_read_whole_or_refused(self):
-        for text, expected in (('X="one\ntwo"', {"X": "one\ntwo"}), ('X="one\nB=2"', {"X": "one\nB=2"}),
-                               ("X='one\nB=2'", {"X": "one\nB=2"}),
-                               ("X='it\\'s'", {"X": "it's"})):
-            with self.subTest(text=text):
-                try:
-                    self.assertEqual(margo_agent.parse_env_file(text, margo_agent.Variables(), "app.env"), expected)
-                except margo_agent.ComponentError as error:
-                    self.assertIn("app.env, line 1: ", error.message)
-
-    def test_a_parameter_stands_above_the_files_own_default(self):
-        """The .env file gives defaults; what the WFM sends wins, also where a later line of .env refers to it."""
-        self.add_file(".env", "A=default\nB=default\nC=${A}\n")
-        service = self.settle_service({"environment": ["A", "B", "C"]}, {"A": "sent"})
-        self.assertEqual(service.environment, {"A": "sent", "B": "default", "C": "sent"})
-
-
-# What Docker Compose makes of the same file
-
-def start_compose(folder, variables, *options):
-    """`docker-compose config` on its way; it needs no engine."""
-    environ = dict({key: os.environ[key] for key in os.environ if key in ("PATH", "HOME") or key.startswith("PYENV")},
-                   **variables)
-    argv = [support.find_compose(), "--project-name", PROJECT] + list(options or ("--file",
-        os.path.join(folder, "compose.yaml")))
-    return subprocess.Popen(argv + ["config", "--format", "json"], env=environ, cwd=folder, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
-
-
-def end_compose(process):
-    """The value that `docker-compose config` printed."""
-    stdout, stderr = process.communicate()
-    if not stdout.strip():
-        raise AssertionError(f"Docker Compose refuses the file: {stderr.decode()}")
-    return json.loads(stdout.decode())
-
-
-def ask_compose(folder, variables):
-    """What Docker Compose makes of compose.yaml in a folder, the variables given by its environment."""
-    return end_compose(start_compose(folder, variables))
-
-
-def unescape(value):
-    """What `config` prints, with its `$$` made `$` again."""
-    if isinstance(value, dict):
-        return {key: unescape(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [unescape(item) for item in value]
-    return value.replace("$$", "$") if isinstance(value, str) else value
-
-
-def to_bytes(text):
-    """A size such as 64m or 67108864 in bytes."""
-    number, unit = re.fullmatch(r"([0-9.]+)([bkmg]?)b?", str(text).lower()).groups()
-    return int(float(number) * {"": 1, "b": 1, "k": 2 ** 10, "m": 2 ** 20, "g": 2 ** 30}[unit])
-
-
-def to_time(text):
-    """A duration such as 1m30s in seconds."""
-    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001}
-    return sum(float(number) * units[unit] for number, unit in re.findall(r"([0-9.]+)(ms|h|m|s)", text))
-
-
-NORMAL = {"--memory": to_bytes, "--shm-size": to_bytes, "--cpus": float, "--pids-limit": int, "--stop-timeout": int}
-HEALTH = {"interval": "--health-interval", "timeout": "--health-timeout", "retries": "--health-retries",
-          "start_period": "--health-start-period"}
-SCALARS = {"user": "--user", "hostname": "--hostname", "working_dir": "--workdir", "stop_signal": "--stop-signal",
-           "restart": "--restart",
-           "platform": "--platform", "mem_limit": "--memory", "cpus": "--cpus", "pids_limit": "--pids-limit",
-           "shm_size": "--shm-size",
-           "ipc": "--ipc"}
-LISTS = {"cap_drop": "--cap-drop", "group_add": "--group-add", "dns": "--dns", "security_opt": "--security-opt",
-         "tmpfs": "--tmpfs"}
-FLAGS = {"init": "--init", "read_only": "--read-only", "tty": "--tty", "stdin_open": "--interactive"}
-ABSENT = object()
-
-
-class Meaning:
-    """What a service means, in terms that do not depend on who says it; see read_agent and read_compose."""
-
-    def __init__(self):
-        self.facts = {"options": [], "ports": [], "mounts": [], "entrypoint": None, "health": {}}
-
-    def add_option(self, name, value=""):
-        """One option of the engine, its value in a normal form."""
-        self.facts["options"].append((name, str(NORMAL.get(name, str)(value))))
-
-    def add_port(self, host, published, target, protocol):
-        """One published port; ranges of the container's side are one port each, as Docker Compose has them."""
-        first, _, last = str(target).partition("-")
-        for offset in range(int(last or first) - int(first) + 1):
-            start = str(int(published.split("-")[0]) + offset) if last and published else published
-            self.facts["ports"].append((host, start, int(first) + offset, protocol))
-
-    def finish(self):
-        """The facts, in an order that does not matter."""
-        return dict(self.facts, options=sorted(self.facts["options"]), ports=sorted(self.facts["ports"]),
-                    mounts=sorted(self.facts["mounts"]))
-
-
-def read_agent(service, names):
-    """The meaning of a Service of margo_agent; names: the services that are started."""
-    meaning = Meaning()
-    for argument in service.arguments:
-        name, _, value = argument.partition("=")
-        if name == "--publish":
-            host, published, target, protocol = re.fullmatch(
-                r"(?:(?:\[?([0-9a-f.:]+?)\]?:(?=[0-9-]*:))?([0-9-]*):)?([0-9-]+)(?:/(\w+))?", value).groups()
-            meaning.add_port(host or "", published or "", target, protocol or "tcp")
-        elif name == "--volume":
-            parts = value.split(":")
-            meaning.facts["mounts"].append((parts[0], parts[1], "ro" in parts[2:]) if len(parts) > 1 else ("", parts[0],
-                False))
-        elif name == "--entrypoint":
-            meaning.facts["entrypoint"] = value
-        elif name == "--health-cmd":
-            meaning.facts["health"]["test"] = ["CMD"] + json.loads(value) if value.startswith("[") else ["CMD-SHELL",
-                value]
-        elif name == "--no-healthcheck":
-            meaning.facts["health"]["disable"] = True
-        elif name in HEALTH.values():
-            meaning.facts["health"][name] = to_time(value) if name != "--health-retries" else int(value)
-        else:
-            meaning.add_option(name, value)
-    networks = [(item[0], sorted(item[1]), item[2]) if item[1] is not None else (item[0], None,
-        None) for item in service.networks]
-    return dict(meaning.finish(), image=service.image, argv=service.command, environment=service.environment,
-                files=service.files,
-                networks=sorted(networks), depends_on={name: facts for name,
-                    facts in service.depends_on.items() if name in names})
-
-
-def read_compose(service, answer):
-    """The meaning of a service in the answer of Docker Compose."""
-    service, meaning = unescape(service), Meaning()
-    for key, name in SCALARS.items():
-        if service.get(key) not in (None, 0):
-            meaning.add_option(name, service[key])
-    for key, name in LISTS.items():
-        for value in service.get(key) or ():
-            meaning.add_option(name, value)
-    for key, name in FLAGS.items():
-        if service.get(key):
-            meaning.add_option(name)
-    read_compose_options(service, meaning)
-    for port in service.get("ports") or ():
-        meaning.add_port(port.get("host_ip", ""), port.get("published", ""), port["target"], port["protocol"])
-    for mount in service.get("volumes") or ():
-        read_compose_mount(mount, answer, meaning)
-    read_compose_health(service.get("healthcheck") or {}, meaning)
-    entrypoint = service.get("entrypoint")
-    if entrypoint is not None:
-        meaning.facts["entrypoint"] = entrypoint[0] if entrypoint else ""
-    return dict(
-        meaning.finish(), image=service["image"], argv=(entrypoint or [])[1:] + (service.get("command") or []),
-        environment={name: value for name, value in (service.get("environment") or {}).items() if value is not None},
-        files=dict(read_compose_config(item, answer) for item in service.get("configs") or ()),
-        networks=read_compose_networks(service, answer),
-        depends_on={name: (facts["condition"], facts["required"]) for name,
-                    facts in (service.get("depends_on") or {}).items()
-                    if name in answer["services"]})
-
-
-def read_compose_options(service, meaning):
-    """What is an option for each of several names, and the limits of `deploy`."""
-    for name, value in (service.get("labels") or {}).items():
-        if name not in MARGO_LABELS:
-            meaning.add_option("--label", f"{name}={value}")
-    for name, value in (service.get("sysctls") or {}).items():
-        meaning.add_option("--sysctl", f"{name}={value}")
-    for value in service.get("extra_hosts") or ():
-        meaning.add_option("--add-host", value.replace("=", ":", 1))
-    for name, value in (service.get("ulimits") or {}).items():
-        value = f"{value['soft']}:{value['hard']}" if isinstance(value, dict) else value
-        meaning.add_option("--ulimit", f"{name}={value}")
-    logging = service.get("logging") or {}
-    if "driver" in logging:
-        meaning.add_option("--log-driver", logging["driver"])
-    for name, value in (logging.get("options") or {}).items():
-        meaning.add_option("--log-opt", f"{name}={value}")
-    limits = ((service.get("deploy") or {}).get("resources") or {}).get("limits") or {}
-    for key, name in (("cpus", "--cpus"), ("memory", "--memory"), ("pids", "--pids-limit")):
-        if key in limits:
-            meaning.add_option(name, limits[key])
-    if "stop_grace_period" in service:
-        meaning.add_option("--stop-timeout", to_time(service["stop_grace_period"]))
-
-
-def read_compose_mount(mount, answer, meaning):
-    """One entry of `volumes`."""
-    if mount["type"] == "tmpfs":
-        size = (mount.get("tmpfs") or {}).get("size")
-        meaning.add_option("--tmpfs", mount["target"] + (f":size={size}" if size else ""))
-        return
-    source = mount.get("source", "")
-    if mount["type"] == "volume" and source:
-        source = answer["volumes"][source]["name"]
-    meaning.facts["mounts"].append((source, mount["target"], bool(mount.get("read_only"))))
-
-
-def read_compose_health(health, meaning):
-    """A health check."""
-    if health.get("disable"):
-        meaning.facts["health"]["disable"] = True
-        return
-    if "test" in health:
-        meaning.facts["health"]["test"] = health["test"]
-    for key, name in HEALTH.items():
-        if key in health:
-            meaning.facts["health"][name] = health[key] if key == "retries" else to_time(health[key])
-
-
-def read_compose_config(item, answer):
-    """(target, text) of one entry of `configs`."""
-    config = unescape(answer["configs"][item["source"]])
-    if "content" in config:
-        return item.get("target", "/" + item["source"]), config["content"]
-    with open(config["file"], encoding="utf-8") as file:
-        return item.get("target", "/" + item["source"]), file.read()
-
-
-def read_compose_networks(service, answer):
-    """[(engine's name, aliases, address options)], or the mode."""
-    if "network_mode" in service:
-        mode = service["network_mode"]
-        return [(f"container:{PROJECT}-{mode[8:]}-1" if mode.startswith("service:") else mode, None, None)]
-    networks = []
-    for name, facts in service["networks"].items():
-        facts = facts or {}
-        addresses = [f"{option}={facts[key]}" for key, option in (("ipv4_address", "--ip"),
-            ("ipv6_address", "--ip6")) if key in facts]
-        networks.append((answer["networks"][name]["name"], sorted(facts.get("aliases") or ()), addresses))
-    return sorted(networks)
-
-
-@functools.lru_cache(maxsize=None)
-def ask_about_corpus():
-    """({name: folder}, {name: answer to the file}, {name: answer to the file for a provider}), all asked at once."""
-    holder = RuntimeCase()
-    holder.folder = os.path.realpath(tempfile.mkdtemp(prefix="margo-corpus-"))
-    atexit.register(shutil.rmtree, holder.folder, True)
-    holder.config, folders, first, second = make_config(), {}, {}, {}
-    for name in list_corpus("valid"):
-        text, head = read_corpus("valid", name)
-        holder.archive = folders[name] = os.path.join(holder.folder, name, "archive")
-        holder.add_file("compose.yaml", text)
-        for path, content in head.get("files", {}).items():
-            holder.add_file(path, content)
-        parameters = head.get("parameters", {})
-        first[name] = start_compose(folders[name], parameters)
-        document = holder.settle(text, parameters, strict=False).document
-        path = support.write(os.path.join(holder.folder, name, "resolved.json"),
-                             margo_agent.make_json(margo_agent.escape_dollars(document)))
-        hostile = dict({key: "hostile" for key in parameters}, SET="hostile", UNSET="hostile", HOST="hostile")
-        second[name] = start_compose(folders[name], hostile, "--file", path, "--project-directory", folders[name])
-    return tuple([folders] + [{name: process.communicate() for name, process in asked.items()} for asked in (first,
-        second)])
-
-
-class ValidCorpus(RuntimeCase):
-    maxDiff = None
-
-    def read_answer(self, answer):
-        """What Docker Compose printed, as a value."""
-        stdout, stderr = answer
-        self.assertTrue(stdout.strip(), stderr.decode())
-        return json.loads(stdout.decode())
-
-    def test_there_are_files(self):
-        self.assertGreater(len(list_corpus("valid")), 15)
-
-    def test_docker_compose_means_the_same_by_each_file(self):
-        """C-180: what the builtin driver tells the engine is what Docker Compose resolves, fed the same variables."""
-        support.require("docker-compose")
-        folders, answers, _ = ask_about_corpus()
-        for name, folder in folders.items():
-            with self.subTest(file=name):
-                answer = self.read_answer(answers[name])
-                text, head = read_corpus("valid", name)
-                self.archive = folder
-                project = self.settle(text, head.get("parameters"))
-                self.assertEqual({service.name for service in project.services}, set(answer["services"]))
-                for service in project.services:
-                    expected = read_compose(answer["services"][service.name], answer)
-                    self.assertEqual(read_agent(service, answer["services"]), expected, service.name)
-                own = {facts["name"] for facts in (answer.get("volumes") or {}).values() if not facts.get("external")}
-                self.assertEqual(set(project.volumes), own)
-
-    def test_what_a_provider_is_given_means_the_same_whatever_its_environment(self):
-        """C-180, D-18: all that parameters mean is settled before; the provider's environment has no say."""
-        support.require("docker-compose")
-        folders, firsts, seconds = ask_about_corpus()
-        for name in folders:
-            with self.subTest(file=name):
-                first, second = self.read_answer(firsts[name]), self.read_answer(seconds[name])
-                self.assertEqual(set(first["services"]), set(second["services"]))
-                for key in first["services"]:
-                    self.assertEqual(read_compose(second["services"][key], second),
-                                     read_compose(first["services"][key], first), key)
-
-
-class InvalidCorpus(RuntimeCase):
-    def test_there_are_files(self):
-        self.assertGreater(len(list_corpus("invalid")), 60)
-
-    def test_each_file_is_refused_and_says_why(self):
-        for name in list_corpus("invalid"):
-            with self.subTest(file=name):
-                text, head = read_corpus("invalid", name)
-                self.archive = os.path.join(self.folder, name)
-                self.add_file("compose.yaml", text)
-                for path, content in head.get("files", {}).items():
-                    self.add_file(path, content)
-                code, _, words = head["expected"].partition(" ")
-                driver = margo_agent.ComposeDriver("no-engine-is-asked", None, self.config)
-                with self.assertRaises(margo_agent.ComponentError) as caught:
-                    driver.resolve(self.make_workload(), 60)
-                self.assertIn(words, caught.exception.message)
-                self.assertEqual(caught.exception.code, code, caught.exception.message)
-
-
-# Keys of a service
-
-class ServiceKeys(RuntimeCase):
-    OPTIONS = [
-        ("user", "1000:1000", ["--user=1000:1000"]), ("user", 1000, ["--user=1000"]),
-        ("hostname", "box", ["--hostname=box"]),
-        ("working_dir", "/srv", ["--workdir=/srv"]), ("stop_signal", "SIGINT", ["--stop-signal=SIGINT"]),
-        ("mem_limit", "64m", ["--memory=64m"]),
-        ("mem_limit", 67108864, ["--memory=67108864"]), ("cpus", 0.5, ["--cpus=0.5"]), ("cpus", "1.5", ["--cpus=1.5"]),
-        ("shm_size", "64m", ["--shm-size=64m"]), ("platform", "linux/arm64", ["--platform=linux/arm64"]),
-        ("pid", "private", ["--pid=private"]),
-        ("ipc", "shareable", ["--ipc=shareable"]), ("userns_mode", "keep-id", ["--userns=keep-id"]),
-        ("pids_limit", 100, ["--pids-limit=100"]),
-        ("init", True, ["--init"]), ("init", "true", ["--init"]), ("init", False, []), ("init", "false", []),
-        ("read_only", True, ["--read-only"]),
-        ("tty", True, ["--tty"]), ("stdin_open", True, ["--interactive"]), ("privileged", False, []),
-        ("cap_drop", ["ALL", "KILL"], ["--cap-drop=ALL", "--cap-drop=KILL"]),
-        ("cap_add", [], []), ("devices", [], []), ("security_opt", ["no-new-privileges"],
-            ["--security-opt=no-new-privileges"]),
-        ("security_opt", ["no-new-privileges:true"], ["--security-opt=no-new-privileges:true"]),
-        ("group_add", ["audio", 7], ["--group-add=audio", "--group-add=7"]), ("dns", "10.0.0.1", ["--dns=10.0.0.1"]),
-        ("dns", ["10.0.0.1", "10.0.0.2"], ["--dns=10.0.0.1", "--dns=10.0.0.2"]), ("tmpfs", "/run", ["--tmpfs=/run"]),
-        ("tmpfs", ["/run:size=1m", "/tmp"], ["--tmpfs=/run:size=1m", "--tmpfs=/tmp"]),
-        ("labels", {"b": "2", "a": None}, ["--label=a=", "--label=b=2"]),
-        ("labels", ["a=b=c", "d"], ["--label=a=b=c", "--label=d="]),
-        ("sysctls", {"net.core.somaxconn": 1024}, ["--sysctl=net.core.somaxconn=1024"]),
-        ("sysctls", ["net.core.somaxconn=1024"], ["--sysctl=net.core.somaxconn=1024"]),
-        ("extra_hosts", ["plc:10.0.0.5"], ["--add-host=plc:10.0.0.5"]),
-        ("extra_hosts", {"plc": "10.0.0.5"}, ["--add-host=plc:10.0.0.5"]),
-        ("extra_hosts", ["six:::1"], ["--add-host=six:::1"]),
-        ("ports", ["80", 81, "8080:80/udp"], ["--publish=80", "--publish=81", "--publish=8080:80/udp"]),
-        ("ports", [{"target": 80, "published": "8080", "host_ip": "127.0.0.1", "protocol": "udp"}],
-         ["--publish=127.0.0.1:8080:80/udp"]),
-        ("restart", "always", ["--restart=always"]), ("restart", "no", ["--restart=no"]),
-        ("restart", False, ["--restart=no"]),
-        ("restart", "on-failure:5", ["--restart=on-failure:5"]),
-        ("restart", "unless-stopped", ["--restart=unless-stopped"]),
-        ("ulimits", {"nproc": 5, "nofile": {"soft": 1, "hard": 2}}, ["--ulimit=nofile=1:2", "--ulimit=nproc=5"]),
-        ("deploy", {"replicas": 1, "resources": {"limits": {"memory": "64M", "cpus": "0.5", "pids": 5}}},
-         ["--cpus=0.5", "--memory=64M", "--pids-limit=5"]), ("deploy", {}, []),
-        ("logging", {"driver": "journald"}, ["--log-driver=journald"]),
-        ("logging", {"driver": "k8s-file", "options": {"max-size": "10m", "mode": "x", "tag": 1}},
-         ["--log-driver=k8s-file", "--log-opt=max-size=10m", "--log-opt=mode=x", "--log-opt=tag=1"]),
-        ("logging", {"options": {"max-size": "10m"}}, ["--log-opt=max-size=10m"]),
-        ("stop_grace_period", "1m30s", ["--stop-timeout=90"]), ("stop_grace_period", "500ms", ["--stop-timeout=1"])]
-    ALLOWED = [
-        ("privileged", True, ["--privileged"]), ("cap_add", ["NET_ADMIN"], ["--cap-add=NET_ADMIN"]),
-        ("pid", "host", ["--pid=host"]),
-        ("ipc", "host", ["--ipc=host"]), ("userns_mode", "host", ["--userns=host"]),
-        ("devices", ["/dev/a:/dev/b:r"], ["--device=/dev/a:/dev/b:r"]),
-        ("security_opt", ["seccomp=unconfined"], ["--security-opt=seccomp=unconfined"])]
-    UNSUPPORTED = (
-        "annotations attach blkio_config build cgroup cgroup_parent container_name cpu_count cpu_percent cpu_period"
-        " cpu_quota cpu_rt_period cpu_rt_runtime cpu_shares cpuset credential_spec develop device_cgroup_rules dns_opt"
-        " dns_search domainname extends external_links gpus isolation label_file links mac_address mem_reservation"
-        " mem_swappiness memswap_limit models oom_kill_disable oom_score_adj post_start pre_stop provider"
-        " pull_refresh_after runtime scale secrets storage_opt use_api_socket uts volumes_from").split()
-
-    def test_every_key_becomes_its_option(self):
-        for key, value, expected in self.OPTIONS:
-            with self.subTest(key=key, value=value):
-                self.assertEqual(self.settle_service({key: value}).arguments, expected)
-
-    def test_what_the_operator_allows_becomes_an_option_too(self):
-        self.config = make_config(policy__privileged="allow")
-        for key, value, expected in self.ALLOWED:
-            with self.subTest(key=key):
-                self.assertEqual(self.settle_service({key: value}).arguments, expected)
-
-    def test_no_key_with_an_option_is_left_out_here(self):
-        self.assertEqual({key for key, _, _ in self.OPTIONS + self.ALLOWED}, set(margo_agent.SERVICE_OPTIONS))
-
-    def test_a_key_of_nothing_says_nothing(self):
-        for key in sorted(margo_agent.SERVICE_OPTIONS):
-            with self.subTest(key=key):
-                self.assertEqual(self.settle_service({key: None}).arguments, [])
-
-    def test_every_other_key_is_refused_and_named(self):
-        """Contract, Compose keys: none is ever ignored."""
-        for key in self.UNSUPPORTED + ["imagee", "Command", "x_note", ""]:
-            with self.subTest(key=key):
-                self.assertNotIn(key, margo_agent.SERVICE_KEYS)
-                self.assertRefused(make_document({key: "x"}), f"services.main.{key}: this key is not supported")
-
-    def test_every_other_key_of_the_file_is_refused_and_named(self):
-        for key in ("include", "secrets", "models", "service"):
-            with self.subTest(key=key):
-                self.assertRefused(make_document({}, **{key: {}}), f"{key}: this key is not supported")
-
-    def test_every_other_key_inside_a_key_is_refused_and_named(self):
-        cases = [
-            ({"deploy": {"mode": "global"}}, {}, "services.main.deploy.mode"),
-            ({"deploy": {"resources": {"reservations": {}}}}, {}, "services.main.deploy.resources.reservations"),
-            ({"deploy": {"resources": {"limits": {"devices": []}}}}, {},
-             "services.main.deploy.resources.limits.devices"),
-            ({"logging": {"level": "x"}}, {}, "services.main.logging.level"),
-            ({"healthcheck": {"tests": "x"}}, {}, "services.main.healthcheck.tests"),
-            ({"ulimits": {"nofile": {"soft": 1, "hard": 2, "more": 3}}}, {}, "services.main.ulimits.nofile.more"),
-            ({"ports": [{"target": 80, "to": 1}]}, {}, "services.main.ports[0].to"),
-            ({"volumes": [{"type": "tmpfs", "target": "/t", "consistency": "x"}]}, {},
-             "services.main.volumes[0].consistency"),
-            ({"volumes": [{"type": "tmpfs", "target": "/t", "tmpfs": {"sizes": 1}}]}, {},
-             "services.main.volumes[0].tmpfs.sizes"),
-            ({"depends_on": {"main": {"when": "x"}}}, {}, "services.main.depends_on.main.when"),
-            ({"networks": {"default": {"mac_address": "x"}}}, {}, "services.main.networks.default.mac_address"),
-            ({"configs": [{"source": "a", "path": "x"}]}, {"configs": {"a": {"content": ""}}},
-             "services.main.configs.path"),
-            ({"configs": ["a"]}, {"configs": {"a": {"environment": "PATH"}}}, "configs.a.environment"),
-            ({}, {"volumes": {"a": {"driver_opts": {}}}}, "volumes.a.driver_opts"),
-            ({}, {"networks": {"a": {"attachable": True}}}, "networks.a.attachable"),
-            ({}, {"networks": {"a": {"ipam": {"driver": "dhcp"}}}}, "networks.a.ipam.driver"),
-            ({}, {"networks": {"a": {"ipam": {"config": [{"aux_addresses": {}}]}}}},
-             "networks.a.ipam.config.aux_addresses")]
-        for keys, members, place in cases:
-            with self.subTest(place=place):
-                self.assertRefused(make_document(keys, **members), f"{place}: this key is not supported")
-
-    def test_a_value_of_the_wrong_form_is_refused_and_named(self):
-        """What an archive holds fails its own component, and is never a bug of the agent (exit code 70)."""
-        cases = [
-            ({"volumes": 5}, {}, "services.main.volumes"), ({"volumes": [5, []]}, {}, "services.main.volumes[1]"),
-            ({"volumes": [{"type": "bind", "target": "/x"}]}, {}, "services.main.volumes[0].source"),
-            ({"volumes": [{"type": "tmpfs", "target": "/x", "tmpfs": "big"}]}, {}, "services.main.volumes[0]"),
-            ({"networks": 5}, {}, "services.main.networks"), ({"networks": [{"a": 1}]}, {}, "services.main.networks"),
-            ({"networks": {"default": 5}}, {}, "services.main.networks.default"),
-            ({"depends_on": 5}, {}, "services.main.depends_on"),
-            ({"depends_on": {"main": 5}}, {}, "services.main.depends_on.main"),
-            ({"depends_on": {"main": {"condition": []}}}, {}, "services.main.depends_on.main.condition"),
-            ({"configs": 5}, {}, "services.main.configs"), ({"configs": ["a"]}, {"configs": 5}, "configs"),
-            ({"configs": ["a"]}, {"configs": {"a": None}}, "configs.a"),
-            ({"configs": ["a"]}, {"configs": {"a": {"content": []}}}, "configs.a"),
-            ({"environment": [[]]}, {}, "services.main.environment"),
-            ({"env_file": {"path": {}}}, {}, "services.main.env_file"),
-            ({"env_file": [[]]}, {}, "services.main.env_file"),
-            ({"labels": [{}]}, {}, "services.main.labels"), ({"logging": []}, {}, "services.main.logging"),
-            ({"deploy": 1}, {}, "services.main.deploy"),
-            ({"deploy": {"resources": [1]}}, {}, "services.main.deploy.resources"),
-            ({"ulimits": 5}, {}, "services.main.ulimits"),
-            ({"healthcheck": 5}, {}, "services.main.healthcheck"),
-            ({"healthcheck": {"retries": "x"}}, {}, "services.main.healthcheck"),
-            ({"healthcheck": {"retries": 1.5}}, {}, "services.main.healthcheck"),
-            ({"healthcheck": {"test": {}}}, {}, "services.main.healthcheck"),
-            ({"healthcheck": {"test": ["CMD"]}}, {}, "services.main.healthcheck"),
-            ({"healthcheck": {"test": []}}, {}, "services.main.healthcheck"),
-            ({"command": {}}, {}, "services.main.command"), ({"command": [None]}, {}, "services.main.command"),
-            ({"command": "a\0b"}, {}, "services.main.command"), ({"hostname": "a\0b"}, {}, "services.main.hostname"),
-            ({"labels": {"a": "b\0"}}, {}, "services.main.labels"),
-            ({"volumes": ["./a\0:/b"]}, {}, "services.main.volumes"),
-            ({"env_file": "a\0"}, {}, "services.main.env_file"),
-            ({"configs": ["a"]}, {"configs": {"a": {"file": "a\0"}}}, "configs.a.file"),
-            ({"image": ["a"]}, {}, "services.main.image"), ({"pull_policy": []}, {}, "services.main.pull_policy"),
-            ({"security_opt": [{}]}, {}, "services.main.security_opt"),
-            ({}, {"volumes": 5}, "volumes"), ({}, {"volumes": ["a"]}, "volumes"),
-            ({}, {"volumes": {"a": 5}}, "volumes.a"),
-            ({}, {"volumes": {"a": {"external": {"name": "b"}}}}, "volumes.a"), ({}, {"networks": 5}, "networks"),
-            ({}, {"networks": ["a"]}, "networks"), ({}, {"networks": {"a": 5}}, "networks.a"),
-            ({}, {"networks": {"a": {"ipam": 5}}}, "networks.a.ipam"),
-            ({}, {"networks": {"a": {"ipam": {"config": 5}}}}, "networks.a.ipam"),
-            ({}, {"networks": {"a": {"ipam": {"config": [5]}}}}, "networks.a.ipam"),
-            ({}, {"services": {"main": 5}}, "services.main"), ({}, {"services": 5}, "no services")]
-        for keys, members, place in cases:
-            for strict in (True, False):
-                with self.subTest(keys=keys, members=members, strict=strict):
-                    try:
-                        self.assertRefused(make_document(keys, **members), place, strict=strict)
-                    except AssertionError as error:
-                        if strict or "ComponentError not raised" not in str(error):
-                            raise                   # a provider may be left to judge a value
-
-    def test_a_name_that_is_no_text_is_a_name_all_the_same_or_refused(self):
-        for document in ("services: {1: {image: a}, b: {image: a, depends_on: [1]}}",
-                         "services: {a: {image: a}}\nnetworks: {1: }",
-                         "services: {a: {image: a, networks: {1: }}}\nnetworks: {1: }",
-                         "services: {a: {image: a, labels: {1: x, b: y}}}",
-                         "services: {a: {image: a, sysctls: {1: x, b: y}}}",
-                         "services: {a: {image: a}}\nvolumes: {1: , b: }",
-                         "services: {a: {image: a}}\n1: 2\n", "services: {a: {image: a, 1: 2}}"):
-            for strict in (True, False):
-                with self.subTest(document=document, strict=strict):
-                    try:
-                        project = self.settle(document, strict=strict)
-                        self.assertIn("a" if "{a:" in document else "b", [service.name for service in project.services])
-                    except margo_agent.ComponentError as error:
-                        self.assertIn("1", error.message)
-
-    def test_random_values_are_settled_or_refused(self):
-        """Whatever stands in a file: a Project or a ComponentError, from the builtin driver and for a provider."""
-        support.require("hypothesis")
-        from hypothesis import HealthCheck, given, settings, strategies
-        words = ("driver options test retries interval disable source target type bind volume tmpfs file content name"
-                 " external labels ipam config subnet limits resources replicas condition required soft hard published"
-                 " host_ip protocol path").split()
-        texts = ["", "CMD", "a:/b", "./x:/y", "${A:-b}", "5s", "x=1", "service:main", "~/a:/b"]
-        scalars = strategies.one_of(
-            strategies.none(), strategies.booleans(), strategies.integers(-5, 70000), strategies.floats(),
-            strategies.sampled_from(words + texts), strategies.text(max_size=6))
-        keys = strategies.sampled_from(words) | strategies.integers(0, 3) | strategies.text(max_size=3)
-        values = strategies.recursive(scalars, lambda inner: strategies.one_of(
-            strategies.lists(inner, max_size=3), strategies.dictionaries(keys, inner, max_size=3)), max_leaves=6)
-        sections = strategies.dictionaries(strategies.sampled_from(sorted(margo_agent.PROJECT_KEYS)), values,
-                                           max_size=2)
-        services = strategies.dictionaries(strategies.sampled_from(sorted(margo_agent.SERVICE_KEYS)), values,
-                                           max_size=2)
-        failures = {}
-
-        @settings(max_examples=120, deadline=None, database=None, derandomize=True,
-                  suppress_health_check=list(HealthCheck))
-        @given(services, sections, strategies.booleans())
-        def check(service, section, strict):
-            document = dict({"services": {"main": dict({"image": IMAGE}, **service)}}, **section)
-            try:
-                project = margo_agent.make_project(document, self.make_workload(), self.config.policy, "podman", strict)
-                self.assertIsInstance(project, margo_agent.Project)
-            except margo_agent.ComponentError as error:
-                self.assertTrue(error.message.startswith("compose.yaml: "), error.message)
-            except Exception as error:              # gathered, so that one run shows every kind
-                failures.setdefault(f"{type(error).__name__}: {error}"[:80], (document, strict))
-        check()
-        self.assertEqual(failures, {})
-
-
-class Readers(unittest.TestCase):
-    def assertFault(self, call, *words):
-        with self.assertRaises(margo_agent.ComponentError) as caught:
-            call()
-        for word in words:
-            self.assertIn(word, caught.exception.message)
-
-    def test_a_scalar_is_its_text(self):
-        """C-183: a number keeps its spelling, a flag is true or false."""
-        for text, expected in (("1.10", "1.10"), ("007", "007"), ("0x1F", "0x1F"), ("1e3", "1e3"), ("true", "true"),
-                               ("'1.10'", "1.10"), ("''", "")):
-            self.assertEqual(margo_agent.to_text(margo_agent.load_yaml(text), "here"), expected)
-        for value in (None, [], {}):
-            self.assertFault(lambda: margo_agent.to_text(value, "services.main.user"),
-                             "services.main.user: expected a single value")
-
-    def test_a_flag_is_true_or_false_and_nothing_like_it(self):
-        for value, expected in ((True, True), (False, False), ("true", True), ("false", False)):
-            self.assertIs(margo_agent.to_flag(value, "here"), expected)
-        for value in ("yes", "no", 1, 0, None, "", "True", []):
-            self.assertFault(lambda: margo_agent.to_flag(value, "services.main.init"),
-                             "services.main.init: expected true or false")
-
-    def test_one_text_is_a_list_too(self):
-        self.assertEqual(margo_agent.to_list("a", "here"), ["a"])
-        self.assertEqual(margo_agent.to_list(["a", 1, True], "here"), ["a", "1", "true"])
-        self.assertEqual(margo_agent.to_list(None, "here"), [])
-        self.assertFault(lambda: margo_agent.to_list([["a"]], "services.main.dns"), "services.main.dns")
-
-    def test_pairs_come_as_a_mapping_or_as_a_list(self):
-        self.assertEqual(margo_agent.to_pairs({"A": 1, "B": None, "C": ""}, "here"), {"A": "1", "B": None, "C": ""})
-        self.assertEqual(margo_agent.to_pairs(["A=1", "B", "C=", "D=x=y"], "here"),
-                         {"A": "1", "B": None, "C": "", "D": "x=y"})
-        self.assertFault(lambda: margo_agent.to_pairs({"A": []}, "services.main.labels"),
-                         "services.main.labels.A: expected a single value")
-
-    def test_a_command_is_split_as_a_shell_splits_it(self):
-        for value, expected in (("a b", ["a", "b"]), ("a 'b c' \"d e\" f\\ g", ["a", "b c", "d e", "f g"]), ("", []),
-                                (["a b", 1], ["a b", "1"]),
-                                (None, []), ("a # b", ["a", "#", "b"])):
-            with self.subTest(value=value):
-                self.assertEqual(margo_agent.to_words(value, "here"), expected)
-        self.assertFault(lambda: margo_agent.to_words("a 'b", "services.main.command"),
-                         "services.main.command: No closing quotation")
-
-    def test_durations_are_seconds(self):
-        for text, expected in (("30s", 30), ("1m30s", 90), ("1h", 3600), ("500ms", 0.5), ("1.5s", 1.5),
-                               ("1h0m10s", 3610), ("250us", 0.00025)):
-            self.assertAlmostEqual(margo_agent.to_seconds(text, "here"), expected)
-        for text in ("", "30", "s", "1 s", "1s ", "-1s", "1x", "1m30", 5, None):
-            self.assertFault(lambda: margo_agent.to_seconds(text, "services.main.healthcheck"),
-                             "services.main.healthcheck")
-
-    def test_ports_in_both_syntaxes(self):
-        for value, expected in (([80], ["80"]), (["8080:80"], ["8080:80"]),
-                                (["1.2.3.4:8080:80/udp"], ["1.2.3.4:8080:80/udp"]),
-                                (["127.0.0.1::80"], ["127.0.0.1::80"]), (["[::1]:80:80"], ["[::1]:80:80"]),
-                                (["80-82:80-82"], ["80-82:80-82"]),
-                                (["80:80/sctp"], ["80:80/sctp"]), ([{"target": 80}], ["80"]),
-                                ([{"target": 80, "published": 90}], ["90:80"]),
-                                ([{"target": 80, "published": "90", "host_ip": "::1"}], ["[::1]:90:80"]),
-                                ([{"target": 80, "host_ip": "127.0.0.1"}], ["127.0.0.1::80"])):
-            with self.subTest(value=value):
-                self.assertEqual(margo_agent.make_ports(value, "here"), [f"--publish={text}" for text in expected])
-        for value in (["http"], ["80:"], [":"], ["80:80:80"], ["80:80/icmp"], ["80 :80"], ["-80:80"],
-                      [{"published": 80}], ["65536:80"], ["80:65536"],
-                      ["80-81:80-82"], ["80\n:80"], ["localhost:80:80"], [""], [None]):
-            with self.subTest(value=value):
-                self.assertFault(lambda: margo_agent.make_ports(["1:1"] + value, "services.main.ports"),
-                                 "services.main.ports[1]")
-
-    def test_a_restart_policy_is_the_engines_own_word(self):
-        for value in ("sometimes", "on-failure:", "on-failure:x", "always:3", "", "no\n", True):
-            self.assertFault(lambda: margo_agent.make_restart(value, "services.main.restart"),
-                             "services.main.restart: ", "is not a restart policy")
-
-    def test_health_checks(self):
-        cases = [
-            ({"test": "a || b"}, ["--health-cmd=a || b"], (30, 3, 0)),
-            ({"test": ["CMD-SHELL", "a | b"]}, ["--health-cmd=a | b"], (30, 3, 0)),
-            ({"test": ["CMD", "a", "b c"]}, ['--health-cmd=["a","b c"]'], (30, 3, 0)),
-            ({"test": ["NONE"]}, ["--no-healthcheck"], None),
-            ({"disable": True, "test": "x"}, ["--no-healthcheck"], None),
-            ({"disable": "true"}, ["--no-healthcheck"], None),
-            ({"test": "a", "interval": "1m", "timeout": "5s", "retries": 7, "start_period": "500ms"},
-             ["--health-interval=1m", "--health-timeout=5s", "--health-retries=7", "--health-start-period=500ms",
-              "--health-cmd=a"], (60, 7, 0.5)),
-            ({"interval": "10s"}, ["--health-interval=10s"], (10, 3, 0))]
-        for value, arguments, health in cases:
-            with self.subTest(value=value):
-                self.assertEqual(margo_agent.make_health(value, "here", "podman"), (arguments, health))
-
-    def test_a_health_check_without_retries_has_the_usual_three(self):
-        """An engine takes 0 as not said; taken literally, the service would be unhealthy before its first check."""
-        _, health = margo_agent.make_health({"test": "a", "retries": 0}, "here", "podman")
-        self.assertEqual(health[1], 3)
-
-    def test_docker_takes_the_words_of_a_health_check_quoted(self):
-        arguments, _ = margo_agent.make_health({"test": ["CMD", "a", "b c", "$d"]}, "here", "docker")
-        self.assertEqual(arguments, ["--health-cmd=a 'b c' '$d'"])
-
-    def test_one_word_that_needs_quoting_is_quoted_for_podman(self):
-        arguments, _ = margo_agent.make_health({"test": ["CMD", "/opt/a b"]}, "here", "podman")
-        self.assertEqual(arguments, ["--health-cmd='/opt/a b'"])
-
-    def test_check_keys_names_the_key(self):
-        self.assertIsNone(margo_agent.check_keys({"a": 1}, ("a", "b"), "here"))
-        self.assertFault(lambda: margo_agent.check_keys({"a": 1, "c": 2}, ("a", "b"), "services.main"),
-                         "services.main.c: this key is not supported")
-        for value in (None, [], "a", 5):
-            self.assertFault(lambda: margo_agent.check_keys(value, ("a",), "services.main"),
-                             "services.main: expected a mapping")
-
-
-# Policy
-
-class Policy(RuntimeCase):
-    DENIED = [
-        ("privileged", True), ("privileged", "true"), ("privileged", "${YES}"), ("pid", "host"), ("ipc", "host"),
-        ("userns_mode", "host"),
-        ("pid", "${HOST}"), ("cap_add", ["SYS_ADMIN"]), ("cap_add", "ALL"), ("devices", ["/dev/mem"]),
-        ("devices", "/dev/mem"),
-        ("security_opt", ["seccomp=unconfined"]), ("security_opt", "label=disable"),
-        ("security_opt", ["no-new-privileges:false"]),
-        ("security_opt", ["apparmor:unconfined"]), ("security_opt", ["no-new-privileges:true", "label:disable"])]
-
-    def assertDenied(self, keys, place, **options):
-        for strict in (True, False):                # a provider's file is held against the same policy
-            with self.subTest(keys=keys, strict=strict):
-                self.assertRefused(make_document(keys), f"services.main.{place}", code="POLICY_DENIED", strict=strict,
-                                   **options)
-
-    def test_what_loosens_the_container_is_denied(self):
-        """Contract, Policy: privileged, host namespaces, capabilities, devices, security; also by a parameter."""
-        for key, value in self.DENIED:
-            self.assertDenied({key: value}, key, parameters={"YES": "true", "HOST": "host"})
-
-    def test_what_loosens_the_container_is_done_where_the_operator_allows_it(self):
-        self.config = make_config(policy__privileged="allow")
-        for key, value in self.DENIED:
-            with self.subTest(key=key, value=value):
-                self.assertTrue(self.settle_service({key: value}, {"YES": "true", "HOST": "host"}).arguments)
-
-    def test_what_tightens_the_container_is_never_denied(self):
-        for key, value in (("privileged", False), ("privileged", "false"), ("cap_drop", ["ALL"]),
-                           ("security_opt", ["no-new-privileges"]),
-                           ("security_opt", ["no-new-privileges=true"]), ("pid", "private"), ("ipc", "none"),
-                           ("cap_add", []), ("devices", None)):
-            with self.subTest(key=key):
-                self.assertIsNotNone(self.settle_service({key: value}))
-
-    def test_a_namespace_given_by_its_path_is_a_host_namespace_too(self):
-        """podman takes ns:/proc/1/ns/pid, which is the host's by another name."""
-        for key in ("pid", "ipc", "userns_mode"):
-            self.assertDenied({key: "ns:/proc/1/ns/x"}, key)
-
-    def test_a_container_of_its_own_choice_is_never_shared(self):
-        """Nothing without our labels is touched, not even with policy.privileged."""
-        for self.config in (make_config(), make_config(policy__privileged="allow")):
-            for key in ("pid", "ipc", "userns_mode", "network_mode"):
-                self.assertDenied({key: "container:other"}, key)
-
-    def test_an_engines_socket_is_never_handed_out(self):
-        self.config = make_config(policy__privileged="allow", policy__host_paths=["/"])
-        os.symlink("/var/run/docker.sock", os.path.join(self.archive, "innocent"))
-        for source in ("/var/run/docker.sock", "/run/podman/podman.sock", "/run/containerd/containerd.sock",
-                       "/var/run/crio/crio.sock",
-                       "/var/run/../run/docker.sock", "/var/run//docker.sock", "./innocent"):
-            self.assertDenied({"volumes": [f"{source}:/engine.sock"]}, "volumes")
-            self.assertDenied({"volumes": [{"type": "bind", "source": source, "target": "/engine.sock"}]}, "volumes")
-
-    def test_bind_mounts_are_held_to_the_host_paths(self):
-        """Contract, Policy: only below policy.host_paths, after normalising and resolving links."""
-        allowed, secret = os.path.join(self.folder, "allowed"), os.path.join(self.folder, "secret")
-        for path in (allowed, secret, allowed + "-not", os.path.join(allowed, "in")):
-            os.mkdir(path)
-        os.symlink(secret, os.path.join(allowed, "link"))
-        os.symlink(secret, os.path.join(self.archive, "link"))
-        os.symlink(os.path.join(allowed, "in"), os.path.join(self.archive, "good"))
-        self.config = make_config(policy__host_paths=[allowed])
-        for source in (allowed, allowed + "/in", allowed + "/new", allowed + "/in/..", "./sub", "./good", ".",
-                       "./sub/../other"):
-            with self.subTest(source=source):
-                real = os.path.realpath(os.path.join(self.archive, source))
-                own = ":ro" if margo_agent.is_below(real, self.archive) else ""         # what was verified is never written to
-                for options in ("", ":ro", ":rw,z"):
-                    found = self.settle_service({"volumes": [f"{source}:/x{options}"]}).arguments
-                    self.assertEqual(found, [f"--volume={real}:/x" + (own + options[3:] if own else options)])
-                self.assertEqual(self.settle_service({"volumes": [{"type": "bind", "source": source,
-                    "target": "/x"}]}).arguments,
-                                 [f"--volume={real}:/x{own}"])
-        for source in (secret, "/", "/etc", allowed + "-not", allowed + "/../secret", allowed + "/link", "./link",
-                       "./link/deeper", "..",
-                       "./../secret", "./sub/../../secret", os.path.dirname(allowed)):
-            self.assertDenied({"volumes": [f"{source}:/x"]}, f"volumes: {source} (in truth ")
-            self.assertDenied({"volumes": [{"type": "bind", "source": source, "target": "/x"}]},
-                              f"volumes: {source} (in truth ")
-
-    def test_host_paths_may_be_links_themselves(self):
-        real, link = os.path.join(self.folder, "real"), os.path.join(self.folder, "link")
-        os.mkdir(real)
-        os.symlink(real, link)
-        self.config = make_config(policy__host_paths=[link])
-        self.assertEqual(self.settle_service({"volumes": [f"{link}/data:/x"]}).arguments, [f"--volume={real}/data:/x"])
-
-    def test_the_home_folder_is_not_part_of_the_archive(self):
-        """Docker Compose mounts $HOME for `~`, so it is never taken for a folder of that name in the archive."""
-        for item in ("~/.ssh:/keys", "~:/home", {"type": "bind", "source": "~/.ssh", "target": "/keys"}):
-            self.assertDenied({"volumes": [item]}, "volumes")
-
-    def test_an_engines_own_options_do_not_go_round_the_policy(self):
-        """podman mounts over any folder of the host by `O,upperdir=`, and writes a log to any `path` of it."""
-        for self.config in (make_config(policy__host_paths=["/srv"]), make_config(policy__privileged="allow", policy__host_paths=["/srv"])):
-            for strict in (True, False):
-                for source in ("data", "/srv/x", "./a"):
-                    for options in ("O,upperdir=/etc/cron.d,workdir=/var/tmp", "ro,U", "shared", "rshared", "suid", "dev", "idmap"):
-                        self.assertRefused(make_document({"volumes": [f"{source}:/x:{options}"]}, volumes={"data": None}),
-                                           "services.main.volumes[0]: the mount option", code="POLICY_DENIED", strict=strict)
-                self.assertRefused(make_document({"volumes": [{"type": "bind", "source": "/srv", "target": "/x", "bind": {
-                    "propagation": "rshared"}}]}), "the mount option 'rshared'", code="POLICY_DENIED", strict=strict)
-                for name in ("path", "syslog-address"):
-                    self.assertRefused(make_document({"logging": {"driver": "k8s-file", "options": {name: "/etc/cron.d/x"}}}),
-                                       f"services.main.logging.options.{name}", code="POLICY_DENIED", strict=strict)
-                for image in ("dir:/etc/images", "docker-archive:/srv/other.tar", "oci:x/y:tag", "containers-storage:[vfs@/x]a"):
-                    self.assertRefused(make_document({"image": image}), "services.main.image", code="POLICY_DENIED", strict=strict)
-        for image in ("localhost:5000/a/b:1", "a:1", "docker.io/library/a@sha256:" + "0" * 64, "host.example/a:1.0-x"):
-            self.assertEqual(self.settle_service({"image": image}).image, image)
-
-    def test_find_binds_sees_every_spelling(self):
-        volumes = ["./a:/x", "/b:/x:ro", "../c:/x", "data:/x", "/anonymous",
-                   {"type": "bind", "source": "/d", "target": "/x"},
-                   {"type": "volume", "source": "e", "target": "/x"}, {"type": "tmpfs", "target": "/x"}]
-        self.assertEqual(list(margo_agent.find_binds(volumes, "here")), ["./a", "/b", "../c", "/d"])
-        self.assertEqual(list(margo_agent.find_binds(None, "here")), [])
-
-    def test_what_a_provider_would_read_or_hand_out_is_refused_as_well(self):
-        """A provider that is given the file goes round no check: files and devices of the host stay the host's."""
-        for document, word in (
-                (make_document({"configs": ["a"]}, configs={"a": {"file": "/etc/shadow"}}), "configs.a"),
-                (make_document({"configs": ["a"]}, configs={"a": {"file": "../../secret"}}), "configs.a"),
-                (make_document({"label_file": "/etc/passwd"}), "services.main.label_file"),
-                (make_document({"deploy": {"resources": {"reservations": {"devices": [{"capabilities": ["gpu"]}]}}}}),
-                 "services.main.deploy"),
-                (make_document({"extends": {"file": "/x", "service": "y"}}), "services.main.extends"),
-                (make_document({"build": "."}), "services.main.build"),
-            (make_document({"volumes_from": ["container:x"]}), "volumes_from"),
-                (make_document({"secrets": ["a"]}), "services.main.secrets"),
-            (make_document({}, secrets={"a": {"file": "/x"}}), "secrets"),
-                (make_document({}, include=["/x"]), "include"),
-            (make_document({"container_name": "x"}), "container_name"),
-                (make_document({"provider": {"type": "x"}}), "provider"), (make_document({"gpus": "all"}), "gpus"),
-                (make_document({"use_api_socket": True}), "use_api_socket"),
-            (make_document({"post_start": []}), "post_start"),
-                (make_document({}, volumes={"a": {"driver_opts": {"device": "/"}}}), "volumes.a.driver_opts")):
-            with self.subTest(document=document):
-                with self.assertRaises(margo_agent.ComponentError) as caught:
-                    self.settle(document, strict=False)
-                self.assertIn(word, caught.exception.message)
-
-    def test_a_provider_is_given_known_keys_alone(self):
-        """podman-compose binds any file of the host by `init-path` and `glob` mounts, and puts what stands in a target among the options."""
-        for keys, word in (({"init-path": "/etc/shadow"}, "init-path"), ({"pod": "other"}, "pod"), ({"annotations": {"run.oci.x": "1"}}, "annotations"),
-                           ({"external_links": ["other"]}, "external_links"), ({"publishall": True}, "publishall"),
-                           ({"volumes": [{"type": "glob", "source": "/etc/*", "target": "/x"}]}, "volumes[0].type"),
-                           ({"volumes": [{"type": "bind", "source": "./a", "target": "/x:O,upperdir=/etc"}]}, "volumes[0].target"),
-                           ({"volumes": [{"type": "volume", "source": "data", "target": "/x,volume-opt=o=bind"}]}, "volumes[0].target"),
-                           ({"image": "--help"}, "services.main.image"), ({"image": ""}, "services.main.image")):
-            for strict in (False, True):
-                self.assertRefused(make_document(keys, volumes={"data": None}), word, strict=strict)
-        self.assertRefused(make_document({}, models={"a": {"model": "x"}}), "models", strict=False)
-
-    def test_a_name_that_no_file_can_have_fails_its_component_alone(self):
-        self.assertRefused({"services": {"a" * 250: {"image": IMAGE}}}, "is not a service name")
-
-    def test_a_mount_that_is_no_text_fails_its_component_alone(self):
-        """What YAML reads as a number or a flag is refused, or a path spelt so; never more than that."""
-        for item in (0.5, 5, True, {"type": "bind", "source": 5, "target": "/x"}, {"type": "bind", "source": True, "target": "/x"}):
-            for strict in (True, False):
-                with self.subTest(item=item, strict=strict):
-                    try:
-                        self.settle(make_document({"volumes": [item]}), strict=strict)
-                    except margo_agent.ComponentError:
-                        pass
-        self.assertRefused('services: {main: {image: a, volumes: [.5]}}', "services.main.volumes")
-
-    def test_is_below_does_not_take_a_prefix_for_a_folder(self):
-        for path, root, expected in (("/a", "/a", True), ("/a/b", "/a", True), ("/ab", "/a", False),
-                                     ("/a", "/a/b", False), ("/x", "/", True),
-                                     ("/a/b", "/a/", True)):
-            self.assertIs(margo_agent.is_below(path, root), expected)
-
-
-class InsideTheArchive(RuntimeCase):
-    def test_files_are_read_below_the_archive_alone(self):
-        self.add_file("conf/a.txt", "inside")
-        support.write(os.path.join(self.folder, "outside.txt"), "outside")
-        os.symlink("../outside.txt", os.path.join(self.archive, "leaves"))
-        os.symlink("conf/a.txt", os.path.join(self.archive, "stays"))
-        for name in ("conf/a.txt", "./conf/../conf/a.txt", "stays"):
-            self.assertEqual(margo_agent.read_inside(self.archive, name, "here"), "inside")
-        for name in ("../outside.txt", "/etc/passwd", "leaves", "conf", "absent", "conf/a.txt/x", "",
-                     os.path.join(self.folder, "outside.txt")):
-            with self.subTest(name=name):
-                with self.assertRaises(margo_agent.ComponentError) as caught:
-                    margo_agent.read_inside(self.archive, name, "configs.app.file")
-                self.assertIn("configs.app.file: ", caught.exception.message)
-                self.assertIn("is not a file of the archive", caught.exception.message)
-
-    def test_a_file_that_is_too_long_fails_its_component_alone(self):
-        """Contract, exit codes: what an archive holds concerns one component; a StorageError ends the cycle."""
-        self.add_file("big.env", "A=1\n" * 300000)
-        self.assertRefused(make_document({"env_file": "big.env"}), "services.main.env_file: ", "big.env")
-
-    def test_a_config_file_arrives_byte_for_byte_or_not_at_all(self):
-        """C-183: certificates and firmware are files too; a byte that is no UTF-8 is never replaced in silence."""
-        self.add_file("cert.der", b"\x30\x82\xff\xfe\x00")
-        document = make_document({"configs": ["cert"]}, configs={"cert": {"file": "cert.der"}})
-        try:
-            files = self.settle(document).services[0].files
-        except margo_agent.ComponentError as error:
-            self.assertIn("configs.cert.file", error.message)
-        else:
-            content = files["/cert"]
-            self.assertEqual(content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape"),
-                             b"\x30\x82\xff\xfe\x00")
-
-    def test_a_compose_file_that_is_no_utf8_is_refused(self):
-        """Contract, As a module: bytes that are no text are refused, never read as something else."""
-        self.add_file("compose.yaml", b"services: {main: {image: localhost/x:1, command: [\"\xff\"]}}\n")
-        with self.assertRaises(margo_agent.ComponentError) as caught:
-            margo_agent.ComposeDriver("no-engine-is-asked", None, self.config).resolve(self.make_workload(), 60)
-        self.assertIn("compose.yaml: ", caught.exception.message)
-        self.assertIn("UTF-8", caught.exception.message)
-
-
-# The environment of a container
-
-class Environment(RuntimeCase):
-    def test_a_container_that_does_not_mention_a_parameter_does_not_get_it(self):
-        """C-180, contract, Parameters: they feed interpolation and pass-through entries, nothing else."""
-        project = self.settle({"services": {"asks": {"image": IMAGE, "environment": ["SECRET"]},
-                                            "renames": {"image": IMAGE, "environment": {
-            "OTHER": "${SECRET}"}}, "silent": {"image": IMAGE, "environment": {"A": "b"}}}},
-                              {"SECRET": "s3cret", "MORE": "x"})
-        self.assertEqual({service.name: service.environment for service in project.services},
-                         {"asks": {"SECRET": "s3cret"}, "renames": {"OTHER": "s3cret"}, "silent": {"A": "b"}})
-
-    def test_a_parameter_that_is_not_mentioned_changes_nothing(self):
-        first, second = (self.settle_service({"environment": ["A"]}, {"A": "1", "B": value}) for value in "xy")
-        self.assertEqual(first, second)
-
-    def test_what_is_nearer_to_the_container_wins(self):
-        self.add_file("a.env", "A=file\nB=file\nC=file\nD=file\n")
-        self.add_file("b.env", "B=second\n")
-        workload = self.make_workload({"C": "parameter"}, {"D": "device"})
-        document = make_document({"env_file": ["a.env", "b.env"], "environment": {"C": "${C}", "D": "service"}})
-        project = margo_agent.make_project(document, workload, self.config.policy, "podman")
-        self.assertEqual(project.services[0].environment, {"A": "file", "B": "second", "C": "parameter", "D": "device"})
-
-    def test_the_devices_own_variables_reach_every_container_and_change_its_hash(self):
-        """C-185: OTEL_EXPORTER_OTLP_ENDPOINT and its like are injected by the device."""
-        document = {"services": {"a": {"image": IMAGE}, "b": {"image": IMAGE, "environment": ["X=1"]}}}
-        before = self.settle(document)
-        after = self.settle(document, environment={"OTEL_EXPORTER_OTLP_ENDPOINT": "http://10.0.0.1:4318"})
-        for old, new in zip(before.services, after.services):
-            self.assertEqual(new.environment, dict(old.environment, OTEL_EXPORTER_OTLP_ENDPOINT="http://10.0.0.1:4318"))
-            self.assertNotEqual(old.hash, new.hash)
-
-    def test_the_devices_own_variables_are_in_a_providers_file_too(self):
-        document = self.settle(make_document({"environment": ["X=1"]}), strict=False,
-                               environment={"OTEL": "x"}).document
-        self.assertEqual(document["services"]["main"]["environment"], {"X": "1", "OTEL": "x"})
-
-    def test_a_number_keeps_its_spelling(self):
-        """C-183: 1.10 is a version, not a number."""
-        text = ("services: {main: {image: a, environment: {A: 1.10, B: 0440, C: 1e3, D: 0x1F, E: true, F: 1.0},"
-                " labels: {v: 1.10}, command: [1.10]}}")
-        service = self.settle(text).services[0]
-        self.assertEqual(service.environment, {"A": "1.10", "B": "0440", "C": "1e3", "D": "0x1F", "E": "true",
-                                               "F": "1.0"})
-        self.assertEqual((service.arguments, service.command), (["--label=v=1.10"], ["1.10"]))
-        provided = self.settle(text, strict=False).document["services"]["main"]
-        self.assertEqual(provided["environment"]["A"], "1.10")
-        self.assertEqual(provided["labels"]["v"], "1.10")
-
-    def test_an_optional_file_may_be_missing_and_not_outside(self):
-        service = self.settle_service({"env_file": [{"path": "absent.env", "required": False}]})
-        self.assertEqual(service.environment, {})
-        self.assertRefused(make_document({"env_file": [{"path": "/etc/passwd", "required": False}]}),
-                           "services.main.env_file: '/etc/passwd'")
-
-    def test_names_and_values_that_no_environment_can_hold_are_refused(self):
-        for name in ("1A", "A B", "", "A\n", "-A", "A$"):
-            with self.subTest(name=name):
-                self.assertRefused(make_document({"environment": {name: "x"}}), "services.main.environment: ",
-                                   "is not a variable name")
-        self.assertRefused(make_document({"environment": {"A": "a\0b"}}), "services.main.environment.A: holds a NUL")
-        self.assertRefused(make_document({"environment": ["A"]}), "services.main.environment.A: holds a NUL",
-                           parameters={"A": "\0"})
-
-
-# Order, networks, volumes, mounts, configs
-
-class Order(RuntimeCase):
-    def order(self, **depends):
-        return [service.name for service in self.settle({"services": {
-            name: {"image": IMAGE, "depends_on": value} for name, value in depends.items()}}).services]
-
-    def test_each_comes_after_what_it_depends_on(self):
-        self.assertEqual(self.order(web=["api"], api=["db", "cache"], cache=[], db=[]), ["db", "cache", "api", "web"])
-        for names in itertools.permutations("abcd"):
-            order = self.order(**{name: [other for other in "abcd" if other < name] for name in names})
-            self.assertEqual(order, ["a", "b", "c", "d"])
-
-    def test_a_circle_is_shown(self):
-        for depends, words in (({"a": ["a"]}, "a -> a"), ({"a": ["b"], "b": ["a"]}, "a -> b -> a"),
-                               ({"x": ["a"], "a": ["b"], "b": ["c"], "c": ["a"]}, "a -> b -> c -> a")):
-            with self.subTest(depends=depends):
-                with self.assertRaises(margo_agent.ComponentError) as caught:
-                    self.order(**depends)
-                self.assertTrue(caught.exception.message.endswith(f"depends_on goes in a circle: {words}"),
-                                caught.exception.message)
-
-    def test_a_long_chain_is_ordered(self):
-        """What an archive holds never takes the agent down."""
-        names = [f"s{index}" for index in range(1500)]
-        self.assertEqual(self.order(**{name: names[index + 1:index + 2] for index, name in enumerate(names)}),
-                         names[::-1])
-
-    def test_conditions(self):
-        service = self.settle_service({"depends_on": {}}, services={"main": {"image": IMAGE, "depends_on": {
-            "a": None, "b": {"condition": "service_healthy"},
-            "c": {"condition": "service_completed_successfully", "required": False},
-            "d": {"required": False}}}, "a": {"image": IMAGE}, "b": {"image": IMAGE}, "c": {"image": IMAGE}})
-        self.assertEqual(service.depends_on, {"a": ("service_started", True), "b": ("service_healthy", True),
-                                              "c": ("service_completed_successfully", False),
-                                              "d": ("service_started", False)})
-
-    def test_what_is_not_required_may_be_absent(self):
-        self.assertEqual(self.order(main={"ghost": {"required": False}}), ["main"])
-        for depends in (["ghost"], {"ghost": {"condition": "service_started"}}, {"ghost": {"required": True}}):
-            self.assertRefused(make_document({"depends_on": depends}),
-                               "services.main.depends_on: there is no service 'ghost'")
-
-    def test_a_service_of_a_profile_is_not_started_and_not_judged(self):
-        project = self.settle({"services": {"main": {"image": IMAGE},
-                                            "debug": {"image": IMAGE, "profiles": ["debug"], "privileged": True}}})
-        self.assertEqual([service.name for service in project.services], ["main"])
-        self.assertNotIn("debug", project.document["services"])
-
-    def test_who_shares_a_network_starts_after_its_owner(self):
-        """Docker Compose takes network_mode: service:x for a dependency: what is joined must be there."""
-        project = self.settle({"services": {"beside": {"image": IMAGE, "network_mode": "service:main"},
-                                            "main": {"image": IMAGE}}})
-        self.assertEqual([service.name for service in project.services], ["main", "beside"])
-
-    def test_who_shares_a_network_is_made_anew_with_its_owner(self):
-        """A container that joined one that is gone has no network any more."""
-        def hashes(tag):
-            project = self.settle({"services": {"main": {"image": f"localhost/a:{tag}"},
-                                                "beside": {"image": IMAGE, "network_mode": "service:main"}}})
-            return {service.name: service.hash for service in project.services}
-        self.assertNotEqual(hashes(1)["beside"], hashes(2)["beside"])
-        self.assertEqual(hashes(1), hashes(1))
-
-
-class Shared(RuntimeCase):
-    def test_volumes_and_how_they_are_made(self):
-        document = {"volumes": {"plain": None, "labelled": {"labels": {"a": "b"}}, "named": {"name": "own"},
-                                "foreign": {"external": True},
-                                "both": {"external": "true", "name": "theirs"}}}
-        self.assertEqual(margo_agent.make_volumes(document, self.make_workload()), {
-            "plain": (f"{PROJECT}_plain", MARKS[:1]), "labelled": (f"{PROJECT}_labelled", ["--label=a=b"] + MARKS[:1]),
-            "named": ("own", MARKS[:1]), "foreign": ("foreign", None),
-            "both": ("theirs", None)})
-        project = self.settle(make_document({}, **document))
-        self.assertEqual(set(project.volumes), {f"{PROJECT}_plain", f"{PROJECT}_labelled", "own"})
-
-    def test_networks_and_how_they_are_made(self):
-        document = {"networks": {"plain": None, "inner": {"internal": True, "labels": ["a=b"]},
-                                 "foreign": {"external": True, "name": "plant"},
-                                 "fixed": {"driver": "bridge",
-                                           "ipam": {"config": [{"subnet": "10.1.0.0/24", "gateway": "10.1.0.1"}]}}}}
-        networks = margo_agent.make_networks(document, self.make_workload())
-        digests = {name: arguments.pop() for name, (_, arguments) in networks.items() if arguments}
-        self.assertEqual(networks, {
-            "default": (f"{PROJECT}_default", MARKS), "plain": (f"{PROJECT}_plain", MARKS),
-            "inner": (f"{PROJECT}_inner", ["--label=a=b"] + MARKS + ["--internal"]), "foreign": ("plant", None),
-            "fixed": (f"{PROJECT}_fixed", MARKS + ["--subnet=10.1.0.0/24", "--gateway=10.1.0.1"])})
-        self.assertEqual(digests["plain"], digests["default"])
-        self.assertEqual(len(set(digests.values())), 3)
-
-    def test_names_that_an_engine_would_take_for_something_else_are_refused(self):
-        for name in ("../x", "a b", "-x", "a/b", "", "ns:/proc/1/ns/net"):
-            for section, word in (("volumes", "volume"), ("networks", "network")):
-                with self.subTest(name=name, section=section):
-                    self.assertRefused(make_document({}, **{section: {"a": {"name": name}}}), f"{section}.a: ",
-                                       f"is not a {word} name")
-
-    def test_what_the_agent_made_for_another_deployment_is_not_reached_by_its_name(self):
-        """Data, and a network by which it would answer, are that application's; components of one deployment may share."""
-        theirs, own = f"db-{support.HELLO[:-1]}1_data", f"db-{support.HELLO}_data"
-        for kind in ("volumes", "networks"):
-            for value, name in (({"name": theirs}, "a"), ({"external": True, "name": theirs}, "a"), ({"external": True}, theirs)):
-                for strict in (True, False):
-                    self.assertRefused(make_document({}, **{kind: {name: value}}), f"{kind}.{name}", "of another deployment",
-                                       code="POLICY_DENIED", strict=strict)
-            for value in ({"external": True, "name": own}, {"name": "shared"}, {"name": "of-" + support.HELLO[:-1] + "1"}):
-                self.settle(make_document({}, **{kind: {"a": value}}))
-
-    def test_the_networks_of_a_service(self):
-        networks = {"front": None, "back": None}
-        for value, expected in (
-                (None, [(f"{PROJECT}_default", [], [])]), (["front"], [(f"{PROJECT}_front", [], [])]),
-                (["back", "front"], [(f"{PROJECT}_back", [], []), (f"{PROJECT}_front", [], [])]),
-                ({"front": {"aliases": ["a", "b"], "ipv4_address": "10.1.0.5", "ipv6_address": "fd00::5"},
-                  "back": None},
-                 [(f"{PROJECT}_front", ["a", "b"], ["--ip=10.1.0.5", "--ip6=fd00::5"]), (f"{PROJECT}_back", [], [])])):
-            with self.subTest(value=value):
-                self.assertEqual(self.settle_service({"networks": value}, networks=networks).networks, expected)
-
-    def test_network_modes(self):
-        for mode in ("none", "host", "bridge"):
-            self.assertEqual(self.settle_service({"network_mode": mode}).networks, [(mode, None)])
-        project = self.settle({"services": {"main": {"image": IMAGE},
-                                            "beside": {"image": IMAGE, "network_mode": "service:main"}}})
-        self.assertEqual([s.networks for s in project.services if s.name == "beside"],
-                         [[(f"container:{PROJECT}-main-1", None)]])
-        for mode in ("slirp4netns", "ns:/proc/1/ns/net", "pasta", "other"):
-            self.assertRefused(make_document({"network_mode": mode}),
-                               f"services.main.network_mode: '{mode}' is not supported")
-
-    def test_mounts_in_both_syntaxes(self):
-        cases = [
-            ("data:/d", f"--volume={PROJECT}_data:/d"), ("data:/d:ro", f"--volume={PROJECT}_data:/d:ro"),
-            ("data:/d:ro,z", f"--volume={PROJECT}_data:/d:ro,z"),
-            ("/d", "--volume=/d"), ("./a:/d", f"--volume={self.archive}/a:/d:ro"),
-            ({"type": "volume", "source": "data", "target": "/d"}, f"--volume={PROJECT}_data:/d"),
-            ({"type": "volume", "target": "/d"}, "--volume=/d"),
-            ({"type": "volume", "source": "data", "target": "/d", "read_only": True}, f"--volume={PROJECT}_data:/d:ro"),
-            ({"type": "tmpfs", "target": "/t"}, "--tmpfs=/t"),
-            ({"type": "tmpfs", "target": "/t", "tmpfs": {"size": "1m"}}, "--tmpfs=/t:size=1m")]
-        for item, expected in cases:
-            with self.subTest(item=item):
-                self.assertEqual(self.settle_service({"volumes": [item]}, volumes={"data": None}).arguments, [expected])
-
-    def test_mounts_that_make_no_sense_are_refused_with_their_number(self):
-        for item in ("data:d", "data:/d:ro:x", "other:/d", "data:", ":/d", "data::/d", "data", "", "sub/dir:/d",
-                     {"type": "volume", "source": "data"},
-                     {"type": "bind", "source": "./a:b", "target": "/d"}, {"source": "data", "target": "/d"},
-                     {"type": "volume", "source": "/etc", "target": "/d"},
-                     {"type": "image", "source": "a", "target": "/d"},
-                     {"type": "tmpfs", "target": "d"}):
-            with self.subTest(item=item):
-                self.assertRefused(make_document({"volumes": ["data:/ok", item]}, volumes={"data": None}),
-                                   "services.main.volumes[1]")
-
-    def test_configs_are_texts_by_their_target(self):
-        self.add_file("a.ini", "price=$A")
-        service = self.settle_service({"configs": ["short", {"source": "short", "target": "/etc/a.ini", "mode": 0o440},
-            "inline"]}, {"A": "x"},
-                                      configs={"short": {"file": "./a.ini"}, "inline": {"content": "a=${A}"}})
-        self.assertEqual(service.files, {"/short": "price=$A", "/etc/a.ini": "price=$A", "/inline": "a=x"})
-
-    def test_the_target_of_a_config_is_absolute(self):
-        """P-20: an engine would refuse `app.ini` when the running container is gone already."""
-        try:
-            files = self.settle_service({"configs": [{"source": "a", "target": "app.ini"}]},
-                                        configs={"a": {"content": "x"}}).files
-        except margo_agent.ComponentError as error:
-            self.assertIn("services.main.configs", error.message)
-        else:
-            self.assertEqual(files, {"/app.ini": "x"})
-
-    def test_entrypoint_and_command(self):
-        for keys, arguments, command in (
-                ({"command": "a 'b c'"}, [], ["a", "b c"]), ({"entrypoint": ["/e", "-x"], "command": ["y"]},
-                    ["--entrypoint=/e"], ["-x", "y"]),
-                ({"entrypoint": "/e -x"}, ["--entrypoint=/e"], ["-x"]), ({"entrypoint": []}, ["--entrypoint="], []),
-                ({"entrypoint": "", "command": "a"}, ["--entrypoint="], ["a"]),
-            ({"entrypoint": None, "command": None}, [], [])):
-            with self.subTest(keys=keys):
-                service = self.settle_service(keys)
-                self.assertEqual((service.arguments, service.command), (arguments, command))
-
-    def test_the_labels_of_the_agent_are_its_own(self):
-        for labels in ({"org.margo.deployment": "x"}, ["org.margo.service=x"], {"org.margo.anything": None}):
-            for strict in (True, False):
-                self.assertRefused(make_document({"labels": labels}), "services.main.labels: org.margo.", strict=strict)
-                for kind in ("networks", "volumes"):
-                    self.assertRefused(make_document({}, **{kind: {"a": {"labels": labels}}}), f"{kind}.a.labels: org.margo.",
-                                       strict=strict)
-
-    def test_a_providers_file_has_the_labels_by_which_containers_are_found(self):
-        project = self.settle(make_document({"labels": ["a=b"]}), strict=False)
-        self.assertEqual(project.document["services"]["main"]["labels"], {
-            "a": "b", "org.margo.deployment": support.HELLO, "org.margo.component": "web", "org.margo.project": PROJECT,
-            "org.margo.service": "main",
-            "org.margo.hash": project.services[0].hash, "org.margo.device": "", "org.margo.owner": OWNER})
-
-    def test_networks_and_volumes_of_a_providers_file_say_whose_they_are(self):
-        """Contract, On the engine.  What is external is another's, and stays as it is written."""
-        shared = {"data": {"labels": ["a=b"]}, "plant": {"external": True}}
-        document = self.settle(make_document({}, networks=shared, volumes=shared), strict=False).document
-        mark, project = {"org.margo.owner": OWNER}, {"org.margo.project": PROJECT}
-        self.assertEqual(document["volumes"], {"data": {"labels": dict(mark, a="b")}, "plant": {"external": True}})
-        self.assertEqual(document["networks"], {"data": {"labels": dict(mark, a="b", **project)}, "plant": {"external": True},
-                                                "default": {"labels": dict(mark, **project)}})
-
-    def test_the_owner_is_no_part_of_the_hash(self):
-        """What an older agent made keeps running when the agent is updated."""
-        document, workload = make_document({"volumes": ["data:/d"]}, volumes={"data": None}), self.make_workload()
-        for strict in (True, False):
-            hashes = {margo_agent.make_project(document, workload._replace(owner=owner), self.config.policy, "podman",
-                                               strict).services[0].hash for owner in ("", OWNER)}
-            self.assertEqual(len(hashes), 1, strict)
-
-    def test_relative_paths_are_settled_for_every_provider(self):
-        """podman-compose takes paths from beside its file, Docker Compose from --project-directory: none is left."""
-        self.add_file("a.ini", "x")
-        document = self.settle(make_document({"volumes": ["./data:/d",
-            {"type": "bind", "source": "data", "target": "/e"}], "configs": ["a"]},
-                                             configs={"a": {"file": "a.ini"}}), strict=False).document
-        short, long = document["services"]["main"]["volumes"]
-        short = short.split(":")[0] if isinstance(short, str) else short["source"]
-        self.assertEqual([short, long["source"]], [os.path.join(self.archive, "data")] * 2)
-        config = document["configs"]["a"]
-        self.assertIn(config, ({"content": "x"}, {"file": os.path.join(self.archive, "a.ini")}))
-
-    def test_escape_dollars_reaches_every_text(self):
-        value = {"a": "$A", "b": ["$$", {"c": "x${Y}"}], "n": 1, "f": True, "none": None}
-        self.assertEqual(margo_agent.escape_dollars(value), {"a": "$$A", "b": ["$$$$", {"c": "x$${Y}"}], "n": 1,
-            "f": True, "none": None})
-        self.assertEqual(margo_agent.escape_dollars(margo_agent.load_yaml("[0440, 0o440, 0x10, 0, 10, 0.5]")),
-                         ["0440", 288, 16, 0, 10, 0.5])
-
-
-class Hashes(RuntimeCase):
-    BASE = {"image": "localhost/a:1", "command": ["a"], "environment": {"A": "1"}, "ports": ["80:80"],
-            "volumes": ["data:/d", "./a:/a"],
-            "labels": {"l": "1"}, "networks": ["front"], "healthcheck": {"test": "true"}, "configs": ["app"]}
-    MEMBERS = {"volumes": {"data": None}, "networks": {"front": None, "back": None},
-               "configs": {"app": {"content": "x"}}}
-
-    def hash(self, *removed, **changes):
-        keys = {key: value for key, value in dict(self.BASE, **changes).items() if key not in removed}
-        return self.settle_service(keys, **self.MEMBERS).hash
-
-    def test_the_same_file_has_the_same_hash(self):
-        self.assertEqual(self.hash(), self.hash())
-        self.assertRegex(self.hash(), r"\A[0-9a-f]{32}\Z")
-
-    def test_it_does_not_depend_on_this_process(self):
-        """P-16: a restart of the agent adopts what runs."""
-        code = ("import sys; sys.path.insert(0, sys.argv[1]); import margo_agent as m\n"
-                "w = m.Workload('i', 'web', 'p', sys.argv[2], {}, {}, True)\n"
-                "s = {'image': 'a', 'labels': {'b': '1', 'a': '2'}, 'environment': {'Y': '1', 'X': '2'}}\n"
-                "d = {'services': {'main': s}}\n"
-                "print(m.make_project(d, w, m.Settings(privileged='deny', host_paths=[]), 'podman').services[0].hash)")
-        here = os.path.dirname(os.path.abspath(margo_agent.__file__))
-        found = {subprocess.check_output([sys.executable, "-S", "-c", code, here, self.archive],
-                                         env={"PYTHONHASHSEED": seed}) for seed in "12"}
-        self.assertEqual(len(found), 1)
-        self.assertRegex(found.pop().decode(), r"\A[0-9a-f]{32}\n\Z")
-
-    def test_order_and_spelling_that_mean_nothing_do_not_change_it(self):
-        keys = dict(reversed(list(self.BASE.items())))
-        self.assertEqual(self.settle_service(keys, **self.MEMBERS).hash, self.hash())
-        for changes in ({"environment": ["A=1"]}, {"labels": ["l=1"]}, {"x-note": "n"}, {"depends_on": {}},
-                        {"command": "a"},
-                        {"networks": {"front": None}}):
-            with self.subTest(changes=changes):
-                self.assertEqual(self.hash(**changes), self.hash())
-
-    def test_every_change_changes_it(self):
-        cases = [
-            {"image": "localhost/a:2"}, {"command": ["b"]}, {"command": ["a", "b"]}, {"entrypoint": ["a"]},
-            {"environment": {"A": "2"}},
-            {"environment": {"A": "1", "B": ""}}, {"environment": {}}, {"ports": ["81:80"]}, {"ports": ["80:80/udp"]},
-            {"volumes": ["data:/e", "./a:/a"]},
-            {"volumes": ["data:/d", "./b:/a"]}, {"volumes": ["data:/d:ro", "./a:/a"]}, {"labels": {"l": "2"}},
-            {"networks": ["back"]},
-            {"networks": ["front", "back"]}, {"networks": {"front": {"aliases": ["x"]}}},
-            {"healthcheck": {"test": "false"}},
-            {"healthcheck": {"test": "true", "interval": "5s"}}, {"init": True}, {"user": "1"}, {"restart": "always"},
-            {"mem_limit": "1g"},
-            {"configs": [{"source": "app", "target": "/elsewhere"}]}, {"configs": []}]
-        seen = {self.hash(): "nothing"}
-        for changes in cases:
-            with self.subTest(changes=changes):
-                digest = self.hash(**changes)
-                self.assertNotIn(digest, seen)
-                seen[digest] = changes
-
-    def test_the_content_of_a_config_changes_it(self):
-        first = self.hash()
-        self.assertNotEqual(first, self.settle_service(self.BASE,
-            **dict(self.MEMBERS, configs={"app": {"content": "y"}})).hash)
-
-    def test_only_the_service_that_changed_has_another_one(self):
-        def hashes(value):
-            return {s.name: s.hash for s in self.settle({"services": {
-                "a": {"image": IMAGE, "environment": ["A"]}, "b": {"image": IMAGE, "depends_on": ["a"]}}},
-                {"A": value}).services}
-        first, second = hashes("1"), hashes("2")
-        self.assertNotEqual(first["a"], second["a"])
-        self.assertEqual(first["b"], second["b"])
+from tests.test_compose_file import ABSENT, IMAGE, MARKS, OWNER, PROJECT, FileCase, make_config, make_document
 
 
 # Judging a start
@@ -1592,26 +80,7 @@ class Masking(unittest.TestCase):
         self.assertEqual(margo_agent.mask("a word", ["a"]), "a word")
 
 
-class IsSettled(unittest.TestCase):
-    def test_exactly_one_container_that_is_as_it_should_be(self):
-        """P-7, P-12: told from what the engine shows, and from what finished before."""
-        service = margo_agent.Service("a", IMAGE, [], [], {}, {}, [], {}, None, "missing", "h")
-        done, other = {"hash": "h", "finished": True}, {"hash": "g", "finished": True}
-        for containers, known, expected in (
-                ([("h", "running")], None, True), ([("g", "running")], None, False), ([], done, False),
-            ([("h", "exited")], None, False),
-                ([("h", "exited")], done, True), ([("h", "exited")], other, False),
-            ([("h", "exited")], dict(done, finished=False), False),
-                ([("h", "running"), ("h", "running")], None, False), ([("g", "exited")], done, False)):
-            with self.subTest(containers=containers, known=known):
-                items = [margo_agent.Container("i", "n", "d", "c", "a", digest, state, "compose") for digest,
-                         state in containers]
-                self.assertIs(margo_agent.is_settled(service, items, known), expected)
-
-
-# Finding engines
-
-class Finding(RuntimeCase):
+class Finding(FileCase):
     def make_environ(self, *names, **more):
         """An environment in whose PATH these programs are."""
         for name in names:
@@ -1634,37 +103,12 @@ class Finding(RuntimeCase):
             self.skipTest("a Docker daemon runs here")
         self.assertIsNone(margo_agent.find_engine("auto", self.make_environ("docker")))
 
-    def test_the_provider_is_what_the_setting_says(self):
-        environ = self.make_environ("docker-compose")
-        for setting, engine, expected in (
-                ("builtin", "docker", None), ("docker compose", "docker", ["docker", "compose"]),
-            ("docker-compose", "podman", ["docker-compose"]),
-                ("podman-compose", "podman", ["podman-compose"]), ("auto", "podman", None),
-            ("auto", "docker", ["docker-compose"])):
-            with self.subTest(setting=setting, engine=engine):
-                self.assertEqual(margo_agent.find_provider(setting, engine, dict(environ, DOCKER_CONFIG=self.folder)),
-                                 expected)
-
-    def test_the_plugin_of_docker_is_found_where_docker_looks_for_it(self):
-        support.write(os.path.join(self.folder, "config", "cli-plugins", "docker-compose"), "", 0o755)
-        support.write(os.path.join(self.folder, ".docker", "cli-plugins", "docker-compose"), "", 0o755)
-        for environ in ({"DOCKER_CONFIG": os.path.join(self.folder, "config"), "HOME": "/nowhere"},
-                        {"HOME": self.folder}):
-            self.assertEqual(margo_agent.find_provider("auto", "docker", dict(environ, PATH="/nowhere")),
-                             ["docker", "compose"])
-
-    def test_the_engine_is_the_one_that_the_provider_works_with(self):
-        """P-12: asked of podman, what `docker compose` has started would never be there."""
-        environ = self.make_environ("podman", "docker", DOCKER_HOST="unix:///x")
-        driver = margo_agent.make_compose_driver(make_config(runtime__compose="docker compose"), environ)
-        self.assertEqual((driver.engine, driver.provider), ("docker", ["docker", "compose"]))
-
     def test_no_driver_where_nothing_runs_compose(self):
         environ = self.make_environ("podman")
         self.assertIsNone(margo_agent.make_compose_driver(make_config(runtime__compose="off"), environ))
         self.assertIsNone(margo_agent.make_compose_driver(make_config(runtime__engine="docker"), environ))
         driver = margo_agent.make_compose_driver(make_config(), environ)
-        self.assertEqual((driver.engine, driver.provider), ("podman", None))
+        self.assertEqual(driver.engine, "podman")
 
 
 class ParseContainers(unittest.TestCase):
@@ -1731,26 +175,9 @@ class ParseContainers(unittest.TestCase):
                 self.assertIn("docker ps answered in an unknown form", caught.exception.message)
 
 
-class Ports(RuntimeCase):
-    """What a service holds of the host, as data: who goes first when a port changes hands is decided from it (F-28)."""
-
-    CASES = [("80", []), ("8080:80", [["", 8080, "tcp"]]), ("127.0.0.1:8080:80/udp", [["127.0.0.1", 8080, "udp"]]),
-             ("0.0.0.0:8080:80", [["", 8080, "tcp"]]), ("[::]:8080:80", [["", 8080, "tcp"]]),
-             ("[0:0::1]:53:53/udp", [["::1", 53, "udp"]]), ("127.0.0.1::80", []),
-             ("8080-8081:80-81", [["", 8080, "tcp"], ["", 8081, "tcp"]]), ("8080-8090:80", []),
-             ({"target": 80, "published": 8080, "host_ip": "10.0.0.1", "protocol": "sctp"}, [["10.0.0.1", 8080, "sctp"]]),
-             ({"target": 80}, [])]
-
-    def test_the_ports_of_a_service_are_known_from_its_file(self):
-        for item, expected in self.CASES:
-            with self.subTest(item=item):
-                self.assertEqual(self.settle_service({"ports": [item]}).ports, expected)
-
-
 # The driver against an engine of files
 
-class DriverCase(RuntimeCase):
-    provider = None
+class DriverCase(FileCase):
     starts_processes = False
     claim = margo_agent.Claim(OWNER, frozenset(), frozenset([support.HELLO]), frozenset())
 
@@ -1760,7 +187,7 @@ class DriverCase(RuntimeCase):
         self.start_patch(mock.patch.dict(os.environ, self.engine.env))
         if not self.starts_processes:
             self.start_patch(mock.patch.object(margo_agent, "run_command", self.run_here))
-        self.driver = margo_agent.ComposeDriver("podman", self.provider, self.config, claim=lambda: self.claim)
+        self.driver = margo_agent.ComposeDriver("podman", self.config, claim=lambda: self.claim)
 
     def start_patch(self, patch):
         patch.start()
@@ -1823,11 +250,13 @@ class CommandLines(DriverCase):
         self.assertEqual(calls, [
             ["network", "create", *MARKS, f"{PROJECT}_default"], ["network", "create", *MARKS, f"{PROJECT}_front"],
             ["network", "create", *MARKS, "--internal", f"{PROJECT}_back"],
-            ["volume", "create", "--label=a=b", MARKS[0], f"{PROJECT}_data"],
+            ["volume", "create", "--label=a=b", *MARKS, f"{PROJECT}_data"],
             ["create", f"--name={name}", f"--label=org.margo.deployment={support.HELLO}",
              "--label=org.margo.component=web", mark,
              "--label=org.margo.service=main", f"--label=org.margo.hash={service.hash}", "--label=org.margo.device=",
-             f"--label=org.margo.owner={OWNER}", "--http-proxy=false", f"--env-file={self.folder}/main.env", config, "--init",
+             f"--label=org.margo.owner={OWNER}", f"--label=com.docker.compose.project={PROJECT}", "--label=com.docker.compose.service=main",
+             "--label=com.docker.compose.container-number=1", f"--label=com.docker.compose.config-hash={service.hash}",
+             "--label=com.docker.compose.oneoff=False", "--http-proxy=false", f"--env-file={self.folder}/main.env", config, "--init",
              "--publish=80:80", f"--volume={PROJECT}_data:/d", f"--network={PROJECT}_front", "--network-alias=main",
              "--network-alias=www", IMAGE,
              "sleep", "5"],
@@ -1843,9 +272,9 @@ class CommandLines(DriverCase):
         self.assertNotIn("localhost", words)
 
     def test_a_network_mode_has_no_alias(self):
-        self.apply(make_document({"network_mode": "host"}))
+        self.apply(make_document({"network_mode": "none"}))
         create = next(call for call in self.changes() if call[0] == "create")
-        self.assertIn("--network=host", create)
+        self.assertIn("--network=none", create)
         self.assertFalse([argument for argument in create if "alias" in argument])
 
     def test_values_stand_in_files_and_never_on_a_command_line(self):
@@ -1873,6 +302,42 @@ class CommandLines(DriverCase):
         self.apply(make_document({"environment": sorted(values)}), parameters=values)
         with open(os.path.join(self.folder, "main.env"), encoding="utf-8") as file:
             self.assertEqual(dict(line.split("=", 1) for line in file.read().split("\n") if line), values)
+
+    def test_a_value_of_several_lines_is_only_named_on_the_command_line(self):
+        """K15: podman and docker take `--env NAME` from their own environment; no other command is given it."""
+        seen = os.path.join(self.folder, "environment")
+        wrapper = support.write(os.path.join(self.folder, "first", "podman"),
+                                f"#!/bin/sh\necho \"$1=$TEXT\" >> {seen}\nexec {self.engine.folder}/bin/podman \"$@\"\n", 0o755)
+        with mock.patch.dict(os.environ, PATH=os.path.dirname(wrapper) + ":" + os.environ["PATH"]):
+            self.apply(make_document({"environment": ["TEXT", "PLAIN=1"]}), parameters={"TEXT": "one\nlines"})
+        with open(seen) as file:
+            text = file.read()
+        self.assertEqual([line for line in text.splitlines() if line.endswith("=one")], ["create=one"])
+        create = next(call for call in self.changes() if call[0] == "create")
+        self.assertIn("--env=TEXT", create)
+        self.assertNotIn("lines", json.dumps(create))
+        with open(os.path.join(self.folder, "main.env")) as file:
+            self.assertEqual(file.read(), "PLAIN=1\n")
+
+    def test_a_file_has_the_mode_that_was_asked_for(self):
+        """K10: an entrypoint that is a config has to be executable."""
+        self.apply(make_document({"configs": [{"source": "run", "target": "/run.sh", "mode": 0o555}], "secrets": ["key"]},
+                                 configs={"run": {"content": "#!/bin/sh\n"}}, secrets={"key": {"environment": "KEY"}}),
+                   parameters={"KEY": "s3cret"})
+        create = next(call for call in self.changes() if call[0] == "create")
+        self.assertNotIn("s3cret", json.dumps(self.engine.calls()))
+        modes = {argument.split(":")[1]: stat.S_IMODE(os.stat(argument[len("--volume="):].split(":")[0]).st_mode)
+                 for argument in create if argument.startswith("--volume=")}
+        self.assertEqual(modes, {"/run.sh": 0o555, "/run/secrets/key": 0o644})
+
+    def test_what_a_parameter_has_put_into_the_file_is_masked_in_its_faults(self):
+        """D-35, contract: no value of a parameter in a log or a status."""
+        for keys in ({"restart": "${SECRET}"}, {"image": "${SECRET} x"}, {"ports": ["${SECRET}"]}, {"depends_on": ["${SECRET}"]},
+                     {"volumes": ["${SECRET}:/x"]}, {"user": "${U:?no ${SECRET}}"}, {"environment": {"A": "${SECRET} ${"}}):
+            with self.subTest(keys=keys):
+                with self.assertRaises(margo_agent.ComponentError) as caught:
+                    self.prepare(make_document(keys), parameters={"SECRET": "s3cret-word"})
+                self.assertNotIn("s3cret-word", caught.exception.message)
 
     def test_parameters_never_change_how_the_engine_is_run(self):
         """D-18: PATH and LD_PRELOAD go into the container, and nowhere else."""
@@ -2082,14 +547,30 @@ class Updates(DriverCase):
 
     def test_what_cannot_be_handed_over_is_refused_before_what_runs_is_touched(self):
         """P-20, D-11: the running version stays until the new one can be made."""
-        self.apply(make_document({"environment": ["A"]}), parameters={"A": "1"})
+        self.apply(make_document({}))
+        before = self.changes()
+        os.environ["MARGO_TEST"] = "x"
+        self.addCleanup(os.environ.pop, "MARGO_TEST")
+        for name, text in (("A", "x" * 200000), ("LD_PRELOAD", "two\nlines"), ("MARGO_TEST", "two\nlines")):
+            self.assertFails("PARAMETER_INVALID", lambda: self.apply(make_document({"environment": [name]}), parameters={name: text}),
+                             f"services.main.environment.{name}")
+        self.assertEqual(self.changes(), before)
+
+    def test_a_service_whose_files_did_not_change_keeps_its_container(self):
+        """K16: the next package lies in another folder; what is mounted of it goes by its content."""
+        def apply(package, content, changes, known):
+            self.archive = os.path.join(self.folder, package)
+            self.add_file("app.ini", content)
+            services = {"db": {"image": IMAGE, "volumes": ["./app.ini:/etc/app.ini"]}, "app": {"image": IMAGE, "command": [changes]}}
+            return self.apply({"services": services}, known)
+        known = apply("one", "x", "1", {})
         before = self.ids()
-        self.engine.forget_calls()
-        self.assertFails("PARAMETER_INVALID", lambda: self.apply(make_document({"environment": ["A"]}),
-            parameters={"A": "two\nlines"}),
-                         "services.main.environment.A: holds a line end")
-        self.assertEqual(self.ids(), before)
-        self.assertEqual(self.changes(), [])
+        known = apply("two", "x", "2", known)
+        after = self.ids()
+        self.assertEqual(after["db"], before["db"])
+        self.assertNotEqual(after["app"], before["app"])
+        apply("three", "y", "2", known)
+        self.assertNotEqual(self.ids()["db"], before["db"])
 
     def test_what_cannot_be_removed_is_said(self):
         """P-11: a container that stays is never taken for removed."""
@@ -2151,18 +632,20 @@ class Owners(DriverCase):
         self.check_names(make_document({"volumes": ["data:/d", "plant:/p"]}, volumes={"data": None, "plant": {"external": True}},
                                        networks={"plant": {"external": True}}))
 
-    def test_what_a_provider_made_before_is_in_its_file_as_it_was_made(self):
-        """docker compose would stop everything for a network or volume that has another label now."""
-        self.claim, self.driver.provider = self.claim._replace(owners={"earlier"}), ["docker-compose"]
-        with self.engine.open() as held:
-            held["volumes"] = {f"{PROJECT}_data": [], "named": ["org.margo.owner=earlier"]}
-            held["networks"] = {f"{PROJECT}_default": [f"org.margo.project={PROJECT}"]}
-        prepared = self.prepare(make_document({}, volumes={"data": None, "named": {"name": "named"}, "new": None},
-                                              networks={"plant": {"external": True}}))
-        self.driver.keep_owners(*prepared)
-        found = {name: item.get("labels", {}).get("org.margo.owner") for kind in ("volumes", "networks")
-                 for name, item in prepared[1].document[kind].items()}
-        self.assertEqual(found, {"data": None, "named": "earlier", "new": OWNER, "plant": None, "default": None})
+    def test_what_was_made_for_another_deployment_is_not_reached_by_any_name(self):
+        """A project's name may be cut, so that no id stands in it: the label says for whom something was made."""
+        project = "a-component-of-a-long-name-that-is-cut-to-its-first-0123456789"
+        labels = [f"org.margo.deployment={support.HELLO[:-1]}1", f"org.margo.owner={OWNER}", f"org.margo.project={project}"]
+        for kind in ("networks", "volumes"):
+            for name, denied in ((f"{project}_data", True), ("shared", False)):
+                with self.engine.open() as held:
+                    held[kind] = {name: labels}
+                for value in ({"name": name}, {"external": True, "name": name}, {"external": {"name": name}}):
+                    document = make_document({}, **{kind: {"x": value}})
+                    if denied:
+                        self.assertFails("POLICY_DENIED", lambda: self.check_names(document), f"{name} is of another deployment")
+                    else:
+                        self.check_names(document)
 
     def test_what_an_earlier_identity_made_is_still_ours(self):
         self.apply(make_document({}))
@@ -2232,6 +715,18 @@ class Handover(DriverCase):
                          {f"{PROJECT}-a-1", f"{PROJECT}-b-1"})
         self.apply(document)
         self.assertEqual(self.ids(), before)
+
+
+    def test_who_shares_a_namespace_gets_that_of_the_container_that_is_made(self):
+        """K30: while it is made, another container still has the name."""
+        def make(value):
+            return {"services": {"a": {"image": IMAGE, "command": [value], "ipc": "shareable"},
+                                 "b": {"image": IMAGE, "pid": "service:a", "ipc": "service:a", "network_mode": "service:a"}}}
+        for value in "12":
+            self.apply(make(value))
+            made = self.engine.containers()[f"{PROJECT}-b-1"]["argv"]
+            for key in ("network", "pid", "ipc"):
+                self.assertIn(f"--{key}=container:{self.ids()['a']}", made)
 
 
 class Volumes(DriverCase):
@@ -2357,7 +852,7 @@ class Removal(DriverCase):
         self.remove()
         self.assertEqual(self.engine.containers(), {})
         with self.engine.open() as held:
-            self.assertEqual((held["networks"], held["volumes"]), ({}, {f"{PROJECT}_data": [f"org.margo.owner={OWNER}"]}))
+            self.assertEqual((held["networks"], held["volumes"]), ({}, {f"{PROJECT}_data": [mark[len("--label="):] for mark in MARKS]}))
 
     def test_networks_of_another_owner_stay(self):
         """Contract, On the engine: whatever other labels something has, its owner says whose it is."""
@@ -2497,99 +992,6 @@ class Startup(DriverCase):
         self.assertFails("UNHEALTHY", lambda: self.apply(document), "service db is unhealthy")
         self.assertEqual(self.starts(), ["db"])
         self.assertLess(before, {item["id"] for item in self.engine.containers().values()}, "the way back is gone")
-
-
-class Providers(DriverCase):
-    provider = ["docker-compose"]
-    starts_processes = True
-    SCRIPT = """#!/bin/sh
-printf '%s\\n' "$@" > {0}/arguments
-env > {0}/environment
-test ! -e {0}/fault || {{ cat {0}/fault >&2; exit 17; }}
-"""
-
-    def setUp(self):
-        super().setUp()
-        self.seen = os.path.join(self.folder, "seen")
-        for name in ("docker-compose", "podman-compose"):
-            support.write(os.path.join(self.seen, name), self.SCRIPT.format(self.seen), 0o755)
-        self.start_patch(mock.patch.dict(os.environ, PATH=self.seen + ":" + os.environ["PATH"], SECRET="of-the-agent",
-                                         COMPOSE_FILE="/hostile.yaml"))
-
-    def read(self, name):
-        with open(os.path.join(self.seen, name)) as file:
-            return file.read().splitlines()
-
-    def test_the_command_line_word_by_word(self):
-        self.apply(make_document({}))
-        self.assertEqual(self.read("arguments"), ["--project-name", PROJECT, "--file", f"{self.folder}/resolved.json",
-            "--project-directory",
-                                                  self.archive, "--env-file", "/dev/null", "up", "--detach", "--remove-orphans"])
-        self.driver.provider = ["podman-compose"]
-        self.apply(make_document({}))
-        self.assertEqual(self.read("arguments"), ["--project-name", PROJECT, "--file", f"{self.folder}/resolved.json",
-            "up", "--detach",
-                                                  "--remove-orphans"])
-
-    def test_only_what_changed_is_named_to_it(self):
-        """P-7, P-16: left to itself a provider makes the others anew too."""
-        def make(command):
-            return {"services": {"a": {"image": IMAGE}, "b": {"image": IMAGE, "command": [command]}}}
-        services = self.prepare(make("x"))[1].services
-        with self.engine.open() as held:                # what the provider has made, as the engine shows it
-            for number, service in enumerate(services):
-                labels = margo_agent.make_labels(self.make_workload(), service.name, service.hash)
-                held["containers"][f"{PROJECT}-{service.name}-1"] = {
-                    "id": str(number) * 64, "image": IMAGE, "labels": labels, "state": "running", "code": 0,
-                    "restarts": 0, "argv": [], "env": []}
-        self.apply(make("x"))
-        self.assertFalse(os.path.exists(os.path.join(self.seen, "arguments")))
-        self.apply(make("y"))
-        self.assertEqual(self.read("arguments")[-4:], ["up", "--detach", "--no-deps", "b"])
-
-    def test_its_environment_holds_nothing_of_the_application(self):
-        """D-18, contract, Parameters: they change nothing of it, and the agent's own COMPOSE_FILE has no say."""
-        parameters = {"PATH": "/hostile", "LD_PRELOAD": "/hostile.so", "DOCKER_HOST": "tcp://hostile",
-                      "PLAIN": "hostile"}
-        self.apply(make_document({"environment": sorted(parameters)}), parameters=parameters,
-                   environment={"OTEL": "hostile"})
-        lines = self.read("environment")
-        self.assertIn("PATH=" + os.environ["PATH"], lines)
-        self.assertFalse([line for line in lines if "hostile" in line or line.startswith("SECRET=")])
-
-    def test_the_file_is_settled_private_and_escaped(self):
-        """C-180: values reach the provider by a file of mode 0600, and it finds nothing left to interpolate."""
-        old = os.umask(0)
-        self.addCleanup(os.umask, old)
-        self.apply(make_document({"environment": ["PASS"], "command": ["echo", "${PASS}", "$$HOME"]}),
-                   parameters={"PASS": "s3cret$x"})
-        path = os.path.join(self.folder, "resolved.json")
-        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
-        service = support.read_json(path)["services"]["main"]
-        self.assertEqual((service["environment"], service["command"]),
-                         ({"PASS": "s3cret$$x"}, ["echo", "s3cret$$x", "$$HOME"]))
-        self.assertNotIn("s3cret", "".join(self.read("arguments")) + json.dumps(self.engine.calls()))
-
-    def test_a_line_end_reaches_the_container(self):
-        self.apply(make_document({"environment": ["TEXT"]}), parameters={"TEXT": "two\nlines"})
-        service = support.read_json(os.path.join(self.folder, "resolved.json"))["services"]["main"]
-        self.assertEqual(service["environment"], {"TEXT": "two\nlines"})
-
-    def test_its_failure_carries_its_words(self):
-        support.write(os.path.join(self.seen, "fault"), "port is already allocated for s3cret\n")
-        self.assertFails("INSTALL_FAILED", lambda: self.apply(make_document({}), parameters={"PASS": "s3cret"}), "docker-compose up failed",
-                         "port is already allocated for ***")
-
-    def test_images_are_pulled_before_anything_is_touched(self):
-        """P-20, D-11: also where a provider could pull by itself."""
-        self.prepare(make_document({"image": "localhost/new:1"}))
-        self.assertEqual(self.changes(), [["pull", "--quiet", "localhost/new:1"]])
-        self.assertFalse(os.path.exists(os.path.join(self.seen, "arguments")))
-
-    def test_keys_that_only_the_provider_knows_are_handed_on(self):
-        self.apply(make_document({"oom_score_adj": 5, "dns_search": ["example"]}))
-        service = support.read_json(os.path.join(self.folder, "resolved.json"))["services"]["main"]
-        self.assertEqual((service["oom_score_adj"], service["dns_search"]), (5, ["example"]))
 
 
 if __name__ == "__main__":
