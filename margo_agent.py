@@ -14,16 +14,17 @@ Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one
 Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All else may change.
 
 How to read it: from top to bottom.  A section uses only sections above it.
-   1 Constants and errors    11 Desired state           21 Gateway (optional)
-   2 Records                 12 Desired-state source    22 Hooks (optional)
-   3 YAML                    13 Eligibility             23 Older documents (optional)
-   4 Small encodings         14 Plan                    24 Signed (optional)
-   5 X.509                   15 Packages                25 Git (optional)
-   6 Configuration           16 Runtimes                26 Enrollment (optional)
-   7 Store                   17 Deployment status       27 Revocation (optional)
-   8 Commands                18 Apply                   28 Doctor (optional)
-   9 Transport               19 Capabilities
-  10 Identity and trust      20 Agent                   29 Command line
+   1 Constants and errors       12 Desired-state source       23 Agent
+   2 Records                    13 Eligibility                24 Gateway (optional)
+   3 YAML                       14 Plan                       25 Hooks (optional)
+   4 Small encodings            15 Packages                   26 Older documents (optional)
+   5 X.509                      16 Compose file               27 Signed (optional)
+   6 Configuration              17 Compose driver             28 Git (optional)
+   7 Store                      18 Helm                       29 Enrollment (optional)
+   8 Commands                   19 Drivers                    30 Revocation (optional)
+   9 Transport                  20 Deployment status          31 Doctor (optional)
+  10 Identity and trust         21 Apply                      32 Command line
+  11 Desired state              22 Capabilities
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
 are mistakes of other agents, which a test of the same mark keeps out.
 """
@@ -4983,7 +4984,7 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 16. Runtimes
+# 16. Compose file
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def find_parameters(deployment, component):
@@ -5056,49 +5057,11 @@ Content = define("Content", "text mode uid gid",
     "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
 Reading = define("Reading", "workload policy engine folder variables volumes networks contents",
     "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of"
-    " volumes"
-    " and of networks, {section: {name: text}} of configs and secrets.")
-Changes = define("Changes", "kept idle making late leaving",
-    "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no"
-    " start, [Service] to be made, names of those that can only be made after what leaves has left, and"
-    " [[Container]] that leave, those that stop together in one list, whoever depends on others first.")
-Job = define("Job", "workload project folder known deadline current runs volumes",
-    "One apply: what runs, in which folder its files are, what an earlier apply returned, until when; {service: id"
-    " of its container} as far as it has come, the ids of what ran before, {service: {path: volume}} as it was.")
-Shown = define("Shown", "state code restarts health volumes",
-    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of the volumes in it.",
-    0, 0, "", {})
-Network = define("Network", "labels internal subnets gateways",
-    "A network as `network inspect` shows it; the last two are sets of texts.")
+    " volumes and of networks, {section: {name: text}} of configs and secrets.")
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
-AT_REST = ("exited", "created", "initialized", "stopped", "configured")     # an engine's words for what does not run
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
-
-
-def make_claim(owner, state):
-    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
-    state.
-    """
-    records = state["deployments"]
-    services = [component["services"] for record in records.values() for component in record["components"]]
-    for record in records.values():
-        services += (record["running"] or {}).get("services", {}).values()
-    ids = {facts.get("id") for items in services for facts in items.values()}
-    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None},
-                 frozenset(state["pulled"]))
-
-
-def is_ours(claim, deployment_id, owner, container_id=None):
-    """Whether a workload, or a network or volume of one, is this agent's.
-
-    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it
-    is labelled by a stranger: by the container's id, or by the deployment's where the label is of an earlier
-    time, or older than such labels (contract, On the engine).
-    """
-    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
-    return known or container_id in claim.ids or owner == claim.owner != ""
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -5143,7 +5106,8 @@ def interpolate(text, variables, where, depth=0):
         value = dollar or variables.get(name, "")
         if long and operator != "}":
             end = find_brace(text, position, where)
-            rest, position = text[position:end], end + 1
+            rest = text[position:end]
+            position = end + 1
             given = name in variables and bool(value or ":" not in operator)
             value = choose(operator[-1], given, name, value,
                            lambda: interpolate(rest, variables, where, depth + 1), where)
@@ -5553,7 +5517,8 @@ def find_unknown(value, form, where=""):
 def check_keys(document):
     """Raises ComponentError that names every key of a file that is not supported: none is ever ignored."""
     import difflib
-    faults, told = [], set()
+    faults = []
+    told = set()
     for place, key, known in find_unknown(document, FILE_FORM):
         near = difflib.get_close_matches(key, known, 1, 0.6)
         advice = ADVICE.get(key) or (f"did you mean {near[0]}?" if near else "")
@@ -5578,7 +5543,8 @@ def read_value(value, form, where):
                 for index, item in enumerate(items if isinstance(items, list) else [items])]
     if isinstance(value, list) and list in form:
         value = dict.fromkeys(to_list(value, where))
-    value, each = to_mapping(value, where), form.get(None) or form.get(list)
+    value = to_mapping(value, where)
+    each = form.get(None) or form.get(list)
     return Settings({key: read_value(value.get(key), each or part, f"{where}.{key}" if where else key)
                      for key, part in (value if each else form).items()})
 
@@ -5589,7 +5555,8 @@ def make_volumes(document, workload):
     """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
     volumes = {}
     for name, value in document.volumes.items():
-        where, options = f"volumes.{name}", value.driver_opts or {}
+        where = f"volumes.{name}"
+        options = value.driver_opts or {}
         parts = options.get("o", "").split(",") if options.get("o") else []
         if options and not (set(options) <= {"type", "device", "o"} and options.get("type") == "tmpfs"
                             and options.get("device", "tmpfs") == "tmpfs"
@@ -5733,10 +5700,9 @@ def make_span(text):
 
 def make_publish(port):
     """A Port as the engine takes it."""
-    address = [f"[{port.address}]" if ":" in port.address else port.address] if port.address else []
-    published = [port.published] if port.published or address else []
-    protocol = "" if port.protocol == "tcp" else "/" + port.protocol
-    return ":".join(address + published + [port.target]) + protocol
+    address = f"[{port.address}]" if ":" in port.address else port.address
+    text = f"{address}:{port.published}:{port.target}" if address else f"{port.published}:{port.target}".lstrip(":")
+    return text if port.protocol == "tcp" else f"{text}/{port.protocol}"
 
 
 def find_ports(ports):
@@ -6015,7 +5981,8 @@ def is_device(item, pattern):
 def check_logging(where, logging, engine):
     """Raises ComponentError for a log driver, or an option of it, that the engine does not have or that leads
     elsewhere."""
-    driver, options = logging.driver or LOG_DRIVERS[engine][0], logging.options or {}
+    driver = logging.driver or LOG_DRIVERS[engine][0]
+    options = logging.options or {}
     if driver not in LOG_DRIVERS[engine]:
         known = ", ".join(LOG_DRIVERS[engine])
         raise make_fault(f"{where}.driver: {engine} has no {make_printable(driver, 40)!r}, but {known}")
@@ -6035,7 +6002,8 @@ def check_mounts(where, mounts, policy, folder):
                 deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
         if mount.kind != "bind":
             continue
-        source, found = make_printable(mount.source, 200), mount.found
+        source = make_printable(mount.source, 200)
+        found = mount.found
         if mount.source.startswith("~"):
             deny(where, f"{source} is in a home folder; name the path itself")
         if found.socket:
@@ -6080,10 +6048,11 @@ def make_project(document, workload, policy, engine, folder=None):
     D-18). Everything is read once, into records, and policy is held against these. folder: the package as a
     Folder.
     """
-    if not isinstance(document, dict) or not isinstance(document.get("services"),
-            dict) or not document["services"]:
+    services = document.get("services") if isinstance(document, dict) else None
+    if not services or not isinstance(services, dict):
         raise make_fault("no services")
-    folder, notes = folder or Folder(workload.folder), []
+    folder = folder or Folder(workload.folder)
+    notes = []
     variables = make_file_variables(workload, folder)
     document = interpolate_all(document, variables)
     document["services"] = find_wanted(document["services"], notes)
@@ -6227,6 +6196,49 @@ def make_labels(workload, service, digest):
                  # all of them, whether empty or not: an image has labels of its own
                  LABEL_OWNER: workload.owner},
                 **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# 17. Compose driver
+# ------------------------------------------------------------------------------------------------------------------------------
+
+Changes = define("Changes", "kept idle making late leaving",
+    "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no"
+    " start, [Service] to be made, names of those that can only be made after what leaves has left, and"
+    " [[Container]] that leave, those that stop together in one list, whoever depends on others first.")
+Job = define("Job", "workload project folder known deadline current runs volumes",
+    "One apply: what runs, in which folder its files are, what an earlier apply returned, until when; {service: id"
+    " of its container} as far as it has come, the ids of what ran before, {service: {path: volume}} as it was.")
+Shown = define("Shown", "state code restarts health volumes",
+    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of the volumes in it.",
+    0, 0, "", {})
+Network = define("Network", "labels internal subnets gateways",
+    "A network as `network inspect` shows it; the last two are sets of texts.")
+AT_REST = ("exited", "created", "initialized", "stopped", "configured")     # an engine's words for what does not run
+
+
+def make_claim(owner, state):
+    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
+    state.
+    """
+    records = state["deployments"]
+    services = [component["services"] for record in records.values() for component in record["components"]]
+    for record in records.values():
+        services += (record["running"] or {}).get("services", {}).values()
+    ids = {facts.get("id") for items in services for facts in items.values()}
+    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None},
+                 frozenset(state["pulled"]))
+
+
+def is_ours(claim, deployment_id, owner, container_id=None):
+    """Whether a workload, or a network or volume of one, is this agent's.
+
+    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it
+    is labelled by a stranger: by the container's id, or by the deployment's where the label is of an earlier
+    time, or older than such labels (contract, On the engine).
+    """
+    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
+    return known or container_id in claim.ids or owner == claim.owner != ""
 
 
 def judge_startup(services, facts, healthy):
@@ -7182,6 +7194,10 @@ def parse_containers(data, engine, now=0):
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
 
 
+# ------------------------------------------------------------------------------------------------------------------------------
+# 18. Helm
+# ------------------------------------------------------------------------------------------------------------------------------
+
 Release = define("Release", "deployment_id component name namespace chart values values_file wait content",
     "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all that makes it what it is.")
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
@@ -7444,6 +7460,10 @@ class HelmDriver:
         return False
 
 
+# ------------------------------------------------------------------------------------------------------------------------------
+# 19. Drivers
+# ------------------------------------------------------------------------------------------------------------------------------
+
 def make_drivers(config, child=None, others=(), claim=claim_nothing):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
@@ -7527,7 +7547,7 @@ def observe_all(drivers, record):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 17. Deployment status
+# 20. Deployment status
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_record(target, device_id):
@@ -7718,7 +7738,7 @@ def acknowledge_status(state, key, refused=None):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 18. Apply
+# 21. Apply
 # ------------------------------------------------------------------------------------------------------------------------------
 
 Tools = define("Tools", "config store drivers containers device_id version quiet fetched clock jitter",
@@ -8072,7 +8092,7 @@ def prune(state, store, drivers):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 19. Capabilities
+# 22. Capabilities
 # ------------------------------------------------------------------------------------------------------------------------------
 
 VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy",
@@ -8263,7 +8283,7 @@ def report_device(device_id, documents, source, store, state, always, again=True
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 20. Agent
+# 23. Agent
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def make_clock_fault(now, stored):
@@ -8860,7 +8880,7 @@ def make_others_words(others):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 21. Gateway (optional)
+# 24. Gateway (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def load_child_devices(config, own_id, claim):
@@ -8962,7 +8982,7 @@ ASSIGN.append(assign)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 22. Hooks (optional)
+# 25. Hooks (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def run_hooks(moment, change, tools, error):
@@ -9027,7 +9047,7 @@ EXAMINE.update(hooks=examine_hooks)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 23. Older documents (optional)
+# 26. Older documents (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
@@ -9167,7 +9187,7 @@ FETCHERS["https"] = fetch_older
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 24. Signed (optional)
+# 27. Signed (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 Signer = define("Signer", "leaf key algorithm label components keyid alg",
@@ -9520,7 +9540,7 @@ PROFILES["signed"] = Signed
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 25. Git (optional)
+# 28. Git (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
@@ -10160,7 +10180,7 @@ TRACES.append("git")                # its credential, too
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 26. Enrollment (optional)
+# 29. Enrollment (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 # Enrollment and renewal over EST (RFC 7030), by the draft "MIAF Enrollment, Renewal, and Revocation Profile".
@@ -10721,7 +10741,7 @@ EXAMINE["renewal"] = examine_renewal
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 27. Revocation (optional)
+# 30. Revocation (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 # Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
@@ -11038,7 +11058,7 @@ EXAMINE["lists"] = examine_lists
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 28. Doctor (optional)
+# 31. Doctor (optional)
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
@@ -11125,7 +11145,7 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# 29. Command line
+# 32. Command line
 # ------------------------------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):

@@ -14,7 +14,7 @@ import warnings
 from tests import gauge, support
 
 VOCABULARY = ("Constants and errors", "Records")                # what every section may use
-PURE = ("Records", "YAML", "Small encodings", "X.509", "Desired state", "Eligibility", "Plan", "Deployment status")
+PURE = ("Records", "Compose file", "YAML", "Small encodings", "X.509", "Desired state", "Eligibility", "Plan", "Deployment status")
 STORY_FIRST = False                 # True: a section uses only the vocabulary and sections below it; False: only sections above it
 WORLD = {"os", "random", "socket", "subprocess", "logging", "shutil", "fcntl", "select", "signal", "tempfile", "ssl", "urllib.request", "http.client"}
 LONGEST = 60                        # lines of one function
@@ -24,20 +24,19 @@ MEDIAN = 14
 # to follow.  Figures only go down; the aim is 60,000 tokens and none of the rest.
 GAUGE = {
     "tokens": (82000, 400),
-    "lines wider than 110 columns": (522, 40),
+    "lines wider than 110 columns": (406, 40),
     "conditional expressions inside another": (11, 3),
     "comprehensions with two loops and a condition": (3, 2),
-    "packed assignments": (93, 10),
+    "packed assignments": (82, 10),
 }
 # Functions named parse_, make_, check_, is_ or find_ that are not pure.  It only gets shorter: such a function is to be split into what
 # looks and what decides, or named for what it does (load_ save_ fetch_ post_ run_ ask_ obtain_).
 LYING = """
 Agent.check_patience Agent.is_downtime Agent.make_capabilities ComposeDriver.check_health
 ComposeDriver.check_space ComposeDriver.make_access MtlsSource.check_peer Store.find_time
-check_clock check_hooks check_policy check_registries check_space check_storage find_engine
-find_program find_provider is_within_whole make_child make_compose_driver make_configs make_document
-make_drivers make_environment make_git_environment make_helm_driver make_opener make_project
-make_service
+check_clock check_hooks check_registries check_space check_storage find_engine find_program
+is_within_whole make_child make_compose_driver make_drivers make_git_environment
+make_helm_driver make_opener
 """.split()
 
 with open(support.AGENT, encoding="utf-8") as file:

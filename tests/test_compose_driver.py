@@ -1,4 +1,4 @@
-"""The Compose driver (sections 14 and 15): how a start is judged, and what the engine is told and when."""
+"""Compose driver: how a start is judged, and what the engine is told and when."""
 import json
 import os
 import re
