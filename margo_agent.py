@@ -2,35 +2,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """margo_agent.py: a Margo Workload Fleet Management client for the smallest Linux devices, in one file.
 
-What it is.  A Workload Fleet Manager (WFM) says which applications should run on a device; this agent makes it so.  It proves the
-device's identity by an X.509-SVID, reports what the device can do, polls the desired state, verifies it, compares it with what
-runs, drives container commands to close the gap, and reports how that went.  It never listens; every connection starts here.
+What it is.  A Workload Fleet Manager (WFM) says which applications should run on a device; this agent makes
+it so.  It proves the device's identity by an X.509-SVID, reports what the device can do, polls the desired
+state, verifies it, compares it with what runs, drives container commands to close the gap, and reports how
+that went.  It never listens; every connection starts here.
 
-Commands.   enroll | run [--once] | plan | status | history | capabilities | csr | doctor | retry [ID] | unenroll [--purge] | version
-Exit codes. 0 as desired, 1 a deployment failed, 2 usage or configuration, 3 unreachable or to be reported later, 4 desired state
-            refused, 5 identity or trust, 6 another instance runs, 70 a bug.
-Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one state directory; see the README.
+Commands.   enroll | run [--once] | plan | status | history | capabilities | csr | doctor | retry [ID] |
+            unenroll [--purge] | version
+Exit codes. 0 as desired, 1 a deployment failed, 2 usage or configuration, 3 unreachable or to be reported
+            later, 4 desired state refused, 5 identity or trust, 6 another instance runs, 70 a bug.
+Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one state directory; see README.
 
-Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All else may change.
+Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All
+else may change.
 
 How to read it: from top to bottom, as a newspaper: what the agent does, then how, then with what.  To follow
 one poll, read 1 to 6; `Agent.cycle` is where it begins.  A section uses only 1, 2 and sections below it;
 optional ones and the command line, which stand at the end, use all of it, and nobody names what is in them.
-   1 Constants and errors          11 Capabilities                  21 Signed (optional)
-   2 Records                       12 Runtimes                      22 Older documents (optional)
-   3 Agent                         13 Packages                      23 Git (optional)
-   4 Plan                          14 Commands                      24 Enrollment (optional)
-   5 Apply                         15 Transport                     25 Revocation (optional)
-   6 Deployment status             16 Store                         26 Gateway (optional)
-   7 Desired-state source          17 Configuration                 27 Hooks (optional)
-   8 Desired state                 18 X.509                         28 Doctor (optional)
-   9 Identity and trust            19 YAML                          29 Command line
-  10 Eligibility                   20 Small encodings
-"C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
-are mistakes of other agents, which a test of the same mark keeps out.
+   1 Constants and errors          12 Drivers                       23 Signed (optional)
+   2 Records                       13 Compose driver                24 Older documents (optional)
+   3 Agent                         14 Compose file                  25 Git (optional)
+   4 Plan                          15 Packages                      26 Enrollment (optional)
+   5 Apply                         16 Commands                      27 Revocation (optional)
+   6 Deployment status             17 Transport                     28 Helm (optional)
+   7 Desired-state source          18 Store                         29 Gateway (optional)
+   8 Desired state                 19 Configuration                 30 Hooks (optional)
+   9 Identity and trust            20 X.509                         31 Doctor (optional)
+  10 Eligibility                   21 YAML                          32 Command line
+  11 Capabilities                  22 Small encodings
+"C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
+(tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps out;
+"F-nn" and "K-nn" are what fleets and compose files met.
 """
-# Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module that a poll may do
-# without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
+# Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module
+# that a poll may do without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
 import io
 import os
 import re
@@ -52,6 +57,7 @@ PROFILES = {}                       # {wfm.profile: its Profile class}
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of configuration and value)}}
 COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options, each with what
                                     # follows it; its operand)}
+DRIVERS = {}                        # {deployment type: function of (config, child, others, claim) to its driver, or to None}
 TRACES = []                         # names in the state directory that `unenroll` removes
 
 KIB, MIB = 1024, 1024 * 1024
@@ -218,6 +224,11 @@ Share = define("Share", "device targets records unseen",
     " there, {id in lower case: CommandError} of what cannot be seen now.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due.")
+
+
+def claim_nothing():
+    """The Claim of nobody."""
+    return Claim("", (), (), ())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3213,81 +3224,102 @@ def report_device(device_id, documents, source, store, state, always, again=True
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 12. Runtimes
+# 12. Drivers
 # ----------------------------------------------------------------------------------------------------------
 
-def find_parameters(deployment, component):
-    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
-    return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
-            for pointer, names in parameter.targets if component in names]
+def make_drivers(config, child=None, others=(), claim=claim_nothing):
+    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-
-# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
-TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
-
-
-def make_variables(deployment, component):
-    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID (protocol 7, C-180, C-182).
-
-    A later parameter for the same name wins; a list becomes JSON text.
+    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
+    host, stop; no other section knows what it drives.
     """
-    variables = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
-                                 f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
-        value = parameter.value
-        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
-        if "\0" in variables[pointer]:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
-    folded = sorted(variables, key=str.lower)
-    for first, second in zip(folded, folded[1:]):
-        if first.lower() == second.lower():
-            raise ComponentError("PARAMETER_INVALID", f"the parameters {first} and {second} differ only in case")
-    return variables
+    drivers = {kind: make(config, child, others, claim) for kind, make in DRIVERS.items()}
+    return {kind: driver for kind, driver in drivers.items() if driver}
 
 
-def make_project_name(component, deployment_id):
-    """`<component>-<deploymentId>` as engines take names, at most 63 characters; what is changed or cut ends with a hash of the whole, so
-    that no two can meet (D-19, D-20).
+def find_nothing():
+    """The look at a child device that cannot be reached from here."""
+    raise CommandError("the engine's command that its connection needs is not installed here")
+
+
+def list_looks(drivers, records):
+    """{deployment type: function that looks} of what has to be asked on one device.
+
+    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a deployment needs one.
     """
-    whole = f"{component}-{deployment_id}"
-    name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
-    return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
+    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
+    return {kind: lambda kind=kind: drivers[kind].observe(known[kind]) for kind in drivers if kind == "compose" or known[kind]}
 
 
-Workload = define("Workload",
-                  "deployment_id component project folder parameters environment wait device_id owner",
-    "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of"
-    " runtime.environment, the child device it is for, the owner to label it with.", "", "")
-Service = define(
-    "Service", "name image arguments command environment files networks depends_on health pull hash ports"
-               " mounts shares",
-    "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
-    " [Attachment];"
-    " depends_on: {service: (condition, required)}; health: Health, or None where the file says nothing of"
-    " it; hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that"
-    " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
-Project = define("Project", "services networks volumes notes",
-    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for what"
-    " is external), and what of the file has no effect, in words.", ())
-Mount = define("Mount", "kind source target options found",
-    "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
-    " name), path in the container, engine's options; found: the Source of a bind mount.")
-Port = define("Port", "address published target protocol",
-    "An item of `ports`: address of the host or \"\", its port or ports or \"\", those of the container,"
-    " tcp, udp or sctp.")
-Health = define("Health", "interval retries start",
-    "A health check as the agent waits for it: seconds, misses, seconds of grace.")
-Attachment = define("Attachment", "network aliases options",
-    "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
-    " mode, None, None.", None)
-Content = define("Content", "text mode uid gid",
-    "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
-Reading = define("Reading", "workload policy engine folder variables volumes networks contents",
-    "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of"
-    " volumes"
-    " and of networks, {section: {name: text}} of configs and secrets.")
+def try_look(function):
+    """What it returns, or the CommandError that it raises."""
+    try:
+        return function()
+    except CommandError as error:
+        return error
+
+
+def observe_devices(devices, records):
+    """{device id: Seen}: all engines are asked at once, and each is waited for up to its own limit.
+
+    records: those of all deployments that are there, or will be.
+    """
+    looks, seen = [], {device.device_id: Seen([], {}) for device in devices}
+    for device in devices:
+        found = list_looks(device.drivers, records)
+        if device.silence and not device.drivers:
+            found = dict.fromkeys(("compose", "helm"), find_nothing)
+        looks += [(device.device_id, kind, function) for kind, function in found.items()]
+    functions = [function for _, _, function in looks]
+    if len(looks) < 2:
+        answers = list(map(try_look, functions))
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(LOOKS) as pool:
+            answers = list(pool.map(try_look, functions))
+    for (device_id, kind, _), answer in zip(looks, answers):
+        if isinstance(answer, CommandError):
+            seen[device_id].silent[kind] = answer
+        else:
+            seen[device_id].containers.extend(answer)
+    return seen
+
+
+def ask_others(answering, known=None):
+    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown.
+
+    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not asked again.
+    """
+    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
+    for device_id, drivers in answering.items():
+        for kind, driver in drivers.items():
+            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
+            if isinstance(found, CommandError):
+                log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
+                continue
+            for item in found:
+                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
+                                   "deploymentId": item.deployment_id}
+    return list(others.values())
+
+
+def observe_all(drivers, record):
+    """Every container of ours on one device, as far as a deployment may have some there; raises CommandError where something does not answer."""
+    return [container for function in list_looks(drivers, [record]).values() for container in function()]
+
+
+def find_kinds(record, target=None):
+    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell
+    of it.
+    """
+    kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
+    return kinds | ({target.deployment.type} if target and target.deployment else set())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 13. Compose driver
+# ----------------------------------------------------------------------------------------------------------
+
 Changes = define("Changes", "kept idle making late leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no"
     " start, [Service] to be made, names of those that can only be made after what leaves has left, and"
@@ -3300,11 +3332,7 @@ Shown = define("Shown", "state code restarts health volumes",
     0, 0, "", {})
 Network = define("Network", "labels internal subnets gateways",
     "A network as `network inspect` shows it; the last two are sets of texts.")
-
-LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")     # an engine's words for what does not run
-LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
-LABEL_OWNER = "org.margo.owner"
 
 
 def make_claim(owner, state):
@@ -3329,1134 +3357,6 @@ def is_ours(claim, deployment_id, owner, container_id=None):
     """
     known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
     return known or container_id in claim.ids or owner == claim.owner != ""
-
-
-def make_fault(text, code="INVALID_DEPLOYMENT"):
-    """A ComponentError about the compose file."""
-    return ComponentError(code, f"compose.yaml: {text}")
-
-
-# Variables
-
-class Variables(dict):
-    """{NAME: text} for one compose file, and how many characters they and env files may bring into it: it
-    cannot be a bomb."""
-
-    room = 8 * MIB
-
-    def spend(self, count, where):
-        """Takes characters from the room that is left; raises ComponentError where there is none."""
-        self.room -= count
-        if self.room < 0:
-            raise make_fault(f"{where}: variables and env files bring more than {Variables.room} characters"
-                             " into the file")
-
-
-def interpolate(text, variables, where, depth=0):
-    """`$NAME`, `${NAME}`, `${NAME:-default}` with the operators - ? + :- :? :+, and `$$` in one text.
-
-    variables: Variables. An unset name is an empty text, and a `$` that begins none of these stays, as
-    compose has it. Raises ComponentError naming the place.
-    """
-    if depth > 32:
-        raise make_fault(f"{where}: a $ in more than 32 others")
-    pattern = re.compile(r"\$(?:(\$)|\{([A-Za-z_]\w*)(:?[-?+]|\})|([A-Za-z_]\w*)|(\{))", re.A)
-    result, position = [], 0
-    match = pattern.search(text)
-    while match:
-        dollar, long, operator, short, open_brace = match.groups()
-        if open_brace:
-            raise make_fault(f"{where}: a ${{ that is not ${{NAME}}; a $ that is meant is written $$")
-        result.append(text[position:match.start()])
-        position = match.end()
-        name = long or short
-        value = dollar or variables.get(name, "")
-        if long and operator != "}":
-            end = find_brace(text, position, where)
-            rest, position = text[position:end], end + 1
-            given = name in variables and bool(value or ":" not in operator)
-            value = choose(operator[-1], given, name, value,
-                           lambda: interpolate(rest, variables, where, depth + 1), where)
-        result.append(value)
-        variables.spend(len(value), where)
-        match = pattern.search(text, position)
-    return "".join(result) + text[position:]
-
-
-def choose(operator, given, name, value, make_rest, where):
-    """What `${NAME` gives with one of the operators - ? +, by whether the name counts as given; make_rest:
-    what stands behind it."""
-    if operator == "+":
-        return make_rest() if given else ""
-    if given:
-        return value
-    if operator == "?":
-        raise make_fault(f"{where}: {name} is needed: {make_rest()}", "PARAMETER_INVALID")
-    return make_rest()
-
-
-def find_brace(text, position, where):
-    """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only
-    those of a `${`."""
-    for opening in ("{", "${"):
-        depth = 0
-        for index in range(position, len(text)):
-            depth += text.startswith(opening, index) - (text[index] == "}")
-            if depth < 0:
-                return index
-    raise make_fault(f"{where}: a ${{ that is not closed")
-
-
-# Below these keys, keys are names of the application's own; everywhere else x-… keys are extensions, which
-# are dropped unread.
-NAMING = ("services", "networks", "volumes", "configs", "secrets", "environment", "labels", "sysctls",
-          "extra_hosts", "ulimits",
-          "depends_on", "options", "driver_opts")
-
-
-def interpolate_all(value, variables, where="", named=False):
-    """Every text below a value interpolated; keys stay as they are, a number as it was spelt. named: they are
-    names."""
-    if isinstance(value, dict):
-        result = {}
-        for key, item in value.items():
-            name = to_text(key, f"{where or 'the file'}: a name")
-            if name.startswith("x-") and not named:
-                continue
-            if name in result:
-                raise make_fault(f"{where}: {make_printable(name, 60)} occurs twice")
-            place = f"{where}.{name}" if where else name
-            result[name] = interpolate_all(item, variables, place, not named and name in NAMING)
-        return result
-    if isinstance(value, list):
-        return [interpolate_all(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
-    return interpolate(value, variables, where) if isinstance(value, str) and "$" in value else value
-
-
-# a name, and perhaps = or : and a value
-ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
-            r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|"
-            r"(?![ \t]*['\"])([^\n]*)))?[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
-
-
-def parse_env_file(text, variables, where):
-    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes as compose
-    takes them."""
-    result = {}
-    known = Variables(variables)
-    text = text.replace("\r\n", "\n").lstrip("\ufeff")
-    variables.spend(len(text), where)
-    known.room = variables.room
-    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
-        name, single, double, plain, odd = match.groups()
-        if odd:
-            number = text.count("\n", 0, match.start()) + 1
-            raise make_fault(f"{where}, line {number}: expected NAME=value")
-        if single is not None:
-            result[name] = single.replace("\\'", "'")
-        elif double is not None or plain is not None:
-            raw = unescape_double(double) if plain is None else re.split(r"\s#", plain, maxsplit=1)[0].strip()
-            result[name] = interpolate(raw, known, f"{where}, {name}")
-        elif name in variables:
-            result[name] = variables[name]
-        if name in result and name not in variables:
-            known[name] = result[name]
-    variables.room = known.room
-    return result
-
-
-def unescape_double(text):
-    """What stands in double quotes of an env file, ready to be interpolated."""
-    escapes = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\", "$": "$$"}
-    return re.sub(r"\\(.)", lambda match: escapes.get(match.group(1), match.group(0)), text, flags=re.S)
-
-
-# Readers of compose values: (value, place) to what is meant; each names the place of what is not that.
-
-def to_text(value, where):
-    """A scalar as text; a number keeps its spelling."""
-    if value is None or isinstance(value, (dict, list)):
-        raise make_fault(f"{where}: expected a single value")
-    text = scalar_text(value)
-    if "\0" in text:
-        raise make_fault(f"{where}: holds a NUL character")
-    if re.search("[\ud800-\udfff]", text):
-        raise make_fault(f"{where}: holds bytes that are no UTF-8")
-    return text
-
-
-def to_form(pattern, words):
-    """A reader of text of one form: the pattern, and what it is in words."""
-    def read_form(value, where):
-        text = to_text(value, where)
-        if not re.fullmatch(pattern, text):
-            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not {words}")
-        return text
-    return read_form
-
-
-to_size = to_form(r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m")
-to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
-to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
-to_one = to_form("1", "supported; only 1 is")
-
-
-def to_flag(value, where):
-    """true or false, also as the text that interpolation leaves, by all words of YAML 1.1."""
-    word = scalar_text(value).lower() if isinstance(value, (bool, str)) else ""
-    if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
-        raise make_fault(f"{where}: expected true or false")
-    return word in ("true", "yes", "on", "y")
-
-
-def to_mapping(value, where):
-    """A mapping as it is, {} for nothing."""
-    if value is not None and not isinstance(value, dict):
-        raise make_fault(f"{where}: expected a mapping")
-    return value or {}
-
-
-def to_list(value, where):
-    """A list of texts; a single text is one too."""
-    return [to_text(item, where) for item in (value if isinstance(value, list) else [value])]
-
-
-def to_pairs(value, where):
-    """A mapping, or a list of NAME=value, as {NAME: text or None}."""
-    if isinstance(value, dict):
-        return {key: None if item is None else to_text(item, f"{where}.{key}") for key, item in value.items()}
-    pairs = [item.partition("=") for item in to_list(value, where)]
-    return {name: text if mark else None for name, mark, text in pairs}
-
-
-def to_values(value, where):
-    """A mapping, or a list of NAME=value, as {NAME: text}."""
-    return {name: text or "" for name, text in to_pairs(value, where).items()}
-
-
-def to_labels(value, where):
-    """`labels` as {name: text}; those by which containers are found again are not to be forged."""
-    labels = to_values(value, where)
-    if any(name.startswith(("org.margo.", "com.docker.compose.")) for name in labels):
-        raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
-    return labels
-
-
-def to_words(value, where):
-    """A command: a list as it is, a text split as a shell splits it."""
-    if not isinstance(value, str):
-        return to_list(value, where)
-    words = [[]]
-    pattern = r"(\s+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^\s'\"\\]+)|."
-    for match in re.finditer(pattern, to_text(value, where), re.S):
-        blank, single, double, escaped, plain = match.groups()
-        if not match.lastindex:
-            raise make_fault(f"{where}: a quotation or a \\ that is not closed")
-        if blank:
-            words.append([])
-        elif double is not None:                    # a space is what YAML has made of a line end
-            words[-1].append(re.sub(r'\\([$`"\\\n ])', lambda found: found.group(1).strip("\n"), double))
-        else:
-            words[-1].append((single or plain or escaped or "").strip("\n" if escaped else ""))
-    return ["".join(parts) for parts in words if parts]
-
-
-def to_seconds(value, where):
-    """Compose's durations such as 1m30s or 500ms to seconds."""
-    form = to_form(r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s")
-    text = form(value, where)
-    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
-    return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
-
-
-def to_duration(value, where):
-    """A duration as it is written."""
-    to_seconds(value, where)
-    return value
-
-
-def to_count(value, where):
-    """A whole number, zero or more."""
-    return int(to_form("[0-9]{1,9}", "a whole number")(value, where))
-
-
-def to_mode(value, where):
-    """The permissions of a file: an octal number, or a plain one as compose takes it."""
-    octal = isinstance(value, str) or to_text(value, where).startswith("0")
-    text = to_form("0?o?[0-7]{1,4}" if octal else "[0-9]{1,4}", "a file mode such as 0440")(value, where)
-    return int(text.replace("o", ""), 8 if octal else 10)
-
-
-def to_hosts(value, where):
-    """`extra_hosts` as [HOST:ADDRESS]; a name may have several addresses."""
-    if isinstance(value, dict):
-        pairs = [(name, item) for name in sorted(value) for item in to_list(value[name], f"{where}.{name}")]
-    else:
-        pairs = [re.match("([^=:]*)[=:]?(.*)", item, re.S).groups() for item in to_list(value, where)]
-    return [f"{name}:{address.strip('[]')}" for name, address in pairs]
-
-
-def to_restart(value, where):
-    """`restart`: the engine's own words."""
-    form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
-    return "no" if value is False else form(value, where)
-
-
-def to_grace(value, where):
-    """`stop_grace_period` in whole seconds; an engine would take zero as not said."""
-    return str(max(1, round(to_seconds(value, where))))
-
-
-def to_external(value, where):
-    """`external`: true or false, or in older files a mapping that has the name."""
-    return to_text(value.get("name"), f"{where}.name") if isinstance(value, dict) else to_flag(value, where)
-
-
-def to_namespace(*words):
-    """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
-    def read_namespace(value, where):
-        text = to_text(value, where)
-        if not re.fullmatch("|".join(words + ("service:.+",)), text):
-            code = "POLICY_DENIED" if re.match("container:|ns:", text) else "INVALID_DEPLOYMENT"
-            known = ", ".join(words + ("service:NAME",))
-            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not supported; known are {known}",
-                             code)
-        return text
-    return read_namespace
-
-
-def to_test(value, where):
-    """`test` of a health check: text for a shell, a list of words for none, [] for no check at all."""
-    if not isinstance(value, list):
-        text = to_text(value, where)
-        return [] if text == "NONE" else text
-    words = to_list(value, where)
-    if words == ["NONE"]:
-        return []
-    if words[:1] == ["CMD-SHELL"] and len(words) == 2:
-        return words[1]
-    if words[:1] != ["CMD"] or len(words) < 2:
-        raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
-    return words[1:]
-
-
-# What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
-TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
-             r"tarball|https?):|[^/]*:(?![0-9]+/)[^/]*/")
-IMAGE = (r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?"
-         r"(@[a-z0-9]+:[0-9a-f]{32,128})?")
-
-
-def to_image(value, where):
-    """The whole name of an image: one without a registry is Docker Hub's, for every engine. None is a file of
-    this device."""
-    text = to_text(value, where)
-    shown = repr(make_printable(text, 100))
-    if re.match(TRANSPORT, text[:512]):
-        raise make_fault(f"{where}: {shown} is not read from a registry, as an image has to be",
-                         "POLICY_DENIED")
-    if len(text) > 512 or "//" in text or not re.fullmatch(IMAGE, text, re.A):
-        raise make_fault(f"{where}: {shown} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the"
-                         " path in lower case")
-    if find_registry(text) != "docker.io" or text.startswith("docker.io/"):
-        return text
-    return f"docker.io/{'' if '/' in text.partition('@')[0] else 'library/'}{text}"
-
-
-def find_registry(image):
-    """The registry host that an image name begins with; Docker's own where it names none."""
-    first, slash, _ = image.partition("/")
-    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
-
-
-# The form of a file.  A form is a reader; a dict of known keys and their forms; {None: form} for names of the
-# application's own, {list: form} where a list of such names will do, too; [form]; or (form of the long
-# syntax,
-# reader of the short one).
-
-# Which option of the engine takes a key as it was read.
-SERVICE_OPTIONS = {
-    "user": (to_text, "--user"), "hostname": (to_text, "--hostname"), "working_dir": (to_text, "--workdir"),
-    "stop_signal": (to_text, "--stop-signal"), "stop_grace_period": (to_grace, "--stop-timeout"),
-    "mem_limit": (to_size, "--memory"), "memswap_limit": (to_size, "--memory-swap"),
-    "mem_reservation": (to_size, "--memory-reservation"), "mem_swappiness": (to_number,
-        "--memory-swappiness"),
-    "shm_size": (to_size, "--shm-size"), "oom_score_adj": (to_number, "--oom-score-adj"),
-    "cpus": (to_number, "--cpus"), "cpu_period": (to_number, "--cpu-period"),
-    "cpu_quota": (to_number, "--cpu-quota"),
-    "cpu_shares": (to_number, "--cpu-shares"), "cpuset": (to_text, "--cpuset-cpus"),
-    "pids_limit": (to_number, "--pids-limit"), "platform": (to_text, "--platform"),
-    "mac_address": (to_text, "--mac-address"), "pid": (to_namespace("private", "host"), "--pid"),
-    "ipc": (to_namespace("private", "shareable", "none", "host"), "--ipc"),
-    "userns_mode": (to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
-                            "host, auto, nomap or keep-id"), "--userns"),
-    "init": (to_flag, "--init"), "read_only": (to_flag, "--read-only"),
-    "privileged": (to_flag, "--privileged"),
-    "tty": (to_flag, "--tty"), "stdin_open": (to_flag, "--interactive"), "restart": (to_restart, "--restart"),
-    "cap_add": (to_list, "--cap-add"), "cap_drop": (to_list, "--cap-drop"), "devices": (to_list, "--device"),
-    "security_opt": (to_list, "--security-opt"), "group_add": (to_list, "--group-add"),
-    "dns": (to_list, "--dns"),
-    "dns_opt": (to_list, "--dns-option"), "dns_search": (to_list, "--dns-search"),
-    "extra_hosts": (to_hosts, "--add-host"), "labels": (to_labels, "--label"),
-    "sysctls": (to_values, "--sysctl")}
-
-
-def make_form(reader, names, **forms):
-    """The form of a mapping: names that one reader reads, and others with their forms."""
-    return dict(dict.fromkeys(names.split(), reader), **forms)
-
-
-CONTENT_FORM = {None: make_form(to_text, "file content environment name")}
-FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), to_text)]
-DEPLOY_FORM = {
-    "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
-    "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
-                  "reservations": make_form(to_number, "cpus", memory=to_size)},
-    "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
-                                condition=to_form("none|on-failure|any", "none, on-failure or any"))}
-MOUNT_FORM = make_form(
-    to_text, "source target consistency", read_only=to_flag, volume={"nocopy": to_flag},
-    type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
-    bind=make_form(to_text, "propagation selinux", create_host_path=to_flag),
-    tmpfs={"size": to_size, "mode": to_mode})
-SERVICE_FORM = dict(
-    {key: reader for key, (reader, _) in SERVICE_OPTIONS.items()},
-    image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs, profiles=to_list,
-    expose=to_list,
-    links=to_list, tmpfs=to_list, container_name=to_name, attach=to_flag, scale=to_one, configs=FILES_FORM,
-    secrets=FILES_FORM, deploy=DEPLOY_FORM, volumes=[(MOUNT_FORM, to_text)],
-    env_file=[(make_form(to_text, "path format", required=to_flag), to_text)],
-    network_mode=to_namespace("none", "host", "bridge"),
-    pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
-    blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
-    ulimits={None: (make_form(to_text, "soft hard"), to_text)},
-    ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_text)],
-    depends_on={list: make_form(to_flag, "required restart", condition=to_form(
-        "service_(started|healthy|completed_successfully)", "a condition that is known"))},
-    networks={list: make_form(to_text, "ipv4_address ipv6_address mac_address", aliases=to_list,
-                              priority=to_count)},
-    healthcheck=make_form(to_duration, "interval timeout start_period start_interval", test=to_test,
-                          retries=to_count, disable=to_flag))
-NETWORK_FORM = make_form(
-    to_flag, "internal attachable enable_ipv6", name=to_text, external=to_external, labels=to_labels,
-    driver=to_form("bridge|default", "supported; only bridge is"),
-    ipam={"driver": to_form("default", "supported; only default is"),
-          "config": [make_form(to_text, "subnet gateway ip_range")]})
-VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels, "driver_opts": to_values,
-               "driver": to_form("local", "supported; only local is")}
-FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM},
-             "networks": {None: NETWORK_FORM}, "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM,
-             "secrets": CONTENT_FORM}
-
-# What to write instead of a key that is not supported.
-ADVICE = {"build": "nothing is built on a device; name what was built by `image`",
-          "extends": "write its settings out",
-          "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
-          "runtime": "the engine's own is used", "device_cgroup_rules": "name device files by `devices`",
-          "volumes_from": "name the volumes themselves",
-          "external_links": "join a network that is `external`",
-          "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
-          "uts": "set `hostname`",
-          "models": "run what serves them as a service", "post_start": "let the entrypoint do it",
-          "pre_stop": "let the entrypoint do it on `stop_signal`",
-          "develop": "it is for a developer's machine",
-          "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
-
-
-def find_unknown(value, form, where=""):
-    """(place, key, known keys) of each key below a value that its form does not have."""
-    if isinstance(form, tuple):
-        form = form[0]
-    if isinstance(form, list):
-        for index, item in enumerate(value if isinstance(value, list) else [value]):
-            yield from find_unknown(item, form[0], f"{where}[{index}]")
-    elif isinstance(form, dict) and isinstance(value, dict):
-        each = form.get(None) or form.get(list)
-        for key, item in value.items():
-            place = f"{where}.{key}" if where else key
-            if each or key in form:
-                yield from find_unknown(item, each or form[key], place)
-            else:
-                yield place, key, list(form)
-
-
-def check_keys(document):
-    """Raises ComponentError that names every key of a file that is not supported: none is ever ignored."""
-    import difflib
-    faults, told = [], set()
-    for place, key, known in find_unknown(document, FILE_FORM):
-        near = difflib.get_close_matches(key, known, 1, 0.6)
-        advice = ADVICE.get(key) or (f"did you mean {near[0]}?" if near else "")
-        faults.append((make_printable(place, 200), f" ({advice})" if advice and key not in told else ""))
-        told.add(key)
-    if len(faults) == 1:
-        raise make_fault(": this key is not supported".join(faults[0]))
-    if faults:
-        raise make_fault(f"these keys are not supported: {', '.join(map(''.join, faults))}")
-
-
-def read_value(value, form, where):
-    """A value by its form, whole: Settings with None for keys that are not there, {name: …}, lists, and what
-    readers give."""
-    if callable(form):
-        return None if value is None else form(value, where)
-    if isinstance(form, tuple):
-        return read_value(value, form[0], where) if isinstance(value, dict) else form[1](value, where)
-    if isinstance(form, list):
-        items = [] if value is None else value
-        return [read_value(item, form[0], f"{where}[{index}]")
-                for index, item in enumerate(items if isinstance(items, list) else [items])]
-    if isinstance(value, list) and list in form:
-        value = dict.fromkeys(to_list(value, where))
-    value, each = to_mapping(value, where), form.get(None) or form.get(list)
-    return Settings({key: read_value(value.get(key), each or part, f"{where}.{key}" if where else key)
-                     for key, part in (value if each else form).items()})
-
-
-# What stands beside `services`
-
-def make_volumes(document, workload):
-    """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
-    volumes = {}
-    for name, value in document.volumes.items():
-        where, options = f"volumes.{name}", value.driver_opts or {}
-        parts = options.get("o", "").split(",") if options.get("o") else []
-        if options and not (set(options) <= {"type", "device", "o"} and options.get("type") == "tmpfs"
-                            and options.get("device", "tmpfs") == "tmpfs"
-                            and all(map(is_tmpfs_option, parts))):
-            deny(f"{where}.driver_opts",
-                 "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
-        volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
-    return volumes
-
-
-def make_networks(document, workload):
-    """Top-level `networks` as make_volumes has it; `default` is always there."""
-    networks = {}
-    for name, value in dict({"default": read_value(None, NETWORK_FORM, "")}, **document.networks).items():
-        arguments = make_arguments("--internal", value.internal) + make_arguments("--ipv6", value.enable_ipv6)
-        for item in value.ipam.config:
-            for key, option in (("subnet", "--subnet"), ("gateway", "--gateway"), ("ip_range", "--ip-range")):
-                arguments += make_arguments(option, item[key])
-        mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
-        networks[name] = make_shared(name, value, workload, f"networks.{name}",
-                                     arguments + [f"--label={LABEL_HASH}={mark}"])
-    return networks
-
-
-def make_shared_labels(workload):
-    """{label: text} by which a volume or network says by whom it was made for what."""
-    return {LABEL_PROJECT: workload.project, LABEL_DEPLOYMENT: workload.deployment_id, LABEL_OWNER: workload.owner}
-
-
-def make_shared(name, value, workload, where, arguments):
-    """(the engine's name, create arguments) of a volume or network; its labels are added."""
-    named = value.external if isinstance(value.external, str) else value.name
-    own = named or (name if value.external else f"{workload.project}_{name}")
-    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}", own):
-        raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a name here")
-    other = re.search(rf"-({UUID_PATTERN})_", own)
-    if other and other.group(1).lower() != workload.deployment_id.lower():
-        deny(where, f"{make_printable(own, 120)!r} is of another deployment; what is shared has a name of its"
-             " own")
-    labels = dict(value.labels or {}, **make_shared_labels(workload))
-    return own, None if value.external else make_arguments("--label", labels) + arguments
-
-
-def make_contents(document, variables, folder):
-    """Top-level `configs` and `secrets` as {section: {name: text}}."""
-    contents = {"configs": {}, "secrets": {}}
-    for section, found in contents.items():
-        for name, value in document[section].items():
-            where = f"{section}.{name}"
-            if sum(value[key] is not None for key in ("file", "content", "environment")) != 1:
-                raise make_fault(f"{where}: expected one of file, content, environment")
-            if value.environment is not None and value.environment not in variables:
-                raise make_fault(f"{where}.environment: there is no parameter"
-                                 f" {make_printable(value.environment, 60)!r}", "PARAMETER_INVALID")
-            text = variables.get(value.environment, value.content)
-            found[name] = text if value.file is None else read_inside(folder, value.file, f"{where}.file")
-    return contents
-
-
-def read_inside(folder, name, where):
-    """The text of a file of the package, bytes that are no UTF-8 escaped; raises ComponentError where it is
-    none of its files."""
-    data = folder.read(name)
-    if data is None:
-        raise make_fault(f"{where}: {make_printable(name)!r} is not a file of the archive of at most {MIB}"
-                         " bytes")
-    return data.decode("utf-8", "surrogateescape")
-
-
-# Services
-
-def make_arguments(option, value):
-    """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None.
-    """
-    if value is None or isinstance(value, bool):
-        return [option] if value else []
-    if isinstance(value, dict):
-        return [f"{option}={name}={item}" for name, item in sorted(value.items())]
-    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
-
-
-def make_options(service, workload, where):
-    """The arguments of a service that options of the engine take as they are; a key of its own stands above
-    `deploy`."""
-    limits, policy = service.deploy.resources.limits, service.deploy.restart_policy
-    options = {"--cpus": limits.cpus, "--memory": limits.memory, "--pids-limit": limits.pids,
-               "--memory-reservation": service.deploy.resources.reservations.memory,
-               "--blkio-weight": service.blkio_config.weight, "--log-driver": service.logging.driver,
-               "--log-opt": service.logging.options, "--ulimit": {}}
-    if any(item is not None for item in policy.values()):
-        word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
-        attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
-        options["--restart"] = word + attempts
-    for name, item in service.ulimits.items():
-        item = item if isinstance(item, str) else f"{item.soft}:{item.hard}"
-        form = to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")
-        options["--ulimit"][name] = form(item, f"{where}.ulimits.{name}")
-    options.update((option, service[key]) for key, (_, option) in SERVICE_OPTIONS.items()
-                   if service[key] is not None)
-    for option in ("--pid", "--ipc"):
-        options[option] = make_namespace(options.get(option), workload)
-    return [argument for option, value in sorted(options.items())
-            for argument in make_arguments(option, value)]
-
-
-def make_ports(items, where):
-    """`ports` in both syntaxes as [Port]; one that is listed twice is one."""
-    return list(dict.fromkeys(make_port(item, f"{where}[{index}]") for index, item in enumerate(items)))
-
-
-def make_port(item, where):
-    """One of `ports`: a mapping, or [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges
-    that fit each other."""
-    import ipaddress
-    if not isinstance(item, str):
-        host = item.host_ip or ""
-        item = f"{host}:{item.published or ''}:{item.target or ''}/{item.protocol or ''}"
-    body, _, protocol = item.partition("/")
-    body, _, target = body.rpartition(":")
-    address, _, published = body.rpartition(":")
-    address = re.sub(r"\A\[(.*)\]\Z", r"\1", address)
-    published = "" if published == "0" else published               # the engine chooses one
-    try:
-        address = address and str(ipaddress.ip_address(address))
-        fits = make_span(target)[1] in (0, make_span(published or target)[1])
-    except ValueError:
-        fits = False
-    if not fits or protocol.lower() not in ("", "tcp", "udp", "sctp"):
-        raise make_fault(f"{where}: {make_printable(item, 60)!r} is not a port")
-    return Port(address, published, target, protocol.lower() or "tcp")
-
-
-def make_span(text):
-    """PORT or PORT-PORT as (first, how many more); raises ValueError."""
-    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
-    first, last = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (0, 0)
-    if not 1 <= first <= last <= 65535:
-        raise ValueError(text)
-    return first, last - first
-
-
-def make_publish(port):
-    """A Port as the engine takes it."""
-    address = [f"[{port.address}]" if ":" in port.address else port.address] if port.address else []
-    published = [port.published] if port.published or address else []
-    protocol = "" if port.protocol == "tcp" else "/" + port.protocol
-    return ":".join(address + published + [port.target]) + protocol
-
-
-def find_ports(ports):
-    """The host's ports that a container with these Ports holds while it runs: [[address or "", port,
-    protocol]]."""
-    held = []
-    for port in ports:
-        first, more = make_span(port.published or port.target)
-        if port.published and more == make_span(port.target)[1]:        # else the engine chooses one
-            address = "" if re.fullmatch("[0.:]+", port.address) else port.address
-            held += [[address, first + number, port.protocol] for number in range(more + 1)]
-    return held
-
-
-def make_health(check, engine):
-    """`healthcheck` to (arguments, Health or None)."""
-    import shlex
-    if check.disable or check.test == []:
-        return ["--no-healthcheck"], None
-    test = check.test
-    if isinstance(test, list) and engine == "podman" and (len(test) > 1 or not re.search(r"\s", test[0])):
-        # a list of one would be for a shell
-        test = make_json(test).decode() if len(test) > 1 else f"CMD {test[0]}"
-    elif isinstance(test, list):
-        test = " ".join(map(shlex.quote, test))
-    arguments = make_arguments("--health-cmd", test)
-    for key in ("interval", "timeout", "retries", "start_period"):
-        arguments += make_arguments(f"--health-{key.replace('_', '-')}", check[key])
-    if not arguments:
-        return [], None
-    # an engine takes zero as not said
-    interval = to_seconds(check.interval or "0s", "interval") or 30.0
-    start = to_seconds(check.start_period or "0s", "start_period")
-    return arguments, Health(interval, check.retries or 3, start)
-
-
-def make_mount(item, where):
-    """An item of `volumes` in either syntax to a Mount."""
-    if isinstance(item, str):
-        parts = item.split(":")
-        if len(parts) > 3 or not parts[0]:
-            raise make_fault(f"{where}: expected source:target[:options]")
-        kind = "bind" if parts[0][0] in "/.~" and len(parts) > 1 else "volume"
-        options = [option for option in "".join(parts[2:]).split(",") if option]
-        source, target = ["", *parts][-2:] if len(parts) < 3 else parts[:2]
-    else:
-        kind, source, target = item.type, item.source or "", item.target or ""
-        options = make_mount_options(item)
-        if not kind or kind == "bind" and not source:
-            raise make_fault(f"{where}: expected a type, and the source of a bind mount")
-    if not target.startswith("/") or ":" in source + target:
-        raise make_fault(f"{where}: expected source:target[:options] with an absolute target")
-    return Mount(kind, source, target, options, None)
-
-
-def make_mount_options(item):
-    """The options of a mount in the long syntax; `create_host_path` and `consistency` ask for nothing."""
-    options = [word for word, wanted in (("ro", item.read_only), ("nocopy", item.volume.nocopy)) if wanted]
-    options += [option for option in (item.bind.propagation, item.bind.selinux) if option]
-    options += [f"size={item.tmpfs.size}"] if item.tmpfs.size else []
-    return options + ([f"mode={item.tmpfs.mode:o}"] if item.tmpfs.mode is not None else [])
-
-
-def make_mounts(service, reading, where):
-    """[Mount] of a service, ready for the engine; of two at one path the later one counts.
-
-    What lies in the package is mounted read-only: what was verified stays as it is, and no container can put
-    a link there that the next start would follow out of the package.
-    """
-    mounts = {}
-    for text in service.tmpfs or ():
-        target, _, options = text.partition(":")
-        mounts[target.rstrip("/")] = make_mount(target, f"{where}.tmpfs")._replace(
-            kind="tmpfs", options=[option for option in options.split(",") if option])
-    for index, item in enumerate(service.volumes):
-        place = f"{where}.volumes[{index}]"
-        mount = make_mount(item, place)
-        if mount.kind == "bind":
-            mount = mount._replace(found=reading.folder.look(mount.source))
-            kept = [option for option in mount.options if option not in ("ro", "rw")]
-            mount = mount._replace(options=["ro"] + kept) if mount.found.own else mount
-        elif mount.source and mount.source not in reading.volumes:
-            raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
-                             " volumes")
-        elif mount.source:
-            mount = mount._replace(source=reading.volumes[mount.source][0])
-        mounts[mount.target.rstrip("/")] = mount
-    return list(mounts.values())
-
-
-def make_mount_argument(mount):
-    """A Mount as the engine takes it."""
-    source = mount.found.path if mount.found else mount.source
-    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
-    return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
-
-
-def make_files(service, reading, where):
-    """`configs` and `secrets` of a service as {path in the container: Content}."""
-    files = {}
-    for section, root in (("configs", "/"), ("secrets", "/run/secrets/")):
-        for index, item in enumerate(service[section]):
-            place = f"{where}.{section}[{index}]"
-            item = read_value({"source": item}, FILES_FORM[0][0], place) if isinstance(item, str) else item
-            if item.source not in reading.contents[section]:
-                shown = make_printable(item.source or "", 60)
-                raise make_fault(f"{place}: {shown!r} is not among the top-level {section}")
-            target = item.target or item.source
-            target = target if target.startswith("/") else root + target
-            if ":" in target:
-                raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
-            mode = 0o644 if item.mode is None else item.mode & 0o777
-            owner = [-1 if number is None else number for number in (item.uid, item.gid)]
-            files[target] = Content(reading.contents[section][item.source], mode, *owner)
-    return files
-
-
-def make_attachments(service, reading, where):
-    """[Attachment]: the first is joined at creation and the others before the start; or the network mode
-    alone."""
-    if service.network_mode is not None:
-        if service.networks:
-            raise make_fault(f"{where}.network_mode: cannot stand beside networks")
-        return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or {"default": read_value(None, SERVICE_FORM["networks"][list], "")}
-    joined = []
-    for name, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        if name not in reading.networks:
-            raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level"
-                             " networks")
-        options = make_arguments("--ip", value.ipv4_address) + make_arguments("--ip6", value.ipv6_address)
-        options += make_arguments("--mac-address", value.mac_address)
-        joined.append(Attachment(reading.networks[name][0], value.aliases or [], options))
-    return joined
-
-
-def make_container_name(project, service):
-    """The name of a service's container."""
-    return f"{project}-{service}-1"
-
-
-def make_namespace(text, workload):
-    """A namespace as the engine takes it: that of another service is that of its container."""
-    owner = (text or "").partition("service:")[2]
-    return f"container:{make_container_name(workload.project, owner)}" if owner else text
-
-
-def find_shared(service):
-    """The names of the services whose namespaces a service shares."""
-    modes = [service.network_mode or "", service.pid or "", service.ipc or ""]
-    return [mode[8:] for mode in modes if mode.startswith("service:")]
-
-
-def make_environment(service, reading, where):
-    """What a container's environment is: env files, then `environment`, then runtime.environment of the
-    device (C-185)."""
-    environment = {}
-    for item in service.env_file:
-        path = item if isinstance(item, str) else item.path or ""
-        needed = isinstance(item, str) or item.required is not False
-        found = reading.folder.look(path)
-        if needed or found.kind or not found.own:
-            environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
-                                              reading.variables, path))
-    for name, text in (service.environment or {}).items():
-        if text is None:
-            # a pass-through entry takes the parameter of its name (contract, Parameters)
-            text = reading.variables.get(name)
-        if text is not None:
-            environment[name] = text
-    environment.update(reading.workload.environment)
-    for name, text in environment.items():
-        check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"),
-                       f"{where}.environment")
-    return environment
-
-
-# A text that an env file of the engine cannot hold is taken from the environment of the engine's own command.
-# These names have a meaning there: for the loader and the C library, for Go, for the engines and what they
-# start.
-OBEYED = (
-    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|TZ|TZDIR|TMPDIR|TEMP|TMP|PWD|OLDPWD|IFS|ENV|"
-    r"POSIXLY_CORRECT|BASH_.*|LD_.*|LC_.*|GO(DEBUG|GC|MAXPROCS|MEMLIMIT|TRACEBACK|RACE|ROOT|PATH|COVERDIR|"
-    r"FIPS.*)|XDG_.*|MALLOC_.*|GLIBC_.*|GCONV_PATH|GETCONF_.*|LOCPATH|LOCALDOMAIN|NLSPATH|RES_OPTIONS|"
-    r"HOST(NAME|ALIASES)?|(HTTPS?|FTP|ALL|NO)_PROXY|_.*|CONTAINERS?_.*|DOCKER.*|PODMAN.*|BUILDAH.*|LIBPOD.*|"
-    r"STORAGE_.*|REGISTR.*|CNI_.*|NETAVARK.*|AARDVARK.*|OCI_.*|CRIU.*|RUNC.*|CRUN.*|LIBKRUN.*|CONMON.*|"
-    r"DBUS_.*|NOTIFY_.*|LISTEN_.*|SYSTEMD_.*|SSL_CERT_.*|SSLKEYLOGFILE|OPENSSL_.*|SSH_A.*|GPG|GNUPGHOME|"
-    r"OTEL_.*|RUST_.*|FUSE_.*|USERNS.*|COMPOSE_.*")
-
-
-def find_handed(environment):
-    """{name: text} of the variables that no line of an env file holds: the engine takes them from its own
-    environment."""
-    return {name: text for name, text in environment.items()
-            if re.search("[\r\n]", text) or len(f"{name}={text}".encode()) > 60000}
-
-
-def check_variable(name, text, where):
-    """Raises ComponentError for a variable that no process, or no engine, can be given."""
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise make_fault(f"{where}: {make_printable(name)!r} is not a variable name")
-    if len(f"{name}={text}".encode()) >= 128 * 1024:
-        raise make_fault(f"{where}.{name}: a variable has less than 128 KiB; use a file from `configs`",
-                         "PARAMETER_INVALID")
-    if find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
-        raise make_fault(f"{where}.{name}: a variable of this name has one line of at most 60000 bytes; use"
-                         " a file from `configs`", "PARAMETER_INVALID")
-
-
-def make_dependencies(service):
-    """`depends_on` as {service: (condition, required)}; whose namespace is shared, and what is linked, comes
-    first too."""
-    result = {other: (item.condition or "service_started", item.required is not False)
-              for other, item in service.depends_on.items()}
-    for other in find_shared(service) + [link.partition(":")[0] for link in service.links or ()]:
-        result.setdefault(other, ("service_started", True))
-    return result
-
-
-# What a file may ask for
-
-# An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`):
-# only these are taken.
-MOUNT_OPTIONS = ("ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec",
-                 "noexec", "nosuid", "nodev",
-                 "private", "rprivate", "slave", "rslave")
-LOG_OPTIONS = ("max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex",
-               "env", "env-regex")
-LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
-               "docker": ("json-file", "local", "journald", "syslog", "none")}
-# The capabilities that every container has by itself, on each engine.
-CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID",
-                "SETPCAP", "SETUID",
-                "SYS_CHROOT")
-
-
-def is_tmpfs_option(option):
-    """Whether an option of a tmpfs names nothing but its size, its owner and what may be done in it."""
-    return bool(re.fullmatch(
-        "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime", option))
-
-
-def deny(place, why):
-    """Raises ComponentError POLICY_DENIED."""
-    raise make_fault(f"{place}: {why}", "POLICY_DENIED")
-
-
-def check_policy(where, service, policy):
-    """Raises ComponentError POLICY_DENIED for what the settings of a service, as they were read, may not ask
-    for."""
-    if service.network_mode == "host" and policy.host_network != "allow":
-        deny(f"{where}.network_mode", "the host's network is denied by policy.host_network")
-    if policy.privileged == "allow":
-        return
-    harmless = {"privileged": lambda item: False, "oom_score_adj": lambda item: not item.startswith("-"),
-                "pid": lambda item: item != "host", "ipc": lambda item: item != "host",
-                "userns_mode": lambda item: item != "host",
-                "cap_add": lambda item: re.sub("^CAP_", "", item.upper()) in CAPABILITIES,
-                "devices": lambda item: any(is_device(item, pattern) for pattern in policy.devices),
-                "security_opt": re.compile("no-new-privileges([:=]true)?").fullmatch,
-                "group_add": lambda item: item != "keep-groups"}
-    for key, is_harmless in harmless.items():
-        for item in service[key] if isinstance(service[key], list) else filter(None, [service[key]]):
-            if not is_harmless(item):
-                deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by policy.privileged")
-
-
-def is_device(item, pattern):
-    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a device file that an entry of policy.devices
-    names; * is no slash."""
-    path = item.split(":")[0]
-    return ".." not in path.split("/") and bool(re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"),
-        path))
-
-
-def check_logging(where, logging, engine):
-    """Raises ComponentError for a log driver, or an option of it, that the engine does not have or that leads
-    elsewhere."""
-    driver, options = logging.driver or LOG_DRIVERS[engine][0], logging.options or {}
-    if driver not in LOG_DRIVERS[engine]:
-        known = ", ".join(LOG_DRIVERS[engine])
-        raise make_fault(f"{where}.driver: {engine} has no {make_printable(driver, 40)!r}, but {known}")
-    for name in options:
-        if name not in LOG_OPTIONS:
-            deny(f"{where}.options.{make_printable(name, 60)}", f"only {', '.join(LOG_OPTIONS)} are allowed")
-    if engine == "podman" and driver != "journald" and "tag" in options:
-        raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
-
-
-def check_mounts(where, mounts, policy, folder):
-    """Raises ComponentError for mounts of what is not there, or of what policy.host_paths does not allow."""
-    roots = [folder.resolve(path) for path in ["", *policy.host_paths]]
-    for mount in mounts:
-        for option in mount.options:
-            if not (is_tmpfs_option(option) if mount.kind == "tmpfs" else option in MOUNT_OPTIONS):
-                deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
-        if mount.kind != "bind":
-            continue
-        source, found = make_printable(mount.source, 200), mount.found
-        if mount.source.startswith("~"):
-            deny(where, f"{source} is in a home folder; name the path itself")
-        if found.socket:
-            deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
-        if not any(is_below(found.real, root) for root in roots):
-            real = make_printable(found.real, 200)
-            deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
-        if not found.kind:
-            owner = "the package" if found.own else "this device"
-            raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
-
-
-def check_ways(services):
-    """Raises ComponentError where a service can write to a folder on the way to what another one, or itself,
-    mounts.
-
-    It could put a link there that the engine follows when it starts that one.
-    """
-    mounts = [(service.name, mount) for service in services for mount in service.mounts]
-    mounts = [(name, mount) for name, mount in mounts if mount.kind == "bind" and not mount.found.own]
-    for name, mount in mounts:
-        for other, above in mounts:
-            inside = mount.found.real != above.found.real and is_below(mount.found.real, above.found.real)
-            if inside and "ro" not in above.options:
-                names = [make_printable(item.source, 200) for item in (mount, above)]
-                deny(f"services.{name}.volumes",
-                     f"{names[0]} lies in {names[1]}, where service {other} may write: it"
-                     " could put a link there. Mount one of both, or the upper one read-only")
-
-
-def is_below(path, root):
-    """Whether a path is `root` or lies below it."""
-    return path == root or path.startswith(root.rstrip("/") + "/")
-
-
-# A whole file
-
-def make_project(document, workload, policy, engine, folder=None):
-    """A compose file's value to a Project; raises ComponentError.
-
-    All that parameters mean is settled here, so that none ever reaches a tool's own environment (C-180,
-    D-18). Everything is read once, into records, and policy is held against these. folder: the package as a
-    Folder.
-    """
-    if not isinstance(document, dict) or not isinstance(document.get("services"),
-            dict) or not document["services"]:
-        raise make_fault("no services")
-    folder, notes = folder or Folder(workload.folder), []
-    variables = make_file_variables(workload, folder)
-    document = interpolate_all(document, variables)
-    document["services"] = find_wanted(document["services"], notes)
-    check_keys(document)
-    document = read_value(document, FILE_FORM, "")
-    reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
-                      make_networks(document, workload), make_contents(document, variables, folder))
-    services = {name: make_service(name, service, reading) for name, service in document.services.items()}
-    check_ways(services.values())
-    add_aliases(services, document.services, notes)
-    order = make_hashes(order_services(services))
-    return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
-
-
-def make_file_variables(workload, folder):
-    """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own.
-    """
-    variables = Variables(workload.parameters)
-    if folder.look(".env").kind:
-        variables.update(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
-    variables.update({"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project}, **workload.parameters)
-    return variables
-
-
-def find_wanted(services, notes):
-    """The services that are started: those of no profile. What an image was built from is left out where it
-    is named, and noted."""
-    started = {}
-    for name, service in services.items():
-        where = f"services.{name}"
-        # it becomes part of the name of a file
-        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}", name):
-            raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
-        if not isinstance(service, dict):
-            raise make_fault(f"{where}: expected a mapping")
-        if service.get("profiles") and to_list(service["profiles"], f"{where}.profiles"):
-            continue
-        if "build" in service and service.get("image"):
-            service = {key: item for key, item in service.items() if key != "build"}
-            notes.append(f"{where}.build is not used: the image is pulled")
-        started[name] = service
-    return started
-
-
-def make_service(name, service, reading):
-    """A Service from its settings, held against the policy; without a hash, which comes when all are known.
-    """
-    where = f"services.{name}"
-    mounts = make_mounts(service, reading, where)
-    check_policy(where, service, reading.policy)
-    check_logging(f"{where}.logging", service.logging, reading.engine)
-    check_mounts(f"{where}.volumes", mounts, reading.policy, reading.folder)
-    ports = make_ports(service.ports, f"{where}.ports")
-    arguments = make_options(service, reading.workload, where) + make_arguments("--publish",
-        list(map(make_publish, ports)))
-    command = service.command or []
-    if service.entrypoint is not None:
-        arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
-        command = service.entrypoint[1:] + command
-    checks, health = make_health(service.healthcheck, reading.engine)
-    arguments += checks + list(map(make_mount_argument, mounts))
-    if sum(map(len, arguments + command)) > 64 * 1024:
-        raise make_fault(f"{where}: its settings, labels and command together have more than 64 KiB")
-    if not service.image:
-        raise make_fault(f"{where}.image: expected the name of an image")
-    return Service(name, service.image, arguments, command, make_environment(service, reading, where),
-                   make_files(service, reading, where), make_attachments(service, reading, where),
-                   make_dependencies(service),
-                   health, service.pull_policy or "missing", "", find_ports(ports), mounts,
-                   find_shared(service))
-
-
-def add_aliases(services, wanted, notes):
-    """Changes services to be found by their container_name, and by what others link them as."""
-    taken = {}
-    for name, service in wanted.items():
-        names = [(name, service.container_name)]
-        for link in service.links or ():
-            owner, _, alias = link.partition(":")
-            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
-        for owner, alias in names:
-            other = alias if alias in services else taken.setdefault(alias, owner)
-            if not alias or owner not in services:
-                continue
-            if other != owner:
-                notes.append(f"services.{name}: the name {alias} also leads to service {other}")
-            services[owner] = services[owner]._replace(networks=[
-                item if item.aliases is None else item._replace(
-                    aliases=list(dict.fromkeys(item.aliases + [alias])))
-                for item in services[owner].networks])
-
-
-def order_services(services):
-    """The services so that each comes after what it depends on; raises ComponentError for a circle or an
-    unknown name."""
-    order, done = [], set()
-    for root in services:
-        todo, path = [root], []
-        while todo:
-            name = todo[-1]
-            if name in done or path[-1:] == [name]:
-                if name not in done:
-                    done.add(path.pop())
-                    order.append(services[name])
-                todo.pop()
-                continue
-            path.append(name)
-            for other, (_, required) in reversed(list(services[name].depends_on.items())):
-                if other in path:
-                    circle = path[path.index(other):] + [other]
-                    raise make_fault(f"depends_on goes in a circle: {' -> '.join(circle)}")
-                if other in services:
-                    todo.append(other)
-                elif required:
-                    raise make_fault(f"services.{name}.depends_on: there is no service"
-                                     f" {make_printable(other, 60)!r} that is started")
-    return order
-
-
-def make_hashes(order):
-    """The services with a hash of all that makes their containers: who shares another's namespace is made
-    anew with it."""
-    final = {}
-    for service in order:
-        contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
-                    for path, item in service.files.items()}
-        shared = [final[other].hash for other in service.shares]
-        parts = [service.image, service.arguments, service.command, service.environment, contents,
-                 service.networks, shared]
-        final[service.name] = service._replace(hash=sha256_digest(make_json(parts))[7:39])
-    return list(final.values())
-
-
-def make_labels(workload, service, digest):
-    """The labels by which containers are found again, and those by which compose finds them."""
-    theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
-              "oneoff": "False"}
-    return dict({LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
-                 LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
-                 LABEL_DEVICE: workload.device_id,
-                 # all of them, whether empty or not: an image has labels of its own
-                 LABEL_OWNER: workload.owner},
-                **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
 
 
 def judge_startup(services, facts, healthy):
@@ -4645,12 +3545,7 @@ def make_child_environment(environ, connection):
     return dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
 
 
-def claim_nothing():
-    """The Claim of nobody."""
-    return Claim("", (), (), ())
-
-
-def make_compose_driver(config, environ=None, child=None, others=(), claim=claim_nothing):
+def make_compose_driver(config, child=None, others=(), claim=claim_nothing, environ=None):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
     child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all
@@ -5412,360 +4307,1226 @@ def parse_containers(data, engine, now=0):
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
 
 
-Release = define("Release", "deployment_id component name namespace chart values values_file wait content",
-    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all that makes it what it is.")
-RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
-
-
-def make_owner_value(owner):
-    """An owner as the value of a Kubernetes label, which has room for 63 letters and digits."""
-    return sha256_digest(owner.encode())[7:47]
-
-
-def parse_releases(data, records, owner=""):
-    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.  Raises CommandError."""
-    names = {make_release_name(component["name"], record["deploymentId"]): (record["deploymentId"], component["name"])
-             for record in records for component in record["components"]}
-    containers = []
-    try:
-        for item in parse_json(data, "helm list") or ():
-            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
-            if not match and item["name"] not in names:
-                continue                            # somebody else's, whatever its labels say
-            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
-            containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm",
-                                        owner=owner))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
-    return containers
-
-
-def list_texts(value):
-    """Every scalar below a value as text."""
-    if isinstance(value, (dict, list)):
-        return [text for item in (value.values() if isinstance(value, dict) else value) for text in list_texts(item)]
-    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
-
-
-def make_helm_driver(config, environ, child=None, claim=claim_nothing):
-    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything.
-
-    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for make_compose_driver.
-    """
-    setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
-    if child and "KUBECONFIG" not in child[1]:
-        return None
-    if child:
-        environ = make_child_environment(environ, child[1])
-        setting, path = "auto" if setting == "off" else setting, environ["KUBECONFIG"]
-    path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", os.path.join(environ.get("HOME") or "/root", ".kube/config"))), None)
-    if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
-        return None
-    environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
-    environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
-    return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
-
-
-def make_values(deployment, component):
-    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
-
-    A later parameter for the same place wins.
-    """
-    values = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
-            set_value(values, parse_value_path(pointer), parameter.value)
-        except ValueError as error:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
-                                 f"{make_printable(pointer, 120)!r}: {error}") from None
-    return values
-
-
-def parse_value_path(pointer):
-    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
-        position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
-    return path
-
-
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        wanted = None if following is None else list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        place[step] = value if wanted is None else wanted() if held is None else held
-        place = place[step]
-
-
-def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
-
-    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
-    """
-    whole = f"{component}-{deployment_id}".lower()
-    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
-
-
-class HelmDriver:
-    """Runs Helm components by the helm command, version 3 or 4.
-
-    Releases are ours by the label org.margo.owner; all of them are seen by one `helm list`, which is asked only where a deployment
-    needs Helm.  Charts are fetched and verified here, like Compose Archives, so helm needs no access to registries.
-    """
-
-    def __init__(self, helm, config, environ, claim=claim_nothing):
-        self.helm, self.config, self.environ, self.claim = helm, config, environ, claim
-
-    def run(self, arguments, timeout):
-        """The Output of one helm command."""
-        return run_command([self.helm] + arguments, timeout, env=self.environ)
-
-    def observe(self, records=()):
-        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.  Raises CommandError."""
-        found, claim = [], self.claim()
-        wanted = {make_release_name(component["name"], record["deploymentId"]) for record in records for component in record["components"]}
-        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
-            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
-            found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
-            if wanted <= {release.name for release in found}:
-                break                               # under an earlier owner is only what is missing
-        return found
-
-    def list(self, selector, *options):
-        """What `helm list` says of releases in any state; raises CommandError."""
-        output = self.run(["list", "--max=0", "--output=json", f"--selector={selector}"] + (list(options) or ["--all-namespaces"])
-                          + [f"--{state}" for state in RELEASE_STATES], 60)
-        if output.code:
-            raise CommandError(f"the cluster does not answer (helm list: {output.stderr[-500:]})")
-        return output.stdout
-
-    def make_foreign(self):
-        """The selector of releases that carry no owner of this agent's, or none at all."""
-        claim = self.claim()
-        return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
-
-    def ask_strangers(self):
-        """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
-        return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
-
-    def ask_name(self, name, namespace):
-        """Raises ComponentError where a release of this name was made by somebody else."""
-        options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
-        if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
-                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
-            raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this agent: remove it there")
-
-    def check(self):
-        """What `doctor` says of this driver; raises CommandError."""
-        record = {"deploymentId": "", "components": []}
-        version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
-        return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
-
-    def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release, package facts)."""
-        values = make_values(deployment, component.name)
-        _, package = obtain_package(component, known, self.config, store, "helm")
-        fetched.append(package["digest"])
-        content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
-        name = make_release_name(component.name, deployment.deployment_id)
-        self.ask_name(name, deployment.namespace)
-        folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
-        try:
-            create_folder(folder)
-        except OSError as error:
-            raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
-        values_file = os.path.join(folder, content + ".json")
-        write_file(values_file, make_json(values))
-        for other in set(os.listdir(folder)) - {content + ".json"}:
-            remove_file(os.path.join(folder, other))        # a package of the time when it was a compose component goes by itself
-        chart = store.path("artifacts", package["digest"].replace(":", "-"))
-        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values, values_file, component.wait,
-                       content), package
-
-    def apply(self, release, containers, known, deadline):
-        """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.  Safe to repeat.
-
-        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never taken for "not installed" (D-16).
-        """
-        present, facts = self.find(release.deployment_id, release.component, containers), known.get("release")
-        if facts and facts.get("content") == release.content and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]:
-            return {"release": facts}
-        for container in present:
-            self.repair(container, release.namespace, facts, deadline)
-        seconds, owner = max(1, int(deadline - time.monotonic())), self.claim().owner
-        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}" + (f",{LABEL_OWNER}={make_owner_value(owner)}" if owner else "")
-        output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
-                           f"--values={release.values_file}", f"--labels={labels}", "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
-                          + (["--wait"] if release.wait else []), seconds + 30)
-        if output.code:
-            code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
-            raise ComponentError(code, f"helm upgrade failed: {mask(output.stderr, list_texts(release.values))[-1500:]}")
-        try:
-            revision = str(parse_json(output.stdout, "helm upgrade")["version"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ComponentError("INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
-        return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
-
-    @staticmethod
-    def find(deployment_id, component, containers):
-        """The releases of a component."""
-        return [c for c in containers if (c.deployment_id.lower(), c.component, c.type) == (deployment_id.lower(), component, "helm")]
-
-    def repair(self, container, namespace, facts, deadline):
-        """Takes away what would stop an upgrade, or what it would not see: a release in another namespace, one that a power cut left half
-        done, and what a failed upgrade left in the cluster (helm compares with the version that was deployed, not with that one).
-
-        facts: of the revision that was made here last; to that one it goes back, for the one before the newest may be what has failed.
-        """
-        there = container.id.partition("/")[0]
-        seconds = max(1, int(deadline - time.monotonic()))
-        if there != namespace or container.state in ("pending-install", "uninstalling"):
-            self.uninstall(container, deadline)
-        elif container.state != "running":
-            revision = [facts["hash"]] if facts else []
-            self.run(["rollback", container.name] + revision + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
-
-    def uninstall(self, container, deadline):
-        """Uninstalls a release; whether it worked is told by the list alone."""
-        seconds = max(1, int(deadline - time.monotonic()))
-        return self.run(["uninstall", container.name, f"--namespace={container.id.partition('/')[0]}", "--wait", f"--timeout={seconds}s"], seconds + 30)
-
-    def remove(self, deployment_id, component, containers, deadline):
-        """Removes a component's releases; raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21)."""
-        ours = self.find(deployment_id, component, containers)
-        words = [self.uninstall(container, deadline).stderr for container in ours]
-        record = {"deploymentId": deployment_id, "components": [{"name": component}]}
-        if ours and self.find(deployment_id, component, self.observe([record])):
-            raise ComponentError("REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
-
-    @staticmethod
-    def list_ports(release):
-        """[]: none of this host."""
-        return []
-
-    def tail_log(self, container, secrets):
-        """Nothing: the cluster keeps the logs."""
-        return ""
-
-    def tend(self, containers, chance):
-        """Nothing: the cluster runs its own health checks."""
-
-    def remove_image(self, name):
-        """Never: images are the cluster's."""
-        return False
-
-
-def make_drivers(config, child=None, others=(), claim=claim_nothing):
-    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
-
-    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
-    host, stop; no other section knows what it drives.
-    """
-    drivers = {"compose": make_compose_driver(config, child=child, others=others, claim=claim),
-               "helm": make_helm_driver(config, os.environ, child, claim)}
-    return {kind: driver for kind, driver in drivers.items() if driver}
-
-
-def find_nothing():
-    """The look at a child device that cannot be reached from here."""
-    raise CommandError("the engine's command that its connection needs is not installed here")
-
-
-def list_looks(drivers, records):
-    """{deployment type: function that looks} of what has to be asked on one device.
-
-    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a deployment needs one.
-    """
-    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
-    return {kind: lambda kind=kind: drivers[kind].observe(known[kind]) for kind in drivers if kind == "compose" or known[kind]}
-
-
-def try_look(function):
-    """What it returns, or the CommandError that it raises."""
-    try:
-        return function()
-    except CommandError as error:
-        return error
-
-
-def observe_devices(devices, records):
-    """{device id: Seen}: all engines are asked at once, and each is waited for up to its own limit.
-
-    records: those of all deployments that are there, or will be.
-    """
-    looks, seen = [], {device.device_id: Seen([], {}) for device in devices}
-    for device in devices:
-        found = list_looks(device.drivers, records)
-        if device.silence and not device.drivers:
-            found = dict.fromkeys(("compose", "helm"), find_nothing)
-        looks += [(device.device_id, kind, function) for kind, function in found.items()]
-    functions = [function for _, _, function in looks]
-    if len(looks) < 2:
-        answers = list(map(try_look, functions))
-    else:
-        from concurrent.futures import ThreadPoolExecutor
-        with ThreadPoolExecutor(LOOKS) as pool:
-            answers = list(pool.map(try_look, functions))
-    for (device_id, kind, _), answer in zip(looks, answers):
-        if isinstance(answer, CommandError):
-            seen[device_id].silent[kind] = answer
-        else:
-            seen[device_id].containers.extend(answer)
-    return seen
-
-
-def ask_others(answering, known=None):
-    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown.
-
-    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not asked again.
-    """
-    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-    for device_id, drivers in answering.items():
-        for kind, driver in drivers.items():
-            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
-            if isinstance(found, CommandError):
-                log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
-                continue
-            for item in found:
-                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
-                                   "deploymentId": item.deployment_id}
-    return list(others.values())
-
-
-def observe_all(drivers, record):
-    """Every container of ours on one device, as far as a deployment may have some there; raises CommandError where something does not answer."""
-    return [container for function in list_looks(drivers, [record]).values() for container in function()]
-
-
-def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell
-    of it.
-    """
-    kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
-    return kinds | ({target.deployment.type} if target and target.deployment else set())
+DRIVERS["compose"] = make_compose_driver
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 13. Packages
+# 14. Compose file
+# ----------------------------------------------------------------------------------------------------------
+
+def find_parameters(deployment, component):
+    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
+    return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
+            for pointer, names in parameter.targets if component in names]
+
+
+# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
+TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
+
+
+def make_variables(deployment, component):
+    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID (protocol 7, C-180, C-182).
+
+    A later parameter for the same name wins; a list becomes JSON text.
+    """
+    variables = {}
+    for parameter, pointer in find_parameters(deployment, component):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
+                                 f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
+        value = parameter.value
+        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
+        if "\0" in variables[pointer]:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
+    folded = sorted(variables, key=str.lower)
+    for first, second in zip(folded, folded[1:]):
+        if first.lower() == second.lower():
+            raise ComponentError("PARAMETER_INVALID", f"the parameters {first} and {second} differ only in case")
+    return variables
+
+
+def make_project_name(component, deployment_id):
+    """`<component>-<deploymentId>` as engines take names, at most 63 characters; what is changed or cut ends with a hash of the whole, so
+    that no two can meet (D-19, D-20).
+    """
+    whole = f"{component}-{deployment_id}"
+    name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
+    return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
+
+
+Workload = define("Workload",
+                  "deployment_id component project folder parameters environment wait device_id owner",
+    "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of"
+    " runtime.environment, the child device it is for, the owner to label it with.", "", "")
+Service = define(
+    "Service", "name image arguments command environment files networks depends_on health pull hash ports"
+               " mounts shares",
+    "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
+    " [Attachment];"
+    " depends_on: {service: (condition, required)}; health: Health, or None where the file says nothing of"
+    " it; hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that"
+    " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
+Project = define("Project", "services networks volumes notes",
+    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for what"
+    " is external), and what of the file has no effect, in words.", ())
+Mount = define("Mount", "kind source target options found",
+    "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
+    " name), path in the container, engine's options; found: the Source of a bind mount.")
+Port = define("Port", "address published target protocol",
+    "An item of `ports`: address of the host or \"\", its port or ports or \"\", those of the container,"
+    " tcp, udp or sctp.")
+Health = define("Health", "interval retries start",
+    "A health check as the agent waits for it: seconds, misses, seconds of grace.")
+Attachment = define("Attachment", "network aliases options",
+    "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
+    " mode, None, None.", None)
+Content = define("Content", "text mode uid gid",
+    "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
+Reading = define("Reading", "workload policy engine folder variables volumes networks contents",
+    "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of"
+    " volumes and of networks, {section: {name: text}} of configs and secrets.")
+
+LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
+LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
+LABEL_OWNER = "org.margo.owner"
+
+
+def make_fault(text, code="INVALID_DEPLOYMENT"):
+    """A ComponentError about the compose file."""
+    return ComponentError(code, f"compose.yaml: {text}")
+
+
+# Variables
+
+class Variables(dict):
+    """{NAME: text} for one compose file, and how many characters they and env files may bring into it: it
+    cannot be a bomb."""
+
+    room = 8 * MIB
+
+    def spend(self, count, where):
+        """Takes characters from the room that is left; raises ComponentError where there is none."""
+        self.room -= count
+        if self.room < 0:
+            raise make_fault(f"{where}: variables and env files bring more than {Variables.room} characters"
+                             " into the file")
+
+
+def interpolate(text, variables, where, depth=0):
+    """`$NAME`, `${NAME}`, `${NAME:-default}` with the operators - ? + :- :? :+, and `$$` in one text.
+
+    variables: Variables. An unset name is an empty text, and a `$` that begins none of these stays, as
+    compose has it. Raises ComponentError naming the place.
+    """
+    if depth > 32:
+        raise make_fault(f"{where}: a $ in more than 32 others")
+    pattern = re.compile(r"\$(?:(\$)|\{([A-Za-z_]\w*)(:?[-?+]|\})|([A-Za-z_]\w*)|(\{))", re.A)
+    result, position = [], 0
+    match = pattern.search(text)
+    while match:
+        dollar, long, operator, short, open_brace = match.groups()
+        if open_brace:
+            raise make_fault(f"{where}: a ${{ that is not ${{NAME}}; a $ that is meant is written $$")
+        result.append(text[position:match.start()])
+        position = match.end()
+        name = long or short
+        value = dollar or variables.get(name, "")
+        if long and operator != "}":
+            end = find_brace(text, position, where)
+            rest = text[position:end]
+            position = end + 1
+            given = name in variables and bool(value or ":" not in operator)
+            value = choose(operator[-1], given, name, value,
+                           lambda: interpolate(rest, variables, where, depth + 1), where)
+        result.append(value)
+        variables.spend(len(value), where)
+        match = pattern.search(text, position)
+    return "".join(result) + text[position:]
+
+
+def choose(operator, given, name, value, make_rest, where):
+    """What `${NAME` gives with one of the operators - ? +, by whether the name counts as given; make_rest:
+    what stands behind it."""
+    if operator == "+":
+        return make_rest() if given else ""
+    if given:
+        return value
+    if operator == "?":
+        raise make_fault(f"{where}: {name} is needed: {make_rest()}", "PARAMETER_INVALID")
+    return make_rest()
+
+
+def find_brace(text, position, where):
+    """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only
+    those of a `${`."""
+    for opening in ("{", "${"):
+        depth = 0
+        for index in range(position, len(text)):
+            depth += text.startswith(opening, index) - (text[index] == "}")
+            if depth < 0:
+                return index
+    raise make_fault(f"{where}: a ${{ that is not closed")
+
+
+# Below these keys, keys are names of the application's own; everywhere else x-… keys are extensions, which
+# are dropped unread.
+NAMING = ("services", "networks", "volumes", "configs", "secrets", "environment", "labels", "sysctls",
+          "extra_hosts", "ulimits",
+          "depends_on", "options", "driver_opts")
+
+
+def interpolate_all(value, variables, where="", named=False):
+    """Every text below a value interpolated; keys stay as they are, a number as it was spelt. named: they are
+    names."""
+    if isinstance(value, dict):
+        result = {}
+        for key, item in value.items():
+            name = to_text(key, f"{where or 'the file'}: a name")
+            if name.startswith("x-") and not named:
+                continue
+            if name in result:
+                raise make_fault(f"{where}: {make_printable(name, 60)} occurs twice")
+            place = f"{where}.{name}" if where else name
+            result[name] = interpolate_all(item, variables, place, not named and name in NAMING)
+        return result
+    if isinstance(value, list):
+        return [interpolate_all(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
+    return interpolate(value, variables, where) if isinstance(value, str) and "$" in value else value
+
+
+# a name, and perhaps = or : and a value
+ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
+            r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|"
+            r"(?![ \t]*['\"])([^\n]*)))?[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
+
+
+def parse_env_file(text, variables, where):
+    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes as compose
+    takes them."""
+    result = {}
+    known = Variables(variables)
+    text = text.replace("\r\n", "\n").lstrip("\ufeff")
+    variables.spend(len(text), where)
+    known.room = variables.room
+    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
+        name, single, double, plain, odd = match.groups()
+        if odd:
+            number = text.count("\n", 0, match.start()) + 1
+            raise make_fault(f"{where}, line {number}: expected NAME=value")
+        if single is not None:
+            result[name] = single.replace("\\'", "'")
+        elif double is not None or plain is not None:
+            raw = unescape_double(double) if plain is None else re.split(r"\s#", plain, maxsplit=1)[0].strip()
+            result[name] = interpolate(raw, known, f"{where}, {name}")
+        elif name in variables:
+            result[name] = variables[name]
+        if name in result and name not in variables:
+            known[name] = result[name]
+    variables.room = known.room
+    return result
+
+
+def unescape_double(text):
+    """What stands in double quotes of an env file, ready to be interpolated."""
+    escapes = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\", "$": "$$"}
+    return re.sub(r"\\(.)", lambda match: escapes.get(match.group(1), match.group(0)), text, flags=re.S)
+
+
+# Readers of compose values: (value, place) to what is meant; each names the place of what is not that.
+
+def to_text(value, where):
+    """A scalar as text; a number keeps its spelling."""
+    if value is None or isinstance(value, (dict, list)):
+        raise make_fault(f"{where}: expected a single value")
+    text = scalar_text(value)
+    if "\0" in text:
+        raise make_fault(f"{where}: holds a NUL character")
+    if re.search("[\ud800-\udfff]", text):
+        raise make_fault(f"{where}: holds bytes that are no UTF-8")
+    return text
+
+
+def to_form(pattern, words):
+    """A reader of text of one form: the pattern, and what it is in words."""
+    def read_form(value, where):
+        text = to_text(value, where)
+        if not re.fullmatch(pattern, text):
+            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not {words}")
+        return text
+    return read_form
+
+
+to_size = to_form(r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m")
+to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
+to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
+to_one = to_form("1", "supported; only 1 is")
+
+
+def to_flag(value, where):
+    """true or false, also as the text that interpolation leaves, by all words of YAML 1.1."""
+    word = scalar_text(value).lower() if isinstance(value, (bool, str)) else ""
+    if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
+        raise make_fault(f"{where}: expected true or false")
+    return word in ("true", "yes", "on", "y")
+
+
+def to_mapping(value, where):
+    """A mapping as it is, {} for nothing."""
+    if value is not None and not isinstance(value, dict):
+        raise make_fault(f"{where}: expected a mapping")
+    return value or {}
+
+
+def to_list(value, where):
+    """A list of texts; a single text is one too."""
+    return [to_text(item, where) for item in (value if isinstance(value, list) else [value])]
+
+
+def to_pairs(value, where):
+    """A mapping, or a list of NAME=value, as {NAME: text or None}."""
+    if isinstance(value, dict):
+        return {key: None if item is None else to_text(item, f"{where}.{key}") for key, item in value.items()}
+    pairs = [item.partition("=") for item in to_list(value, where)]
+    return {name: text if mark else None for name, mark, text in pairs}
+
+
+def to_values(value, where):
+    """A mapping, or a list of NAME=value, as {NAME: text}."""
+    return {name: text or "" for name, text in to_pairs(value, where).items()}
+
+
+def to_labels(value, where):
+    """`labels` as {name: text}; those by which containers are found again are not to be forged."""
+    labels = to_values(value, where)
+    if any(name.startswith(("org.margo.", "com.docker.compose.")) for name in labels):
+        raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
+    return labels
+
+
+def to_words(value, where):
+    """A command: a list as it is, a text split as a shell splits it."""
+    if not isinstance(value, str):
+        return to_list(value, where)
+    words = [[]]
+    pattern = r"(\s+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^\s'\"\\]+)|."
+    for match in re.finditer(pattern, to_text(value, where), re.S):
+        blank, single, double, escaped, plain = match.groups()
+        if not match.lastindex:
+            raise make_fault(f"{where}: a quotation or a \\ that is not closed")
+        if blank:
+            words.append([])
+        elif double is not None:                    # a space is what YAML has made of a line end
+            words[-1].append(re.sub(r'\\([$`"\\\n ])', lambda found: found.group(1).strip("\n"), double))
+        else:
+            words[-1].append((single or plain or escaped or "").strip("\n" if escaped else ""))
+    return ["".join(parts) for parts in words if parts]
+
+
+def to_seconds(value, where):
+    """Compose's durations such as 1m30s or 500ms to seconds."""
+    form = to_form(r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s")
+    text = form(value, where)
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
+    return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
+
+
+def to_duration(value, where):
+    """A duration as it is written."""
+    to_seconds(value, where)
+    return value
+
+
+def to_count(value, where):
+    """A whole number, zero or more."""
+    return int(to_form("[0-9]{1,9}", "a whole number")(value, where))
+
+
+def to_mode(value, where):
+    """The permissions of a file: an octal number, or a plain one as compose takes it."""
+    octal = isinstance(value, str) or to_text(value, where).startswith("0")
+    text = to_form("0?o?[0-7]{1,4}" if octal else "[0-9]{1,4}", "a file mode such as 0440")(value, where)
+    return int(text.replace("o", ""), 8 if octal else 10)
+
+
+def to_hosts(value, where):
+    """`extra_hosts` as [HOST:ADDRESS]; a name may have several addresses."""
+    if isinstance(value, dict):
+        pairs = [(name, item) for name in sorted(value) for item in to_list(value[name], f"{where}.{name}")]
+    else:
+        pairs = [re.match("([^=:]*)[=:]?(.*)", item, re.S).groups() for item in to_list(value, where)]
+    return [f"{name}:{address.strip('[]')}" for name, address in pairs]
+
+
+def to_restart(value, where):
+    """`restart`: the engine's own words."""
+    form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
+    return "no" if value is False else form(value, where)
+
+
+def to_grace(value, where):
+    """`stop_grace_period` in whole seconds; an engine would take zero as not said."""
+    return str(max(1, round(to_seconds(value, where))))
+
+
+def to_external(value, where):
+    """`external`: true or false, or in older files a mapping that has the name."""
+    return to_text(value.get("name"), f"{where}.name") if isinstance(value, dict) else to_flag(value, where)
+
+
+def to_namespace(*words):
+    """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
+    def read_namespace(value, where):
+        text = to_text(value, where)
+        if not re.fullmatch("|".join(words + ("service:.+",)), text):
+            code = "POLICY_DENIED" if re.match("container:|ns:", text) else "INVALID_DEPLOYMENT"
+            known = ", ".join(words + ("service:NAME",))
+            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not supported; known are {known}",
+                             code)
+        return text
+    return read_namespace
+
+
+def to_test(value, where):
+    """`test` of a health check: text for a shell, a list of words for none, [] for no check at all."""
+    if not isinstance(value, list):
+        text = to_text(value, where)
+        return [] if text == "NONE" else text
+    words = to_list(value, where)
+    if words == ["NONE"]:
+        return []
+    if words[:1] == ["CMD-SHELL"] and len(words) == 2:
+        return words[1]
+    if words[:1] != ["CMD"] or len(words) < 2:
+        raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
+    return words[1:]
+
+
+# What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
+TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
+             r"tarball|https?):|[^/]*:(?![0-9]+/)[^/]*/")
+IMAGE = (r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?"
+         r"(@[a-z0-9]+:[0-9a-f]{32,128})?")
+
+
+def to_image(value, where):
+    """The whole name of an image: one without a registry is Docker Hub's, for every engine. None is a file of
+    this device."""
+    text = to_text(value, where)
+    shown = repr(make_printable(text, 100))
+    if re.match(TRANSPORT, text[:512]):
+        raise make_fault(f"{where}: {shown} is not read from a registry, as an image has to be",
+                         "POLICY_DENIED")
+    if len(text) > 512 or "//" in text or not re.fullmatch(IMAGE, text, re.A):
+        raise make_fault(f"{where}: {shown} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the"
+                         " path in lower case")
+    if find_registry(text) != "docker.io" or text.startswith("docker.io/"):
+        return text
+    return f"docker.io/{'' if '/' in text.partition('@')[0] else 'library/'}{text}"
+
+
+def find_registry(image):
+    """The registry host that an image name begins with; Docker's own where it names none."""
+    first, slash, _ = image.partition("/")
+    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
+
+
+# The form of a file.  A form is a reader; a dict of known keys and their forms; {None: form} for names of the
+# application's own, {list: form} where a list of such names will do, too; [form]; or (form of the long
+# syntax,
+# reader of the short one).
+
+# Which option of the engine takes a key as it was read.
+SERVICE_OPTIONS = {
+    "user": (to_text, "--user"), "hostname": (to_text, "--hostname"), "working_dir": (to_text, "--workdir"),
+    "stop_signal": (to_text, "--stop-signal"), "stop_grace_period": (to_grace, "--stop-timeout"),
+    "mem_limit": (to_size, "--memory"), "memswap_limit": (to_size, "--memory-swap"),
+    "mem_reservation": (to_size, "--memory-reservation"), "mem_swappiness": (to_number,
+        "--memory-swappiness"),
+    "shm_size": (to_size, "--shm-size"), "oom_score_adj": (to_number, "--oom-score-adj"),
+    "cpus": (to_number, "--cpus"), "cpu_period": (to_number, "--cpu-period"),
+    "cpu_quota": (to_number, "--cpu-quota"),
+    "cpu_shares": (to_number, "--cpu-shares"), "cpuset": (to_text, "--cpuset-cpus"),
+    "pids_limit": (to_number, "--pids-limit"), "platform": (to_text, "--platform"),
+    "mac_address": (to_text, "--mac-address"), "pid": (to_namespace("private", "host"), "--pid"),
+    "ipc": (to_namespace("private", "shareable", "none", "host"), "--ipc"),
+    "userns_mode": (to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
+                            "host, auto, nomap or keep-id"), "--userns"),
+    "init": (to_flag, "--init"), "read_only": (to_flag, "--read-only"),
+    "privileged": (to_flag, "--privileged"),
+    "tty": (to_flag, "--tty"), "stdin_open": (to_flag, "--interactive"), "restart": (to_restart, "--restart"),
+    "cap_add": (to_list, "--cap-add"), "cap_drop": (to_list, "--cap-drop"), "devices": (to_list, "--device"),
+    "security_opt": (to_list, "--security-opt"), "group_add": (to_list, "--group-add"),
+    "dns": (to_list, "--dns"),
+    "dns_opt": (to_list, "--dns-option"), "dns_search": (to_list, "--dns-search"),
+    "extra_hosts": (to_hosts, "--add-host"), "labels": (to_labels, "--label"),
+    "sysctls": (to_values, "--sysctl")}
+
+
+def make_form(reader, names, **forms):
+    """The form of a mapping: names that one reader reads, and others with their forms."""
+    return dict(dict.fromkeys(names.split(), reader), **forms)
+
+
+CONTENT_FORM = {None: make_form(to_text, "file content environment name")}
+FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), to_text)]
+DEPLOY_FORM = {
+    "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
+    "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
+                  "reservations": make_form(to_number, "cpus", memory=to_size)},
+    "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
+                                condition=to_form("none|on-failure|any", "none, on-failure or any"))}
+MOUNT_FORM = make_form(
+    to_text, "source target consistency", read_only=to_flag, volume={"nocopy": to_flag},
+    type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
+    bind=make_form(to_text, "propagation selinux", create_host_path=to_flag),
+    tmpfs={"size": to_size, "mode": to_mode})
+SERVICE_FORM = dict(
+    {key: reader for key, (reader, _) in SERVICE_OPTIONS.items()},
+    image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs, profiles=to_list,
+    expose=to_list,
+    links=to_list, tmpfs=to_list, container_name=to_name, attach=to_flag, scale=to_one, configs=FILES_FORM,
+    secrets=FILES_FORM, deploy=DEPLOY_FORM, volumes=[(MOUNT_FORM, to_text)],
+    env_file=[(make_form(to_text, "path format", required=to_flag), to_text)],
+    network_mode=to_namespace("none", "host", "bridge"),
+    pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
+    blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
+    ulimits={None: (make_form(to_text, "soft hard"), to_text)},
+    ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_text)],
+    depends_on={list: make_form(to_flag, "required restart", condition=to_form(
+        "service_(started|healthy|completed_successfully)", "a condition that is known"))},
+    networks={list: make_form(to_text, "ipv4_address ipv6_address mac_address", aliases=to_list,
+                              priority=to_count)},
+    healthcheck=make_form(to_duration, "interval timeout start_period start_interval", test=to_test,
+                          retries=to_count, disable=to_flag))
+NETWORK_FORM = make_form(
+    to_flag, "internal attachable enable_ipv6", name=to_text, external=to_external, labels=to_labels,
+    driver=to_form("bridge|default", "supported; only bridge is"),
+    ipam={"driver": to_form("default", "supported; only default is"),
+          "config": [make_form(to_text, "subnet gateway ip_range")]})
+VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels, "driver_opts": to_values,
+               "driver": to_form("local", "supported; only local is")}
+FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM},
+             "networks": {None: NETWORK_FORM}, "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM,
+             "secrets": CONTENT_FORM}
+
+# What to write instead of a key that is not supported.
+ADVICE = {"build": "nothing is built on a device; name what was built by `image`",
+          "extends": "write its settings out",
+          "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
+          "runtime": "the engine's own is used", "device_cgroup_rules": "name device files by `devices`",
+          "volumes_from": "name the volumes themselves",
+          "external_links": "join a network that is `external`",
+          "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
+          "uts": "set `hostname`",
+          "models": "run what serves them as a service", "post_start": "let the entrypoint do it",
+          "pre_stop": "let the entrypoint do it on `stop_signal`",
+          "develop": "it is for a developer's machine",
+          "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
+
+
+def find_unknown(value, form, where=""):
+    """(place, key, known keys) of each key below a value that its form does not have."""
+    if isinstance(form, tuple):
+        form = form[0]
+    if isinstance(form, list):
+        for index, item in enumerate(value if isinstance(value, list) else [value]):
+            yield from find_unknown(item, form[0], f"{where}[{index}]")
+    elif isinstance(form, dict) and isinstance(value, dict):
+        each = form.get(None) or form.get(list)
+        for key, item in value.items():
+            place = f"{where}.{key}" if where else key
+            if each or key in form:
+                yield from find_unknown(item, each or form[key], place)
+            else:
+                yield place, key, list(form)
+
+
+def check_keys(document):
+    """Raises ComponentError that names every key of a file that is not supported: none is ever ignored."""
+    import difflib
+    faults = []
+    told = set()
+    for place, key, known in find_unknown(document, FILE_FORM):
+        near = difflib.get_close_matches(key, known, 1, 0.6)
+        advice = ADVICE.get(key) or (f"did you mean {near[0]}?" if near else "")
+        faults.append((make_printable(place, 200), f" ({advice})" if advice and key not in told else ""))
+        told.add(key)
+    if len(faults) == 1:
+        raise make_fault(": this key is not supported".join(faults[0]))
+    if faults:
+        raise make_fault(f"these keys are not supported: {', '.join(map(''.join, faults))}")
+
+
+def read_value(value, form, where):
+    """A value by its form, whole: Settings with None for keys that are not there, {name: …}, lists, and what
+    readers give."""
+    if callable(form):
+        return None if value is None else form(value, where)
+    if isinstance(form, tuple):
+        return read_value(value, form[0], where) if isinstance(value, dict) else form[1](value, where)
+    if isinstance(form, list):
+        items = [] if value is None else value
+        return [read_value(item, form[0], f"{where}[{index}]")
+                for index, item in enumerate(items if isinstance(items, list) else [items])]
+    if isinstance(value, list) and list in form:
+        value = dict.fromkeys(to_list(value, where))
+    value = to_mapping(value, where)
+    each = form.get(None) or form.get(list)
+    return Settings({key: read_value(value.get(key), each or part, f"{where}.{key}" if where else key)
+                     for key, part in (value if each else form).items()})
+
+
+# What stands beside `services`
+
+def make_volumes(document, workload):
+    """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
+    volumes = {}
+    for name, value in document.volumes.items():
+        where = f"volumes.{name}"
+        options = value.driver_opts or {}
+        parts = options.get("o", "").split(",") if options.get("o") else []
+        if options and not (set(options) <= {"type", "device", "o"} and options.get("type") == "tmpfs"
+                            and options.get("device", "tmpfs") == "tmpfs"
+                            and all(map(is_tmpfs_option, parts))):
+            deny(f"{where}.driver_opts",
+                 "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
+        volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
+    return volumes
+
+
+def make_networks(document, workload):
+    """Top-level `networks` as make_volumes has it; `default` is always there."""
+    networks = {}
+    for name, value in dict({"default": read_value(None, NETWORK_FORM, "")}, **document.networks).items():
+        arguments = make_arguments("--internal", value.internal) + make_arguments("--ipv6", value.enable_ipv6)
+        for item in value.ipam.config:
+            for key, option in (("subnet", "--subnet"), ("gateway", "--gateway"), ("ip_range", "--ip-range")):
+                arguments += make_arguments(option, item[key])
+        mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
+        networks[name] = make_shared(name, value, workload, f"networks.{name}",
+                                     arguments + [f"--label={LABEL_HASH}={mark}"])
+    return networks
+
+
+def make_shared_labels(workload):
+    """{label: text} by which a volume or network says by whom it was made for what."""
+    return {LABEL_PROJECT: workload.project, LABEL_DEPLOYMENT: workload.deployment_id, LABEL_OWNER: workload.owner}
+
+
+def make_shared(name, value, workload, where, arguments):
+    """(the engine's name, create arguments) of a volume or network; its labels are added."""
+    named = value.external if isinstance(value.external, str) else value.name
+    own = named or (name if value.external else f"{workload.project}_{name}")
+    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}", own):
+        raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a name here")
+    other = re.search(rf"-({UUID_PATTERN})_", own)
+    if other and other.group(1).lower() != workload.deployment_id.lower():
+        deny(where, f"{make_printable(own, 120)!r} is of another deployment; what is shared has a name of its"
+             " own")
+    labels = dict(value.labels or {}, **make_shared_labels(workload))
+    return own, None if value.external else make_arguments("--label", labels) + arguments
+
+
+def make_contents(document, variables, folder):
+    """Top-level `configs` and `secrets` as {section: {name: text}}."""
+    contents = {"configs": {}, "secrets": {}}
+    for section, found in contents.items():
+        for name, value in document[section].items():
+            where = f"{section}.{name}"
+            if sum(value[key] is not None for key in ("file", "content", "environment")) != 1:
+                raise make_fault(f"{where}: expected one of file, content, environment")
+            if value.environment is not None and value.environment not in variables:
+                raise make_fault(f"{where}.environment: there is no parameter"
+                                 f" {make_printable(value.environment, 60)!r}", "PARAMETER_INVALID")
+            text = variables.get(value.environment, value.content)
+            found[name] = text if value.file is None else read_inside(folder, value.file, f"{where}.file")
+    return contents
+
+
+def read_inside(folder, name, where):
+    """The text of a file of the package, bytes that are no UTF-8 escaped; raises ComponentError where it is
+    none of its files."""
+    data = folder.read(name)
+    if data is None:
+        raise make_fault(f"{where}: {make_printable(name)!r} is not a file of the archive of at most {MIB}"
+                         " bytes")
+    return data.decode("utf-8", "surrogateescape")
+
+
+# Services
+
+def make_arguments(option, value):
+    """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None.
+    """
+    if value is None or isinstance(value, bool):
+        return [option] if value else []
+    if isinstance(value, dict):
+        return [f"{option}={name}={item}" for name, item in sorted(value.items())]
+    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
+
+
+def make_options(service, workload, where):
+    """The arguments of a service that options of the engine take as they are; a key of its own stands above
+    `deploy`."""
+    limits, policy = service.deploy.resources.limits, service.deploy.restart_policy
+    options = {"--cpus": limits.cpus, "--memory": limits.memory, "--pids-limit": limits.pids,
+               "--memory-reservation": service.deploy.resources.reservations.memory,
+               "--blkio-weight": service.blkio_config.weight, "--log-driver": service.logging.driver,
+               "--log-opt": service.logging.options, "--ulimit": {}}
+    if any(item is not None for item in policy.values()):
+        word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
+        attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
+        options["--restart"] = word + attempts
+    for name, item in service.ulimits.items():
+        item = item if isinstance(item, str) else f"{item.soft}:{item.hard}"
+        form = to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")
+        options["--ulimit"][name] = form(item, f"{where}.ulimits.{name}")
+    options.update((option, service[key]) for key, (_, option) in SERVICE_OPTIONS.items()
+                   if service[key] is not None)
+    for option in ("--pid", "--ipc"):
+        options[option] = make_namespace(options.get(option), workload)
+    return [argument for option, value in sorted(options.items())
+            for argument in make_arguments(option, value)]
+
+
+def make_ports(items, where):
+    """`ports` in both syntaxes as [Port]; one that is listed twice is one."""
+    return list(dict.fromkeys(make_port(item, f"{where}[{index}]") for index, item in enumerate(items)))
+
+
+def make_port(item, where):
+    """One of `ports`: a mapping, or [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges
+    that fit each other."""
+    import ipaddress
+    if not isinstance(item, str):
+        host = item.host_ip or ""
+        item = f"{host}:{item.published or ''}:{item.target or ''}/{item.protocol or ''}"
+    body, _, protocol = item.partition("/")
+    body, _, target = body.rpartition(":")
+    address, _, published = body.rpartition(":")
+    address = re.sub(r"\A\[(.*)\]\Z", r"\1", address)
+    published = "" if published == "0" else published               # the engine chooses one
+    try:
+        address = address and str(ipaddress.ip_address(address))
+        fits = make_span(target)[1] in (0, make_span(published or target)[1])
+    except ValueError:
+        fits = False
+    if not fits or protocol.lower() not in ("", "tcp", "udp", "sctp"):
+        raise make_fault(f"{where}: {make_printable(item, 60)!r} is not a port")
+    return Port(address, published, target, protocol.lower() or "tcp")
+
+
+def make_span(text):
+    """PORT or PORT-PORT as (first, how many more); raises ValueError."""
+    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
+    first, last = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (0, 0)
+    if not 1 <= first <= last <= 65535:
+        raise ValueError(text)
+    return first, last - first
+
+
+def make_publish(port):
+    """A Port as the engine takes it."""
+    address = f"[{port.address}]" if ":" in port.address else port.address
+    text = f"{address}:{port.published}:{port.target}" if address else f"{port.published}:{port.target}".lstrip(":")
+    return text if port.protocol == "tcp" else f"{text}/{port.protocol}"
+
+
+def find_ports(ports):
+    """The host's ports that a container with these Ports holds while it runs: [[address or "", port,
+    protocol]]."""
+    held = []
+    for port in ports:
+        first, more = make_span(port.published or port.target)
+        if port.published and more == make_span(port.target)[1]:        # else the engine chooses one
+            address = "" if re.fullmatch("[0.:]+", port.address) else port.address
+            held += [[address, first + number, port.protocol] for number in range(more + 1)]
+    return held
+
+
+def make_health(check, engine):
+    """`healthcheck` to (arguments, Health or None)."""
+    import shlex
+    if check.disable or check.test == []:
+        return ["--no-healthcheck"], None
+    test = check.test
+    if isinstance(test, list) and engine == "podman" and (len(test) > 1 or not re.search(r"\s", test[0])):
+        # a list of one would be for a shell
+        test = make_json(test).decode() if len(test) > 1 else f"CMD {test[0]}"
+    elif isinstance(test, list):
+        test = " ".join(map(shlex.quote, test))
+    arguments = make_arguments("--health-cmd", test)
+    for key in ("interval", "timeout", "retries", "start_period"):
+        arguments += make_arguments(f"--health-{key.replace('_', '-')}", check[key])
+    if not arguments:
+        return [], None
+    # an engine takes zero as not said
+    interval = to_seconds(check.interval or "0s", "interval") or 30.0
+    start = to_seconds(check.start_period or "0s", "start_period")
+    return arguments, Health(interval, check.retries or 3, start)
+
+
+def make_mount(item, where):
+    """An item of `volumes` in either syntax to a Mount."""
+    if isinstance(item, str):
+        parts = item.split(":")
+        if len(parts) > 3 or not parts[0]:
+            raise make_fault(f"{where}: expected source:target[:options]")
+        kind = "bind" if parts[0][0] in "/.~" and len(parts) > 1 else "volume"
+        options = [option for option in "".join(parts[2:]).split(",") if option]
+        source, target = ["", *parts][-2:] if len(parts) < 3 else parts[:2]
+    else:
+        kind, source, target = item.type, item.source or "", item.target or ""
+        options = make_mount_options(item)
+        if not kind or kind == "bind" and not source:
+            raise make_fault(f"{where}: expected a type, and the source of a bind mount")
+    if not target.startswith("/") or ":" in source + target:
+        raise make_fault(f"{where}: expected source:target[:options] with an absolute target")
+    return Mount(kind, source, target, options, None)
+
+
+def make_mount_options(item):
+    """The options of a mount in the long syntax; `create_host_path` and `consistency` ask for nothing."""
+    options = [word for word, wanted in (("ro", item.read_only), ("nocopy", item.volume.nocopy)) if wanted]
+    options += [option for option in (item.bind.propagation, item.bind.selinux) if option]
+    options += [f"size={item.tmpfs.size}"] if item.tmpfs.size else []
+    return options + ([f"mode={item.tmpfs.mode:o}"] if item.tmpfs.mode is not None else [])
+
+
+def make_mounts(service, reading, where):
+    """[Mount] of a service, ready for the engine; of two at one path the later one counts.
+
+    What lies in the package is mounted read-only: what was verified stays as it is, and no container can put
+    a link there that the next start would follow out of the package.
+    """
+    mounts = {}
+    for text in service.tmpfs or ():
+        target, _, options = text.partition(":")
+        mounts[target.rstrip("/")] = make_mount(target, f"{where}.tmpfs")._replace(
+            kind="tmpfs", options=[option for option in options.split(",") if option])
+    for index, item in enumerate(service.volumes):
+        place = f"{where}.volumes[{index}]"
+        mount = make_mount(item, place)
+        if mount.kind == "bind":
+            mount = mount._replace(found=reading.folder.look(mount.source))
+            kept = [option for option in mount.options if option not in ("ro", "rw")]
+            mount = mount._replace(options=["ro"] + kept) if mount.found.own else mount
+        elif mount.source and mount.source not in reading.volumes:
+            raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
+                             " volumes")
+        elif mount.source:
+            mount = mount._replace(source=reading.volumes[mount.source][0])
+        mounts[mount.target.rstrip("/")] = mount
+    return list(mounts.values())
+
+
+def make_mount_argument(mount):
+    """A Mount as the engine takes it."""
+    source = mount.found.path if mount.found else mount.source
+    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
+    return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
+
+
+def make_files(service, reading, where):
+    """`configs` and `secrets` of a service as {path in the container: Content}."""
+    files = {}
+    for section, root in (("configs", "/"), ("secrets", "/run/secrets/")):
+        for index, item in enumerate(service[section]):
+            place = f"{where}.{section}[{index}]"
+            item = read_value({"source": item}, FILES_FORM[0][0], place) if isinstance(item, str) else item
+            if item.source not in reading.contents[section]:
+                shown = make_printable(item.source or "", 60)
+                raise make_fault(f"{place}: {shown!r} is not among the top-level {section}")
+            target = item.target or item.source
+            target = target if target.startswith("/") else root + target
+            if ":" in target:
+                raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
+            mode = 0o644 if item.mode is None else item.mode & 0o777
+            owner = [-1 if number is None else number for number in (item.uid, item.gid)]
+            files[target] = Content(reading.contents[section][item.source], mode, *owner)
+    return files
+
+
+def make_attachments(service, reading, where):
+    """[Attachment]: the first is joined at creation and the others before the start; or the network mode
+    alone."""
+    if service.network_mode is not None:
+        if service.networks:
+            raise make_fault(f"{where}.network_mode: cannot stand beside networks")
+        return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
+    wanted = service.networks or {"default": read_value(None, SERVICE_FORM["networks"][list], "")}
+    joined = []
+    for name, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
+        if name not in reading.networks:
+            raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level"
+                             " networks")
+        options = make_arguments("--ip", value.ipv4_address) + make_arguments("--ip6", value.ipv6_address)
+        options += make_arguments("--mac-address", value.mac_address)
+        joined.append(Attachment(reading.networks[name][0], value.aliases or [], options))
+    return joined
+
+
+def make_container_name(project, service):
+    """The name of a service's container."""
+    return f"{project}-{service}-1"
+
+
+def make_namespace(text, workload):
+    """A namespace as the engine takes it: that of another service is that of its container."""
+    owner = (text or "").partition("service:")[2]
+    return f"container:{make_container_name(workload.project, owner)}" if owner else text
+
+
+def find_shared(service):
+    """The names of the services whose namespaces a service shares."""
+    modes = [service.network_mode or "", service.pid or "", service.ipc or ""]
+    return [mode[8:] for mode in modes if mode.startswith("service:")]
+
+
+def make_environment(service, reading, where):
+    """What a container's environment is: env files, then `environment`, then runtime.environment of the
+    device (C-185)."""
+    environment = {}
+    for item in service.env_file:
+        path = item if isinstance(item, str) else item.path or ""
+        needed = isinstance(item, str) or item.required is not False
+        found = reading.folder.look(path)
+        if needed or found.kind or not found.own:
+            environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
+                                              reading.variables, path))
+    for name, text in (service.environment or {}).items():
+        if text is None:
+            # a pass-through entry takes the parameter of its name (contract, Parameters)
+            text = reading.variables.get(name)
+        if text is not None:
+            environment[name] = text
+    environment.update(reading.workload.environment)
+    for name, text in environment.items():
+        check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"),
+                       f"{where}.environment")
+    return environment
+
+
+# A text that an env file of the engine cannot hold is taken from the environment of the engine's own command.
+# These names have a meaning there: for the loader and the C library, for Go, for the engines and what they
+# start.
+OBEYED = (
+    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|TZ|TZDIR|TMPDIR|TEMP|TMP|PWD|OLDPWD|IFS|ENV|"
+    r"POSIXLY_CORRECT|BASH_.*|LD_.*|LC_.*|GO(DEBUG|GC|MAXPROCS|MEMLIMIT|TRACEBACK|RACE|ROOT|PATH|COVERDIR|"
+    r"FIPS.*)|XDG_.*|MALLOC_.*|GLIBC_.*|GCONV_PATH|GETCONF_.*|LOCPATH|LOCALDOMAIN|NLSPATH|RES_OPTIONS|"
+    r"HOST(NAME|ALIASES)?|(HTTPS?|FTP|ALL|NO)_PROXY|_.*|CONTAINERS?_.*|DOCKER.*|PODMAN.*|BUILDAH.*|LIBPOD.*|"
+    r"STORAGE_.*|REGISTR.*|CNI_.*|NETAVARK.*|AARDVARK.*|OCI_.*|CRIU.*|RUNC.*|CRUN.*|LIBKRUN.*|CONMON.*|"
+    r"DBUS_.*|NOTIFY_.*|LISTEN_.*|SYSTEMD_.*|SSL_CERT_.*|SSLKEYLOGFILE|OPENSSL_.*|SSH_A.*|GPG|GNUPGHOME|"
+    r"OTEL_.*|RUST_.*|FUSE_.*|USERNS.*|COMPOSE_.*")
+
+
+def find_handed(environment):
+    """{name: text} of the variables that no line of an env file holds: the engine takes them from its own
+    environment."""
+    return {name: text for name, text in environment.items()
+            if re.search("[\r\n]", text) or len(f"{name}={text}".encode()) > 60000}
+
+
+def check_variable(name, text, where):
+    """Raises ComponentError for a variable that no process, or no engine, can be given."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise make_fault(f"{where}: {make_printable(name)!r} is not a variable name")
+    if len(f"{name}={text}".encode()) >= 128 * 1024:
+        raise make_fault(f"{where}.{name}: a variable has less than 128 KiB; use a file from `configs`",
+                         "PARAMETER_INVALID")
+    if find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
+        raise make_fault(f"{where}.{name}: a variable of this name has one line of at most 60000 bytes; use"
+                         " a file from `configs`", "PARAMETER_INVALID")
+
+
+def make_dependencies(service):
+    """`depends_on` as {service: (condition, required)}; whose namespace is shared, and what is linked, comes
+    first too."""
+    result = {other: (item.condition or "service_started", item.required is not False)
+              for other, item in service.depends_on.items()}
+    for other in find_shared(service) + [link.partition(":")[0] for link in service.links or ()]:
+        result.setdefault(other, ("service_started", True))
+    return result
+
+
+# What a file may ask for
+
+# An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`):
+# only these are taken.
+MOUNT_OPTIONS = ("ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec",
+                 "noexec", "nosuid", "nodev",
+                 "private", "rprivate", "slave", "rslave")
+LOG_OPTIONS = ("max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex",
+               "env", "env-regex")
+LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
+               "docker": ("json-file", "local", "journald", "syslog", "none")}
+# The capabilities that every container has by itself, on each engine.
+CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID",
+                "SETPCAP", "SETUID",
+                "SYS_CHROOT")
+
+
+def is_tmpfs_option(option):
+    """Whether an option of a tmpfs names nothing but its size, its owner and what may be done in it."""
+    return bool(re.fullmatch(
+        "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime", option))
+
+
+def deny(place, why):
+    """Raises ComponentError POLICY_DENIED."""
+    raise make_fault(f"{place}: {why}", "POLICY_DENIED")
+
+
+def check_policy(where, service, policy):
+    """Raises ComponentError POLICY_DENIED for what the settings of a service, as they were read, may not ask
+    for."""
+    if service.network_mode == "host" and policy.host_network != "allow":
+        deny(f"{where}.network_mode", "the host's network is denied by policy.host_network")
+    if policy.privileged == "allow":
+        return
+    harmless = {"privileged": lambda item: False, "oom_score_adj": lambda item: not item.startswith("-"),
+                "pid": lambda item: item != "host", "ipc": lambda item: item != "host",
+                "userns_mode": lambda item: item != "host",
+                "cap_add": lambda item: re.sub("^CAP_", "", item.upper()) in CAPABILITIES,
+                "devices": lambda item: any(is_device(item, pattern) for pattern in policy.devices),
+                "security_opt": re.compile("no-new-privileges([:=]true)?").fullmatch,
+                "group_add": lambda item: item != "keep-groups"}
+    for key, is_harmless in harmless.items():
+        for item in service[key] if isinstance(service[key], list) else filter(None, [service[key]]):
+            if not is_harmless(item):
+                deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by policy.privileged")
+
+
+def is_device(item, pattern):
+    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a device file that an entry of policy.devices
+    names; * is no slash."""
+    path = item.split(":")[0]
+    return ".." not in path.split("/") and bool(re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"),
+        path))
+
+
+def check_logging(where, logging, engine):
+    """Raises ComponentError for a log driver, or an option of it, that the engine does not have or that leads
+    elsewhere."""
+    driver = logging.driver or LOG_DRIVERS[engine][0]
+    options = logging.options or {}
+    if driver not in LOG_DRIVERS[engine]:
+        known = ", ".join(LOG_DRIVERS[engine])
+        raise make_fault(f"{where}.driver: {engine} has no {make_printable(driver, 40)!r}, but {known}")
+    for name in options:
+        if name not in LOG_OPTIONS:
+            deny(f"{where}.options.{make_printable(name, 60)}", f"only {', '.join(LOG_OPTIONS)} are allowed")
+    if engine == "podman" and driver != "journald" and "tag" in options:
+        raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
+
+
+def check_mounts(where, mounts, policy, folder):
+    """Raises ComponentError for mounts of what is not there, or of what policy.host_paths does not allow."""
+    roots = [folder.resolve(path) for path in ["", *policy.host_paths]]
+    for mount in mounts:
+        for option in mount.options:
+            if not (is_tmpfs_option(option) if mount.kind == "tmpfs" else option in MOUNT_OPTIONS):
+                deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
+        if mount.kind != "bind":
+            continue
+        source = make_printable(mount.source, 200)
+        found = mount.found
+        if mount.source.startswith("~"):
+            deny(where, f"{source} is in a home folder; name the path itself")
+        if found.socket:
+            deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
+        if not any(is_below(found.real, root) for root in roots):
+            real = make_printable(found.real, 200)
+            deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
+        if not found.kind:
+            owner = "the package" if found.own else "this device"
+            raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
+
+
+def check_ways(services):
+    """Raises ComponentError where a service can write to a folder on the way to what another one, or itself,
+    mounts.
+
+    It could put a link there that the engine follows when it starts that one.
+    """
+    mounts = [(service.name, mount) for service in services for mount in service.mounts]
+    mounts = [(name, mount) for name, mount in mounts if mount.kind == "bind" and not mount.found.own]
+    for name, mount in mounts:
+        for other, above in mounts:
+            inside = mount.found.real != above.found.real and is_below(mount.found.real, above.found.real)
+            if inside and "ro" not in above.options:
+                names = [make_printable(item.source, 200) for item in (mount, above)]
+                deny(f"services.{name}.volumes",
+                     f"{names[0]} lies in {names[1]}, where service {other} may write: it"
+                     " could put a link there. Mount one of both, or the upper one read-only")
+
+
+def is_below(path, root):
+    """Whether a path is `root` or lies below it."""
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+# A whole file
+
+def make_project(document, workload, policy, engine, folder=None):
+    """A compose file's value to a Project; raises ComponentError.
+
+    All that parameters mean is settled here, so that none ever reaches a tool's own environment (C-180,
+    D-18). Everything is read once, into records, and policy is held against these. folder: the package as a
+    Folder.
+    """
+    services = document.get("services") if isinstance(document, dict) else None
+    if not services or not isinstance(services, dict):
+        raise make_fault("no services")
+    folder = folder or Folder(workload.folder)
+    notes = []
+    variables = make_file_variables(workload, folder)
+    document = interpolate_all(document, variables)
+    document["services"] = find_wanted(document["services"], notes)
+    check_keys(document)
+    document = read_value(document, FILE_FORM, "")
+    reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
+                      make_networks(document, workload), make_contents(document, variables, folder))
+    services = {name: make_service(name, service, reading) for name, service in document.services.items()}
+    check_ways(services.values())
+    add_aliases(services, document.services, notes)
+    order = make_hashes(order_services(services))
+    return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
+
+
+def make_file_variables(workload, folder):
+    """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own.
+    """
+    variables = Variables(workload.parameters)
+    if folder.look(".env").kind:
+        variables.update(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
+    variables.update({"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project}, **workload.parameters)
+    return variables
+
+
+def find_wanted(services, notes):
+    """The services that are started: those of no profile. What an image was built from is left out where it
+    is named, and noted."""
+    started = {}
+    for name, service in services.items():
+        where = f"services.{name}"
+        # it becomes part of the name of a file
+        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}", name):
+            raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
+        if not isinstance(service, dict):
+            raise make_fault(f"{where}: expected a mapping")
+        if service.get("profiles") and to_list(service["profiles"], f"{where}.profiles"):
+            continue
+        if "build" in service and service.get("image"):
+            service = {key: item for key, item in service.items() if key != "build"}
+            notes.append(f"{where}.build is not used: the image is pulled")
+        started[name] = service
+    return started
+
+
+def make_service(name, service, reading):
+    """A Service from its settings, held against the policy; without a hash, which comes when all are known.
+    """
+    where = f"services.{name}"
+    mounts = make_mounts(service, reading, where)
+    check_policy(where, service, reading.policy)
+    check_logging(f"{where}.logging", service.logging, reading.engine)
+    check_mounts(f"{where}.volumes", mounts, reading.policy, reading.folder)
+    ports = make_ports(service.ports, f"{where}.ports")
+    arguments = make_options(service, reading.workload, where) + make_arguments("--publish",
+        list(map(make_publish, ports)))
+    command = service.command or []
+    if service.entrypoint is not None:
+        arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
+        command = service.entrypoint[1:] + command
+    checks, health = make_health(service.healthcheck, reading.engine)
+    arguments += checks + list(map(make_mount_argument, mounts))
+    if sum(map(len, arguments + command)) > 64 * 1024:
+        raise make_fault(f"{where}: its settings, labels and command together have more than 64 KiB")
+    if not service.image:
+        raise make_fault(f"{where}.image: expected the name of an image")
+    return Service(name, service.image, arguments, command, make_environment(service, reading, where),
+                   make_files(service, reading, where), make_attachments(service, reading, where),
+                   make_dependencies(service),
+                   health, service.pull_policy or "missing", "", find_ports(ports), mounts,
+                   find_shared(service))
+
+
+def add_aliases(services, wanted, notes):
+    """Changes services to be found by their container_name, and by what others link them as."""
+    taken = {}
+    for name, service in wanted.items():
+        names = [(name, service.container_name)]
+        for link in service.links or ():
+            owner, _, alias = link.partition(":")
+            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
+        for owner, alias in names:
+            other = alias if alias in services else taken.setdefault(alias, owner)
+            if not alias or owner not in services:
+                continue
+            if other != owner:
+                notes.append(f"services.{name}: the name {alias} also leads to service {other}")
+            services[owner] = services[owner]._replace(networks=[
+                item if item.aliases is None else item._replace(
+                    aliases=list(dict.fromkeys(item.aliases + [alias])))
+                for item in services[owner].networks])
+
+
+def order_services(services):
+    """The services so that each comes after what it depends on; raises ComponentError for a circle or an
+    unknown name."""
+    order, done = [], set()
+    for root in services:
+        todo, path = [root], []
+        while todo:
+            name = todo[-1]
+            if name in done or path[-1:] == [name]:
+                if name not in done:
+                    done.add(path.pop())
+                    order.append(services[name])
+                todo.pop()
+                continue
+            path.append(name)
+            for other, (_, required) in reversed(list(services[name].depends_on.items())):
+                if other in path:
+                    circle = path[path.index(other):] + [other]
+                    raise make_fault(f"depends_on goes in a circle: {' -> '.join(circle)}")
+                if other in services:
+                    todo.append(other)
+                elif required:
+                    raise make_fault(f"services.{name}.depends_on: there is no service"
+                                     f" {make_printable(other, 60)!r} that is started")
+    return order
+
+
+def make_hashes(order):
+    """The services with a hash of all that makes their containers: who shares another's namespace is made
+    anew with it."""
+    final = {}
+    for service in order:
+        contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
+                    for path, item in service.files.items()}
+        shared = [final[other].hash for other in service.shares]
+        parts = [service.image, service.arguments, service.command, service.environment, contents,
+                 service.networks, shared]
+        final[service.name] = service._replace(hash=sha256_digest(make_json(parts))[7:39])
+    return list(final.values())
+
+
+def make_labels(workload, service, digest):
+    """The labels by which containers are found again, and those by which compose finds them."""
+    theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
+              "oneoff": "False"}
+    return dict({LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
+                 LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
+                 LABEL_DEVICE: workload.device_id,
+                 # all of them, whether empty or not: an image has labels of its own
+                 LABEL_OWNER: workload.owner},
+                **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 15. Packages
 # ----------------------------------------------------------------------------------------------------------
 
 COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
@@ -6257,7 +6018,7 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 14. Commands
+# 16. Commands
 # ----------------------------------------------------------------------------------------------------------
 
 Output = define("Output", "code stdout stderr",
@@ -6408,7 +6169,7 @@ def kill_group(process):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 15. Transport
+# 17. Transport
 # ----------------------------------------------------------------------------------------------------------
 
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
@@ -6734,7 +6495,7 @@ def check_response(response, where, accepted, now):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 16. Store
+# 18. Store
 # ----------------------------------------------------------------------------------------------------------
 
 class Log:
@@ -7259,7 +7020,7 @@ def load_part(path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 17. Configuration
+# 19. Configuration
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_duration(text):
@@ -7428,11 +7189,6 @@ def read_compose(value, base):
     if value in ("docker compose", "docker-compose", "podman-compose"):
         raise ValueError("auto, builtin or off; what compose providers did, builtin does now")
     return choice("auto", "builtin", "off")(value, base)
-
-
-def read_helm(value, base):
-    """auto, off, or the path of the helm command."""
-    return value if value in ("auto", "off") else read_path(value, base)
 
 
 def is_words(value, words):
@@ -7606,8 +7362,7 @@ SCHEMA = {
         "downtime": (list_of(read_window, "a list of windows"), [])},
     "runtime": {
         "compose": (read_compose, "auto"),
-        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"),
-        "kubeconfig": read_path,
+        "engine": (choice("auto", "podman", "docker"), "auto"),
         "on_failure": (choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"),
         "environment": (read_environment, {}), "prune": (read_flag, True)},
     "registries": (read_mapping, {}),
@@ -7791,7 +7546,7 @@ def text_of(pattern):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 18. X.509
+# 20. X.509
 # ----------------------------------------------------------------------------------------------------------
 
 # DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
@@ -7931,7 +7686,7 @@ def make_pem(ders):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 19. YAML
+# 21. YAML
 # ----------------------------------------------------------------------------------------------------------
 
 # YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
@@ -8649,7 +8404,7 @@ def measure_depth(value):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 20. Small encodings
+# 22. Small encodings
 # ----------------------------------------------------------------------------------------------------------
 
 def sha256_digest(data):
@@ -8862,7 +8617,7 @@ def unpack_tar(data, max_unpacked, max_entries):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 21. Signed (optional)
+# 23. Signed (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 Signer = define("Signer", "leaf key algorithm label components keyid alg",
@@ -9215,7 +8970,7 @@ PROFILES["signed"] = Signed
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 22. Older documents (optional)
+# 24. Older documents (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
@@ -9355,7 +9110,7 @@ FETCHERS["https"] = fetch_older
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 23. Git (optional)
+# 25. Git (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
@@ -9995,7 +9750,7 @@ TRACES.append("git")                # its credential, too
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 24. Enrollment (optional)
+# 26. Enrollment (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 # Enrollment and renewal over EST (RFC 7030), by the draft "MIAF Enrollment, Renewal, and Revocation Profile".
@@ -10556,7 +10311,7 @@ EXAMINE["renewal"] = examine_renewal
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 25. Revocation (optional)
+# 27. Revocation (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 # Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
@@ -10873,7 +10628,283 @@ EXAMINE["lists"] = examine_lists
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 26. Gateway (optional)
+# 28. Helm (optional)
+# ----------------------------------------------------------------------------------------------------------
+
+def read_helm(value, base):
+    """auto, off, or the path of the helm command."""
+    return value if value in ("auto", "off") else read_path(value, base)
+
+
+Release = define("Release", "deployment_id component name namespace chart values values_file wait content",
+    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all that makes it what it is.")
+RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
+
+
+def make_owner_value(owner):
+    """An owner as the value of a Kubernetes label, which has room for 63 letters and digits."""
+    return sha256_digest(owner.encode())[7:47]
+
+
+def parse_releases(data, records, owner=""):
+    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.  Raises CommandError."""
+    names = {make_release_name(component["name"], record["deploymentId"]): (record["deploymentId"], component["name"])
+             for record in records for component in record["components"]}
+    containers = []
+    try:
+        for item in parse_json(data, "helm list") or ():
+            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
+            if not match and item["name"] not in names:
+                continue                            # somebody else's, whatever its labels say
+            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
+            containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
+                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm",
+                                        owner=owner))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CommandError(f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
+    return containers
+
+
+def list_texts(value):
+    """Every scalar below a value as text."""
+    if isinstance(value, (dict, list)):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in list_texts(item)]
+    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
+
+
+def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None):
+    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything.
+
+    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for make_compose_driver.
+    """
+    environ = os.environ if environ is None else environ
+    setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
+    if child and "KUBECONFIG" not in child[1]:
+        return None
+    if child:
+        environ = make_child_environment(environ, child[1])
+        setting, path = "auto" if setting == "off" else setting, environ["KUBECONFIG"]
+    path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", os.path.join(environ.get("HOME") or "/root", ".kube/config"))), None)
+    if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
+        return None
+    environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
+    environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
+    return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
+
+
+def make_values(deployment, component):
+    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
+
+    A later parameter for the same place wins.
+    """
+    values = {}
+    for parameter, pointer in find_parameters(deployment, component):
+        try:
+            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
+            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
+                raise ValueError("JSON has no such number")
+            set_value(values, parse_value_path(pointer), parameter.value)
+        except ValueError as error:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
+                                 f"{make_printable(pointer, 120)!r}: {error}") from None
+    return values
+
+
+def parse_value_path(pointer):
+    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
+    path, position = [], 0
+    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
+    while position < len(pointer) or not path or pointer.endswith("."):
+        match = token.match(pointer, position)
+        if not match:
+            raise ValueError("expected names parted by dots, each with [index] where it is a list")
+        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
+        position = match.end()
+        if len(path) > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        if not match.group(3):
+            break
+    return path
+
+
+def set_value(values, path, value):
+    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
+    place = values
+    for step, following in zip(path, path[1:] + [None]):
+        if isinstance(step, int):
+            place.extend([None] * (step + 1 - len(place)))
+        held = place[step] if isinstance(step, int) else place.get(step)
+        wanted = None if following is None else list if isinstance(following, int) else dict
+        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
+            raise ValueError("another parameter puts something of another kind there")
+        place[step] = value if wanted is None else wanted() if held is None else held
+        place = place[step]
+
+
+def make_release_name(component, deployment_id):
+    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
+
+    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
+    """
+    whole = f"{component}-{deployment_id}".lower()
+    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
+
+
+class HelmDriver:
+    """Runs Helm components by the helm command, version 3 or 4.
+
+    Releases are ours by the label org.margo.owner; all of them are seen by one `helm list`, which is asked only where a deployment
+    needs Helm.  Charts are fetched and verified here, like Compose Archives, so helm needs no access to registries.
+    """
+
+    def __init__(self, helm, config, environ, claim=claim_nothing):
+        self.helm, self.config, self.environ, self.claim = helm, config, environ, claim
+
+    def run(self, arguments, timeout):
+        """The Output of one helm command."""
+        return run_command([self.helm] + arguments, timeout, env=self.environ)
+
+    def observe(self, records=()):
+        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.  Raises CommandError."""
+        found, claim = [], self.claim()
+        wanted = {make_release_name(component["name"], record["deploymentId"]) for record in records for component in record["components"]}
+        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
+            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
+            found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
+            if wanted <= {release.name for release in found}:
+                break                               # under an earlier owner is only what is missing
+        return found
+
+    def list(self, selector, *options):
+        """What `helm list` says of releases in any state; raises CommandError."""
+        output = self.run(["list", "--max=0", "--output=json", f"--selector={selector}"] + (list(options) or ["--all-namespaces"])
+                          + [f"--{state}" for state in RELEASE_STATES], 60)
+        if output.code:
+            raise CommandError(f"the cluster does not answer (helm list: {output.stderr[-500:]})")
+        return output.stdout
+
+    def make_foreign(self):
+        """The selector of releases that carry no owner of this agent's, or none at all."""
+        claim = self.claim()
+        return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
+
+    def ask_strangers(self):
+        """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
+        return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
+
+    def ask_name(self, name, namespace):
+        """Raises ComponentError where a release of this name was made by somebody else."""
+        options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
+        if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
+                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
+            raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this agent: remove it there")
+
+    def check(self):
+        """What `doctor` says of this driver; raises CommandError."""
+        record = {"deploymentId": "", "components": []}
+        version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
+        return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
+
+    def prepare(self, deployment, component, known, store, fetched):
+        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release, package facts)."""
+        values = make_values(deployment, component.name)
+        _, package = obtain_package(component, known, self.config, store, "helm")
+        fetched.append(package["digest"])
+        content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
+        name = make_release_name(component.name, deployment.deployment_id)
+        self.ask_name(name, deployment.namespace)
+        folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
+        try:
+            create_folder(folder)
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
+        values_file = os.path.join(folder, content + ".json")
+        write_file(values_file, make_json(values))
+        for other in set(os.listdir(folder)) - {content + ".json"}:
+            remove_file(os.path.join(folder, other))        # a package of the time when it was a compose component goes by itself
+        chart = store.path("artifacts", package["digest"].replace(":", "-"))
+        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values, values_file, component.wait,
+                       content), package
+
+    def apply(self, release, containers, known, deadline):
+        """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.  Safe to repeat.
+
+        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never taken for "not installed" (D-16).
+        """
+        present, facts = self.find(release.deployment_id, release.component, containers), known.get("release")
+        if facts and facts.get("content") == release.content and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]:
+            return {"release": facts}
+        for container in present:
+            self.repair(container, release.namespace, facts, deadline)
+        seconds, owner = max(1, int(deadline - time.monotonic())), self.claim().owner
+        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}" + (f",{LABEL_OWNER}={make_owner_value(owner)}" if owner else "")
+        output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
+                           f"--values={release.values_file}", f"--labels={labels}", "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
+                          + (["--wait"] if release.wait else []), seconds + 30)
+        if output.code:
+            code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
+            raise ComponentError(code, f"helm upgrade failed: {mask(output.stderr, list_texts(release.values))[-1500:]}")
+        try:
+            revision = str(parse_json(output.stdout, "helm upgrade")["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ComponentError("INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
+        return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
+
+    @staticmethod
+    def find(deployment_id, component, containers):
+        """The releases of a component."""
+        return [c for c in containers if (c.deployment_id.lower(), c.component, c.type) == (deployment_id.lower(), component, "helm")]
+
+    def repair(self, container, namespace, facts, deadline):
+        """Takes away what would stop an upgrade, or what it would not see: a release in another namespace, one that a power cut left half
+        done, and what a failed upgrade left in the cluster (helm compares with the version that was deployed, not with that one).
+
+        facts: of the revision that was made here last; to that one it goes back, for the one before the newest may be what has failed.
+        """
+        there = container.id.partition("/")[0]
+        seconds = max(1, int(deadline - time.monotonic()))
+        if there != namespace or container.state in ("pending-install", "uninstalling"):
+            self.uninstall(container, deadline)
+        elif container.state != "running":
+            revision = [facts["hash"]] if facts else []
+            self.run(["rollback", container.name] + revision + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
+
+    def uninstall(self, container, deadline):
+        """Uninstalls a release; whether it worked is told by the list alone."""
+        seconds = max(1, int(deadline - time.monotonic()))
+        return self.run(["uninstall", container.name, f"--namespace={container.id.partition('/')[0]}", "--wait", f"--timeout={seconds}s"], seconds + 30)
+
+    def remove(self, deployment_id, component, containers, deadline):
+        """Removes a component's releases; raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21)."""
+        ours = self.find(deployment_id, component, containers)
+        words = [self.uninstall(container, deadline).stderr for container in ours]
+        record = {"deploymentId": deployment_id, "components": [{"name": component}]}
+        if ours and self.find(deployment_id, component, self.observe([record])):
+            raise ComponentError("REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
+
+    @staticmethod
+    def list_ports(release):
+        """[]: none of this host."""
+        return []
+
+    def tail_log(self, container, secrets):
+        """Nothing: the cluster keeps the logs."""
+        return ""
+
+    def tend(self, containers, chance):
+        """Nothing: the cluster runs its own health checks."""
+
+    def remove_image(self, name):
+        """Never: images are the cluster's."""
+        return False
+
+
+DRIVERS["helm"] = make_helm_driver
+SCHEMA["runtime"].update(helm=(read_helm, "auto"), kubeconfig=read_path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 29. Gateway (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def load_child_devices(config, own_id, claim):
@@ -10975,7 +11006,7 @@ ASSIGN.append(assign)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 27. Hooks (optional)
+# 30. Hooks (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def run_hooks(moment, change, tools, error):
@@ -11040,7 +11071,7 @@ EXAMINE.update(hooks=examine_hooks)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 28. Doctor (optional)
+# 31. Doctor (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
@@ -11127,7 +11158,7 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 29. Command line
+# 32. Command line
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):

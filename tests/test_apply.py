@@ -529,7 +529,7 @@ class Ports(ApplyCase):
 
     def outages(self):
         """[(start or stop, deployment)] since the last look, without what was made and started under another name."""
-        ids = {container["id"]: name for name, container in self.known.items()}
+        ids = {container["id"]: name for seen in (self.known, self.engine.containers()) for name, container in seen.items()}
         found = []
         for verb, operand in self.commands("stop", "start"):
             name = ids.get(operand, operand)

@@ -1,4 +1,4 @@
-"""Section 14, Compose file: what a compose file means; test_policy has what it may not ask for.
+"""Compose file: what a compose file means; test_policy has what it may not ask for.
 
 tests/data/compose/valid: files that make_project must read as Docker Compose reads them; their head holds
 `# parameters: {JSON}` and `# files: {JSON of path: text}`.

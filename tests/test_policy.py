@@ -1,4 +1,4 @@
-"""Section 14, Compose file: what a compose file may not ask for, however it is spelt (contract, Policy)."""
+"""Compose file: what a compose file may not ask for, however it is spelt (contract, Policy)."""
 import os
 import socket
 import unittest

@@ -1,4 +1,4 @@
-"""The Compose driver (sections 14 and 15): how a start is judged, and what the engine is told and when."""
+"""Compose driver: how a start is judged, and what the engine is told and when."""
 import json
 import os
 import re
@@ -105,9 +105,9 @@ class Finding(FileCase):
 
     def test_no_driver_where_nothing_runs_compose(self):
         environ = self.make_environ("podman")
-        self.assertIsNone(margo_agent.make_compose_driver(make_config(runtime__compose="off"), environ))
-        self.assertIsNone(margo_agent.make_compose_driver(make_config(runtime__engine="docker"), environ))
-        driver = margo_agent.make_compose_driver(make_config(), environ)
+        self.assertIsNone(margo_agent.make_compose_driver(make_config(runtime__compose="off"), environ=environ))
+        self.assertIsNone(margo_agent.make_compose_driver(make_config(runtime__engine="docker"), environ=environ))
+        driver = margo_agent.make_compose_driver(make_config(), environ=environ)
         self.assertEqual(driver.engine, "podman")
 
 
