@@ -825,7 +825,10 @@ def make_prefix(device):
 
 def make_others_words(others):
     """Each workload of another owner, in words."""
-    return [f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}" for item in others]
+    return [
+        f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}"
+        for item in others
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3153,8 +3156,16 @@ def get_device_id(device, root="/"):
     return name
 
 
-HOSTING_PROPERTIES = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollector", "supportedRuntimes",
-                      "supportedDeploymentTypes")
+HOSTING_PROPERTIES = (
+    "cpus",
+    "memory",
+    "storage",
+    "peripherals",
+    "interfaces",
+    "otelCollector",
+    "supportedRuntimes",
+    "supportedDeploymentTypes",
+)
 
 
 def make_capabilities(detected, device, device_id, deployment_types):
@@ -3180,8 +3191,9 @@ def make_capabilities(detected, device, device_id, deployment_types):
 
 
 def report_devices(documents, source, store, state, always):
-    """PUTs what changed of {device id: capabilities document}, a gateway's own first; DELETEs that of a device that has
-    gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and saves state["enrollment"].
+    """PUTs what changed of {device id: capabilities document}, a gateway's own first; DELETEs that of a
+    device that has gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and saves
+    state["enrollment"].
     """
     for device_id in documents:
         report_device(device_id, documents, source, store, state, always)
@@ -3199,7 +3211,9 @@ def report_devices(documents, source, store, state, always):
 
 
 def report_device(device_id, documents, source, store, state, always, again=True):
-    """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
+    """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first
+    (protocol 2.2).
+    """
     enrolled, own_id = state["enrollment"], next(iter(documents))
     digest = sha256_digest(make_json(documents[device_id]))
     devices = enrolled["devices"] if enrolled else {}
@@ -3230,8 +3244,8 @@ def report_device(device_id, documents, source, store, state, always, again=True
 def make_drivers(config, child=None, others=(), claim=claim_nothing):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
-    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
-    host, stop; no other section knows what it drives.
+    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image
+    and, where it holds ports of the host, stop; no other section knows what it drives.
     """
     drivers = {kind: make(config, child, others, claim) for kind, make in DRIVERS.items()}
     return {kind: driver for kind, driver in drivers.items() if driver}
@@ -3245,10 +3259,15 @@ def find_nothing():
 def list_looks(drivers, records):
     """{deployment type: function that looks} of what has to be asked on one device.
 
-    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a deployment needs one.
+    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a
+    deployment needs one.
     """
     known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
-    return {kind: lambda kind=kind: drivers[kind].observe(known[kind]) for kind in drivers if kind == "compose" or known[kind]}
+    return {
+        kind: lambda kind=kind: drivers[kind].observe(known[kind])
+        for kind in drivers
+        if kind == "compose" or known[kind]
+    }
 
 
 def try_look(function):
@@ -3286,16 +3305,23 @@ def observe_devices(devices, records):
 
 
 def ask_others(answering, known=None):
-    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown.
+    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices
+    has shown.
 
-    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not asked again.
+    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not
+    asked again.
     """
     others = {item["name"]: item for item in known or () if item["type"] == "helm"}
     for device_id, drivers in answering.items():
         for kind, driver in drivers.items():
             found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
             if isinstance(found, CommandError):
-                log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
+                log(
+                    "warning",
+                    "workloads of other owners cannot be named",
+                    device=device_id,
+                    reason=found.message,
+                )
                 continue
             for item in found:
                 others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
@@ -3304,7 +3330,9 @@ def ask_others(answering, known=None):
 
 
 def observe_all(drivers, record):
-    """Every container of ours on one device, as far as a deployment may have some there; raises CommandError where something does not answer."""
+    """Every container of ours on one device, as far as a deployment may have some there; raises
+    CommandError where something does not answer.
+    """
     return [container for function in list_looks(drivers, [record]).values() for container in function()]
 
 
@@ -6499,7 +6527,10 @@ def check_response(response, where, accepted, now):
 # ----------------------------------------------------------------------------------------------------------
 
 class Log:
-    """One line an event on stderr.  Like stderr itself there is one for the process; `main` sets its level and form."""
+    """One line an event on stderr.
+
+    Like stderr itself there is one for the process; `main` sets its level and form.
+    """
 
     LEVELS = ("debug", "info", "warning", "error")
 
@@ -6507,12 +6538,18 @@ class Log:
         self.level, self.form = "info", "text"
 
     def __call__(self, level, message, **fields):
-        """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value."""
+        """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's
+        value.
+        """
         if self.LEVELS.index(level) < self.LEVELS.index(self.level):
             return
         if self.form == "json":
             import json
-            line = json.dumps(dict(fields, time=make_time(time.time()), level=level, message=message), sort_keys=True, separators=(",", ":"))
+            line = json.dumps(
+                dict(fields, time=make_time(time.time()), level=level, message=message),
+                sort_keys=True,
+                separators=(",", ":"),
+            )
         else:
             facts = "".join(f" {key}={make_printable(str(value), 2000)}" for key, value in fields.items())
             line = f"{make_time(time.time())} {level:7} {make_printable(message, 4000)}{facts}"
@@ -6520,20 +6557,24 @@ class Log:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
         except (OSError, ValueError):
-            pass                                    # nobody listens any more; that is no reason to leave workloads alone
+            # nobody listens any more; that is no reason to leave workloads alone
+            pass
 
 
 log = Log()
 
 
 def write_file(path, data, mode=0o600, temporary=None):
-    """The one door for writing: the file holds either its old bytes or all of `data`, whatever happens (D-34).
+    """The one door for writing: the file holds either its old bytes or all of `data`, whatever happens
+    (D-34).
 
     Temporary file (by default beside it), fsync, rename, fsync of the folder.  Raises StorageError.
     """
     folder, temporary = os.path.dirname(path), temporary or f"{path}.tmp"
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        descriptor = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode
+        )
         try:
             os.fchmod(descriptor, mode)
             view = memoryview(data)
@@ -6546,7 +6587,9 @@ def write_file(path, data, mode=0o600, temporary=None):
         sync_folder(folder)
     except OSError as error:
         remove_file(temporary)                      # on a full disk half a file is what keeps it full
-        raise StorageError(f"{path} cannot be written ({error.strerror}); free space or make it writable") from None
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror}); free space or make it writable"
+        ) from None
 
 
 def remove_file(path):
@@ -6560,7 +6603,8 @@ def remove_file(path):
 
 def get_uptime():
     """(id of this boot, seconds since it): a clock that nobody sets and every process shares."""
-    return (read_file("/proc/sys/kernel/random/boot_id", KIB) or b"").decode().strip(), time.clock_gettime(time.CLOCK_BOOTTIME)
+    boot = read_file("/proc/sys/kernel/random/boot_id", KIB) or b""
+    return boot.decode().strip(), time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def get_clock():
@@ -6578,9 +6622,12 @@ def sync_folder(folder):
 
 
 def read_file(path, limit):
-    """The bytes of a file, None where there is none; raises StorageError, also where it is longer than `limit`."""
+    """The bytes of a file, None where there is none; raises StorageError, also where it is longer than
+    `limit`.
+    """
     try:
-        with open(path, "rb") as file:              # asked for is what there is: memory for the limit may not be there
+        # asked for is what there is: memory for the limit may not be there
+        with open(path, "rb") as file:
             size = min(limit, max(os.fstat(file.fileno()).st_size, 64 * KIB))
             data = file.read(size + 1)
     except FileNotFoundError:
@@ -6593,7 +6640,9 @@ def read_file(path, limit):
 
 
 def create_folder(path, mode=0o700):
-    """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask; may raise OSError."""
+    """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask;
+    may raise OSError.
+    """
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
@@ -6618,7 +6667,9 @@ def empty_folder(path):
 
 
 def get_space(folder, most=FREE_SPACE):
-    """(bytes that are free on a disk, how many of them are to stay so): at most `most`, and one part of a small disk."""
+    """(bytes that are free on a disk, how many of them are to stay so): at most `most`, and one part of a
+    small disk.
+    """
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize, min(most, disk.f_blocks * disk.f_frsize // SHARE)
 
@@ -6665,19 +6716,40 @@ def make_state():
     history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome; refused: what came after it}
     lastPoll    {at, result, detail} of the last cycle that had something to store
     """
-    return {"schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "dropped": {}, "reported": {},
-            "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [], "patience": {}, "waiting": None,
-            "owners": [], "pulled": [], "history": [], "lastPoll": None}
+    return {
+        "schema": 2,
+        "enrollment": None,
+        "client": None,
+        "accepted": None,
+        "deployments": {},
+        "outbox": {},
+        "dropped": {},
+        "reported": {},
+        "trust": {},
+        "identity": None,
+        "est": {},
+        "crls": {},
+        "drafts": [],
+        "patience": {},
+        "waiting": None,
+        "owners": [],
+        "pulled": [],
+        "history": [],
+        "lastPoll": None,
+    }
 
 
 def make_state_data(state):
-    """The bytes of state.json: JSON that ends with the digest of the rest; the outbox is a list there, because its order counts."""
+    """The bytes of state.json: JSON that ends with the digest of the rest; the outbox is a list there,
+    because its order counts.
+    """
     data = make_json(dict(state, outbox=list(state["outbox"].values())))
     return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
 
 
 def parse_state(data, path):
-    """The state in the bytes of state.json; raises ValueError for what is damaged or foreign, StorageError for a newer agent's.
+    """The state in the bytes of state.json; raises ValueError for what is damaged or foreign,
+    StorageError for a newer agent's.
 
     One without a digest was written by an older agent, or by hand.
     """
@@ -6688,13 +6760,17 @@ def parse_state(data, path):
     if not isinstance(state, dict) or type(state.get("schema")) is not int or state["schema"] < 1:
         raise ValueError(f"{path} is not a state of this agent")
     if state["schema"] > blank["schema"]:
-        raise StorageError(f"{path} has schema {state['schema']}, this agent knows {blank['schema']}; use the newer agent")
+        raise StorageError(
+            f"{path} has schema {state['schema']}, this agent knows {blank['schema']}; use the newer agent"
+        )
     state = dict(blank, **dict(state, schema=blank["schema"]))
     state.pop("sum", None)
     outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
     try:
         state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
-        wrong = [key for key, value in blank.items() if value is not None and type(state[key]) is not type(value)]
+        wrong = [
+            key for key, value in blank.items() if value is not None and type(state[key]) is not type(value)
+        ]
         wrong += [key for key, record in state["deployments"].items() if "adopted" not in record]
         state["deployments"] = {key: migrate_record(record) for key, record in state["deployments"].items()}
     except (TypeError, KeyError, AttributeError):
@@ -6705,7 +6781,9 @@ def parse_state(data, path):
 
 
 def migrate_record(record):
-    """A deployment's record as of schema 2, in place of moments of the wall clock that of schema 1 has waits (see make_wait)."""
+    """A deployment's record as of schema 2, in place of moments of the wall clock that of schema 1 has
+    waits (see make_wait).
+    """
     record = {key: value for key, value in record.items() if key != "left"}
     if "retryAt" in record:
         at, failures = record.pop("retryAt") - 2 * RETRY_CAP, record.pop("failures", 0)
@@ -6718,7 +6796,9 @@ def migrate_record(record):
 
 
 def make_core(state):
-    """What must never become older, as bytes: whose device this is, what it accepted, whom it trusts, which token went with which key."""
+    """What must never become older, as bytes: whose device this is, what it accepted, whom it trusts,
+    which token went with which key.
+    """
     return make_json([state[name] for name in ("enrollment", "client", "accepted", "trust", "est", "crls")])
 
 
@@ -6729,11 +6809,14 @@ def get_random():
 
 
 class Store:
-    """The state directory: state.json, artifacts by digest, one folder a deployment, the lock, the trust bundle."""
+    """The state directory: state.json, artifacts by digest, one folder a deployment, the lock, the trust
+    bundle.
+    """
 
     def __init__(self, folder):
         self.folder = folder
-        self.saved = self.core = None               # bytes of state.json as they lie on the disk, and of what its copy is kept for
+        # bytes of state.json as they lie on the disk, and of what its copy is kept for
+        self.saved = self.core = None
         self.locked = None
         self.memo = None                            # as load_memo read it; right as long as the lock is held
 
@@ -6757,7 +6840,9 @@ class Store:
             raise StorageError(f"state_dir {self.folder} cannot be made ({error.strerror})") from None
 
     def lock(self):
-        """Takes the lock or raises Locked; the kernel gives it back when this process ends, however it ends."""
+        """Takes the lock or raises Locked; the kernel gives it back when this process ends, however it
+        ends.
+        """
         import fcntl
         try:
             self.locked = os.open(self.path("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -6765,8 +6850,10 @@ class Store:
             self.memo = None
         except BlockingIOError:
             self.unlock()
-            raise Locked(f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A second agent on this engine needs"
-                         " an identity of its own, not only a state_dir") from None
+            raise Locked(
+                f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A second agent on this engine needs"
+                " an identity of its own, not only a state_dir"
+            ) from None
         except OSError as error:
             raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
 
@@ -6777,10 +6864,13 @@ class Store:
             self.locked = None
 
     def load_state(self):
-        """The state; a fresh one only where there is none.  Raises StorageError for one that is not ours to read.
+        """The state; a fresh one only where there is none.
 
-        An unreadable state is never started afresh: that would forget the accepted version and open the door to a rollback.  Its copy
-        may be older, but never in what was accepted (see save_state); what it does not know of workloads the engine tells (P-13).
+        Raises StorageError for one that is not ours to read.
+
+        An unreadable state is never started afresh: that would forget the accepted version and open the
+        door to a rollback.  Its copy may be older, but never in what was accepted (see save_state); what
+        it does not know of workloads the engine tells (P-13).
         """
         fault, path = None, self.path("state.json")
         for name in (path, path + ".old"):
@@ -6793,17 +6883,23 @@ class Store:
             if state is not None:
                 self.saved, self.core = data if name == path else None, make_core(state)
                 if self.saved is None:
-                    log("error", "the state is taken from its copy", reason=str(fault or f"{path} is missing"))
+                    log(
+                        "error", "the state is taken from its copy", reason=str(fault or f"{path} is missing")
+                    )
                 return state
         if fault:
-            raise StorageError(f"{fault}; restore it, or move it and its copy {path}.old away to start afresh (the WFM's next manifest is"
-                               " then accepted whatever its version)")
+            raise StorageError(
+                f"{fault}; restore it, or move it and its copy {path}.old away to start afresh (the WFM's next manifest is"
+                " then accepted whatever its version)"
+            )
         return make_state()
 
     def save_state(self, state):
-        """Writes the state if it differs from what lies on the disk: a poll that finds nothing new writes nothing (P-16).
+        """Writes the state if it differs from what lies on the disk: a poll that finds nothing new writes
+        nothing (P-16).
 
-        First its copy, where that would otherwise be older in what no damage may bring back.  A full disk is given the reserve (P-4).
+        First its copy, where that would otherwise be older in what no damage may bring back.  A full disk
+        is given the reserve (P-4).
         """
         data, core = make_state_data(state), make_core(state)
         if data == self.saved:
@@ -6818,7 +6914,9 @@ class Store:
         self.saved, self.core = data, core
 
     def find_time(self):
-        """The last time that is known to have been: Unix seconds of the last write of the state, 0 where there is none."""
+        """The last time that is known to have been: Unix seconds of the last write of the state, 0 where
+        there is none.
+        """
         try:
             return os.stat(self.path("state.json")).st_mtime
         except OSError:
@@ -6844,16 +6942,21 @@ class Store:
             raise StorageError(f"{self.path('artifacts')} cannot be pruned ({error.strerror})") from None
         short = {digest.split(":")[1][:16] for digest in digests}
         for folder, folders, _ in os.walk(self.path("deployments")):
-            inside = os.path.dirname(os.path.dirname(folder)) == self.path("deployments")       # of a component, which may have such a name itself
+            # of a component, which may have such a name itself
+            inside = os.path.dirname(os.path.dirname(folder)) == self.path("deployments")
             needed = self.load_needed(folder, short) if inside else set()
             form = r"[0-9a-f]{16}|content-[0-9a-f]{32}(\.new)?"
-            for name in [name for name in folders if name.endswith(".tmp") or inside and re.fullmatch(form, name)]:
+            for name in [
+                name for name in folders if name.endswith(".tmp") or inside and re.fullmatch(form, name)
+            ]:
                 folders.remove(name)
                 if name not in short | needed:
                     remove_folder(os.path.join(folder, name))
 
     def load_needed(self, folder, short):
-        """The folders of a component from which containers of these packages mount files (see Folder.keep); other notes go."""
+        """The folders of a component from which containers of these packages mount files (see
+        Folder.keep); other notes go.
+        """
         needed = set()
         for name in [name for name in os.listdir(folder) if re.fullmatch(r"[0-9a-f]{16}\.content", name)]:
             if name[:16] in short:
@@ -6863,7 +6966,9 @@ class Store:
         return needed
 
     def memo_path(self):
-        """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes nothing to the disk."""
+        """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes
+        nothing to the disk.
+        """
         folder = os.environ.get("RUNTIME_DIRECTORY", "/run/margo-agent").split(":")[0]
         return os.path.join(folder, sha256_digest(os.path.abspath(self.folder).encode())[7:23] + ".json")
 
@@ -7141,7 +7246,9 @@ read_address = scalar(
     rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
     lambda text: text.rstrip("/") if text.startswith("https:") else text)
 read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
-read_devices = list_of(scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev")
+read_devices = list_of(
+    scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev"
+)
 read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
 read_pause = scalar("a duration", make=parse_duration)
 read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
@@ -7185,7 +7292,9 @@ def read_path_or_url(value, base):
 
 
 def read_compose(value, base):
-    """Whether the agent runs compose files; the programs that once could are told apart from what never could."""
+    """Whether the agent runs compose files; the programs that once could are told apart from what never
+    could.
+    """
     if value in ("docker compose", "docker-compose", "podman-compose"):
         raise ValueError("auto, builtin or off; what compose providers did, builtin does now")
     return choice("auto", "builtin", "off")(value, base)
@@ -7346,32 +7455,50 @@ CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}))
 REGISTRY_SCHEMA = {
     "mirror": read_text, "username": read_text, "password_file": read_path, "ca": read_path,
     "insecure": (read_flag, False)}
+# see make_children
 SCHEMA = {
     "state_dir": (read_path, "/var/lib/margo-agent"),
     "wfm": {
-        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls"), "url": read_address, "timeout": (read_duration, "30s"),
-        "min_tls": (choice("1.2", "1.3"), "1.3")},
+        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls"),
+        "url": read_address,
+        "timeout": (read_duration, "30s"),
+        "min_tls": (choice("1.2", "1.3"), "1.3"),
+    },
     "identity": {
-        "certificate": read_path, "key": read_key, "trust_bundle": read_path_or_url,
-        "discovery": read_url, "ca": read_path, "pins": (read_pins, []), "refresh": (read_duration, "1h")},
-    # see make_children
+        "certificate": read_path,
+        "key": read_key,
+        "trust_bundle": read_path_or_url,
+        "discovery": read_url,
+        "ca": read_path,
+        "pins": (read_pins, []),
+        "refresh": (read_duration, "1h"),
+    },
     "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),
     "poll": {
-        "interval": (read_duration, "60s"), "jitter": (read_share, "10%"),
+        "interval": (read_duration, "60s"),
+        "jitter": (read_share, "10%"),
         "window": (list_of(read_window, "a list of windows"), []),
-        "downtime": (list_of(read_window, "a list of windows"), [])},
+        "downtime": (list_of(read_window, "a list of windows"), []),
+    },
     "runtime": {
         "compose": (read_compose, "auto"),
         "engine": (choice("auto", "podman", "docker"), "auto"),
-        "on_failure": (choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"),
-        "environment": (read_environment, {}), "prune": (read_flag, True)},
+        "on_failure": (choice("rollback", "keep"), "rollback"),
+        "settle": (read_pause, "10s"),
+        "environment": (read_environment, {}),
+        "prune": (read_flag, True),
+    },
     "registries": (read_mapping, {}),
     "policy": {
-        "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"),
+        "max_document": (read_size, "8Mi"),
+        "max_artifact": (read_size, "64Mi"),
         "max_unpacked": (read_size, "256Mi"),
-        "privileged": (choice("deny", "allow"), "deny"), "host_network": (choice("deny", "allow"), "deny"),
-        "devices": (read_devices, []), "host_paths": (read_folders, []),
-        "max_removals": read_count},
+        "privileged": (choice("deny", "allow"), "deny"),
+        "host_network": (choice("deny", "allow"), "deny"),
+        "devices": (read_devices, []),
+        "host_paths": (read_folders, []),
+        "max_removals": read_count,
+    },
     "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
 }
 CHECKS = []
@@ -10636,8 +10763,11 @@ def read_helm(value, base):
     return value if value in ("auto", "off") else read_path(value, base)
 
 
-Release = define("Release", "deployment_id component name namespace chart values values_file wait content",
-    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all that makes it what it is.")
+Release = define(
+    "Release",
+    "deployment_id component name namespace chart values values_file wait content",
+    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all that makes it what it is.",
+)
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
 
 
@@ -10647,9 +10777,18 @@ def make_owner_value(owner):
 
 
 def parse_releases(data, records, owner=""):
-    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.  Raises CommandError."""
-    names = {make_release_name(component["name"], record["deploymentId"]): (record["deploymentId"], component["name"])
-             for record in records for component in record["components"]}
+    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.
+
+    Raises CommandError.
+    """
+    names = {
+        make_release_name(component["name"], record["deploymentId"]): (
+            record["deploymentId"],
+            component["name"],
+        )
+        for record in records
+        for component in record["components"]
+    }
     containers = []
     try:
         for item in parse_json(data, "helm list") or ():
@@ -10657,25 +10796,43 @@ def parse_releases(data, records, owner=""):
             if not match and item["name"] not in names:
                 continue                            # somebody else's, whatever its labels say
             deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
-            containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm",
-                                        owner=owner))
+            containers.append(
+                Container(
+                    f"{item['namespace']}/{item['name']}",
+                    item["name"],
+                    deployment_id,
+                    component,
+                    "release",
+                    str(item["revision"]),
+                    "running" if item["status"] == "deployed" else item["status"],
+                    "helm",
+                    owner=owner,
+                )
+            )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
+        raise CommandError(
+            f"helm list answered in an unknown form ({type(error).__name__}: {error})"
+        ) from None
     return containers
 
 
 def list_texts(value):
     """Every scalar below a value as text."""
     if isinstance(value, (dict, list)):
-        return [text for item in (value.values() if isinstance(value, dict) else value) for text in list_texts(item)]
+        return [
+            text
+            for item in (value.values() if isinstance(value, dict) else value)
+            for text in list_texts(item)
+        ]
     return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
 
 
 def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None):
-    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything.
+    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told
+    without starting anything.
 
-    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for make_compose_driver.
+    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for
+    make_compose_driver.
     """
     environ = os.environ if environ is None else environ
     setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
@@ -10684,16 +10841,24 @@ def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None
     if child:
         environ = make_child_environment(environ, child[1])
         setting, path = "auto" if setting == "off" else setting, environ["KUBECONFIG"]
-    path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", os.path.join(environ.get("HOME") or "/root", ".kube/config"))), None)
+    path = path or next(
+        filter(
+            os.path.exists,
+            ("/etc/rancher/k3s/k3s.yaml", os.path.join(environ.get("HOME") or "/root", ".kube/config")),
+        ),
+        None,
+    )
     if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
         return None
-    environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
+    # they would steer it behind our back
+    environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}
     environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
     return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
 
 
 def make_values(deployment, component):
-    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
+    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183);
+    raises ComponentError PARAMETER_INVALID.
 
     A later parameter for the same place wins.
     """
@@ -10711,14 +10876,18 @@ def make_values(deployment, component):
 
 
 def parse_value_path(pointer):
-    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
+    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises
+    ValueError.
+    """
     path, position = [], 0
     token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
     while position < len(pointer) or not path or pointer.endswith("."):
         match = token.match(pointer, position)
         if not match:
             raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
+        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [
+            int(index) for index in re.findall("[0-9]+", match.group(2))
+        ]
         position = match.end()
         if len(path) > MAX_DEPTH:
             raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
@@ -10728,7 +10897,9 @@ def parse_value_path(pointer):
 
 
 def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
+    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where
+    another stands in the way.
+    """
     place = values
     for step, following in zip(path, path[1:] + [None]):
         if isinstance(step, int):
@@ -10742,19 +10913,26 @@ def set_value(values, path, value):
 
 
 def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
+    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut,
+    with a hash of the whole.
 
-    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
+    The id always stands at the end, because a list of releases shows nothing else by which one could tell
+    whose it is.
     """
     whole = f"{component}-{deployment_id}".lower()
-    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
+    return (
+        whole
+        if len(whole) <= 53
+        else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
+    )
 
 
 class HelmDriver:
     """Runs Helm components by the helm command, version 3 or 4.
 
-    Releases are ours by the label org.margo.owner; all of them are seen by one `helm list`, which is asked only where a deployment
-    needs Helm.  Charts are fetched and verified here, like Compose Archives, so helm needs no access to registries.
+    Releases are ours by the label org.margo.owner; all of them are seen by one `helm list`, which is
+    asked only where a deployment needs Helm.  Charts are fetched and verified here, like Compose
+    Archives, so helm needs no access to registries.
     """
 
     def __init__(self, helm, config, environ, claim=claim_nothing):
@@ -10765,11 +10943,20 @@ class HelmDriver:
         return run_command([self.helm] + arguments, timeout, env=self.environ)
 
     def observe(self, records=()):
-        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.  Raises CommandError."""
+        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.
+
+        Raises CommandError.
+        """
         found, claim = [], self.claim()
-        wanted = {make_release_name(component["name"], record["deploymentId"]) for record in records for component in record["components"]}
+        wanted = {
+            make_release_name(component["name"], record["deploymentId"])
+            for record in records
+            for component in record["components"]
+        }
         for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
-            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
+            selector = (
+                f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
+            )
             found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
             if wanted <= {release.name for release in found}:
                 break                               # under an earlier owner is only what is missing
@@ -10777,8 +10964,12 @@ class HelmDriver:
 
     def list(self, selector, *options):
         """What `helm list` says of releases in any state; raises CommandError."""
-        output = self.run(["list", "--max=0", "--output=json", f"--selector={selector}"] + (list(options) or ["--all-namespaces"])
-                          + [f"--{state}" for state in RELEASE_STATES], 60)
+        output = self.run(
+            ["list", "--max=0", "--output=json", f"--selector={selector}"]
+            + (list(options) or ["--all-namespaces"])
+            + [f"--{state}" for state in RELEASE_STATES],
+            60,
+        )
         if output.code:
             raise CommandError(f"the cluster does not answer (helm list: {output.stderr[-500:]})")
         return output.stdout
@@ -10786,18 +10977,25 @@ class HelmDriver:
     def make_foreign(self):
         """The selector of releases that carry no owner of this agent's, or none at all."""
         claim = self.claim()
-        return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
+        return (
+            f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
+        )
 
     def ask_strangers(self):
         """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
-        return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
+        return parse_releases(
+            self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent"
+        )
 
     def ask_name(self, name, namespace):
         """Raises ComponentError where a release of this name was made by somebody else."""
         options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
         if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
                 self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
-            raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this agent: remove it there")
+            raise ComponentError(
+                "NAME_TAKEN",
+                f"release {name} in namespace {namespace} was not made by this agent: remove it there",
+            )
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
@@ -10806,7 +11004,9 @@ class HelmDriver:
         return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release, package facts)."""
+        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release,
+        package facts).
+        """
         values = make_values(deployment, component.name)
         _, package = obtain_package(component, known, self.config, store, "helm")
         fetched.append(package["digest"])
@@ -10821,45 +11021,92 @@ class HelmDriver:
         values_file = os.path.join(folder, content + ".json")
         write_file(values_file, make_json(values))
         for other in set(os.listdir(folder)) - {content + ".json"}:
-            remove_file(os.path.join(folder, other))        # a package of the time when it was a compose component goes by itself
+            # a package of the time when it was a compose component goes by itself
+            remove_file(os.path.join(folder, other))
         chart = store.path("artifacts", package["digest"].replace(":", "-"))
-        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values, values_file, component.wait,
-                       content), package
+        return (
+            Release(
+                deployment.deployment_id,
+                component.name,
+                name,
+                deployment.namespace,
+                chart,
+                values,
+                values_file,
+                component.wait,
+                content,
+            ),
+            package,
+        )
 
     def apply(self, release, containers, known, deadline):
-        """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.  Safe to repeat.
+        """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.
 
-        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never taken for "not installed" (D-16).
+        Safe to repeat.
+
+        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never
+        taken for "not installed" (D-16).
         """
         present, facts = self.find(release.deployment_id, release.component, containers), known.get("release")
-        if facts and facts.get("content") == release.content and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]:
+        if (
+            facts
+            and facts.get("content") == release.content
+            and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]
+        ):
             return {"release": facts}
         for container in present:
             self.repair(container, release.namespace, facts, deadline)
         seconds, owner = max(1, int(deadline - time.monotonic())), self.claim().owner
-        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}" + (f",{LABEL_OWNER}={make_owner_value(owner)}" if owner else "")
-        output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
-                           f"--values={release.values_file}", f"--labels={labels}", "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
-                          + (["--wait"] if release.wait else []), seconds + 30)
+        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}" + (
+            f",{LABEL_OWNER}={make_owner_value(owner)}" if owner else ""
+        )
+        output = self.run(
+            [
+                "upgrade",
+                "--install",
+                release.name,
+                release.chart,
+                f"--namespace={release.namespace}",
+                "--create-namespace",
+                f"--values={release.values_file}",
+                f"--labels={labels}",
+                "--reset-values",
+                "--history-max=5",
+                f"--timeout={seconds}s",
+                "--output=json",
+            ]
+            + (["--wait"] if release.wait else []),
+            seconds + 30,
+        )
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
-            raise ComponentError(code, f"helm upgrade failed: {mask(output.stderr, list_texts(release.values))[-1500:]}")
+            raise ComponentError(
+                code, f"helm upgrade failed: {mask(output.stderr, list_texts(release.values))[-1500:]}"
+            )
         try:
             revision = str(parse_json(output.stdout, "helm upgrade")["version"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ComponentError("INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
+            raise ComponentError(
+                "INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})"
+            ) from None
         return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
 
     @staticmethod
     def find(deployment_id, component, containers):
         """The releases of a component."""
-        return [c for c in containers if (c.deployment_id.lower(), c.component, c.type) == (deployment_id.lower(), component, "helm")]
+        return [
+            c
+            for c in containers
+            if (c.deployment_id.lower(), c.component, c.type) == (deployment_id.lower(), component, "helm")
+        ]
 
     def repair(self, container, namespace, facts, deadline):
-        """Takes away what would stop an upgrade, or what it would not see: a release in another namespace, one that a power cut left half
-        done, and what a failed upgrade left in the cluster (helm compares with the version that was deployed, not with that one).
+        """Takes away what would stop an upgrade, or what it would not see: a release in another
+        namespace, one that a power cut left half done, and what a failed upgrade left in the cluster
+        (helm compares with the version that was deployed, not with that one).
 
-        facts: of the revision that was made here last; to that one it goes back, for the one before the newest may be what has failed.
+        facts: of the revision that was made here last; to that one it goes back, for the one before the
+        newest may be what has failed.
         """
         there = container.id.partition("/")[0]
         seconds = max(1, int(deadline - time.monotonic()))
@@ -10867,20 +11114,36 @@ class HelmDriver:
             self.uninstall(container, deadline)
         elif container.state != "running":
             revision = [facts["hash"]] if facts else []
-            self.run(["rollback", container.name] + revision + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
+            self.run(
+                ["rollback", container.name] + revision + [f"--namespace={there}", f"--timeout={seconds}s"],
+                seconds + 30,
+            )
 
     def uninstall(self, container, deadline):
         """Uninstalls a release; whether it worked is told by the list alone."""
         seconds = max(1, int(deadline - time.monotonic()))
-        return self.run(["uninstall", container.name, f"--namespace={container.id.partition('/')[0]}", "--wait", f"--timeout={seconds}s"], seconds + 30)
+        return self.run(
+            [
+                "uninstall",
+                container.name,
+                f"--namespace={container.id.partition('/')[0]}",
+                "--wait",
+                f"--timeout={seconds}s",
+            ],
+            seconds + 30,
+        )
 
     def remove(self, deployment_id, component, containers, deadline):
-        """Removes a component's releases; raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21)."""
+        """Removes a component's releases; raises ComponentError REMOVE_FAILED unless the cluster says
+        that nothing is left (D-21).
+        """
         ours = self.find(deployment_id, component, containers)
         words = [self.uninstall(container, deadline).stderr for container in ours]
         record = {"deploymentId": deployment_id, "components": [{"name": component}]}
         if ours and self.find(deployment_id, component, self.observe([record])):
-            raise ComponentError("REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
+            raise ComponentError(
+                "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}"
+            )
 
     @staticmethod
     def list_ports(release):
@@ -11075,13 +11338,22 @@ EXAMINE.update(hooks=examine_hooks)
 # ----------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
-    """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
+    """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes
+    nothing.
+    """
     agent, failed = Agent(config), False
     agent.state = make_state()
-    for name, check in (("state", examine_storage), ("clock", examine_clock), ("engine", examine_engine), *EXAMINE.items(),
-                        ("others", examine_others), ("registry", examine_registries), ("labels", examine_labels),
-                        ("identity", lambda agent: agent.get_profile().check(time.time())),
-                        ("wfm", examine_connection)):
+    for name, check in (
+        ("state", examine_storage),
+        ("clock", examine_clock),
+        ("engine", examine_engine),
+        *EXAMINE.items(),
+        ("others", examine_others),
+        ("registry", examine_registries),
+        ("labels", examine_labels),
+        ("identity", lambda agent: agent.get_profile().check(time.time())),
+        ("wfm", examine_connection),
+    ):
         try:
             level, words = check(agent)
         except MargoError as error:
@@ -11098,17 +11370,39 @@ def examine_storage(agent):
     while not os.path.exists(folder):
         folder = os.path.dirname(folder) or "/"
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as its owner")
+        raise StorageError(
+            f"state_dir: {folder} is no folder that this user may write; make it, or run as its owner"
+        )
     free, _ = get_space(folder)
     need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
     words = f"{agent.config.state_dir}, {free // MIB} MiB free"
-    return ("ok", words) if free > need else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
+    return (
+        ("ok", words)
+        if free > need
+        else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
+    )
 
 
 def examine_labels(agent):
-    """Whether every label is called so that no other's has its name; Margo recommends a domain before it (C-088)."""
-    bare = sorted({name for device in agent.devices for name in device.settings.labels if not re.match(r"[^/.]+(\.[^/.]+)+/.", name)})
-    return ("warn", f"device.labels {', '.join(bare)}: put a domain of yours before it, such as example.com/zone") if bare else ("ok", "")
+    """Whether every label is called so that no other's has its name; Margo recommends a domain before it
+    (C-088).
+    """
+    bare = sorted(
+        {
+            name
+            for device in agent.devices
+            for name in device.settings.labels
+            if not re.match(r"[^/.]+(\.[^/.]+)+/.", name)
+        }
+    )
+    return (
+        (
+            "warn",
+            f"device.labels {', '.join(bare)}: put a domain of yours before it, such as example.com/zone",
+        )
+        if bare
+        else ("ok", "")
+    )
 
 
 def examine_clock(agent):
@@ -11125,17 +11419,26 @@ def examine_engine(agent):
     if not drivers and agent.devices[1:]:
         return "ok", "nothing here runs workloads; they run on child devices"
     if not drivers:
-        return "warn", "nothing here runs Compose applications; install podman or docker, or see runtime.compose"
+        return (
+            "warn",
+            "nothing here runs Compose applications; install podman or docker, or see runtime.compose",
+        )
     words = [driver.check() for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
     return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
 
 
 def examine_others(agent):
-    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need."""
+    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's
+    need.
+    """
     others = ask_others({device.device_id: device.drivers for device in agent.devices})
     words = "; ".join(make_others_words(others))
-    return ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}") if others else ("ok", "")
+    return (
+        ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}")
+        if others
+        else ("ok", "")
+    )
 
 
 def examine_registries(agent):
@@ -11169,7 +11472,8 @@ def command_run(config, options):
     asked = []
 
     def stop(number, _):
-        if number == signal.SIGALRM:                # the current step takes too long: what it has started is ended, the next run goes on
+        # the current step takes too long: what it has started is ended, the next run goes on
+        if number == signal.SIGALRM:
             raise Interrupted(f"ended in the middle of a step, {STOP_GRACE} s after it was asked to")
         asked.append(True)
         signal.setitimer(signal.ITIMER_REAL, STOP_GRACE, STOP_GRACE)
@@ -11189,13 +11493,17 @@ def command_run(config, options):
 
 
 def start_watch(options):
-    """Turns this process into the parent of the daemon: a bare interpreter that holds `watch` and nothing else of this file.
+    """Turns this process into the parent of the daemon: a bare interpreter that holds `watch` and nothing
+    else of this file.
 
-    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays behind; it is the compiled
-    form, which is there where this file's source is not.
+    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays
+    behind; it is the compiled form, which is there where this file's source is not.
     """
     import marshal
-    parts = {part.__name__: part.__code__ for part in (notify, complain, start_cycle, read_answer, count_wakes, end_cycle, watch)}
+    parts = {
+        part.__name__: part.__code__
+        for part in (notify, complain, start_cycle, read_answer, count_wakes, end_cycle, watch)
+    }
     program = (f"import marshal\nfor name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
                "    globals()[name] = type(lambda: None)(code, globals())\n"
                f"raise SystemExit(watch({make_child(options)!r}, {CYCLE_RETRY}, {HUNG}, {STOP_LIMIT}))\n")
@@ -11207,7 +11515,9 @@ def start_watch(options):
 
 
 def make_child(options):
-    """The command line of one cycle: this very file, as a module where it can be, because then its compiled form is kept."""
+    """The command line of one cycle: this very file, as a module where it can be, because then its
+    compiled form is kept.
+    """
     path = os.path.abspath(__file__)
     folder, name = os.path.split(path)
     stem, suffix = os.path.splitext(name)
@@ -11219,7 +11529,8 @@ def make_child(options):
     return start + options["arguments"] + ["--once"]
 
 
-# The daemon's parent: these functions run in an interpreter that has nothing else of this file, so they import what they need.
+# The daemon's parent: these functions run in an interpreter that has nothing else of this file, so they
+# import what they need.
 
 def notify(address, text):
     """Tells systemd something, where it listens."""
@@ -11227,7 +11538,8 @@ def notify(address, text):
         return
     import socket
     try:
-        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK      # who does not read does not keep us
+        # who does not read does not keep us
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         with socket.socket(socket.AF_UNIX, kind) as peer:
             peer.connect("\0" + address[1:] if address.startswith("@") else address)
             peer.send(text.encode())
@@ -11278,7 +11590,9 @@ def read_answer(reader):
 
 
 def count_wakes(pid):
-    """How often the kernel has let a process go on after a wait; where that cannot be told, another number each time."""
+    """How often the kernel has let a process go on after a wait; where that cannot be told, another
+    number each time.
+    """
     import time
     try:
         with open(f"/proc/{pid}/status") as file:
@@ -11288,7 +11602,9 @@ def count_wakes(pid):
 
 
 def end_cycle(pid, limit):
-    """Asks a cycle to end after its current step, and kills it after `limit` seconds; the daemon's exit code."""
+    """Asks a cycle to end after its current step, and kills it after `limit` seconds; the daemon's exit
+    code.
+    """
     import os
     import signal
     import time
@@ -11306,17 +11622,21 @@ def end_cycle(pid, limit):
 def watch(child, fallback, hung, limit):
     """Runs `child` (an argument list) over and over; returns the exit code.
 
-    A child says by a pipe how long to wait, else `fallback` seconds count.  SIGTERM and SIGINT end it after the current step, SIGHUP
-    starts a cycle at once (each reads the configuration anew).  systemd's watchdog is fed while cycles can be started and move: one
-    that the kernel has not seen wake for `hung` seconds waits for what will never come, because each of its own waits is shorter, and
-    is killed.  Five in a row that cannot be started end the daemon.
+    A child says by a pipe how long to wait, else `fallback` seconds count.  SIGTERM and SIGINT end it
+    after the current step, SIGHUP starts a cycle at once (each reads the configuration anew).  systemd's
+    watchdog is fed while cycles can be started and move: one that the kernel has not seen wake for `hung`
+    seconds waits for what will never come, because each of its own waits is shorter, and is killed.  Five
+    in a row that cannot be started end the daemon.
     """
     import os
     import signal
     import time
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    address, beat = os.environ.get("NOTIFY_SOCKET", ""), int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
+    address, beat = (
+        os.environ.get("NOTIFY_SOCKET", ""),
+        int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0,
+    )
     notify(address, "READY=1")
     pid, due, moved, seen, proven, failures = 0, 0.0, 0.0, None, False, 0
     while True:
@@ -11340,11 +11660,14 @@ def watch(child, fallback, hung, limit):
             answer = read_answer(reader)
             if status == 2 << 8 and not proven:     # a configuration that never worked
                 return 2
-            failures = failures + 1 if not answer and status in (1 << 8, 127 << 8) else 0      # Python itself failed, or is not there
+            # Python itself failed, or is not there
+            failures = failures + 1 if not answer and status in (1 << 8, 127 << 8) else 0
             pid, proven = 0, True
             due = now + float(answer or fallback) if due is None else due
         if failures >= 5:
-            complain("five cycles in a row could not be started; this process ends, so that its supervisor learns of it")
+            complain(
+                "five cycles in a row could not be started; this process ends, so that its supervisor learns of it"
+            )
             return 1
         before, seen = seen, count_wakes(pid) if pid else None
         moved = moved if pid and seen == before else now
@@ -11356,7 +11679,9 @@ def watch(child, fallback, hung, limit):
 
 
 def command_enroll(config, options):
-    """Establishes trust and reports capabilities; safe to repeat.  --fetch-ca: first gets the WFM's root CA (profile signed)."""
+    """Establishes trust and reports capabilities; safe to repeat.  --fetch-ca: first gets the WFM's root
+    CA (profile signed).
+    """
     for name, (_, act) in OPTIONS["enroll"].items():
         if name in options:
             act(config, options[name])
@@ -11373,7 +11698,8 @@ def command_enroll(config, options):
             for step in STEPS[exchange + 1:reconcile]:
                 step(agent)
         finally:
-            agent.store.save_state(agent.state)     # also what was learnt of the trust bundle before it failed
+            # also what was learnt of the trust bundle before it failed
+            agent.store.save_state(agent.state)
         print(f"enrolled: {source.client_id} with {config.wfm.url} as device {agent.device_id}")
 
 
@@ -11387,13 +11713,21 @@ def command_unenroll(config, options):
         if "--purge" in options:
             failed = purge(agent)
         if failed:
-            raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge again")
+            raise StorageError(
+                "not everything could be removed; nothing was forgotten, run unenroll --purge again"
+            )
         if state["enrollment"]:
             try:
-                for device_id in sorted(state["enrollment"].get("devices") or [agent.device_id], reverse=True):
+                for device_id in sorted(
+                    state["enrollment"].get("devices") or [agent.device_id], reverse=True
+                ):
                     agent.connect().delete_capabilities(device_id)
             except Untrusted as error:
-                log("warning", "the WFM does not know this client any more; the relationship is forgotten here", reason=error.message)
+                log(
+                    "warning",
+                    "the WFM does not know this client any more; the relationship is forgotten here",
+                    reason=error.message,
+                )
         kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
@@ -11437,11 +11771,14 @@ def command_plan(config, options):
 
     actions, seen = [], {}
     if accepted:
-        actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest))
+        actions, seen = agent.decide(
+            accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest)
+        )
     others = ask_others(agent.answering)
     changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
+    # else it is part of a move
     actions = [action._replace(verb=PRINTED.get(action.verb, action.verb)) for action in actions
-               if action.verb != "clear" or action.deployment_id not in changed]        # else it is part of a move
+               if action.verb != "clear" or action.deployment_id not in changed]
     if "--json" in options:
         items = [{"deploymentId": action.deployment_id, "action": action.verb, "reason": action.reason,
                   "deviceId": action.device_id} for action in actions]
@@ -11466,17 +11803,33 @@ def command_status(config, options):
     identity, desired, last = document["identity"], document["desiredState"], document["lastPoll"]
     print(f"profile    {document['profile']}, {'enrolled' if document['enrolled'] else 'not enrolled'}")
     until = f", valid until {identity['notAfter']}" if identity["notAfter"] else ""
-    print(f"identity   {identity['id'] or 'none yet'}{until}{identity['warning'] and '  ! ' + identity['warning']}")
-    print(f"desired    version {desired['version']}, accepted {desired['acceptedAt']}" if desired["version"] else "desired    none accepted yet")
-    print(f"last poll  {last['at']} {last['result']} {make_printable(last['detail'])}".rstrip() if last["at"] else "last poll  never")
+    print(
+        f"identity   {identity['id'] or 'none yet'}{until}{identity['warning'] and '  ! ' + identity['warning']}"
+    )
+    print(
+        f"desired    version {desired['version']}, accepted {desired['acceptedAt']}"
+        if desired["version"]
+        else "desired    none accepted yet"
+    )
+    print(
+        f"last poll  {last['at']} {last['result']} {make_printable(last['detail'])}".rstrip()
+        if last["at"]
+        else "last poll  never"
+    )
     print(f"outbox     {document['outbox']}")
     for item in document["dropped"]:
-        print(f"dropped    {item['deploymentId']} {item['state']} at {item['at']}: {make_printable(item['reason'])}")
+        print(
+            f"dropped    {item['deploymentId']} {item['state']} at {item['at']}: {make_printable(item['reason'])}"
+        )
     for deployment in document["deployments"]:
         where = f"  on {deployment['deviceId']}" if config.device.children else ""
         print(f"{deployment['state']:10} {deployment['deploymentId']}  {deployment['name']}{where}")
         for component in deployment["components"]:
-            reason = f"  {component['error']['code']}: {make_printable(component['error']['message'])}" if component["error"]["code"] else ""
+            reason = (
+                f"  {component['error']['code']}: {make_printable(component['error']['message'])}"
+                if component["error"]["code"]
+                else ""
+            )
             print(f"  {component['state']:8} {component['name']}{reason}")
         if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
             print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
@@ -11488,19 +11841,37 @@ def make_status_report(config, state, memo, now):
     """The object of `status --json` (contract)."""
     no_error = {"code": "", "source": "", "message": ""}
     accepted = state["accepted"] or {"version": None, "etag": None, "acceptedAt": None}
-    deployments = [{
-        "deploymentId": record["deploymentId"], "name": record["name"], "state": record["state"], "digest": record["adopted"]["digest"],
-        "deviceId": record["deviceId"],
-        "error": record["error"] or no_error,
-        "components": [{"name": component["name"], "state": component["state"], "error": component["error"] or no_error}
-                       for component in record["components"]]} for _, record in sorted(state["deployments"].items())]
-    return {"version": __version__, "profile": config.wfm.profile, "enrolled": bool(state["enrollment"]),
-            "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(now),
-            "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
-            "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
-            "outbox": len(state["outbox"]), "deployments": deployments,
-            "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
-            "others": memo.get("others", [])}
+    deployments = [
+        {
+            "deploymentId": record["deploymentId"],
+            "name": record["name"],
+            "state": record["state"],
+            "digest": record["adopted"]["digest"],
+            "deviceId": record["deviceId"],
+            "error": record["error"] or no_error,
+            "components": [
+                {
+                    "name": component["name"],
+                    "state": component["state"],
+                    "error": component["error"] or no_error,
+                }
+                for component in record["components"]
+            ],
+        }
+        for _, record in sorted(state["deployments"].items())
+    ]
+    return {
+        "version": __version__,
+        "profile": config.wfm.profile,
+        "enrolled": bool(state["enrollment"]),
+        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(now),
+        "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
+        "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
+        "outbox": len(state["outbox"]),
+        "deployments": deployments,
+        "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
+        "others": memo.get("others", []),
+    }
 
 
 def command_history(config, options):
@@ -11510,7 +11881,9 @@ def command_history(config, options):
         return print_json({"history": history})
     for item in history:
         changes = [f"{len(item[key])} {key}" for key in ("added", "changed", "removed") if item[key]]
-        print(f"{item['at']}  version {item['version']}  {', '.join(changes) or 'nothing changed'}  {make_printable(item['outcome'])}")
+        print(
+            f"{item['at']}  version {item['version']}  {', '.join(changes) or 'nothing changed'}  {make_printable(item['outcome'])}"
+        )
         if item.get("refused"):
             print(f"  what came after it is refused: {make_printable(item['refused'])}")
 
@@ -11527,7 +11900,8 @@ def command_csr(config, options):
     if not config.identity.key:
         raise ConfigError("identity.key: not set; it says where the key is kept")
     if config.identity.get("enrollment") == "est":
-        store = Store(config.state_dir)             # an enrollment under way makes the key itself; the lock goes with this process
+        # an enrollment under way makes the key itself; the lock goes with this process
+        store = Store(config.state_dir)
         store.create()
         store.lock()
     try:
@@ -11547,7 +11921,11 @@ def command_retry(config, options):
     """Clears the back-off of failed deployments, so that the next run tries again."""
     with Agent(config) as agent:
         wanted = (options["operand"] or "").lower()
-        records = [record for key, record in agent.state["deployments"].items() if record["state"] == "failed" and wanted in ("", key)]
+        records = [
+            record
+            for key, record in agent.state["deployments"].items()
+            if record["state"] == "failed" and wanted in ("", key)
+        ]
         for record in records:
             record.update(retry={}, repair={})
         agent.store.save_state(agent.state)
@@ -11564,7 +11942,11 @@ def command_version(config, options):
 def print_json(value):
     """One JSON document on stdout, for people and programs alike."""
     import json
-    print(json.dumps(value, indent=2, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8"))
+    print(
+        json.dumps(
+            value, indent=2, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+        )
+    )
 
 
 COMMANDS.update({
@@ -11594,7 +11976,11 @@ def parse_arguments(arguments):
         elif word in known and not known[word]:
             options[word] = True
         elif word.startswith("-"):
-            fault = "unknown option" if name not in known else "needs a value" if known[name] else "takes no value"
+            fault = (
+                "unknown option"
+                if name not in known
+                else "needs a value" if known[name] else "takes no value"
+            )
             raise ConfigError(f"{make_printable(word)}: {fault}; this command knows {' '.join(known)}")
         elif options["command"] is None:
             if word not in COMMANDS:
@@ -11614,9 +12000,11 @@ def print_help():
     print(USAGE)
     for name, (function, known, operand) in COMMANDS.items():
         words = "".join(f"[{option} {value}".rstrip() + "]" for option, value in known.items()) or operand
-        print(f"  {name:13} {words:17} {function.__doc__ or ''}".rstrip())
+        meaning = " ".join((function.__doc__ or "").split())
+        print(f"  {name:13} {words:17} {meaning}".rstrip())
     print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml")
-    print("".join((__doc__ or "").partition("Exit codes")[1:]).partition("Files.")[0])          # python -OO keeps no docstrings
+    # python -OO keeps no docstrings
+    print("".join((__doc__ or "").partition("Exit codes")[1:]).partition("Files.")[0])
 
 
 def run_main(arguments):
@@ -11639,8 +12027,8 @@ def run_main(arguments):
 
 
 def prepare_streams():
-    """Standard streams that are there and take any text: a closed one (`>&-`) leads nowhere, and no file of ours takes its place; what
-    the locale's encoding lacks is escaped.
+    """Standard streams that are there and take any text: a closed one (`>&-`) leads nowhere, and no file
+    of ours takes its place; what the locale's encoding lacks is escaped.
     """
     spare = 0
     while spare < 3:
@@ -11653,7 +12041,9 @@ def prepare_streams():
 
 
 def main(arguments=None):
-    """The command line: a list of arguments (default: those of the process) to an exit code; never raises for what went wrong."""
+    """The command line: a list of arguments (default: those of the process) to an exit code; never raises
+    for what went wrong.
+    """
     try:
         prepare_streams()
         code = run_main(sys.argv[1:] if arguments is None else list(arguments))
@@ -11670,17 +12060,25 @@ def main(arguments=None):
         return 130
     except Exception as error:                      # a bug: one line for the operator, the rest for whoever mends it
         import errno
-        if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):        # `idna` needs unicodedata
+        # `idna` needs unicodedata
+        if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):
             log.form = "text"                       # the other form needs a module itself
-            log("error", f"this Python lacks a part of its standard library ({error}); install it (see README, Small devices)",
-                code=ConfigError.code)
+            log(
+                "error",
+                f"this Python lacks a part of its standard library ({error}); install it (see README, Small devices)",
+                code=ConfigError.code,
+            )
             return ConfigError.exit
         import traceback
         if getattr(error, "errno", 0) == errno.ENOSPC:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             log("error", f"the output cannot be written ({error.strerror})", code=StorageError.code)
             return StorageError.exit
-        log("error", f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints", code="INTERNAL")
+        log(
+            "error",
+            f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints",
+            code="INTERNAL",
+        )
         log("debug", traceback.format_exc())
         return 70
 
