@@ -13,18 +13,20 @@ Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one
 
 Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All else may change.
 
-How to read it: from top to bottom.  A section uses only sections above it.
-   1 Constants and errors       12 Desired-state source       23 Agent
-   2 Records                    13 Eligibility                24 Gateway (optional)
-   3 YAML                       14 Plan                       25 Hooks (optional)
-   4 Small encodings            15 Packages                   26 Older documents (optional)
-   5 X.509                      16 Compose file               27 Signed (optional)
-   6 Configuration              17 Compose driver             28 Git (optional)
-   7 Store                      18 Helm                       29 Enrollment (optional)
-   8 Commands                   19 Drivers                    30 Revocation (optional)
-   9 Transport                  20 Deployment status          31 Doctor (optional)
-  10 Identity and trust         21 Apply                      32 Command line
-  11 Desired state              22 Capabilities
+How to read it: from top to bottom, as a newspaper: what the agent does, then how, then with what.  To follow
+one poll, read 1 to 6; `Agent.cycle` is where it begins.  A section uses only 1, 2 and sections below it;
+optional ones and the command line, which stand at the end, use all of it, and nobody names what is in them.
+   1 Constants and errors         12 Drivers                      23 Small encodings
+   2 Records                      13 Helm                         24 Signed (optional)
+   3 Agent                        14 Compose driver               25 Older documents (optional)
+   4 Plan                         15 Compose file                 26 Git (optional)
+   5 Apply                        16 Packages                     27 Enrollment (optional)
+   6 Deployment status            17 Commands                     28 Revocation (optional)
+   7 Desired-state source         18 Transport                    29 Gateway (optional)
+   8 Desired state                19 Store                        30 Hooks (optional)
+   9 Identity and trust           20 Configuration                31 Doctor (optional)
+  10 Eligibility                  21 X.509                        32 Command line
+  11 Capabilities                 22 YAML
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
 are mistakes of other agents, which a test of the same mark keeps out.
 """
@@ -41,9 +43,9 @@ __version__ = "0.1.0"
 __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError", "PROFILES", "__version__"]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 1. Constants and errors
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 # What optional rooms add where they are defined; nothing outside names anything in them.  See also SCHEMA, CHECKS,
 # STEPS, EXAMINE and COMPANIONS.
@@ -164,9 +166,9 @@ class Forbidden(ComponentError):
     """Somebody who is asked before a change says no to it."""
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 2. Records
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 def define(name, fields, meaning, *defaults):
     """A record type: a named tuple of `fields`, with its meaning as docstring; `defaults` are those of the last fields."""
@@ -219,2589 +221,2019 @@ Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due.")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# 3. YAML
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# 3. Agent
+# ----------------------------------------------------------------------------------------------------------
 
-# YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
-# to token, and block functions leave it at the first character of the next line that holds something, its
-# column in `column` (-1 at the end).
-
-MAX_DEPTH, MAX_NODES = 64, 1000000
-
-INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
-FLOAT_PATTERN = (
-    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-)
-CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True,
-             "TRUE": True,
-             "false": False, "False": False, "FALSE": False}
-ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
-           "e": "\x1b", " ": " ",
-           '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
+def make_clock_fault(now, stored):
+    """What is wrong with a clock that stands before the last write of the state, in words."""
+    return (f"the clock of this device says {make_time(now)}, and its state was written at"
+            f" {make_time(stored)}: set the clock")
 
 
-class YAMLError(ValueError):
-    """A document that is no YAML 1.2 of one document, or that load_yaml refuses.
+def load_own_device(config, device_id, claim):
+    """[Device]: this one.  claim: as for make_compose_driver."""
+    others = [f"{device_id}/{child.id}" for child in config.device.children]
+    return [Device(device_id, config.device, make_drivers(config, others=others, claim=claim))]
 
-    `line` and `column` count from 1.
+
+def assign_here(targets, records, devices, silent, offers):
+    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol
+    9).
+    """
+    device = devices[0]
+    own_id, found = device.device_id, []
+    for target in targets:
+        error = target.error
+        if target.deployment and not error:
+            wanted = target.deployment.device_id or own_id
+            error = find_reason(target.deployment, device, offers)
+            if wanted != own_id:
+                words = f"metadata.deviceId is {wanted}, this device is {own_id}"
+                error = ComponentError("WRONG_DEVICE", words)
+        found.append(target._replace(error=error, device_id=own_id))
+    return [make_share(device, found, records, silent[own_id])]
+
+
+def find_reason(deployment, device, offers):
+    """The ComponentError for which a deployment cannot run on a device, or None.  offers: {device id:
+    capabilities document}.
+    """
+    try:
+        if deployment.type not in device.drivers:
+            words = f"nothing on {device.device_id} runs {deployment.type} components"
+            hint = "" if device.silence else f"; see runtime.{deployment.type}"
+            raise ComponentError("UNSUPPORTED_TYPE", words + hint)
+        if deployment.constraints:
+            check_eligibility(deployment.constraints, offers[device.device_id])
+    except ComponentError as error:
+        return error
+    return None
+
+
+# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words)}.
+EXAMINE = {}
+# What makes the devices that the agent serves, this one first: functions of (Settings, own device id,
+# claim).
+DEVICES = [load_own_device]
+# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
+ASSIGN = [assign_here]
+
+
+class Work:
+    """One action under way: its device, its generator, what it takes and holds there, and what has to be
+    cleared before.
     """
 
-    def __init__(self, message, line, column):
-        super().__init__(f"line {line}, column {column}: {message}")
-        self.line, self.column = line, column
+    def __init__(self, action, device, steps, tools):
+        self.action, self.device, self.steps, self.tools = action, device, steps, tools
+        self.takes = self.holds = frozenset()
+        self.before = []
+        self.begun = False
 
 
-class PlainInt(int):
-    """A whole number that keeps its spelling, such as 0x1F or 007, in `source`."""
+class Agent:
+    """The client of one WFM.  `Agent(config).cycle()` is all that a supervisor of your own needs to call.
 
-
-class PlainFloat(float):
-    """A number that keeps its spelling, such as 1.10, in `source`."""
-
-
-def load_yaml(text):
-    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the
-    core schema.
-
-    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser:
-    what it does not support it refuses (duplicate keys, keys that are no scalars, other tags, directives
-    other than %YAML 1.2, a second document).
+    config: what load_config returns.  stopping: a function that says whether to end after the current step.
     """
-    if isinstance(text, (bytes, bytearray)):
+
+    def __init__(self, config, stopping=lambda: False):
+        self.config, self.stopping = config, stopping
+        self.store = Store(config.state_dir)
+        self.device_id = get_device_id(config.device)
+        self.owner = None                           # what its workloads are labelled with, once known
+        self.devices = []
+        for load in DEVICES:
+            self.devices += load(config, self.device_id, self.make_claim)
+        self.answering = {}                         # {device id: {type: driver}} that answered the last look
+        self.state = None                           # what state.json holds, while a cycle has it
+        self.source = None                          # connected when the WFM is first needed
+        self.silent = False                         # whether the WFM is not spoken to any more in this cycle
+        self.profile = None                         # how wfm.profile is served, for the state at hand
+        self.asked = False                          # whether a person asks for an SVID, by `enroll`
+        self.starting = 0                           # seconds until the first contact since the device started
+        self.changed = False                        # whether this cycle had something to do
+        self.faults = []                            # what went wrong in this cycle
+
+    def cycle(self):
+        """One cycle: every step in turn.  Returns an Outcome.
+
+        Raises Locked where another instance works, StorageError where the state cannot be read; all other
+        faults are in the Outcome.
+        """
+        with self:
+            began = time.time()
+            for step in STEPS:
+                try:
+                    step(self)
+                except (MargoError, MemoryError) as error:
+                    self.note_fault(to_fault(error), began)
+            return self.conclude(began)
+
+    def __enter__(self):
+        """Takes the state directory for this process and reads the state."""
+        self.store.create()
+        self.store.lock()
+        empty_folder(self.store.path("tmp"))
         try:
-            text = bytes(text).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise YAMLError("not UTF-8", bytes(text[:error.start]).count(b"\n") + 1, 1) from None
-    return YAMLReader(text).read_document()
+            self.state = self.store.load_state()
+        except MargoError:
+            self.store.unlock()
+            raise
+        self.owner, self.faults, self.answering = None, [], {}
+        self.silent = self.changed = False
+        return self
 
+    def __exit__(self, *_):
+        self.store.unlock()
+        self.source = self.profile = None
 
-def scalar_text(value):
-    """A scalar as the text an environment variable gets: a plain number as it was spelt, true or false.
+    def connect(self, keep=True):
+        """The source of the desired state, connected when it is needed; raises Untrusted, Unreachable."""
+        if self.source is None:
+            self.source = self.get_profile().connect(keep)
+        return self.source
 
-    Raises TypeError.
-    """
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if not isinstance(value, (str, int, float)):
-        raise TypeError(f"{type(value).__name__} has no text form")
-    return value if isinstance(value, str) else getattr(value, "source", None) or repr(value)
+    def get_profile(self):
+        """How wfm.profile is served."""
+        if self.profile is None or self.profile.state is not self.state:
+            self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
+        return self.profile
 
-
-class YAMLReader:
-    """The reader of one document; see load_yaml."""
-
-    SPACE = re.compile(r"[ \t]*")
-    # empty and comment lines, then indentation
-    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")
-    # nothing more on this line
-    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")
-    # of plain scalars: block, flow
-    STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
-    MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
-    NAME = re.compile(r"[^\s,\[\]{}]+")
-    TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
-    # a key; without bound it takes 100 bytes for each
-    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")
-    # a plain key: quoted, it is text
-    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
-    KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
-    # its opposite takes 3 ms to compile
-    FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
-    HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
-    NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
-
-    def __init__(self, text):
-        text = text[1:] if text.startswith("\ufeff") else text
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        # the last line has no end, so a block scalar there does not get one either
-        self.cut = text[-1:] not in " \n"
-        self.text = text if text.endswith("\n") else text + "\n"
-        self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
-        self.closed = -1                            # where the last quoted scalar or flow collection ended
-        self.anchors = {}
-        bad = self.FORBIDDEN.search(self.text)
-        if bad:
-            self.fail(f"character {bad.group()!r} is not allowed", bad.start())
-
-    def fail(self, message, position=None):
-        """Raises YAMLError for a position, by default the current one."""
-        position = min(self.position if position is None else position, len(self.text))
-        start = self.text.rfind("\n", 0, position) + 1
-        raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
-
-    # Documents and lines
-
-    def read_document(self):
-        """The one document's value."""
-        self.next_line()
-        directive = self.text.startswith("%", self.position) and self.column == 0
-        if directive:
-            if not re.compile(r"%YAML[ \t]+1\.2[ \t]*(?:[ \t]#[^\n]*)?\n").match(self.text, self.position):
-                self.fail("a directive other than %YAML 1.2 is not supported")
-            self.position = self.text.index("\n", self.position)
-            self.next_line()
-        value, marked = None, self.text.startswith("---", self.position) and self.at_marker()
-        if directive and not marked:
-            self.fail("--- is missing after the directive")
-        if marked:
-            self.position += 3
-            value = self.read_block(-1, compact=False)
-        elif self.position < len(self.text) and not self.at_marker():
-            value = self.read_block_at(self.column, -1)
-        if self.text.startswith("...", self.position) and self.at_marker():
-            self.position += 3
-            self.end_line()
-        if self.position < len(self.text):
-            self.fail("a second document" if self.at_marker()
-                      else "more than one value, or wrong indentation")
-        return value
-
-    def at_marker(self):
-        """Whether --- or ... stands here, at the start of a line."""
-        return self.MARKER.match(self.text, self.position) and self.text[
-            self.position - 1 : self.position
-        ] in ("", "\n")
-
-    def next_line(self):
-        """Goes to the next line that holds something."""
-        match = self.NEXT.match(self.text, self.position)
-        self.position, self.column = match.end(), match.end() - match.start(1)
-        if self.position >= len(self.text):
-            self.column = -1
-        elif self.text[self.position] == "\t":
-            after = self.SPACE.match(self.text, self.position).end()
-            # only block structure is made by indentation
-            if self.text[after] not in "[{":
-                self.fail("a tab in the indentation")
-            self.position = after
-        elif self.column == 0 and self.text[self.position] in "-." and self.at_marker():
-            self.column = -1
-
-    def end_line(self):
-        """Makes sure that nothing more stands on this line and goes to the next one."""
-        match = self.END.match(self.text, self.position)
-        if not match:
-            self.fail("more on this line than belongs to the value")
-        self.position = match.end()
-        self.next_line()
-
-    def count(self, nodes=1):
-        """Counts nodes, so that aliases cannot make a small document huge."""
-        self.nodes += nodes
-        if self.nodes > MAX_NODES:
-            self.fail(f"more than {MAX_NODES} nodes")
-
-    def enter(self):
-        """One level deeper."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            self.fail(f"nested deeper than {MAX_DEPTH} levels")
-
-    # Blocks
-
-    def read_block(self, parent, sequence_at_parent=False, compact=True):
-        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper
-        than `parent`.
+    def make_claim(self):
+        """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as
+        the one before.
         """
-        start = self.position
-        self.position = self.SPACE.match(self.text, start).end()
-        if self.text[self.position] == "\n" or self.text[self.position] == "#" and self.position > start:
-            return self.read_below(parent, sequence_at_parent, None, None)
-        if "\t" in self.text[start:self.position]:
-            compact = False
-        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent,
-                                  compact, sequence_at_parent)
+        owners = self.state["owners"]
+        if self.owner is None:
+            try:
+                self.owner = make_owner(self.get_profile().identify(), self.device_id)
+                if self.owner != (owners or [""])[-1]:
+                    before = [owner for owner in owners if owner != self.owner]
+                    self.state["owners"] = before[1 - HISTORY:] + [self.owner]
+            except Untrusted:
+                self.owner = (owners or [""])[-1]
+        return make_claim(self.owner, self.state)
 
-    def read_below(self, parent, sequence_at_parent, anchor, tag):
-        """A node that starts on a later line, or an empty one."""
-        self.position = self.text.index("\n", self.position) + 1
-        self.next_line()
-        dash = sequence_at_parent and self.column == parent and self.at_indicator("-")
-        if self.column > parent or dash:
-            return self.read_block_at(self.column, parent, True, sequence_at_parent, anchor, tag)
-        return self.finish(self.make_scalar("", tag, True), anchor)
+    def check_patience(self, spread=True):
+        """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now.
 
-    def at_indicator(self, character):
-        """Whether an indicator stands here: the character, then white space."""
-        return self.text[self.position] == character and self.text[self.position + 1] in " \t\n"
-
-    def read_block_at(self, column, parent, compact=True, sequence_at_parent=False, anchor=None, tag=None):
-        """The node that starts here; `compact`: a block collection may start on this line."""
-        character = self.text[self.position]
-        if compact and (character == "?" and self.at_indicator("?") or self.is_key()):
-            return self.read_collection(self.read_mapping, column, dict, anchor, tag)
-        if character == "-" and self.at_indicator("-"):
-            if not compact:
-                self.fail("a block sequence cannot start here")
-            return self.read_collection(self.read_sequence, column, list, anchor, tag)
-        if character in "&!":
-            if anchor and character == "&" or tag and character == "!":
-                self.fail("a second anchor or tag for one node")
-            anchor, tag = self.read_properties(anchor, tag)
-            if self.text[self.position] in "#\n":
-                return self.read_below(parent, sequence_at_parent, anchor, tag)
-            return self.read_block_at(column, parent, False, False, anchor, tag)
-        if character in "|>":
-            value = self.make_scalar(self.read_block_scalar(parent), tag, False)
-            return self.finish(value, anchor)
-        value = self.read_flow(parent, 0, anchor, tag)
-        self.end_line()
-        return value
-
-    def read_properties(self, anchor, tag):
-        """Anchor and tag in either order, and the white space after them."""
-        while self.text[self.position] in "&!":
-            if self.text[self.position] == "&":
-                match = self.NAME.match(self.text, self.position + 1)
-                if not match or anchor:
-                    self.fail("an anchor without a name, or a second one")
-                anchor = match.group(), self.position
-                # open: an alias to it from inside would be endless
-                self.anchors[anchor[0]] = self.position
-            else:
-                match = self.TAG.match(self.text, self.position)
-                if tag:
-                    self.fail("a second tag for one node")
-                tag = self.check_tag(match.group())
-            end = self.SPACE.match(self.text, match.end()).end()
-            if end == match.end() and self.text[end] not in "\n,]}":
-                self.fail("white space is missing after an anchor or tag", end)
-            self.position = end
-        return anchor, tag
-
-    def check_tag(self, tag):
-        """The core schema's short name of a tag."""
-        if tag == "!":
-            return "!"
-        for prefix in ("!!", "!<tag:yaml.org,2002:"):
-            name = tag[len(prefix):].rstrip(">")
-            if tag.startswith(prefix) and name in ("str", "int", "float", "bool", "null", "map", "seq"):
-                return name
-        self.fail(f"tag {tag} is not supported")
-
-    def is_key(self):
-        """Whether an implicit key of a block mapping starts here.
-
-        It lies on one line and has at most 1,024 characters.
+        spread: or where a whole fleet may just be starting.
         """
-        text, position = self.text, self.position
-        while text[position] in "&!":
-            match = (self.NAME if text[position] == "&" else self.TAG).match(
-                text, position + (text[position] == "&")
-            )
-            end = match.end() if match else position
-            position = self.SPACE.match(text, end).end()
-            if position == end:
-                break
-        character = text[position]
-        if character in "\"'":
-            match = self.QUOTED.match(text, position)
-            return bool(match and match.end() - position <= 1024 and self.KEY_END.match(text, match.end()))
-        if character == "*":
-            match = self.NAME.match(text, position + 1)
-            return bool(match and text[match.end()] in " \t" and self.KEY_END.match(text, match.end()))
-        if character in "[{#|>@`%,]}" or character in "-?" and text[position + 1] in " \t\n":
-            return False
-        stop = self.STOP[0].search(text, position)
-        return text[stop.start()] == ":" and stop.start() - position <= 1024
+        clock = get_clock()
+        if self.is_downtime():
+            raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
+        left = find_wait(self.state["patience"], clock)
+        why = "the WFM or a back-off asks"
+        if not left and spread and clock.boot and clock.uptime < START_WINDOW:
+            left = self.spread_start(clock)
+            why = "a fleet that has just started does not arrive at once"
+            self.starting = max(0, left)
+        if left > 0:
+            raise Silence(f"waiting until {make_time(clock.now + left)}: {why}", retry_after=left)
 
-    def read_collection(self, read, column, kind, anchor, tag):
-        """A block collection with the anchor and tag that stand before it."""
-        if tag not in (None, "!", "map" if kind is dict else "seq"):
-            self.fail(f"tag !!{tag} does not fit a {'mapping' if kind is dict else 'sequence'}")
-        first = self.nodes
-        self.enter()
-        value = read(column)
-        self.depth -= 1
-        return self.finish(value, anchor, first)
+    def spread_start(self, clock):
+        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because each
+        run would wait anew.
+        """
+        memo = self.store.load_memo()
+        if memo.get("boot") != clock.boot:
+            start = make_start(clock.uptime, self.config.poll, self.state["accepted"], get_random())
+            memo = dict(memo, boot=clock.boot, start=start)
+            if not self.store.save_memo(memo):
+                return 0
+        return memo["start"] - clock.uptime
 
-    def finish(self, value, anchor, first=None):
-        """Counts a node and keeps it under its anchor."""
-        self.count()
-        # else one that began later has that name now
-        if anchor and self.anchors[anchor[0]] == anchor[1]:
-            self.anchors[anchor[0]] = (value, self.nodes - (self.nodes - 1 if first is None else first))
-        return value
+    def is_downtime(self):
+        """Whether the operator wants no communication now."""
+        return is_within(self.config.poll.downtime, time.localtime())
 
-    def read_sequence(self, column):
-        """A block sequence whose dashes stand in `column`."""
-        items = []
-        while self.column in (column, -2) or not items:
-            if not self.at_indicator("-"):
-                break
-            self.position += 1
-            items.append(self.read_block(column))
-            if self.column > column:
-                self.fail("wrong indentation")
-            if self.column != column:
-                break
-        return items
+    def note_fault(self, error, began):
+        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks
+        to the WFM.
 
-    def read_mapping(self, column):
-        """A block mapping whose keys stand in `column`."""
-        pairs = []
+        One time-out a cycle is enough, and without an SVID there is nothing to speak with.
+        """
+        self.faults.append(error)
+        self.silent = self.silent or isinstance(error, (Unreachable, Untrusted)) or bool(
+            isinstance(error, Refused) and error.retry_after)
+        if isinstance(error, Silence):
+            log("debug", error.message)
+            return
+        stored = self.store.find_time()
+        if isinstance(error, Untrusted) and time.time() < stored:   # no verdict on certificates is one (P-2)
+            error.code = "CLOCK"
+            error.message += f"; {make_clock_fault(time.time(), stored)}"
+        long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
+        log("error", error.message, code=error.code, **long)
+        if isinstance(error, (Unreachable, Refused, Untrusted)):
+            before = self.state["patience"]
+            delay = error.retry_after or 0
+            if isinstance(error, Unreachable):
+                failures = before.get("failures", 0) + 1
+                delay = make_backoff(failures, error.retry_after, error.strategy, get_random())
+            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=began))
+
+    def exchange(self):
+        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
+
+        A WFM that answers, and does not take a status, is polled all the same (P-9).
+        """
+        if self.silent:
+            return
+        self.check_patience()
+        source = self.connect()
+        fault = desired = None
+        self.report_capabilities()
+        try:
+            self.flush_outbox()
+        except MargoError as error:
+            if not error.status:
+                raise
+            fault = error
+        if not self.config.poll.window or is_within(self.config.poll.window, time.localtime()):
+            desired = source.fetch_desired(self.state["accepted"], self.store.load_artifact)
+            self.state["patience"] = self.state["patience"] if fault else {}
+        if desired:
+            self.accept(desired)
+            self.changed = True
+        if fault:
+            raise fault
+
+    def make_capabilities(self, device):
+        """The capabilities document of a device as it is; a child is what the configuration says of it."""
+        detected = {"peripherals": [], "interfaces": []}
+        if not device.silence:
+            detected = detect_properties(self.config.state_dir)
+        return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
+
+    def report_capabilities(self, always=False):
+        """PUTs the capabilities of all devices before anything else, and again where they changed."""
+        documents = {device.device_id: self.make_capabilities(device) for device in self.devices}
+        report_devices(documents, self.source, self.store, self.state, always)
+
+    def accept(self, desired):
+        """Makes a verified desired state the accepted one: first its documents, then the state, all durable
+        (C-111).
+        """
+        self.check_removals(desired)
+        state = self.state
+        at = make_time(time.time())
+        for digest, data in desired.documents.items():
+            self.store.save_artifact(digest, data)
+        state["waiting"] = None
+        state["history"] = make_history(state, desired.entries, desired.version, at)
+        entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
+        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest,
+                             "acceptedAt": at, "deployments": entries}
+        for entry in desired.entries:
+            record = state["deployments"].get(entry.deployment_id.lower())
+            same = record and record["adopted"]["digest"] == entry.digest
+            if same and record["state"] not in ("removing", "removed"):
+                record["adopted"]["version"] = desired.version      # the new manifest defines it, too (E-113)
+                enqueue_status(state, record, self.device_id)
+        new = [item for item in entries if item["deploymentId"].lower() not in state["deployments"]]
+        targets = self.make_targets(dict(state["accepted"], deployments=new), self.store.load_artifact)
+        targets = [target for share in self.assign(targets, {}) for target in share.targets]
+        for target in [target for target in targets if not target.error]:
+            # Received, not started (protocol 5.1); what may run anywhere is at home here until it is placed.
+            home = target.device_id if target.deployment.device_id == target.device_id else self.device_id
+            record = begin_record(make_record(target, home), target)
+            state["deployments"][target.deployment_id.lower()] = record
+            enqueue_status(state, record, self.device_id)
+        self.store.save_state(state)
+        log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
+
+    def check_removals(self, desired):
+        """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has
+        confirmed it (contract, Guard).
+        """
+        limit = self.config.policy.max_removals
+        wanted = {entry.deployment_id.lower() for entry in desired.entries}
+        gone = [key for key in self.state["deployments"] if key not in wanted]
+        if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
+            self.state["waiting"] = desired.digest
+            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments,"
+                          f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
+
+    def make_targets(self, accepted, load_document):
+        """[Target] of an accepted desired state; documents are read only where deciding takes them."""
+        targets = []
+        known = {device.device_id for device in self.devices}
+        for item in accepted["deployments"]:
+            target = Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
+            record = self.state["deployments"].get(target.deployment_id.lower())
+            needed = needs_document(target, record) or record["deviceId"] not in known
+            targets.append(self.read_target(target, load_document) if needed else target)
+        return targets
+
+    def read_target(self, target, load_document):
+        """The target with its Deployment, or with the ComponentError for which there is none."""
+        data = load_document(target.digest)
+        try:
+            if data is None:
+                words = "its document is missing from the state directory; the next poll brings it anew"
+                raise ComponentError("INTERNAL", words)
+            return target._replace(deployment=parse_deployment(data, target.deployment_id))
+        except ComponentError as error:
+            return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
+
+    def assign(self, targets, silent):
+        """[Share] of each device.  silent: {device id: {deployment type: CommandError}} of what does not
+        answer.
+        """
+        offers = {}
+        if any(target.deployment and target.deployment.constraints for target in targets):
+            offers = {device.device_id: self.make_capabilities(device) for device in self.devices}
+        silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
+        return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
+
+    def decide(self, accepted, load_document):
+        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all
+        devices show now.
+
+        Documents of what is not as it should be are read, and decided upon again: its device may have to be
+        another one.
+        """
+        targets = self.make_targets(accepted, load_document)
+        new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
+        seen = observe_devices(self.devices, [*self.state["deployments"].values(), *new])
+        silent = {device_id: sight.silent for device_id, sight in seen.items()}
+        containers = {device_id: sight.containers for device_id, sight in seen.items()}
+        for device in self.devices:
+            answers = set(device.drivers) - set(silent[device.device_id])
+            self.answering[device.device_id] = {kind: device.drivers[kind] for kind in sorted(answers)}
+        settle = self.config.runtime.settle
+        mark = make_mark(self.config.runtime.environment)
         while True:
-            start = self.position
-            if self.at_indicator("?"):
-                self.position += 1
-                key, value = self.read_block(column, True), None
-                if self.column == column and self.at_indicator(":"):
-                    self.position += 1
-                    value = self.read_block(column, True)
-                else:
-                    self.count()
-            elif self.is_key() or self.at_indicator(":"):
-                key = self.read_key(0)
-                self.position += 1
-                value = self.read_block(column, True, compact=False)
-            else:
-                self.fail("a key is missing here, or its colon")
-            pairs.append((key, value, start))
-            if self.column > column:
-                self.fail("wrong indentation")
-            if self.column != column:
-                return self.make_mapping(pairs)
+            shares = self.assign(targets, silent)
+            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), settle, mark)
+            unread = {action.deployment_id for action in actions
+                      if action.verb in ("install", "update") and not action.target.deployment}
+            if not unread:
+                return actions, seen
+            targets = [self.read_target(target, load_document) if target.deployment_id in unread else target
+                       for target in targets]
 
-    def read_key(self, flow):
-        """An implicit key up to its colon."""
-        key = None if self.at_indicator(":") else self.read_flow(-1, flow, key=True)
-        self.position = self.SPACE.match(self.text, self.position).end()
-        return key
+    def reconcile(self):
+        """Makes what runs match what was accepted.
 
-    def make_mapping(self, pairs):
-        """A dictionary from (key, value, position); refuses what is no scalar or occurs twice.
-
-        Merges << last.
+        What does not answer has not nothing: nothing is done blindfold, and CommandError says so (D-16).
         """
-        mapping, merges = {}, []
-        for key, value, position in pairs:
-            if key == "<<" and self.MERGE.match(self.text, position):
-                merges.append((value, position))
-                if len(merges) > 1:
-                    self.fail("the key << occurs twice", position)
+        accepted = self.state["accepted"]
+        if not accepted:
+            return                                  # what runs is left alone until a WFM says what should
+        actions, seen = self.decide(accepted, self.store.load_artifact)
+        refused = [action.target.digest for action in actions if action.verb == "refuse"]
+        if None in map(self.store.load_artifact, refused):
+            accepted["incomplete"] = True           # a document was lost: the next poll asks for it
+        if any(action.verb != "keep" for action in actions):
+            self.prune()                            # before anything is pulled, too (P-5)
+        troubles = self.carry_out(actions, seen)
+        for device in self.devices:
+            name = f"child device {device.device_id}: " if device.silence else ""
+            troubles += [name + fault.message for fault in seen[device.device_id].silent.values()]
+            if not self.changed:
+                for driver in self.answering[device.device_id].values():
+                    driver.tend(seen[device.device_id].containers, get_random())
+        if self.changed:
+            self.prune()
+        if troubles:
+            raise CommandError(f"{'; '.join(dict.fromkeys(troubles))}; what runs there is left as it is")
+
+    def prune(self):
+        """Housekeeping with everything that answers; see the function of this name."""
+        if self.config.runtime.prune:
+            drivers = [self.answering[device.device_id].values() for device in self.devices]
+            prune(self.state, self.store, dict(zip(map(make_prefix, self.devices), drivers)))
+
+    def carry_out(self, actions, seen):
+        """Carries out a plan: group by group, and in a group whatever is ready whose turn it is.
+
+        Returns in words what went wrong and fails no deployment: a leftover that cannot be removed.
+        """
+        troubles, cleared = [], {}
+        for action in actions:
+            if action.verb == "clear":
+                cleared.setdefault(action.deployment_id.lower(), []).append(action)
+        for group in make_groups(actions, self.state["deployments"]):
+            ready = {}
+            for action in group:
+                self.check_stopping()
+                work = self.begin(action, seen)
+                if action.verb in ("install", "update"):
+                    others = cleared.get(action.deployment_id.lower(), ())
+                    work.before = [self.begin(other, seen) for other in others]
+                try:
+                    if self.advance(work):
+                        ready[action.deployment_id.lower()] = work
+                except (CommandError, ComponentError) as error:
+                    troubles.append(error.message)
+            while ready:
+                self.check_stopping()
+                waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
+                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items()
+                        if key not in ready}
+                key, verb, words = find_turn(waiting, held)
+                if not self.take_turn(ready[key], verb, words, troubles):
+                    ready.pop(key)
+        return troubles
+
+    def check_stopping(self):
+        """Raises Interrupted where the process was asked to end."""
+        if self.stopping():
+            raise Interrupted("ended before everything was done; the next run goes on from here")
+
+    def begin(self, action, seen):
+        """The Work on an action, before its first step."""
+        key = action.deployment_id.lower()
+        device = next(device for device in self.devices if device.device_id == action.device_id)
+        record = self.state["deployments"].get(key)
+        holds = find_held_ports(record) if record else set()
+        if record and record["deviceId"] not in seen and action.verb != "keep":
+            log("warning", "its device is no longer configured; what runs there is forgotten",
+                deployment=action.deployment_id, device=record["deviceId"])
+        if not record or action.verb != "clear" and action.target and record["deviceId"] != device.device_id:
+            target = action.target or Target(action.deployment_id, "", 0, None, None)
+            record = make_record(target, device.device_id)      # new here; elsewhere it is cleared
+        device_id = device.device_id
+        containers = seen[device_id].containers
+        tools = Tools(self.config, self.store, self.answering[device_id], containers, device_id,
+                      self.state["accepted"]["version"], self.is_downtime(), [], get_clock, get_random)
+        work = Work(action, device, EXECUTE[action.verb](action, record, tools), tools)
+        work.holds = holds
+        return work
+
+    def take_turn(self, work, verb, words, troubles):
+        """Carries on with a step that is ready, as find_turn says; whether it is still to be done.
+
+        What moves is removed from where it was before it starts.
+        """
+        fault = ComponentError("PORT_IN_USE", words) if verb == "fail" else None
+        moves = bool(work.before)
+        while work.before and not fault:
+            try:
+                self.advance(work.before.pop())
+            except (CommandError, ComponentError) as error:
+                if isinstance(error, Forbidden):
+                    fault = error
+                else:
+                    troubles.append(error.message)
+        if verb == "stop" and not fault:
+            work.holds = set()
+            return moves or self.advance(work, True)
+        return self.advance(work, False, fault)
+
+    def advance(self, work, answer=None, fault=None):
+        """Carries on with a step until it is ready to change something, or done; whether it is ready.
+
+        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer,
+        fault: what its claim is answered by.
+        """
+        action, item = work.action, None
+        try:
+            item = work.steps.throw(fault) if fault else work.steps.send(answer)
+            while not isinstance(item, Ready):
+                if not work.begun:
+                    word = PRINTED.get(action.verb, action.verb)
+                    log("error" if word == "refuse" else "info", word, deployment=action.deployment_id,
+                        reason=action.reason)
+                work.begun = self.changed = True
+                if item:
+                    self.keep(work, item)
+                item = next(work.steps)
+        except StopIteration:
+            record = self.state["deployments"].get(action.deployment_id.lower())
+            if work.begun and record and action.verb != "clear":
+                log("info", record["state"], deployment=action.deployment_id, name=record["name"])
+            return False
+        work.takes = item.takes
+        return True
+
+    def keep(self, work, record):
+        """Makes a record durable, with what was fetched for it, and tells the WFM."""
+        fetched = work.tools.fetched
+        prefix = make_prefix(work.device)
+        images = [prefix + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
+        self.state["pulled"] = sorted(set(self.state["pulled"]).union(images))
+        if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
+            record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
+        self.state["deployments"][record["deploymentId"].lower()] = record
+        enqueue_status(self.state, record, self.device_id)
+        self.store.save_state(self.state)
+        self.flush_outbox(quiet=True)
+
+    def flush_outbox(self, quiet=False):
+        """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and
+        `status` says so.
+
+        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of
+        applying; trouble on the wire then only means that it is sent later.
+        """
+        for key in list(self.state["outbox"]):
+            if self.silent or not self.source:
+                return
+            status = self.state["outbox"][key]
+            refused = None
+            try:
+                self.source.post_status(status["deploymentId"], status)
+            except (Refused, Unreachable, Untrusted) as error:
+                if not isinstance(error, Refused) or error.status < 400:
+                    self.state["outbox"][key] = self.state["outbox"].pop(key)
+                    if not quiet:
+                        raise
+                    self.note_fault(error, time.time())
+                    log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
+                    return
+                refused = {"state": status["status"]["state"], "at": make_time(time.time()),
+                           "reason": error.message}
+                log("error", "the WFM refuses a status for good; it is dropped", deployment=key,
+                    reason=error.message)
+            acknowledge_status(self.state, key, refused)
+
+    def conclude(self, began):
+        """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something
+        changed.
+        """
+        state = self.state
+        fault = max(self.faults, key=lambda fault: fault.exit, default=None)
+        failed = any(record["state"] == "failed" for record in state["deployments"].values())
+        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"]))
+        if state["history"] and state["accepted"]:
+            newest = state["history"][-1]
+            newest["outcome"] = make_outcome(state)
+            if isinstance(fault, Refused):
+                newest["refused"] = fault.message
+            elif not fault:
+                newest.pop("refused", None)
+        last = {"at": make_time(began), "result": result, "detail": fault.message if fault else ""}
+        try:
+            if make_state_data(state) != self.store.saved:
+                state["lastPoll"] = last
+                self.store.save_state(state)
+        except StorageError as error:
+            log("error", error.message, code=error.code)
+            code = max(code, error.exit)
+        memo = self.store.load_memo()
+        others = memo.get("others")
+        if self.answering:
+            others = ask_others(self.answering, None if self.changed else others)[:MAX_NAMED]
+        self.store.save_memo(dict(memo, lastPoll=last, others=others or []))
+        delay = make_delay(self.config, state, fault, get_clock(), get_random())
+        return Outcome(code, result, last["detail"], delay)
+
+
+# What a cycle does, in order: functions of the Agent.  A MargoError ends that step alone.
+STEPS = [Agent.exchange, Agent.reconcile, Agent.flush_outbox]
+
+
+def judge_cycle(fault, changed, failed, waiting):
+    """(word of `lastPoll.result`, exit code) of a cycle.
+
+    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
+    deployment has failed. waiting: whether a status waits in the outbox.  The operator's own silence is no
+    fault.
+    """
+    silence = isinstance(fault, Silence) and not fault.exit
+    code = 0 if silence or not fault else fault.exit
+    code = max(code, 1 if failed else 0, 3 if waiting and not silence else 0)
+    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"),
+             (MargoError, "failed"))
+    for kind, word in words if not silence else ():
+        if isinstance(fault, kind):
+            return word, code
+    if failed:
+        return "failed", code
+    return "applied" if changed else "unchanged", code
+
+
+def make_prefix(device):
+    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
+    return device.device_id + " " if device.silence else ""
+
+
+def make_others_words(others):
+    """Each workload of another owner, in words."""
+    return [f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}" for item in others]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4. Plan
+# ----------------------------------------------------------------------------------------------------------
+
+# What `plan` calls a verb, where not by its own name.
+PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}
+
+
+def needs_document(entry, record):
+    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that
+    revision.
+    """
+    if record is None or record["adopted"]["digest"] != entry.digest or record["refused"]:
+        return True
+    return record["state"] not in ("installed", "failed")
+
+
+def make_share(device, targets, records, silent):
+    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be
+    seen now.
+
+    silent: {deployment type: CommandError} of what does not answer there.
+    """
+    wanted = {target.deployment_id.lower(): target for target in targets}
+    unseen = {}
+    for key in {**records, **wanted}:
+        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
+            unseen[key] = silent[kind]
+    return Share(device, targets, records, unseen)
+
+
+def make_actions(shares, records, containers, clock, settle=0, mark=""):
+    """[Action] for all devices, in order: removals first.
+
+    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a
+    device where it is not at home any more is cleared once it runs where it belongs, or when it is about to.
+    """
+    homes = {target.deployment_id.lower(): "" if target.error else target.device_id
+             for share in shares for target in share.targets}
+    actions, strays = [], []
+    placed = set()              # what runs where it belongs, or is about to
+    for share in shares:
+        device_id = share.device.device_id
+        placed.update(key for key, record in share.records.items() if record["state"] == "installed")
+        there = containers[device_id]
+        for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
+            action = hold_back(action, share)._replace(device_id=device_id)
+            key = action.deployment_id.lower()
+            record = records.get(key)
+            if action.verb == "remove" and (key in homes or record and key not in share.records):
+                strays.append(action._replace(verb="clear"))
                 continue
-            if isinstance(key, (dict, list)):
-                self.fail("a key that is no scalar is not supported", position)
-            # .nan differs from itself
-            if key in mapping or key != key and any(other != other for other in mapping):
-                self.fail(f"the key {str(key)[:60]!r} occurs twice", position)
-            mapping[key] = value
-        for value, position in merges:
-            for source in value if isinstance(value, list) else [value]:
-                if not isinstance(source, dict):
-                    self.fail("<< takes a mapping or a list of mappings", position)
-                self.count(len(source))
-                for key, item in source.items():
-                    mapping.setdefault(key, item)
-        return mapping
+            if action.verb == "install" and record and record["running"] and record["deviceId"] != device_id:
+                action = action._replace(reason=f"moves here from {record['deviceId']}")
+            if action.verb in ("install", "update"):
+                placed.add(key)
+            actions.append(action)
+    for stray in strays:
+        key = stray.deployment_id.lower()
+        if key not in homes:
+            actions.append(stray)
+        elif homes[key] and key in placed:
+            actions.append(stray._replace(reason=f"belongs on {homes[key]}"))
+    return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
 
-    # Scalars
 
-    def read_block_scalar(self, parent):
-        """A literal or folded scalar; the position is at its indicator."""
-        header = self.HEADER.match(self.text, self.position)
-        if not header:
-            self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        style, chomp = header.group(1), header.group(2) or header.group(5)
-        digit = header.group(3) or header.group(4)
-        indent = max(parent, 0) + int(digit) if digit else None
-        self.position, lines, blank = header.end(), [], 0
-        while self.position < len(self.text):
-            end = self.text.index("\n", self.position)
-            line = self.text[self.position:end]
-            spaces = len(line) - len(line.lstrip(" "))
-            if (
-                line[spaces:spaces + 1] == "\t"
-                and spaces <= (parent if indent is None else indent - 1)
-                and spaces <= max(parent, 0)
-            ):
-                self.fail("a tab in the indentation of a block scalar")
-            if spaces == len(line) and (indent is None or spaces <= indent):
-                blank = max(blank, spaces)
-                lines.append("")
-            elif indent is None and line.strip(" "):
-                indent = spaces
-                if spaces <= parent or parent < 0 and spaces == 0 and self.at_marker():
-                    break
-                if blank > spaces:
-                    self.fail("an empty line is indented deeper than the first line of the block scalar")
-                lines.append(line[spaces:])
-            elif spaces < (indent or 0) or indent == 0 and self.at_marker():
-                break
+def hold_back(action, share):
+    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
+
+    It waits where this device itself does not answer; what the WFM is told of another one is the device's
+    `silence`.
+    """
+    key = action.deployment_id.lower()
+    silence = share.device.silence
+    fault = share.unseen.get(key)
+    if not fault or action.verb in ("keep", "refuse"):
+        return action
+    if not silence:
+        return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
+    target = action.target
+    if not target:
+        adopted = share.records[key]["adopted"]
+        target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
+    reason = f"{silence.code}: {silence.message}"
+    return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
+
+
+def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
+    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own
+    order.
+
+    targets: [Target], deployment and error both None where needs_document said so.  records: those of the
+    state's `deployments` that are at home here.  containers: [Container] as observed.  clock: a Clock.
+    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: ids in lower case of
+    deployments of which not everything could be observed (then nothing is taken for drift).
+    """
+    wanted = {target.deployment_id.lower() for target in targets}
+    seen = {}
+    for container in containers:
+        seen.setdefault(container.deployment_id.lower(), []).append(container)
+    orphans = {key: items[-1].deployment_id for key, items in seen.items()}
+    orphans.update((key, record["deploymentId"]) for key, record in records.items()
+                   if record["state"] != "removed")
+    plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans)
+            if key not in wanted]
+    for target in targets:
+        key = target.deployment_id.lower()
+        there = None if key in unseen else seen.get(key, [])
+        plan.append(make_action(target, records.get(key), there, clock, settle, mark)._replace(target=target))
+    return plan
+
+
+def make_action(target, record, containers, clock, settle, mark):
+    """The Action for one deployment that is wanted; containers: its own."""
+    def act(verb, reason, culprit=None):
+        return Action(target.deployment_id, verb, reason, culprit=culprit)
+
+    same = record and record["adopted"]["digest"] == target.digest
+    retry = find_wait(record["retry"], clock) if record else 0
+    pause = find_wait(record["repair"], clock) if record else 0
+    if same and record["state"] == "failed" and record["fallback"] and not pause and (target.error or retry):
+        words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
+        if words:
+            return act("restore", f"drift: {words}; the version before is brought back")
+    if target.error:
+        return act("refuse", f"{target.error.code}: {target.error.message}")
+    if record is None:
+        return act("install", "new")
+    change = "update" if record["running"] else "install"
+    if not same:
+        return act(change, "another revision")
+    if record["refused"]:
+        return act(change, "was refused before, and can be carried out now")
+    if record["state"] == "failed" and retry:
+        due = make_time(clock.now + retry)
+        return act("keep", f"failed ({record['error']['code']}); next attempt at {due}")
+    if record["state"] == "failed":
+        return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
+    if record["state"] in ("pending", "removed") and not record["running"]:
+        return act("install", "new")
+    if record["state"] != "installed":
+        return act(change, f"was interrupted while {record['state']}")
+    services = {item["name"]: item["services"] for item in record["components"]}
+    culprit, words = find_drift(services, containers, clock.now, settle)
+    if words and pause:
+        words += f" although it was repaired {record['repair']['failures']} times"
+        return act("give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit)
+    if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
+        return act("update", "runtime.environment has changed")
+    return act("update", f"drift: {words}") if words else act("keep", "as desired")
+
+
+def find_drift(services, containers, now, settle):
+    """((component, service), words) for what differs between what was installed and its containers, or ("",
+    "") (P-12, D-23).
+
+    services: {component: {service: facts}}; containers: those of this deployment, or None.
+    """
+    if containers is None:
+        return "", ""
+    seen = {}
+    for container in containers:
+        seen.setdefault((container.component, container.service), []).append(container)
+    for component, items in services.items():
+        for service, facts in items.items():
+            words = judge_containers(seen.pop((component, service), []), facts, now, settle)
+            if words:
+                return (component, service), f"{component}/{service} {words}"
+    return (min(seen), f"{'/'.join(min(seen))} does not belong to it") if seen else ("", "")
+
+
+def judge_containers(found, facts, now, settle):
+    """What is wrong with the containers found for a service, in words, or "".  facts: what `apply` returned
+    for it.
+    """
+    if len(found) > 1:
+        return f"has {len(found)} containers"
+    if not found:
+        return "" if facts["finished"] else "has no container"
+    container = found[0]
+    if container.hash != facts["hash"] or container.id != facts.get("id", container.id):
+        return "is not the container that was made for it"
+    if facts["finished"]:
+        return ""
+    if container.state != "running":
+        return f"is {container.state}"
+    restarted = abs(container.started - facts.get("started", container.started)) > 2        # docker rounds it
+    return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
+
+
+def make_groups(actions, records):
+    """Actions in the order in which they are carried out, as [[Action]]; those of one group are made ready
+    before any is done.
+
+    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group,
+    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
+    the step that it moves by.
+    """
+    moving = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
+    first, updates, new = [], [], []
+    for action in actions:
+        record = records.get(action.deployment_id.lower())
+        if action.verb not in ("install", "update"):
+            first += [] if action.verb == "clear" and action.deployment_id.lower() in moving else [[action]]
+        elif not record or not record["running"]:
+            new.append([action])
+        elif record["running"]["digest"] == action.target.digest and record["deviceId"] == action.device_id:
+            first.append([action])
+        else:
+            updates.append(action)
+    return first + [updates] + new
+
+
+def find_held_ports(record):
+    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold,
+    as far as known.
+    """
+    services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
+    if record["fallback"] and "services" in (record["running"] or ()):
+        services = record["running"]["services"].values()       # the version before runs still
+    facts = [facts for item in services for facts in item.values()]
+    running = [item for item in facts if not item["finished"]]
+    return {(record["deviceId"], *port) for item in running for port in item.get("ports", ())}
+
+
+def find_clash(takes, holds):
+    """A port among those of `takes` that one of `holds` keeps from being taken, or None; the address "" is
+    every one.
+    """
+    for port in sorted(takes):
+        for device_id, address, *rest in holds:
+            meets = address == port[1] or "" in (address, port[1])
+            if meets and (device_id, *rest) == (port[0], *port[2:]):
+                return port
+    return None
+
+
+def find_turn(waiting, held):
+    """Which of the deployments that are ready to be changed goes on now, and how: (id, verb, words).
+
+    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs:
+    `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
+    ports first, because each waits for another one.
+    """
+    blocking = []
+    for key, (takes, _) in waiting.items():
+        rivals = [(other, ports, ports) for other, ports in held.items()]
+        rivals += [(other, holds, keeps) for other, (keeps, holds) in waiting.items() if other != key]
+        blocked = False
+        for other, holds, keeps in rivals:
+            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
+            if port:
+                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
+                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
+            if find_clash(takes, holds):
+                blocking.append(other)
+                blocked = True
+        if not blocked:
+            return key, "go", ""
+    return blocking[0], "stop", ""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5. Apply
+# ----------------------------------------------------------------------------------------------------------
+
+Tools = define("Tools", "config store drivers containers device_id version quiet fetched clock jitter",
+    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device,"
+    " [Container] there, the device's id, the accepted version, whether nothing may be fetched now, a list"
+    " for what is fetched (digests, images), functions for a Clock and for a number in [0, 1).")
+Change = define("Change", "event name record deployment rollback kind",
+    "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
+    " back to the version before; kind: the deployment type of what is removed.", None)
+Revision = define("Revision", "deployment packages services",
+    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component:"
+    " {service: facts}}.")
+Ready = define("Ready", "takes",
+    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's"
+    " ports that it will take, as find_held_ports has them.")
+# Functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise Forbidden.
+LISTENERS = []
+
+
+class Notices:
+    """The changes of one step: every listener agrees to all of them before the first is made, and hears what
+    came of each.
+    """
+
+    def __init__(self, tools):
+        self.tools, self.agreed = tools, []
+
+    def __enter__(self):
+        return self
+
+    def ask(self, change):
+        """Raises ComponentError where a listener forbids the change."""
+        for listener in LISTENERS:
+            listener("before", change, self.tools, None)
+        self.agreed.append(change)
+
+    def tell(self, change, error=None):
+        """The change has been made, or nothing comes of it."""
+        self.agreed.remove(change)
+        for listener in LISTENERS:
+            listener("after", change, self.tools, error)
+
+    def __exit__(self, kind, error, _):
+        for change in self.agreed[:] if isinstance(error, MargoError) else ():
+            self.tell(change, error)
+
+
+class Installation:
+    """A deployment on its way to a version: the record so far, the component at work, and whether anything
+    was touched.
+    """
+
+    def __init__(self, record, tools):
+        self.record, self.tools = record, tools
+        self.name, self.touched, self.services = None, False, {}
+
+    def run(self, revision, rollback=False):
+        """Makes a version run, and nothing else of its deployment; yields the record at each change, for the
+        caller to make durable before the next step, and Ready before anything is touched.
+
+        All that can fail or say no comes before that: everything is fetched and verified, and every listener
+        agrees (D-11, P-20). One that is answered by True has to free its ports first, and is made again.
+        rollback: it is the version before that is brought back, in one go.
+        """
+        tools, deployment = self.tools, revision.deployment
+        containers = observe_all(tools.drivers, self.record) if rollback else tools.containers
+        prepared = []
+        for component in deployment.components:
+            self.name = component.name
+            driver = get_driver(deployment.type, tools)
+            known = revision.packages.get(self.name)
+            prepared.append(driver.prepare(deployment, component, known, tools.store, tools.fetched))
+        changes = []
+        for name in [component.name for component in deployment.components]:
+            event = "update" if rollback or revision.packages.get(name) else "install"
+            changes.append(Change(event, name, self.record, deployment, rollback))
+        dropped = find_dropped(self.record, deployment, containers, rollback)
+        with Notices(tools) as notices:
+            for change in changes + dropped:
+                self.name = None if change.kind else change.name
+                notices.ask(change)
+            self.name = None
+            ports = [port for workload, _ in prepared for port in driver.list_ports(workload)]
+            takes = {(tools.device_id, *port) for port in ports}
+            while not rollback and (yield Ready(takes)):
+                self.free_ports()
+                containers = observe_all(tools.drivers, self.record)
+            for component, change, (workload, package) in zip(deployment.components, changes, prepared):
+                self.name = component.name
+                if not rollback:
+                    self.record = set_component(self.record, self.name, "installing")
+                    yield self.record
+                self.touched = True
+                known = revision.services.get(self.name, {})
+                services = driver.apply(workload, containers, known, time.monotonic() + component.timeout)
+                self.services[self.name] = services
+                notices.tell(change)
+                facts = {"services": services, "package": package}
+                self.record = set_component(self.record, self.name, "installed", **facts)
+                if not rollback and self.record["state"] != "installed":    # said once nothing else is left
+                    yield self.record
+            self.name = None
+            for change in dropped:
+                remove_component(change, containers, notices)
+
+    def free_ports(self):
+        """Stops what holds a port of the host, so that another deployment can take it."""
+        self.touched = True
+        running = self.record["running"] or {}
+        services = [item["services"] for item in self.record["components"]]
+        if "services" in running:
+            services = running["services"].values()
+        facts = [facts for item in services for facts in item.values()]
+        ids = [item["id"] for item in facts if item.get("ports")]
+        if ids:
+            get_driver(running["type"], self.tools).stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
+
+    def fail(self, error, deployment):
+        """The record after a failure, with the version before running again where runtime.on_failure says so
+        (P-8).
+        """
+        tools, name, words = self.tools, self.name, error.message
+        code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
+        code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
+        log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
+            reason=words)
+        if self.touched and tools.config.runtime.on_failure != "rollback":
+            self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
+        elif self.touched and self.record["fallback"]:
+            words = f"{words}; {self.go_back()}"
+        elif self.touched and not self.record["running"]:
+            words = f"{words}; {self.take_back(deployment)}"
+        error = ComponentError(code, words, retry_after=error.retry_after)
+        return fail_record(self.record, name, error, tools.clock(), tools.jitter())
+
+    def take_back(self, deployment):
+        """Removes what a first installation has begun, so that nothing crashes on and on; what came of it, in
+        words.
+        """
+        try:
+            list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
+        except (ComponentError, CommandError, MemoryError) as error:
+            return f"taking it back failed too: {to_fault(error).message}"
+        components = [dict(item, state="pending", services={}) for item in self.record["components"]]
+        self.record = dict(self.record, components=components)
+        return "it is taken back until the next attempt"
+
+    def go_back(self):
+        """Brings the version before back after an update that failed; what came of it, in words."""
+        before = self.record["running"]
+        self.services = {}
+        try:
+            data = self.tools.store.load_artifact(before["digest"])
+            if data is None:
+                raise ComponentError("INTERNAL", "its document is not in the state directory any more")
+            deployment = parse_deployment(data, self.record["deploymentId"])
+            list(self.run(Revision(deployment, before["packages"], before["services"]), rollback=True))
+        except (ComponentError, CommandError, MemoryError) as error:
+            words = to_fault(error).message
+            log("error", "roll-back failed", deployment=self.record["deploymentId"], reason=words)
+            return f"bringing the version before back failed too: {words}"
+        log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
+            digest=before["digest"])
+        self.record = dict(self.record, running=dict(before, services=self.services))
+        return "the version before runs again"
+
+
+def apply_install(action, record, tools):
+    """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
+    target = action.target
+    if tools.quiet and not is_at_hand(record, target):
+        return                                      # something would have to be fetched (protocol 10)
+    revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
+                        {item["name"]: item["services"] for item in record["components"]})
+    running = record["running"]
+    if running and running["digest"] == target.digest == record["adopted"]["digest"]:
+        record = count_repair(record, tools.clock())
+    job = Installation(begin_record(record, target), tools)
+    yield job.record
+    try:
+        yield from job.run(revision)
+        yield finish_record(job.record, make_mark(tools.config.runtime.environment))
+    except (ComponentError, CommandError, MemoryError) as error:
+        yield job.fail(to_fault(error), target.deployment)
+
+
+def apply_restore(action, record, tools):
+    """Mends the version before while a failed one waits for its next attempt; its error stays (P-1, P-12)."""
+    yield record
+    job = Installation(count_repair(record, tools.clock()), tools)
+    job.go_back()
+    components = [dict(new, state=old["state"], error=old["error"])
+                  for new, old in zip(job.record["components"], record["components"])]
+    yield dict(job.record, state="failed", error=record["error"], components=components)
+
+
+def apply_give_up(action, record, tools):
+    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last
+    (P-6, P-7).
+    """
+    component, _ = action.culprit
+    there = [container.id for container in find_containers(record["deploymentId"], tools.containers)
+             if (container.component, container.service) == action.culprit]
+    try:                                            # without its document nobody knows what to mask
+        data = tools.store.load_artifact(record["adopted"]["digest"]) or b""
+        deployment = parse_deployment(data, record["deploymentId"])
+        secrets = make_variables(deployment, component).values()
+        words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
+    except MargoError:
+        words = ""
+    error = ComponentError("UNSTABLE", action.reason + words)
+    failed = fail_record(record, component, error, tools.clock(), 0)
+    yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
+
+
+def apply_refusal(action, record, tools):
+    """Fails a deployment that cannot be what is wanted; what was said already is not said again."""
+    target, error = action.target, action.target.error
+    same = record["refused"] and record["adopted"]["digest"] == target.digest
+    if not same or record["error"]["message"] != error.message:
+        record = begin_record(record, target)
+        yield fail_record(record, None, error, tools.clock(), tools.jitter(), refused=True)
+
+
+def apply_nothing(action, record, tools):
+    """Does nothing."""
+    yield from ()
+
+
+def apply_removal(action, record, tools):
+    """Removes all of a deployment, last component first, once every listener agrees.
+
+    Only an empty engine counts as removed (D-21).
+    """
+    adopted = dict(record["adopted"], version=tools.version)
+    record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
+    yield record
+    deployment = load_deployment(record, tools.store)
+    names = [component["name"] for component in record["components"]]
+    known = [(name, record["type"]) for name in names[::-1]]
+    there = find_components(record["deploymentId"], tools.containers)
+    unknown = [found for found in there if found not in known]
+    changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
+    name = None
+    try:
+        with Notices(tools) as notices:
+            for change in changes:
+                name = change.name if change.name in names else None
+                if change.kind in tools.drivers:
+                    notices.ask(change)
+            for change in changes:
+                name = change.name if change.name in names else None
+                if change.kind in tools.drivers:
+                    remove_component(change, tools.containers, notices)
+                if (change.name, change.kind) in known:
+                    record = set_component(record, change.name, "removed")
+                    if record["state"] != "removed":            # said below, once nothing is left
+                        yield record
+    except MargoError as error:
+        log("error", "removal failed", deployment=record["deploymentId"], component=name,
+            reason=error.message)
+        code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
+        yield fail_record(record, name, ComponentError(code, error.message), tools.clock(), tools.jitter())
+        return
+    remove_folder(tools.store.path("deployments", record["deploymentId"].lower()))
+    yield dict(record, state="removed", running=None, previous=None)
+
+
+def apply_clearing(action, record, tools):
+    """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
+    yield None
+    nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
+    with Notices(tools) as notices:
+        dropped = find_dropped(dict(record, deviceId=tools.device_id), nothing, tools.containers)
+        for change in dropped:
+            notices.ask(change)
+        for change in dropped:
+            remove_component(change, tools.containers, notices)
+
+
+# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the
+# record at each change, and perhaps Ready; one that yields nothing has nothing to do.
+EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
+           "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
+           "refuse": apply_refusal, "keep": apply_nothing}
+
+
+def is_at_hand(record, target):
+    """Whether all that a target takes was on the device before."""
+    versions = filter(None, (record["running"], record["previous"]))
+    return target.digest in [version["digest"] for version in versions]
+
+
+def get_driver(kind, tools):
+    """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
+    if kind not in tools.drivers:
+        words = f"nothing on this device runs {kind} components; see runtime.{kind}"
+        raise ComponentError("UNSUPPORTED_TYPE", words)
+    return tools.drivers[kind]
+
+
+def find_containers(deployment_id, containers):
+    """The containers of one deployment."""
+    return [container for container in containers if container.deployment_id.lower() == deployment_id.lower()]
+
+
+def find_components(deployment_id, containers):
+    """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
+    return sorted({(item.component, item.type) for item in find_containers(deployment_id, containers)})
+
+
+def find_dropped(record, deployment, containers, rollback=False):
+    """[Change] for the components of a deployment that its document no longer has (D-19)."""
+    wanted = {(component.name, deployment.type) for component in deployment.components}
+    there = find_components(deployment.deployment_id, containers)
+    return [Change("removal", name, record, deployment, rollback, kind) for name, kind in there
+            if (name, kind) not in wanted]
+
+
+def remove_component(change, containers, notices):
+    """Removes all of one component."""
+    deadline = time.monotonic() + COMPONENT_TIMEOUT
+    driver = notices.tools.drivers[change.kind]
+    driver.remove(change.record["deploymentId"], change.name, containers, deadline)
+    notices.tell(change)
+
+
+def load_deployment(record, store):
+    """The Deployment that a record tells of, as far as the state directory still has its document."""
+    digest = (record["running"] or record["adopted"])["digest"]
+    try:
+        return parse_deployment(digest and store.load_artifact(digest) or b"", record["deploymentId"])
+    except MargoError:
+        return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
+
+
+def prune(state, store, drivers):
+    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked
+    packages, images that the agent pulled; nothing else on the device.
+
+    Changes state["pulled"].  drivers: {prefix of an entry of `pulled`: [driver that answers]}.
+    """
+    digests, images = find_needed(state)
+    store.prune_artifacts(digests)
+    for entry in state["pulled"]:
+        device_id, space, name = entry.rpartition(" ")
+        there = drivers.get(device_id + space, ())
+        if name not in images and any(driver.remove_image(name) for driver in there):
+            log("info", "image pruned", image=entry)
+            state["pulled"] = [other for other in state["pulled"] if other != entry]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6. Deployment status
+# ----------------------------------------------------------------------------------------------------------
+
+def make_record(target, device_id):
+    """The record of a deployment that was not known before; see begin_record for one that begins a revision.
+
+    deviceId    the device where it is at home
+    adopted     {digest, version}: the revision that is worked on
+    components  [{name, state, error, services, package}]; state and error of the whole follow from theirs
+    running     {digest, packages, images, mark, type} of the version that was installed last, and its
+                {services} once another revision is worked on; previous: the same of the one before
+    fallback    whether `running` is what should run while the revision that is worked on has failed
+    refused     whether the revision cannot be one, whatever is tried
+    fetched     digests of packages and names of images that are there for the revision that is worked on
+    retry       failures in a row (see make_wait); repair: repairs without an hour's rest (P-7)
+    """
+    return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id,
+            "type": "compose", "adopted": {"digest": target.digest, "version": target.version},
+            "state": "pending", "error": None, "running": None, "previous": None, "refused": False,
+            "components": [], "fetched": [], "fallback": False, "retry": {}, "repair": {}}
+
+
+def begin_record(record, target):
+    """The record as work on the target's revision begins: all components pending, its version adopted (E-112,
+    E-114).
+
+    What an earlier revision left (services, packages) stays known until the new one has replaced it.
+    """
+    old = {component["name"]: component for component in record["components"]}
+    names = [component.name for component in target.deployment.components] if target.deployment else list(old)
+    blank = {"services": {}, "package": None}
+    components = [dict(old.get(name, blank), name=name, state="pending", error=None) for name in names]
+    record = dict(record, state="pending", error=None, refused=False, components=components)
+    if target.deployment:
+        record.update(name=target.deployment.name, type=target.deployment.type or record["type"])
+    before = record["adopted"]["digest"]
+    running = record["running"]
+    if before != target.digest:
+        record.update(retry={}, repair={}, fetched=[])
+        if running and running["digest"] == before:             # from here on it is the version before
+            running = dict(running, services={name: component["services"] for name, component in old.items()})
+    return dict(record, adopted={"digest": target.digest, "version": target.version}, running=running,
+                fallback=bool(running and running["digest"] != target.digest))
+
+
+def count_repair(record, clock):
+    """The record as a repair of what was installed begins: some are free, then the pauses after them grow
+    (P-7).
+    """
+    last = record["repair"]
+    recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
+    repairs = last["failures"] if last and recent else 0
+    pause = grow(RETRY_FIRST, repairs + 2 - REPAIRS, RETRY_CAP) if repairs + 1 >= REPAIRS else 0
+    return dict(record, repair=make_wait({"failures": repairs}, pause, clock))
+
+
+def set_component(record, name, state, error=None, **facts):
+    """The record with one component changed (None: all of them), its overall state following (C-133)."""
+    components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
+                  for item in record["components"]]
+    states = [component["state"] for component in components] or [state]
+    return dict(record, components=components, state=make_overall_state(states))
+
+
+def fail_record(record, component, error, clock, jitter, refused=False):
+    """The record after a ComponentError: the component failed, what comes later stays pending, the next
+    attempt is due later with each failure.
+
+    component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
+    """
+    asked = min(error.retry_after or 0, 2 * RETRY_CAP)
+    delay = grow(RETRY_FIRST, record["retry"].get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
+    source = error.source or component or record["name"]
+    told = {"code": error.code, "source": source, "message": error.message}
+    if component:
+        record = set_component(record, component, "failed", told)
+        told = dict(told, source=record["name"], message=f"component {component} failed: {error.message}")
+    else:
+        components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
+                      for item in record["components"]]
+        record = dict(record, components=components)
+    retry = make_wait(record["retry"], max(delay, asked), clock)
+    return dict(record, state="failed", error=told, refused=refused, retry=retry)
+
+
+def finish_record(record, mark=""):
+    """The record once all of the revision that was worked on is installed; mark: make_mark of its
+    environment.
+    """
+    images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
+    packages = {item["name"]: item["package"] for item in record["components"]}
+    running = {"digest": record["adopted"]["digest"], "packages": packages, "images": sorted(images),
+               "mark": mark, "type": record["type"]}
+    before = record["running"]
+    previous = before if before and before["digest"] != running["digest"] else record["previous"]
+    return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False)
+
+
+def make_history(state, entries, version, at):
+    """The history with one more accepted desired state: what it adds, changes and removes against the one
+    before.
+    """
+    before = (state["accepted"] or {}).get("deployments", ())
+    old = {item["deploymentId"].lower(): item["digest"] for item in before}
+    new = {entry.deployment_id.lower(): entry.digest for entry in entries}
+    changed = sorted(key for key in new if key in old and new[key] != old[key])
+    return state["history"][1 - HISTORY:] + [{
+        "version": version, "at": at, "added": sorted(set(new) - set(old)),
+        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
+
+
+def make_outcome(state):
+    """How the newest accepted desired state stands: applied, pending, or which deployments failed and why."""
+    records = state["deployments"].values()
+    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
+              if record["state"] == "failed"]
+    installed = [record for record in records if record["state"] == "installed"]
+    done = len(installed) == len(records) == len(state["accepted"]["deployments"])
+    return "; ".join(failed) or ("applied" if done else "pending")
+
+
+def find_needed(state):
+    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each
+    deployment need (P-5).
+    """
+    digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
+    images = set()
+    for record in state["deployments"].values():
+        digests.update([record["adopted"]["digest"], *record["fetched"]])
+        images.update(record["fetched"])
+        packages = [item["package"] for item in record["components"]]
+        images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
+        for version in filter(None, (record["running"], record["previous"])):
+            digests.add(version["digest"])
+            packages += version["packages"].values()
+            images.update(version["images"])
+        digests.update(package["digest"] for package in packages if package)
+    return digests, images
+
+
+def make_overall_state(states):
+    """The most severe of some component states (C-133)."""
+    return min(states, key=STATES.index)
+
+
+def make_status(record, device_id):
+    """A DeploymentStatusManifest (protocol 3.6): one entry a component, `error` only where there is one
+    (C-131 to C-137).
+    """
+    status = {"state": record["state"]}
+    if record["state"] == "failed" and record["error"]:
+        status["error"] = record["error"]
+    components = []
+    for component in record["components"]:
+        entry = {"name": component["name"], "state": component["state"]}
+        if component["error"]:
+            entry["error"] = component["error"]
+        components.append(entry)
+    return {"deploymentId": record["deploymentId"], "deviceId": record.get("deviceId") or device_id,
+            "adoptedManifestVersion": record["adopted"]["version"], "status": status,
+            "components": components}
+
+
+def enqueue_status(state, record, device_id):
+    """Puts a record's status into the outbox, in place of an older one, unless the WFM has acknowledged the
+    very same (C-139).
+    """
+    key = record["deploymentId"].lower()
+    status = make_status(record, device_id)
+    state["outbox"].pop(key, None)
+    if state["reported"].get(key) != sha256_digest(make_json(status)):
+        state["outbox"][key] = status
+
+
+def acknowledge_status(state, key, refused=None):
+    """The WFM has this status (or will never take it; `refused` says why): out of the outbox.
+
+    A removed deployment is forgotten with its last report.
+    """
+    status = state["outbox"].pop(key)
+    state["dropped"].pop(key, None)
+    if refused:
+        state["dropped"] = dict(list(state["dropped"].items())[1 - HISTORY:], **{key: refused})
+    state["reported"][key] = sha256_digest(make_json(status))
+    if status["status"]["state"] == "removed":
+        state["reported"].pop(key)
+        if state["deployments"].get(key, {}).get("state") == "removed":
+            state["deployments"].pop(key)
+
+
+def make_mark(environment):
+    """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
+    return sha256_digest(make_json(environment))[7:23] if environment else ""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 7. Desired-state source
+# ----------------------------------------------------------------------------------------------------------
+
+def check_digest(data, digest, what):
+    """Raises Refused unless the bytes have the digest."""
+    found = sha256_digest(data)
+    if found != digest:
+        raise Refused(f"{what}: digest mismatch, the manifest says {digest}, the content has {found}")
+
+
+def is_bundle_cheaper(manifest, missing):
+    """Whether one bundle costs less than the missing documents one by one.
+
+    A request of its own costs a TLS connection, which is worth about 6 KiB on the wire and two more round
+    trips.  Documents compress about four to one in a bundle; where the manifest does not say sizes, more than
+    three missing documents are taken as the point.
+    """
+    sizes = [entry.size for entry in missing]
+    if len(missing) < 2 or None in sizes or manifest.bundle_size is None:
+        return len(missing) > 3
+    return manifest.bundle_size + 6 * KIB < sum(sizes) + 6 * KIB * len(missing)
+
+
+class HttpSource:
+    """Base of the sources over HTTP.  A subclass gives `ask` (how to send a request) and `root` (the path
+    prefix).
+
+    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in
+    the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
+    """
+
+    root = "/api/v1"
+
+    def __init__(self, config):
+        self.config, self.url = config, config.wfm.url
+
+    def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
+        """One request to the WFM; raises what check_response raises."""
+        body = None
+        headers = dict(headers or {})
+        path = self.root + path
+        if document is not None:
+            body = make_json(document)
+            headers["Content-Type"] = JSON_TYPE
+        now = time.time()
+        response = self.ask(method, self.url + path, headers, body, limit)
+        return check_response(response, f"{method} {path}", accepted, now)
+
+    def fetch_manifest(self, etag):
+        """The answer to a request for the state manifest; 304 where it still has the ETag."""
+        headers = {"Accept": MANIFEST_TYPE}
+        accepted = (200,)  # C-100
+        if etag:
+            headers["If-None-Match"] = etag                                             # C-101
+            accepted = (200, 304)
+        return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
+
+    def fetch_desired(self, accepted, load_artifact):
+        """None where nothing changed, else a Desired whose every byte is verified; raises what `send` raises,
+        and Refused.
+
+        accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
+        hand.
+        """
+        incomplete = bool(accepted and accepted.get("incomplete"))  # a document was lost here (D-9)
+        response = self.fetch_manifest(accepted.get("etag") if accepted and not incomplete else None)
+        if response.status == 304:                                                  # C-102
+            return None
+        digest = sha256_digest(response.body)
+        etag = response.headers.get("ETag")
+        manifest = parse_manifest(response.body, self.config.wfm.url)
+        if etag and etag != f'"{digest}"':                                          # C-118
+            log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
+                digest=digest)
+        if not check_version(manifest, digest, accepted) and not incomplete:
+            accepted["etag"] = etag  # the last one (C-101), so that the next poll may be answered by 304
+            return None
+        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
+        documents = self.fetch_documents(manifest, known)
+        return Desired(manifest.version, etag, digest, manifest.entries, documents)
+
+    def fetch_documents(self, manifest, known):
+        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106)."""
+        missing = [entry for entry in manifest.entries if entry.digest not in known]
+        policy = self.config.policy
+        if is_bundle_cheaper(manifest, missing):
+            try:
+                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,),
+                                     limit=policy.max_artifact)
+            except Refused as error:
+                if error.code not in ("invalid-bundle", "HTTP 404"):
+                    raise
+                log("info", "the bundle cannot be had, documents are fetched one by one",
+                    reason=error.message)
             else:
-                lines.append(line[indent:])
-            self.position = end + 1
-        content = "\n".join(lines) + "\n" if lines else ""
-        if self.cut and self.position >= len(self.text):
-            content = content[:-1]
-        self.next_line()
-        body = content.rstrip("\n")
-        tail = content[len(body):]
-        if style == ">":
-            body = self.fold_block(body)
-        if not body:
-            return tail if chomp == "+" else ""
-        return body + ("" if chomp == "-" else tail if chomp == "+" else tail[:1])
+                check_digest(response.body, manifest.bundle_digest, "bundle")
+                documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
+                return {entry.digest: documents[entry.digest] for entry in missing}
+        documents, left = {}, policy.max_unpacked
+        for entry in missing:
+            documents[entry.digest] = self.fetch_document(entry)
+            left -= len(documents[entry.digest])
+            if left < 0:
+                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
+                              " together")
+        return documents
+
+    def fetch_document(self, entry):
+        """One ApplicationDeployment's bytes, verified."""
+        path = f"/deployments/{entry.deployment_id}/{entry.digest}"
+        limit = self.config.policy.max_document
+        response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=limit)
+        check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
+        return response.body
+
+    def post_status(self, deployment_id, document):
+        """Reports a deployment's status."""
+        self.send("POST", f"/deployments/{deployment_id}/status", SUCCESS, document=document)
+
+
+class MtlsSource(HttpSource):
+    """Management Interface 1.0.0-rc.3: mutual TLS; the SVID is all that says who asks (C-020)."""
+
+    def __init__(self, config, identity, bundle):
+        super().__init__(config)
+        self.identity = identity
+        self.client_id = identity.spiffe_id.text
+        self.peer = identity.wfm_spiffe_id.text
+        self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
+        self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
+        self.chain = []                             # what the WFM presented last (DER), leaf first
+
+    def ask(self, method, url, headers, body, limit):
+        """One request, sent once the peer is known to be our WFM."""
+        return request(method, url, headers, body, self.context, self.config.wfm.timeout, limit,
+                       self.check_peer)
+
+    def check_peer(self, chain):
+        """Raises Untrusted unless the peer is our WFM, and no companion has anything against it."""
+        now = time.time()
+        leaf = check_wfm(chain[0], self.identity, now)
+        for judge in self.judges:
+            judge(leaf, now)
+        self.chain = chain
+
+    def put_capabilities(self, device_id, document):
+        """Reports what a device can do; repeating it is harmless (C-080)."""
+        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
+
+    def delete_capabilities(self, device_id):
+        """Deregisters a device; one that the WFM does not know is deregistered already."""
+        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+
+
+class Profile:
+    """How one word of wfm.profile is served; PROFILES has the class of each.  Beside what is here a class has
+
+    connect(keep=True): the source of the desired state, and the sink of reports; keep: it
+    stores what it learns.
+    describe(now): what `status` says of the own identity, {id, notAfter, warning}; never raises.
+    check(now): what `doctor` says of it, (ok or warn, words).
+    identify(): who the client is for as long as it serves one WFM, without state or network. All but
+    `describe` raise Untrusted, connect also Unreachable.
+    """
+
+    settings = ()                                   # what the configuration has to say for it
+    https = True                                    # whether wfm.url has to be one of https
+
+    def __init__(self, config, store, state):
+        self.config, self.store, self.state = config, store, state
+        self.identity = None                        # the own certificate, once the WFM is connected by it
+
+    @classmethod
+    def check_settings(cls, config, suffix=""):
+        """What is wrong with a configuration for this profile: [(whether it is wrong, key, words)]."""
+        url = config.wfm.url
+        words = f"not set, and needed for profile {config.wfm.profile}{suffix}"
+        values = {key: config[key.split(".")[0]][key.split(".")[1]] for key in cls.settings}
+        return [(value is None, key, words) for key, value in values.items()] + [
+            (cls.https and not suffix and url and not url.startswith("https://"),
+             "wfm.url", f"found {make_printable(url or '', 60)!r}, expected an absolute https URL")]
 
     @staticmethod
-    def fold_block(body):
-        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are
-        indented further.
-        """
-        lines, result, previous, empties = body.split("\n"), [], None, 0
-        for line in lines:
-            if not line:
-                empties += 1
-                continue
-            deeper = line[0] in " \t"
-            if previous is None:
-                result.append("\n" * empties)
-            elif previous or deeper:
-                result.append("\n" * (empties + 1))
-            else:
-                result.append("\n" * empties if empties else " ")
-            result.append(line)
-            previous, empties = deeper, 0
-        return "".join(result)
-
-    def make_scalar(self, text, tag, plain):
-        """A scalar's text to its value by tag or, for a plain one, by the core schema."""
-        if tag is None:
-            return self.resolve_plain(text) if plain else text
-        if tag in ("str", "!"):
-            return text
-        value = self.resolve_plain(text)
-        if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
-            value = float(value)
-        kind = {
-            bool: "bool",
-            int: "int",
-            PlainInt: "int",
-            float: "float",
-            PlainFloat: "float",
-            type(None): "null",
-        }.get(type(value))
-        if tag != kind:
-            self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
-        return value
-
-    def resolve_plain(self, text):
-        """A plain scalar by the core schema."""
-        if text in CONSTANTS:
-            return CONSTANTS[text]
-        match = self.NUMBER.match(text) if text[0] in "+-.0123456789" else None
-        if not match:
-            return text
-        if match.group(1):
-            if len(text) > 400:
-                self.fail("a number of more than 400 digits")
-            base = 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10
-            number = int(text[2:] if base != 10 else text, base)
-            kind = PlainInt
-        else:
-            kind, number = PlainFloat, float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        if repr(number) == text:
-            return number
-        number = kind(number)
-        number.source = text
-        return number
-
-    # Flow
-
-    def read_flow(self, parent, flow, anchor=None, tag=None, key=False):
-        """A node of flow style, a quoted or plain scalar, or an alias.
-
-        `flow`: depth of flow collections around it.
-        """
-        if self.text[self.position] in "&!":
-            anchor, tag = self.read_properties(anchor, tag)
-            if flow and not key:
-                self.skip_flow(parent)
-                if self.text[self.position] in ",]}" or self.at_colon():
-                    return self.finish(self.make_scalar("", tag, True), anchor)
-        character, first = self.text[self.position], self.nodes
-        if character == "*":
-            if anchor or tag:
-                self.fail("an alias has neither anchor nor tag")
-            return self.read_alias()
-        if character in "[{":
-            if key and not flow:
-                self.fail("a key that is no scalar is not supported")
-            if tag not in (None, "!", "seq" if character == "[" else "map"):
-                self.fail(f"tag !!{tag} does not fit this collection")
-            self.enter()
-            self.position += 1
-            value = self.read_flow_collection(parent, flow + 1, "]" if character == "[" else "}")
-            self.depth -= 1
-            self.closed = self.position
-            return self.finish(value, anchor, first)
-        if character in "\"'":
-            text = self.read_quoted(character, parent, key)
-            self.closed = self.position
-            return self.finish(self.make_scalar(text, tag, False), anchor)
-        return self.finish(self.make_scalar(self.read_plain(parent, flow, key), tag, True), anchor)
-
-    def read_alias(self):
-        """The value of an anchor that stands before."""
-        match = self.NAME.match(self.text, self.position + 1)
-        known = self.anchors.get(match.group()) if match else None
-        if not isinstance(known, tuple):
-            self.fail("an alias to nothing before it")
-        self.position = match.end()
-        self.count(known[1])
-        if self.depth + measure_depth(known[0]) > MAX_DEPTH:
-            self.fail(f"nested deeper than {MAX_DEPTH} levels by aliases")
-        return known[0]
-
-    def skip_flow(self, parent):
-        """White space, line ends and comments between the parts of a flow collection."""
-        while True:
-            start = self.position
-            self.position = self.SPACE.match(self.text, start).end()
-            if self.position >= len(self.text):
-                self.fail("a flow collection is not closed")
-            character = self.text[self.position]
-            if character == "#" and (self.position > start or self.text[start - 1] == "\n"):
-                self.position = self.text.index("\n", self.position)
-            elif character == "\n":
-                self.position = self.NEXT.match(self.text, self.position + 1).end()
-                if self.position >= len(self.text):
-                    self.fail("a flow collection is not closed")
-                indent = self.position - self.text.rfind("\n", 0, self.position) - 1
-                closes = indent == parent and self.text[self.position] in "]}"      # as all readers take it
-                if indent <= parent and not closes or indent == 0 and self.at_marker():
-                    self.fail("a flow collection is continued with too little indentation")
-            else:
-                return
-
-    def read_flow_collection(self, parent, flow, closing):
-        """[ … ] or { … }; the position is behind its start.
-
-        A single pair in a sequence is a mapping of its own.
-        """
-        text, items = self.text, []                 # of a mapping: (key, value, position)
-        while True:
-            self.skip_flow(parent)
-            start = self.position
-            if text[start] == closing:
-                self.position += 1
-                return items if closing == "]" else self.make_mapping(items)
-            explicit = text[start] == "?" and text[start + 1] in " \t\n"
-            if explicit:
-                self.position += 1
-                self.skip_flow(parent)
-            key, value = self.read_flow_node(parent, flow), None
-            end = self.position
-            self.skip_flow(parent)
-            # After a quoted key or a collection the colon may stand close to the value.
-            paired = self.at_colon() or self.closed == end and text[self.position] == ":"
-            if paired:
-                long = "\n" in text[start:self.position] or self.position - start > 1024
-                if long and closing == "]" and not explicit:
-                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters",
-                              start)
-                self.position += 1
-                self.skip_flow(parent)
-                value = self.read_flow_node(parent, flow)
-                self.skip_flow(parent)
-            elif end == start:
-                self.fail("a value is missing before the comma")
-            if closing == "}":
-                items.append((key, value, start))
-            else:
-                items.append(self.make_mapping([(key, value, start)]) if paired or explicit else key)
-            if text[self.position] == ",":
-                self.position += 1
-            elif text[self.position] != closing:
-                self.fail(f"a comma or {closing} is missing")
-
-    def read_flow_node(self, parent, flow):
-        """A node in a flow collection, None where there is nothing before its end."""
-        if self.text[self.position] in ",]}" or self.at_colon():
-            self.count()
-            return None
-        return self.read_flow(parent, flow)
-
-    def at_colon(self):
-        """Whether a colon stands here that ends a key in a flow collection."""
-        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
-
-    def read_plain(self, parent, flow, key):
-        """A plain scalar's text, folded over its lines."""
-        text, position = self.text, self.position
-        character = text[position]
-        if (
-            character in "-?:"
-            and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n")
-            or character in ",[]{}#&*!|>'\"%@`"
-        ):
-            if character == ":" and key:
-                return ""
-            self.fail(f"a value cannot start with {character!r} here")
-        stop = self.STOP[bool(flow)].search(text, position)
-        result = text[position:stop.start()].rstrip(" \t")
-        self.position = position + len(result)
-        while not key and text[stop.start()] == "\n" and stop.start() + 1 < len(text):
-            after = re.compile(r"(?:[ \t]*\n)*( *)[ \t]*").match(text, stop.start() + 1)
-            start, indent = after.end(), after.end(1) - after.start(1)
-            if (
-                start >= len(text)
-                or indent <= parent
-                or text[start] == "#"
-                or flow
-                and text[start] in ",[]{}"
-            ):
-                break
-            if flow and text[start] == ":" and text[start + 1] in " \t\n,[]{}":
-                break
-            if indent == 0 and self.MARKER.match(text, start) and text[start - 1] == "\n":
-                break
-            stop = self.STOP[bool(flow)].search(text, start)
-            if text[stop.start()] == ":" and not flow:
-                self.fail("a key on a line that continues a value; is the indentation right?", start)
-            piece = text[start:stop.start()].rstrip(" \t")
-            empties = after.group().count("\n")
-            result += ("\n" * empties if empties else " ") + piece
-            self.position = start + len(piece)
-        return result
-
-    def read_quoted(self, quote, parent, key):
-        """A quoted scalar's text."""
-        start, chunk = self.position, re.compile(r"[^\"\\\n]+" if quote == '"' else r"[^'\n]+")
-        self.position, pieces = start + 1, []
-        while True:
-            match = chunk.match(self.text, self.position)
-            if match:
-                pieces.append(match.group())
-                self.position = match.end()
-            if self.position >= len(self.text):
-                self.fail("a quoted value is not closed", start)
-            character = self.text[self.position]
-            if character == "\n":
-                if key:
-                    self.fail("a key lies on one line", start)
-                if pieces:
-                    pieces[-1] = pieces[-1].rstrip(" \t") if not pieces[-1].startswith("\0") else pieces[-1]
-                pieces.append(self.fold_line(parent, start))
-            elif character == "\\":
-                pieces.append(self.read_escape(parent, start))
-            elif quote == "'" and self.text.startswith("''", self.position):
-                pieces.append("'")
-                self.position += 2
-            else:
-                self.position += 1
-                return "".join(piece[1:] if piece.startswith("\0") else piece for piece in pieces)
-
-    def fold_line(self, parent, start):
-        """A line end in a quoted scalar and the empty lines after it: a space, or as many line ends."""
-        match = re.compile(r"\n((?:[ \t]*\n)*)( *)[ \t]*").match(self.text, self.position)
-        if match.end() >= len(self.text):
-            self.fail("a quoted value is not closed", start)
-        indent = match.end(2) - match.start(2)
-        self.position = match.end()
-        if indent <= parent or indent == 0 and self.at_marker():
-            self.fail("a quoted value is continued with too little indentation")
-        return "\n" * match.group(1).count("\n") or " "
-
-    def read_escape(self, parent, start):
-        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from
-        being folded away.
-        """
-        character = self.text[self.position + 1]
-        if character == "\n":
-            self.position += 1
-            folded = self.fold_line(parent, start)
-            return "\0" + (folded if folded != " " else "")
-        size = {"x": 2, "u": 4, "U": 8}.get(character)
-        if size is None:
-            if character not in ESCAPES:
-                self.fail(f"unknown escape \\{character}")
-            self.position += 2
-            return "\0" + ESCAPES[character]
-        digits = self.text[self.position + 2:self.position + 2 + size]
-        if (
-            not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits)
-            or int(digits, 16) > 0x10FFFF
-            or 0xD800 <= int(digits, 16) <= 0xDFFF
-        ):
-            # halves of a surrogate pair too: YAML takes each by itself
-            self.fail(f"\\{character}{digits} is no character")
-        self.position += 2 + size
-        return "\0" + chr(int(digits, 16))
+    def takes_children(config):
+        """Whether the protocol knows the child devices of a gateway."""
+        return False
 
 
-def measure_depth(value):
-    """How many levels of collections a YAML value has."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if items is None else 1 + max(map(measure_depth, items), default=0)
+class Mtls(Profile):
+    """Profile mtls: an X.509-SVID, and a trust bundle that says who the WFM is."""
+
+    settings = ("wfm.url", "identity.certificate", "identity.key")
+
+    @classmethod
+    def check_settings(cls, config, suffix=""):
+        settings = config.identity
+        return super().check_settings(config, suffix) + [
+            (not settings.trust_bundle and not settings.discovery,
+             "identity.trust_bundle",
+             "not set, and no identity.discovery either; one of them says whom to trust"),
+            (settings.key and is_uri(settings.key),
+             "identity.key", "found a URI, expected a file; only profile signed has openssl use the key")]
+
+    @staticmethod
+    def takes_children(config):
+        return True
+
+    def connect(self, keep=True, client_id=None):
+        """See Profile; client_id: as whom this device is enrolled, where that is not its SPIFFE ID."""
+        config = self.config
+        store = self.store
+        state = self.state
+        now = time.time()
+        identity = self.identity = load_identity(config)
+        check_enrollment(state, client_id or identity.spiffe_id.text)
+        check_own(identity.leaf, config, now)
+        warn_of_expiry(identity.leaf, store, now)
+        bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
+        judge_own_chain(config, identity, bundle, store, state, keep)
+        return self.open_source(identity, bundle, keep)
+
+    def open_source(self, identity, bundle, keep):
+        """The MtlsSource of an Identity, with what companions have to say."""
+        source = MtlsSource(self.config, identity, bundle)
+        for companion in COMPANIONS.values():
+            if companion.judge:
+                source.judges.append(companion.judge(self.config, self.store, self.state, source, keep))
+        return source
+
+    def describe(self, now):
+        state = self.state
+        known_id = (state["enrollment"] or {}).get("id", "")
+        found = describe_own(self.config, load_identity, known_id, now)
+        warnings = [found["warning"]]
+        if found["notAfter"]:
+            warnings.insert(0, load_flaw(self.store, state, load_identity(self.config).leaf))
+        warnings += [item.remark(state, now) for item in COMPANIONS.values() if item.remark]
+        return dict(found, warning="; ".join(filter(None, warnings)))
+
+    def check(self, now):
+        own = load_identity(self.config)
+        check_own(own.leaf, self.config, now)
+        load_wfm_context(own, [own.leaf.der], self.config.wfm.min_tls)
+        return judge_own(own.leaf, own.spiffe_id.text, self.config, now)
+
+    def identify(self):
+        """The SPIFFE ID, also of a certificate that has expired."""
+        return (self.identity or load_identity(self.config)).spiffe_id.text
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# 4. Small encodings
-# ------------------------------------------------------------------------------------------------------------------------------
-
-def sha256_digest(data):
-    """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
-    import hashlib
-    return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
-def make_json(value):
-    """JSON as UTF-8 bytes in one stable form, so that equal values are equal bytes."""
-    import json
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
-
-
-def parse_json(data, what):
-    """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character)
-    to a value.
-
-    Raises ValueError naming `what`.
+def make_owner(identity, device_id):
+    """What an agent's workloads are labelled with: its identity as a client, without any login, and the
+    device id.
     """
-    import json
+    return re.sub(r"(?<=//)[^/]*@", "", identity) + "#" + device_id
 
-    def make_object(pairs):
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            raise ValueError("a member occurs twice")
-        return value
 
-    def refuse(word):
-        raise ValueError(f"{word} is not JSON")
+PROFILES["mtls"] = Mtls
 
-    def read_int(text):
-        # as newer Pythons have it
-        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")
 
-    def read_float(text):
-        return float(text) if abs(float(text)) < float("inf") else refuse(text[:40])
+# ----------------------------------------------------------------------------------------------------------
+# 8. Desired state
+# ----------------------------------------------------------------------------------------------------------
 
+NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
+COMPONENT_PATTERN = r"[a-z0-9]([a-z0-9-]{0,198}[a-z0-9])?"           # it becomes the name of a folder
+REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
+                    r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
+                    r"(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
+
+def optional(read):
+    """A reader that takes nothing (null, or no such member), too."""
+    return lambda value, base: None if value is None else read(value, base)
+
+
+def parse_manifest(data, base_url):
+    """A state manifest's bytes to a Manifest; raises Refused naming the field (protocol 3.1)."""
     try:
-        if data[:2] == b"\x1f\x8b":
-            raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
-                           parse_int=read_int,
-                           parse_float=read_float)
-        if re.search(rb"\\u[dD][89a-fA-F]", data):
-            make_json(value)                        # refuses a half character
-        return value
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not usable JSON: {error}") from None
-
-
-def parse_duration(text):
-    """`90`, `30s`, `5m`, `2h`, `1d` to seconds (float); raises ValueError."""
-    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?)([smhd]?)", text)
-    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-    seconds = float(match.group(1)) * units[match.group(2)] if match else -1
-    if not 0 <= seconds <= MAX_DURATION:
-        raise ValueError("a duration: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d")
-    return seconds
-
-
-def parse_size(text):
-    """`512`, `512Ki`, `64Mi`, `2Gi` ... to bytes; a space before the unit is read too (protocol 3.5).
-
-    Raises ValueError.
-    """
-    match = re.fullmatch(r"([0-9]{1,40})(?: ?([KMGTPE]i))?", text)
-    if not match:
-        raise ValueError("a size: bytes, or a number with Ki, Mi, Gi, Ti, Pi or Ei, such as 64Mi")
-    return int(match.group(1)) << (10 * (1 + "KMGTPE".index(match.group(2)[0])) if match.group(2) else 0)
-
-
-def make_time(seconds):
-    """Unix seconds to RFC 3339 in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def make_printable(text, limit=500):
-    """Foreign text for a log or a terminal: control characters escaped, cut at `limit` characters."""
-    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
-    return clean + ("..." if len(text) > limit else "")
-
-
-def make_base64(data):
-    """Bytes in base64, as text without line ends."""
-    import base64
-    return base64.b64encode(data).decode()
-
-
-def parse_base64(text):
-    """Base64 text, with white space anywhere, to bytes; raises ValueError for anything else in it."""
-    import base64
-    return base64.b64decode("".join(text.split()), validate=True)
-
-
-def grow(first, times, cap):
-    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each
-    further one, at most `cap`.
-    """
-    return min(cap, first * 2 ** min(max(times - 1, 0), 30))
-
-
-def make_wait(record, delay, clock):
-    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay,
-    boot, uptime}.
-
-    record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
-    """
-    return {"failures": record.get("failures", 0) + 1, "at": clock.now, "delay": delay,
-            "boot": clock.boot, "uptime": clock.uptime}
-
-
-def find_wait(record, clock):
-    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this
-    is the same boot.
-
-    Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
-    """
-    same = bool(clock.boot) and record.get("boot") == clock.boot
-    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
-    delay = record.get("delay", 0)
-    return delay - passed if 0 <= passed < delay else 0
-
-
-def make_backoff(failures, asked, strategy, jitter):
-    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
-    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
-    """
-    asked = asked or 0
-    if asked and strategy in ("fixed", "none"):
-        return asked
-    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
-
-
-def make_start(uptime, poll, known, jitter):
-    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
-    arrives spread over one interval (P-19).  One that never had a desired state asks at once.
-    """
-    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
-
-
-def make_delay(config, state, fault, clock, jitter):
-    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
-    an attempt is due.
-    """
-    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
-    patience = state["patience"]
-    if isinstance(fault, (Refused, Untrusted)):
-        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
-        return max(interval, patience.get("delay", 0), slower)
-    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
-    if left:
-        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
-    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
-                if record["state"] == "failed" and not record["refused"]]
-    return max(1.0, min([interval] + attempts))
-
-
-def parse_retry_after(text, now):
-    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
-    unreadable (C-056).
-    """
-    if not text:
-        return None
-    if re.fullmatch(r"[0-9]+", text.strip()):
-        return min(float(text.strip()), 1e9)        # float strips less than strip does
-    from datetime import timezone
-    from email.utils import parsedate_to_datetime
-    try:
-        moment = parsedate_to_datetime(text)
-        return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() - now)
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
-
-
-def unpack_gzip(data, max_unpacked):
-    """The content of one whole gzip stream.
-
-    Raises ValueError over the limit or for a stream that is not just that.
-    """
-    import zlib
-    stream = zlib.decompressobj(31)
-    try:
-        plain = stream.decompress(data, max_unpacked + 1)
-    except zlib.error as error:
-        raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if len(plain) > max_unpacked:
-        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
-    if not stream.eof or stream.unused_data:
-        raise ValueError("it is cut short, or something follows it")
-    return plain
-
-
-def unpack_tar(data, max_unpacked, max_entries):
-    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
-
-    Raises ValueError for what is none, or is over a limit.
-
-    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to
-    whatever size it claims.
-    """
-    import io
-    import itertools
-    import tarfile
-
-    class Headers(io.BytesIO):
-        """What tarfile reads: headers, forwards and up to a limit.
-
-        A negative size leads it in circles, and it keeps all that they hold.
-        """
-
-        left = 64 * MIB
-
-        def read(self, size=-1):
-            self.left -= size
-            if size < 0 or self.left < 0:
-                raise ValueError("headers that are too large, or of negative size")
-            return super().read(size)
-
-    plain = unpack_gzip(data, max_unpacked)
-    try:
-        with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
-            members = list(itertools.islice(archive, max_entries + 1))
-    except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
-        raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if len(members) > max_entries:
-        raise ValueError(f"more than {max_entries} entries")
-    return plain, members, archive.offset
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 5. X.509
-# ------------------------------------------------------------------------------------------------------------------------------
-
-# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
-# read.
-
-OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME = b"\x55\x1d\x13", b"\x55\x1d\x0f", b"\x55\x1d\x11"
-OID_SUBJECT_KEY, OID_ISSUER_KEY = b"\x55\x1d\x0e", b"\x55\x1d\x23"
-OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
-KEY_CERT_SIGN, CRL_SIGN = 5, 6                      # bits of keyUsage (RFC 5280, 4.2.1.3)
-
-
-def parse_der(data):
-    """The elements in DER bytes as [(tag, value bytes, whole element bytes)]; raises ValueError."""
-    elements, position = [], 0
-    while position < len(data):
-        start = position
-        tag, position = data[position], position + 1
-        if tag & 0x1F == 0x1F or position >= len(data):
-            raise ValueError("DER: a long tag or a missing length")
-        length, position = data[position], position + 1
-        if length & 0x80:
-            size = length & 0x7F
-            if not 1 <= size <= 4 or position + size > len(data):
-                raise ValueError("DER: a bad length")
-            length, position = int.from_bytes(data[position:position + size], "big"), position + size
-        if position + length > len(data):
-            raise ValueError("DER: a value runs past its end")
-        position += length
-        elements.append((tag, data[position - length:position], data[start:position]))
-    return elements
-
-
-def make_der(tag, *parts):
-    """One DER element around its parts."""
-    body = b"".join(parts)
-    size = len(body).to_bytes((len(body).bit_length() + 7) // 8, "big")
-    return bytes([tag]) + (size or b"\0" if len(body) < 128 else bytes([0x80 | len(size)]) + size) + body
-
-
-def parse_certificate(der):
-    """A DER certificate to a Certificate; raises ValueError (RFC 5280, only the fields in use)."""
-    try:
-        outer, = parse_der(der)
-        fields = parse_der(parse_der(outer[1])[0][1])
-        if fields[0][0] == 0xA0:                    # [0] version
-            fields = fields[1:]
-        serial, _, issuer, validity, subject, spki = fields[:6]
-        not_before, not_after = (parse_der_time(*element[:2]) for element in parse_der(validity[1]))
-        extensions = parse_extensions(next((value for tag, value, _ in fields[6:] if tag == 0xA3), b""))
-        uris, is_ca, usage = read_extensions(extensions)
-    except (IndexError, ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"not a readable X.509 certificate ({error})") from None
-    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after,
-                       spki[2], uris, is_ca, usage,
-                       extensions)
-
-
-def parse_extensions(data):
-    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}.
-
-    Raises ValueError, IndexError.
-    """
-    found = {}
-    for _, extension, raw in parse_der(parse_der(data)[0][1]) if data else ():
-        parts = parse_der(extension)
-        if parts[0][1] in found:
-            raise ValueError("an extension occurs twice")
-        found[parts[0][1]] = (len(parts) == 3 and parts[1][1] != b"\0", parts[-1][1], raw)
-    return found
-
-
-def read_extensions(extensions):
-    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None).
-
-    Raises ValueError, IndexError.
-    """
-    names, constraints, bits = (parse_der(extensions[oid][1])[0][1] if oid in extensions else None
-                                for oid in (OID_SUBJECT_ALT_NAME, OID_BASIC_CONSTRAINTS, OID_KEY_USAGE))
-    uris = [name.decode("ascii") for tag, name, _ in parse_der(names or b"") if tag == 0x86]
-    is_ca = any(tag == 0x01 and flag != b"\x00" for tag, flag, _ in parse_der(constraints or b""))
-    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1))
-                                       if bits[1 + bit // 8] & (0x80 >> bit % 8)}
-    return uris, is_ca, usage
-
-
-def find_key_id(item, oid):
-    """The identifier of the subject's or the issuer's key in a Certificate or Crl, or None."""
-    try:
-        inner = parse_der(item.extensions[oid][1])[0][1]
-        if oid == OID_SUBJECT_KEY:
-            return inner
-        return next(value for tag, value, _ in parse_der(inner) if tag == 0x80)
-    except (KeyError, IndexError, ValueError, StopIteration):
-        return None
-
-
-def is_issuer(candidate, item):
-    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key
-    identifier.
-    """
-    ids = find_key_id(candidate, OID_SUBJECT_KEY), find_key_id(item, OID_ISSUER_KEY)
-    return candidate.subject == item.issuer and (None in ids or ids[0] == ids[1])
-
-
-def parse_der_time(tag, value):
-    """UTCTime or GeneralizedTime to Unix seconds; raises ValueError."""
-    # http.client brings it along; what strptime brings takes 8 ms
-    import datetime
-    text = value.decode("ascii")
-    if tag == 0x17:
-        text = ("19" if text[:2] >= "50" else "20") + text
-    if not re.fullmatch(r"[0-9]{14}Z", text):
-        raise ValueError("a time in an unknown form")
-    fields = [int(text[:4])] + [int(text[start:start + 2]) for start in range(4, 14, 2)]
-    return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
-
-
-def parse_pem(text, label="CERTIFICATE"):
-    """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
-
-    Raises ValueError.
-    """
-    found = []
-    for block in text.split(f"-----BEGIN {label}-----")[1:]:
-        body, end, _ = block.partition(f"-----END {label}-----")
-        if not end or not body.strip():
-            raise ValueError("a certificate in PEM is empty or not closed")
-        found.append(parse_base64(body))
-    return found
-
-
-def make_pem(ders):
-    """Certificates (DER) as PEM text."""
-    import textwrap
-    bodies = ("\n".join(textwrap.wrap(make_base64(der), 64)) for der in ders)
-    return "".join(f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n" for body in bodies)
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 6. Configuration
-# ------------------------------------------------------------------------------------------------------------------------------
-
-class Settings(dict):
-    """A part of the configuration: a dictionary whose keys are attributes too."""
-
-    __slots__ = ()
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-# The kit of readers. A reader takes (value, base) and returns what it makes of the value, or raises
-# ValueError of what is expected. The value is YAML; `base` is the folder that relative file names start from.
-
-def scalar(expected, pattern=r"(?s).*", make=None):
-    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text.
-
-    It may raise ValueError.
-    """
-    def read(value, base):
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise ValueError(expected)
-        text = scalar_text(value)
-        if not re.fullmatch(pattern, text):
-            raise ValueError(expected)
-        return make(text) if make else text
-    return read
-
-
-def choice(*words):
-    """A reader of one of some words."""
-    return scalar("one of " + ", ".join(words), "|".join(map(re.escape, words)))
-
-
-def checked(expected, test):
-    """A reader that takes a value as it is, if a test holds for it."""
-    def read(value, base):
-        if not test(value):
-            raise ValueError(expected)
-        return value
-    return read
-
-
-def list_of(read_item, expected):
-    """A reader of a list of what another reader takes; `expected` is said where it is none."""
-    def read(value, base):
-        if not isinstance(value, list):
-            raise ValueError(expected)
-        return [read_item(item, base) for item in value]
-    return read
-
-
-def is_number(value):
-    """Whether a value is a number that JSON can write; a boolean is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-def is_mapping(value):
-    """Whether a value is a mapping whose keys are text."""
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
-
-
-def is_uri(key):
-    """Whether identity.key is a URI and not a file name."""
-    return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
-
-
-HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
-GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
-# A repository's address as git takes it, which is never an option or a helper to git, or holds a password.
-GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
-               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
-PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
-DURATION = (
-    "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
-)
-
-read_text = scalar("text")
-read_name = checked("text", lambda value: isinstance(value, str) and value)
-# what fits between quotes in an HTTP header
-read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
-# without user or fragment
-read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
-read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
-                       lambda text: text.rstrip("/"))
-read_address = scalar(
-    "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
-    rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
-    lambda text: text.rstrip("/") if text.startswith("https:") else text)
-read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
-read_devices = list_of(scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev")
-read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
-read_pause = scalar("a duration", make=parse_duration)
-read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
-read_size = scalar("a size", make=parse_size)
-read_count = scalar("a whole number", "[0-9]{1,18}", int)
-read_share = scalar("a share from 0% to 100%", r"([0-9]{1,2}|100)%", lambda text: int(text[:-1]) / 100)
-# C-086
-read_device_id = scalar("letters, digits and . _ ~ - in segments parted by /",
-                        rf"(?!(.*/)?\.\.?(/|\Z)){DEVICE_ID_PATTERN}")
-read_mapping = checked("a mapping", is_mapping)
-
-
-def read_flag(value, base):
-    """true or false; `${NAME}` gives it as text."""
-    if not isinstance(value, bool) and value not in ("true", "false"):
-        raise ValueError("true or false")
-    return value in (True, "true")
-
-
-def read_path(value, base):
-    """A file name, relative to the configuration file."""
-    return os.path.join(base, scalar("a file name", r"(?s)[^\0]+")(value, base))
-
-
-def read_key(value, base):
-    """A file name, or a URI such as pkcs11:… by which openssl finds a key.
-
-    It stands on a command line, so it holds no PIN.
-    """
-    text = read_text(value, base)
-    if "pin-value=" in text:
+        value = parse_json(data, "the state manifest")
+        if not isinstance(value, dict):
+            raise ValueError("the state manifest is not an object")
+        version = parse_version(value.get("manifestVersion"))
+        items = check_member(value, "deployments", "", read_items)
+        if len(items) > MAX_DEPLOYMENTS:
+            raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
+        entries, seen = [], set()
+        for index, item in enumerate(items):
+            where = f"deployments[{index}]."
+            entry = parse_manifest_entry(item, where, base_url)
+            if entry.deployment_id.lower() in seen:
+                raise ValueError(f"{where}deploymentId: {entry.deployment_id} occurs twice")
+            seen.add(entry.deployment_id.lower())
+            entries.append(entry)
+        digest, size = parse_manifest_bundle(value, entries, base_url)
+    except ValueError as error:
+        raise Refused(f"state manifest refused: {error}") from None
+    return Manifest(version, digest, size, entries)
+
+
+def parse_version(value):
+    """manifestVersion in full precision; raises ValueError (D-5)."""
+    # beyond, a float does not tell which number was written
+    if isinstance(value, float) and value.is_integer() and value < 2 ** 53:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
         raise ValueError(
-            "a URI without pin-value; name a file by pin-source, so that no command line shows the PIN"
+            f"manifestVersion: found {make_printable(repr(value), 40)},"
+            " expected a whole number from 1 to 2^64-1"
         )
-    return text if is_uri(text) else read_path(text, base)
-
-
-def read_path_or_url(value, base):
-    """A file name or an https URL."""
-    return read_url(value, base) if "://" in str(value) else read_path(value, base)
-
-
-def read_compose(value, base):
-    """Whether the agent runs compose files; the programs that once could are told apart from what never could."""
-    if value in ("docker compose", "docker-compose", "podman-compose"):
-        raise ValueError("auto, builtin or off; what compose providers did, builtin does now")
-    return choice("auto", "builtin", "off")(value, base)
-
-
-def read_helm(value, base):
-    """auto, off, or the path of the helm command."""
-    return value if value in ("auto", "off") else read_path(value, base)
-
-
-def is_words(value, words):
-    """Whether a value is a list of at least one of some words."""
-    return isinstance(value, list) and bool(value) and all(item in words for item in value)
-
-
-def is_equipment(value, kinds):
-    """Whether a value is a list of {type: one of `kinds`, all else: text}."""
-    return isinstance(value, list) and all(
-        isinstance(item, dict) and item.get("type") in kinds
-        and all(isinstance(text, str) for text in item.values())
-        for item in value)
-
-
-def is_cpus(value):
-    """Whether a value is a list of at least one {cores: number, architecture: text}."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(item, dict) and is_number(item.get("cores")) and item["cores"] > 0
-        and item.get("architecture", "arm") in ("amd64", "arm64", "arm") for item in value)
-
-
-# Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
-PERIPHERALS, INTERFACES = (
-    "gpu display camera microphone speaker",
-    "ethernet wifi cellular bluetooth usb canbus rs232",
-)
-PROPERTIES = {
-    "vendor": read_name, "modelNumber": read_name, "serialNumber": read_name,
-    "memory": scalar("a size such as 512Mi", "[0-9]{1,18}[KMG]i"),
-    "storage": scalar("a size such as 512Mi", "[0-9]{1,18}[KMGTPE]i"),
-    "cpus": checked("a list of {cores: number, architecture: amd64, arm64 or arm}", is_cpus),
-    "peripherals": checked(f"a list with the types {PERIPHERALS}",
-                           lambda item: is_equipment(item, PERIPHERALS.split())),
-    "interfaces": checked(f"a list with the types {INTERFACES}",
-                          lambda item: is_equipment(item, INTERFACES.split())),
-    "otelCollector": checked("true, as Margo demands it where workloads run", lambda item: item is True),
-    "supportedRuntimes": checked("a list of oci, custom", lambda item: is_words(item, ("oci", "custom"))),
-    "supportedDeploymentTypes": checked("a list of helm, compose, custom",
-                                        lambda item: is_words(item, ("helm", "compose", "custom")))}
-
-
-def read_properties(value, base):
-    """Capability properties; a name that begins with x- is an extension, and holds a mapping (C-090)."""
-    for name, item in read_mapping(value, base).items():
-        if name.startswith("x-") and not (re.fullmatch(EXTENSION_PATTERN, name) and isinstance(item, dict)):
-            raise ValueError("a mapping in which x-NAME-extensions holds a mapping")
-        try:
-            if name in PROPERTIES:
-                PROPERTIES[name](item, base)
-        except ValueError as error:
-            raise ValueError(f"a mapping in which {name} is {error}") from None
-    try:
-        make_json(value)
-    except (TypeError, ValueError):
-        raise ValueError("a mapping that JSON has words for") from None
     return value
 
 
-def read_environment(value, base):
-    """A mapping of environment variables to text."""
-    for name in read_mapping(value, base):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(
-            value[name], (bool, dict, list, type(None))
-        ):
-            raise ValueError(f"a mapping of variable names to text, which {make_printable(name)} is not")
-    return {name: read_text(item, base) for name, item in value.items()}
+def parse_manifest_entry(item, where, base_url):
+    """One element of `deployments`; raises ValueError."""
+    if not isinstance(item, dict):
+        raise ValueError(f"{where[:-1]}: expected an object")
+    deployment_id = check_member(item, "deploymentId", where, UUID_PATTERN)
+    # another algorithm makes the manifest invalid (C-107)
+    digest = check_member(item, "digest", where, DIGEST_PATTERN)
+    check_artifact_url(item, where, base_url, f"/deployments/{deployment_id}/{digest}")
+    return ManifestEntry(deployment_id, digest, parse_advice(item))
 
 
-def get_kind(value):
-    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
-    kinds = ((bool, "boolean"), ((int, float), "number"), (str, "text"))
-    return next((kind for types, kind in kinds if isinstance(value, types)), None)
+def parse_manifest_bundle(value, entries, base_url):
+    """(digest, size) of the bundle, (None, None) where nothing should run; raises ValueError (C-114)."""
+    if "bundle" not in value:
+        raise ValueError("bundle: missing (it is null where there are no deployments)")
+    bundle = check_member(value, "bundle", "", optional(read_dict))
+    if (bundle is None) != (not entries):
+        raise ValueError("bundle: is null if and only if there are no deployments")
+    if bundle is None:
+        return None, None
+    check_member(bundle, "mediaType", "bundle.", checked(BUNDLE_TYPE, lambda item: item == BUNDLE_TYPE))
+    digest = check_member(bundle, "digest", "bundle.", DIGEST_PATTERN)
+    check_artifact_url(bundle, "bundle.", base_url, f"/bundles/{digest}")
+    return digest, parse_advice(bundle)
 
 
-def is_label(value):
-    """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
-    if not isinstance(value, list):
-        return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
-    kinds = set(map(get_kind, value))
-    return kinds == {"text"} or kinds == {"number"} and all(map(is_number, value))
+def parse_advice(item):
+    """sizeBytes where it is usable; it decides what is cheaper to fetch and nothing else (C-110)."""
+    size = item.get("sizeBytes")
+    return int(size) if is_number(size) and 0 <= size < 2 ** 53 else None
 
 
-read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
-                      lambda value: is_mapping(value) and all(map(is_label, value.values())))
+def check_artifact_url(item, where, base_url, path):
+    """The `url` is only held against what id and digest say.
 
-
-DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-MOMENT_PATTERN = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3]):[0-5][0-9]"
-
-
-def parse_window(text):
-    """A window of device-local time to (days, start, end); raises ValueError.
-
-    `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later
-    than the start. `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
+    Nothing is ever fetched from it (C-058, protocol 2.1).
     """
-    start, slash, end = text.partition("/")
-    if re.fullmatch(f"{MOMENT_PATTERN}/{MOMENT_PATTERN}", text) and start < end:
-        return None, start, end
-    day, clock = "(" + "|".join(DAYS) + ")", "([0-9]{2}):([0-5][0-9])"
-    match = re.fullmatch(f"(?:{day}(?:-{day})? )?{clock}-{clock}", text)
-    if match:
-        first = match.group(1) or "Mon"
-        last = match.group(2) or match.group(1) or "Sun"
-        length = (DAYS.index(last) - DAYS.index(first)) % 7 + 1
-        days = {(DAYS.index(first) + step) % 7 for step in range(length)}
-        hours = [int(number) for number in match.group(3, 4, 5, 6)]
-        start, end = 60 * hours[0] + hours[1], 60 * hours[2] + hours[3]
-        if start < 1440 and end <= 1440:
-            return days, start, end
-    raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
+    from urllib.parse import unquote, urljoin
+    url = check_member(item, "url", where, r"(?s).*")
+    absolute = urljoin(base_url, url)
+    if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
+        raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
+    if not unquote(absolute).lower().endswith(path.lower()) or ".." in unquote(url).split("/"):
+        raise ValueError(f"{where}url: {make_printable(url, 200)!r} does not end with {path}")
 
 
-read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window)
+def check_version(manifest, digest, accepted):
+    """Whether a manifest is new: True, or False for the very one that was accepted before.
 
-
-def is_within(windows, local):
-    """Whether the device-local `local` (struct_time) lies in one of the windows."""
-    now, stamp = 60 * local.tm_hour + local.tm_min, time.strftime("%Y-%m-%dT%H:%M", local)
-    for days, start, end in windows:
-        if days is None:
-            inside = start <= stamp < end
-        elif start < end:
-            inside = local.tm_wday in days and start <= now < end
-        else:
-            inside = local.tm_wday in days and now >= start or (local.tm_wday - 1) % 7 in days and now < end
-        if inside:
-            return True
-    return False
-
-
-def is_within_whole(windows, start, end):
-    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of
-    device-local time.
+    Raises Refused (C-103, C-119).
     """
-    moments = range(int(start), int(max(start, end)) + 1, 60)
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
-
-
-# What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is
-# reached by one of them.
-CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman",
-               "CONTAINERS_STORAGE_CONF": "podman",
-               "DOCKER_HOST": "docker", "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
-# what a child device has to say of itself, because only what is here can be detected
-HOSTING = ("cpus", "memory", "storage")
-
-# Each setting: its reader, or that and the default in the file's own spelling. What only one profile has, its
-# part adds below.
-DEVICE_SCHEMA = {
-    "id": read_device_id, "vendor": read_text, "modelNumber": read_text, "serialNumber": read_text,
-    "properties": (read_properties, {}), "labels": (read_labels, {})}
-CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}))
-REGISTRY_SCHEMA = {
-    "mirror": read_text, "username": read_text, "password_file": read_path, "ca": read_path,
-    "insecure": (read_flag, False)}
-SCHEMA = {
-    "state_dir": (read_path, "/var/lib/margo-agent"),
-    "wfm": {
-        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls"), "url": read_address, "timeout": (read_duration, "30s"),
-        "min_tls": (choice("1.2", "1.3"), "1.3")},
-    "identity": {
-        "certificate": read_path, "key": read_key, "trust_bundle": read_path_or_url,
-        "discovery": read_url, "ca": read_path, "pins": (read_pins, []), "refresh": (read_duration, "1h")},
-    # see make_children
-    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),
-    "poll": {
-        "interval": (read_duration, "60s"), "jitter": (read_share, "10%"),
-        "window": (list_of(read_window, "a list of windows"), []),
-        "downtime": (list_of(read_window, "a list of windows"), [])},
-    "runtime": {
-        "compose": (read_compose, "auto"),
-        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"),
-        "kubeconfig": read_path,
-        "on_failure": (choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"),
-        "environment": (read_environment, {}), "prune": (read_flag, True)},
-    "registries": (read_mapping, {}),
-    "policy": {
-        "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"),
-        "max_unpacked": (read_size, "256Mi"),
-        "privileged": (choice("deny", "allow"), "deny"), "host_network": (choice("deny", "allow"), "deny"),
-        "devices": (read_devices, []), "host_paths": (read_folders, []),
-        "max_removals": read_count},
-    "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
-}
-CHECKS = []
-
-
-# The configuration as a whole
-
-def make_quote(value, secret=False):
-    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or of what holds secrets,
-    only its kind.
-    """
-    if secret or isinstance(value, dict):
-        return {dict: "a mapping", list: "a list"}.get(type(value), "text")
-    return repr(make_printable(re.sub(r"(?<=pin-value=)[^;&?]*|(?<=//)[^/@\s]*(?=@)", "...", str(value)), 60))
-
-
-def make_settings(value, schema, base, where, faults):
-    """Reads one mapping of the configuration by its schema.
-
-    Each fault is appended to `faults` as (key, words).
-    """
-    if value is not None and not isinstance(value, dict):
-        faults.append((where[:-1] or "the configuration", f"found {make_quote(value)}, expected a mapping"))
-        value = None
-    value = value or {}
-    for key in value:
-        if key not in schema:
-            import difflib
-            near = difflib.get_close_matches(str(key), list(schema), 1, 0.5)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(schema)}"
-            faults.append((f"{where}{key}", f"unknown key; {hint}"))
-    settings = Settings()
-    for key, entry in schema.items():
-        item = value.get(key)
-        if isinstance(entry, dict):
-            settings[key] = make_settings(item, entry, base, f"{where}{key}.", faults)
-            continue
-        reader, default = entry if isinstance(entry, tuple) else (entry, None)
-        item = default if item is None else item
-        settings[key] = None
-        try:
-            if item is not None:
-                settings[key] = reader(item, base)
-        except ValueError as error:
-            faults.append((where + key,
-                           f"found {make_quote(item, reader is read_environment)}, expected {error}"))
-    return settings
-
-
-def make_children(items, base, faults):
-    """The child devices of a see-thru gateway as a list of Settings; faults as make_settings tells them."""
-    children = []
-    for index, item in enumerate(items or ()):
-        where = f"device.children[{index}]."
-        child = make_settings(item, CHILD_SCHEMA, base, where, faults)
-        named = {key for key, _ in faults}
-        needed = [key for key in CHILD_SCHEMA if child[key] is None]
-        needed += [f"properties.{key}" for key in HOSTING if key not in (child.properties or {})]
-        faults += [(where + key, "not set, and nothing else knows it") for key in needed if where
-                   + key.split(".")[0] not in named]
-        if child.connection is not None and not set(child.connection) & set(CONNECTIONS):
-            faults.append((f"{where}connection",
-                           f"names no engine; expected one of {', '.join(CONNECTIONS)}"))
-        for key in ("id", "connection"):
-            if child[key] and child[key] in [other[key] for other in children]:
-                faults.append((where + key, "another child has the same"))
-        children.append(child)
-    return children
-
-
-def make_config(document, base, environ):
-    """The configuration as Settings from its YAML value, the folder of its file and the environment.
-
-    Raises ConfigError that names every fault: the key, what was found, what is allowed.
-    """
-    faults = []
-    document = expand_environment(document, environ, "", faults)
-    config = make_settings(document, SCHEMA, base, "", faults)
-    registries = Settings()
-    for host, entry in (config["registries"] or {}).items():
-        registries[host] = make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
-        if not re.fullmatch(REGISTRY_PATTERN, host):
-            faults.append((f"registries.{host}",
-                           "no registry; expected its host or host:port, as oci://HOST names it"))
-    config["registries"] = registries
-    config.device["children"] = make_children(config.device.children, base, faults)
-    named = {key for key, _ in faults}
-    for check in (check_devices, check_profile, *CHECKS):
-        faults += [(key, words) for wrong, key, words in check(config) if wrong and key not in named]
-    if faults:
-        raise ConfigError("; ".join(f"{key}: {words}" for key, words in faults))
-    return config
-
-
-def check_devices(config):
-    """What shows only from several settings of this device and its children: [(whether it is wrong, key,
-    words)].
-    """
-    profile, children = PROFILES.get(config.wfm.profile), config.device.children
-    faults = [(children and profile and not profile.takes_children(config),
-               "device.children", "the protocol of this wfm.profile and wfm.dialect knows no child devices")]
-    places = {f"device.children[{index}].": child for index, child in enumerate(children)}
-    for where, device in {"device.": config.device, **places}.items():
-        properties = device.properties or {}
-        kinds = [*properties.get("supportedRuntimes", ()), *properties.get("supportedDeploymentTypes", ())]
-        # C-089
-        faults.append(("custom" in kinds and not device.labels,
-                       f"{where}labels",
-                       "not set, and needed beside `custom`, for applications to select on"))
-    return faults
-
-
-def check_profile(config):
-    """What its profile has to say of a configuration: [(whether it is wrong, key, words)]."""
-    profile = PROFILES.get(config.wfm.profile)
-    return profile.check_settings(config) if profile else []
-
-
-def expand_environment(value, environ, where, faults):
-    """`${NAME}` in every text of the configuration; an unset name is a fault."""
-    if isinstance(value, dict):
-        return {key: expand_environment(item, environ, f"{where}{key}.", faults)
-                for key, item in value.items()}
-    if isinstance(value, list):
-        return [expand_environment(item, environ, where, faults) for item in value]
-    if not isinstance(value, str) or "${" not in value:
-        return value
-
-    def expand(match):
-        if match.group(1) not in environ:
-            faults.append((where[:-1], f"the environment variable {match.group(1)!r} is not set"))
-        return environ.get(match.group(1), "")
-
-    return re.sub(r"\$\{([^}]*)\}", expand, value)
-
-
-def load_config(path, environ=None):
-    """Reads the configuration file (YAML or JSON) to Settings; raises ConfigError."""
-    try:
-        with open(path, "rb") as file:
-            document = load_yaml(file.read(MIB))
-    except OSError as error:
-        raise ConfigError(
-            f"configuration {path} cannot be read ({error.strerror}); name one by -c or $MARGO_CONFIG"
-        ) from None
-    except YAMLError as error:
-        raise ConfigError(f"configuration {path}: {error}") from None
-    try:
-        return make_config(document, os.path.dirname(os.path.abspath(path)),
-                           os.environ if environ is None else environ)
-    except ConfigError as error:
-        raise ConfigError(f"configuration {path}: {error.message}") from None
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 7. Store
-# ------------------------------------------------------------------------------------------------------------------------------
-
-class Log:
-    """One line an event on stderr.  Like stderr itself there is one for the process; `main` sets its level and form."""
-
-    LEVELS = ("debug", "info", "warning", "error")
-
-    def __init__(self):
-        self.level, self.form = "info", "text"
-
-    def __call__(self, level, message, **fields):
-        """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value."""
-        if self.LEVELS.index(level) < self.LEVELS.index(self.level):
-            return
-        if self.form == "json":
-            import json
-            line = json.dumps(dict(fields, time=make_time(time.time()), level=level, message=message), sort_keys=True, separators=(",", ":"))
-        else:
-            facts = "".join(f" {key}={make_printable(str(value), 2000)}" for key, value in fields.items())
-            line = f"{make_time(time.time())} {level:7} {make_printable(message, 4000)}{facts}"
-        try:
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            pass                                    # nobody listens any more; that is no reason to leave workloads alone
-
-
-log = Log()
-
-
-def write_file(path, data, mode=0o600, temporary=None):
-    """The one door for writing: the file holds either its old bytes or all of `data`, whatever happens (D-34).
-
-    Temporary file (by default beside it), fsync, rename, fsync of the folder.  Raises StorageError.
-    """
-    folder, temporary = os.path.dirname(path), temporary or f"{path}.tmp"
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-        try:
-            os.fchmod(descriptor, mode)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view):]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-        sync_folder(folder)
-    except OSError as error:
-        remove_file(temporary)                      # on a full disk half a file is what keeps it full
-        raise StorageError(f"{path} cannot be written ({error.strerror}); free space or make it writable") from None
-
-
-def remove_file(path):
-    """Removes a file, as far as that goes; whether it went."""
-    try:
-        os.remove(path)
-    except OSError:
-        return False
-    return True
-
-
-def get_uptime():
-    """(id of this boot, seconds since it): a clock that nobody sets and every process shares."""
-    return (read_file("/proc/sys/kernel/random/boot_id", KIB) or b"").decode().strip(), time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def get_clock():
-    """The Clock now."""
-    return Clock(time.time(), *get_uptime())
-
-
-def sync_folder(folder):
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_file(path, limit):
-    """The bytes of a file, None where there is none; raises StorageError, also where it is longer than `limit`."""
-    try:
-        with open(path, "rb") as file:              # asked for is what there is: memory for the limit may not be there
-            size = min(limit, max(os.fstat(file.fileno()).st_size, 64 * KIB))
-            data = file.read(size + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read ({error.strerror})") from None
-    if len(data) > size:
-        raise StorageError(f"{path} is longer than {size} bytes")
-    return data
-
-
-def create_folder(path, mode=0o700):
-    """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask; may raise OSError."""
-    if os.path.isdir(path):
-        return
-    parent = os.path.dirname(path)
-    if parent and parent != path:
-        create_folder(parent, mode)
-    try:
-        os.mkdir(path, mode)
-        os.chmod(path, mode)
-    except FileExistsError:
-        if not os.path.isdir(path):                 # else another process was faster
-            raise
-
-
-def empty_folder(path):
-    """Removes what lies in a folder of ours; what cannot be removed stays, and the log says so."""
-    try:
-        for name in os.listdir(path):
-            if not remove_file(os.path.join(path, name)):
-                remove_folder(os.path.join(path, name))
-    except (OSError, StorageError) as error:
-        log("warning", "temporary files cannot be removed", path=path, reason=str(error))
-
-
-def get_space(folder, most=FREE_SPACE):
-    """(bytes that are free on a disk, how many of them are to stay so): at most `most`, and one part of a small disk."""
-    disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize, min(most, disk.f_blocks * disk.f_frsize // SHARE)
-
-
-def remove_folder(path):
-    """Removes a folder of ours and all below it, for good; links are removed, never followed.
-
-    It first gets a name that nobody uses: what was removed by half is never taken for the whole.
-    """
-    import shutil
-    gone = path if path.endswith(".tmp") else path + ".tmp"
-    try:
-        for name in (gone, path):                   # what an earlier attempt left, then this one
-            if os.path.lexists(name):
-                if name != gone:
-                    os.replace(name, gone)
-                    sync_folder(os.path.dirname(path))
-                shutil.rmtree(gone)
-                sync_folder(os.path.dirname(path))
-    except OSError as error:
-        raise StorageError(f"{path} cannot be removed ({error.strerror})") from None
-
-
-def make_state():
-    """The state of an agent that knows nothing yet.
-
-    enrollment  {id, devices: {device id: digest of the capabilities that were sent}} since the first exchange
-    client      {id, key: digest of the public key}: what onboarding gave (profile signed)
-    accepted    {version, etag, digest, acceptedAt, deployments: [{deploymentId, digest}]}: the last verified desired state
-    deployments {id in lower case: record}: what this device does, or did, about each deployment (see make_record)
-    outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged, oldest first
-    dropped     {id in lower case: {state, at, reason}}: the last statuses that the WFM refused for good
-    reported    {id in lower case: digest of the last acknowledged status}
-    trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what discovery named;
-                {strays}: digest of an own leaf that does not lead to it any more
-    identity    digest of the own leaf that was last found to lead to the trust bundle
-    est         what is under way, and the back-off: see Enrollment
-    crls        {URL: {digest, number, key, thisUpdate, validity, etag, modified; back-off}}: of the revocation lists in crls/
-    drafts      the drafts in use, as the log was told
-    patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
-    waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
-    owners      [text]: what this agent has called itself on the engine, newest last (see make_owner)
-    pulled      [image, after a child device's id and a space where it is there]: what the agent pulled, and may prune
-    history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome; refused: what came after it}
-    lastPoll    {at, result, detail} of the last cycle that had something to store
-    """
-    return {"schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "dropped": {}, "reported": {},
-            "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [], "patience": {}, "waiting": None,
-            "owners": [], "pulled": [], "history": [], "lastPoll": None}
-
-
-def make_state_data(state):
-    """The bytes of state.json: JSON that ends with the digest of the rest; the outbox is a list there, because its order counts."""
-    data = make_json(dict(state, outbox=list(state["outbox"].values())))
-    return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
-
-
-def parse_state(data, path):
-    """The state in the bytes of state.json; raises ValueError for what is damaged or foreign, StorageError for a newer agent's.
-
-    One without a digest was written by an older agent, or by hand.
-    """
-    head, mark, digest = data.rpartition(b',"sum":"')
-    if mark and digest != sha256_digest(head + b"}").encode() + b'"}':
-        raise ValueError(f"{path} is damaged: its bytes do not have the digest at its end")
-    state, blank = parse_json(data, path), make_state()
-    if not isinstance(state, dict) or type(state.get("schema")) is not int or state["schema"] < 1:
-        raise ValueError(f"{path} is not a state of this agent")
-    if state["schema"] > blank["schema"]:
-        raise StorageError(f"{path} has schema {state['schema']}, this agent knows {blank['schema']}; use the newer agent")
-    state = dict(blank, **dict(state, schema=blank["schema"]))
-    state.pop("sum", None)
-    outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
-    try:
-        state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
-        wrong = [key for key, value in blank.items() if value is not None and type(state[key]) is not type(value)]
-        wrong += [key for key, record in state["deployments"].items() if "adopted" not in record]
-        state["deployments"] = {key: migrate_record(record) for key, record in state["deployments"].items()}
-    except (TypeError, KeyError, AttributeError):
-        wrong = ["outbox or deployments"]
-    if wrong:
-        raise ValueError(f"{path} is not a state of this agent ({', '.join(wrong)})")
-    return state
-
-
-def migrate_record(record):
-    """A deployment's record as of schema 2, in place of moments of the wall clock that of schema 1 has waits (see make_wait)."""
-    record = {key: value for key, value in record.items() if key != "left"}
-    if "retryAt" in record:
-        at, failures = record.pop("retryAt") - 2 * RETRY_CAP, record.pop("failures", 0)
-        record["retry"] = {"failures": failures, "at": at, "delay": 2 * RETRY_CAP} if failures else {}
-    if "repairs" in record:
-        at, failures = record.pop("repairedAt", 0), record.pop("repairs")
-        pause = grow(RETRY_FIRST, failures + 1 - REPAIRS, RETRY_CAP) if failures >= REPAIRS else 0
-        record["repair"] = {"failures": failures, "at": at, "delay": pause} if failures else {}
-    return record
-
-
-def make_core(state):
-    """What must never become older, as bytes: whose device this is, what it accepted, whom it trusts, which token went with which key."""
-    return make_json([state[name] for name in ("enrollment", "client", "accepted", "trust", "est", "crls")])
-
-
-def get_random():
-    """A number in [0, 1) for jitter."""
-    import random
-    return random.random()
-
-
-class Store:
-    """The state directory: state.json, artifacts by digest, one folder a deployment, the lock, the trust bundle."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.saved = self.core = None               # bytes of state.json as they lie on the disk, and of what its copy is kept for
-        self.locked = None
-        self.memo = None                            # as load_memo read it; right as long as the lock is held
-
-    def path(self, *names):
-        """A path below the state directory."""
-        return os.path.join(self.folder, *names)
-
-    def create(self):
-        """Makes the directory (mode 0700) and its folders; raises StorageError."""
-        try:
-            create_folder(os.path.dirname(self.folder), 0o755)
-            for name in ("artifacts", "deployments", "tmp"):
-                create_folder(self.path(name))
-            if os.stat(self.folder).st_mode & 0o077:
-                os.chmod(self.folder, 0o700)
-            if not os.path.exists(self.path("reserve")):
-                write_file(self.path("reserve"), bytes(get_space(self.folder, RESERVE)[1]))
-        except StorageError as error:
-            log("warning", "no space can be kept in reserve", reason=error.message)
-        except OSError as error:
-            raise StorageError(f"state_dir {self.folder} cannot be made ({error.strerror})") from None
-
-    def lock(self):
-        """Takes the lock or raises Locked; the kernel gives it back when this process ends, however it ends."""
-        import fcntl
-        try:
-            self.locked = os.open(self.path("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.memo = None
-        except BlockingIOError:
-            self.unlock()
-            raise Locked(f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A second agent on this engine needs"
-                         " an identity of its own, not only a state_dir") from None
-        except OSError as error:
-            raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
-
-    def unlock(self):
-        """Gives the lock back."""
-        if self.locked is not None:
-            os.close(self.locked)
-            self.locked = None
-
-    def load_state(self):
-        """The state; a fresh one only where there is none.  Raises StorageError for one that is not ours to read.
-
-        An unreadable state is never started afresh: that would forget the accepted version and open the door to a rollback.  Its copy
-        may be older, but never in what was accepted (see save_state); what it does not know of workloads the engine tells (P-13).
-        """
-        fault, path = None, self.path("state.json")
-        for name in (path, path + ".old"):
-            data = read_file(name, 256 * MIB)
-            try:
-                state = None if data is None else parse_state(data, name)
-            except ValueError as error:
-                fault = fault or error
-                continue
-            if state is not None:
-                self.saved, self.core = data if name == path else None, make_core(state)
-                if self.saved is None:
-                    log("error", "the state is taken from its copy", reason=str(fault or f"{path} is missing"))
-                return state
-        if fault:
-            raise StorageError(f"{fault}; restore it, or move it and its copy {path}.old away to start afresh (the WFM's next manifest is"
-                               " then accepted whatever its version)")
-        return make_state()
-
-    def save_state(self, state):
-        """Writes the state if it differs from what lies on the disk: a poll that finds nothing new writes nothing (P-16).
-
-        First its copy, where that would otherwise be older in what no damage may bring back.  A full disk is given the reserve (P-4).
-        """
-        data, core = make_state_data(state), make_core(state)
-        if data == self.saved:
-            return
-        for path in [self.path("state.json.old")] * (core != self.core) + [self.path("state.json")]:
-            try:
-                write_file(path, data)
-            except StorageError:
-                if not remove_file(self.path("reserve")):
-                    raise
-                write_file(path, data)
-        self.saved, self.core = data, core
-
-    def find_time(self):
-        """The last time that is known to have been: Unix seconds of the last write of the state, 0 where there is none."""
-        try:
-            return os.stat(self.path("state.json")).st_mtime
-        except OSError:
-            return 0
-
-    def load_artifact(self, digest):
-        """Verified content by digest, None where there is none; what the disk has spoilt counts as none."""
-        data = read_file(self.path("artifacts", digest.replace(":", "-")), 1024 * MIB)
-        return data if data is not None and sha256_digest(data) == digest else None
-
-    def save_artifact(self, digest, data):
-        """Keeps verified content under its digest."""
-        write_file(self.path("artifacts", digest.replace(":", "-")), data)
-
-    def prune_artifacts(self, digests):
-        """Removes every artifact, and every unpacked package, whose digest is not among `digests`."""
-        keep = {digest.replace(":", "-") for digest in digests}
-        try:
-            for name in os.listdir(self.path("artifacts")):
-                if name not in keep:
-                    os.remove(self.path("artifacts", name))
-        except OSError as error:
-            raise StorageError(f"{self.path('artifacts')} cannot be pruned ({error.strerror})") from None
-        short = {digest.split(":")[1][:16] for digest in digests}
-        for folder, folders, _ in os.walk(self.path("deployments")):
-            inside = os.path.dirname(os.path.dirname(folder)) == self.path("deployments")       # of a component, which may have such a name itself
-            needed = self.load_needed(folder, short) if inside else set()
-            form = r"[0-9a-f]{16}|content-[0-9a-f]{32}(\.new)?"
-            for name in [name for name in folders if name.endswith(".tmp") or inside and re.fullmatch(form, name)]:
-                folders.remove(name)
-                if name not in short | needed:
-                    remove_folder(os.path.join(folder, name))
-
-    def load_needed(self, folder, short):
-        """The folders of a component from which containers of these packages mount files (see Folder.keep); other notes go."""
-        needed = set()
-        for name in [name for name in os.listdir(folder) if re.fullmatch(r"[0-9a-f]{16}\.content", name)]:
-            if name[:16] in short:
-                needed.update((read_file(os.path.join(folder, name), MIB) or b"").decode().split())
-            else:
-                remove_file(os.path.join(folder, name))
-        return needed
-
-    def memo_path(self):
-        """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes nothing to the disk."""
-        folder = os.environ.get("RUNTIME_DIRECTORY", "/run/margo-agent").split(":")[0]
-        return os.path.join(folder, sha256_digest(os.path.abspath(self.folder).encode())[7:23] + ".json")
-
-    def save_memo(self, memo):
-        """Notes the last contact; whether that could be written."""
-        path = self.memo_path()
-        try:
-            create_folder(os.path.dirname(path), 0o755)
-            with open(path + ".tmp", "wb") as file:
-                os.fchmod(file.fileno(), 0o600)
-                file.write(make_json(memo))
-            os.replace(path + ".tmp", path)
-            self.memo = memo
-            return True
-        except OSError as error:
-            log("debug", "the last contact cannot be noted", path=path, reason=error.strerror)
-            return False
-
-    def load_memo(self):
-        """What save_memo noted last, or {}; read once, until the lock is taken again."""
-        if self.memo is None:
-            try:
-                memo = parse_json(read_file(self.memo_path(), MAX_ANSWER) or b"{}", self.memo_path())
-            except (StorageError, ValueError):
-                memo = {}                           # it is a note, not a state
-            self.memo = memo if isinstance(memo, dict) else {}
-        return dict(self.memo)
-
-
-ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
-
-
-class Folder:
-    """An unpacked package, and the one way by which its compose file is looked up on the disk."""
-
-    def __init__(self, path, environ=None):
-        self.path, self.environ = path, environ
-
-    def resolve(self, name):
-        """A path, relative to the package, with all links followed."""
-        return os.path.realpath(os.path.join(self.path, name))
-
-    def read(self, name):
-        """The bytes of a file of the package of at most 1 MiB; None where it is none."""
-        path = self.resolve(name)
-        try:
-            inside = path.startswith(self.resolve("") + "/")
-            return read_file(path, MIB) if inside and os.path.isfile(path) else None
-        except StorageError:
-            return None
-
-    def look(self, name):
-        """The Source that a path is. What is the package's own is mounted by its content, from a place that
-        stays; see keep."""
-        real, root = self.resolve(name), self.resolve("")
-        own = real == root or real.startswith(root + "/")
-        kind = "folder" if os.path.isdir(real) else "file" if os.path.isfile(real) else ""
-        kind = kind or ("other" if os.path.exists(real) else "")
-        path = real
-        if own and kind:
-            path = os.path.join(os.path.dirname(root), f"content-{load_digest(real)[:32]}",
-                                os.path.basename(real))
-        return Source(path, real, kind, own, not own and self.leads_to_engine(real))
-
-    def leads_to_engine(self, path):
-        """Whether a path is an engine's socket, by whatever name, or a folder with one in it, as far as
-        10,000 entries tell."""
-        import stat
-        environ = os.environ if self.environ is None else self.environ
-        places = [environ.get(name, "").partition("unix://")[2] for name in ("CONTAINER_HOST", "DOCKER_HOST")]
-        places += ["/run/podman/podman.sock", "/run/docker.sock", "/run/containerd/containerd.sock",
-                   "/run/crio/crio.sock",
-                   os.path.join(environ.get("XDG_RUNTIME_DIR") or "/run", "podman/podman.sock")]
-        places = [os.path.realpath(place) for place in places if place and os.path.exists(place)]
-        inside = [place for place in places if place.startswith(path.rstrip("/") + "/")]
-        if inside or os.path.basename(path) in ENGINE_SOCKETS:
-            return True
-        if os.path.exists(path) and not os.path.isdir(path):
-            return stat.S_ISSOCK(os.stat(path).st_mode)
-        inodes, left = {os.stat(place).st_ino for place in places}, 10000
-        todo = [path]
-        while todo and left > 0:
-            try:
-                entries = list(os.scandir(todo.pop()))[:left]
-            except OSError:
-                continue                            # what cannot be read, or is not there
-            left -= len(entries)
-            if any(entry.name in ENGINE_SOCKETS or entry.inode() in inodes for entry in entries):
-                return True
-            todo += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-        return False
-
-    def keep(self, sources):
-        """Lays what these own Sources are where they are mounted from, and notes that this package needs it;
-        see prune_artifacts.
-
-        A service whose files did not change keeps its container, whatever else is in the next package.
-        """
-        import shutil
-        needed = set()
-        for source in sources:
-            place = os.path.dirname(source.path)
-            needed.add(os.path.basename(place))
-            try:
-                if os.path.lexists(source.path) and load_digest(source.path)[:32] == place[-32:]:
-                    continue
-                for folder in (place, place + ".new"):      # what was spoilt, and what was cut off
-                    remove_folder(folder)
-                os.makedirs(place + ".new", 0o755)
-                part = os.path.join(place + ".new", os.path.basename(source.path))
-                if source.kind == "folder":
-                    shutil.copytree(source.real, part, symlinks=True, copy_function=link_file)
-                else:
-                    link_file(source.real, part)
-                for folder, _, _ in os.walk(place + ".new"):
-                    sync_folder(folder)
-                os.rename(place + ".new", place)
-            except OSError as error:
-                words = f"{place} cannot be written ({error.strerror or error})"
-                raise StorageError(f"{words}; free space or make it writable") from None
-        if needed:
-            sync_folder(os.path.dirname(self.path))
-            write_file(self.path + ".content", "\n".join(sorted(needed)).encode())
-
-
-def link_file(source, target):
-    """One more name of a file, or a copy where the disk has no such thing."""
-    import shutil
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def load_digest(path):
-    """A digest in hex of a file or a folder with all that is in it: names, modes, contents, links as they
-    are."""
-    found = []
-    for folder, folders, files in os.walk(path):
-        folders.sort()
-        for name in sorted(folders + files):
-            found.append((os.path.relpath(os.path.join(folder, name), path),
-                          load_part(os.path.join(folder, name))))
-    found.append(("", load_part(path)))
-    return sha256_digest(repr(found).encode("utf-8", "surrogateescape"))[7:]
-
-
-def load_part(path):
-    """What load_digest takes of one file, folder or link."""
-    if os.path.islink(path):
-        return os.readlink(path)
-    content = "" if os.path.isdir(path) else sha256_digest(read_file(path, 1024 * MIB) or b"")
-    return f"{os.stat(path).st_mode:o} {content}"
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 8. Commands
-# ------------------------------------------------------------------------------------------------------------------------------
-
-Output = define("Output", "code stdout stderr",
-                "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
-
-# Which setting needs a program; a missing one is named with it (contract, Shape).
-NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it",
-             "git": "wfm.profile git needs it",
-             "gpg": "the keyLocation of a package, or git.allowed_signers, needs it",
-             "podman": "see runtime.engine", "docker": "see runtime.engine", "helm": "see runtime.helm"}
-
-
-# Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between
-# systemd and this process alone.
-SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
-SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID",
-                 "LISTEN_FDNAMES")
-
-
-def list_folders(environ):
-    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them.
-    """
-    folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
-    return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
-
-
-def get_command_environment(environ):
-    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR
-    that is no folder.
-    """
-    found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
-    if not os.path.isdir(found.get("TMPDIR", "/")):
-        del found["TMPDIR"]
-    return dict(found, PATH=os.pathsep.join(list_folders(environ)))
-
-
-def get_temporary(state_dir, environ):
-    """{TMPDIR: the folder for temporary files below the state directory}.
-
-    {} where podman, rootless, would keep its own state there.
-    """
-    runtime = environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
-    return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
-
-
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
-    """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
-
-    argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
-    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads.  A non-zero exit
-    code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
-    """
-    import subprocess
-    try:
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE,
-                                   env=get_command_environment(os.environ if env is None else env), cwd=cwd,
-                                   start_new_session=True)
-    except FileNotFoundError:
-        needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
-        raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
-    except OSError as error:
-        raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
-    try:
-        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit)
-    except subprocess.TimeoutExpired:
-        raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
-    finally:
-        kill_group(process)
-    return Output(process.returncode, stdout,
-                  make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
-
-
-def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
-
-    Returns what held before.
-    """
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
-    return soft
-
-
-def serve_pipes(process, data, timeout, limit):
-    """Writes `data` to stdin, reads stdout and stderr until the process has ended.
-
-    Raises subprocess.TimeoutExpired, CommandError.
-
-    A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
-    process itself has ended.
-    """
-    import select
-    import subprocess
-    heard = {pipe.fileno(): bytearray() for pipe in (process.stdout, process.stderr)}
-    stdin = [process.stdin.fileno()] if data else []
-    deadline, open_pipes = time.monotonic() + timeout, set(heard)
-    for pipe in [*heard, *stdin]:
-        os.set_blocking(pipe, False)
-    while open_pipes or stdin:
-        # asked before looking: what it wrote last is then in the pipes
-        ended = process.poll() is not None
-        pause = 0 if ended else max(0.0, min(0.2, deadline - time.monotonic()))
-        ready, writable, _ = select.select(list(open_pipes), stdin, [], pause)
-        if writable:
-            try:
-                data = data[os.write(stdin[0], data):]
-            except BrokenPipeError:
-                data = b""                          # it has read as much as it cares for
-            if not data:
-                stdin = process.stdin.close() or []
-        for pipe in ready:
-            piece = os.read(pipe, 65536)
-            heard[pipe] += piece
-            if not piece:
-                open_pipes.discard(pipe)
-        if sum(map(len, heard.values())) > limit:
-            raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
-        if ended and not ready:
-            break
-        if time.monotonic() > deadline:
-            raise subprocess.TimeoutExpired(process.args, 0)
-    process.wait(max(0.0, deadline - time.monotonic()))
-    return tuple(map(bytes, heard.values()))        # stdout was the first
-
-
-def kill_group(process):
-    """Ends what still runs of a process group and closes its pipes.
-
-    A process that hangs in the kernel, at a dead disk say, cannot be ended: it is left behind, and whoever
-    waited goes on.
-    """
-    import signal
-    import subprocess
-    if process.returncode is None:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass                                    # it ended by itself just now
-        try:
-            process.wait(CORPSE_GRACE)
-        except subprocess.TimeoutExpired:
-            log("warning", "a program cannot be ended, and is left behind", program=process.args[0],
-                pid=process.pid)
-    for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
-        pipe.close()
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 9. Transport
-# ------------------------------------------------------------------------------------------------------------------------------
-
-Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
-
-
-Problem = define("Problem", "type title detail retryable retry_after strategy errors",
-    "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
-
-
-def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
-    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the
-    system's store.
-
-    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides
-    (C-006).
-    """
-    import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    try:
-        context.minimum_version = ssl.TLSVersion.TLSv1_2 if min_tls == "1.2" else ssl.TLSVersion.TLSv1_3
-        if anchors:
-            context.check_hostname = False          # an SVID is recognised by its SPIFFE ID alone (C-014)
-            # X509_V_FLAG_PARTIAL_CHAIN: an anchor need not be self-signed
-            context.verify_flags |= 0x80000
-            context.load_verify_locations(cadata=make_pem(anchors))     # 3.7 with OpenSSL 3 takes no DER
-        elif ca_file:
-            context.load_verify_locations(cafile=ca_file)
-        else:
-            context.load_default_certs(ssl.Purpose.SERVER_AUTH)
-    except (OSError, ValueError) as error:
-        raise Untrusted(
-            f"trust anchors {ca_file or 'of the trust bundle'} cannot be used ({error})"
-        ) from None
-    return context
-
-
-def request(method, url, headers, body, context, timeout, limit, check_peer=None):
-    """The one door to HTTP: one request, one connection, one Response, whatever its status.
-
-    No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the
-    TLS handshake and each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see
-    get_chain) before anything is sent (C-013).  Raises Unreachable, Untrusted, Refused (body over the limit),
-    or what check_peer raises.
-    """
-    import http.client
-    import ssl
-    import urllib.error
-    import urllib.request
-    where = f"{method} {url}"
-    headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
-    message = urllib.request.Request(url, data=body, headers=headers, method=method)
-    try:
-        with make_opener(context, check_peer).open(message, timeout=timeout) as response:
-            return Response(response.status, response.headers, read_body(response, limit, timeout, where))
-    except urllib.error.URLError as error:
-        raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
-        raise make_network_error(where, error) from None
-
-
-class Paced(io.RawIOBase):
-    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four
-    time-outs.
-
-    So neither the words between the pieces may drip, or never end.
-    """
-
-    def __init__(self, connection):
-        self.connection, self.timeout = connection, connection.gettimeout()
-        self.raw = connection.makefile("rb", 0)
-        self.renew()
-
-    def renew(self):
-        """Gives the next piece its time."""
-        self.due = time.monotonic() + 4 * self.timeout
-
-    def readable(self):
+    if accepted is None or manifest.version > accepted["version"]:
         return True
-
-    def readinto(self, buffer):
-        left = self.due - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self.connection.settimeout(min(self.timeout, left))
-        return self.raw.readinto(buffer)
-
-    def makefile(self, mode):
-        """http.client takes this for the socket."""
-        return io.BufferedReader(self)
-
-    def close(self):
-        self.raw.close()
-        super().close()
+    if manifest.version == accepted["version"] and digest == accepted["digest"]:
+        return False
+    same = manifest.version == accepted["version"]
+    relation = "the same version with other content" if same else "an older version"
+    raise Refused(
+        f"security: state manifest refused: version {manifest.version} is {relation}"
+        f" (accepted: {accepted['version']});"
+        " a replay, or a WFM restored from a backup: then unenroll and enroll again"
+    )
 
 
-def open_connection(address, timeout, source=None):
-    """A socket to the first address of a (host, port) that answers; raises OSError.
-
-    Each next address is tried 250 ms after the one before, so that a dead one holds nobody up (RFC 8305).
-    """
-    import errno
-    import select
-    import socket
-    places, trying, code = socket.getaddrinfo(*address, type=socket.SOCK_STREAM), {}, 0
-    end = time.monotonic() + timeout
-    try:
-        while places or trying:
-            if places:
-                family, kind, protocol, _, place = places.pop(0)
-                try:
-                    peer = socket.socket(family, kind, protocol)
-                except OSError as error:            # a kernel without IPv6
-                    code = error.errno
-                    continue
-                trying[peer] = place
-                peer.setblocking(False)
-                peer.connect_ex(place)
-            pause = 0.25 if places else max(0.0, end - time.monotonic())
-            for peer in select.select([], list(trying), [], pause)[1]:
-                code = peer.connect_ex(trying.pop(peer))            # asked again, it says how it went
-                if code in (0, errno.EISCONN):
-                    peer.settimeout(timeout)
-                    return peer
-                peer.close()
-            if time.monotonic() >= end:
-                raise TimeoutError("timed out")
-        raise OSError(code, os.strerror(code))
-    finally:
-        for peer in trying:
-            peer.close()
+# How documents of one generation differ; other generations add what reads them to DIALECTS. Such a function
+# takes the document (a mapping) and returns None, or (the document in rc.3's form, its Dialect); it may raise
+# ValueError.
+Dialect = define(
+    "Dialect",
+    "parse_package prefix addressed",
+    "What reads the package of a component (see parse_package), what stands before the pointers of a compose"
+    " component's parameters,"
+    " and whether metadata.deviceId has to be there.",
+)
+DIALECTS = []
 
 
-def make_opener(context, check_peer):
-    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no
-    other schemes.
-    """
-    import http.client
-    import urllib.request
-
-    class Answer(http.client.HTTPResponse):
-        """An answer that is paced; interim ones before it (such as 103) are passed over."""
-
-        def __init__(self, connection, *arguments, **options):
-            self.paced = Paced(connection)
-            super().__init__(self.paced, *arguments, **options)
-
-        def begin(self):
-            super().begin()
-            while 102 <= self.status < 200:
-                self.headers = None
-                super().begin()
-
-    class Connection(http.client.HTTPConnection):
-        """A connection whose peer is checked before the first byte of a request."""
-
-        response_class, default_port = Answer, 443 if context else 80
-
-        def connect(self):
-            self._create_connection = open_connection
-            try:
-                super().connect()
-                # an end that TLS does not tell of is none: the answer was cut
-                if context:
-                    host = self._tunnel_host or self.host
-                    self.sock = context.wrap_socket(self.sock, server_hostname=host,
-                                                    suppress_ragged_eofs=False)
-                if check_peer:
-                    check_peer(get_chain(self.sock, context))
-            except (OSError, MargoError):
-                self.close()
-                raise
-
-    scheme, handler = "https" if context else "http", urllib.request.AbstractHTTPHandler()
-    setattr(handler, f"{scheme}_open", lambda message: handler.do_open(Connection, message))
-    setattr(handler, f"{scheme}_request", handler.do_request_)
-    opener = urllib.request.OpenerDirector()
-    for item in (urllib.request.ProxyHandler(), handler):
-        opener.add_handler(item)
-    return opener
-
-
-def get_chain(connection, context):
-    """The peer's certificates (DER), leaf first: as verified, or as presented where nothing is.
-
-    Before Python 3.10 the leaf alone.
-    """
-    import ssl
-    kind = "get_unverified_chain" if context.verify_mode == ssl.CERT_NONE else "get_verified_chain"
-    inner = getattr(connection, "_sslobj", None)
-    get = getattr(connection, kind, None) or getattr(inner, kind, None) or tuple        # public since 3.13
-    chain = [item if isinstance(item, bytes) else item.public_bytes(2) for item in get() or ()]       # 2: DER
-    return chain or [connection.getpeercert(binary_form=True)]
-
-
-def read_body(response, limit, timeout, where):
-    """The body of a response.
-
-    Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
-    """
-    pieces, size, start = [], 0, time.monotonic()
-    while True:
-        response.paced.renew()
-        piece = response.read1(65536)
-        if not piece:
-            break
-        pieces.append(piece)
-        size += len(piece)
-        if size > limit:
-            raise Refused(f"{where}: the answer is longer than {limit} bytes")
-        elapsed = time.monotonic() - start
-        if elapsed > 4 * timeout and size < KIB * elapsed:
-            raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
-    unframed = response.length is None and not response.chunked
-    if unframed and not pieces and where.startswith("GET") and response.status == 200:
-        # http.client takes a broken head for a whole one
-        raise Unreachable(f"{where}: the answer broke off in its head")
-    if response.length:
-        raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
-    return b"".join(pieces)
-
-
-def make_network_error(where, error):
-    """What went wrong on the wire as Untrusted (a verdict of TLS) or Unreachable (everything else)."""
-    import ssl
-    text = make_printable(str(error) or type(error).__name__)
-    if isinstance(error, ssl.SSLCertVerificationError):
-        # not yet valid, expired
-        clock = "; is the clock of this device right?" if error.verify_code in (9, 10) else ""
-        return Untrusted(f"{where}: the peer's certificate is refused: {error.verify_message}{clock}")
-    broken = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "timed out" in text
-    # for which Python 3.7 with OpenSSL 3 has no class of its own
-    broken = broken or "unexpected eof" in text
-    if isinstance(error, ssl.SSLError) and not broken:
-        return Untrusted(f"{where}: TLS failed: {text}")
-    return Unreachable(f"{where}: {text}")
-
-
-def make_authorization(secret, user=b""):
-    """The value of an Authorization header for a secret (bytes): Basic with a user, else Bearer."""
-    return "Basic " + make_base64(user + b":" + secret) if user else "Bearer " + secret.decode()
-
-
-def load_secret(key, path, fault):
-    """The bytes in a file that a setting names, without the line's end; raises `fault` of some words."""
-    try:
-        data = read_file(path, MAX_ANSWER)
-    except StorageError as error:
-        raise fault(f"{key}: {error.message}") from None
-    if data is None:
-        raise fault(f"{key} {path}: no such file")
-    return data.rstrip(b"\r\n")
-
-
-def ask_looseness(key, path):
-    """What to say of a secret's file that others can read, "" where they cannot."""
-    mode = os.stat(path).st_mode & 0o777 if os.path.isfile(path) else 0
-    return f"{key} {path} has mode {mode:04o}; chmod 0600 it" if mode & 0o077 else ""
-
-
-def parse_problem(body):
-    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only
-    explains one).
-    """
-    try:
-        value = parse_json(body, "problem")
-    except ValueError:
-        return None
+def parse_document(value):
+    """(an ApplicationDeployment in rc.3's form, its Dialect) of a YAML value; raises ValueError."""
     if not isinstance(value, dict):
-        return None
-
-    def text(key):
-        return make_printable(value[key]) if isinstance(value.get(key), str) else ""
-
-    kind = text("type")
-    if kind.startswith(PROBLEM_ROOT):
-        kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
-    wait = value.get("retryAfterSeconds")
-    wait = float(wait) if is_number(wait) and 0 <= wait < 10 ** 9 else None
-    errors = value["errors"] if isinstance(value.get("errors"), list) else []
-    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
-              if isinstance(item, dict)]
-    title, detail = text("title") or text("error"), text("detail") or text("message")
-    return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
+        raise ValueError("the document is not a mapping")
+    for convert in DIALECTS:
+        found = convert(value)
+        if found:
+            return found
+    if "kind" in value or "apiVersion" in value:
+        raise ValueError("apiVersion and kind are of an older generation, which this agent was made without")
+    return value, Dialect(parse_package, "", True)
 
 
-def find_verdict(status):
-    """What an HTTP status that is no success means: `denied`, `later` (to be asked again) or `refused`."""
-    if status in (401, 403):
-        return "denied"
-    return "later" if status in (408, 429) or status >= 500 else "refused"
+def parse_package(properties, where, kind, schemes="oci"):
+    """(repository, revision, location of a key or None) of a component of type `kind`.
 
-
-def check_response(response, where, accepted, now):
-    """Returns the response if its status is one of `accepted`, else raises what it means to a client
-    (protocol 10).
-
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).
-    Denied: Untrusted.  What says of itself that it can be retried, or is `later`: Unreachable.  Else Refused;
-    its `code` is the type, or `HTTP <status>`.
+    Raises ValueError (C-153).
     """
-    if response.status in accepted:
-        return response
-    problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
-    verdict = find_verdict(response.status)
-    known = problem.type in REFUSALS
-    kind = "" if known or problem.type in DENIALS + ("about:blank",) else problem.type
-    words = "; ".join(part for part in [kind, problem.title, problem.detail] + problem.errors[:5] if part)
-    message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
-    wait = parse_retry_after(response.headers.get("Retry-After"), now)
-    facts = {"status": response.status, "strategy": problem.strategy,
-             "retry_after": problem.retry_after if wait is None else wait}
-    if verdict == "denied" and not known or problem.type in DENIALS:
-        raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
-    retryable = problem.retryable
-    if not isinstance(retryable, bool):
-        retryable = verdict == "later" and problem.strategy != "none"
-    if retryable:
-        raise Unreachable(message, **facts)
-    if 300 <= response.status < 400 and response.status != 304:
-        message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
-                    " to the final one")
-    raise Refused(message, problem.type if known else f"HTTP {response.status}", **facts)
+    repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
+    return repository, check_member(properties, "revision", where, REVISION_PATTERN), None
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# 10. Identity and trust
-# ------------------------------------------------------------------------------------------------------------------------------
+def parse_deployment(data, deployment_id):
+    """An ApplicationDeployment's bytes to a Deployment.
+
+    Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
+
+    Unknown members and extensions are ignored wherever they stand (C-116); what is used is checked.
+    """
+    try:
+        value, dialect = parse_document(load_yaml(data))
+        own_id = check_member(value, "id", "", UUID_PATTERN)
+        if own_id.lower() != deployment_id.lower():
+            raise ValueError(f"id: found {own_id}, but the manifest names it {deployment_id}")      # C-115
+        metadata = check_member(value, "metadata", "", read_dict)
+        spec = check_member(value, "spec", "", read_dict)
+        check_member(spec, "applicationId", "spec.", r"[-a-z0-9]{1,200}")
+        profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
+        where = "spec.deploymentProfile."
+        constraints = check_member(profile, "deviceConstraints", where, optional(read_dict))
+        check_constraints(constraints or {}, f"{where}deviceConstraints.")
+        kind = profile.get("type")
+        if kind not in ("compose", "helm"):
+            raise ComponentError(
+                "UNSUPPORTED_TYPE",
+                f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs",
+            )
+        items = check_member(profile, "components", where, read_items)
+        if not items:
+            raise ValueError(f"{where}components: expected a list of at least one component")
+        components = [parse_component(item, f"{where}components[{index}].", kind, dialect)
+                      for index, item in enumerate(items)]
+        names = {component.name for component in components}
+        if len(names) != len(components):
+            raise ValueError(f"{where}components: a name occurs twice")
+        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "")
+        check_targets(parameters, names)
+        device_id = ""
+        if dialect.addressed or "deviceId" in metadata:
+            device_id = check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?")
+        return Deployment(
+            deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
+            check_member(metadata, "namespace", "metadata.", NAME_PATTERN), device_id, kind, components,
+            parameters, constraints,
+            {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
+    except ValueError as error:                     # a YAMLError is one
+        raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
+
+
+def make_outline(data, deployment_id):
+    """Of a document that is refused, what its status needs: a Deployment that holds the names only.
+
+    None where there are none.
+    """
+    try:
+        value = parse_document(load_yaml(data))[0]
+        holders = [value["metadata"], *value["spec"]["deploymentProfile"]["components"]]
+        name, *components = [make_printable(check_member(holder, "name", "", ".+")) for holder in holders]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return Deployment(deployment_id, name, "", "", "",
+                      [Component(item, "", "", True, 0) for item in components], [], None)
+
+
+def check_constraints(constraints, where):
+    """Raises ValueError for deviceConstraints that cannot be read (protocol 3.2)."""
+    capacity = check_member(constraints, "capacityRequirements", where, optional(read_dict)) or {}
+    check_member(constraints, "eligibilityRules", where, optional(read_items))
+    where += "capacityRequirements."
+    for key, units in (("memory", "Mi|Gi|Ki"), ("storage", "Mi|Gi|Ki|Ti|Pi|Ei")):
+        check_member(capacity, key, where, optional(text_of(f"[0-9]{{1,40}}({units})")))
+    if capacity.get("cpu") is not None:
+        cpu = capacity["cpu"] if isinstance(capacity["cpu"], dict) else {}
+        check_member(
+            cpu,
+            "cores",
+            f"{where}cpu.",
+            checked("a number", lambda item: get_kind(item) == "number" and item >= 0),
+        )
+        check_member(cpu, "architectures", f"{where}cpu.", optional(read_items))
+
+
+def parse_component(item, where, kind, dialect):
+    """One element of `components` of a deployment of type `kind`; raises ValueError."""
+    if not isinstance(item, dict):
+        raise ValueError(f"{where[:-1]}: expected a mapping")
+    name = check_member(item, "name", where, COMPONENT_PATTERN)
+    properties = check_member(item, "properties", where, read_dict)
+    where += "properties."
+    repository, revision, key_location = dialect.parse_package(properties, where, kind)
+    wait = properties.get("wait", True)
+    wait = wait.lower() if isinstance(wait, str) else wait
+    wait = check_member({"wait": wait}, "wait", where, read_flag)
+    timeout = COMPONENT_TIMEOUT
+    if properties.get("timeout") is not None:
+        minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
+        timeout = min(60 * int(minutes) + int(seconds), MAX_TIMEOUT)
+    return Component(name, repository, revision, wait, timeout, find_extensions(item), key_location)
+
+
+def find_extensions(value):
+    """The specification extensions of a mapping, for hooks alone.
+
+    What JSON has no words for is left out: none ever fails (C-116).
+    """
+    found = {}
+    for key, item in value.items():
+        if isinstance(key, str) and re.fullmatch(EXTENSION_PATTERN, key) and isinstance(item, dict):
+            try:
+                make_json(item)
+            except (TypeError, ValueError):
+                continue
+            found[key] = item
+    return found
+
+
+def parse_parameters(spec, prefix=""):
+    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers.
+
+    Raises ValueError.
+    """
+    parameters = []
+    for name, item in (check_member(spec, "parameters", "spec.", optional(read_dict)) or {}).items():
+        where = f"spec.parameters.{make_printable(str(name), 80)}"
+        item = item if isinstance(item, dict) else {}
+        targets, value = check_member(item, "targets", f"{where}.", read_items), item.get("value")
+        if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
+        if value is None and "valueFrom" in item:
+            raise ComponentError(
+                "PARAMETER_INVALID",
+                f"{where}: valueFrom is a draft that this agent does not follow, and there is"
+                " no value to fall back on",
+            )
+        reached = []
+        for target in targets:
+            target = target if isinstance(target, dict) else {}
+            pointer = check_member(target, "pointer", f"{where}.targets: ", r"(?s).*")
+            pointer = pointer[len(prefix):] if pointer.startswith(prefix) else pointer
+            reached.append((pointer, check_member(target, "components", f"{where}.targets: ", read_items)))
+        parameters.append(Parameter(str(name), value, reached))
+    return parameters
+
+
+def check_targets(parameters, names):
+    """Raises ValueError for a parameter that reaches no component there is.
+
+    Further targets may be those of another profile.
+    """
+    for parameter in parameters:
+        named = [str(name) for _, components in parameter.targets for name in components]
+        if named and not names.intersection(named):
+            raise ValueError(
+                f"spec.parameters.{make_printable(parameter.name, 80)}.targets:"
+                f" {make_printable(named[0], 80)!r} is not"
+                f" among the components {', '.join(sorted(names))}"
+            )
+
+
+def parse_bundle(data, entries, max_unpacked):
+    """A bundle's bytes to {digest: bytes}.
+
+    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
+
+    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name
+    of its own.
+    """
+    wanted, documents = {entry.digest for entry in entries}, {}
+    try:
+        plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
+    except ValueError as error:
+        raise Refused(f"bundle refused: {error}") from None
+    for member in members:
+        name = make_printable(member.name, 100)
+        if member.isdir() and member.name in (".", "./"):
+            continue
+        if not member.isfile() or member.issparse():
+            raise Refused(f"bundle refused: {name} is not a regular file")
+        content = plain[member.offset_data:member.offset_data + member.size]
+        digest = sha256_digest(content)
+        if digest not in wanted:
+            raise Refused(f"bundle refused: {name} has digest {digest}, which the manifest does not name")
+        documents[digest] = content
+    missing = wanted - set(documents)
+    if missing:
+        raise Refused(
+            f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}"
+        )
+    return documents
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 9. Identity and trust
+# ----------------------------------------------------------------------------------------------------------
 
 EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
 EXPIRY_ADVICE = 0.25                # ... and when `doctor` does
@@ -3435,635 +2867,9 @@ def run_csr(path, form="PEM"):
                        b"", expected)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# 11. Desired state
-# ------------------------------------------------------------------------------------------------------------------------------
-
-NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
-COMPONENT_PATTERN = r"[a-z0-9]([a-z0-9-]{0,198}[a-z0-9])?"           # it becomes the name of a folder
-REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
-                    r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
-                    r"(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
-
-# Readers of documents, by the kit of the configuration; text is taken for text only where it is written as
-# such.
-read_dict = checked("a mapping", lambda item: isinstance(item, dict))
-read_items = checked("a list", lambda item: isinstance(item, list))
-
-
-def optional(read):
-    """A reader that takes nothing (null, or no such member), too."""
-    return lambda value, base: None if value is None else read(value, base)
-
-
-def text_of(pattern):
-    """A reader of text of one form."""
-    return checked(f"text of the form {pattern}",
-                   lambda item: isinstance(item, str) and bool(re.fullmatch(pattern, item, re.ASCII)))
-
-
-def check_member(value, key, where, read):
-    """value[key] as a reader (or text of a pattern) takes it.
-
-    Raises ValueError of what was found and what is expected.
-    """
-    read = text_of(read) if isinstance(read, str) else read
-    try:
-        return read(value.get(key), "")
-    except ValueError as error:
-        found = make_printable(str(value.get(key)), 80)
-        raise ValueError(f"{where}{key}: found {found!r}, expected {error}") from None
-
-
-def parse_manifest(data, base_url):
-    """A state manifest's bytes to a Manifest; raises Refused naming the field (protocol 3.1)."""
-    try:
-        value = parse_json(data, "the state manifest")
-        if not isinstance(value, dict):
-            raise ValueError("the state manifest is not an object")
-        version = parse_version(value.get("manifestVersion"))
-        items = check_member(value, "deployments", "", read_items)
-        if len(items) > MAX_DEPLOYMENTS:
-            raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
-        entries, seen = [], set()
-        for index, item in enumerate(items):
-            where = f"deployments[{index}]."
-            entry = parse_manifest_entry(item, where, base_url)
-            if entry.deployment_id.lower() in seen:
-                raise ValueError(f"{where}deploymentId: {entry.deployment_id} occurs twice")
-            seen.add(entry.deployment_id.lower())
-            entries.append(entry)
-        digest, size = parse_manifest_bundle(value, entries, base_url)
-    except ValueError as error:
-        raise Refused(f"state manifest refused: {error}") from None
-    return Manifest(version, digest, size, entries)
-
-
-def parse_version(value):
-    """manifestVersion in full precision; raises ValueError (D-5)."""
-    # beyond, a float does not tell which number was written
-    if isinstance(value, float) and value.is_integer() and value < 2 ** 53:
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
-        raise ValueError(
-            f"manifestVersion: found {make_printable(repr(value), 40)},"
-            " expected a whole number from 1 to 2^64-1"
-        )
-    return value
-
-
-def parse_manifest_entry(item, where, base_url):
-    """One element of `deployments`; raises ValueError."""
-    if not isinstance(item, dict):
-        raise ValueError(f"{where[:-1]}: expected an object")
-    deployment_id = check_member(item, "deploymentId", where, UUID_PATTERN)
-    # another algorithm makes the manifest invalid (C-107)
-    digest = check_member(item, "digest", where, DIGEST_PATTERN)
-    check_artifact_url(item, where, base_url, f"/deployments/{deployment_id}/{digest}")
-    return ManifestEntry(deployment_id, digest, parse_advice(item))
-
-
-def parse_manifest_bundle(value, entries, base_url):
-    """(digest, size) of the bundle, (None, None) where nothing should run; raises ValueError (C-114)."""
-    if "bundle" not in value:
-        raise ValueError("bundle: missing (it is null where there are no deployments)")
-    bundle = check_member(value, "bundle", "", optional(read_dict))
-    if (bundle is None) != (not entries):
-        raise ValueError("bundle: is null if and only if there are no deployments")
-    if bundle is None:
-        return None, None
-    check_member(bundle, "mediaType", "bundle.", checked(BUNDLE_TYPE, lambda item: item == BUNDLE_TYPE))
-    digest = check_member(bundle, "digest", "bundle.", DIGEST_PATTERN)
-    check_artifact_url(bundle, "bundle.", base_url, f"/bundles/{digest}")
-    return digest, parse_advice(bundle)
-
-
-def parse_advice(item):
-    """sizeBytes where it is usable; it decides what is cheaper to fetch and nothing else (C-110)."""
-    size = item.get("sizeBytes")
-    return int(size) if is_number(size) and 0 <= size < 2 ** 53 else None
-
-
-def check_artifact_url(item, where, base_url, path):
-    """The `url` is only held against what id and digest say.
-
-    Nothing is ever fetched from it (C-058, protocol 2.1).
-    """
-    from urllib.parse import unquote, urljoin
-    url = check_member(item, "url", where, r"(?s).*")
-    absolute = urljoin(base_url, url)
-    if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
-        raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
-    if not unquote(absolute).lower().endswith(path.lower()) or ".." in unquote(url).split("/"):
-        raise ValueError(f"{where}url: {make_printable(url, 200)!r} does not end with {path}")
-
-
-def check_version(manifest, digest, accepted):
-    """Whether a manifest is new: True, or False for the very one that was accepted before.
-
-    Raises Refused (C-103, C-119).
-    """
-    if accepted is None or manifest.version > accepted["version"]:
-        return True
-    if manifest.version == accepted["version"] and digest == accepted["digest"]:
-        return False
-    same = manifest.version == accepted["version"]
-    relation = "the same version with other content" if same else "an older version"
-    raise Refused(
-        f"security: state manifest refused: version {manifest.version} is {relation}"
-        f" (accepted: {accepted['version']});"
-        " a replay, or a WFM restored from a backup: then unenroll and enroll again"
-    )
-
-
-# How documents of one generation differ; other generations add what reads them to DIALECTS. Such a function
-# takes the document (a mapping) and returns None, or (the document in rc.3's form, its Dialect); it may raise
-# ValueError.
-Dialect = define(
-    "Dialect",
-    "parse_package prefix addressed",
-    "What reads the package of a component (see parse_package), what stands before the pointers of a compose"
-    " component's parameters,"
-    " and whether metadata.deviceId has to be there.",
-)
-DIALECTS = []
-
-
-def parse_document(value):
-    """(an ApplicationDeployment in rc.3's form, its Dialect) of a YAML value; raises ValueError."""
-    if not isinstance(value, dict):
-        raise ValueError("the document is not a mapping")
-    for convert in DIALECTS:
-        found = convert(value)
-        if found:
-            return found
-    if "kind" in value or "apiVersion" in value:
-        raise ValueError("apiVersion and kind are of an older generation, which this agent was made without")
-    return value, Dialect(parse_package, "", True)
-
-
-def parse_package(properties, where, kind, schemes="oci"):
-    """(repository, revision, location of a key or None) of a component of type `kind`.
-
-    Raises ValueError (C-153).
-    """
-    repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
-    return repository, check_member(properties, "revision", where, REVISION_PATTERN), None
-
-
-def parse_deployment(data, deployment_id):
-    """An ApplicationDeployment's bytes to a Deployment.
-
-    Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
-
-    Unknown members and extensions are ignored wherever they stand (C-116); what is used is checked.
-    """
-    try:
-        value, dialect = parse_document(load_yaml(data))
-        own_id = check_member(value, "id", "", UUID_PATTERN)
-        if own_id.lower() != deployment_id.lower():
-            raise ValueError(f"id: found {own_id}, but the manifest names it {deployment_id}")      # C-115
-        metadata = check_member(value, "metadata", "", read_dict)
-        spec = check_member(value, "spec", "", read_dict)
-        check_member(spec, "applicationId", "spec.", r"[-a-z0-9]{1,200}")
-        profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
-        where = "spec.deploymentProfile."
-        constraints = check_member(profile, "deviceConstraints", where, optional(read_dict))
-        check_constraints(constraints or {}, f"{where}deviceConstraints.")
-        kind = profile.get("type")
-        if kind not in ("compose", "helm"):
-            raise ComponentError(
-                "UNSUPPORTED_TYPE",
-                f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs",
-            )
-        items = check_member(profile, "components", where, read_items)
-        if not items:
-            raise ValueError(f"{where}components: expected a list of at least one component")
-        components = [parse_component(item, f"{where}components[{index}].", kind, dialect)
-                      for index, item in enumerate(items)]
-        names = {component.name for component in components}
-        if len(names) != len(components):
-            raise ValueError(f"{where}components: a name occurs twice")
-        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "")
-        check_targets(parameters, names)
-        device_id = ""
-        if dialect.addressed or "deviceId" in metadata:
-            device_id = check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?")
-        return Deployment(
-            deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
-            check_member(metadata, "namespace", "metadata.", NAME_PATTERN), device_id, kind, components,
-            parameters, constraints,
-            {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
-    except ValueError as error:                     # a YAMLError is one
-        raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
-
-
-def make_outline(data, deployment_id):
-    """Of a document that is refused, what its status needs: a Deployment that holds the names only.
-
-    None where there are none.
-    """
-    try:
-        value = parse_document(load_yaml(data))[0]
-        holders = [value["metadata"], *value["spec"]["deploymentProfile"]["components"]]
-        name, *components = [make_printable(check_member(holder, "name", "", ".+")) for holder in holders]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return Deployment(deployment_id, name, "", "", "",
-                      [Component(item, "", "", True, 0) for item in components], [], None)
-
-
-def check_constraints(constraints, where):
-    """Raises ValueError for deviceConstraints that cannot be read (protocol 3.2)."""
-    capacity = check_member(constraints, "capacityRequirements", where, optional(read_dict)) or {}
-    check_member(constraints, "eligibilityRules", where, optional(read_items))
-    where += "capacityRequirements."
-    for key, units in (("memory", "Mi|Gi|Ki"), ("storage", "Mi|Gi|Ki|Ti|Pi|Ei")):
-        check_member(capacity, key, where, optional(text_of(f"[0-9]{{1,40}}({units})")))
-    if capacity.get("cpu") is not None:
-        cpu = capacity["cpu"] if isinstance(capacity["cpu"], dict) else {}
-        check_member(
-            cpu,
-            "cores",
-            f"{where}cpu.",
-            checked("a number", lambda item: get_kind(item) == "number" and item >= 0),
-        )
-        check_member(cpu, "architectures", f"{where}cpu.", optional(read_items))
-
-
-def parse_component(item, where, kind, dialect):
-    """One element of `components` of a deployment of type `kind`; raises ValueError."""
-    if not isinstance(item, dict):
-        raise ValueError(f"{where[:-1]}: expected a mapping")
-    name = check_member(item, "name", where, COMPONENT_PATTERN)
-    properties = check_member(item, "properties", where, read_dict)
-    where += "properties."
-    repository, revision, key_location = dialect.parse_package(properties, where, kind)
-    wait = properties.get("wait", True)
-    wait = wait.lower() if isinstance(wait, str) else wait
-    wait = check_member({"wait": wait}, "wait", where, read_flag)
-    timeout = COMPONENT_TIMEOUT
-    if properties.get("timeout") is not None:
-        minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
-        timeout = min(60 * int(minutes) + int(seconds), MAX_TIMEOUT)
-    return Component(name, repository, revision, wait, timeout, find_extensions(item), key_location)
-
-
-def find_extensions(value):
-    """The specification extensions of a mapping, for hooks alone.
-
-    What JSON has no words for is left out: none ever fails (C-116).
-    """
-    found = {}
-    for key, item in value.items():
-        if isinstance(key, str) and re.fullmatch(EXTENSION_PATTERN, key) and isinstance(item, dict):
-            try:
-                make_json(item)
-            except (TypeError, ValueError):
-                continue
-            found[key] = item
-    return found
-
-
-def parse_parameters(spec, prefix=""):
-    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers.
-
-    Raises ValueError.
-    """
-    parameters = []
-    for name, item in (check_member(spec, "parameters", "spec.", optional(read_dict)) or {}).items():
-        where = f"spec.parameters.{make_printable(str(name), 80)}"
-        item = item if isinstance(item, dict) else {}
-        targets, value = check_member(item, "targets", f"{where}.", read_items), item.get("value")
-        if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
-        if value is None and "valueFrom" in item:
-            raise ComponentError(
-                "PARAMETER_INVALID",
-                f"{where}: valueFrom is a draft that this agent does not follow, and there is"
-                " no value to fall back on",
-            )
-        reached = []
-        for target in targets:
-            target = target if isinstance(target, dict) else {}
-            pointer = check_member(target, "pointer", f"{where}.targets: ", r"(?s).*")
-            pointer = pointer[len(prefix):] if pointer.startswith(prefix) else pointer
-            reached.append((pointer, check_member(target, "components", f"{where}.targets: ", read_items)))
-        parameters.append(Parameter(str(name), value, reached))
-    return parameters
-
-
-def check_targets(parameters, names):
-    """Raises ValueError for a parameter that reaches no component there is.
-
-    Further targets may be those of another profile.
-    """
-    for parameter in parameters:
-        named = [str(name) for _, components in parameter.targets for name in components]
-        if named and not names.intersection(named):
-            raise ValueError(
-                f"spec.parameters.{make_printable(parameter.name, 80)}.targets:"
-                f" {make_printable(named[0], 80)!r} is not"
-                f" among the components {', '.join(sorted(names))}"
-            )
-
-
-def parse_bundle(data, entries, max_unpacked):
-    """A bundle's bytes to {digest: bytes}.
-
-    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
-
-    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name
-    of its own.
-    """
-    wanted, documents = {entry.digest for entry in entries}, {}
-    try:
-        plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
-    except ValueError as error:
-        raise Refused(f"bundle refused: {error}") from None
-    for member in members:
-        name = make_printable(member.name, 100)
-        if member.isdir() and member.name in (".", "./"):
-            continue
-        if not member.isfile() or member.issparse():
-            raise Refused(f"bundle refused: {name} is not a regular file")
-        content = plain[member.offset_data:member.offset_data + member.size]
-        digest = sha256_digest(content)
-        if digest not in wanted:
-            raise Refused(f"bundle refused: {name} has digest {digest}, which the manifest does not name")
-        documents[digest] = content
-    missing = wanted - set(documents)
-    if missing:
-        raise Refused(
-            f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}"
-        )
-    return documents
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 12. Desired-state source
-# ------------------------------------------------------------------------------------------------------------------------------
-
-def check_digest(data, digest, what):
-    """Raises Refused unless the bytes have the digest."""
-    found = sha256_digest(data)
-    if found != digest:
-        raise Refused(f"{what}: digest mismatch, the manifest says {digest}, the content has {found}")
-
-
-def is_bundle_cheaper(manifest, missing):
-    """Whether one bundle costs less than the missing documents one by one.
-
-    A request of its own costs a TLS connection, which is worth about 6 KiB on the wire and two more round
-    trips.  Documents compress about four to one in a bundle; where the manifest does not say sizes, more than
-    three missing documents are taken as the point.
-    """
-    sizes = [entry.size for entry in missing]
-    if len(missing) < 2 or None in sizes or manifest.bundle_size is None:
-        return len(missing) > 3
-    return manifest.bundle_size + 6 * KIB < sum(sizes) + 6 * KIB * len(missing)
-
-
-class HttpSource:
-    """Base of the sources over HTTP.  A subclass gives `ask` (how to send a request) and `root` (the path
-    prefix).
-
-    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in
-    the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
-    """
-
-    root = "/api/v1"
-
-    def __init__(self, config):
-        self.config, self.url = config, config.wfm.url
-
-    def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
-        """One request to the WFM; raises what check_response raises."""
-        body = None
-        headers = dict(headers or {})
-        path = self.root + path
-        if document is not None:
-            body = make_json(document)
-            headers["Content-Type"] = JSON_TYPE
-        now = time.time()
-        response = self.ask(method, self.url + path, headers, body, limit)
-        return check_response(response, f"{method} {path}", accepted, now)
-
-    def fetch_manifest(self, etag):
-        """The answer to a request for the state manifest; 304 where it still has the ETag."""
-        headers = {"Accept": MANIFEST_TYPE}
-        accepted = (200,)  # C-100
-        if etag:
-            headers["If-None-Match"] = etag                                             # C-101
-            accepted = (200, 304)
-        return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
-
-    def fetch_desired(self, accepted, load_artifact):
-        """None where nothing changed, else a Desired whose every byte is verified; raises what `send` raises,
-        and Refused.
-
-        accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
-        hand.
-        """
-        incomplete = bool(accepted and accepted.get("incomplete"))  # a document was lost here (D-9)
-        response = self.fetch_manifest(accepted.get("etag") if accepted and not incomplete else None)
-        if response.status == 304:                                                  # C-102
-            return None
-        digest = sha256_digest(response.body)
-        etag = response.headers.get("ETag")
-        manifest = parse_manifest(response.body, self.config.wfm.url)
-        if etag and etag != f'"{digest}"':                                          # C-118
-            log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
-                digest=digest)
-        if not check_version(manifest, digest, accepted) and not incomplete:
-            accepted["etag"] = etag  # the last one (C-101), so that the next poll may be answered by 304
-            return None
-        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
-        documents = self.fetch_documents(manifest, known)
-        return Desired(manifest.version, etag, digest, manifest.entries, documents)
-
-    def fetch_documents(self, manifest, known):
-        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106)."""
-        missing = [entry for entry in manifest.entries if entry.digest not in known]
-        policy = self.config.policy
-        if is_bundle_cheaper(manifest, missing):
-            try:
-                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,),
-                                     limit=policy.max_artifact)
-            except Refused as error:
-                if error.code not in ("invalid-bundle", "HTTP 404"):
-                    raise
-                log("info", "the bundle cannot be had, documents are fetched one by one",
-                    reason=error.message)
-            else:
-                check_digest(response.body, manifest.bundle_digest, "bundle")
-                documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
-                return {entry.digest: documents[entry.digest] for entry in missing}
-        documents, left = {}, policy.max_unpacked
-        for entry in missing:
-            documents[entry.digest] = self.fetch_document(entry)
-            left -= len(documents[entry.digest])
-            if left < 0:
-                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
-                              " together")
-        return documents
-
-    def fetch_document(self, entry):
-        """One ApplicationDeployment's bytes, verified."""
-        path = f"/deployments/{entry.deployment_id}/{entry.digest}"
-        limit = self.config.policy.max_document
-        response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=limit)
-        check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
-        return response.body
-
-    def post_status(self, deployment_id, document):
-        """Reports a deployment's status."""
-        self.send("POST", f"/deployments/{deployment_id}/status", SUCCESS, document=document)
-
-
-class MtlsSource(HttpSource):
-    """Management Interface 1.0.0-rc.3: mutual TLS; the SVID is all that says who asks (C-020)."""
-
-    def __init__(self, config, identity, bundle):
-        super().__init__(config)
-        self.identity = identity
-        self.client_id = identity.spiffe_id.text
-        self.peer = identity.wfm_spiffe_id.text
-        self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
-        self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
-        self.chain = []                             # what the WFM presented last (DER), leaf first
-
-    def ask(self, method, url, headers, body, limit):
-        """One request, sent once the peer is known to be our WFM."""
-        return request(method, url, headers, body, self.context, self.config.wfm.timeout, limit,
-                       self.check_peer)
-
-    def check_peer(self, chain):
-        """Raises Untrusted unless the peer is our WFM, and no companion has anything against it."""
-        now = time.time()
-        leaf = check_wfm(chain[0], self.identity, now)
-        for judge in self.judges:
-            judge(leaf, now)
-        self.chain = chain
-
-    def put_capabilities(self, device_id, document):
-        """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
-
-    def delete_capabilities(self, device_id):
-        """Deregisters a device; one that the WFM does not know is deregistered already."""
-        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
-
-
-class Profile:
-    """How one word of wfm.profile is served; PROFILES has the class of each.  Beside what is here a class has
-
-    connect(keep=True): the source of the desired state, and the sink of reports; keep: it
-    stores what it learns.
-    describe(now): what `status` says of the own identity, {id, notAfter, warning}; never raises.
-    check(now): what `doctor` says of it, (ok or warn, words).
-    identify(): who the client is for as long as it serves one WFM, without state or network. All but
-    `describe` raise Untrusted, connect also Unreachable.
-    """
-
-    settings = ()                                   # what the configuration has to say for it
-    https = True                                    # whether wfm.url has to be one of https
-
-    def __init__(self, config, store, state):
-        self.config, self.store, self.state = config, store, state
-        self.identity = None                        # the own certificate, once the WFM is connected by it
-
-    @classmethod
-    def check_settings(cls, config, suffix=""):
-        """What is wrong with a configuration for this profile: [(whether it is wrong, key, words)]."""
-        url = config.wfm.url
-        words = f"not set, and needed for profile {config.wfm.profile}{suffix}"
-        values = {key: config[key.split(".")[0]][key.split(".")[1]] for key in cls.settings}
-        return [(value is None, key, words) for key, value in values.items()] + [
-            (cls.https and not suffix and url and not url.startswith("https://"),
-             "wfm.url", f"found {make_printable(url or '', 60)!r}, expected an absolute https URL")]
-
-    @staticmethod
-    def takes_children(config):
-        """Whether the protocol knows the child devices of a gateway."""
-        return False
-
-
-class Mtls(Profile):
-    """Profile mtls: an X.509-SVID, and a trust bundle that says who the WFM is."""
-
-    settings = ("wfm.url", "identity.certificate", "identity.key")
-
-    @classmethod
-    def check_settings(cls, config, suffix=""):
-        settings = config.identity
-        return super().check_settings(config, suffix) + [
-            (not settings.trust_bundle and not settings.discovery,
-             "identity.trust_bundle",
-             "not set, and no identity.discovery either; one of them says whom to trust"),
-            (settings.key and is_uri(settings.key),
-             "identity.key", "found a URI, expected a file; only profile signed has openssl use the key")]
-
-    @staticmethod
-    def takes_children(config):
-        return True
-
-    def connect(self, keep=True, client_id=None):
-        """See Profile; client_id: as whom this device is enrolled, where that is not its SPIFFE ID."""
-        config = self.config
-        store = self.store
-        state = self.state
-        now = time.time()
-        identity = self.identity = load_identity(config)
-        check_enrollment(state, client_id or identity.spiffe_id.text)
-        check_own(identity.leaf, config, now)
-        warn_of_expiry(identity.leaf, store, now)
-        bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-        judge_own_chain(config, identity, bundle, store, state, keep)
-        return self.open_source(identity, bundle, keep)
-
-    def open_source(self, identity, bundle, keep):
-        """The MtlsSource of an Identity, with what companions have to say."""
-        source = MtlsSource(self.config, identity, bundle)
-        for companion in COMPANIONS.values():
-            if companion.judge:
-                source.judges.append(companion.judge(self.config, self.store, self.state, source, keep))
-        return source
-
-    def describe(self, now):
-        state = self.state
-        known_id = (state["enrollment"] or {}).get("id", "")
-        found = describe_own(self.config, load_identity, known_id, now)
-        warnings = [found["warning"]]
-        if found["notAfter"]:
-            warnings.insert(0, load_flaw(self.store, state, load_identity(self.config).leaf))
-        warnings += [item.remark(state, now) for item in COMPANIONS.values() if item.remark]
-        return dict(found, warning="; ".join(filter(None, warnings)))
-
-    def check(self, now):
-        own = load_identity(self.config)
-        check_own(own.leaf, self.config, now)
-        load_wfm_context(own, [own.leaf.der], self.config.wfm.min_tls)
-        return judge_own(own.leaf, own.spiffe_id.text, self.config, now)
-
-    def identify(self):
-        """The SPIFFE ID, also of a certificate that has expired."""
-        return (self.identity or load_identity(self.config)).spiffe_id.text
-
-
-def make_owner(identity, device_id):
-    """What an agent's workloads are labelled with: its identity as a client, without any login, and the
-    device id.
-    """
-    return re.sub(r"(?<=//)[^/]*@", "", identity) + "#" + device_id
-
-
-PROFILES["mtls"] = Mtls
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 13. Eligibility
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# 10. Eligibility
+# ----------------------------------------------------------------------------------------------------------
 
 def check_eligibility(constraints, capabilities):
     """Raises ComponentError INSUFFICIENT_CAPACITY or NOT_ELIGIBLE where a device does not meet
@@ -4216,12 +3022,281 @@ def is_contained(expressions, value, combine):
                for item in value)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# 14. Plan
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# 11. Capabilities
+# ----------------------------------------------------------------------------------------------------------
 
-# What `plan` calls a verb, where not by its own name.
-PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}
+VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy",
+                      "bond", "vlan", "vxlan", "flannel")
+
+
+def read_fact(*path):
+    """The text of a small file of /proc or /sys, "" where there is none."""
+    try:
+        with open(os.path.join(*path), "rb") as file:
+            return file.read(65536).decode("utf-8", "replace").strip("\0 \t\r\n")
+    except OSError:
+        return ""
+
+
+def list_names(*path):
+    """The names in a folder of /sys, [] where there is none."""
+    try:
+        return sorted(os.listdir(os.path.join(*path)))
+    except OSError:
+        return []
+
+
+def detect_properties(state_dir, root="/"):
+    """What the running system says of itself, in rc.3's property names.
+
+    Values that the device keeps from one poll to the next.
+    """
+    cpu = {"cores": len(os.sched_getaffinity(0))}
+    if os.uname().machine in ARCHITECTURES:
+        cpu["architecture"] = ARCHITECTURES[os.uname().machine]
+    memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
+    disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
+    return {
+        "vendor": detect_text(root, "sys_vendor", None) or "unknown",
+        "modelNumber": detect_text(root, "product_name", "model") or "unknown",
+        "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown", "cpus": [cpu],
+        "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
+        "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
+        "peripherals": detect_peripherals(root),
+        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
+
+
+def detect_text(root, dmi, tree):
+    """One fact from the firmware: DMI on a PC, the device tree elsewhere.
+
+    Placeholders of careless makers count as nothing.
+    """
+    text = read_fact(root, "sys/class/dmi/id", dmi)
+    if not text and tree:
+        text = read_fact(root, "proc/device-tree", tree)
+    placeholder = r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?"
+    return "" if re.fullmatch(placeholder, text) else make_printable(text, 120)
+
+
+def detect_interfaces(root):
+    """The kinds of interface there are.
+
+    What comes and goes with containers is left out, so that the document does not change with them.
+    """
+    kinds = set()
+    for name in list_names(root, "sys/class/net"):
+        folder = os.path.join(root, "sys/class/net", name)
+        if os.path.isdir(os.path.join(folder, "wireless")) or os.path.isdir(os.path.join(folder, "phy80211")):
+            kinds.add("wifi")
+        elif name.startswith("wwan") or "DEVTYPE=wwan" in read_fact(folder, "uevent"):
+            kinds.add("cellular")
+        elif read_fact(folder, "type") == "280":
+            kinds.add("canbus")
+        elif (
+            read_fact(folder, "type") == "1"
+            and not name.startswith(VIRTUAL_INTERFACES)
+            and not os.path.isdir(os.path.join(folder, "bridge"))
+        ):
+            kinds.add("ethernet")
+    for kind, path in (("bluetooth", "sys/class/bluetooth"), ("usb", "sys/bus/usb/devices")):
+        if list_names(root, path):
+            kinds.add(kind)
+    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0")
+           for name in list_names(root, "sys/class/tty")):
+        kinds.add("rs232")
+    return kinds
+
+
+def detect_peripherals(root):
+    """Graphics, displays, cameras and sound as /sys shows them."""
+    found = []
+    cards = list_names(root, "sys/class/drm")
+    if any(re.fullmatch(r"card[0-9]+", name) for name in cards):
+        found.append({"type": "gpu"})
+    if any(read_fact(root, "sys/class/drm", name, "status") == "connected" for name in cards):
+        found.append({"type": "display"})
+    cameras = {read_fact(root, "sys/class/video4linux", name, "name")
+               for name in list_names(root, "sys/class/video4linux")}
+    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {}))
+              for model in sorted(cameras)]
+    sound = list_names(root, "sys/class/sound")
+    for kind, end in (("microphone", "c"), ("speaker", "p")):
+        if any(re.fullmatch(rf"pcmC[0-9]+D[0-9]+{end}", name) for name in sound):
+            found.append({"type": kind})
+    return found
+
+
+def get_device_id(device, root="/"):
+    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved
+    characters (C-086).
+    """
+    if device.id:
+        return device.id
+    found = device.serialNumber or detect_text(root, "product_serial", "serial-number")
+    found = found or read_fact(root, "etc/machine-id")
+    name = re.sub(r"[^A-Za-z0-9._~-]+", "-", found).strip("-.")
+    if not name:
+        raise ConfigError(
+            "device.id: not set, and this hardware has no serial number or machine id to take instead"
+        )
+    return name
+
+
+HOSTING_PROPERTIES = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollector", "supportedRuntimes",
+                      "supportedDeploymentTypes")
+
+
+def make_capabilities(detected, device, device_id, deployment_types):
+    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says
+    (C-085).
+
+    A device on which nothing runs workloads says nothing of hosting (C-084).
+    """
+    properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types),
+                      otelCollector=True)
+    properties.update({key: device[key] for key in ("vendor", "modelNumber", "serialNumber") if device[key]})
+    properties.update(device.properties)
+    if not deployment_types:
+        properties = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
+    properties["id"] = device_id
+    extensions = [name for name in properties if name.startswith("x-")]
+    # they stand at the root (protocol 3.5)
+    document = {name: properties.pop(name) for name in extensions}
+    document["properties"] = properties
+    if device.labels:
+        document["labels"] = dict(device.labels)
+    return document
+
+
+def report_devices(documents, source, store, state, always):
+    """PUTs what changed of {device id: capabilities document}, a gateway's own first; DELETEs that of a device that has
+    gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and saves state["enrollment"].
+    """
+    for device_id in documents:
+        report_device(device_id, documents, source, store, state, always)
+    devices = state["enrollment"]["devices"]
+    for device_id in sorted(set(devices) - set(documents), reverse=True):
+        try:
+            source.delete_capabilities(device_id)
+            log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
+        except Refused as error:
+            log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
+            if error.status < 400:
+                continue                            # nobody judged that: it is asked for again
+        devices.pop(device_id)
+        store.save_state(state)
+
+
+def report_device(device_id, documents, source, store, state, always, again=True):
+    """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
+    enrolled, own_id = state["enrollment"], next(iter(documents))
+    digest = sha256_digest(make_json(documents[device_id]))
+    devices = enrolled["devices"] if enrolled else {}
+    if devices.get(device_id) == digest and not always:
+        return
+    try:
+        source.put_capabilities(device_id, documents[device_id])
+        log("info", "capabilities reported", device=device_id)
+    except Refused as error:
+        if not enrolled:
+            raise
+        if again and device_id != own_id and error.code in ("gateway-not-found", "HTTP 404"):
+            report_device(own_id, documents, source, store, state, True)
+            report_device(device_id, documents, source, store, state, True, again=False)
+            return
+        log("error", "the WFM refuses the capabilities", device=device_id, reason=error.message)
+        if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
+            return                                  # no verdict on the document: it is sent again (C-082)
+    # What was refused is noted, too: it is not sent again unchanged.
+    state["enrollment"] = {"id": source.client_id, "devices": dict(devices, **{device_id: digest})}
+    store.save_state(state)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 12. Drivers
+# ----------------------------------------------------------------------------------------------------------
+
+def make_drivers(config, child=None, others=(), claim=None):
+    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
+
+    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
+    host, stop; no other section knows what it drives.
+    """
+    drivers = {"compose": make_compose_driver(config, child=child, others=others, claim=claim),
+               "helm": make_helm_driver(config, os.environ, child, claim)}
+    return {kind: driver for kind, driver in drivers.items() if driver}
+
+
+def find_nothing():
+    """The look at a child device that cannot be reached from here."""
+    raise CommandError("the engine's command that its connection needs is not installed here")
+
+
+def list_looks(drivers, records):
+    """{deployment type: function that looks} of what has to be asked on one device.
+
+    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a deployment needs one.
+    """
+    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
+    return {kind: lambda kind=kind: drivers[kind].observe(known[kind]) for kind in drivers if kind == "compose" or known[kind]}
+
+
+def try_look(function):
+    """What it returns, or the CommandError that it raises."""
+    try:
+        return function()
+    except CommandError as error:
+        return error
+
+
+def observe_devices(devices, records):
+    """{device id: Seen}: all engines are asked at once, and each is waited for up to its own limit.
+
+    records: those of all deployments that are there, or will be.
+    """
+    looks, seen = [], {device.device_id: Seen([], {}) for device in devices}
+    for device in devices:
+        found = list_looks(device.drivers, records)
+        if device.silence and not device.drivers:
+            found = dict.fromkeys(("compose", "helm"), find_nothing)
+        looks += [(device.device_id, kind, function) for kind, function in found.items()]
+    functions = [function for _, _, function in looks]
+    if len(looks) < 2:
+        answers = list(map(try_look, functions))
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(LOOKS) as pool:
+            answers = list(pool.map(try_look, functions))
+    for (device_id, kind, _), answer in zip(looks, answers):
+        if isinstance(answer, CommandError):
+            seen[device_id].silent[kind] = answer
+        else:
+            seen[device_id].containers.extend(answer)
+    return seen
+
+
+def ask_others(answering, known=None):
+    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown.
+
+    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not asked again.
+    """
+    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
+    for device_id, drivers in answering.items():
+        for kind, driver in drivers.items():
+            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
+            if isinstance(found, CommandError):
+                log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
+                continue
+            for item in found:
+                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
+                                   "deploymentId": item.deployment_id}
+    return list(others.values())
+
+
+def observe_all(drivers, record):
+    """Every container of ours on one device, as far as a deployment may have some there; raises CommandError where something does not answer."""
+    return [container for function in list_looks(drivers, [record]).values() for container in function()]
 
 
 def find_kinds(record, target=None):
@@ -4232,1975 +3307,275 @@ def find_kinds(record, target=None):
     return kinds | ({target.deployment.type} if target and target.deployment else set())
 
 
-def needs_document(entry, record):
-    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that
-    revision.
+# ----------------------------------------------------------------------------------------------------------
+# 13. Helm
+# ----------------------------------------------------------------------------------------------------------
+
+Release = define("Release", "deployment_id component name namespace chart values values_file wait content",
+    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all that makes it what it is.")
+RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
+
+
+def make_owner_value(owner):
+    """An owner as the value of a Kubernetes label, which has room for 63 letters and digits."""
+    return sha256_digest(owner.encode())[7:47]
+
+
+def parse_releases(data, records, owner=""):
+    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.  Raises CommandError."""
+    names = {make_release_name(component["name"], record["deploymentId"]): (record["deploymentId"], component["name"])
+             for record in records for component in record["components"]}
+    containers = []
+    try:
+        for item in parse_json(data, "helm list") or ():
+            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
+            if not match and item["name"] not in names:
+                continue                            # somebody else's, whatever its labels say
+            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
+            containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
+                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm",
+                                        owner=owner))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CommandError(f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
+    return containers
+
+
+def list_texts(value):
+    """Every scalar below a value as text."""
+    if isinstance(value, (dict, list)):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in list_texts(item)]
+    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
+
+
+def make_helm_driver(config, environ, child=None, claim=None):
+    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything.
+
+    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for make_compose_driver.
     """
-    if record is None or record["adopted"]["digest"] != entry.digest or record["refused"]:
-        return True
-    return record["state"] not in ("installed", "failed")
-
-
-def make_share(device, targets, records, silent):
-    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be
-    seen now.
-
-    silent: {deployment type: CommandError} of what does not answer there.
-    """
-    wanted = {target.deployment_id.lower(): target for target in targets}
-    unseen = {}
-    for key in {**records, **wanted}:
-        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
-            unseen[key] = silent[kind]
-    return Share(device, targets, records, unseen)
-
-
-def make_actions(shares, records, containers, clock, settle=0, mark=""):
-    """[Action] for all devices, in order: removals first.
-
-    records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a
-    device where it is not at home any more is cleared once it runs where it belongs, or when it is about to.
-    """
-    homes = {target.deployment_id.lower(): "" if target.error else target.device_id
-             for share in shares for target in share.targets}
-    actions, strays = [], []
-    placed = set()              # what runs where it belongs, or is about to
-    for share in shares:
-        device_id = share.device.device_id
-        placed.update(key for key, record in share.records.items() if record["state"] == "installed")
-        there = containers[device_id]
-        for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
-            action = hold_back(action, share)._replace(device_id=device_id)
-            key = action.deployment_id.lower()
-            record = records.get(key)
-            if action.verb == "remove" and (key in homes or record and key not in share.records):
-                strays.append(action._replace(verb="clear"))
-                continue
-            if action.verb == "install" and record and record["running"] and record["deviceId"] != device_id:
-                action = action._replace(reason=f"moves here from {record['deviceId']}")
-            if action.verb in ("install", "update"):
-                placed.add(key)
-            actions.append(action)
-    for stray in strays:
-        key = stray.deployment_id.lower()
-        if key not in homes:
-            actions.append(stray)
-        elif homes[key] and key in placed:
-            actions.append(stray._replace(reason=f"belongs on {homes[key]}"))
-    return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
-
-
-def hold_back(action, share):
-    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
-
-    It waits where this device itself does not answer; what the WFM is told of another one is the device's
-    `silence`.
-    """
-    key = action.deployment_id.lower()
-    silence = share.device.silence
-    fault = share.unseen.get(key)
-    if not fault or action.verb in ("keep", "refuse"):
-        return action
-    if not silence:
-        return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
-    target = action.target
-    if not target:
-        adopted = share.records[key]["adopted"]
-        target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
-    reason = f"{silence.code}: {silence.message}"
-    return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
-
-
-def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
-    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own
-    order.
-
-    targets: [Target], deployment and error both None where needs_document said so.  records: those of the
-    state's `deployments` that are at home here.  containers: [Container] as observed.  clock: a Clock.
-    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: ids in lower case of
-    deployments of which not everything could be observed (then nothing is taken for drift).
-    """
-    wanted = {target.deployment_id.lower() for target in targets}
-    seen = {}
-    for container in containers:
-        seen.setdefault(container.deployment_id.lower(), []).append(container)
-    orphans = {key: items[-1].deployment_id for key, items in seen.items()}
-    orphans.update((key, record["deploymentId"]) for key, record in records.items()
-                   if record["state"] != "removed")
-    plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans)
-            if key not in wanted]
-    for target in targets:
-        key = target.deployment_id.lower()
-        there = None if key in unseen else seen.get(key, [])
-        plan.append(make_action(target, records.get(key), there, clock, settle, mark)._replace(target=target))
-    return plan
-
-
-def make_action(target, record, containers, clock, settle, mark):
-    """The Action for one deployment that is wanted; containers: its own."""
-    def act(verb, reason, culprit=None):
-        return Action(target.deployment_id, verb, reason, culprit=culprit)
-
-    same = record and record["adopted"]["digest"] == target.digest
-    retry = find_wait(record["retry"], clock) if record else 0
-    pause = find_wait(record["repair"], clock) if record else 0
-    if same and record["state"] == "failed" and record["fallback"] and not pause and (target.error or retry):
-        words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
-        if words:
-            return act("restore", f"drift: {words}; the version before is brought back")
-    if target.error:
-        return act("refuse", f"{target.error.code}: {target.error.message}")
-    if record is None:
-        return act("install", "new")
-    change = "update" if record["running"] else "install"
-    if not same:
-        return act(change, "another revision")
-    if record["refused"]:
-        return act(change, "was refused before, and can be carried out now")
-    if record["state"] == "failed" and retry:
-        due = make_time(clock.now + retry)
-        return act("keep", f"failed ({record['error']['code']}); next attempt at {due}")
-    if record["state"] == "failed":
-        return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
-    if record["state"] in ("pending", "removed") and not record["running"]:
-        return act("install", "new")
-    if record["state"] != "installed":
-        return act(change, f"was interrupted while {record['state']}")
-    services = {item["name"]: item["services"] for item in record["components"]}
-    culprit, words = find_drift(services, containers, clock.now, settle)
-    if words and pause:
-        words += f" although it was repaired {record['repair']['failures']} times"
-        return act("give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit)
-    if not words and record["type"] == "compose" and record["running"].get("mark", mark) != mark:
-        return act("update", "runtime.environment has changed")
-    return act("update", f"drift: {words}") if words else act("keep", "as desired")
-
-
-def make_mark(environment):
-    """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
-    return sha256_digest(make_json(environment))[7:23] if environment else ""
-
-
-def find_drift(services, containers, now, settle):
-    """((component, service), words) for what differs between what was installed and its containers, or ("",
-    "") (P-12, D-23).
-
-    services: {component: {service: facts}}; containers: those of this deployment, or None.
-    """
-    if containers is None:
-        return "", ""
-    seen = {}
-    for container in containers:
-        seen.setdefault((container.component, container.service), []).append(container)
-    for component, items in services.items():
-        for service, facts in items.items():
-            words = judge_containers(seen.pop((component, service), []), facts, now, settle)
-            if words:
-                return (component, service), f"{component}/{service} {words}"
-    return (min(seen), f"{'/'.join(min(seen))} does not belong to it") if seen else ("", "")
-
-
-def judge_containers(found, facts, now, settle):
-    """What is wrong with the containers found for a service, in words, or "".  facts: what `apply` returned
-    for it.
-    """
-    if len(found) > 1:
-        return f"has {len(found)} containers"
-    if not found:
-        return "" if facts["finished"] else "has no container"
-    container = found[0]
-    if container.hash != facts["hash"] or container.id != facts.get("id", container.id):
-        return "is not the container that was made for it"
-    if facts["finished"]:
-        return ""
-    if container.state != "running":
-        return f"is {container.state}"
-    restarted = abs(container.started - facts.get("started", container.started)) > 2        # docker rounds it
-    return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
-
-
-def make_groups(actions, records):
-    """Actions in the order in which they are carried out, as [[Action]]; those of one group are made ready
-    before any is done.
-
-    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group,
-    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
-    the step that it moves by.
-    """
-    moving = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
-    first, updates, new = [], [], []
-    for action in actions:
-        record = records.get(action.deployment_id.lower())
-        if action.verb not in ("install", "update"):
-            first += [] if action.verb == "clear" and action.deployment_id.lower() in moving else [[action]]
-        elif not record or not record["running"]:
-            new.append([action])
-        elif record["running"]["digest"] == action.target.digest and record["deviceId"] == action.device_id:
-            first.append([action])
-        else:
-            updates.append(action)
-    return first + [updates] + new
-
-
-def find_held_ports(record):
-    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold,
-    as far as known.
-    """
-    services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
-    if record["fallback"] and "services" in (record["running"] or ()):
-        services = record["running"]["services"].values()       # the version before runs still
-    facts = [facts for item in services for facts in item.values()]
-    running = [item for item in facts if not item["finished"]]
-    return {(record["deviceId"], *port) for item in running for port in item.get("ports", ())}
-
-
-def find_clash(takes, holds):
-    """A port among those of `takes` that one of `holds` keeps from being taken, or None; the address "" is
-    every one.
-    """
-    for port in sorted(takes):
-        for device_id, address, *rest in holds:
-            meets = address == port[1] or "" in (address, port[1])
-            if meets and (device_id, *rest) == (port[0], *port[2:]):
-                return port
-    return None
-
-
-def find_turn(waiting, held):
-    """Which of the deployments that are ready to be changed goes on now, and how: (id, verb, words).
-
-    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs:
-    `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
-    ports first, because each waits for another one.
-    """
-    blocking = []
-    for key, (takes, _) in waiting.items():
-        rivals = [(other, ports, ports) for other, ports in held.items()]
-        rivals += [(other, holds, keeps) for other, (keeps, holds) in waiting.items() if other != key]
-        blocked = False
-        for other, holds, keeps in rivals:
-            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
-            if port:
-                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
-                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
-            if find_clash(takes, holds):
-                blocking.append(other)
-                blocked = True
-        if not blocked:
-            return key, "go", ""
-    return blocking[0], "stop", ""
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 15. Packages
-# ------------------------------------------------------------------------------------------------------------------------------
-
-COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
-COMPOSE_LAYER = "application/vnd.org.margo.component.compose.tar+gzip"
-CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
-CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
-OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
-                 "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
-MAX_ENTRIES = 10000                                 # files in one archive
-
-
-Reference = define("Reference", "host name tag",
-    "Where a component's package lies: registry host[:port], repository name, tag.")
-Entry = define(
-    "Entry",
-    "path kind mode link offset size",
-    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link"
-    " target, place of its bytes.",
-)
-
-
-def parse_reference(repository, revision):
-    """`oci://host[:port]/name` and a tag to a Reference; raises ComponentError (C-153)."""
-    part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
-    match = re.fullmatch(rf"oci://({REGISTRY_PATTERN})/({part}(?:/{part})*)", repository)
-    port = match and re.search(r":([0-9]+)\Z", match.group(1))
-    if (
-        not match
-        or port
-        and int(port.group(1)) > 65535
-        or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision)
-    ):
-        raise ComponentError(
-            "INVALID_DEPLOYMENT",
-            f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference",
-        )
-    return Reference(match.group(1), match.group(2), revision)
-
-
-def parse_challenge(header):
-    """`WWW-Authenticate` to [(scheme in lower case, {parameter: value})] (RFC 9110, 11.6.1)."""
-    from urllib.request import parse_http_list
-    challenges = []
-    for item in parse_http_list(header or ""):
-        scheme, parameter = re.fullmatch(r"(?s)(?:([A-Za-z]+)(?:\s+|\Z)(?!=))?(.*)", item).groups()
-        if scheme:
-            challenges.append((scheme.lower(), {}))
-        name, equals, value = parameter.partition("=")
-        if challenges and equals:
-            challenges[-1][1][name.strip().lower()] = value[1:-1] if value[:1] == '"' else value
-    return challenges
-
-
-def load_credentials(host, settings):
-    """Authorization of a registry by user name and password; None where none are configured."""
-    if not settings.username or not settings.password_file:
+    setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
+    if child and "KUBECONFIG" not in child[1]:
         return None
-    secret = load_secret(f"registries.{host}.password_file", settings.password_file,
-                         lambda words: ComponentError("PULL_UNAUTHORIZED", words))
-    return make_authorization(secret, settings.username.encode())
+    if child:
+        environ = make_child_environment(environ, child[1])
+        setting, path = "auto" if setting == "off" else setting, environ["KUBECONFIG"]
+    path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", os.path.join(environ.get("HOME") or "/root", ".kube/config"))), None)
+    if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
+        return None
+    environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
+    environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
+    return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
 
 
-class Registry:
-    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never
-    leave their host).
+def make_values(deployment, component):
+    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
+
+    A later parameter for the same place wins.
     """
-
-    def __init__(self, host, config):
-        self.host, self.timeout = host, config.wfm.timeout
-        self.settings = config.registries.get(host) or make_settings({}, REGISTRY_SCHEMA, "", "", [])
-        self.scheme = "http" if self.settings.insecure else "https"
-        self.authorization = None
-        # made when TLS is first needed: the system's store takes its time
-        self.context = None
-
-    def get(self, name, path, accept, limit):
-        """GET below /v2/<name>/, with authentication where asked for and redirects followed.
-
-        A Response with status 200.
-
-        Raises ComponentError: PULL_UNAUTHORIZED, PULL_FAILED.
-        """
-        url = f"{self.scheme}://{self.host}/v2/{name}/{path}"
-        for attempt in range(2):
-            response = self.fetch(url, accept, limit)
-            if response.status != 401 or attempt:
-                break
-            self.authorization = self.authenticate(
-                parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name
-            )
-        return self.check(response, url, limit)
-
-    def check(self, response, url, limit):
-        """A Response with status 200 and at most `limit` bytes.
-
-        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
-        """
-        where = f"{url}: HTTP {response.status}"
-        if find_verdict(response.status) == "denied":
-            raise ComponentError("PULL_UNAUTHORIZED",
-                                 f"{where}; set registries.{self.host}.username and password_file")
-        if response.status != 200:
-            absent = response.status == 404
-            hint = "there is no such package" if absent else "it cannot be served now, tried again later"
-            wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
-            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
-        if len(response.body) > limit:
-            raise ComponentError("PULL_FAILED",
-                                 f"{url}: the answer is longer than {limit} bytes, all that policy allows")
-        return response
-
-    def fetch(self, url, accept, limit):
-        """One GET that follows at most five redirects.
-
-        Authorization goes to this registry's own origin only.
-        """
-        from urllib.parse import urljoin, urlsplit
-        try:
-            origin = urlsplit(url)[:2]
-            for _ in range(6):
-                parts = urlsplit(url)
-                if parts.scheme not in ("https", self.scheme):
-                    raise ComponentError("PULL_FAILED",
-                                         f"{make_printable(url)}: redirected to a scheme that is not allowed")
-                own, headers = parts[:2] == origin, {"Accept": accept}
-                if self.authorization and own:
-                    headers["Authorization"] = self.authorization
-                response = self.request(url, headers, max(limit, MAX_ANSWER))
-                if response.status == 401 and not own:
-                    raise ComponentError(
-                        "PULL_UNAUTHORIZED",
-                        f"{make_printable(url)}: HTTP 401 after a redirect;"
-                        f" credentials are for {self.host} alone",
-                    )
-                if response.status not in (301, 302, 303, 307, 308):
-                    return response
-                url = urljoin(url, response.headers.get("Location") or "")
-        except (MargoError, ValueError) as error:
-            if isinstance(error, ComponentError):
-                raise
-            raise ComponentError("PULL_FAILED", f"{make_printable(url)}: {error}") from None
-        raise ComponentError("PULL_FAILED", f"{make_printable(url)}: too many redirects")
-
-    def request(self, url, headers, limit):
-        """One GET, by TLS where the URL says so."""
-        secure = url.startswith("https:")
-        if secure and self.context is None:
-            try:
-                self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
-            except Untrusted as error:
-                raise ComponentError("PULL_FAILED", f"registries.{self.host}.ca: {error.message}") from None
-        return request("GET", url, headers, None, self.context if secure else None, self.timeout, limit)
-
-    def authenticate(self, challenges, name):
-        """The Authorization that answers a challenge; raises ComponentError PULL_UNAUTHORIZED."""
-        from urllib.parse import urlencode
-        basic = load_credentials(self.host, self.settings)
-        for scheme, facts in challenges:
-            if scheme == "basic" and basic:
-                return basic
-            if scheme == "bearer" and facts.get("realm", "").startswith(("https://", self.scheme + "://")):
-                query = {"service": facts["service"]} if facts.get("service") else {}
-                query["scope"] = facts.get("scope") or f"repository:{name}:pull"
-                mark = "&" if "?" in facts["realm"] else "?"
-                url = facts["realm"] + mark + urlencode(query)
-                headers = {"Authorization": basic} if basic else {}
-                try:
-                    answer = parse_json(self.request(url, headers, MAX_ANSWER).body, "the token")
-                    token = answer.get("token") or answer.get("access_token")
-                    if isinstance(token, str) and re.fullmatch(r"[\x21-\x7e]+", token):
-                        return "Bearer " + token
-                except (MargoError, ValueError, AttributeError) as error:
-                    log("warning", "no token from the registry", registry=self.host, reason=str(error))
-        raise ComponentError(
-            "PULL_UNAUTHORIZED",
-            f"registry {self.host} asks for a login; set registries.{self.host}.username and password_file",
-        )
-
-
-def obtain_package(component, known, config, store, kind):
-    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept.
-
-    Raises ComponentError.
-
-    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network
-    or not (P-1).
-    """
-    reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
-    data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
-    if data is not None:
-        return data, known
-    fetch = FETCHERS[component.repository.partition(":")[0]]
-    digest, data = fetch(component, config, store, kind)
-    return data, {"reference": reference, "digest": digest}
-
-
-def fetch_component(component, config, store, kind):
-    """The package of a component from a registry; see fetch_package."""
-    return fetch_package(parse_reference(component.repository, component.revision), config, store, kind)
-
-
-# by the scheme of a repository; other generations add theirs
-FETCHERS = {"oci": fetch_component}
-
-
-def fetch_package(reference, config, store, kind="compose"):
-    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified,
-    kept by its digest.
-
-    Raises ComponentError; what is in the store already is not fetched again.
-    """
-    mirror = (config.registries.get(reference.host) or {}).get("mirror")
-    try:
-        if mirror:
-            return fetch_from_registry(
-                reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store, kind
-            )
-    except ComponentError as error:
-        log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror,
-            reason=error.message)
-    return fetch_from_registry(reference, Registry(reference.host, config), config, store, kind)
-
-
-def fetch_from_registry(reference, registry, config, store, kind):
-    """fetch_package from one registry (protocol 6.2)."""
-    where = f"{registry.host}/{reference.name}:{reference.tag}"
-    answer = registry.get(reference.name, f"manifests/{reference.tag}", f"{OCI_MANIFEST}, {OCI_INDEX}",
-                          config.policy.max_document)
-    claimed = answer.headers.get("Docker-Content-Digest")
-    if claimed and claimed.startswith("sha256:") and claimed != sha256_digest(answer.body):
-        raise ComponentError(
-            "DIGEST_MISMATCH",
-            f"{where}: the registry names {claimed}, the manifest has {sha256_digest(answer.body)}",
-        )
-    digest, size = parse_package_manifest(answer.body, where, config.policy.max_artifact, kind)
-    data = store.load_artifact(digest)
-    if data is None:
-        # it is kept, and unpacked to some times its size
-        check_space(store.folder, 5 * size, where)
-        data = registry.get(
-            reference.name, f"blobs/{digest}", "*/*", min(size + 1, config.policy.max_artifact)
-        ).body
-        if len(data) != size or sha256_digest(data) != digest:
-            raise ComponentError(
-                "DIGEST_MISMATCH",
-                f"{where}: the layer should be {digest} of {size} bytes,"
-                f" it is {sha256_digest(data)} of {len(data)}",
-            )
-        store.save_artifact(digest, data)
-    return digest, data
-
-
-def check_space(folder, need, what):
-    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched
-    (P-4).
-    """
-    free, margin = get_space(folder)
-    if free < need + margin:
-        raise ComponentError(
-            "DISK_FULL",
-            f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
-            f" {folder} {margin // KIB} stay so; free some there",
-        )
-
-
-def parse_package_manifest(data, where, max_artifact, kind="compose"):
-    """An OCI manifest's bytes to (digest, size) of the one layer of a Compose Archive or Helm chart.
-
-    Raises ComponentError (C-155).
-    """
-    try:
-        value = parse_json(data, "the OCI manifest")
-        if not isinstance(value, dict) or value.get("schemaVersion") != 2:
-            raise ValueError("not an OCI image manifest (schemaVersion 2)")
-        if "manifests" in value:
-            raise ValueError("an index of several images, where one Compose Archive is expected")
-        layer = find_layer(value, kind)
-        digest = check_member(layer, "digest", "the layer's ", DIGEST_PATTERN)
-        size = check_member(layer, "size", "the layer's ", checked("a number of bytes", is_size))
-        if size > max_artifact:
-            raise ValueError(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
-    except ValueError as error:
-        raise ComponentError("ARCHIVE_INVALID", f"{where}: {error}") from None
-    return digest, size
-
-
-def is_size(value):
-    """Whether a value is a whole number of at least one byte."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def find_layer(value, kind):
-    """The one layer of an OCI manifest that holds a package of a kind; raises ValueError."""
-    layers, wanted = value.get("layers"), COMPOSE_LAYER
-    layers = layers if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else []
-    if kind == "helm":
-        wanted, config = CHART_LAYER, value.get("config")
-        if not isinstance(config, dict) or config.get("mediaType") != CHART_CONFIG:
-            raise ValueError(f"not a Helm chart (its config is no {CHART_CONFIG})")
-        # Beside it there may be its provenance.
-        layers = [layer for layer in layers if layer.get("mediaType") == CHART_LAYER]
-    elif value.get("artifactType") != COMPOSE_ARTIFACT:
-        found, hint = str(value.get("artifactType")), ""
-        if found == "application/vnd.docker.compose.project":
-            hint = "; made by `docker compose publish`, which Margo does not take"
-        raise ValueError(f"artifactType is {make_printable(found, 100)}, expected {COMPOSE_ARTIFACT}{hint}")
-    if len(layers) != 1:
-        raise ValueError("expected exactly one layer")
-    found = make_printable(str(layers[0].get("mediaType")), 100)
-    if found != wanted:
-        raise ValueError(f"the layer's mediaType is {found}, expected {wanted}")
-    return layers[0]
-
-
-COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
-
-
-def check_archive(data, max_unpacked, relaxed=False):
-    """A Compose Archive's bytes to its tar bytes and [Entry].
-
-    Raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
-
-    Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
-    a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
-    need be no top-level folder, and the compose file may have its other names (protocol 6.5).
-    """
-    entries, tops = {}, set()
-    try:
-        plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
-        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir()
-                                for member in members)
-        for member in members:
-            add_entry(member, entries, tops, "package/" if loose else "")
-        if plain[end:].strip(b"\0"):
-            raise ValueError(f"it is damaged at byte {end}")
-        if not entries and not tops:
-            raise ValueError("it is empty")
-        if sum(entry.size for entry in entries.values()) > max_unpacked:
-            raise ValueError(f"its files have more than {max_unpacked} bytes (policy.max_unpacked)")
-        check_tree(entries)
-        compose, others = entries.get("compose.yaml"), [name for name in COMPOSE_NAMES[1:] if name in entries]
-        if compose is None and others and relaxed:
-            compose = entries["compose.yaml"] = entries[others[0]]._replace(path="compose.yaml")
-        if compose is None or compose.kind != "file":
-            raise ValueError("no compose.yaml in the top-level folder"
-                             + (f" ({others[0]} is not taken for it)" if others else ""))
-        return plain, list(entries.values())
-    except ValueError as error:
-        raise ComponentError("ARCHIVE_INVALID",
-                             f"Compose Archive refused: {make_printable(str(error))}") from None
-
-
-def add_entry(member, entries, tops, top=""):
-    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder.
-
-    Raises ValueError.
-
-    top: the folder that an archive without one is taken to lie in.
-    """
-    name = member.name[2:] if member.name.startswith("./") else member.name
-    if name in ("", ".") and member.isdir():
-        return
-    absolute, name = name.startswith("/"), top + name
-    parts = name.rstrip("/").split("/")
-    if absolute or {"..", "", "."} & set(parts) or not is_storable(name):
-        raise ValueError(f"{make_printable(name)!r} is not a path inside the archive")
-    tops.add(parts[0])
-    if len(tops) > 1:
-        raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
-    path = "/".join(parts[1:])
-    if member.isdir():
-        entry = Entry(path, "folder", 0o755, None, 0, 0)
-    elif not path:
-        raise ValueError(f"{name!r} stands at the top, where only one folder may stand")
-    elif member.isfile() and not member.issparse():
-        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data,
-                      member.size)
-    elif member.issym():
-        if not member.linkname or not is_storable(member.linkname):
-            raise ValueError(
-                f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path"
-            )
-        entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
-    elif member.islnk():
-        target = top + (member.linkname[2:] if member.linkname.startswith("./") else member.linkname)
-        source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
-        if source is None or source.kind != "file":
-            raise ValueError(
-                f"the hard link {name!r} leads to {member.linkname!r},"
-                " which is no earlier file of the archive"
-            )
-        entry = source._replace(path=path)
-    else:
-        raise ValueError(f"{name!r} is neither file, folder nor link")
-    if path and entries.get(path, entry) != entry or (path in entries and entry.kind != "folder"):
-        raise ValueError(f"{name!r} occurs twice")
-    if path:
-        entries[path] = entry
-
-
-def is_storable(path):
-    """Whether any file system takes a path: printable, no part over 255 bytes, not too long as a whole."""
-    data = path.encode("utf-8", "surrogateescape")
-    return path.isprintable() and len(data) <= 1000 and max(map(len, data.split(b"/"))) <= 255
-
-
-def check_tree(entries):
-    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of
-    others, and for too many folders.
-    """
-    folders = set()
-    for path, entry in entries.items():
-        parent = path.rpartition("/")[0]
-        while parent and parent not in folders:
-            if parent in entries and entries[parent].kind != "folder":
-                raise ValueError(f"{path!r} lies below {parent!r}, which is no folder")
-            folders.add(parent)
-            if len(folders) > MAX_ENTRIES:
-                raise ValueError(f"more than {MAX_ENTRIES} folders")
-            parent = parent.rpartition("/")[0]
-        if entry.kind == "link":
-            resolve_link(path, entries, 40)
-
-
-def resolve_link(path, entries, hops):
-    """The path in the archive that `path` stands for once links are followed.
-
-    Raises ValueError where that is outside.
-    """
-    resolved = []
-    todo = path.split("/")[::-1]
-    while todo:
-        part = todo.pop()
-        if part == "..":
-            if not resolved:
-                raise ValueError(f"the link {path!r} leads out of the top-level folder")
-            resolved.pop()
-            continue
-        if part in ("", "."):
-            continue
-        entry = entries.get("/".join(resolved + [part]))
-        if entry is None or entry.kind != "link":
-            resolved.append(part)
-            continue
-        hops -= 1
-        if hops < 0 or entry.link.startswith("/"):
-            raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
-        todo.extend(entry.link.split("/")[::-1])
-    return "/".join(resolved)
-
-
-def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
-    """Unpacks a verified archive to `parent`/<digest> and returns that folder.
-
-    One that is there already is complete.
-
-    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay
-    for who uses them.
-    """
-    folder = os.path.join(parent, digest.split(":")[1][:16])
-    if os.path.isdir(folder):
-        return folder
-    plain, entries = check_archive(data, max_unpacked, relaxed)
-    work = folder + ".tmp"
-    try:
-        remove_folder(work)
-        create_folder(os.path.join(work, "content"))
-        for entry in sorted(entries, key=lambda item: item.kind == "link"):
-            path = os.path.join(work, "content", entry.path)
-            create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
-            if entry.kind == "file":
-                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode,
-                           os.path.join(work, "part"))
-            elif entry.kind == "link":
-                os.symlink(entry.link, path)
-        os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
-        for path, _, _ in os.walk(os.path.join(work, "content")):
-            sync_folder(path)
-        os.rename(os.path.join(work, "content"), folder)
-        os.rmdir(work)
-        sync_folder(parent)
-    except OSError as error:
-        raise StorageError(
-            f"{folder} cannot be unpacked ({error.strerror}); free space or make it writable"
-        ) from None
-    return folder
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 16. Compose file
-# ------------------------------------------------------------------------------------------------------------
-
-def find_parameters(deployment, component):
-    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
-    return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
-            for pointer, names in parameter.targets if component in names]
-
-
-# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
-TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
-
-
-def make_variables(deployment, component):
-    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID (protocol 7, C-180, C-182).
-
-    A later parameter for the same name wins; a list becomes JSON text.
-    """
-    variables = {}
+    values = {}
     for parameter, pointer in find_parameters(deployment, component):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
-                                 f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
-        value = parameter.value
-        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
-        if "\0" in variables[pointer]:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
-    folded = sorted(variables, key=str.lower)
-    for first, second in zip(folded, folded[1:]):
-        if first.lower() == second.lower():
-            raise ComponentError("PARAMETER_INVALID", f"the parameters {first} and {second} differ only in case")
-    return variables
+        try:
+            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
+            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
+                raise ValueError("JSON has no such number")
+            set_value(values, parse_value_path(pointer), parameter.value)
+        except ValueError as error:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
+                                 f"{make_printable(pointer, 120)!r}: {error}") from None
+    return values
 
 
-def make_project_name(component, deployment_id):
-    """`<component>-<deploymentId>` as engines take names, at most 63 characters; what is changed or cut ends with a hash of the whole, so
-    that no two can meet (D-19, D-20).
-    """
-    whole = f"{component}-{deployment_id}"
-    name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
-    return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
-
-
-Workload = define("Workload",
-                  "deployment_id component project folder parameters environment wait device_id owner",
-    "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of"
-    " runtime.environment, the child device it is for, the owner to label it with.", "", "")
-Service = define(
-    "Service", "name image arguments command environment files networks depends_on health pull hash ports"
-               " mounts shares",
-    "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
-    " [Attachment];"
-    " depends_on: {service: (condition, required)}; health: Health, or None where the file says nothing of"
-    " it; hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that"
-    " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
-Project = define("Project", "services networks volumes notes",
-    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for what"
-    " is external), and what of the file has no effect, in words.", ())
-Mount = define("Mount", "kind source target options found",
-    "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
-    " name), path in the container, engine's options; found: the Source of a bind mount.")
-Port = define("Port", "address published target protocol",
-    "An item of `ports`: address of the host or \"\", its port or ports or \"\", those of the container,"
-    " tcp, udp or sctp.")
-Health = define("Health", "interval retries start",
-    "A health check as the agent waits for it: seconds, misses, seconds of grace.")
-Attachment = define("Attachment", "network aliases options",
-    "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
-    " mode, None, None.", None)
-Content = define("Content", "text mode uid gid",
-    "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
-Reading = define("Reading", "workload policy engine folder variables volumes networks contents",
-    "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of"
-    " volumes and of networks, {section: {name: text}} of configs and secrets.")
-
-LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
-LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
-LABEL_OWNER = "org.margo.owner"
-
-
-def make_fault(text, code="INVALID_DEPLOYMENT"):
-    """A ComponentError about the compose file."""
-    return ComponentError(code, f"compose.yaml: {text}")
-
-
-# Variables
-
-class Variables(dict):
-    """{NAME: text} for one compose file, and how many characters they and env files may bring into it: it
-    cannot be a bomb."""
-
-    room = 8 * MIB
-
-    def spend(self, count, where):
-        """Takes characters from the room that is left; raises ComponentError where there is none."""
-        self.room -= count
-        if self.room < 0:
-            raise make_fault(f"{where}: variables and env files bring more than {Variables.room} characters"
-                             " into the file")
-
-
-def interpolate(text, variables, where, depth=0):
-    """`$NAME`, `${NAME}`, `${NAME:-default}` with the operators - ? + :- :? :+, and `$$` in one text.
-
-    variables: Variables. An unset name is an empty text, and a `$` that begins none of these stays, as
-    compose has it. Raises ComponentError naming the place.
-    """
-    if depth > 32:
-        raise make_fault(f"{where}: a $ in more than 32 others")
-    pattern = re.compile(r"\$(?:(\$)|\{([A-Za-z_]\w*)(:?[-?+]|\})|([A-Za-z_]\w*)|(\{))", re.A)
-    result, position = [], 0
-    match = pattern.search(text)
-    while match:
-        dollar, long, operator, short, open_brace = match.groups()
-        if open_brace:
-            raise make_fault(f"{where}: a ${{ that is not ${{NAME}}; a $ that is meant is written $$")
-        result.append(text[position:match.start()])
+def parse_value_path(pointer):
+    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
+    path, position = [], 0
+    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
+    while position < len(pointer) or not path or pointer.endswith("."):
+        match = token.match(pointer, position)
+        if not match:
+            raise ValueError("expected names parted by dots, each with [index] where it is a list")
+        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
         position = match.end()
-        name = long or short
-        value = dollar or variables.get(name, "")
-        if long and operator != "}":
-            end = find_brace(text, position, where)
-            rest = text[position:end]
-            position = end + 1
-            given = name in variables and bool(value or ":" not in operator)
-            value = choose(operator[-1], given, name, value,
-                           lambda: interpolate(rest, variables, where, depth + 1), where)
-        result.append(value)
-        variables.spend(len(value), where)
-        match = pattern.search(text, position)
-    return "".join(result) + text[position:]
+        if len(path) > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        if not match.group(3):
+            break
+    return path
 
 
-def choose(operator, given, name, value, make_rest, where):
-    """What `${NAME` gives with one of the operators - ? +, by whether the name counts as given; make_rest:
-    what stands behind it."""
-    if operator == "+":
-        return make_rest() if given else ""
-    if given:
-        return value
-    if operator == "?":
-        raise make_fault(f"{where}: {name} is needed: {make_rest()}", "PARAMETER_INVALID")
-    return make_rest()
+def set_value(values, path, value):
+    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
+    place = values
+    for step, following in zip(path, path[1:] + [None]):
+        if isinstance(step, int):
+            place.extend([None] * (step + 1 - len(place)))
+        held = place[step] if isinstance(step, int) else place.get(step)
+        wanted = None if following is None else list if isinstance(following, int) else dict
+        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
+            raise ValueError("another parameter puts something of another kind there")
+        place[step] = value if wanted is None else wanted() if held is None else held
+        place = place[step]
 
 
-def find_brace(text, position, where):
-    """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only
-    those of a `${`."""
-    for opening in ("{", "${"):
-        depth = 0
-        for index in range(position, len(text)):
-            depth += text.startswith(opening, index) - (text[index] == "}")
-            if depth < 0:
-                return index
-    raise make_fault(f"{where}: a ${{ that is not closed")
+def make_release_name(component, deployment_id):
+    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
+
+    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
+    """
+    whole = f"{component}-{deployment_id}".lower()
+    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
 
 
-# Below these keys, keys are names of the application's own; everywhere else x-… keys are extensions, which
-# are dropped unread.
-NAMING = ("services", "networks", "volumes", "configs", "secrets", "environment", "labels", "sysctls",
-          "extra_hosts", "ulimits",
-          "depends_on", "options", "driver_opts")
+class HelmDriver:
+    """Runs Helm components by the helm command, version 3 or 4.
 
+    Releases are ours by the label org.margo.owner; all of them are seen by one `helm list`, which is asked only where a deployment
+    needs Helm.  Charts are fetched and verified here, like Compose Archives, so helm needs no access to registries.
+    """
 
-def interpolate_all(value, variables, where="", named=False):
-    """Every text below a value interpolated; keys stay as they are, a number as it was spelt. named: they are
-    names."""
-    if isinstance(value, dict):
-        result = {}
-        for key, item in value.items():
-            name = to_text(key, f"{where or 'the file'}: a name")
-            if name.startswith("x-") and not named:
-                continue
-            if name in result:
-                raise make_fault(f"{where}: {make_printable(name, 60)} occurs twice")
-            place = f"{where}.{name}" if where else name
-            result[name] = interpolate_all(item, variables, place, not named and name in NAMING)
-        return result
-    if isinstance(value, list):
-        return [interpolate_all(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
-    return interpolate(value, variables, where) if isinstance(value, str) and "$" in value else value
+    def __init__(self, helm, config, environ, claim=None):
+        self.helm, self.config, self.environ, self.claim = helm, config, environ, claim or claim_nothing
 
+    def run(self, arguments, timeout):
+        """The Output of one helm command."""
+        return run_command([self.helm] + arguments, timeout, env=self.environ)
 
-# a name, and perhaps = or : and a value
-ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
-            r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|"
-            r"(?![ \t]*['\"])([^\n]*)))?[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
+    def observe(self, records=()):
+        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.  Raises CommandError."""
+        found, claim = [], self.claim()
+        wanted = {make_release_name(component["name"], record["deploymentId"]) for record in records for component in record["components"]}
+        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
+            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
+            found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
+            if wanted <= {release.name for release in found}:
+                break                               # under an earlier owner is only what is missing
+        return found
 
+    def list(self, selector, *options):
+        """What `helm list` says of releases in any state; raises CommandError."""
+        output = self.run(["list", "--max=0", "--output=json", f"--selector={selector}"] + (list(options) or ["--all-namespaces"])
+                          + [f"--{state}" for state in RELEASE_STATES], 60)
+        if output.code:
+            raise CommandError(f"the cluster does not answer (helm list: {output.stderr[-500:]})")
+        return output.stdout
 
-def parse_env_file(text, variables, where):
-    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes as compose
-    takes them."""
-    result = {}
-    known = Variables(variables)
-    text = text.replace("\r\n", "\n").lstrip("\ufeff")
-    variables.spend(len(text), where)
-    known.room = variables.room
-    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
-        name, single, double, plain, odd = match.groups()
-        if odd:
-            number = text.count("\n", 0, match.start()) + 1
-            raise make_fault(f"{where}, line {number}: expected NAME=value")
-        if single is not None:
-            result[name] = single.replace("\\'", "'")
-        elif double is not None or plain is not None:
-            raw = unescape_double(double) if plain is None else re.split(r"\s#", plain, maxsplit=1)[0].strip()
-            result[name] = interpolate(raw, known, f"{where}, {name}")
-        elif name in variables:
-            result[name] = variables[name]
-        if name in result and name not in variables:
-            known[name] = result[name]
-    variables.room = known.room
-    return result
+    def make_foreign(self):
+        """The selector of releases that carry no owner of this agent's, or none at all."""
+        claim = self.claim()
+        return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
 
+    def ask_strangers(self):
+        """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
+        return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
 
-def unescape_double(text):
-    """What stands in double quotes of an env file, ready to be interpolated."""
-    escapes = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\", "$": "$$"}
-    return re.sub(r"\\(.)", lambda match: escapes.get(match.group(1), match.group(0)), text, flags=re.S)
+    def ask_name(self, name, namespace):
+        """Raises ComponentError where a release of this name was made by somebody else."""
+        options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
+        if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
+                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
+            raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this agent: remove it there")
 
+    def check(self):
+        """What `doctor` says of this driver; raises CommandError."""
+        record = {"deploymentId": "", "components": []}
+        version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
+        return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
 
-# Readers of compose values: (value, place) to what is meant; each names the place of what is not that.
+    def prepare(self, deployment, component, known, store, fetched):
+        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release, package facts)."""
+        values = make_values(deployment, component.name)
+        _, package = obtain_package(component, known, self.config, store, "helm")
+        fetched.append(package["digest"])
+        content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
+        name = make_release_name(component.name, deployment.deployment_id)
+        self.ask_name(name, deployment.namespace)
+        folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
+        try:
+            create_folder(folder)
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
+        values_file = os.path.join(folder, content + ".json")
+        write_file(values_file, make_json(values))
+        for other in set(os.listdir(folder)) - {content + ".json"}:
+            remove_file(os.path.join(folder, other))        # a package of the time when it was a compose component goes by itself
+        chart = store.path("artifacts", package["digest"].replace(":", "-"))
+        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values, values_file, component.wait,
+                       content), package
 
-def to_text(value, where):
-    """A scalar as text; a number keeps its spelling."""
-    if value is None or isinstance(value, (dict, list)):
-        raise make_fault(f"{where}: expected a single value")
-    text = scalar_text(value)
-    if "\0" in text:
-        raise make_fault(f"{where}: holds a NUL character")
-    if re.search("[\ud800-\udfff]", text):
-        raise make_fault(f"{where}: holds bytes that are no UTF-8")
-    return text
+    def apply(self, release, containers, known, deadline):
+        """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.  Safe to repeat.
 
+        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never taken for "not installed" (D-16).
+        """
+        present, facts = self.find(release.deployment_id, release.component, containers), known.get("release")
+        if facts and facts.get("content") == release.content and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]:
+            return {"release": facts}
+        for container in present:
+            self.repair(container, release.namespace, facts, deadline)
+        seconds, owner = max(1, int(deadline - time.monotonic())), self.claim().owner
+        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}" + (f",{LABEL_OWNER}={make_owner_value(owner)}" if owner else "")
+        output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
+                           f"--values={release.values_file}", f"--labels={labels}", "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
+                          + (["--wait"] if release.wait else []), seconds + 30)
+        if output.code:
+            code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
+            raise ComponentError(code, f"helm upgrade failed: {mask(output.stderr, list_texts(release.values))[-1500:]}")
+        try:
+            revision = str(parse_json(output.stdout, "helm upgrade")["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ComponentError("INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
+        return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
 
-def to_form(pattern, words):
-    """A reader of text of one form: the pattern, and what it is in words."""
-    def read_form(value, where):
-        text = to_text(value, where)
-        if not re.fullmatch(pattern, text):
-            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not {words}")
-        return text
-    return read_form
+    @staticmethod
+    def find(deployment_id, component, containers):
+        """The releases of a component."""
+        return [c for c in containers if (c.deployment_id.lower(), c.component, c.type) == (deployment_id.lower(), component, "helm")]
 
+    def repair(self, container, namespace, facts, deadline):
+        """Takes away what would stop an upgrade, or what it would not see: a release in another namespace, one that a power cut left half
+        done, and what a failed upgrade left in the cluster (helm compares with the version that was deployed, not with that one).
 
-to_size = to_form(r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m")
-to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
-to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
-to_one = to_form("1", "supported; only 1 is")
+        facts: of the revision that was made here last; to that one it goes back, for the one before the newest may be what has failed.
+        """
+        there = container.id.partition("/")[0]
+        seconds = max(1, int(deadline - time.monotonic()))
+        if there != namespace or container.state in ("pending-install", "uninstalling"):
+            self.uninstall(container, deadline)
+        elif container.state != "running":
+            revision = [facts["hash"]] if facts else []
+            self.run(["rollback", container.name] + revision + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
 
+    def uninstall(self, container, deadline):
+        """Uninstalls a release; whether it worked is told by the list alone."""
+        seconds = max(1, int(deadline - time.monotonic()))
+        return self.run(["uninstall", container.name, f"--namespace={container.id.partition('/')[0]}", "--wait", f"--timeout={seconds}s"], seconds + 30)
 
-def to_flag(value, where):
-    """true or false, also as the text that interpolation leaves, by all words of YAML 1.1."""
-    word = scalar_text(value).lower() if isinstance(value, (bool, str)) else ""
-    if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
-        raise make_fault(f"{where}: expected true or false")
-    return word in ("true", "yes", "on", "y")
+    def remove(self, deployment_id, component, containers, deadline):
+        """Removes a component's releases; raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21)."""
+        ours = self.find(deployment_id, component, containers)
+        words = [self.uninstall(container, deadline).stderr for container in ours]
+        record = {"deploymentId": deployment_id, "components": [{"name": component}]}
+        if ours and self.find(deployment_id, component, self.observe([record])):
+            raise ComponentError("REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
-
-def to_mapping(value, where):
-    """A mapping as it is, {} for nothing."""
-    if value is not None and not isinstance(value, dict):
-        raise make_fault(f"{where}: expected a mapping")
-    return value or {}
-
-
-def to_list(value, where):
-    """A list of texts; a single text is one too."""
-    return [to_text(item, where) for item in (value if isinstance(value, list) else [value])]
-
-
-def to_pairs(value, where):
-    """A mapping, or a list of NAME=value, as {NAME: text or None}."""
-    if isinstance(value, dict):
-        return {key: None if item is None else to_text(item, f"{where}.{key}") for key, item in value.items()}
-    pairs = [item.partition("=") for item in to_list(value, where)]
-    return {name: text if mark else None for name, mark, text in pairs}
-
-
-def to_values(value, where):
-    """A mapping, or a list of NAME=value, as {NAME: text}."""
-    return {name: text or "" for name, text in to_pairs(value, where).items()}
-
-
-def to_labels(value, where):
-    """`labels` as {name: text}; those by which containers are found again are not to be forged."""
-    labels = to_values(value, where)
-    if any(name.startswith(("org.margo.", "com.docker.compose.")) for name in labels):
-        raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
-    return labels
-
-
-def to_words(value, where):
-    """A command: a list as it is, a text split as a shell splits it."""
-    if not isinstance(value, str):
-        return to_list(value, where)
-    words = [[]]
-    pattern = r"(\s+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^\s'\"\\]+)|."
-    for match in re.finditer(pattern, to_text(value, where), re.S):
-        blank, single, double, escaped, plain = match.groups()
-        if not match.lastindex:
-            raise make_fault(f"{where}: a quotation or a \\ that is not closed")
-        if blank:
-            words.append([])
-        elif double is not None:                    # a space is what YAML has made of a line end
-            words[-1].append(re.sub(r'\\([$`"\\\n ])', lambda found: found.group(1).strip("\n"), double))
-        else:
-            words[-1].append((single or plain or escaped or "").strip("\n" if escaped else ""))
-    return ["".join(parts) for parts in words if parts]
-
-
-def to_seconds(value, where):
-    """Compose's durations such as 1m30s or 500ms to seconds."""
-    form = to_form(r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s")
-    text = form(value, where)
-    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
-    return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
-
-
-def to_duration(value, where):
-    """A duration as it is written."""
-    to_seconds(value, where)
-    return value
-
-
-def to_count(value, where):
-    """A whole number, zero or more."""
-    return int(to_form("[0-9]{1,9}", "a whole number")(value, where))
-
-
-def to_mode(value, where):
-    """The permissions of a file: an octal number, or a plain one as compose takes it."""
-    octal = isinstance(value, str) or to_text(value, where).startswith("0")
-    text = to_form("0?o?[0-7]{1,4}" if octal else "[0-9]{1,4}", "a file mode such as 0440")(value, where)
-    return int(text.replace("o", ""), 8 if octal else 10)
-
-
-def to_hosts(value, where):
-    """`extra_hosts` as [HOST:ADDRESS]; a name may have several addresses."""
-    if isinstance(value, dict):
-        pairs = [(name, item) for name in sorted(value) for item in to_list(value[name], f"{where}.{name}")]
-    else:
-        pairs = [re.match("([^=:]*)[=:]?(.*)", item, re.S).groups() for item in to_list(value, where)]
-    return [f"{name}:{address.strip('[]')}" for name, address in pairs]
-
-
-def to_restart(value, where):
-    """`restart`: the engine's own words."""
-    form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
-    return "no" if value is False else form(value, where)
-
-
-def to_grace(value, where):
-    """`stop_grace_period` in whole seconds; an engine would take zero as not said."""
-    return str(max(1, round(to_seconds(value, where))))
-
-
-def to_external(value, where):
-    """`external`: true or false, or in older files a mapping that has the name."""
-    return to_text(value.get("name"), f"{where}.name") if isinstance(value, dict) else to_flag(value, where)
-
-
-def to_namespace(*words):
-    """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
-    def read_namespace(value, where):
-        text = to_text(value, where)
-        if not re.fullmatch("|".join(words + ("service:.+",)), text):
-            code = "POLICY_DENIED" if re.match("container:|ns:", text) else "INVALID_DEPLOYMENT"
-            known = ", ".join(words + ("service:NAME",))
-            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not supported; known are {known}",
-                             code)
-        return text
-    return read_namespace
-
-
-def to_test(value, where):
-    """`test` of a health check: text for a shell, a list of words for none, [] for no check at all."""
-    if not isinstance(value, list):
-        text = to_text(value, where)
-        return [] if text == "NONE" else text
-    words = to_list(value, where)
-    if words == ["NONE"]:
+    @staticmethod
+    def list_ports(release):
+        """[]: none of this host."""
         return []
-    if words[:1] == ["CMD-SHELL"] and len(words) == 2:
-        return words[1]
-    if words[:1] != ["CMD"] or len(words) < 2:
-        raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
-    return words[1:]
 
+    def tail_log(self, container, secrets):
+        """Nothing: the cluster keeps the logs."""
+        return ""
 
-# What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
-TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
-             r"tarball|https?):|[^/]*:(?![0-9]+/)[^/]*/")
-IMAGE = (r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?"
-         r"(@[a-z0-9]+:[0-9a-f]{32,128})?")
+    def tend(self, containers, chance):
+        """Nothing: the cluster runs its own health checks."""
 
+    def remove_image(self, name):
+        """Never: images are the cluster's."""
+        return False
 
-def to_image(value, where):
-    """The whole name of an image: one without a registry is Docker Hub's, for every engine. None is a file of
-    this device."""
-    text = to_text(value, where)
-    shown = repr(make_printable(text, 100))
-    if re.match(TRANSPORT, text[:512]):
-        raise make_fault(f"{where}: {shown} is not read from a registry, as an image has to be",
-                         "POLICY_DENIED")
-    if len(text) > 512 or "//" in text or not re.fullmatch(IMAGE, text, re.A):
-        raise make_fault(f"{where}: {shown} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the"
-                         " path in lower case")
-    if find_registry(text) != "docker.io" or text.startswith("docker.io/"):
-        return text
-    return f"docker.io/{'' if '/' in text.partition('@')[0] else 'library/'}{text}"
 
-
-def find_registry(image):
-    """The registry host that an image name begins with; Docker's own where it names none."""
-    first, slash, _ = image.partition("/")
-    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
-
-
-# The form of a file.  A form is a reader; a dict of known keys and their forms; {None: form} for names of the
-# application's own, {list: form} where a list of such names will do, too; [form]; or (form of the long
-# syntax,
-# reader of the short one).
-
-# Which option of the engine takes a key as it was read.
-SERVICE_OPTIONS = {
-    "user": (to_text, "--user"), "hostname": (to_text, "--hostname"), "working_dir": (to_text, "--workdir"),
-    "stop_signal": (to_text, "--stop-signal"), "stop_grace_period": (to_grace, "--stop-timeout"),
-    "mem_limit": (to_size, "--memory"), "memswap_limit": (to_size, "--memory-swap"),
-    "mem_reservation": (to_size, "--memory-reservation"), "mem_swappiness": (to_number,
-        "--memory-swappiness"),
-    "shm_size": (to_size, "--shm-size"), "oom_score_adj": (to_number, "--oom-score-adj"),
-    "cpus": (to_number, "--cpus"), "cpu_period": (to_number, "--cpu-period"),
-    "cpu_quota": (to_number, "--cpu-quota"),
-    "cpu_shares": (to_number, "--cpu-shares"), "cpuset": (to_text, "--cpuset-cpus"),
-    "pids_limit": (to_number, "--pids-limit"), "platform": (to_text, "--platform"),
-    "mac_address": (to_text, "--mac-address"), "pid": (to_namespace("private", "host"), "--pid"),
-    "ipc": (to_namespace("private", "shareable", "none", "host"), "--ipc"),
-    "userns_mode": (to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
-                            "host, auto, nomap or keep-id"), "--userns"),
-    "init": (to_flag, "--init"), "read_only": (to_flag, "--read-only"),
-    "privileged": (to_flag, "--privileged"),
-    "tty": (to_flag, "--tty"), "stdin_open": (to_flag, "--interactive"), "restart": (to_restart, "--restart"),
-    "cap_add": (to_list, "--cap-add"), "cap_drop": (to_list, "--cap-drop"), "devices": (to_list, "--device"),
-    "security_opt": (to_list, "--security-opt"), "group_add": (to_list, "--group-add"),
-    "dns": (to_list, "--dns"),
-    "dns_opt": (to_list, "--dns-option"), "dns_search": (to_list, "--dns-search"),
-    "extra_hosts": (to_hosts, "--add-host"), "labels": (to_labels, "--label"),
-    "sysctls": (to_values, "--sysctl")}
-
-
-def make_form(reader, names, **forms):
-    """The form of a mapping: names that one reader reads, and others with their forms."""
-    return dict(dict.fromkeys(names.split(), reader), **forms)
-
-
-CONTENT_FORM = {None: make_form(to_text, "file content environment name")}
-FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), to_text)]
-DEPLOY_FORM = {
-    "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
-    "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
-                  "reservations": make_form(to_number, "cpus", memory=to_size)},
-    "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
-                                condition=to_form("none|on-failure|any", "none, on-failure or any"))}
-MOUNT_FORM = make_form(
-    to_text, "source target consistency", read_only=to_flag, volume={"nocopy": to_flag},
-    type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
-    bind=make_form(to_text, "propagation selinux", create_host_path=to_flag),
-    tmpfs={"size": to_size, "mode": to_mode})
-SERVICE_FORM = dict(
-    {key: reader for key, (reader, _) in SERVICE_OPTIONS.items()},
-    image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs, profiles=to_list,
-    expose=to_list,
-    links=to_list, tmpfs=to_list, container_name=to_name, attach=to_flag, scale=to_one, configs=FILES_FORM,
-    secrets=FILES_FORM, deploy=DEPLOY_FORM, volumes=[(MOUNT_FORM, to_text)],
-    env_file=[(make_form(to_text, "path format", required=to_flag), to_text)],
-    network_mode=to_namespace("none", "host", "bridge"),
-    pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
-    blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
-    ulimits={None: (make_form(to_text, "soft hard"), to_text)},
-    ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_text)],
-    depends_on={list: make_form(to_flag, "required restart", condition=to_form(
-        "service_(started|healthy|completed_successfully)", "a condition that is known"))},
-    networks={list: make_form(to_text, "ipv4_address ipv6_address mac_address", aliases=to_list,
-                              priority=to_count)},
-    healthcheck=make_form(to_duration, "interval timeout start_period start_interval", test=to_test,
-                          retries=to_count, disable=to_flag))
-NETWORK_FORM = make_form(
-    to_flag, "internal attachable enable_ipv6", name=to_text, external=to_external, labels=to_labels,
-    driver=to_form("bridge|default", "supported; only bridge is"),
-    ipam={"driver": to_form("default", "supported; only default is"),
-          "config": [make_form(to_text, "subnet gateway ip_range")]})
-VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels, "driver_opts": to_values,
-               "driver": to_form("local", "supported; only local is")}
-FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM},
-             "networks": {None: NETWORK_FORM}, "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM,
-             "secrets": CONTENT_FORM}
-
-# What to write instead of a key that is not supported.
-ADVICE = {"build": "nothing is built on a device; name what was built by `image`",
-          "extends": "write its settings out",
-          "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
-          "runtime": "the engine's own is used", "device_cgroup_rules": "name device files by `devices`",
-          "volumes_from": "name the volumes themselves",
-          "external_links": "join a network that is `external`",
-          "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
-          "uts": "set `hostname`",
-          "models": "run what serves them as a service", "post_start": "let the entrypoint do it",
-          "pre_stop": "let the entrypoint do it on `stop_signal`",
-          "develop": "it is for a developer's machine",
-          "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
-
-
-def find_unknown(value, form, where=""):
-    """(place, key, known keys) of each key below a value that its form does not have."""
-    if isinstance(form, tuple):
-        form = form[0]
-    if isinstance(form, list):
-        for index, item in enumerate(value if isinstance(value, list) else [value]):
-            yield from find_unknown(item, form[0], f"{where}[{index}]")
-    elif isinstance(form, dict) and isinstance(value, dict):
-        each = form.get(None) or form.get(list)
-        for key, item in value.items():
-            place = f"{where}.{key}" if where else key
-            if each or key in form:
-                yield from find_unknown(item, each or form[key], place)
-            else:
-                yield place, key, list(form)
-
-
-def check_keys(document):
-    """Raises ComponentError that names every key of a file that is not supported: none is ever ignored."""
-    import difflib
-    faults = []
-    told = set()
-    for place, key, known in find_unknown(document, FILE_FORM):
-        near = difflib.get_close_matches(key, known, 1, 0.6)
-        advice = ADVICE.get(key) or (f"did you mean {near[0]}?" if near else "")
-        faults.append((make_printable(place, 200), f" ({advice})" if advice and key not in told else ""))
-        told.add(key)
-    if len(faults) == 1:
-        raise make_fault(": this key is not supported".join(faults[0]))
-    if faults:
-        raise make_fault(f"these keys are not supported: {', '.join(map(''.join, faults))}")
-
-
-def read_value(value, form, where):
-    """A value by its form, whole: Settings with None for keys that are not there, {name: …}, lists, and what
-    readers give."""
-    if callable(form):
-        return None if value is None else form(value, where)
-    if isinstance(form, tuple):
-        return read_value(value, form[0], where) if isinstance(value, dict) else form[1](value, where)
-    if isinstance(form, list):
-        items = [] if value is None else value
-        return [read_value(item, form[0], f"{where}[{index}]")
-                for index, item in enumerate(items if isinstance(items, list) else [items])]
-    if isinstance(value, list) and list in form:
-        value = dict.fromkeys(to_list(value, where))
-    value = to_mapping(value, where)
-    each = form.get(None) or form.get(list)
-    return Settings({key: read_value(value.get(key), each or part, f"{where}.{key}" if where else key)
-                     for key, part in (value if each else form).items()})
-
-
-# What stands beside `services`
-
-def make_volumes(document, workload):
-    """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
-    volumes = {}
-    for name, value in document.volumes.items():
-        where = f"volumes.{name}"
-        options = value.driver_opts or {}
-        parts = options.get("o", "").split(",") if options.get("o") else []
-        if options and not (set(options) <= {"type", "device", "o"} and options.get("type") == "tmpfs"
-                            and options.get("device", "tmpfs") == "tmpfs"
-                            and all(map(is_tmpfs_option, parts))):
-            deny(f"{where}.driver_opts",
-                 "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
-        volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
-    return volumes
-
-
-def make_networks(document, workload):
-    """Top-level `networks` as make_volumes has it; `default` is always there."""
-    networks = {}
-    for name, value in dict({"default": read_value(None, NETWORK_FORM, "")}, **document.networks).items():
-        arguments = make_arguments("--internal", value.internal) + make_arguments("--ipv6", value.enable_ipv6)
-        for item in value.ipam.config:
-            for key, option in (("subnet", "--subnet"), ("gateway", "--gateway"), ("ip_range", "--ip-range")):
-                arguments += make_arguments(option, item[key])
-        mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
-        networks[name] = make_shared(name, value, workload, f"networks.{name}",
-                                     arguments + [f"--label={LABEL_HASH}={mark}"])
-    return networks
-
-
-def make_shared_labels(workload):
-    """{label: text} by which a volume or network says by whom it was made for what."""
-    return {LABEL_PROJECT: workload.project, LABEL_DEPLOYMENT: workload.deployment_id, LABEL_OWNER: workload.owner}
-
-
-def make_shared(name, value, workload, where, arguments):
-    """(the engine's name, create arguments) of a volume or network; its labels are added."""
-    named = value.external if isinstance(value.external, str) else value.name
-    own = named or (name if value.external else f"{workload.project}_{name}")
-    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}", own):
-        raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a name here")
-    other = re.search(rf"-({UUID_PATTERN})_", own)
-    if other and other.group(1).lower() != workload.deployment_id.lower():
-        deny(where, f"{make_printable(own, 120)!r} is of another deployment; what is shared has a name of its"
-             " own")
-    labels = dict(value.labels or {}, **make_shared_labels(workload))
-    return own, None if value.external else make_arguments("--label", labels) + arguments
-
-
-def make_contents(document, variables, folder):
-    """Top-level `configs` and `secrets` as {section: {name: text}}."""
-    contents = {"configs": {}, "secrets": {}}
-    for section, found in contents.items():
-        for name, value in document[section].items():
-            where = f"{section}.{name}"
-            if sum(value[key] is not None for key in ("file", "content", "environment")) != 1:
-                raise make_fault(f"{where}: expected one of file, content, environment")
-            if value.environment is not None and value.environment not in variables:
-                raise make_fault(f"{where}.environment: there is no parameter"
-                                 f" {make_printable(value.environment, 60)!r}", "PARAMETER_INVALID")
-            text = variables.get(value.environment, value.content)
-            found[name] = text if value.file is None else read_inside(folder, value.file, f"{where}.file")
-    return contents
-
-
-def read_inside(folder, name, where):
-    """The text of a file of the package, bytes that are no UTF-8 escaped; raises ComponentError where it is
-    none of its files."""
-    data = folder.read(name)
-    if data is None:
-        raise make_fault(f"{where}: {make_printable(name)!r} is not a file of the archive of at most {MIB}"
-                         " bytes")
-    return data.decode("utf-8", "surrogateescape")
-
-
-# Services
-
-def make_arguments(option, value):
-    """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None.
-    """
-    if value is None or isinstance(value, bool):
-        return [option] if value else []
-    if isinstance(value, dict):
-        return [f"{option}={name}={item}" for name, item in sorted(value.items())]
-    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
-
-
-def make_options(service, workload, where):
-    """The arguments of a service that options of the engine take as they are; a key of its own stands above
-    `deploy`."""
-    limits, policy = service.deploy.resources.limits, service.deploy.restart_policy
-    options = {"--cpus": limits.cpus, "--memory": limits.memory, "--pids-limit": limits.pids,
-               "--memory-reservation": service.deploy.resources.reservations.memory,
-               "--blkio-weight": service.blkio_config.weight, "--log-driver": service.logging.driver,
-               "--log-opt": service.logging.options, "--ulimit": {}}
-    if any(item is not None for item in policy.values()):
-        word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
-        attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
-        options["--restart"] = word + attempts
-    for name, item in service.ulimits.items():
-        item = item if isinstance(item, str) else f"{item.soft}:{item.hard}"
-        form = to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")
-        options["--ulimit"][name] = form(item, f"{where}.ulimits.{name}")
-    options.update((option, service[key]) for key, (_, option) in SERVICE_OPTIONS.items()
-                   if service[key] is not None)
-    for option in ("--pid", "--ipc"):
-        options[option] = make_namespace(options.get(option), workload)
-    return [argument for option, value in sorted(options.items())
-            for argument in make_arguments(option, value)]
-
-
-def make_ports(items, where):
-    """`ports` in both syntaxes as [Port]; one that is listed twice is one."""
-    return list(dict.fromkeys(make_port(item, f"{where}[{index}]") for index, item in enumerate(items)))
-
-
-def make_port(item, where):
-    """One of `ports`: a mapping, or [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges
-    that fit each other."""
-    import ipaddress
-    if not isinstance(item, str):
-        host = item.host_ip or ""
-        item = f"{host}:{item.published or ''}:{item.target or ''}/{item.protocol or ''}"
-    body, _, protocol = item.partition("/")
-    body, _, target = body.rpartition(":")
-    address, _, published = body.rpartition(":")
-    address = re.sub(r"\A\[(.*)\]\Z", r"\1", address)
-    published = "" if published == "0" else published               # the engine chooses one
-    try:
-        address = address and str(ipaddress.ip_address(address))
-        fits = make_span(target)[1] in (0, make_span(published or target)[1])
-    except ValueError:
-        fits = False
-    if not fits or protocol.lower() not in ("", "tcp", "udp", "sctp"):
-        raise make_fault(f"{where}: {make_printable(item, 60)!r} is not a port")
-    return Port(address, published, target, protocol.lower() or "tcp")
-
-
-def make_span(text):
-    """PORT or PORT-PORT as (first, how many more); raises ValueError."""
-    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
-    first, last = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (0, 0)
-    if not 1 <= first <= last <= 65535:
-        raise ValueError(text)
-    return first, last - first
-
-
-def make_publish(port):
-    """A Port as the engine takes it."""
-    address = f"[{port.address}]" if ":" in port.address else port.address
-    text = f"{address}:{port.published}:{port.target}" if address else f"{port.published}:{port.target}".lstrip(":")
-    return text if port.protocol == "tcp" else f"{text}/{port.protocol}"
-
-
-def find_ports(ports):
-    """The host's ports that a container with these Ports holds while it runs: [[address or "", port,
-    protocol]]."""
-    held = []
-    for port in ports:
-        first, more = make_span(port.published or port.target)
-        if port.published and more == make_span(port.target)[1]:        # else the engine chooses one
-            address = "" if re.fullmatch("[0.:]+", port.address) else port.address
-            held += [[address, first + number, port.protocol] for number in range(more + 1)]
-    return held
-
-
-def make_health(check, engine):
-    """`healthcheck` to (arguments, Health or None)."""
-    import shlex
-    if check.disable or check.test == []:
-        return ["--no-healthcheck"], None
-    test = check.test
-    if isinstance(test, list) and engine == "podman" and (len(test) > 1 or not re.search(r"\s", test[0])):
-        # a list of one would be for a shell
-        test = make_json(test).decode() if len(test) > 1 else f"CMD {test[0]}"
-    elif isinstance(test, list):
-        test = " ".join(map(shlex.quote, test))
-    arguments = make_arguments("--health-cmd", test)
-    for key in ("interval", "timeout", "retries", "start_period"):
-        arguments += make_arguments(f"--health-{key.replace('_', '-')}", check[key])
-    if not arguments:
-        return [], None
-    # an engine takes zero as not said
-    interval = to_seconds(check.interval or "0s", "interval") or 30.0
-    start = to_seconds(check.start_period or "0s", "start_period")
-    return arguments, Health(interval, check.retries or 3, start)
-
-
-def make_mount(item, where):
-    """An item of `volumes` in either syntax to a Mount."""
-    if isinstance(item, str):
-        parts = item.split(":")
-        if len(parts) > 3 or not parts[0]:
-            raise make_fault(f"{where}: expected source:target[:options]")
-        kind = "bind" if parts[0][0] in "/.~" and len(parts) > 1 else "volume"
-        options = [option for option in "".join(parts[2:]).split(",") if option]
-        source, target = ["", *parts][-2:] if len(parts) < 3 else parts[:2]
-    else:
-        kind, source, target = item.type, item.source or "", item.target or ""
-        options = make_mount_options(item)
-        if not kind or kind == "bind" and not source:
-            raise make_fault(f"{where}: expected a type, and the source of a bind mount")
-    if not target.startswith("/") or ":" in source + target:
-        raise make_fault(f"{where}: expected source:target[:options] with an absolute target")
-    return Mount(kind, source, target, options, None)
-
-
-def make_mount_options(item):
-    """The options of a mount in the long syntax; `create_host_path` and `consistency` ask for nothing."""
-    options = [word for word, wanted in (("ro", item.read_only), ("nocopy", item.volume.nocopy)) if wanted]
-    options += [option for option in (item.bind.propagation, item.bind.selinux) if option]
-    options += [f"size={item.tmpfs.size}"] if item.tmpfs.size else []
-    return options + ([f"mode={item.tmpfs.mode:o}"] if item.tmpfs.mode is not None else [])
-
-
-def make_mounts(service, reading, where):
-    """[Mount] of a service, ready for the engine; of two at one path the later one counts.
-
-    What lies in the package is mounted read-only: what was verified stays as it is, and no container can put
-    a link there that the next start would follow out of the package.
-    """
-    mounts = {}
-    for text in service.tmpfs or ():
-        target, _, options = text.partition(":")
-        mounts[target.rstrip("/")] = make_mount(target, f"{where}.tmpfs")._replace(
-            kind="tmpfs", options=[option for option in options.split(",") if option])
-    for index, item in enumerate(service.volumes):
-        place = f"{where}.volumes[{index}]"
-        mount = make_mount(item, place)
-        if mount.kind == "bind":
-            mount = mount._replace(found=reading.folder.look(mount.source))
-            kept = [option for option in mount.options if option not in ("ro", "rw")]
-            mount = mount._replace(options=["ro"] + kept) if mount.found.own else mount
-        elif mount.source and mount.source not in reading.volumes:
-            raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
-                             " volumes")
-        elif mount.source:
-            mount = mount._replace(source=reading.volumes[mount.source][0])
-        mounts[mount.target.rstrip("/")] = mount
-    return list(mounts.values())
-
-
-def make_mount_argument(mount):
-    """A Mount as the engine takes it."""
-    source = mount.found.path if mount.found else mount.source
-    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
-    return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
-
-
-def make_files(service, reading, where):
-    """`configs` and `secrets` of a service as {path in the container: Content}."""
-    files = {}
-    for section, root in (("configs", "/"), ("secrets", "/run/secrets/")):
-        for index, item in enumerate(service[section]):
-            place = f"{where}.{section}[{index}]"
-            item = read_value({"source": item}, FILES_FORM[0][0], place) if isinstance(item, str) else item
-            if item.source not in reading.contents[section]:
-                shown = make_printable(item.source or "", 60)
-                raise make_fault(f"{place}: {shown!r} is not among the top-level {section}")
-            target = item.target or item.source
-            target = target if target.startswith("/") else root + target
-            if ":" in target:
-                raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
-            mode = 0o644 if item.mode is None else item.mode & 0o777
-            owner = [-1 if number is None else number for number in (item.uid, item.gid)]
-            files[target] = Content(reading.contents[section][item.source], mode, *owner)
-    return files
-
-
-def make_attachments(service, reading, where):
-    """[Attachment]: the first is joined at creation and the others before the start; or the network mode
-    alone."""
-    if service.network_mode is not None:
-        if service.networks:
-            raise make_fault(f"{where}.network_mode: cannot stand beside networks")
-        return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or {"default": read_value(None, SERVICE_FORM["networks"][list], "")}
-    joined = []
-    for name, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        if name not in reading.networks:
-            raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level"
-                             " networks")
-        options = make_arguments("--ip", value.ipv4_address) + make_arguments("--ip6", value.ipv6_address)
-        options += make_arguments("--mac-address", value.mac_address)
-        joined.append(Attachment(reading.networks[name][0], value.aliases or [], options))
-    return joined
-
-
-def make_container_name(project, service):
-    """The name of a service's container."""
-    return f"{project}-{service}-1"
-
-
-def make_namespace(text, workload):
-    """A namespace as the engine takes it: that of another service is that of its container."""
-    owner = (text or "").partition("service:")[2]
-    return f"container:{make_container_name(workload.project, owner)}" if owner else text
-
-
-def find_shared(service):
-    """The names of the services whose namespaces a service shares."""
-    modes = [service.network_mode or "", service.pid or "", service.ipc or ""]
-    return [mode[8:] for mode in modes if mode.startswith("service:")]
-
-
-def make_environment(service, reading, where):
-    """What a container's environment is: env files, then `environment`, then runtime.environment of the
-    device (C-185)."""
-    environment = {}
-    for item in service.env_file:
-        path = item if isinstance(item, str) else item.path or ""
-        needed = isinstance(item, str) or item.required is not False
-        found = reading.folder.look(path)
-        if needed or found.kind or not found.own:
-            environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
-                                              reading.variables, path))
-    for name, text in (service.environment or {}).items():
-        if text is None:
-            # a pass-through entry takes the parameter of its name (contract, Parameters)
-            text = reading.variables.get(name)
-        if text is not None:
-            environment[name] = text
-    environment.update(reading.workload.environment)
-    for name, text in environment.items():
-        check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"),
-                       f"{where}.environment")
-    return environment
-
-
-# A text that an env file of the engine cannot hold is taken from the environment of the engine's own command.
-# These names have a meaning there: for the loader and the C library, for Go, for the engines and what they
-# start.
-OBEYED = (
-    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|TZ|TZDIR|TMPDIR|TEMP|TMP|PWD|OLDPWD|IFS|ENV|"
-    r"POSIXLY_CORRECT|BASH_.*|LD_.*|LC_.*|GO(DEBUG|GC|MAXPROCS|MEMLIMIT|TRACEBACK|RACE|ROOT|PATH|COVERDIR|"
-    r"FIPS.*)|XDG_.*|MALLOC_.*|GLIBC_.*|GCONV_PATH|GETCONF_.*|LOCPATH|LOCALDOMAIN|NLSPATH|RES_OPTIONS|"
-    r"HOST(NAME|ALIASES)?|(HTTPS?|FTP|ALL|NO)_PROXY|_.*|CONTAINERS?_.*|DOCKER.*|PODMAN.*|BUILDAH.*|LIBPOD.*|"
-    r"STORAGE_.*|REGISTR.*|CNI_.*|NETAVARK.*|AARDVARK.*|OCI_.*|CRIU.*|RUNC.*|CRUN.*|LIBKRUN.*|CONMON.*|"
-    r"DBUS_.*|NOTIFY_.*|LISTEN_.*|SYSTEMD_.*|SSL_CERT_.*|SSLKEYLOGFILE|OPENSSL_.*|SSH_A.*|GPG|GNUPGHOME|"
-    r"OTEL_.*|RUST_.*|FUSE_.*|USERNS.*|COMPOSE_.*")
-
-
-def find_handed(environment):
-    """{name: text} of the variables that no line of an env file holds: the engine takes them from its own
-    environment."""
-    return {name: text for name, text in environment.items()
-            if re.search("[\r\n]", text) or len(f"{name}={text}".encode()) > 60000}
-
-
-def check_variable(name, text, where):
-    """Raises ComponentError for a variable that no process, or no engine, can be given."""
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise make_fault(f"{where}: {make_printable(name)!r} is not a variable name")
-    if len(f"{name}={text}".encode()) >= 128 * 1024:
-        raise make_fault(f"{where}.{name}: a variable has less than 128 KiB; use a file from `configs`",
-                         "PARAMETER_INVALID")
-    if find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
-        raise make_fault(f"{where}.{name}: a variable of this name has one line of at most 60000 bytes; use"
-                         " a file from `configs`", "PARAMETER_INVALID")
-
-
-def make_dependencies(service):
-    """`depends_on` as {service: (condition, required)}; whose namespace is shared, and what is linked, comes
-    first too."""
-    result = {other: (item.condition or "service_started", item.required is not False)
-              for other, item in service.depends_on.items()}
-    for other in find_shared(service) + [link.partition(":")[0] for link in service.links or ()]:
-        result.setdefault(other, ("service_started", True))
-    return result
-
-
-# What a file may ask for
-
-# An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`):
-# only these are taken.
-MOUNT_OPTIONS = ("ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec",
-                 "noexec", "nosuid", "nodev",
-                 "private", "rprivate", "slave", "rslave")
-LOG_OPTIONS = ("max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex",
-               "env", "env-regex")
-LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
-               "docker": ("json-file", "local", "journald", "syslog", "none")}
-# The capabilities that every container has by itself, on each engine.
-CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID",
-                "SETPCAP", "SETUID",
-                "SYS_CHROOT")
-
-
-def is_tmpfs_option(option):
-    """Whether an option of a tmpfs names nothing but its size, its owner and what may be done in it."""
-    return bool(re.fullmatch(
-        "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime", option))
-
-
-def deny(place, why):
-    """Raises ComponentError POLICY_DENIED."""
-    raise make_fault(f"{place}: {why}", "POLICY_DENIED")
-
-
-def check_policy(where, service, policy):
-    """Raises ComponentError POLICY_DENIED for what the settings of a service, as they were read, may not ask
-    for."""
-    if service.network_mode == "host" and policy.host_network != "allow":
-        deny(f"{where}.network_mode", "the host's network is denied by policy.host_network")
-    if policy.privileged == "allow":
-        return
-    harmless = {"privileged": lambda item: False, "oom_score_adj": lambda item: not item.startswith("-"),
-                "pid": lambda item: item != "host", "ipc": lambda item: item != "host",
-                "userns_mode": lambda item: item != "host",
-                "cap_add": lambda item: re.sub("^CAP_", "", item.upper()) in CAPABILITIES,
-                "devices": lambda item: any(is_device(item, pattern) for pattern in policy.devices),
-                "security_opt": re.compile("no-new-privileges([:=]true)?").fullmatch,
-                "group_add": lambda item: item != "keep-groups"}
-    for key, is_harmless in harmless.items():
-        for item in service[key] if isinstance(service[key], list) else filter(None, [service[key]]):
-            if not is_harmless(item):
-                deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by policy.privileged")
-
-
-def is_device(item, pattern):
-    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a device file that an entry of policy.devices
-    names; * is no slash."""
-    path = item.split(":")[0]
-    return ".." not in path.split("/") and bool(re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"),
-        path))
-
-
-def check_logging(where, logging, engine):
-    """Raises ComponentError for a log driver, or an option of it, that the engine does not have or that leads
-    elsewhere."""
-    driver = logging.driver or LOG_DRIVERS[engine][0]
-    options = logging.options or {}
-    if driver not in LOG_DRIVERS[engine]:
-        known = ", ".join(LOG_DRIVERS[engine])
-        raise make_fault(f"{where}.driver: {engine} has no {make_printable(driver, 40)!r}, but {known}")
-    for name in options:
-        if name not in LOG_OPTIONS:
-            deny(f"{where}.options.{make_printable(name, 60)}", f"only {', '.join(LOG_OPTIONS)} are allowed")
-    if engine == "podman" and driver != "journald" and "tag" in options:
-        raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
-
-
-def check_mounts(where, mounts, policy, folder):
-    """Raises ComponentError for mounts of what is not there, or of what policy.host_paths does not allow."""
-    roots = [folder.resolve(path) for path in ["", *policy.host_paths]]
-    for mount in mounts:
-        for option in mount.options:
-            if not (is_tmpfs_option(option) if mount.kind == "tmpfs" else option in MOUNT_OPTIONS):
-                deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
-        if mount.kind != "bind":
-            continue
-        source = make_printable(mount.source, 200)
-        found = mount.found
-        if mount.source.startswith("~"):
-            deny(where, f"{source} is in a home folder; name the path itself")
-        if found.socket:
-            deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
-        if not any(is_below(found.real, root) for root in roots):
-            real = make_printable(found.real, 200)
-            deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
-        if not found.kind:
-            owner = "the package" if found.own else "this device"
-            raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
-
-
-def check_ways(services):
-    """Raises ComponentError where a service can write to a folder on the way to what another one, or itself,
-    mounts.
-
-    It could put a link there that the engine follows when it starts that one.
-    """
-    mounts = [(service.name, mount) for service in services for mount in service.mounts]
-    mounts = [(name, mount) for name, mount in mounts if mount.kind == "bind" and not mount.found.own]
-    for name, mount in mounts:
-        for other, above in mounts:
-            inside = mount.found.real != above.found.real and is_below(mount.found.real, above.found.real)
-            if inside and "ro" not in above.options:
-                names = [make_printable(item.source, 200) for item in (mount, above)]
-                deny(f"services.{name}.volumes",
-                     f"{names[0]} lies in {names[1]}, where service {other} may write: it"
-                     " could put a link there. Mount one of both, or the upper one read-only")
-
-
-def is_below(path, root):
-    """Whether a path is `root` or lies below it."""
-    return path == root or path.startswith(root.rstrip("/") + "/")
-
-
-# A whole file
-
-def make_project(document, workload, policy, engine, folder=None):
-    """A compose file's value to a Project; raises ComponentError.
-
-    All that parameters mean is settled here, so that none ever reaches a tool's own environment (C-180,
-    D-18). Everything is read once, into records, and policy is held against these. folder: the package as a
-    Folder.
-    """
-    services = document.get("services") if isinstance(document, dict) else None
-    if not services or not isinstance(services, dict):
-        raise make_fault("no services")
-    folder = folder or Folder(workload.folder)
-    notes = []
-    variables = make_file_variables(workload, folder)
-    document = interpolate_all(document, variables)
-    document["services"] = find_wanted(document["services"], notes)
-    check_keys(document)
-    document = read_value(document, FILE_FORM, "")
-    reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
-                      make_networks(document, workload), make_contents(document, variables, folder))
-    services = {name: make_service(name, service, reading) for name, service in document.services.items()}
-    check_ways(services.values())
-    add_aliases(services, document.services, notes)
-    order = make_hashes(order_services(services))
-    return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
-
-
-def make_file_variables(workload, folder):
-    """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own.
-    """
-    variables = Variables(workload.parameters)
-    if folder.look(".env").kind:
-        variables.update(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
-    variables.update({"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project}, **workload.parameters)
-    return variables
-
-
-def find_wanted(services, notes):
-    """The services that are started: those of no profile. What an image was built from is left out where it
-    is named, and noted."""
-    started = {}
-    for name, service in services.items():
-        where = f"services.{name}"
-        # it becomes part of the name of a file
-        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}", name):
-            raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
-        if not isinstance(service, dict):
-            raise make_fault(f"{where}: expected a mapping")
-        if service.get("profiles") and to_list(service["profiles"], f"{where}.profiles"):
-            continue
-        if "build" in service and service.get("image"):
-            service = {key: item for key, item in service.items() if key != "build"}
-            notes.append(f"{where}.build is not used: the image is pulled")
-        started[name] = service
-    return started
-
-
-def make_service(name, service, reading):
-    """A Service from its settings, held against the policy; without a hash, which comes when all are known.
-    """
-    where = f"services.{name}"
-    mounts = make_mounts(service, reading, where)
-    check_policy(where, service, reading.policy)
-    check_logging(f"{where}.logging", service.logging, reading.engine)
-    check_mounts(f"{where}.volumes", mounts, reading.policy, reading.folder)
-    ports = make_ports(service.ports, f"{where}.ports")
-    arguments = make_options(service, reading.workload, where) + make_arguments("--publish",
-        list(map(make_publish, ports)))
-    command = service.command or []
-    if service.entrypoint is not None:
-        arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
-        command = service.entrypoint[1:] + command
-    checks, health = make_health(service.healthcheck, reading.engine)
-    arguments += checks + list(map(make_mount_argument, mounts))
-    if sum(map(len, arguments + command)) > 64 * 1024:
-        raise make_fault(f"{where}: its settings, labels and command together have more than 64 KiB")
-    if not service.image:
-        raise make_fault(f"{where}.image: expected the name of an image")
-    return Service(name, service.image, arguments, command, make_environment(service, reading, where),
-                   make_files(service, reading, where), make_attachments(service, reading, where),
-                   make_dependencies(service),
-                   health, service.pull_policy or "missing", "", find_ports(ports), mounts,
-                   find_shared(service))
-
-
-def add_aliases(services, wanted, notes):
-    """Changes services to be found by their container_name, and by what others link them as."""
-    taken = {}
-    for name, service in wanted.items():
-        names = [(name, service.container_name)]
-        for link in service.links or ():
-            owner, _, alias = link.partition(":")
-            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
-        for owner, alias in names:
-            other = alias if alias in services else taken.setdefault(alias, owner)
-            if not alias or owner not in services:
-                continue
-            if other != owner:
-                notes.append(f"services.{name}: the name {alias} also leads to service {other}")
-            services[owner] = services[owner]._replace(networks=[
-                item if item.aliases is None else item._replace(
-                    aliases=list(dict.fromkeys(item.aliases + [alias])))
-                for item in services[owner].networks])
-
-
-def order_services(services):
-    """The services so that each comes after what it depends on; raises ComponentError for a circle or an
-    unknown name."""
-    order, done = [], set()
-    for root in services:
-        todo, path = [root], []
-        while todo:
-            name = todo[-1]
-            if name in done or path[-1:] == [name]:
-                if name not in done:
-                    done.add(path.pop())
-                    order.append(services[name])
-                todo.pop()
-                continue
-            path.append(name)
-            for other, (_, required) in reversed(list(services[name].depends_on.items())):
-                if other in path:
-                    circle = path[path.index(other):] + [other]
-                    raise make_fault(f"depends_on goes in a circle: {' -> '.join(circle)}")
-                if other in services:
-                    todo.append(other)
-                elif required:
-                    raise make_fault(f"services.{name}.depends_on: there is no service"
-                                     f" {make_printable(other, 60)!r} that is started")
-    return order
-
-
-def make_hashes(order):
-    """The services with a hash of all that makes their containers: who shares another's namespace is made
-    anew with it."""
-    final = {}
-    for service in order:
-        contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
-                    for path, item in service.files.items()}
-        shared = [final[other].hash for other in service.shares]
-        parts = [service.image, service.arguments, service.command, service.environment, contents,
-                 service.networks, shared]
-        final[service.name] = service._replace(hash=sha256_digest(make_json(parts))[7:39])
-    return list(final.values())
-
-
-def make_labels(workload, service, digest):
-    """The labels by which containers are found again, and those by which compose finds them."""
-    theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
-              "oneoff": "False"}
-    return dict({LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
-                 LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
-                 LABEL_DEVICE: workload.device_id,
-                 # all of them, whether empty or not: an image has labels of its own
-                 LABEL_OWNER: workload.owner},
-                **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 17. Compose driver
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# 14. Compose driver
+# ----------------------------------------------------------------------------------------------------------
 
 Changes = define("Changes", "kept idle making late leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no"
@@ -6215,30 +3590,6 @@ Shown = define("Shown", "state code restarts health volumes",
 Network = define("Network", "labels internal subnets gateways",
     "A network as `network inspect` shows it; the last two are sets of texts.")
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")     # an engine's words for what does not run
-
-
-def make_claim(owner, state):
-    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
-    state.
-    """
-    records = state["deployments"]
-    services = [component["services"] for record in records.values() for component in record["components"]]
-    for record in records.values():
-        services += (record["running"] or {}).get("services", {}).values()
-    ids = {facts.get("id") for items in services for facts in items.values()}
-    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None},
-                 frozenset(state["pulled"]))
-
-
-def is_ours(claim, deployment_id, owner, container_id=None):
-    """Whether a workload, or a network or volume of one, is this agent's.
-
-    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it
-    is labelled by a stranger: by the container's id, or by the deployment's where the label is of an earlier
-    time, or older than such labels (contract, On the engine).
-    """
-    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
-    return known or container_id in claim.ids or owner == claim.owner != ""
 
 
 def judge_startup(services, facts, healthy):
@@ -6427,12 +3778,7 @@ def make_child_environment(environ, connection):
     return dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
 
 
-def claim_nothing():
-    """The Claim of nobody."""
-    return Claim("", (), (), ())
-
-
-def make_compose_driver(config, environ=None, child=None, others=(), claim=claim_nothing):
+def make_compose_driver(config, environ=None, child=None, others=(), claim=None):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
     child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all
@@ -6461,9 +3807,10 @@ class ComposeDriver:
     Containers are found by their labels, by one query for all, and judged by what the engine shows of them.
     """
 
-    def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
+    def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=None):
         self.engine, self.config, self.environ = engine, config, environ
-        self.claim, self.strangers = claim, []      # [Container] that the last look has shown, and that are not ours
+        self.claim = claim or claim_nothing
+        self.strangers = []                         # [Container] that the last look has shown, and that are not ours
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even where they share the engine
         self.remote = bool(set(self.connection) & set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"})
@@ -7194,2001 +4541,4364 @@ def parse_containers(data, engine, now=0):
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 18. Helm
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# 15. Compose file
+# ----------------------------------------------------------------------------------------------------------
 
-Release = define("Release", "deployment_id component name namespace chart values values_file wait content",
-    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all that makes it what it is.")
-RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
-
-
-def make_owner_value(owner):
-    """An owner as the value of a Kubernetes label, which has room for 63 letters and digits."""
-    return sha256_digest(owner.encode())[7:47]
+def find_parameters(deployment, component):
+    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null is not set."""
+    return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
+            for pointer, names in parameter.targets if component in names]
 
 
-def parse_releases(data, records, owner=""):
-    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.  Raises CommandError."""
-    names = {make_release_name(component["name"], record["deploymentId"]): (record["deploymentId"], component["name"])
-             for record in records for component in record["components"]}
-    containers = []
-    try:
-        for item in parse_json(data, "helm list") or ():
-            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
-            if not match and item["name"] not in names:
-                continue                            # somebody else's, whatever its labels say
-            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
-            containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm",
-                                        owner=owner))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
-    return containers
+# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application
+# (D-18, C-184).
+TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
 
 
-def list_texts(value):
-    """Every scalar below a value as text."""
-    if isinstance(value, (dict, list)):
-        return [text for item in (value.values() if isinstance(value, dict) else value) for text in list_texts(item)]
-    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
+def make_variables(deployment, component):
+    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID.
 
+    Protocol 7, C-180, C-182.
 
-def make_helm_driver(config, environ, child=None, claim=claim_nothing):
-    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything.
-
-    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for make_compose_driver.
+    A later parameter for the same name wins; a list becomes JSON text.
     """
-    setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
-    if child and "KUBECONFIG" not in child[1]:
-        return None
-    if child:
-        environ = make_child_environment(environ, child[1])
-        setting, path = "auto" if setting == "off" else setting, environ["KUBECONFIG"]
-    path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", os.path.join(environ.get("HOME") or "/root", ".kube/config"))), None)
-    if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
-        return None
-    environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
-    environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
-    return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
-
-
-def make_values(deployment, component):
-    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
-
-    A later parameter for the same place wins.
-    """
-    values = {}
+    variables = {}
     for parameter, pointer in find_parameters(deployment, component):
-        try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
-            set_value(values, parse_value_path(pointer), parameter.value)
-        except ValueError as error:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
-                                 f"{make_printable(pointer, 120)!r}: {error}") from None
-    return values
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}:"
+                                 f" {make_printable(pointer)!r} is not a name that an environment variable of a"
+                                 " container may have")
+        value = parameter.value
+        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
+        if "\0" in variables[pointer]:
+            raise ComponentError("PARAMETER_INVALID",
+                                 f"parameter {make_printable(parameter.name)}: holds a NUL character")
+    folded = sorted(variables, key=str.lower)
+    for first, second in zip(folded, folded[1:]):
+        if first.lower() == second.lower():
+            raise ComponentError("PARAMETER_INVALID",
+                                 f"the parameters {first} and {second} differ only in case")
+    return variables
 
 
-def parse_value_path(pointer):
-    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
+def make_project_name(component, deployment_id):
+    """`<component>-<deploymentId>` as engines take names, at most 63 characters.
+
+    What is changed or cut ends with a hash of the whole, so that no two can meet (D-19, D-20).
+    """
+    whole = f"{component}-{deployment_id}"
+    name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
+    if name == whole.lower() and len(name) <= 63:
+        return name
+    return f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
+
+
+Workload = define("Workload",
+                  "deployment_id component project folder parameters environment wait device_id owner",
+    "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of"
+    " runtime.environment, the child device it is for, the owner to label it with.", "", "")
+Service = define(
+    "Service", "name image arguments command environment files networks depends_on health pull hash ports"
+               " mounts shares",
+    "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
+    " [Attachment];"
+    " depends_on: {service: (condition, required)}; health: Health, or None where the file says nothing of"
+    " it; hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that"
+    " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
+Project = define("Project", "services networks volumes notes",
+    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
+    " what is external), and what of the file has no effect, in words.", ())
+Mount = define("Mount", "kind source target options found",
+    "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
+    " name), path in the container, engine's options; found: the Source of a bind mount.")
+Port = define("Port", "address published target protocol",
+    "An item of `ports`: address of the host or \"\", its port or ports or \"\", those of the container,"
+    " tcp, udp or sctp.")
+Health = define("Health", "interval retries start",
+    "A health check as the agent waits for it: seconds, misses, seconds of grace.")
+Attachment = define("Attachment", "network aliases options",
+    "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
+    " mode, None, None.", None)
+Content = define("Content", "text mode uid gid",
+    "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
+Reading = define("Reading", "workload policy engine folder variables volumes networks contents",
+    "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of"
+    " volumes and of networks, {section: {name: text}} of configs and secrets.")
+
+LABEL_DEPLOYMENT, LABEL_COMPONENT = "org.margo.deployment", "org.margo.component"
+LABEL_SERVICE = "org.margo.service"
+LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
+LABEL_OWNER = "org.margo.owner"
+
+
+# Whose something on the engine is
+
+def make_claim(owner, state):
+    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
+    state.
+    """
+    records = state["deployments"]
+    services = [component["services"] for record in records.values() for component in record["components"]]
+    for record in records.values():
+        services += (record["running"] or {}).get("services", {}).values()
+    ids = {facts.get("id") for items in services for facts in items.values()}
+    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None},
+                 frozenset(state["pulled"]))
+
+
+def is_ours(claim, deployment_id, owner, container_id=None):
+    """Whether a workload, or a network or volume of one, is this agent's.
+
+    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it
+    is labelled by a stranger: by the container's id, or by the deployment's where the label is of an earlier
+    time, or older than such labels (contract, On the engine).
+    """
+    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
+    return known or container_id in claim.ids or owner == claim.owner != ""
+
+
+def claim_nothing():
+    """The Claim of nobody."""
+    return Claim("", (), (), ())
+
+
+def make_fault(text, code="INVALID_DEPLOYMENT"):
+    """A ComponentError about the compose file."""
+    return ComponentError(code, f"compose.yaml: {text}")
+
+
+# Variables
+
+class Variables(dict):
+    """{NAME: text} for one compose file, and how many characters they and env files may bring into it: it
+    cannot be a bomb."""
+
+    room = 8 * MIB
+
+    def spend(self, count, where):
+        """Takes characters from the room that is left; raises ComponentError where there is none."""
+        self.room -= count
+        if self.room < 0:
+            raise make_fault(f"{where}: variables and env files bring more than {Variables.room} characters"
+                             " into the file")
+
+
+def interpolate(text, variables, where, depth=0):
+    """`$NAME`, `${NAME}`, `${NAME:-default}` with the operators - ? + :- :? :+, and `$$` in one text.
+
+    variables: Variables. An unset name is an empty text, and a `$` that begins none of these stays, as
+    compose has it. Raises ComponentError naming the place.
+    """
+    if depth > 32:
+        raise make_fault(f"{where}: a $ in more than 32 others")
+    pattern = re.compile(r"\$(?:(\$)|\{([A-Za-z_]\w*)(:?[-?+]|\})|([A-Za-z_]\w*)|(\{))", re.A)
+    result, position = [], 0
+    match = pattern.search(text)
+    while match:
+        dollar, long, operator, short, open_brace = match.groups()
+        if open_brace:
+            raise make_fault(f"{where}: a ${{ that is not ${{NAME}}; a $ that is meant is written $$")
+        result.append(text[position:match.start()])
         position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
-    return path
+        name = long or short
+        value = dollar or variables.get(name, "")
+        if long and operator != "}":
+            end = find_brace(text, position, where)
+            rest = text[position:end]
+            position = end + 1
+            given = name in variables and bool(value or ":" not in operator)
+            value = choose(operator[-1], given, name, value,
+                           lambda: interpolate(rest, variables, where, depth + 1), where)
+        result.append(value)
+        variables.spend(len(value), where)
+        match = pattern.search(text, position)
+    return "".join(result) + text[position:]
 
 
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        wanted = None if following is None else list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        place[step] = value if wanted is None else wanted() if held is None else held
-        place = place[step]
+def choose(operator, given, name, value, make_rest, where):
+    """What `${NAME` gives with one of the operators - ? +, by whether the name counts as given; make_rest:
+    what stands behind it."""
+    if operator == "+":
+        return make_rest() if given else ""
+    if given:
+        return value
+    if operator == "?":
+        raise make_fault(f"{where}: {name} is needed: {make_rest()}", "PARAMETER_INVALID")
+    return make_rest()
 
 
-def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
-
-    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
-    """
-    whole = f"{component}-{deployment_id}".lower()
-    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
-
-
-class HelmDriver:
-    """Runs Helm components by the helm command, version 3 or 4.
-
-    Releases are ours by the label org.margo.owner; all of them are seen by one `helm list`, which is asked only where a deployment
-    needs Helm.  Charts are fetched and verified here, like Compose Archives, so helm needs no access to registries.
-    """
-
-    def __init__(self, helm, config, environ, claim=claim_nothing):
-        self.helm, self.config, self.environ, self.claim = helm, config, environ, claim
-
-    def run(self, arguments, timeout):
-        """The Output of one helm command."""
-        return run_command([self.helm] + arguments, timeout, env=self.environ)
-
-    def observe(self, records=()):
-        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.  Raises CommandError."""
-        found, claim = [], self.claim()
-        wanted = {make_release_name(component["name"], record["deploymentId"]) for record in records for component in record["components"]}
-        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
-            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
-            found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
-            if wanted <= {release.name for release in found}:
-                break                               # under an earlier owner is only what is missing
-        return found
-
-    def list(self, selector, *options):
-        """What `helm list` says of releases in any state; raises CommandError."""
-        output = self.run(["list", "--max=0", "--output=json", f"--selector={selector}"] + (list(options) or ["--all-namespaces"])
-                          + [f"--{state}" for state in RELEASE_STATES], 60)
-        if output.code:
-            raise CommandError(f"the cluster does not answer (helm list: {output.stderr[-500:]})")
-        return output.stdout
-
-    def make_foreign(self):
-        """The selector of releases that carry no owner of this agent's, or none at all."""
-        claim = self.claim()
-        return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
-
-    def ask_strangers(self):
-        """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
-        return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
-
-    def ask_name(self, name, namespace):
-        """Raises ComponentError where a release of this name was made by somebody else."""
-        options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
-        if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
-                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
-            raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this agent: remove it there")
-
-    def check(self):
-        """What `doctor` says of this driver; raises CommandError."""
-        record = {"deploymentId": "", "components": []}
-        version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
-        return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
-
-    def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release, package facts)."""
-        values = make_values(deployment, component.name)
-        _, package = obtain_package(component, known, self.config, store, "helm")
-        fetched.append(package["digest"])
-        content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
-        name = make_release_name(component.name, deployment.deployment_id)
-        self.ask_name(name, deployment.namespace)
-        folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
-        try:
-            create_folder(folder)
-        except OSError as error:
-            raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
-        values_file = os.path.join(folder, content + ".json")
-        write_file(values_file, make_json(values))
-        for other in set(os.listdir(folder)) - {content + ".json"}:
-            remove_file(os.path.join(folder, other))        # a package of the time when it was a compose component goes by itself
-        chart = store.path("artifacts", package["digest"].replace(":", "-"))
-        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values, values_file, component.wait,
-                       content), package
-
-    def apply(self, release, containers, known, deadline):
-        """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.  Safe to repeat.
-
-        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never taken for "not installed" (D-16).
-        """
-        present, facts = self.find(release.deployment_id, release.component, containers), known.get("release")
-        if facts and facts.get("content") == release.content and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]:
-            return {"release": facts}
-        for container in present:
-            self.repair(container, release.namespace, facts, deadline)
-        seconds, owner = max(1, int(deadline - time.monotonic())), self.claim().owner
-        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}" + (f",{LABEL_OWNER}={make_owner_value(owner)}" if owner else "")
-        output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
-                           f"--values={release.values_file}", f"--labels={labels}", "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
-                          + (["--wait"] if release.wait else []), seconds + 30)
-        if output.code:
-            code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
-            raise ComponentError(code, f"helm upgrade failed: {mask(output.stderr, list_texts(release.values))[-1500:]}")
-        try:
-            revision = str(parse_json(output.stdout, "helm upgrade")["version"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ComponentError("INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
-        return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
-
-    @staticmethod
-    def find(deployment_id, component, containers):
-        """The releases of a component."""
-        return [c for c in containers if (c.deployment_id.lower(), c.component, c.type) == (deployment_id.lower(), component, "helm")]
-
-    def repair(self, container, namespace, facts, deadline):
-        """Takes away what would stop an upgrade, or what it would not see: a release in another namespace, one that a power cut left half
-        done, and what a failed upgrade left in the cluster (helm compares with the version that was deployed, not with that one).
-
-        facts: of the revision that was made here last; to that one it goes back, for the one before the newest may be what has failed.
-        """
-        there = container.id.partition("/")[0]
-        seconds = max(1, int(deadline - time.monotonic()))
-        if there != namespace or container.state in ("pending-install", "uninstalling"):
-            self.uninstall(container, deadline)
-        elif container.state != "running":
-            revision = [facts["hash"]] if facts else []
-            self.run(["rollback", container.name] + revision + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
-
-    def uninstall(self, container, deadline):
-        """Uninstalls a release; whether it worked is told by the list alone."""
-        seconds = max(1, int(deadline - time.monotonic()))
-        return self.run(["uninstall", container.name, f"--namespace={container.id.partition('/')[0]}", "--wait", f"--timeout={seconds}s"], seconds + 30)
-
-    def remove(self, deployment_id, component, containers, deadline):
-        """Removes a component's releases; raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21)."""
-        ours = self.find(deployment_id, component, containers)
-        words = [self.uninstall(container, deadline).stderr for container in ours]
-        record = {"deploymentId": deployment_id, "components": [{"name": component}]}
-        if ours and self.find(deployment_id, component, self.observe([record])):
-            raise ComponentError("REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
-
-    @staticmethod
-    def list_ports(release):
-        """[]: none of this host."""
-        return []
-
-    def tail_log(self, container, secrets):
-        """Nothing: the cluster keeps the logs."""
-        return ""
-
-    def tend(self, containers, chance):
-        """Nothing: the cluster runs its own health checks."""
-
-    def remove_image(self, name):
-        """Never: images are the cluster's."""
-        return False
+def find_brace(text, position, where):
+    """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only
+    those of a `${`."""
+    for opening in ("{", "${"):
+        depth = 0
+        for index in range(position, len(text)):
+            depth += text.startswith(opening, index) - (text[index] == "}")
+            if depth < 0:
+                return index
+    raise make_fault(f"{where}: a ${{ that is not closed")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 19. Drivers
-# ------------------------------------------------------------------------------------------------------------
-
-def make_drivers(config, child=None, others=(), claim=claim_nothing):
-    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
-
-    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
-    host, stop; no other section knows what it drives.
-    """
-    drivers = {"compose": make_compose_driver(config, child=child, others=others, claim=claim),
-               "helm": make_helm_driver(config, os.environ, child, claim)}
-    return {kind: driver for kind, driver in drivers.items() if driver}
+# Below these keys, keys are names of the application's own; everywhere else x-… keys are extensions, which
+# are dropped unread.
+NAMING = ("services", "networks", "volumes", "configs", "secrets", "environment", "labels", "sysctls",
+          "extra_hosts", "ulimits",
+          "depends_on", "options", "driver_opts")
 
 
-def find_nothing():
-    """The look at a child device that cannot be reached from here."""
-    raise CommandError("the engine's command that its connection needs is not installed here")
-
-
-def list_looks(drivers, records):
-    """{deployment type: function that looks} of what has to be asked on one device.
-
-    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a deployment needs one.
-    """
-    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
-    return {kind: lambda kind=kind: drivers[kind].observe(known[kind]) for kind in drivers if kind == "compose" or known[kind]}
-
-
-def try_look(function):
-    """What it returns, or the CommandError that it raises."""
-    try:
-        return function()
-    except CommandError as error:
-        return error
-
-
-def observe_devices(devices, records):
-    """{device id: Seen}: all engines are asked at once, and each is waited for up to its own limit.
-
-    records: those of all deployments that are there, or will be.
-    """
-    looks, seen = [], {device.device_id: Seen([], {}) for device in devices}
-    for device in devices:
-        found = list_looks(device.drivers, records)
-        if device.silence and not device.drivers:
-            found = dict.fromkeys(("compose", "helm"), find_nothing)
-        looks += [(device.device_id, kind, function) for kind, function in found.items()]
-    functions = [function for _, _, function in looks]
-    if len(looks) < 2:
-        answers = list(map(try_look, functions))
-    else:
-        from concurrent.futures import ThreadPoolExecutor
-        with ThreadPoolExecutor(LOOKS) as pool:
-            answers = list(pool.map(try_look, functions))
-    for (device_id, kind, _), answer in zip(looks, answers):
-        if isinstance(answer, CommandError):
-            seen[device_id].silent[kind] = answer
-        else:
-            seen[device_id].containers.extend(answer)
-    return seen
-
-
-def ask_others(answering, known=None):
-    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices has shown.
-
-    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not asked again.
-    """
-    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-    for device_id, drivers in answering.items():
-        for kind, driver in drivers.items():
-            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
-            if isinstance(found, CommandError):
-                log("warning", "workloads of other owners cannot be named", device=device_id, reason=found.message)
+def interpolate_all(value, variables, where="", named=False):
+    """Every text below a value interpolated; keys stay as they are, a number as it was spelt. named: they are
+    names."""
+    if isinstance(value, dict):
+        result = {}
+        for key, item in value.items():
+            name = to_text(key, f"{where or 'the file'}: a name")
+            if name.startswith("x-") and not named:
                 continue
-            for item in found:
-                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
-                                   "deploymentId": item.deployment_id}
-    return list(others.values())
+            if name in result:
+                raise make_fault(f"{where}: {make_printable(name, 60)} occurs twice")
+            place = f"{where}.{name}" if where else name
+            result[name] = interpolate_all(item, variables, place, not named and name in NAMING)
+        return result
+    if isinstance(value, list):
+        return [interpolate_all(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
+    return interpolate(value, variables, where) if isinstance(value, str) and "$" in value else value
 
 
-def observe_all(drivers, record):
-    """Every container of ours on one device, as far as a deployment may have some there; raises CommandError where something does not answer."""
-    return [container for function in list_looks(drivers, [record]).values() for container in function()]
+# a name, and perhaps = or : and a value
+ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
+            r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|"
+            r"(?![ \t]*['\"])([^\n]*)))?[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# 20. Deployment status
-# ------------------------------------------------------------------------------------------------------------------------------
-
-def make_record(target, device_id):
-    """The record of a deployment that was not known before; see begin_record for one that begins a revision.
-
-    deviceId    the device where it is at home
-    adopted     {digest, version}: the revision that is worked on
-    components  [{name, state, error, services, package}]; state and error of the whole follow from theirs
-    running     {digest, packages, images, mark, type} of the version that was installed last, and its
-                {services} once another revision is worked on; previous: the same of the one before
-    fallback    whether `running` is what should run while the revision that is worked on has failed
-    refused     whether the revision cannot be one, whatever is tried
-    fetched     digests of packages and names of images that are there for the revision that is worked on
-    retry       failures in a row (see make_wait); repair: repairs without an hour's rest (P-7)
-    """
-    return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id,
-            "type": "compose", "adopted": {"digest": target.digest, "version": target.version},
-            "state": "pending", "error": None, "running": None, "previous": None, "refused": False,
-            "components": [], "fetched": [], "fallback": False, "retry": {}, "repair": {}}
-
-
-def begin_record(record, target):
-    """The record as work on the target's revision begins: all components pending, its version adopted (E-112,
-    E-114).
-
-    What an earlier revision left (services, packages) stays known until the new one has replaced it.
-    """
-    old = {component["name"]: component for component in record["components"]}
-    names = [component.name for component in target.deployment.components] if target.deployment else list(old)
-    blank = {"services": {}, "package": None}
-    components = [dict(old.get(name, blank), name=name, state="pending", error=None) for name in names]
-    record = dict(record, state="pending", error=None, refused=False, components=components)
-    if target.deployment:
-        record.update(name=target.deployment.name, type=target.deployment.type or record["type"])
-    before = record["adopted"]["digest"]
-    running = record["running"]
-    if before != target.digest:
-        record.update(retry={}, repair={}, fetched=[])
-        if running and running["digest"] == before:             # from here on it is the version before
-            running = dict(running, services={name: component["services"] for name, component in old.items()})
-    return dict(record, adopted={"digest": target.digest, "version": target.version}, running=running,
-                fallback=bool(running and running["digest"] != target.digest))
+def parse_env_file(text, variables, where):
+    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes as compose
+    takes them."""
+    result = {}
+    known = Variables(variables)
+    text = text.replace("\r\n", "\n").lstrip("\ufeff")
+    variables.spend(len(text), where)
+    known.room = variables.room
+    for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
+        name, single, double, plain, odd = match.groups()
+        if odd:
+            number = text.count("\n", 0, match.start()) + 1
+            raise make_fault(f"{where}, line {number}: expected NAME=value")
+        if single is not None:
+            result[name] = single.replace("\\'", "'")
+        elif double is not None or plain is not None:
+            raw = unescape_double(double) if plain is None else re.split(r"\s#", plain, maxsplit=1)[0].strip()
+            result[name] = interpolate(raw, known, f"{where}, {name}")
+        elif name in variables:
+            result[name] = variables[name]
+        if name in result and name not in variables:
+            known[name] = result[name]
+    variables.room = known.room
+    return result
 
 
-def count_repair(record, clock):
-    """The record as a repair of what was installed begins: some are free, then the pauses after them grow
-    (P-7).
-    """
-    last = record["repair"]
-    recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
-    repairs = last["failures"] if last and recent else 0
-    pause = grow(RETRY_FIRST, repairs + 2 - REPAIRS, RETRY_CAP) if repairs + 1 >= REPAIRS else 0
-    return dict(record, repair=make_wait({"failures": repairs}, pause, clock))
+def unescape_double(text):
+    """What stands in double quotes of an env file, ready to be interpolated."""
+    escapes = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\", "$": "$$"}
+    return re.sub(r"\\(.)", lambda match: escapes.get(match.group(1), match.group(0)), text, flags=re.S)
 
 
-def set_component(record, name, state, error=None, **facts):
-    """The record with one component changed (None: all of them), its overall state following (C-133)."""
-    components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
-                  for item in record["components"]]
-    states = [component["state"] for component in components] or [state]
-    return dict(record, components=components, state=make_overall_state(states))
+# Readers of compose values: (value, place) to what is meant; each names the place of what is not that.
+
+def to_text(value, where):
+    """A scalar as text; a number keeps its spelling."""
+    if value is None or isinstance(value, (dict, list)):
+        raise make_fault(f"{where}: expected a single value")
+    text = scalar_text(value)
+    if "\0" in text:
+        raise make_fault(f"{where}: holds a NUL character")
+    if re.search("[\ud800-\udfff]", text):
+        raise make_fault(f"{where}: holds bytes that are no UTF-8")
+    return text
 
 
-def fail_record(record, component, error, clock, jitter, refused=False):
-    """The record after a ComponentError: the component failed, what comes later stays pending, the next
-    attempt is due later with each failure.
+def to_form(pattern, words):
+    """A reader of text of one form: the pattern, and what it is in words."""
+    def read_form(value, where):
+        text = to_text(value, where)
+        if not re.fullmatch(pattern, text):
+            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not {words}")
+        return text
+    return read_form
 
-    component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
-    """
-    asked = min(error.retry_after or 0, 2 * RETRY_CAP)
-    delay = grow(RETRY_FIRST, record["retry"].get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
-    source = error.source or component or record["name"]
-    told = {"code": error.code, "source": source, "message": error.message}
-    if component:
-        record = set_component(record, component, "failed", told)
-        told = dict(told, source=record["name"], message=f"component {component} failed: {error.message}")
+
+to_size = to_form(r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m")
+to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
+to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
+to_one = to_form("1", "supported; only 1 is")
+
+
+def to_flag(value, where):
+    """true or false, also as the text that interpolation leaves, by all words of YAML 1.1."""
+    word = scalar_text(value).lower() if isinstance(value, (bool, str)) else ""
+    if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
+        raise make_fault(f"{where}: expected true or false")
+    return word in ("true", "yes", "on", "y")
+
+
+def to_mapping(value, where):
+    """A mapping as it is, {} for nothing."""
+    if value is not None and not isinstance(value, dict):
+        raise make_fault(f"{where}: expected a mapping")
+    return value or {}
+
+
+def to_list(value, where):
+    """A list of texts; a single text is one too."""
+    return [to_text(item, where) for item in (value if isinstance(value, list) else [value])]
+
+
+def to_pairs(value, where):
+    """A mapping, or a list of NAME=value, as {NAME: text or None}."""
+    if isinstance(value, dict):
+        return {key: None if item is None else to_text(item, f"{where}.{key}") for key, item in value.items()}
+    pairs = [item.partition("=") for item in to_list(value, where)]
+    return {name: text if mark else None for name, mark, text in pairs}
+
+
+def to_values(value, where):
+    """A mapping, or a list of NAME=value, as {NAME: text}."""
+    return {name: text or "" for name, text in to_pairs(value, where).items()}
+
+
+def to_labels(value, where):
+    """`labels` as {name: text}; those by which containers are found again are not to be forged."""
+    labels = to_values(value, where)
+    if any(name.startswith(("org.margo.", "com.docker.compose.")) for name in labels):
+        raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
+    return labels
+
+
+def to_words(value, where):
+    """A command: a list as it is, a text split as a shell splits it."""
+    if not isinstance(value, str):
+        return to_list(value, where)
+    words = [[]]
+    pattern = r"(\s+)|'([^']*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\"|\\(.)|([^\s'\"\\]+)|."
+    for match in re.finditer(pattern, to_text(value, where), re.S):
+        blank, single, double, escaped, plain = match.groups()
+        if not match.lastindex:
+            raise make_fault(f"{where}: a quotation or a \\ that is not closed")
+        if blank:
+            words.append([])
+        elif double is not None:                    # a space is what YAML has made of a line end
+            words[-1].append(re.sub(r'\\([$`"\\\n ])', lambda found: found.group(1).strip("\n"), double))
+        else:
+            words[-1].append((single or plain or escaped or "").strip("\n" if escaped else ""))
+    return ["".join(parts) for parts in words if parts]
+
+
+def to_seconds(value, where):
+    """Compose's durations such as 1m30s or 500ms to seconds."""
+    form = to_form(r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s")
+    text = form(value, where)
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
+    return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
+
+
+def to_duration(value, where):
+    """A duration as it is written."""
+    to_seconds(value, where)
+    return value
+
+
+def to_count(value, where):
+    """A whole number, zero or more."""
+    return int(to_form("[0-9]{1,9}", "a whole number")(value, where))
+
+
+def to_mode(value, where):
+    """The permissions of a file: an octal number, or a plain one as compose takes it."""
+    octal = isinstance(value, str) or to_text(value, where).startswith("0")
+    text = to_form("0?o?[0-7]{1,4}" if octal else "[0-9]{1,4}", "a file mode such as 0440")(value, where)
+    return int(text.replace("o", ""), 8 if octal else 10)
+
+
+def to_hosts(value, where):
+    """`extra_hosts` as [HOST:ADDRESS]; a name may have several addresses."""
+    if isinstance(value, dict):
+        pairs = [(name, item) for name in sorted(value) for item in to_list(value[name], f"{where}.{name}")]
     else:
-        components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
-                      for item in record["components"]]
-        record = dict(record, components=components)
-    retry = make_wait(record["retry"], max(delay, asked), clock)
-    return dict(record, state="failed", error=told, refused=refused, retry=retry)
+        pairs = [re.match("([^=:]*)[=:]?(.*)", item, re.S).groups() for item in to_list(value, where)]
+    return [f"{name}:{address.strip('[]')}" for name, address in pairs]
 
 
-def finish_record(record, mark=""):
-    """The record once all of the revision that was worked on is installed; mark: make_mark of its
-    environment.
-    """
-    images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
-    packages = {item["name"]: item["package"] for item in record["components"]}
-    running = {"digest": record["adopted"]["digest"], "packages": packages, "images": sorted(images),
-               "mark": mark, "type": record["type"]}
-    before = record["running"]
-    previous = before if before and before["digest"] != running["digest"] else record["previous"]
-    return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False)
+def to_restart(value, where):
+    """`restart`: the engine's own words."""
+    form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
+    return "no" if value is False else form(value, where)
 
 
-def make_history(state, entries, version, at):
-    """The history with one more accepted desired state: what it adds, changes and removes against the one
-    before.
-    """
-    before = (state["accepted"] or {}).get("deployments", ())
-    old = {item["deploymentId"].lower(): item["digest"] for item in before}
-    new = {entry.deployment_id.lower(): entry.digest for entry in entries}
-    changed = sorted(key for key in new if key in old and new[key] != old[key])
-    return state["history"][1 - HISTORY:] + [{
-        "version": version, "at": at, "added": sorted(set(new) - set(old)),
-        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
+def to_grace(value, where):
+    """`stop_grace_period` in whole seconds; an engine would take zero as not said."""
+    return str(max(1, round(to_seconds(value, where))))
 
 
-def make_outcome(state):
-    """How the newest accepted desired state stands: applied, pending, or which deployments failed and why."""
-    records = state["deployments"].values()
-    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
-              if record["state"] == "failed"]
-    installed = [record for record in records if record["state"] == "installed"]
-    done = len(installed) == len(records) == len(state["accepted"]["deployments"])
-    return "; ".join(failed) or ("applied" if done else "pending")
+def to_external(value, where):
+    """`external`: true or false, or in older files a mapping that has the name."""
+    return to_text(value.get("name"), f"{where}.name") if isinstance(value, dict) else to_flag(value, where)
 
 
-def find_needed(state):
-    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each
-    deployment need (P-5).
-    """
-    digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
-    images = set()
-    for record in state["deployments"].values():
-        digests.update([record["adopted"]["digest"], *record["fetched"]])
-        images.update(record["fetched"])
-        packages = [item["package"] for item in record["components"]]
-        images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
-        for version in filter(None, (record["running"], record["previous"])):
-            digests.add(version["digest"])
-            packages += version["packages"].values()
-            images.update(version["images"])
-        digests.update(package["digest"] for package in packages if package)
-    return digests, images
+def to_namespace(*words):
+    """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
+    def read_namespace(value, where):
+        text = to_text(value, where)
+        if not re.fullmatch("|".join(words + ("service:.+",)), text):
+            code = "POLICY_DENIED" if re.match("container:|ns:", text) else "INVALID_DEPLOYMENT"
+            known = ", ".join(words + ("service:NAME",))
+            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not supported; known are {known}",
+                             code)
+        return text
+    return read_namespace
 
 
-def make_overall_state(states):
-    """The most severe of some component states (C-133)."""
-    return min(states, key=STATES.index)
-
-
-def make_status(record, device_id):
-    """A DeploymentStatusManifest (protocol 3.6): one entry a component, `error` only where there is one
-    (C-131 to C-137).
-    """
-    status = {"state": record["state"]}
-    if record["state"] == "failed" and record["error"]:
-        status["error"] = record["error"]
-    components = []
-    for component in record["components"]:
-        entry = {"name": component["name"], "state": component["state"]}
-        if component["error"]:
-            entry["error"] = component["error"]
-        components.append(entry)
-    return {"deploymentId": record["deploymentId"], "deviceId": record.get("deviceId") or device_id,
-            "adoptedManifestVersion": record["adopted"]["version"], "status": status,
-            "components": components}
-
-
-def enqueue_status(state, record, device_id):
-    """Puts a record's status into the outbox, in place of an older one, unless the WFM has acknowledged the
-    very same (C-139).
-    """
-    key = record["deploymentId"].lower()
-    status = make_status(record, device_id)
-    state["outbox"].pop(key, None)
-    if state["reported"].get(key) != sha256_digest(make_json(status)):
-        state["outbox"][key] = status
-
-
-def acknowledge_status(state, key, refused=None):
-    """The WFM has this status (or will never take it; `refused` says why): out of the outbox.
-
-    A removed deployment is forgotten with its last report.
-    """
-    status = state["outbox"].pop(key)
-    state["dropped"].pop(key, None)
-    if refused:
-        state["dropped"] = dict(list(state["dropped"].items())[1 - HISTORY:], **{key: refused})
-    state["reported"][key] = sha256_digest(make_json(status))
-    if status["status"]["state"] == "removed":
-        state["reported"].pop(key)
-        if state["deployments"].get(key, {}).get("state") == "removed":
-            state["deployments"].pop(key)
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 21. Apply
-# ------------------------------------------------------------------------------------------------------------------------------
-
-Tools = define("Tools", "config store drivers containers device_id version quiet fetched clock jitter",
-    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device,"
-    " [Container] there, the device's id, the accepted version, whether nothing may be fetched now, a list"
-    " for what is fetched (digests, images), functions for a Clock and for a number in [0, 1).")
-Change = define("Change", "event name record deployment rollback kind",
-    "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
-    " back to the version before; kind: the deployment type of what is removed.", None)
-Revision = define("Revision", "deployment packages services",
-    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component:"
-    " {service: facts}}.")
-Ready = define("Ready", "takes",
-    "What a step says once all that can fail or say no has been done, and nothing is touched: the host's"
-    " ports that it will take, as find_held_ports has them.")
-# Functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise Forbidden.
-LISTENERS = []
-
-
-class Notices:
-    """The changes of one step: every listener agrees to all of them before the first is made, and hears what
-    came of each.
-    """
-
-    def __init__(self, tools):
-        self.tools, self.agreed = tools, []
-
-    def __enter__(self):
-        return self
-
-    def ask(self, change):
-        """Raises ComponentError where a listener forbids the change."""
-        for listener in LISTENERS:
-            listener("before", change, self.tools, None)
-        self.agreed.append(change)
-
-    def tell(self, change, error=None):
-        """The change has been made, or nothing comes of it."""
-        self.agreed.remove(change)
-        for listener in LISTENERS:
-            listener("after", change, self.tools, error)
-
-    def __exit__(self, kind, error, _):
-        for change in self.agreed[:] if isinstance(error, MargoError) else ():
-            self.tell(change, error)
-
-
-class Installation:
-    """A deployment on its way to a version: the record so far, the component at work, and whether anything
-    was touched.
-    """
-
-    def __init__(self, record, tools):
-        self.record, self.tools = record, tools
-        self.name, self.touched, self.services = None, False, {}
-
-    def run(self, revision, rollback=False):
-        """Makes a version run, and nothing else of its deployment; yields the record at each change, for the
-        caller to make durable before the next step, and Ready before anything is touched.
-
-        All that can fail or say no comes before that: everything is fetched and verified, and every listener
-        agrees (D-11, P-20). One that is answered by True has to free its ports first, and is made again.
-        rollback: it is the version before that is brought back, in one go.
-        """
-        tools, deployment = self.tools, revision.deployment
-        containers = observe_all(tools.drivers, self.record) if rollback else tools.containers
-        prepared = []
-        for component in deployment.components:
-            self.name = component.name
-            driver = get_driver(deployment.type, tools)
-            known = revision.packages.get(self.name)
-            prepared.append(driver.prepare(deployment, component, known, tools.store, tools.fetched))
-        changes = []
-        for name in [component.name for component in deployment.components]:
-            event = "update" if rollback or revision.packages.get(name) else "install"
-            changes.append(Change(event, name, self.record, deployment, rollback))
-        dropped = find_dropped(self.record, deployment, containers, rollback)
-        with Notices(tools) as notices:
-            for change in changes + dropped:
-                self.name = None if change.kind else change.name
-                notices.ask(change)
-            self.name = None
-            ports = [port for workload, _ in prepared for port in driver.list_ports(workload)]
-            takes = {(tools.device_id, *port) for port in ports}
-            while not rollback and (yield Ready(takes)):
-                self.free_ports()
-                containers = observe_all(tools.drivers, self.record)
-            for component, change, (workload, package) in zip(deployment.components, changes, prepared):
-                self.name = component.name
-                if not rollback:
-                    self.record = set_component(self.record, self.name, "installing")
-                    yield self.record
-                self.touched = True
-                known = revision.services.get(self.name, {})
-                services = driver.apply(workload, containers, known, time.monotonic() + component.timeout)
-                self.services[self.name] = services
-                notices.tell(change)
-                facts = {"services": services, "package": package}
-                self.record = set_component(self.record, self.name, "installed", **facts)
-                if not rollback and self.record["state"] != "installed":    # said once nothing else is left
-                    yield self.record
-            self.name = None
-            for change in dropped:
-                remove_component(change, containers, notices)
-
-    def free_ports(self):
-        """Stops what holds a port of the host, so that another deployment can take it."""
-        self.touched = True
-        running = self.record["running"] or {}
-        services = [item["services"] for item in self.record["components"]]
-        if "services" in running:
-            services = running["services"].values()
-        facts = [facts for item in services for facts in item.values()]
-        ids = [item["id"] for item in facts if item.get("ports")]
-        if ids:
-            get_driver(running["type"], self.tools).stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
-
-    def fail(self, error, deployment):
-        """The record after a failure, with the version before running again where runtime.on_failure says so
-        (P-8).
-        """
-        tools, name, words = self.tools, self.name, error.message
-        code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
-        code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
-        log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
-            reason=words)
-        if self.touched and tools.config.runtime.on_failure != "rollback":
-            self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
-        elif self.touched and self.record["fallback"]:
-            words = f"{words}; {self.go_back()}"
-        elif self.touched and not self.record["running"]:
-            words = f"{words}; {self.take_back(deployment)}"
-        error = ComponentError(code, words, retry_after=error.retry_after)
-        return fail_record(self.record, name, error, tools.clock(), tools.jitter())
-
-    def take_back(self, deployment):
-        """Removes what a first installation has begun, so that nothing crashes on and on; what came of it, in
-        words.
-        """
-        try:
-            list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
-        except (ComponentError, CommandError, MemoryError) as error:
-            return f"taking it back failed too: {to_fault(error).message}"
-        components = [dict(item, state="pending", services={}) for item in self.record["components"]]
-        self.record = dict(self.record, components=components)
-        return "it is taken back until the next attempt"
-
-    def go_back(self):
-        """Brings the version before back after an update that failed; what came of it, in words."""
-        before = self.record["running"]
-        self.services = {}
-        try:
-            data = self.tools.store.load_artifact(before["digest"])
-            if data is None:
-                raise ComponentError("INTERNAL", "its document is not in the state directory any more")
-            deployment = parse_deployment(data, self.record["deploymentId"])
-            list(self.run(Revision(deployment, before["packages"], before["services"]), rollback=True))
-        except (ComponentError, CommandError, MemoryError) as error:
-            words = to_fault(error).message
-            log("error", "roll-back failed", deployment=self.record["deploymentId"], reason=words)
-            return f"bringing the version before back failed too: {words}"
-        log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
-            digest=before["digest"])
-        self.record = dict(self.record, running=dict(before, services=self.services))
-        return "the version before runs again"
-
-
-def apply_install(action, record, tools):
-    """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
-    target = action.target
-    if tools.quiet and not is_at_hand(record, target):
-        return                                      # something would have to be fetched (protocol 10)
-    revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
-                        {item["name"]: item["services"] for item in record["components"]})
-    running = record["running"]
-    if running and running["digest"] == target.digest == record["adopted"]["digest"]:
-        record = count_repair(record, tools.clock())
-    job = Installation(begin_record(record, target), tools)
-    yield job.record
-    try:
-        yield from job.run(revision)
-        yield finish_record(job.record, make_mark(tools.config.runtime.environment))
-    except (ComponentError, CommandError, MemoryError) as error:
-        yield job.fail(to_fault(error), target.deployment)
-
-
-def apply_restore(action, record, tools):
-    """Mends the version before while a failed one waits for its next attempt; its error stays (P-1, P-12)."""
-    yield record
-    job = Installation(count_repair(record, tools.clock()), tools)
-    job.go_back()
-    components = [dict(new, state=old["state"], error=old["error"])
-                  for new, old in zip(job.record["components"], record["components"])]
-    yield dict(job.record, state="failed", error=record["error"], components=components)
-
-
-def apply_give_up(action, record, tools):
-    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last
-    (P-6, P-7).
-    """
-    component, _ = action.culprit
-    there = [container.id for container in find_containers(record["deploymentId"], tools.containers)
-             if (container.component, container.service) == action.culprit]
-    try:                                            # without its document nobody knows what to mask
-        data = tools.store.load_artifact(record["adopted"]["digest"]) or b""
-        deployment = parse_deployment(data, record["deploymentId"])
-        secrets = make_variables(deployment, component).values()
-        words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
-    except MargoError:
-        words = ""
-    error = ComponentError("UNSTABLE", action.reason + words)
-    failed = fail_record(record, component, error, tools.clock(), 0)
-    yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
-
-
-def apply_refusal(action, record, tools):
-    """Fails a deployment that cannot be what is wanted; what was said already is not said again."""
-    target, error = action.target, action.target.error
-    same = record["refused"] and record["adopted"]["digest"] == target.digest
-    if not same or record["error"]["message"] != error.message:
-        record = begin_record(record, target)
-        yield fail_record(record, None, error, tools.clock(), tools.jitter(), refused=True)
-
-
-def apply_nothing(action, record, tools):
-    """Does nothing."""
-    yield from ()
-
-
-def apply_removal(action, record, tools):
-    """Removes all of a deployment, last component first, once every listener agrees.
-
-    Only an empty engine counts as removed (D-21).
-    """
-    adopted = dict(record["adopted"], version=tools.version)
-    record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
-    yield record
-    deployment = load_deployment(record, tools.store)
-    names = [component["name"] for component in record["components"]]
-    known = [(name, record["type"]) for name in names[::-1]]
-    there = find_components(record["deploymentId"], tools.containers)
-    unknown = [found for found in there if found not in known]
-    changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
-    name = None
-    try:
-        with Notices(tools) as notices:
-            for change in changes:
-                name = change.name if change.name in names else None
-                if change.kind in tools.drivers:
-                    notices.ask(change)
-            for change in changes:
-                name = change.name if change.name in names else None
-                if change.kind in tools.drivers:
-                    remove_component(change, tools.containers, notices)
-                if (change.name, change.kind) in known:
-                    record = set_component(record, change.name, "removed")
-                    if record["state"] != "removed":            # said below, once nothing is left
-                        yield record
-    except MargoError as error:
-        log("error", "removal failed", deployment=record["deploymentId"], component=name,
-            reason=error.message)
-        code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        yield fail_record(record, name, ComponentError(code, error.message), tools.clock(), tools.jitter())
-        return
-    remove_folder(tools.store.path("deployments", record["deploymentId"].lower()))
-    yield dict(record, state="removed", running=None, previous=None)
-
-
-def apply_clearing(action, record, tools):
-    """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
-    yield None
-    nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
-    with Notices(tools) as notices:
-        dropped = find_dropped(dict(record, deviceId=tools.device_id), nothing, tools.containers)
-        for change in dropped:
-            notices.ask(change)
-        for change in dropped:
-            remove_component(change, tools.containers, notices)
-
-
-# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the
-# record at each change, and perhaps Ready; one that yields nothing has nothing to do.
-EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
-           "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
-           "refuse": apply_refusal, "keep": apply_nothing}
-
-
-def is_at_hand(record, target):
-    """Whether all that a target takes was on the device before."""
-    versions = filter(None, (record["running"], record["previous"]))
-    return target.digest in [version["digest"] for version in versions]
-
-
-def get_driver(kind, tools):
-    """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
-    if kind not in tools.drivers:
-        words = f"nothing on this device runs {kind} components; see runtime.{kind}"
-        raise ComponentError("UNSUPPORTED_TYPE", words)
-    return tools.drivers[kind]
-
-
-def find_containers(deployment_id, containers):
-    """The containers of one deployment."""
-    return [container for container in containers if container.deployment_id.lower() == deployment_id.lower()]
-
-
-def find_components(deployment_id, containers):
-    """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
-    return sorted({(item.component, item.type) for item in find_containers(deployment_id, containers)})
-
-
-def find_dropped(record, deployment, containers, rollback=False):
-    """[Change] for the components of a deployment that its document no longer has (D-19)."""
-    wanted = {(component.name, deployment.type) for component in deployment.components}
-    there = find_components(deployment.deployment_id, containers)
-    return [Change("removal", name, record, deployment, rollback, kind) for name, kind in there
-            if (name, kind) not in wanted]
-
-
-def remove_component(change, containers, notices):
-    """Removes all of one component."""
-    deadline = time.monotonic() + COMPONENT_TIMEOUT
-    driver = notices.tools.drivers[change.kind]
-    driver.remove(change.record["deploymentId"], change.name, containers, deadline)
-    notices.tell(change)
-
-
-def load_deployment(record, store):
-    """The Deployment that a record tells of, as far as the state directory still has its document."""
-    digest = (record["running"] or record["adopted"])["digest"]
-    try:
-        return parse_deployment(digest and store.load_artifact(digest) or b"", record["deploymentId"])
-    except MargoError:
-        return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
-
-
-def prune(state, store, drivers):
-    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked
-    packages, images that the agent pulled; nothing else on the device.
-
-    Changes state["pulled"].  drivers: {prefix of an entry of `pulled`: [driver that answers]}.
-    """
-    digests, images = find_needed(state)
-    store.prune_artifacts(digests)
-    for entry in state["pulled"]:
-        device_id, space, name = entry.rpartition(" ")
-        there = drivers.get(device_id + space, ())
-        if name not in images and any(driver.remove_image(name) for driver in there):
-            log("info", "image pruned", image=entry)
-            state["pulled"] = [other for other in state["pulled"] if other != entry]
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 22. Capabilities
-# ------------------------------------------------------------------------------------------------------------------------------
-
-VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy",
-                      "bond", "vlan", "vxlan", "flannel")
-
-
-def read_fact(*path):
-    """The text of a small file of /proc or /sys, "" where there is none."""
-    try:
-        with open(os.path.join(*path), "rb") as file:
-            return file.read(65536).decode("utf-8", "replace").strip("\0 \t\r\n")
-    except OSError:
-        return ""
-
-
-def list_names(*path):
-    """The names in a folder of /sys, [] where there is none."""
-    try:
-        return sorted(os.listdir(os.path.join(*path)))
-    except OSError:
+def to_test(value, where):
+    """`test` of a health check: text for a shell, a list of words for none, [] for no check at all."""
+    if not isinstance(value, list):
+        text = to_text(value, where)
+        return [] if text == "NONE" else text
+    words = to_list(value, where)
+    if words == ["NONE"]:
         return []
+    if words[:1] == ["CMD-SHELL"] and len(words) == 2:
+        return words[1]
+    if words[:1] != ["CMD"] or len(words) < 2:
+        raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
+    return words[1:]
 
 
-def detect_properties(state_dir, root="/"):
-    """What the running system says of itself, in rc.3's property names.
+# What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
+TRANSPORT = (r"(containers-storage|dir|docker|docker-archive|docker-daemon|oci|oci-archive|ostree|sif|"
+             r"tarball|https?):|[^/]*:(?![0-9]+/)[^/]*/")
+IMAGE = (r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?"
+         r"(@[a-z0-9]+:[0-9a-f]{32,128})?")
 
-    Values that the device keeps from one poll to the next.
+
+def to_image(value, where):
+    """The whole name of an image: one without a registry is Docker Hub's, for every engine. None is a file of
+    this device."""
+    text = to_text(value, where)
+    shown = repr(make_printable(text, 100))
+    if re.match(TRANSPORT, text[:512]):
+        raise make_fault(f"{where}: {shown} is not read from a registry, as an image has to be",
+                         "POLICY_DENIED")
+    if len(text) > 512 or "//" in text or not re.fullmatch(IMAGE, text, re.A):
+        raise make_fault(f"{where}: {shown} is not an image name: [HOST[:PORT]/]PATH[:TAG][@DIGEST], the"
+                         " path in lower case")
+    if find_registry(text) != "docker.io" or text.startswith("docker.io/"):
+        return text
+    return f"docker.io/{'' if '/' in text.partition('@')[0] else 'library/'}{text}"
+
+
+def find_registry(image):
+    """The registry host that an image name begins with; Docker's own where it names none."""
+    first, slash, _ = image.partition("/")
+    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
+
+
+# The form of a file.  A form is a reader; a dict of known keys and their forms; {None: form} for names of the
+# application's own, {list: form} where a list of such names will do, too; [form]; or (form of the long
+# syntax,
+# reader of the short one).
+
+# Which option of the engine takes a key as it was read.
+SERVICE_OPTIONS = {
+    "user": (to_text, "--user"), "hostname": (to_text, "--hostname"), "working_dir": (to_text, "--workdir"),
+    "stop_signal": (to_text, "--stop-signal"), "stop_grace_period": (to_grace, "--stop-timeout"),
+    "mem_limit": (to_size, "--memory"), "memswap_limit": (to_size, "--memory-swap"),
+    "mem_reservation": (to_size, "--memory-reservation"), "mem_swappiness": (to_number,
+        "--memory-swappiness"),
+    "shm_size": (to_size, "--shm-size"), "oom_score_adj": (to_number, "--oom-score-adj"),
+    "cpus": (to_number, "--cpus"), "cpu_period": (to_number, "--cpu-period"),
+    "cpu_quota": (to_number, "--cpu-quota"),
+    "cpu_shares": (to_number, "--cpu-shares"), "cpuset": (to_text, "--cpuset-cpus"),
+    "pids_limit": (to_number, "--pids-limit"), "platform": (to_text, "--platform"),
+    "mac_address": (to_text, "--mac-address"), "pid": (to_namespace("private", "host"), "--pid"),
+    "ipc": (to_namespace("private", "shareable", "none", "host"), "--ipc"),
+    "userns_mode": (to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
+                            "host, auto, nomap or keep-id"), "--userns"),
+    "init": (to_flag, "--init"), "read_only": (to_flag, "--read-only"),
+    "privileged": (to_flag, "--privileged"),
+    "tty": (to_flag, "--tty"), "stdin_open": (to_flag, "--interactive"), "restart": (to_restart, "--restart"),
+    "cap_add": (to_list, "--cap-add"), "cap_drop": (to_list, "--cap-drop"), "devices": (to_list, "--device"),
+    "security_opt": (to_list, "--security-opt"), "group_add": (to_list, "--group-add"),
+    "dns": (to_list, "--dns"),
+    "dns_opt": (to_list, "--dns-option"), "dns_search": (to_list, "--dns-search"),
+    "extra_hosts": (to_hosts, "--add-host"), "labels": (to_labels, "--label"),
+    "sysctls": (to_values, "--sysctl")}
+
+
+def make_form(reader, names, **forms):
+    """The form of a mapping: names that one reader reads, and others with their forms."""
+    return dict(dict.fromkeys(names.split(), reader), **forms)
+
+
+CONTENT_FORM = {None: make_form(to_text, "file content environment name")}
+FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), to_text)]
+DEPLOY_FORM = {
+    "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
+    "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
+                  "reservations": make_form(to_number, "cpus", memory=to_size)},
+    "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
+                                condition=to_form("none|on-failure|any", "none, on-failure or any"))}
+MOUNT_FORM = make_form(
+    to_text, "source target consistency", read_only=to_flag, volume={"nocopy": to_flag},
+    type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
+    bind=make_form(to_text, "propagation selinux", create_host_path=to_flag),
+    tmpfs={"size": to_size, "mode": to_mode})
+SERVICE_FORM = dict(
+    {key: reader for key, (reader, _) in SERVICE_OPTIONS.items()},
+    image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs, profiles=to_list,
+    expose=to_list,
+    links=to_list, tmpfs=to_list, container_name=to_name, attach=to_flag, scale=to_one, configs=FILES_FORM,
+    secrets=FILES_FORM, deploy=DEPLOY_FORM, volumes=[(MOUNT_FORM, to_text)],
+    env_file=[(make_form(to_text, "path format", required=to_flag), to_text)],
+    network_mode=to_namespace("none", "host", "bridge"),
+    pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
+    blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
+    ulimits={None: (make_form(to_text, "soft hard"), to_text)},
+    ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_text)],
+    depends_on={list: make_form(to_flag, "required restart", condition=to_form(
+        "service_(started|healthy|completed_successfully)", "a condition that is known"))},
+    networks={list: make_form(to_text, "ipv4_address ipv6_address mac_address", aliases=to_list,
+                              priority=to_count)},
+    healthcheck=make_form(to_duration, "interval timeout start_period start_interval", test=to_test,
+                          retries=to_count, disable=to_flag))
+NETWORK_FORM = make_form(
+    to_flag, "internal attachable enable_ipv6", name=to_text, external=to_external, labels=to_labels,
+    driver=to_form("bridge|default", "supported; only bridge is"),
+    ipam={"driver": to_form("default", "supported; only default is"),
+          "config": [make_form(to_text, "subnet gateway ip_range")]})
+VOLUME_FORM = {"name": to_text, "external": to_external, "labels": to_labels, "driver_opts": to_values,
+               "driver": to_form("local", "supported; only local is")}
+FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FORM},
+             "networks": {None: NETWORK_FORM}, "volumes": {None: VOLUME_FORM}, "configs": CONTENT_FORM,
+             "secrets": CONTENT_FORM}
+
+# What to write instead of a key that is not supported.
+ADVICE = {"build": "nothing is built on a device; name what was built by `image`",
+          "extends": "write its settings out",
+          "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
+          "runtime": "the engine's own is used", "device_cgroup_rules": "name device files by `devices`",
+          "volumes_from": "name the volumes themselves",
+          "external_links": "join a network that is `external`",
+          "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
+          "uts": "set `hostname`",
+          "models": "run what serves them as a service", "post_start": "let the entrypoint do it",
+          "pre_stop": "let the entrypoint do it on `stop_signal`",
+          "develop": "it is for a developer's machine",
+          "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
+
+
+def find_unknown(value, form, where=""):
+    """(place, key, known keys) of each key below a value that its form does not have."""
+    if isinstance(form, tuple):
+        form = form[0]
+    if isinstance(form, list):
+        for index, item in enumerate(value if isinstance(value, list) else [value]):
+            yield from find_unknown(item, form[0], f"{where}[{index}]")
+    elif isinstance(form, dict) and isinstance(value, dict):
+        each = form.get(None) or form.get(list)
+        for key, item in value.items():
+            place = f"{where}.{key}" if where else key
+            if each or key in form:
+                yield from find_unknown(item, each or form[key], place)
+            else:
+                yield place, key, list(form)
+
+
+def check_keys(document):
+    """Raises ComponentError that names every key of a file that is not supported: none is ever ignored."""
+    import difflib
+    faults = []
+    told = set()
+    for place, key, known in find_unknown(document, FILE_FORM):
+        near = difflib.get_close_matches(key, known, 1, 0.6)
+        advice = ADVICE.get(key) or (f"did you mean {near[0]}?" if near else "")
+        faults.append((make_printable(place, 200), f" ({advice})" if advice and key not in told else ""))
+        told.add(key)
+    if len(faults) == 1:
+        raise make_fault(": this key is not supported".join(faults[0]))
+    if faults:
+        raise make_fault(f"these keys are not supported: {', '.join(map(''.join, faults))}")
+
+
+def read_value(value, form, where):
+    """A value by its form, whole: Settings with None for keys that are not there, {name: …}, lists, and what
+    readers give."""
+    if callable(form):
+        return None if value is None else form(value, where)
+    if isinstance(form, tuple):
+        return read_value(value, form[0], where) if isinstance(value, dict) else form[1](value, where)
+    if isinstance(form, list):
+        items = [] if value is None else value
+        return [read_value(item, form[0], f"{where}[{index}]")
+                for index, item in enumerate(items if isinstance(items, list) else [items])]
+    if isinstance(value, list) and list in form:
+        value = dict.fromkeys(to_list(value, where))
+    value = to_mapping(value, where)
+    each = form.get(None) or form.get(list)
+    return Settings({key: read_value(value.get(key), each or part, f"{where}.{key}" if where else key)
+                     for key, part in (value if each else form).items()})
+
+
+# What stands beside `services`
+
+def make_volumes(document, workload):
+    """Top-level `volumes` as {name: (engine's name, create arguments or None for an external one)}."""
+    volumes = {}
+    for name, value in document.volumes.items():
+        where = f"volumes.{name}"
+        options = value.driver_opts or {}
+        parts = options.get("o", "").split(",") if options.get("o") else []
+        if options and not (set(options) <= {"type", "device", "o"} and options.get("type") == "tmpfs"
+                            and options.get("device", "tmpfs") == "tmpfs"
+                            and all(map(is_tmpfs_option, parts))):
+            deny(f"{where}.driver_opts",
+                 "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
+        volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
+    return volumes
+
+
+def make_networks(document, workload):
+    """Top-level `networks` as make_volumes has it; `default` is always there."""
+    networks = {}
+    for name, value in dict({"default": read_value(None, NETWORK_FORM, "")}, **document.networks).items():
+        arguments = make_arguments("--internal", value.internal) + make_arguments("--ipv6", value.enable_ipv6)
+        for item in value.ipam.config:
+            for key, option in (("subnet", "--subnet"), ("gateway", "--gateway"), ("ip_range", "--ip-range")):
+                arguments += make_arguments(option, item[key])
+        mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
+        networks[name] = make_shared(name, value, workload, f"networks.{name}",
+                                     arguments + [f"--label={LABEL_HASH}={mark}"])
+    return networks
+
+
+def make_shared_labels(workload):
+    """{label: text} by which a volume or network says by whom it was made for what."""
+    return {LABEL_PROJECT: workload.project, LABEL_DEPLOYMENT: workload.deployment_id,
+            LABEL_OWNER: workload.owner}
+
+
+def make_shared(name, value, workload, where, arguments):
+    """(the engine's name, create arguments) of a volume or network; its labels are added."""
+    named = value.external if isinstance(value.external, str) else value.name
+    own = named or (name if value.external else f"{workload.project}_{name}")
+    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}", own):
+        raise make_fault(f"{where}: {make_printable(own, 60)!r} is not a name here")
+    other = re.search(rf"-({UUID_PATTERN})_", own)
+    if other and other.group(1).lower() != workload.deployment_id.lower():
+        deny(where, f"{make_printable(own, 120)!r} is of another deployment; what is shared has a name of its"
+             " own")
+    labels = dict(value.labels or {}, **make_shared_labels(workload))
+    return own, None if value.external else make_arguments("--label", labels) + arguments
+
+
+def make_contents(document, variables, folder):
+    """Top-level `configs` and `secrets` as {section: {name: text}}."""
+    contents = {"configs": {}, "secrets": {}}
+    for section, found in contents.items():
+        for name, value in document[section].items():
+            where = f"{section}.{name}"
+            if sum(value[key] is not None for key in ("file", "content", "environment")) != 1:
+                raise make_fault(f"{where}: expected one of file, content, environment")
+            if value.environment is not None and value.environment not in variables:
+                raise make_fault(f"{where}.environment: there is no parameter"
+                                 f" {make_printable(value.environment, 60)!r}", "PARAMETER_INVALID")
+            text = variables.get(value.environment, value.content)
+            found[name] = text if value.file is None else read_inside(folder, value.file, f"{where}.file")
+    return contents
+
+
+def read_inside(folder, name, where):
+    """The text of a file of the package, bytes that are no UTF-8 escaped; raises ComponentError where it is
+    none of its files."""
+    data = folder.read(name)
+    if data is None:
+        raise make_fault(f"{where}: {make_printable(name)!r} is not a file of the archive of at most {MIB}"
+                         " bytes")
+    return data.decode("utf-8", "surrogateescape")
+
+
+# Services
+
+def make_arguments(option, value):
+    """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None.
     """
-    cpu = {"cores": len(os.sched_getaffinity(0))}
-    if os.uname().machine in ARCHITECTURES:
-        cpu["architecture"] = ARCHITECTURES[os.uname().machine]
-    memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
-    disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
-    return {
-        "vendor": detect_text(root, "sys_vendor", None) or "unknown",
-        "modelNumber": detect_text(root, "product_name", "model") or "unknown",
-        "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown", "cpus": [cpu],
-        "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
-        "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
-        "peripherals": detect_peripherals(root),
-        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
+    if value is None or isinstance(value, bool):
+        return [option] if value else []
+    if isinstance(value, dict):
+        return [f"{option}={name}={item}" for name, item in sorted(value.items())]
+    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
 
 
-def detect_text(root, dmi, tree):
-    """One fact from the firmware: DMI on a PC, the device tree elsewhere.
+def make_options(service, workload, where):
+    """The arguments of a service that options of the engine take as they are; a key of its own stands above
+    `deploy`."""
+    limits, policy = service.deploy.resources.limits, service.deploy.restart_policy
+    options = {"--cpus": limits.cpus, "--memory": limits.memory, "--pids-limit": limits.pids,
+               "--memory-reservation": service.deploy.resources.reservations.memory,
+               "--blkio-weight": service.blkio_config.weight, "--log-driver": service.logging.driver,
+               "--log-opt": service.logging.options, "--ulimit": {}}
+    if any(item is not None for item in policy.values()):
+        word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
+        attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
+        options["--restart"] = word + attempts
+    for name, item in service.ulimits.items():
+        item = item if isinstance(item, str) else f"{item.soft}:{item.hard}"
+        form = to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")
+        options["--ulimit"][name] = form(item, f"{where}.ulimits.{name}")
+    options.update((option, service[key]) for key, (_, option) in SERVICE_OPTIONS.items()
+                   if service[key] is not None)
+    for option in ("--pid", "--ipc"):
+        options[option] = make_namespace(options.get(option), workload)
+    return [argument for option, value in sorted(options.items())
+            for argument in make_arguments(option, value)]
 
-    Placeholders of careless makers count as nothing.
+
+def make_ports(items, where):
+    """`ports` in both syntaxes as [Port]; one that is listed twice is one."""
+    return list(dict.fromkeys(make_port(item, f"{where}[{index}]") for index, item in enumerate(items)))
+
+
+def make_port(item, where):
+    """One of `ports`: a mapping, or [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges
+    that fit each other."""
+    import ipaddress
+    if not isinstance(item, str):
+        host = item.host_ip or ""
+        item = f"{host}:{item.published or ''}:{item.target or ''}/{item.protocol or ''}"
+    body, _, protocol = item.partition("/")
+    body, _, target = body.rpartition(":")
+    address, _, published = body.rpartition(":")
+    address = re.sub(r"\A\[(.*)\]\Z", r"\1", address)
+    published = "" if published == "0" else published               # the engine chooses one
+    try:
+        address = address and str(ipaddress.ip_address(address))
+        fits = make_span(target)[1] in (0, make_span(published or target)[1])
+    except ValueError:
+        fits = False
+    if not fits or protocol.lower() not in ("", "tcp", "udp", "sctp"):
+        raise make_fault(f"{where}: {make_printable(item, 60)!r} is not a port")
+    return Port(address, published, target, protocol.lower() or "tcp")
+
+
+def make_span(text):
+    """PORT or PORT-PORT as (first, how many more); raises ValueError."""
+    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
+    first, last = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (0, 0)
+    if not 1 <= first <= last <= 65535:
+        raise ValueError(text)
+    return first, last - first
+
+
+def make_publish(port):
+    """A Port as the engine takes it."""
+    address = f"[{port.address}]" if ":" in port.address else port.address
+    text = f"{port.published}:{port.target}"
+    text = f"{address}:{text}" if address else text.lstrip(":")
+    return text if port.protocol == "tcp" else f"{text}/{port.protocol}"
+
+
+def find_ports(ports):
+    """The host's ports that a container with these Ports holds while it runs: [[address or "", port,
+    protocol]]."""
+    held = []
+    for port in ports:
+        first, more = make_span(port.published or port.target)
+        if port.published and more == make_span(port.target)[1]:        # else the engine chooses one
+            address = "" if re.fullmatch("[0.:]+", port.address) else port.address
+            held += [[address, first + number, port.protocol] for number in range(more + 1)]
+    return held
+
+
+def make_health(check, engine):
+    """`healthcheck` to (arguments, Health or None)."""
+    import shlex
+    if check.disable or check.test == []:
+        return ["--no-healthcheck"], None
+    test = check.test
+    if isinstance(test, list) and engine == "podman" and (len(test) > 1 or not re.search(r"\s", test[0])):
+        # a list of one would be for a shell
+        test = make_json(test).decode() if len(test) > 1 else f"CMD {test[0]}"
+    elif isinstance(test, list):
+        test = " ".join(map(shlex.quote, test))
+    arguments = make_arguments("--health-cmd", test)
+    for key in ("interval", "timeout", "retries", "start_period"):
+        arguments += make_arguments(f"--health-{key.replace('_', '-')}", check[key])
+    if not arguments:
+        return [], None
+    # an engine takes zero as not said
+    interval = to_seconds(check.interval or "0s", "interval") or 30.0
+    start = to_seconds(check.start_period or "0s", "start_period")
+    return arguments, Health(interval, check.retries or 3, start)
+
+
+def make_mount(item, where):
+    """An item of `volumes` in either syntax to a Mount."""
+    if isinstance(item, str):
+        parts = item.split(":")
+        if len(parts) > 3 or not parts[0]:
+            raise make_fault(f"{where}: expected source:target[:options]")
+        kind = "bind" if parts[0][0] in "/.~" and len(parts) > 1 else "volume"
+        options = [option for option in "".join(parts[2:]).split(",") if option]
+        source, target = ["", *parts][-2:] if len(parts) < 3 else parts[:2]
+    else:
+        kind, source, target = item.type, item.source or "", item.target or ""
+        options = make_mount_options(item)
+        if not kind or kind == "bind" and not source:
+            raise make_fault(f"{where}: expected a type, and the source of a bind mount")
+    if not target.startswith("/") or ":" in source + target:
+        raise make_fault(f"{where}: expected source:target[:options] with an absolute target")
+    return Mount(kind, source, target, options, None)
+
+
+def make_mount_options(item):
+    """The options of a mount in the long syntax; `create_host_path` and `consistency` ask for nothing."""
+    options = [word for word, wanted in (("ro", item.read_only), ("nocopy", item.volume.nocopy)) if wanted]
+    options += [option for option in (item.bind.propagation, item.bind.selinux) if option]
+    options += [f"size={item.tmpfs.size}"] if item.tmpfs.size else []
+    return options + ([f"mode={item.tmpfs.mode:o}"] if item.tmpfs.mode is not None else [])
+
+
+def make_mounts(service, reading, where):
+    """[Mount] of a service, ready for the engine; of two at one path the later one counts.
+
+    What lies in the package is mounted read-only: what was verified stays as it is, and no container can put
+    a link there that the next start would follow out of the package.
     """
-    text = read_fact(root, "sys/class/dmi/id", dmi)
-    if not text and tree:
-        text = read_fact(root, "proc/device-tree", tree)
-    placeholder = r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?"
-    return "" if re.fullmatch(placeholder, text) else make_printable(text, 120)
+    mounts = {}
+    for text in service.tmpfs or ():
+        target, _, options = text.partition(":")
+        mounts[target.rstrip("/")] = make_mount(target, f"{where}.tmpfs")._replace(
+            kind="tmpfs", options=[option for option in options.split(",") if option])
+    for index, item in enumerate(service.volumes):
+        place = f"{where}.volumes[{index}]"
+        mount = make_mount(item, place)
+        if mount.kind == "bind":
+            mount = mount._replace(found=reading.folder.look(mount.source))
+            kept = [option for option in mount.options if option not in ("ro", "rw")]
+            mount = mount._replace(options=["ro"] + kept) if mount.found.own else mount
+        elif mount.source and mount.source not in reading.volumes:
+            raise make_fault(f"{place}: {make_printable(mount.source, 60)!r} is not among the top-level"
+                             " volumes")
+        elif mount.source:
+            mount = mount._replace(source=reading.volumes[mount.source][0])
+        mounts[mount.target.rstrip("/")] = mount
+    return list(mounts.values())
 
 
-def detect_interfaces(root):
-    """The kinds of interface there are.
-
-    What comes and goes with containers is left out, so that the document does not change with them.
-    """
-    kinds = set()
-    for name in list_names(root, "sys/class/net"):
-        folder = os.path.join(root, "sys/class/net", name)
-        if os.path.isdir(os.path.join(folder, "wireless")) or os.path.isdir(os.path.join(folder, "phy80211")):
-            kinds.add("wifi")
-        elif name.startswith("wwan") or "DEVTYPE=wwan" in read_fact(folder, "uevent"):
-            kinds.add("cellular")
-        elif read_fact(folder, "type") == "280":
-            kinds.add("canbus")
-        elif (
-            read_fact(folder, "type") == "1"
-            and not name.startswith(VIRTUAL_INTERFACES)
-            and not os.path.isdir(os.path.join(folder, "bridge"))
-        ):
-            kinds.add("ethernet")
-    for kind, path in (("bluetooth", "sys/class/bluetooth"), ("usb", "sys/bus/usb/devices")):
-        if list_names(root, path):
-            kinds.add(kind)
-    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0")
-           for name in list_names(root, "sys/class/tty")):
-        kinds.add("rs232")
-    return kinds
+def make_mount_argument(mount):
+    """A Mount as the engine takes it."""
+    source = mount.found.path if mount.found else mount.source
+    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
+    return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
 
 
-def detect_peripherals(root):
-    """Graphics, displays, cameras and sound as /sys shows them."""
-    found = []
-    cards = list_names(root, "sys/class/drm")
-    if any(re.fullmatch(r"card[0-9]+", name) for name in cards):
-        found.append({"type": "gpu"})
-    if any(read_fact(root, "sys/class/drm", name, "status") == "connected" for name in cards):
-        found.append({"type": "display"})
-    cameras = {read_fact(root, "sys/class/video4linux", name, "name")
-               for name in list_names(root, "sys/class/video4linux")}
-    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {}))
-              for model in sorted(cameras)]
-    sound = list_names(root, "sys/class/sound")
-    for kind, end in (("microphone", "c"), ("speaker", "p")):
-        if any(re.fullmatch(rf"pcmC[0-9]+D[0-9]+{end}", name) for name in sound):
-            found.append({"type": kind})
-    return found
+def make_files(service, reading, where):
+    """`configs` and `secrets` of a service as {path in the container: Content}."""
+    files = {}
+    for section, root in (("configs", "/"), ("secrets", "/run/secrets/")):
+        for index, item in enumerate(service[section]):
+            place = f"{where}.{section}[{index}]"
+            item = read_value({"source": item}, FILES_FORM[0][0], place) if isinstance(item, str) else item
+            if item.source not in reading.contents[section]:
+                shown = make_printable(item.source or "", 60)
+                raise make_fault(f"{place}: {shown!r} is not among the top-level {section}")
+            target = item.target or item.source
+            target = target if target.startswith("/") else root + target
+            if ":" in target:
+                raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
+            mode = 0o644 if item.mode is None else item.mode & 0o777
+            owner = [-1 if number is None else number for number in (item.uid, item.gid)]
+            files[target] = Content(reading.contents[section][item.source], mode, *owner)
+    return files
 
 
-def get_device_id(device, root="/"):
-    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved
-    characters (C-086).
-    """
-    if device.id:
-        return device.id
-    found = device.serialNumber or detect_text(root, "product_serial", "serial-number")
-    found = found or read_fact(root, "etc/machine-id")
-    name = re.sub(r"[^A-Za-z0-9._~-]+", "-", found).strip("-.")
-    if not name:
-        raise ConfigError(
-            "device.id: not set, and this hardware has no serial number or machine id to take instead"
-        )
-    return name
+def make_attachments(service, reading, where):
+    """[Attachment]: the first is joined at creation and the others before the start; or the network mode
+    alone."""
+    if service.network_mode is not None:
+        if service.networks:
+            raise make_fault(f"{where}.network_mode: cannot stand beside networks")
+        return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
+    wanted = service.networks or {"default": read_value(None, SERVICE_FORM["networks"][list], "")}
+    joined = []
+    for name, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
+        if name not in reading.networks:
+            raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level"
+                             " networks")
+        options = make_arguments("--ip", value.ipv4_address) + make_arguments("--ip6", value.ipv6_address)
+        options += make_arguments("--mac-address", value.mac_address)
+        joined.append(Attachment(reading.networks[name][0], value.aliases or [], options))
+    return joined
 
 
-HOSTING_PROPERTIES = ("cpus", "memory", "storage", "peripherals", "interfaces", "otelCollector", "supportedRuntimes",
-                      "supportedDeploymentTypes")
+def make_container_name(project, service):
+    """The name of a service's container."""
+    return f"{project}-{service}-1"
 
 
-def make_capabilities(detected, device, device_id, deployment_types):
-    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says
-    (C-085).
-
-    A device on which nothing runs workloads says nothing of hosting (C-084).
-    """
-    properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types),
-                      otelCollector=True)
-    properties.update({key: device[key] for key in ("vendor", "modelNumber", "serialNumber") if device[key]})
-    properties.update(device.properties)
-    if not deployment_types:
-        properties = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
-    properties["id"] = device_id
-    extensions = [name for name in properties if name.startswith("x-")]
-    # they stand at the root (protocol 3.5)
-    document = {name: properties.pop(name) for name in extensions}
-    document["properties"] = properties
-    if device.labels:
-        document["labels"] = dict(device.labels)
-    return document
+def make_namespace(text, workload):
+    """A namespace as the engine takes it: that of another service is that of its container."""
+    owner = (text or "").partition("service:")[2]
+    return f"container:{make_container_name(workload.project, owner)}" if owner else text
 
 
-def report_devices(documents, source, store, state, always):
-    """PUTs what changed of {device id: capabilities document}, a gateway's own first; DELETEs that of a device that has
-    gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and saves state["enrollment"].
-    """
-    for device_id in documents:
-        report_device(device_id, documents, source, store, state, always)
-    devices = state["enrollment"]["devices"]
-    for device_id in sorted(set(devices) - set(documents), reverse=True):
-        try:
-            source.delete_capabilities(device_id)
-            log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
-        except Refused as error:
-            log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
-            if error.status < 400:
-                continue                            # nobody judged that: it is asked for again
-        devices.pop(device_id)
-        store.save_state(state)
+def find_shared(service):
+    """The names of the services whose namespaces a service shares."""
+    modes = [service.network_mode or "", service.pid or "", service.ipc or ""]
+    return [mode[8:] for mode in modes if mode.startswith("service:")]
 
 
-def report_device(device_id, documents, source, store, state, always, again=True):
-    """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first (protocol 2.2)."""
-    enrolled, own_id = state["enrollment"], next(iter(documents))
-    digest = sha256_digest(make_json(documents[device_id]))
-    devices = enrolled["devices"] if enrolled else {}
-    if devices.get(device_id) == digest and not always:
+def make_environment(service, reading, where):
+    """What a container's environment is: env files, then `environment`, then runtime.environment of the
+    device (C-185)."""
+    environment = {}
+    for item in service.env_file:
+        path = item if isinstance(item, str) else item.path or ""
+        needed = isinstance(item, str) or item.required is not False
+        found = reading.folder.look(path)
+        if needed or found.kind or not found.own:
+            environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
+                                              reading.variables, path))
+    for name, text in (service.environment or {}).items():
+        if text is None:
+            # a pass-through entry takes the parameter of its name (contract, Parameters)
+            text = reading.variables.get(name)
+        if text is not None:
+            environment[name] = text
+    environment.update(reading.workload.environment)
+    for name, text in environment.items():
+        check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"),
+                       f"{where}.environment")
+    return environment
+
+
+# A text that an env file of the engine cannot hold is taken from the environment of the engine's own command.
+# These names have a meaning there: for the loader and the C library, for Go, for the engines and what they
+# start.
+OBEYED = (
+    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LANGUAGE|TZ|TZDIR|TMPDIR|TEMP|TMP|PWD|OLDPWD|IFS|ENV|"
+    r"POSIXLY_CORRECT|BASH_.*|LD_.*|LC_.*|GO(DEBUG|GC|MAXPROCS|MEMLIMIT|TRACEBACK|RACE|ROOT|PATH|COVERDIR|"
+    r"FIPS.*)|XDG_.*|MALLOC_.*|GLIBC_.*|GCONV_PATH|GETCONF_.*|LOCPATH|LOCALDOMAIN|NLSPATH|RES_OPTIONS|"
+    r"HOST(NAME|ALIASES)?|(HTTPS?|FTP|ALL|NO)_PROXY|_.*|CONTAINERS?_.*|DOCKER.*|PODMAN.*|BUILDAH.*|LIBPOD.*|"
+    r"STORAGE_.*|REGISTR.*|CNI_.*|NETAVARK.*|AARDVARK.*|OCI_.*|CRIU.*|RUNC.*|CRUN.*|LIBKRUN.*|CONMON.*|"
+    r"DBUS_.*|NOTIFY_.*|LISTEN_.*|SYSTEMD_.*|SSL_CERT_.*|SSLKEYLOGFILE|OPENSSL_.*|SSH_A.*|GPG|GNUPGHOME|"
+    r"OTEL_.*|RUST_.*|FUSE_.*|USERNS.*|COMPOSE_.*")
+
+
+def find_handed(environment):
+    """{name: text} of the variables that no line of an env file holds: the engine takes them from its own
+    environment."""
+    return {name: text for name, text in environment.items()
+            if re.search("[\r\n]", text) or len(f"{name}={text}".encode()) > 60000}
+
+
+def check_variable(name, text, where):
+    """Raises ComponentError for a variable that no process, or no engine, can be given."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise make_fault(f"{where}: {make_printable(name)!r} is not a variable name")
+    if len(f"{name}={text}".encode()) >= 128 * 1024:
+        raise make_fault(f"{where}.{name}: a variable has less than 128 KiB; use a file from `configs`",
+                         "PARAMETER_INVALID")
+    if find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
+        raise make_fault(f"{where}.{name}: a variable of this name has one line of at most 60000 bytes; use"
+                         " a file from `configs`", "PARAMETER_INVALID")
+
+
+def make_dependencies(service):
+    """`depends_on` as {service: (condition, required)}; whose namespace is shared, and what is linked, comes
+    first too."""
+    result = {other: (item.condition or "service_started", item.required is not False)
+              for other, item in service.depends_on.items()}
+    for other in find_shared(service) + [link.partition(":")[0] for link in service.links or ()]:
+        result.setdefault(other, ("service_started", True))
+    return result
+
+
+# What a file may ask for
+
+# An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`):
+# only these are taken.
+MOUNT_OPTIONS = ("ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec",
+                 "noexec", "nosuid", "nodev",
+                 "private", "rprivate", "slave", "rslave")
+LOG_OPTIONS = ("max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex",
+               "env", "env-regex")
+LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
+               "docker": ("json-file", "local", "journald", "syslog", "none")}
+# The capabilities that every container has by itself, on each engine.
+CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID",
+                "SETPCAP", "SETUID",
+                "SYS_CHROOT")
+
+
+def is_tmpfs_option(option):
+    """Whether an option of a tmpfs names nothing but its size, its owner and what may be done in it."""
+    return bool(re.fullmatch(
+        "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime", option))
+
+
+def deny(place, why):
+    """Raises ComponentError POLICY_DENIED."""
+    raise make_fault(f"{place}: {why}", "POLICY_DENIED")
+
+
+def check_policy(where, service, policy):
+    """Raises ComponentError POLICY_DENIED for what the settings of a service, as they were read, may not ask
+    for."""
+    if service.network_mode == "host" and policy.host_network != "allow":
+        deny(f"{where}.network_mode", "the host's network is denied by policy.host_network")
+    if policy.privileged == "allow":
         return
-    try:
-        source.put_capabilities(device_id, documents[device_id])
-        log("info", "capabilities reported", device=device_id)
-    except Refused as error:
-        if not enrolled:
-            raise
-        if again and device_id != own_id and error.code in ("gateway-not-found", "HTTP 404"):
-            report_device(own_id, documents, source, store, state, True)
-            report_device(device_id, documents, source, store, state, True, again=False)
-            return
-        log("error", "the WFM refuses the capabilities", device=device_id, reason=error.message)
-        if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
-            return                                  # no verdict on the document: it is sent again (C-082)
-    # What was refused is noted, too: it is not sent again unchanged.
-    state["enrollment"] = {"id": source.client_id, "devices": dict(devices, **{device_id: digest})}
-    store.save_state(state)
+    harmless = {"privileged": lambda item: False, "oom_score_adj": lambda item: not item.startswith("-"),
+                "pid": lambda item: item != "host", "ipc": lambda item: item != "host",
+                "userns_mode": lambda item: item != "host",
+                "cap_add": lambda item: re.sub("^CAP_", "", item.upper()) in CAPABILITIES,
+                "devices": lambda item: any(is_device(item, pattern) for pattern in policy.devices),
+                "security_opt": re.compile("no-new-privileges([:=]true)?").fullmatch,
+                "group_add": lambda item: item != "keep-groups"}
+    for key, is_harmless in harmless.items():
+        for item in service[key] if isinstance(service[key], list) else filter(None, [service[key]]):
+            if not is_harmless(item):
+                deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by policy.privileged")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# 23. Agent
-# ------------------------------------------------------------------------------------------------------------------------------
-
-def make_clock_fault(now, stored):
-    """What is wrong with a clock that stands before the last write of the state, in words."""
-    return (f"the clock of this device says {make_time(now)}, and its state was written at"
-            f" {make_time(stored)}: set the clock")
+def is_device(item, pattern):
+    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a device file that an entry of policy.devices
+    names; * is no slash."""
+    path = item.split(":")[0]
+    return ".." not in path.split("/") and bool(re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"),
+        path))
 
 
-def load_own_device(config, device_id, claim):
-    """[Device]: this one.  claim: as for make_compose_driver."""
-    others = [f"{device_id}/{child.id}" for child in config.device.children]
-    return [Device(device_id, config.device, make_drivers(config, others=others, claim=claim))]
+def check_logging(where, logging, engine):
+    """Raises ComponentError for a log driver, or an option of it, that the engine does not have or that leads
+    elsewhere."""
+    driver = logging.driver or LOG_DRIVERS[engine][0]
+    options = logging.options or {}
+    if driver not in LOG_DRIVERS[engine]:
+        known = ", ".join(LOG_DRIVERS[engine])
+        raise make_fault(f"{where}.driver: {engine} has no {make_printable(driver, 40)!r}, but {known}")
+    for name in options:
+        if name not in LOG_OPTIONS:
+            deny(f"{where}.options.{make_printable(name, 60)}", f"only {', '.join(LOG_OPTIONS)} are allowed")
+    if engine == "podman" and driver != "journald" and "tag" in options:
+        raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
 
 
-def assign_here(targets, records, devices, silent, offers):
-    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol
-    9).
+def check_mounts(where, mounts, policy, folder):
+    """Raises ComponentError for mounts of what is not there, or of what policy.host_paths does not allow."""
+    roots = [folder.resolve(path) for path in ["", *policy.host_paths]]
+    for mount in mounts:
+        for option in mount.options:
+            if not (is_tmpfs_option(option) if mount.kind == "tmpfs" else option in MOUNT_OPTIONS):
+                deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
+        if mount.kind != "bind":
+            continue
+        source = make_printable(mount.source, 200)
+        found = mount.found
+        if mount.source.startswith("~"):
+            deny(where, f"{source} is in a home folder; name the path itself")
+        if found.socket:
+            deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
+        if not any(is_below(found.real, root) for root in roots):
+            real = make_printable(found.real, 200)
+            deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
+        if not found.kind:
+            owner = "the package" if found.own else "this device"
+            raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
+
+
+def check_ways(services):
+    """Raises ComponentError where a service can write to a folder on the way to what another one, or itself,
+    mounts.
+
+    It could put a link there that the engine follows when it starts that one.
     """
-    device = devices[0]
-    own_id, found = device.device_id, []
-    for target in targets:
-        error = target.error
-        if target.deployment and not error:
-            wanted = target.deployment.device_id or own_id
-            error = find_reason(target.deployment, device, offers)
-            if wanted != own_id:
-                words = f"metadata.deviceId is {wanted}, this device is {own_id}"
-                error = ComponentError("WRONG_DEVICE", words)
-        found.append(target._replace(error=error, device_id=own_id))
-    return [make_share(device, found, records, silent[own_id])]
+    mounts = [(service.name, mount) for service in services for mount in service.mounts]
+    mounts = [(name, mount) for name, mount in mounts if mount.kind == "bind" and not mount.found.own]
+    for name, mount in mounts:
+        for other, above in mounts:
+            inside = mount.found.real != above.found.real and is_below(mount.found.real, above.found.real)
+            if inside and "ro" not in above.options:
+                names = [make_printable(item.source, 200) for item in (mount, above)]
+                deny(f"services.{name}.volumes",
+                     f"{names[0]} lies in {names[1]}, where service {other} may write: it"
+                     " could put a link there. Mount one of both, or the upper one read-only")
 
 
-def find_reason(deployment, device, offers):
-    """The ComponentError for which a deployment cannot run on a device, or None.  offers: {device id:
-    capabilities document}.
+def is_below(path, root):
+    """Whether a path is `root` or lies below it."""
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+# A whole file
+
+def make_project(document, workload, policy, engine, folder=None):
+    """A compose file's value to a Project; raises ComponentError.
+
+    All that parameters mean is settled here, so that none ever reaches a tool's own environment (C-180,
+    D-18). Everything is read once, into records, and policy is held against these. folder: the package as a
+    Folder.
     """
-    try:
-        if deployment.type not in device.drivers:
-            words = f"nothing on {device.device_id} runs {deployment.type} components"
-            hint = "" if device.silence else f"; see runtime.{deployment.type}"
-            raise ComponentError("UNSUPPORTED_TYPE", words + hint)
-        if deployment.constraints:
-            check_eligibility(deployment.constraints, offers[device.device_id])
-    except ComponentError as error:
-        return error
-    return None
+    services = document.get("services") if isinstance(document, dict) else None
+    if not services or not isinstance(services, dict):
+        raise make_fault("no services")
+    folder = folder or Folder(workload.folder)
+    notes = []
+    variables = make_file_variables(workload, folder)
+    document = interpolate_all(document, variables)
+    document["services"] = find_wanted(document["services"], notes)
+    check_keys(document)
+    document = read_value(document, FILE_FORM, "")
+    reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
+                      make_networks(document, workload), make_contents(document, variables, folder))
+    services = {name: make_service(name, service, reading) for name, service in document.services.items()}
+    check_ways(services.values())
+    add_aliases(services, document.services, notes)
+    order = make_hashes(order_services(services))
+    return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
 
 
-# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words)}.
-EXAMINE = {}
-# What makes the devices that the agent serves, this one first: functions of (Settings, own device id,
-# claim).
-DEVICES = [load_own_device]
-# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
-ASSIGN = [assign_here]
-
-
-class Work:
-    """One action under way: its device, its generator, what it takes and holds there, and what has to be
-    cleared before.
+def make_file_variables(workload, folder):
+    """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own.
     """
+    variables = Variables(workload.parameters)
+    if folder.look(".env").kind:
+        variables.update(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
+    variables.update({"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project}, **workload.parameters)
+    return variables
 
-    def __init__(self, action, device, steps, tools):
-        self.action, self.device, self.steps, self.tools = action, device, steps, tools
-        self.takes = self.holds = frozenset()
-        self.before = []
-        self.begun = False
+
+def find_wanted(services, notes):
+    """The services that are started: those of no profile. What an image was built from is left out where it
+    is named, and noted."""
+    started = {}
+    for name, service in services.items():
+        where = f"services.{name}"
+        # it becomes part of the name of a file
+        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}", name):
+            raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
+        if not isinstance(service, dict):
+            raise make_fault(f"{where}: expected a mapping")
+        if service.get("profiles") and to_list(service["profiles"], f"{where}.profiles"):
+            continue
+        if "build" in service and service.get("image"):
+            service = {key: item for key, item in service.items() if key != "build"}
+            notes.append(f"{where}.build is not used: the image is pulled")
+        started[name] = service
+    return started
 
 
-class Agent:
-    """The client of one WFM.  `Agent(config).cycle()` is all that a supervisor of your own needs to call.
-
-    config: what load_config returns.  stopping: a function that says whether to end after the current step.
+def make_service(name, service, reading):
+    """A Service from its settings, held against the policy; without a hash, which comes when all are known.
     """
-
-    def __init__(self, config, stopping=lambda: False):
-        self.config, self.stopping = config, stopping
-        self.store = Store(config.state_dir)
-        self.device_id = get_device_id(config.device)
-        self.owner = None                           # what its workloads are labelled with, once known
-        self.devices = []
-        for load in DEVICES:
-            self.devices += load(config, self.device_id, self.make_claim)
-        self.answering = {}                         # {device id: {type: driver}} that answered the last look
-        self.state = None                           # what state.json holds, while a cycle has it
-        self.source = None                          # connected when the WFM is first needed
-        self.silent = False                         # whether the WFM is not spoken to any more in this cycle
-        self.profile = None                         # how wfm.profile is served, for the state at hand
-        self.asked = False                          # whether a person asks for an SVID, by `enroll`
-        self.starting = 0                           # seconds until the first contact since the device started
-        self.changed = False                        # whether this cycle had something to do
-        self.faults = []                            # what went wrong in this cycle
-
-    def cycle(self):
-        """One cycle: every step in turn.  Returns an Outcome.
-
-        Raises Locked where another instance works, StorageError where the state cannot be read; all other
-        faults are in the Outcome.
-        """
-        with self:
-            began = time.time()
-            for step in STEPS:
-                try:
-                    step(self)
-                except (MargoError, MemoryError) as error:
-                    self.note_fault(to_fault(error), began)
-            return self.conclude(began)
-
-    def __enter__(self):
-        """Takes the state directory for this process and reads the state."""
-        self.store.create()
-        self.store.lock()
-        empty_folder(self.store.path("tmp"))
-        try:
-            self.state = self.store.load_state()
-        except MargoError:
-            self.store.unlock()
-            raise
-        self.owner, self.faults, self.answering = None, [], {}
-        self.silent = self.changed = False
-        return self
-
-    def __exit__(self, *_):
-        self.store.unlock()
-        self.source = self.profile = None
-
-    def connect(self, keep=True):
-        """The source of the desired state, connected when it is needed; raises Untrusted, Unreachable."""
-        if self.source is None:
-            self.source = self.get_profile().connect(keep)
-        return self.source
-
-    def get_profile(self):
-        """How wfm.profile is served."""
-        if self.profile is None or self.profile.state is not self.state:
-            self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
-        return self.profile
-
-    def make_claim(self):
-        """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as
-        the one before.
-        """
-        owners = self.state["owners"]
-        if self.owner is None:
-            try:
-                self.owner = make_owner(self.get_profile().identify(), self.device_id)
-                if self.owner != (owners or [""])[-1]:
-                    before = [owner for owner in owners if owner != self.owner]
-                    self.state["owners"] = before[1 - HISTORY:] + [self.owner]
-            except Untrusted:
-                self.owner = (owners or [""])[-1]
-        return make_claim(self.owner, self.state)
-
-    def check_patience(self, spread=True):
-        """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now.
-
-        spread: or where a whole fleet may just be starting.
-        """
-        clock = get_clock()
-        if self.is_downtime():
-            raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
-        left = find_wait(self.state["patience"], clock)
-        why = "the WFM or a back-off asks"
-        if not left and spread and clock.boot and clock.uptime < START_WINDOW:
-            left = self.spread_start(clock)
-            why = "a fleet that has just started does not arrive at once"
-            self.starting = max(0, left)
-        if left > 0:
-            raise Silence(f"waiting until {make_time(clock.now + left)}: {why}", retry_after=left)
-
-    def spread_start(self, clock):
-        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because each
-        run would wait anew.
-        """
-        memo = self.store.load_memo()
-        if memo.get("boot") != clock.boot:
-            start = make_start(clock.uptime, self.config.poll, self.state["accepted"], get_random())
-            memo = dict(memo, boot=clock.boot, start=start)
-            if not self.store.save_memo(memo):
-                return 0
-        return memo["start"] - clock.uptime
-
-    def is_downtime(self):
-        """Whether the operator wants no communication now."""
-        return is_within(self.config.poll.downtime, time.localtime())
-
-    def note_fault(self, error, began):
-        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks
-        to the WFM.
-
-        One time-out a cycle is enough, and without an SVID there is nothing to speak with.
-        """
-        self.faults.append(error)
-        self.silent = self.silent or isinstance(error, (Unreachable, Untrusted)) or bool(
-            isinstance(error, Refused) and error.retry_after)
-        if isinstance(error, Silence):
-            log("debug", error.message)
-            return
-        stored = self.store.find_time()
-        if isinstance(error, Untrusted) and time.time() < stored:   # no verdict on certificates is one (P-2)
-            error.code = "CLOCK"
-            error.message += f"; {make_clock_fault(time.time(), stored)}"
-        long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
-        log("error", error.message, code=error.code, **long)
-        if isinstance(error, (Unreachable, Refused, Untrusted)):
-            before = self.state["patience"]
-            delay = error.retry_after or 0
-            if isinstance(error, Unreachable):
-                failures = before.get("failures", 0) + 1
-                delay = make_backoff(failures, error.retry_after, error.strategy, get_random())
-            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=began))
-
-    def exchange(self):
-        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
-
-        A WFM that answers, and does not take a status, is polled all the same (P-9).
-        """
-        if self.silent:
-            return
-        self.check_patience()
-        source = self.connect()
-        fault = desired = None
-        self.report_capabilities()
-        try:
-            self.flush_outbox()
-        except MargoError as error:
-            if not error.status:
-                raise
-            fault = error
-        if not self.config.poll.window or is_within(self.config.poll.window, time.localtime()):
-            desired = source.fetch_desired(self.state["accepted"], self.store.load_artifact)
-            self.state["patience"] = self.state["patience"] if fault else {}
-        if desired:
-            self.accept(desired)
-            self.changed = True
-        if fault:
-            raise fault
-
-    def make_capabilities(self, device):
-        """The capabilities document of a device as it is; a child is what the configuration says of it."""
-        detected = {"peripherals": [], "interfaces": []}
-        if not device.silence:
-            detected = detect_properties(self.config.state_dir)
-        return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
-
-    def report_capabilities(self, always=False):
-        """PUTs the capabilities of all devices before anything else, and again where they changed."""
-        documents = {device.device_id: self.make_capabilities(device) for device in self.devices}
-        report_devices(documents, self.source, self.store, self.state, always)
-
-    def accept(self, desired):
-        """Makes a verified desired state the accepted one: first its documents, then the state, all durable
-        (C-111).
-        """
-        self.check_removals(desired)
-        state = self.state
-        at = make_time(time.time())
-        for digest, data in desired.documents.items():
-            self.store.save_artifact(digest, data)
-        state["waiting"] = None
-        state["history"] = make_history(state, desired.entries, desired.version, at)
-        entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
-        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest,
-                             "acceptedAt": at, "deployments": entries}
-        for entry in desired.entries:
-            record = state["deployments"].get(entry.deployment_id.lower())
-            same = record and record["adopted"]["digest"] == entry.digest
-            if same and record["state"] not in ("removing", "removed"):
-                record["adopted"]["version"] = desired.version      # the new manifest defines it, too (E-113)
-                enqueue_status(state, record, self.device_id)
-        new = [item for item in entries if item["deploymentId"].lower() not in state["deployments"]]
-        targets = self.make_targets(dict(state["accepted"], deployments=new), self.store.load_artifact)
-        targets = [target for share in self.assign(targets, {}) for target in share.targets]
-        for target in [target for target in targets if not target.error]:
-            # Received, not started (protocol 5.1); what may run anywhere is at home here until it is placed.
-            home = target.device_id if target.deployment.device_id == target.device_id else self.device_id
-            record = begin_record(make_record(target, home), target)
-            state["deployments"][target.deployment_id.lower()] = record
-            enqueue_status(state, record, self.device_id)
-        self.store.save_state(state)
-        log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
-
-    def check_removals(self, desired):
-        """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has
-        confirmed it (contract, Guard).
-        """
-        limit = self.config.policy.max_removals
-        wanted = {entry.deployment_id.lower() for entry in desired.entries}
-        gone = [key for key in self.state["deployments"] if key not in wanted]
-        if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
-            self.state["waiting"] = desired.digest
-            raise Waiting(f"version {desired.version} would remove {len(gone)} deployments,"
-                          f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
-
-    def make_targets(self, accepted, load_document):
-        """[Target] of an accepted desired state; documents are read only where deciding takes them."""
-        targets = []
-        known = {device.device_id for device in self.devices}
-        for item in accepted["deployments"]:
-            target = Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
-            record = self.state["deployments"].get(target.deployment_id.lower())
-            needed = needs_document(target, record) or record["deviceId"] not in known
-            targets.append(self.read_target(target, load_document) if needed else target)
-        return targets
-
-    def read_target(self, target, load_document):
-        """The target with its Deployment, or with the ComponentError for which there is none."""
-        data = load_document(target.digest)
-        try:
-            if data is None:
-                words = "its document is missing from the state directory; the next poll brings it anew"
-                raise ComponentError("INTERNAL", words)
-            return target._replace(deployment=parse_deployment(data, target.deployment_id))
-        except ComponentError as error:
-            return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
-
-    def assign(self, targets, silent):
-        """[Share] of each device.  silent: {device id: {deployment type: CommandError}} of what does not
-        answer.
-        """
-        offers = {}
-        if any(target.deployment and target.deployment.constraints for target in targets):
-            offers = {device.device_id: self.make_capabilities(device) for device in self.devices}
-        silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
-        return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
-
-    def decide(self, accepted, load_document):
-        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all
-        devices show now.
-
-        Documents of what is not as it should be are read, and decided upon again: its device may have to be
-        another one.
-        """
-        targets = self.make_targets(accepted, load_document)
-        new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
-        seen = observe_devices(self.devices, [*self.state["deployments"].values(), *new])
-        silent = {device_id: sight.silent for device_id, sight in seen.items()}
-        containers = {device_id: sight.containers for device_id, sight in seen.items()}
-        for device in self.devices:
-            answers = set(device.drivers) - set(silent[device.device_id])
-            self.answering[device.device_id] = {kind: device.drivers[kind] for kind in sorted(answers)}
-        settle = self.config.runtime.settle
-        mark = make_mark(self.config.runtime.environment)
-        while True:
-            shares = self.assign(targets, silent)
-            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), settle, mark)
-            unread = {action.deployment_id for action in actions
-                      if action.verb in ("install", "update") and not action.target.deployment}
-            if not unread:
-                return actions, seen
-            targets = [self.read_target(target, load_document) if target.deployment_id in unread else target
-                       for target in targets]
-
-    def reconcile(self):
-        """Makes what runs match what was accepted.
-
-        What does not answer has not nothing: nothing is done blindfold, and CommandError says so (D-16).
-        """
-        accepted = self.state["accepted"]
-        if not accepted:
-            return                                  # what runs is left alone until a WFM says what should
-        actions, seen = self.decide(accepted, self.store.load_artifact)
-        refused = [action.target.digest for action in actions if action.verb == "refuse"]
-        if None in map(self.store.load_artifact, refused):
-            accepted["incomplete"] = True           # a document was lost: the next poll asks for it
-        if any(action.verb != "keep" for action in actions):
-            self.prune()                            # before anything is pulled, too (P-5)
-        troubles = self.carry_out(actions, seen)
-        for device in self.devices:
-            name = f"child device {device.device_id}: " if device.silence else ""
-            troubles += [name + fault.message for fault in seen[device.device_id].silent.values()]
-            if not self.changed:
-                for driver in self.answering[device.device_id].values():
-                    driver.tend(seen[device.device_id].containers, get_random())
-        if self.changed:
-            self.prune()
-        if troubles:
-            raise CommandError(f"{'; '.join(dict.fromkeys(troubles))}; what runs there is left as it is")
-
-    def prune(self):
-        """Housekeeping with everything that answers; see the function of this name."""
-        if self.config.runtime.prune:
-            drivers = [self.answering[device.device_id].values() for device in self.devices]
-            prune(self.state, self.store, dict(zip(map(make_prefix, self.devices), drivers)))
-
-    def carry_out(self, actions, seen):
-        """Carries out a plan: group by group, and in a group whatever is ready whose turn it is.
-
-        Returns in words what went wrong and fails no deployment: a leftover that cannot be removed.
-        """
-        troubles, cleared = [], {}
-        for action in actions:
-            if action.verb == "clear":
-                cleared.setdefault(action.deployment_id.lower(), []).append(action)
-        for group in make_groups(actions, self.state["deployments"]):
-            ready = {}
-            for action in group:
-                self.check_stopping()
-                work = self.begin(action, seen)
-                if action.verb in ("install", "update"):
-                    others = cleared.get(action.deployment_id.lower(), ())
-                    work.before = [self.begin(other, seen) for other in others]
-                try:
-                    if self.advance(work):
-                        ready[action.deployment_id.lower()] = work
-                except (CommandError, ComponentError) as error:
-                    troubles.append(error.message)
-            while ready:
-                self.check_stopping()
-                waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
-                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items()
-                        if key not in ready}
-                key, verb, words = find_turn(waiting, held)
-                if not self.take_turn(ready[key], verb, words, troubles):
-                    ready.pop(key)
-        return troubles
-
-    def check_stopping(self):
-        """Raises Interrupted where the process was asked to end."""
-        if self.stopping():
-            raise Interrupted("ended before everything was done; the next run goes on from here")
-
-    def begin(self, action, seen):
-        """The Work on an action, before its first step."""
-        key = action.deployment_id.lower()
-        device = next(device for device in self.devices if device.device_id == action.device_id)
-        record = self.state["deployments"].get(key)
-        holds = find_held_ports(record) if record else set()
-        if record and record["deviceId"] not in seen and action.verb != "keep":
-            log("warning", "its device is no longer configured; what runs there is forgotten",
-                deployment=action.deployment_id, device=record["deviceId"])
-        if not record or action.verb != "clear" and action.target and record["deviceId"] != device.device_id:
-            target = action.target or Target(action.deployment_id, "", 0, None, None)
-            record = make_record(target, device.device_id)      # new here; elsewhere it is cleared
-        device_id = device.device_id
-        containers = seen[device_id].containers
-        tools = Tools(self.config, self.store, self.answering[device_id], containers, device_id,
-                      self.state["accepted"]["version"], self.is_downtime(), [], get_clock, get_random)
-        work = Work(action, device, EXECUTE[action.verb](action, record, tools), tools)
-        work.holds = holds
-        return work
-
-    def take_turn(self, work, verb, words, troubles):
-        """Carries on with a step that is ready, as find_turn says; whether it is still to be done.
-
-        What moves is removed from where it was before it starts.
-        """
-        fault = ComponentError("PORT_IN_USE", words) if verb == "fail" else None
-        moves = bool(work.before)
-        while work.before and not fault:
-            try:
-                self.advance(work.before.pop())
-            except (CommandError, ComponentError) as error:
-                if isinstance(error, Forbidden):
-                    fault = error
-                else:
-                    troubles.append(error.message)
-        if verb == "stop" and not fault:
-            work.holds = set()
-            return moves or self.advance(work, True)
-        return self.advance(work, False, fault)
-
-    def advance(self, work, answer=None, fault=None):
-        """Carries on with a step until it is ready to change something, or done; whether it is ready.
-
-        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer,
-        fault: what its claim is answered by.
-        """
-        action, item = work.action, None
-        try:
-            item = work.steps.throw(fault) if fault else work.steps.send(answer)
-            while not isinstance(item, Ready):
-                if not work.begun:
-                    word = PRINTED.get(action.verb, action.verb)
-                    log("error" if word == "refuse" else "info", word, deployment=action.deployment_id,
-                        reason=action.reason)
-                work.begun = self.changed = True
-                if item:
-                    self.keep(work, item)
-                item = next(work.steps)
-        except StopIteration:
-            record = self.state["deployments"].get(action.deployment_id.lower())
-            if work.begun and record and action.verb != "clear":
-                log("info", record["state"], deployment=action.deployment_id, name=record["name"])
-            return False
-        work.takes = item.takes
-        return True
-
-    def keep(self, work, record):
-        """Makes a record durable, with what was fetched for it, and tells the WFM."""
-        fetched = work.tools.fetched
-        prefix = make_prefix(work.device)
-        images = [prefix + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
-        self.state["pulled"] = sorted(set(self.state["pulled"]).union(images))
-        if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
-            record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
-        self.state["deployments"][record["deploymentId"].lower()] = record
-        enqueue_status(self.state, record, self.device_id)
-        self.store.save_state(self.state)
-        self.flush_outbox(quiet=True)
-
-    def flush_outbox(self, quiet=False):
-        """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and
-        `status` says so.
-
-        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of
-        applying; trouble on the wire then only means that it is sent later.
-        """
-        for key in list(self.state["outbox"]):
-            if self.silent or not self.source:
-                return
-            status = self.state["outbox"][key]
-            refused = None
-            try:
-                self.source.post_status(status["deploymentId"], status)
-            except (Refused, Unreachable, Untrusted) as error:
-                if not isinstance(error, Refused) or error.status < 400:
-                    self.state["outbox"][key] = self.state["outbox"].pop(key)
-                    if not quiet:
-                        raise
-                    self.note_fault(error, time.time())
-                    log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
-                    return
-                refused = {"state": status["status"]["state"], "at": make_time(time.time()),
-                           "reason": error.message}
-                log("error", "the WFM refuses a status for good; it is dropped", deployment=key,
-                    reason=error.message)
-            acknowledge_status(self.state, key, refused)
-
-    def conclude(self, began):
-        """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something
-        changed.
-        """
-        state = self.state
-        fault = max(self.faults, key=lambda fault: fault.exit, default=None)
-        failed = any(record["state"] == "failed" for record in state["deployments"].values())
-        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"]))
-        if state["history"] and state["accepted"]:
-            newest = state["history"][-1]
-            newest["outcome"] = make_outcome(state)
-            if isinstance(fault, Refused):
-                newest["refused"] = fault.message
-            elif not fault:
-                newest.pop("refused", None)
-        last = {"at": make_time(began), "result": result, "detail": fault.message if fault else ""}
-        try:
-            if make_state_data(state) != self.store.saved:
-                state["lastPoll"] = last
-                self.store.save_state(state)
-        except StorageError as error:
-            log("error", error.message, code=error.code)
-            code = max(code, error.exit)
-        memo = self.store.load_memo()
-        others = memo.get("others")
-        if self.answering:
-            others = ask_others(self.answering, None if self.changed else others)[:MAX_NAMED]
-        self.store.save_memo(dict(memo, lastPoll=last, others=others or []))
-        delay = make_delay(self.config, state, fault, get_clock(), get_random())
-        return Outcome(code, result, last["detail"], delay)
-
-
-# What a cycle does, in order: functions of the Agent.  A MargoError ends that step alone.
-STEPS = [Agent.exchange, Agent.reconcile, Agent.flush_outbox]
-
-
-def judge_cycle(fault, changed, failed, waiting):
-    """(word of `lastPoll.result`, exit code) of a cycle.
-
-    fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
-    deployment has failed. waiting: whether a status waits in the outbox.  The operator's own silence is no
-    fault.
-    """
-    silence = isinstance(fault, Silence) and not fault.exit
-    code = 0 if silence or not fault else fault.exit
-    code = max(code, 1 if failed else 0, 3 if waiting and not silence else 0)
-    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"),
-             (MargoError, "failed"))
-    for kind, word in words if not silence else ():
-        if isinstance(fault, kind):
-            return word, code
-    if failed:
-        return "failed", code
-    return "applied" if changed else "unchanged", code
-
-
-def make_prefix(device):
-    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
-    return device.device_id + " " if device.silence else ""
-
-
-def make_others_words(others):
-    """Each workload of another owner, in words."""
-    return [f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}" for item in others]
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 24. Gateway (optional)
-# ------------------------------------------------------------------------------------------------------------------------------
-
-def load_child_devices(config, own_id, claim):
-    """[Device] of each child of a see-thru gateway (protocol 9).  claim: as for make_compose_driver."""
-    devices = []
-    ids = [f"{own_id}/{child.id}" for child in config.device.children]
-    for device_id, child in zip(ids, config.device.children):
-        others = [other for other in ids if other != device_id]
-        silence = ComponentError("102", f"child device {device_id} does not answer", source=own_id)
-        drivers = make_drivers(config, (device_id, child.connection), others, claim)
-        devices.append(Device(device_id, child, drivers, silence))
-    return devices
-
-
-def assign(targets, records, devices, silent, offers):
-    """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
-
-    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent:
-    {device id: {deployment type: CommandError}} of what does not answer.  offers: {device id: capabilities
-    document}, where a rule asks for one.
-    """
-    known = {device.device_id: device for device in devices}
-    own_id, *children = known
-    before = {key: record["deviceId"] if record["deviceId"] in known else own_id
-              for key, record in records.items()}
-    homes = dict(before)
-    found = []
-    for target in targets:
-        key = target.deployment_id.lower()
-        error = target.error
-        if target.deployment and not error:
-            others = [home for other, home in homes.items() if other != key]
-            loads = {child: others.count(child) for child in children}
-            answers = {child: target.deployment.type not in silent[child] for child in children}
-            reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
-            try:
-                held = before.get(key)
-                homes[key] = find_place(target.deployment, held, own_id, answers, reasons.get, loads)
-                error = reasons[homes[key]]
-            except ComponentError as fault:
-                error = fault
-        found.append(target._replace(error=error, device_id=homes.get(key, own_id)))
-    shares = []
-    for device_id, device in known.items():
-        mine = {key: record for key, record in records.items() if before[key] == homes[key] == device_id}
-        wanted = [target for target in found if target.device_id == device_id]
-        shares.append(make_share(device, wanted, mine, silent[device_id]))
-    return shares
-
-
-def find_place(deployment, held, own_id, children, find_reason, loads):
-    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103
-    (protocol 9).
-
-    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device
-    id to why it cannot run there, or "".  loads: {device id: deployments that are there}.  A free choice
-    falls on the least loaded child that answers, and stays; a document that names no device is for this one.
-    """
-    wanted = deployment.device_id or own_id
-    if wanted == own_id or wanted in children:
-        return wanted
-    if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
-        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
-    if wanted != f"{own_id}/*":
-        parent = wanted[:-2] if wanted.endswith("/*") else None
-        if parent in children:
-            raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
-        words = f"child device {parent or wanted} is not known; known are {', '.join(children)}"
-        raise ComponentError("101", words, source=own_id)
-    reasons = {child: find_reason(child) for child in children}
-    fit = [child for child in children if not reasons[child]]
-    if held in fit:
-        return held
-    if not fit:
-        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items())
-        words = f"no child device can take it: {words or 'this device is no gateway'}"
-        raise ComponentError("103", words, source=own_id)
-    there = [child for child in fit if children[child]]
-    if not there:
-        words = f"none of the child devices that could take it answers: {', '.join(fit)}"
-        raise ComponentError("102", words, source=own_id)
-    return min(there, key=lambda child: loads.get(child, 0))
-
-
-def examine_children(agent):
-    """Whether every child device answers."""
-    children = agent.devices[1:]
-    seen = observe_devices(children, [])
-    words = [f"{device_id} does not answer ({fault.message}); see its connection in device.children"
-             for device_id, sight in seen.items() for fault in list(sight.silent.values())[:1]]
-    if words:
-        raise CommandError("; ".join(words))
-    return "ok", f"{len(children)} answer" if children else ""
-
-
-EXAMINE.update(children=examine_children)
-DEVICES.append(load_child_devices)
-ASSIGN.append(assign)
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 25. Hooks (optional)
-# ------------------------------------------------------------------------------------------------------------------------------
-
-def run_hooks(moment, change, tools, error):
-    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the
-    facts as JSON on stdin.
-
-    Raises Forbidden HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way
-    back to the version before, that is only logged.  Values of parameters are not among the facts: no process
-    but the application gets them.
-    """
-    facts = {}
-    event = f"{moment}-{change.event}"
-    for path in tools.config.hooks.run:
-        facts = facts or make_facts(change, event, error)
-        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
-        try:
-            output = run_command([path, event], tools.config.hooks.timeout, env=environ,
-                                 data=make_json(facts))
-            words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
-        except CommandError as fault:
-            words = fault.message
-        if words and moment == "before" and not change.rollback:
-            raise Forbidden("HOOK_FAILED", f"hook {path} {event} {words}")
-        if words:
-            log("error", "a hook failed; the change stands", hook=path, hookEvent=event,
-                deployment=facts["deploymentId"], reason=words)
-
-
-def make_facts(change, event, error):
-    """What a hook is told of the change of a component."""
-    record, deployment = change.record, change.deployment
-    blank = Component(change.name, "", "", True, 0)
-    component = next((item for item in deployment.components if item.name == change.name), blank)
-    outcome = {"state": "removed" if change.event == "removal" else "installed", "code": "", "message": ""}
-    if error:
-        outcome = {"state": "failed", "code": error.code, "message": error.message}
-    extensions = dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions,
-                      component=component.extensions)
-    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"],
-            "name": record["name"], "namespace": deployment.namespace, "deviceId": record["deviceId"],
-            "type": deployment.type, "component": change.name, "repository": component.repository,
-            "revision": component.revision, "extensions": extensions,
-            "outcome": None if event.startswith("before") else outcome}
-
-
-def examine_hooks(agent):
-    """Whether every hook can be run."""
-    hooks = agent.config.hooks.run
-    broken = [path for path in hooks if not os.path.isfile(path) or not os.access(path, os.X_OK)]
-    if broken:
-        raise ConfigError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
-    loose = [path for path in hooks if os.stat(path).st_mode & 0o022]
-    if loose:
-        return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
-    return "ok", f"{len(hooks)} to be run around changes" if hooks else ""
-
-
-SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []),
-                     "timeout": (read_duration, "60s")})
-LISTENERS.append(run_hooks)
-EXAMINE.update(hooks=examine_hooks)
-
-
-# ------------------------------------------------------------------------------------------------------------------------------
-# 26. Older documents (optional)
-# ------------------------------------------------------------------------------------------------------------------------------
-
-PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
-
-
-def convert_older(value):
-    """An ApplicationDeployment of an older generation (protocol 0 and 3.3) in rc.3's form, see DIALECTS.
-
-    Raises ValueError.
-
-    They are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a
-    namespace is `default`; without `metadata.deviceId` it is for the device that was given it.
-    """
-    if "apiVersion" not in value and "kind" not in value:
+    where = f"services.{name}"
+    mounts = make_mounts(service, reading, where)
+    check_policy(where, service, reading.policy)
+    check_logging(f"{where}.logging", service.logging, reading.engine)
+    check_mounts(f"{where}.volumes", mounts, reading.policy, reading.folder)
+    ports = make_ports(service.ports, f"{where}.ports")
+    arguments = make_options(service, reading.workload, where) + make_arguments("--publish",
+        list(map(make_publish, ports)))
+    command = service.command or []
+    if service.entrypoint is not None:
+        arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
+        command = service.entrypoint[1:] + command
+    checks, health = make_health(service.healthcheck, reading.engine)
+    arguments += checks + list(map(make_mount_argument, mounts))
+    if sum(map(len, arguments + command)) > 64 * 1024:
+        raise make_fault(f"{where}: its settings, labels and command together have more than 64 KiB")
+    if not service.image:
+        raise make_fault(f"{where}.image: expected the name of an image")
+    return Service(name, service.image, arguments, command, make_environment(service, reading, where),
+                   make_files(service, reading, where), make_attachments(service, reading, where),
+                   make_dependencies(service),
+                   health, service.pull_policy or "missing", "", find_ports(ports), mounts,
+                   find_shared(service))
+
+
+def add_aliases(services, wanted, notes):
+    """Changes services to be found by their container_name, and by what others link them as."""
+    taken = {}
+    for name, service in wanted.items():
+        names = [(name, service.container_name)]
+        for link in service.links or ():
+            owner, _, alias = link.partition(":")
+            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
+        for owner, alias in names:
+            other = alias if alias in services else taken.setdefault(alias, owner)
+            if not alias or owner not in services:
+                continue
+            if other != owner:
+                notes.append(f"services.{name}: the name {alias} also leads to service {other}")
+            services[owner] = services[owner]._replace(networks=[
+                item if item.aliases is None else item._replace(
+                    aliases=list(dict.fromkeys(item.aliases + [alias])))
+                for item in services[owner].networks])
+
+
+def order_services(services):
+    """The services so that each comes after what it depends on; raises ComponentError for a circle or an
+    unknown name."""
+    order, done = [], set()
+    for root in services:
+        todo, path = [root], []
+        while todo:
+            name = todo[-1]
+            if name in done or path[-1:] == [name]:
+                if name not in done:
+                    done.add(path.pop())
+                    order.append(services[name])
+                todo.pop()
+                continue
+            path.append(name)
+            for other, (_, required) in reversed(list(services[name].depends_on.items())):
+                if other in path:
+                    circle = path[path.index(other):] + [other]
+                    raise make_fault(f"depends_on goes in a circle: {' -> '.join(circle)}")
+                if other in services:
+                    todo.append(other)
+                elif required:
+                    raise make_fault(f"services.{name}.depends_on: there is no service"
+                                     f" {make_printable(other, 60)!r} that is started")
+    return order
+
+
+def make_hashes(order):
+    """The services with a hash of all that makes their containers: who shares another's namespace is made
+    anew with it."""
+    final = {}
+    for service in order:
+        contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
+                    for path, item in service.files.items()}
+        shared = [final[other].hash for other in service.shares]
+        parts = [service.image, service.arguments, service.command, service.environment, contents,
+                 service.networks, shared]
+        final[service.name] = service._replace(hash=sha256_digest(make_json(parts))[7:39])
+    return list(final.values())
+
+
+def make_labels(workload, service, digest):
+    """The labels by which containers are found again, and those by which compose finds them."""
+    theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
+              "oneoff": "False"}
+    return dict({LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
+                 LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
+                 LABEL_DEVICE: workload.device_id,
+                 # all of them, whether empty or not: an image has labels of its own
+                 LABEL_OWNER: workload.owner},
+                **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 16. Packages
+# ----------------------------------------------------------------------------------------------------------
+
+COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
+COMPOSE_LAYER = "application/vnd.org.margo.component.compose.tar+gzip"
+CHART_CONFIG = "application/vnd.cncf.helm.config.v1+json"
+CHART_LAYER = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
+                 "armv7l": "arm", "armv6l": "arm", "armv8l": "arm"}
+MAX_ENTRIES = 10000                                 # files in one archive
+
+
+Reference = define("Reference", "host name tag",
+    "Where a component's package lies: registry host[:port], repository name, tag.")
+Entry = define(
+    "Entry",
+    "path kind mode link offset size",
+    "One checked entry of an archive: path below the top-level folder, `file`, `folder` or `link`, mode, link"
+    " target, place of its bytes.",
+)
+
+
+def parse_reference(repository, revision):
+    """`oci://host[:port]/name` and a tag to a Reference; raises ComponentError (C-153)."""
+    part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+    match = re.fullmatch(rf"oci://({REGISTRY_PATTERN})/({part}(?:/{part})*)", repository)
+    port = match and re.search(r":([0-9]+)\Z", match.group(1))
+    if (
+        not match
+        or port
+        and int(port.group(1)) > 65535
+        or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", revision)
+    ):
+        raise ComponentError(
+            "INVALID_DEPLOYMENT",
+            f"{make_printable(repository)}:{make_printable(revision)} is not an OCI reference",
+        )
+    return Reference(match.group(1), match.group(2), revision)
+
+
+def parse_challenge(header):
+    """`WWW-Authenticate` to [(scheme in lower case, {parameter: value})] (RFC 9110, 11.6.1)."""
+    from urllib.request import parse_http_list
+    challenges = []
+    for item in parse_http_list(header or ""):
+        scheme, parameter = re.fullmatch(r"(?s)(?:([A-Za-z]+)(?:\s+|\Z)(?!=))?(.*)", item).groups()
+        if scheme:
+            challenges.append((scheme.lower(), {}))
+        name, equals, value = parameter.partition("=")
+        if challenges and equals:
+            challenges[-1][1][name.strip().lower()] = value[1:-1] if value[:1] == '"' else value
+    return challenges
+
+
+def load_credentials(host, settings):
+    """Authorization of a registry by user name and password; None where none are configured."""
+    if not settings.username or not settings.password_file:
         return None
-    check_member(value, "kind", "", checked("ApplicationDeployment",
-                                            lambda item: item == "ApplicationDeployment"))
-    metadata = check_member(value, "metadata", "", read_dict)
-    spec = check_member(value, "spec", "", read_dict)
-    profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
-    notes = metadata.get("annotations")
-    notes = notes if isinstance(notes, dict) else {}
-    own_id = next((holder["id"] for holder in (value, notes, metadata) if "id" in holder), None)
-    key = "applicationId"
-    application = next((holder[key] for holder in (spec, notes, metadata) if key in holder), None)
-    kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
-    metadata = {"name": application, "namespace": "default", **metadata}
-    spec = dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind))
-    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, "ENV.", False)
+    secret = load_secret(f"registries.{host}.password_file", settings.password_file,
+                         lambda words: ComponentError("PULL_UNAUTHORIZED", words))
+    return make_authorization(secret, settings.username.encode())
 
 
-def parse_older_package(properties, where, kind):
-    """parse_package of older generations, which name a package by its URL, too, and a chart by that of its
-    repository (6.5).
+class Registry:
+    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never
+    leave their host).
     """
-    if "packageLocation" not in properties or "repository" in properties:
-        return parse_package(properties, where, kind, "(oci|https)" if kind == "helm" else "oci")
-    url, key = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN), None
-    if properties.get("keyLocation"):
-        key = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
-    return url, "", key
+
+    def __init__(self, host, config):
+        self.host, self.timeout = host, config.wfm.timeout
+        self.settings = config.registries.get(host) or make_settings({}, REGISTRY_SCHEMA, "", "", [])
+        self.scheme = "http" if self.settings.insecure else "https"
+        self.authorization = None
+        # made when TLS is first needed: the system's store takes its time
+        self.context = None
+
+    def get(self, name, path, accept, limit):
+        """GET below /v2/<name>/, with authentication where asked for and redirects followed.
+
+        A Response with status 200.
+
+        Raises ComponentError: PULL_UNAUTHORIZED, PULL_FAILED.
+        """
+        url = f"{self.scheme}://{self.host}/v2/{name}/{path}"
+        for attempt in range(2):
+            response = self.fetch(url, accept, limit)
+            if response.status != 401 or attempt:
+                break
+            self.authorization = self.authenticate(
+                parse_challenge(", ".join(response.headers.get_all("WWW-Authenticate") or ())), name
+            )
+        return self.check(response, url, limit)
+
+    def check(self, response, url, limit):
+        """A Response with status 200 and at most `limit` bytes.
+
+        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
+        """
+        where = f"{url}: HTTP {response.status}"
+        if find_verdict(response.status) == "denied":
+            raise ComponentError("PULL_UNAUTHORIZED",
+                                 f"{where}; set registries.{self.host}.username and password_file")
+        if response.status != 200:
+            absent = response.status == 404
+            hint = "there is no such package" if absent else "it cannot be served now, tried again later"
+            wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
+            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
+        if len(response.body) > limit:
+            raise ComponentError("PULL_FAILED",
+                                 f"{url}: the answer is longer than {limit} bytes, all that policy allows")
+        return response
+
+    def fetch(self, url, accept, limit):
+        """One GET that follows at most five redirects.
+
+        Authorization goes to this registry's own origin only.
+        """
+        from urllib.parse import urljoin, urlsplit
+        try:
+            origin = urlsplit(url)[:2]
+            for _ in range(6):
+                parts = urlsplit(url)
+                if parts.scheme not in ("https", self.scheme):
+                    raise ComponentError("PULL_FAILED",
+                                         f"{make_printable(url)}: redirected to a scheme that is not allowed")
+                own, headers = parts[:2] == origin, {"Accept": accept}
+                if self.authorization and own:
+                    headers["Authorization"] = self.authorization
+                response = self.request(url, headers, max(limit, MAX_ANSWER))
+                if response.status == 401 and not own:
+                    raise ComponentError(
+                        "PULL_UNAUTHORIZED",
+                        f"{make_printable(url)}: HTTP 401 after a redirect;"
+                        f" credentials are for {self.host} alone",
+                    )
+                if response.status not in (301, 302, 303, 307, 308):
+                    return response
+                url = urljoin(url, response.headers.get("Location") or "")
+        except (MargoError, ValueError) as error:
+            if isinstance(error, ComponentError):
+                raise
+            raise ComponentError("PULL_FAILED", f"{make_printable(url)}: {error}") from None
+        raise ComponentError("PULL_FAILED", f"{make_printable(url)}: too many redirects")
+
+    def request(self, url, headers, limit):
+        """One GET, by TLS where the URL says so."""
+        secure = url.startswith("https:")
+        if secure and self.context is None:
+            try:
+                self.context = make_tls_context(ca_file=self.settings.ca, min_tls="1.2")
+            except Untrusted as error:
+                raise ComponentError("PULL_FAILED", f"registries.{self.host}.ca: {error.message}") from None
+        return request("GET", url, headers, None, self.context if secure else None, self.timeout, limit)
+
+    def authenticate(self, challenges, name):
+        """The Authorization that answers a challenge; raises ComponentError PULL_UNAUTHORIZED."""
+        from urllib.parse import urlencode
+        basic = load_credentials(self.host, self.settings)
+        for scheme, facts in challenges:
+            if scheme == "basic" and basic:
+                return basic
+            if scheme == "bearer" and facts.get("realm", "").startswith(("https://", self.scheme + "://")):
+                query = {"service": facts["service"]} if facts.get("service") else {}
+                query["scope"] = facts.get("scope") or f"repository:{name}:pull"
+                mark = "&" if "?" in facts["realm"] else "?"
+                url = facts["realm"] + mark + urlencode(query)
+                headers = {"Authorization": basic} if basic else {}
+                try:
+                    answer = parse_json(self.request(url, headers, MAX_ANSWER).body, "the token")
+                    token = answer.get("token") or answer.get("access_token")
+                    if isinstance(token, str) and re.fullmatch(r"[\x21-\x7e]+", token):
+                        return "Bearer " + token
+                except (MargoError, ValueError, AttributeError) as error:
+                    log("warning", "no token from the registry", registry=self.host, reason=str(error))
+        raise ComponentError(
+            "PULL_UNAUTHORIZED",
+            f"registry {self.host} asks for a login; set registries.{self.host}.username and password_file",
+        )
 
 
-def fetch_older(component, config, store, kind):
-    """The package of a component of an older generation: (digest, bytes), kept by its digest.
+def obtain_package(component, known, config, store, kind):
+    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept.
 
     Raises ComponentError.
 
-    Nothing vouches for its content but TLS, an index's digest and, where the document names a key, a
-    signature.
+    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network
+    or not (P-1).
     """
-    url = component.repository
-    if config.wfm.profile == "mtls":
+    reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
+    data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
+    if data is not None:
+        return data, known
+    fetch = FETCHERS[component.repository.partition(":")[0]]
+    digest, data = fetch(component, config, store, kind)
+    return data, {"reference": reference, "digest": digest}
+
+
+def fetch_component(component, config, store, kind):
+    """The package of a component from a registry; see fetch_package."""
+    return fetch_package(parse_reference(component.repository, component.revision), config, store, kind)
+
+
+# by the scheme of a repository; other generations add theirs
+FETCHERS = {"oci": fetch_component}
+
+
+def fetch_package(reference, config, store, kind="compose"):
+    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified,
+    kept by its digest.
+
+    Raises ComponentError; what is in the store already is not fetched again.
+    """
+    mirror = (config.registries.get(reference.host) or {}).get("mirror")
+    try:
+        if mirror:
+            return fetch_from_registry(
+                reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store, kind
+            )
+    except ComponentError as error:
+        log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror,
+            reason=error.message)
+    return fetch_from_registry(reference, Registry(reference.host, config), config, store, kind)
+
+
+def fetch_from_registry(reference, registry, config, store, kind):
+    """fetch_package from one registry (protocol 6.2)."""
+    where = f"{registry.host}/{reference.name}:{reference.tag}"
+    answer = registry.get(reference.name, f"manifests/{reference.tag}", f"{OCI_MANIFEST}, {OCI_INDEX}",
+                          config.policy.max_document)
+    claimed = answer.headers.get("Docker-Content-Digest")
+    if claimed and claimed.startswith("sha256:") and claimed != sha256_digest(answer.body):
         raise ComponentError(
-            "INVALID_DEPLOYMENT",
-            f"{make_printable(url)}: this generation takes packages from OCI registries only",
+            "DIGEST_MISMATCH",
+            f"{where}: the registry names {claimed}, the manifest has {sha256_digest(answer.body)}",
         )
-    if kind == "helm":
-        data = fetch_chart(url, component.revision, config)
-    else:
-        data = fetch_file(url, config)
-        if component.key_location:
-            run_signature_check(data, url, fetch_file(component.key_location, config), config)
-    digest = sha256_digest(data)
-    store.save_artifact(digest, data)
+    digest, size = parse_package_manifest(answer.body, where, config.policy.max_artifact, kind)
+    data = store.load_artifact(digest)
+    if data is None:
+        # it is kept, and unpacked to some times its size
+        check_space(store.folder, 5 * size, where)
+        data = registry.get(
+            reference.name, f"blobs/{digest}", "*/*", min(size + 1, config.policy.max_artifact)
+        ).body
+        if len(data) != size or sha256_digest(data) != digest:
+            raise ComponentError(
+                "DIGEST_MISMATCH",
+                f"{where}: the layer should be {digest} of {size} bytes,"
+                f" it is {sha256_digest(data)} of {len(data)}",
+            )
+        store.save_artifact(digest, data)
     return digest, data
 
 
-def fetch_chart(repository, revision, config):
-    """The bytes of a chart from `https://repository/NAME` by that repository's index."""
-    from urllib.parse import urljoin
-    base, _, name = repository.rpartition("/")
+def check_space(folder, need, what):
+    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched
+    (P-4).
+    """
+    free, margin = get_space(folder)
+    if free < need + margin:
+        raise ComponentError(
+            "DISK_FULL",
+            f"{what} takes about {need // KIB + 1} KiB, and of the {free // KIB} KiB that are free at"
+            f" {folder} {margin // KIB} stay so; free some there",
+        )
+
+
+def parse_package_manifest(data, where, max_artifact, kind="compose"):
+    """An OCI manifest's bytes to (digest, size) of the one layer of a Compose Archive or Helm chart.
+
+    Raises ComponentError (C-155).
+    """
     try:
-        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
-        entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
-        url, wanted = urljoin(base + "/", entry["urls"][0]), entry.get("digest")
-    except YAMLError as error:
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
-    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
-        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
-    data = fetch_file(url, config)
-    digest = sha256_digest(data)
-    if wanted and str(wanted) not in (digest, digest[7:]):
-        words = f"the index names {make_printable(str(wanted), 80)}, the chart has {digest}"
-        raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
+        value = parse_json(data, "the OCI manifest")
+        if not isinstance(value, dict) or value.get("schemaVersion") != 2:
+            raise ValueError("not an OCI image manifest (schemaVersion 2)")
+        if "manifests" in value:
+            raise ValueError("an index of several images, where one Compose Archive is expected")
+        layer = find_layer(value, kind)
+        digest = check_member(layer, "digest", "the layer's ", DIGEST_PATTERN)
+        size = check_member(layer, "size", "the layer's ", checked("a number of bytes", is_size))
+        if size > max_artifact:
+            raise ValueError(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
+    except ValueError as error:
+        raise ComponentError("ARCHIVE_INVALID", f"{where}: {error}") from None
+    return digest, size
+
+
+def is_size(value):
+    """Whether a value is a whole number of at least one byte."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def find_layer(value, kind):
+    """The one layer of an OCI manifest that holds a package of a kind; raises ValueError."""
+    layers, wanted = value.get("layers"), COMPOSE_LAYER
+    layers = layers if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else []
+    if kind == "helm":
+        wanted, config = CHART_LAYER, value.get("config")
+        if not isinstance(config, dict) or config.get("mediaType") != CHART_CONFIG:
+            raise ValueError(f"not a Helm chart (its config is no {CHART_CONFIG})")
+        # Beside it there may be its provenance.
+        layers = [layer for layer in layers if layer.get("mediaType") == CHART_LAYER]
+    elif value.get("artifactType") != COMPOSE_ARTIFACT:
+        found, hint = str(value.get("artifactType")), ""
+        if found == "application/vnd.docker.compose.project":
+            hint = "; made by `docker compose publish`, which Margo does not take"
+        raise ValueError(f"artifactType is {make_printable(found, 100)}, expected {COMPOSE_ARTIFACT}{hint}")
+    if len(layers) != 1:
+        raise ValueError("expected exactly one layer")
+    found = make_printable(str(layers[0].get("mediaType")), 100)
+    if found != wanted:
+        raise ValueError(f"the layer's mediaType is {found}, expected {wanted}")
+    return layers[0]
+
+
+COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml")
+
+
+def check_archive(data, max_unpacked, relaxed=False):
+    """A Compose Archive's bytes to its tar bytes and [Entry].
+
+    Raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
+
+    Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
+    a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
+    need be no top-level folder, and the compose file may have its other names (protocol 6.5).
+    """
+    entries, tops = {}, set()
+    try:
+        plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
+        loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir()
+                                for member in members)
+        for member in members:
+            add_entry(member, entries, tops, "package/" if loose else "")
+        if plain[end:].strip(b"\0"):
+            raise ValueError(f"it is damaged at byte {end}")
+        if not entries and not tops:
+            raise ValueError("it is empty")
+        if sum(entry.size for entry in entries.values()) > max_unpacked:
+            raise ValueError(f"its files have more than {max_unpacked} bytes (policy.max_unpacked)")
+        check_tree(entries)
+        compose, others = entries.get("compose.yaml"), [name for name in COMPOSE_NAMES[1:] if name in entries]
+        if compose is None and others and relaxed:
+            compose = entries["compose.yaml"] = entries[others[0]]._replace(path="compose.yaml")
+        if compose is None or compose.kind != "file":
+            raise ValueError("no compose.yaml in the top-level folder"
+                             + (f" ({others[0]} is not taken for it)" if others else ""))
+        return plain, list(entries.values())
+    except ValueError as error:
+        raise ComponentError("ARCHIVE_INVALID",
+                             f"Compose Archive refused: {make_printable(str(error))}") from None
+
+
+def add_entry(member, entries, tops, top=""):
+    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder.
+
+    Raises ValueError.
+
+    top: the folder that an archive without one is taken to lie in.
+    """
+    name = member.name[2:] if member.name.startswith("./") else member.name
+    if name in ("", ".") and member.isdir():
+        return
+    absolute, name = name.startswith("/"), top + name
+    parts = name.rstrip("/").split("/")
+    if absolute or {"..", "", "."} & set(parts) or not is_storable(name):
+        raise ValueError(f"{make_printable(name)!r} is not a path inside the archive")
+    tops.add(parts[0])
+    if len(tops) > 1:
+        raise ValueError(f"more than one top-level entry ({', '.join(sorted(tops))})")
+    path = "/".join(parts[1:])
+    if member.isdir():
+        entry = Entry(path, "folder", 0o755, None, 0, 0)
+    elif not path:
+        raise ValueError(f"{name!r} stands at the top, where only one folder may stand")
+    elif member.isfile() and not member.issparse():
+        entry = Entry(path, "file", 0o755 if member.mode & 0o111 else 0o644, None, member.offset_data,
+                      member.size)
+    elif member.issym():
+        if not member.linkname or not is_storable(member.linkname):
+            raise ValueError(
+                f"the link {name!r} leads to {make_printable(member.linkname)!r}, which is no path"
+            )
+        entry = Entry(path, "link", 0o777, member.linkname, 0, 0)
+    elif member.islnk():
+        target = top + (member.linkname[2:] if member.linkname.startswith("./") else member.linkname)
+        source = entries.get("/".join(target.split("/")[1:])) if target.split("/")[0] in tops else None
+        if source is None or source.kind != "file":
+            raise ValueError(
+                f"the hard link {name!r} leads to {member.linkname!r},"
+                " which is no earlier file of the archive"
+            )
+        entry = source._replace(path=path)
+    else:
+        raise ValueError(f"{name!r} is neither file, folder nor link")
+    if path and entries.get(path, entry) != entry or (path in entries and entry.kind != "folder"):
+        raise ValueError(f"{name!r} occurs twice")
+    if path:
+        entries[path] = entry
+
+
+def is_storable(path):
+    """Whether any file system takes a path: printable, no part over 255 bytes, not too long as a whole."""
+    data = path.encode("utf-8", "surrogateescape")
+    return path.isprintable() and len(data) <= 1000 and max(map(len, data.split(b"/"))) <= 255
+
+
+def check_tree(entries):
+    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of
+    others, and for too many folders.
+    """
+    folders = set()
+    for path, entry in entries.items():
+        parent = path.rpartition("/")[0]
+        while parent and parent not in folders:
+            if parent in entries and entries[parent].kind != "folder":
+                raise ValueError(f"{path!r} lies below {parent!r}, which is no folder")
+            folders.add(parent)
+            if len(folders) > MAX_ENTRIES:
+                raise ValueError(f"more than {MAX_ENTRIES} folders")
+            parent = parent.rpartition("/")[0]
+        if entry.kind == "link":
+            resolve_link(path, entries, 40)
+
+
+def resolve_link(path, entries, hops):
+    """The path in the archive that `path` stands for once links are followed.
+
+    Raises ValueError where that is outside.
+    """
+    resolved = []
+    todo = path.split("/")[::-1]
+    while todo:
+        part = todo.pop()
+        if part == "..":
+            if not resolved:
+                raise ValueError(f"the link {path!r} leads out of the top-level folder")
+            resolved.pop()
+            continue
+        if part in ("", "."):
+            continue
+        entry = entries.get("/".join(resolved + [part]))
+        if entry is None or entry.kind != "link":
+            resolved.append(part)
+            continue
+        hops -= 1
+        if hops < 0 or entry.link.startswith("/"):
+            raise ValueError(f"the link {path!r} leads out of the top-level folder, or in a circle")
+        todo.extend(entry.link.split("/")[::-1])
+    return "/".join(resolved)
+
+
+def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
+    """Unpacks a verified archive to `parent`/<digest> and returns that folder.
+
+    One that is there already is complete.
+
+    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay
+    for who uses them.
+    """
+    folder = os.path.join(parent, digest.split(":")[1][:16])
+    if os.path.isdir(folder):
+        return folder
+    plain, entries = check_archive(data, max_unpacked, relaxed)
+    work = folder + ".tmp"
+    try:
+        remove_folder(work)
+        create_folder(os.path.join(work, "content"))
+        for entry in sorted(entries, key=lambda item: item.kind == "link"):
+            path = os.path.join(work, "content", entry.path)
+            create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
+            if entry.kind == "file":
+                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode,
+                           os.path.join(work, "part"))
+            elif entry.kind == "link":
+                os.symlink(entry.link, path)
+        os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
+        for path, _, _ in os.walk(os.path.join(work, "content")):
+            sync_folder(path)
+        os.rename(os.path.join(work, "content"), folder)
+        os.rmdir(work)
+        sync_folder(parent)
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be unpacked ({error.strerror}); free space or make it writable"
+        ) from None
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 17. Commands
+# ----------------------------------------------------------------------------------------------------------
+
+Output = define("Output", "code stdout stderr",
+                "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
+
+# Which setting needs a program; a missing one is named with it (contract, Shape).
+NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it",
+             "git": "wfm.profile git needs it",
+             "gpg": "the keyLocation of a package, or git.allowed_signers, needs it",
+             "podman": "see runtime.engine", "docker": "see runtime.engine", "helm": "see runtime.helm"}
+
+
+# Where programs of administration lie, which cron's PATH lacks (contract, On the engine), and what is between
+# systemd and this process alone.
+SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID",
+                 "LISTEN_FDNAMES")
+
+
+def list_folders(environ):
+    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them.
+    """
+    folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
+    return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
+
+
+def get_command_environment(environ):
+    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR
+    that is no folder.
+    """
+    found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
+    if not os.path.isdir(found.get("TMPDIR", "/")):
+        del found["TMPDIR"]
+    return dict(found, PATH=os.pathsep.join(list_folders(environ)))
+
+
+def get_temporary(state_dir, environ):
+    """{TMPDIR: the folder for temporary files below the state directory}.
+
+    {} where podman, rootless, would keep its own state there.
+    """
+    runtime = environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
+
+
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
+    """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
+
+    argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
+    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads.  A non-zero exit
+    code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
+    """
+    import subprocess
+    try:
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE if data else subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE,
+                                   env=get_command_environment(os.environ if env is None else env), cwd=cwd,
+                                   start_new_session=True)
+    except FileNotFoundError:
+        needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
+        raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
+    except OSError as error:
+        raise CommandError(f"{argv[0]} cannot be started ({error.strerror})") from None
+    try:
+        stdout, stderr = serve_pipes(process, memoryview(data), timeout, limit)
+    except subprocess.TimeoutExpired:
+        raise CommandTimeout(f"{' '.join(argv[:2])} did not end within {timeout:.0f} s") from None
+    finally:
+        kill_group(process)
+    return Output(process.returncode, stdout,
+                  make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
+
+
+def limit_files(size):
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
+
+    Returns what held before.
+    """
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
+    return soft
+
+
+def serve_pipes(process, data, timeout, limit):
+    """Writes `data` to stdin, reads stdout and stderr until the process has ended.
+
+    Raises subprocess.TimeoutExpired, CommandError.
+
+    A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
+    process itself has ended.
+    """
+    import select
+    import subprocess
+    heard = {pipe.fileno(): bytearray() for pipe in (process.stdout, process.stderr)}
+    stdin = [process.stdin.fileno()] if data else []
+    deadline, open_pipes = time.monotonic() + timeout, set(heard)
+    for pipe in [*heard, *stdin]:
+        os.set_blocking(pipe, False)
+    while open_pipes or stdin:
+        # asked before looking: what it wrote last is then in the pipes
+        ended = process.poll() is not None
+        pause = 0 if ended else max(0.0, min(0.2, deadline - time.monotonic()))
+        ready, writable, _ = select.select(list(open_pipes), stdin, [], pause)
+        if writable:
+            try:
+                data = data[os.write(stdin[0], data):]
+            except BrokenPipeError:
+                data = b""                          # it has read as much as it cares for
+            if not data:
+                stdin = process.stdin.close() or []
+        for pipe in ready:
+            piece = os.read(pipe, 65536)
+            heard[pipe] += piece
+            if not piece:
+                open_pipes.discard(pipe)
+        if sum(map(len, heard.values())) > limit:
+            raise CommandError(f"{process.args[0]} printed more than {limit} bytes")
+        if ended and not ready:
+            break
+        if time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired(process.args, 0)
+    process.wait(max(0.0, deadline - time.monotonic()))
+    return tuple(map(bytes, heard.values()))        # stdout was the first
+
+
+def kill_group(process):
+    """Ends what still runs of a process group and closes its pipes.
+
+    A process that hangs in the kernel, at a dead disk say, cannot be ended: it is left behind, and whoever
+    waited goes on.
+    """
+    import signal
+    import subprocess
+    if process.returncode is None:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass                                    # it ended by itself just now
+        try:
+            process.wait(CORPSE_GRACE)
+        except subprocess.TimeoutExpired:
+            log("warning", "a program cannot be ended, and is left behind", program=process.args[0],
+                pid=process.pid)
+    for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
+        pipe.close()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 18. Transport
+# ----------------------------------------------------------------------------------------------------------
+
+Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
+
+
+Problem = define("Problem", "type title detail retryable retry_after strategy errors",
+    "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
+
+
+def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
+    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the
+    system's store.
+
+    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides
+    (C-006).
+    """
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.minimum_version = ssl.TLSVersion.TLSv1_2 if min_tls == "1.2" else ssl.TLSVersion.TLSv1_3
+        if anchors:
+            context.check_hostname = False          # an SVID is recognised by its SPIFFE ID alone (C-014)
+            # X509_V_FLAG_PARTIAL_CHAIN: an anchor need not be self-signed
+            context.verify_flags |= 0x80000
+            context.load_verify_locations(cadata=make_pem(anchors))     # 3.7 with OpenSSL 3 takes no DER
+        elif ca_file:
+            context.load_verify_locations(cafile=ca_file)
+        else:
+            context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+    except (OSError, ValueError) as error:
+        raise Untrusted(
+            f"trust anchors {ca_file or 'of the trust bundle'} cannot be used ({error})"
+        ) from None
+    return context
+
+
+def request(method, url, headers, body, context, timeout, limit, check_peer=None):
+    """The one door to HTTP: one request, one connection, one Response, whatever its status.
+
+    No redirect is followed (C-058), environment proxies are used.  `timeout` (seconds) bounds connecting, the
+    TLS handshake and each wait for data; `limit` bounds the body; `check_peer` gets the peer's chain (see
+    get_chain) before anything is sent (C-013).  Raises Unreachable, Untrusted, Refused (body over the limit),
+    or what check_peer raises.
+    """
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+    where = f"{method} {url}"
+    headers = {"User-Agent": f"margo-agent/{__version__}", **headers}
+    message = urllib.request.Request(url, data=body, headers=headers, method=method)
+    try:
+        with make_opener(context, check_peer).open(message, timeout=timeout) as response:
+            return Response(response.status, response.headers, read_body(response, limit, timeout, where))
+    except urllib.error.URLError as error:
+        raise make_network_error(where, error.reason) from None
+    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
+        raise make_network_error(where, error) from None
+
+
+class Paced(io.RawIOBase):
+    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four
+    time-outs.
+
+    So neither the words between the pieces may drip, or never end.
+    """
+
+    def __init__(self, connection):
+        self.connection, self.timeout = connection, connection.gettimeout()
+        self.raw = connection.makefile("rb", 0)
+        self.renew()
+
+    def renew(self):
+        """Gives the next piece its time."""
+        self.due = time.monotonic() + 4 * self.timeout
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        left = self.due - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.connection.settimeout(min(self.timeout, left))
+        return self.raw.readinto(buffer)
+
+    def makefile(self, mode):
+        """http.client takes this for the socket."""
+        return io.BufferedReader(self)
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+def open_connection(address, timeout, source=None):
+    """A socket to the first address of a (host, port) that answers; raises OSError.
+
+    Each next address is tried 250 ms after the one before, so that a dead one holds nobody up (RFC 8305).
+    """
+    import errno
+    import select
+    import socket
+    places, trying, code = socket.getaddrinfo(*address, type=socket.SOCK_STREAM), {}, 0
+    end = time.monotonic() + timeout
+    try:
+        while places or trying:
+            if places:
+                family, kind, protocol, _, place = places.pop(0)
+                try:
+                    peer = socket.socket(family, kind, protocol)
+                except OSError as error:            # a kernel without IPv6
+                    code = error.errno
+                    continue
+                trying[peer] = place
+                peer.setblocking(False)
+                peer.connect_ex(place)
+            pause = 0.25 if places else max(0.0, end - time.monotonic())
+            for peer in select.select([], list(trying), [], pause)[1]:
+                code = peer.connect_ex(trying.pop(peer))            # asked again, it says how it went
+                if code in (0, errno.EISCONN):
+                    peer.settimeout(timeout)
+                    return peer
+                peer.close()
+            if time.monotonic() >= end:
+                raise TimeoutError("timed out")
+        raise OSError(code, os.strerror(code))
+    finally:
+        for peer in trying:
+            peer.close()
+
+
+def make_opener(context, check_peer):
+    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no
+    other schemes.
+    """
+    import http.client
+    import urllib.request
+
+    class Answer(http.client.HTTPResponse):
+        """An answer that is paced; interim ones before it (such as 103) are passed over."""
+
+        def __init__(self, connection, *arguments, **options):
+            self.paced = Paced(connection)
+            super().__init__(self.paced, *arguments, **options)
+
+        def begin(self):
+            super().begin()
+            while 102 <= self.status < 200:
+                self.headers = None
+                super().begin()
+
+    class Connection(http.client.HTTPConnection):
+        """A connection whose peer is checked before the first byte of a request."""
+
+        response_class, default_port = Answer, 443 if context else 80
+
+        def connect(self):
+            self._create_connection = open_connection
+            try:
+                super().connect()
+                # an end that TLS does not tell of is none: the answer was cut
+                if context:
+                    host = self._tunnel_host or self.host
+                    self.sock = context.wrap_socket(self.sock, server_hostname=host,
+                                                    suppress_ragged_eofs=False)
+                if check_peer:
+                    check_peer(get_chain(self.sock, context))
+            except (OSError, MargoError):
+                self.close()
+                raise
+
+    scheme, handler = "https" if context else "http", urllib.request.AbstractHTTPHandler()
+    setattr(handler, f"{scheme}_open", lambda message: handler.do_open(Connection, message))
+    setattr(handler, f"{scheme}_request", handler.do_request_)
+    opener = urllib.request.OpenerDirector()
+    for item in (urllib.request.ProxyHandler(), handler):
+        opener.add_handler(item)
+    return opener
+
+
+def get_chain(connection, context):
+    """The peer's certificates (DER), leaf first: as verified, or as presented where nothing is.
+
+    Before Python 3.10 the leaf alone.
+    """
+    import ssl
+    kind = "get_unverified_chain" if context.verify_mode == ssl.CERT_NONE else "get_verified_chain"
+    inner = getattr(connection, "_sslobj", None)
+    get = getattr(connection, kind, None) or getattr(inner, kind, None) or tuple        # public since 3.13
+    chain = [item if isinstance(item, bytes) else item.public_bytes(2) for item in get() or ()]       # 2: DER
+    return chain or [connection.getpeercert(binary_form=True)]
+
+
+def read_body(response, limit, timeout, where):
+    """The body of a response.
+
+    Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
+    """
+    pieces, size, start = [], 0, time.monotonic()
+    while True:
+        response.paced.renew()
+        piece = response.read1(65536)
+        if not piece:
+            break
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            raise Refused(f"{where}: the answer is longer than {limit} bytes")
+        elapsed = time.monotonic() - start
+        if elapsed > 4 * timeout and size < KIB * elapsed:
+            raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
+    unframed = response.length is None and not response.chunked
+    if unframed and not pieces and where.startswith("GET") and response.status == 200:
+        # http.client takes a broken head for a whole one
+        raise Unreachable(f"{where}: the answer broke off in its head")
+    if response.length:
+        raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
+    return b"".join(pieces)
+
+
+def make_network_error(where, error):
+    """What went wrong on the wire as Untrusted (a verdict of TLS) or Unreachable (everything else)."""
+    import ssl
+    text = make_printable(str(error) or type(error).__name__)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        # not yet valid, expired
+        clock = "; is the clock of this device right?" if error.verify_code in (9, 10) else ""
+        return Untrusted(f"{where}: the peer's certificate is refused: {error.verify_message}{clock}")
+    broken = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "timed out" in text
+    # for which Python 3.7 with OpenSSL 3 has no class of its own
+    broken = broken or "unexpected eof" in text
+    if isinstance(error, ssl.SSLError) and not broken:
+        return Untrusted(f"{where}: TLS failed: {text}")
+    return Unreachable(f"{where}: {text}")
+
+
+def make_authorization(secret, user=b""):
+    """The value of an Authorization header for a secret (bytes): Basic with a user, else Bearer."""
+    return "Basic " + make_base64(user + b":" + secret) if user else "Bearer " + secret.decode()
+
+
+def load_secret(key, path, fault):
+    """The bytes in a file that a setting names, without the line's end; raises `fault` of some words."""
+    try:
+        data = read_file(path, MAX_ANSWER)
+    except StorageError as error:
+        raise fault(f"{key}: {error.message}") from None
+    if data is None:
+        raise fault(f"{key} {path}: no such file")
+    return data.rstrip(b"\r\n")
+
+
+def ask_looseness(key, path):
+    """What to say of a secret's file that others can read, "" where they cannot."""
+    mode = os.stat(path).st_mode & 0o777 if os.path.isfile(path) else 0
+    return f"{key} {path} has mode {mode:04o}; chmod 0600 it" if mode & 0o077 else ""
+
+
+def parse_problem(body):
+    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only
+    explains one).
+    """
+    try:
+        value = parse_json(body, "problem")
+    except ValueError:
+        return None
+    if not isinstance(value, dict):
+        return None
+
+    def text(key):
+        return make_printable(value[key]) if isinstance(value.get(key), str) else ""
+
+    kind = text("type")
+    if kind.startswith(PROBLEM_ROOT):
+        kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
+    wait = value.get("retryAfterSeconds")
+    wait = float(wait) if is_number(wait) and 0 <= wait < 10 ** 9 else None
+    errors = value["errors"] if isinstance(value.get("errors"), list) else []
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
+              if isinstance(item, dict)]
+    title, detail = text("title") or text("error"), text("detail") or text("message")
+    return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
+
+
+def find_verdict(status):
+    """What an HTTP status that is no success means: `denied`, `later` (to be asked again) or `refused`."""
+    if status in (401, 403):
+        return "denied"
+    return "later" if status in (408, 429) or status >= 500 else "refused"
+
+
+def check_response(response, where, accepted, now):
+    """Returns the response if its status is one of `accepted`, else raises what it means to a client
+    (protocol 10).
+
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).
+    Denied: Untrusted.  What says of itself that it can be retried, or is `later`: Unreachable.  Else Refused;
+    its `code` is the type, or `HTTP <status>`.
+    """
+    if response.status in accepted:
+        return response
+    problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
+    verdict = find_verdict(response.status)
+    known = problem.type in REFUSALS
+    kind = "" if known or problem.type in DENIALS + ("about:blank",) else problem.type
+    words = "; ".join(part for part in [kind, problem.title, problem.detail] + problem.errors[:5] if part)
+    message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
+    wait = parse_retry_after(response.headers.get("Retry-After"), now)
+    facts = {"status": response.status, "strategy": problem.strategy,
+             "retry_after": problem.retry_after if wait is None else wait}
+    if verdict == "denied" and not known or problem.type in DENIALS:
+        raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
+    retryable = problem.retryable
+    if not isinstance(retryable, bool):
+        retryable = verdict == "later" and problem.strategy != "none"
+    if retryable:
+        raise Unreachable(message, **facts)
+    if 300 <= response.status < 400 and response.status != 304:
+        message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
+                    " to the final one")
+    raise Refused(message, problem.type if known else f"HTTP {response.status}", **facts)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 19. Store
+# ----------------------------------------------------------------------------------------------------------
+
+class Log:
+    """One line an event on stderr.  Like stderr itself there is one for the process; `main` sets its level and form."""
+
+    LEVELS = ("debug", "info", "warning", "error")
+
+    def __init__(self):
+        self.level, self.form = "info", "text"
+
+    def __call__(self, level, message, **fields):
+        """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value."""
+        if self.LEVELS.index(level) < self.LEVELS.index(self.level):
+            return
+        if self.form == "json":
+            import json
+            line = json.dumps(dict(fields, time=make_time(time.time()), level=level, message=message), sort_keys=True, separators=(",", ":"))
+        else:
+            facts = "".join(f" {key}={make_printable(str(value), 2000)}" for key, value in fields.items())
+            line = f"{make_time(time.time())} {level:7} {make_printable(message, 4000)}{facts}"
+        try:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass                                    # nobody listens any more; that is no reason to leave workloads alone
+
+
+log = Log()
+
+
+def write_file(path, data, mode=0o600, temporary=None):
+    """The one door for writing: the file holds either its old bytes or all of `data`, whatever happens (D-34).
+
+    Temporary file (by default beside it), fsync, rename, fsync of the folder.  Raises StorageError.
+    """
+    folder, temporary = os.path.dirname(path), temporary or f"{path}.tmp"
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            os.fchmod(descriptor, mode)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view):]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+        sync_folder(folder)
+    except OSError as error:
+        remove_file(temporary)                      # on a full disk half a file is what keeps it full
+        raise StorageError(f"{path} cannot be written ({error.strerror}); free space or make it writable") from None
+
+
+def remove_file(path):
+    """Removes a file, as far as that goes; whether it went."""
+    try:
+        os.remove(path)
+    except OSError:
+        return False
+    return True
+
+
+def get_uptime():
+    """(id of this boot, seconds since it): a clock that nobody sets and every process shares."""
+    return (read_file("/proc/sys/kernel/random/boot_id", KIB) or b"").decode().strip(), time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def get_clock():
+    """The Clock now."""
+    return Clock(time.time(), *get_uptime())
+
+
+def sync_folder(folder):
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path, limit):
+    """The bytes of a file, None where there is none; raises StorageError, also where it is longer than `limit`."""
+    try:
+        with open(path, "rb") as file:              # asked for is what there is: memory for the limit may not be there
+            size = min(limit, max(os.fstat(file.fileno()).st_size, 64 * KIB))
+            data = file.read(size + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror})") from None
+    if len(data) > size:
+        raise StorageError(f"{path} is longer than {size} bytes")
     return data
 
 
-def fetch_file(url, config, missing=False):
-    """The bytes at an https URL, by what `registries` says of its host.
-
-    None where there is nothing, if `missing`.
-    """
-    host = url.split("/")[2]
-    registry = Registry(host, config)
-    registry.authorization = load_credentials(host, registry.settings)
-    response = registry.fetch(url, "*/*", config.policy.max_artifact)
-    if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
-        return None
-    return registry.check(response, url, config.policy.max_artifact).body
-
-
-def run_signature_check(data, url, key, config):
-    """Raises ComponentError unless gpg finds that the key signed the package.
-
-    No signature to be had is a warning.
-    """
-    import tempfile
-    signature = fetch_file(f"{url}.asc", config, True) or fetch_file(f"{url}.sig", config, True)
-    if not signature:
-        log(
-            "warning",
-            "the document names a key, but there is no signature of the package beside it (.asc or .sig)",
-            package=url,
-        )
+def create_folder(path, mode=0o700):
+    """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask; may raise OSError."""
+    if os.path.isdir(path):
         return
-    with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
-        paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
-        for path, content in zip(paths, (key, signature, data)):
-            write_file(path, content)
-        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
+    parent = os.path.dirname(path)
+    if parent and parent != path:
+        create_folder(parent, mode)
+    try:
+        os.mkdir(path, mode)
+        os.chmod(path, mode)
+    except FileExistsError:
+        if not os.path.isdir(path):                 # else another process was faster
+            raise
+
+
+def empty_folder(path):
+    """Removes what lies in a folder of ours; what cannot be removed stays, and the log says so."""
+    try:
+        for name in os.listdir(path):
+            if not remove_file(os.path.join(path, name)):
+                remove_folder(os.path.join(path, name))
+    except (OSError, StorageError) as error:
+        log("warning", "temporary files cannot be removed", path=path, reason=str(error))
+
+
+def get_space(folder, most=FREE_SPACE):
+    """(bytes that are free on a disk, how many of them are to stay so): at most `most`, and one part of a small disk."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize, min(most, disk.f_blocks * disk.f_frsize // SHARE)
+
+
+def remove_folder(path):
+    """Removes a folder of ours and all below it, for good; links are removed, never followed.
+
+    It first gets a name that nobody uses: what was removed by half is never taken for the whole.
+    """
+    import shutil
+    gone = path if path.endswith(".tmp") else path + ".tmp"
+    try:
+        for name in (gone, path):                   # what an earlier attempt left, then this one
+            if os.path.lexists(name):
+                if name != gone:
+                    os.replace(name, gone)
+                    sync_folder(os.path.dirname(path))
+                shutil.rmtree(gone)
+                sync_folder(os.path.dirname(path))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be removed ({error.strerror})") from None
+
+
+def make_state():
+    """The state of an agent that knows nothing yet.
+
+    enrollment  {id, devices: {device id: digest of the capabilities that were sent}} since the first exchange
+    client      {id, key: digest of the public key}: what onboarding gave (profile signed)
+    accepted    {version, etag, digest, acceptedAt, deployments: [{deploymentId, digest}]}: the last verified desired state
+    deployments {id in lower case: record}: what this device does, or did, about each deployment (see make_record)
+    outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged, oldest first
+    dropped     {id in lower case: {state, at, reason}}: the last statuses that the WFM refused for good
+    reported    {id in lower case: digest of the last acknowledged status}
+    trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what discovery named;
+                {strays}: digest of an own leaf that does not lead to it any more
+    identity    digest of the own leaf that was last found to lead to the trust bundle
+    est         what is under way, and the back-off: see Enrollment
+    crls        {URL: {digest, number, key, thisUpdate, validity, etag, modified; back-off}}: of the revocation lists in crls/
+    drafts      the drafts in use, as the log was told
+    patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
+    waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
+    owners      [text]: what this agent has called itself on the engine, newest last (see make_owner)
+    pulled      [image, after a child device's id and a space where it is there]: what the agent pulled, and may prune
+    history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome; refused: what came after it}
+    lastPoll    {at, result, detail} of the last cycle that had something to store
+    """
+    return {"schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {}, "dropped": {}, "reported": {},
+            "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [], "patience": {}, "waiting": None,
+            "owners": [], "pulled": [], "history": [], "lastPoll": None}
+
+
+def make_state_data(state):
+    """The bytes of state.json: JSON that ends with the digest of the rest; the outbox is a list there, because its order counts."""
+    data = make_json(dict(state, outbox=list(state["outbox"].values())))
+    return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
+
+
+def parse_state(data, path):
+    """The state in the bytes of state.json; raises ValueError for what is damaged or foreign, StorageError for a newer agent's.
+
+    One without a digest was written by an older agent, or by hand.
+    """
+    head, mark, digest = data.rpartition(b',"sum":"')
+    if mark and digest != sha256_digest(head + b"}").encode() + b'"}':
+        raise ValueError(f"{path} is damaged: its bytes do not have the digest at its end")
+    state, blank = parse_json(data, path), make_state()
+    if not isinstance(state, dict) or type(state.get("schema")) is not int or state["schema"] < 1:
+        raise ValueError(f"{path} is not a state of this agent")
+    if state["schema"] > blank["schema"]:
+        raise StorageError(f"{path} has schema {state['schema']}, this agent knows {blank['schema']}; use the newer agent")
+    state = dict(blank, **dict(state, schema=blank["schema"]))
+    state.pop("sum", None)
+    outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
+    try:
+        state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
+        wrong = [key for key, value in blank.items() if value is not None and type(state[key]) is not type(value)]
+        wrong += [key for key, record in state["deployments"].items() if "adopted" not in record]
+        state["deployments"] = {key: migrate_record(record) for key, record in state["deployments"].items()}
+    except (TypeError, KeyError, AttributeError):
+        wrong = ["outbox or deployments"]
+    if wrong:
+        raise ValueError(f"{path} is not a state of this agent ({', '.join(wrong)})")
+    return state
+
+
+def migrate_record(record):
+    """A deployment's record as of schema 2, in place of moments of the wall clock that of schema 1 has waits (see make_wait)."""
+    record = {key: value for key, value in record.items() if key != "left"}
+    if "retryAt" in record:
+        at, failures = record.pop("retryAt") - 2 * RETRY_CAP, record.pop("failures", 0)
+        record["retry"] = {"failures": failures, "at": at, "delay": 2 * RETRY_CAP} if failures else {}
+    if "repairs" in record:
+        at, failures = record.pop("repairedAt", 0), record.pop("repairs")
+        pause = grow(RETRY_FIRST, failures + 1 - REPAIRS, RETRY_CAP) if failures >= REPAIRS else 0
+        record["repair"] = {"failures": failures, "at": at, "delay": pause} if failures else {}
+    return record
+
+
+def make_core(state):
+    """What must never become older, as bytes: whose device this is, what it accepted, whom it trusts, which token went with which key."""
+    return make_json([state[name] for name in ("enrollment", "client", "accepted", "trust", "est", "crls")])
+
+
+def get_random():
+    """A number in [0, 1) for jitter."""
+    import random
+    return random.random()
+
+
+class Store:
+    """The state directory: state.json, artifacts by digest, one folder a deployment, the lock, the trust bundle."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.saved = self.core = None               # bytes of state.json as they lie on the disk, and of what its copy is kept for
+        self.locked = None
+        self.memo = None                            # as load_memo read it; right as long as the lock is held
+
+    def path(self, *names):
+        """A path below the state directory."""
+        return os.path.join(self.folder, *names)
+
+    def create(self):
+        """Makes the directory (mode 0700) and its folders; raises StorageError."""
         try:
-            run_command(gpg + ["--import", paths[0]], 60)
-            output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
-        except CommandError as error:
-            raise ComponentError("PULL_FAILED",
-                                 f"{url} is signed, and that cannot be checked: {error.message}") from None
-    if output.code:
-        words = f"the key at keyLocation did not sign this package: {output.stderr[-300:]}"
-        raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
+            create_folder(os.path.dirname(self.folder), 0o755)
+            for name in ("artifacts", "deployments", "tmp"):
+                create_folder(self.path(name))
+            if os.stat(self.folder).st_mode & 0o077:
+                os.chmod(self.folder, 0o700)
+            if not os.path.exists(self.path("reserve")):
+                write_file(self.path("reserve"), bytes(get_space(self.folder, RESERVE)[1]))
+        except StorageError as error:
+            log("warning", "no space can be kept in reserve", reason=error.message)
+        except OSError as error:
+            raise StorageError(f"state_dir {self.folder} cannot be made ({error.strerror})") from None
+
+    def lock(self):
+        """Takes the lock or raises Locked; the kernel gives it back when this process ends, however it ends."""
+        import fcntl
+        try:
+            self.locked = os.open(self.path("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.memo = None
+        except BlockingIOError:
+            self.unlock()
+            raise Locked(f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A second agent on this engine needs"
+                         " an identity of its own, not only a state_dir") from None
+        except OSError as error:
+            raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
+
+    def unlock(self):
+        """Gives the lock back."""
+        if self.locked is not None:
+            os.close(self.locked)
+            self.locked = None
+
+    def load_state(self):
+        """The state; a fresh one only where there is none.  Raises StorageError for one that is not ours to read.
+
+        An unreadable state is never started afresh: that would forget the accepted version and open the door to a rollback.  Its copy
+        may be older, but never in what was accepted (see save_state); what it does not know of workloads the engine tells (P-13).
+        """
+        fault, path = None, self.path("state.json")
+        for name in (path, path + ".old"):
+            data = read_file(name, 256 * MIB)
+            try:
+                state = None if data is None else parse_state(data, name)
+            except ValueError as error:
+                fault = fault or error
+                continue
+            if state is not None:
+                self.saved, self.core = data if name == path else None, make_core(state)
+                if self.saved is None:
+                    log("error", "the state is taken from its copy", reason=str(fault or f"{path} is missing"))
+                return state
+        if fault:
+            raise StorageError(f"{fault}; restore it, or move it and its copy {path}.old away to start afresh (the WFM's next manifest is"
+                               " then accepted whatever its version)")
+        return make_state()
+
+    def save_state(self, state):
+        """Writes the state if it differs from what lies on the disk: a poll that finds nothing new writes nothing (P-16).
+
+        First its copy, where that would otherwise be older in what no damage may bring back.  A full disk is given the reserve (P-4).
+        """
+        data, core = make_state_data(state), make_core(state)
+        if data == self.saved:
+            return
+        for path in [self.path("state.json.old")] * (core != self.core) + [self.path("state.json")]:
+            try:
+                write_file(path, data)
+            except StorageError:
+                if not remove_file(self.path("reserve")):
+                    raise
+                write_file(path, data)
+        self.saved, self.core = data, core
+
+    def find_time(self):
+        """The last time that is known to have been: Unix seconds of the last write of the state, 0 where there is none."""
+        try:
+            return os.stat(self.path("state.json")).st_mtime
+        except OSError:
+            return 0
+
+    def load_artifact(self, digest):
+        """Verified content by digest, None where there is none; what the disk has spoilt counts as none."""
+        data = read_file(self.path("artifacts", digest.replace(":", "-")), 1024 * MIB)
+        return data if data is not None and sha256_digest(data) == digest else None
+
+    def save_artifact(self, digest, data):
+        """Keeps verified content under its digest."""
+        write_file(self.path("artifacts", digest.replace(":", "-")), data)
+
+    def prune_artifacts(self, digests):
+        """Removes every artifact, and every unpacked package, whose digest is not among `digests`."""
+        keep = {digest.replace(":", "-") for digest in digests}
+        try:
+            for name in os.listdir(self.path("artifacts")):
+                if name not in keep:
+                    os.remove(self.path("artifacts", name))
+        except OSError as error:
+            raise StorageError(f"{self.path('artifacts')} cannot be pruned ({error.strerror})") from None
+        short = {digest.split(":")[1][:16] for digest in digests}
+        for folder, folders, _ in os.walk(self.path("deployments")):
+            inside = os.path.dirname(os.path.dirname(folder)) == self.path("deployments")       # of a component, which may have such a name itself
+            needed = self.load_needed(folder, short) if inside else set()
+            form = r"[0-9a-f]{16}|content-[0-9a-f]{32}(\.new)?"
+            for name in [name for name in folders if name.endswith(".tmp") or inside and re.fullmatch(form, name)]:
+                folders.remove(name)
+                if name not in short | needed:
+                    remove_folder(os.path.join(folder, name))
+
+    def load_needed(self, folder, short):
+        """The folders of a component from which containers of these packages mount files (see Folder.keep); other notes go."""
+        needed = set()
+        for name in [name for name in os.listdir(folder) if re.fullmatch(r"[0-9a-f]{16}\.content", name)]:
+            if name[:16] in short:
+                needed.update((read_file(os.path.join(folder, name), MIB) or b"").decode().split())
+            else:
+                remove_file(os.path.join(folder, name))
+        return needed
+
+    def memo_path(self):
+        """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes nothing to the disk."""
+        folder = os.environ.get("RUNTIME_DIRECTORY", "/run/margo-agent").split(":")[0]
+        return os.path.join(folder, sha256_digest(os.path.abspath(self.folder).encode())[7:23] + ".json")
+
+    def save_memo(self, memo):
+        """Notes the last contact; whether that could be written."""
+        path = self.memo_path()
+        try:
+            create_folder(os.path.dirname(path), 0o755)
+            with open(path + ".tmp", "wb") as file:
+                os.fchmod(file.fileno(), 0o600)
+                file.write(make_json(memo))
+            os.replace(path + ".tmp", path)
+            self.memo = memo
+            return True
+        except OSError as error:
+            log("debug", "the last contact cannot be noted", path=path, reason=error.strerror)
+            return False
+
+    def load_memo(self):
+        """What save_memo noted last, or {}; read once, until the lock is taken again."""
+        if self.memo is None:
+            try:
+                memo = parse_json(read_file(self.memo_path(), MAX_ANSWER) or b"{}", self.memo_path())
+            except (StorageError, ValueError):
+                memo = {}                           # it is a note, not a state
+            self.memo = memo if isinstance(memo, dict) else {}
+        return dict(self.memo)
 
 
-DIALECTS.append(convert_older)
-FETCHERS["https"] = fetch_older
+ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# 27. Signed (optional)
-# ------------------------------------------------------------------------------------------------------------------------------
+class Folder:
+    """An unpacked package, and the one way by which its compose file is looked up on the disk."""
+
+    def __init__(self, path, environ=None):
+        self.path, self.environ = path, environ
+
+    def resolve(self, name):
+        """A path, relative to the package, with all links followed."""
+        return os.path.realpath(os.path.join(self.path, name))
+
+    def read(self, name):
+        """The bytes of a file of the package of at most 1 MiB; None where it is none."""
+        path = self.resolve(name)
+        try:
+            inside = path.startswith(self.resolve("") + "/")
+            return read_file(path, MIB) if inside and os.path.isfile(path) else None
+        except StorageError:
+            return None
+
+    def look(self, name):
+        """The Source that a path is. What is the package's own is mounted by its content, from a place that
+        stays; see keep."""
+        real, root = self.resolve(name), self.resolve("")
+        own = real == root or real.startswith(root + "/")
+        kind = "folder" if os.path.isdir(real) else "file" if os.path.isfile(real) else ""
+        kind = kind or ("other" if os.path.exists(real) else "")
+        path = real
+        if own and kind:
+            path = os.path.join(os.path.dirname(root), f"content-{load_digest(real)[:32]}",
+                                os.path.basename(real))
+        return Source(path, real, kind, own, not own and self.leads_to_engine(real))
+
+    def leads_to_engine(self, path):
+        """Whether a path is an engine's socket, by whatever name, or a folder with one in it, as far as
+        10,000 entries tell."""
+        import stat
+        environ = os.environ if self.environ is None else self.environ
+        places = [environ.get(name, "").partition("unix://")[2] for name in ("CONTAINER_HOST", "DOCKER_HOST")]
+        places += ["/run/podman/podman.sock", "/run/docker.sock", "/run/containerd/containerd.sock",
+                   "/run/crio/crio.sock",
+                   os.path.join(environ.get("XDG_RUNTIME_DIR") or "/run", "podman/podman.sock")]
+        places = [os.path.realpath(place) for place in places if place and os.path.exists(place)]
+        inside = [place for place in places if place.startswith(path.rstrip("/") + "/")]
+        if inside or os.path.basename(path) in ENGINE_SOCKETS:
+            return True
+        if os.path.exists(path) and not os.path.isdir(path):
+            return stat.S_ISSOCK(os.stat(path).st_mode)
+        inodes, left = {os.stat(place).st_ino for place in places}, 10000
+        todo = [path]
+        while todo and left > 0:
+            try:
+                entries = list(os.scandir(todo.pop()))[:left]
+            except OSError:
+                continue                            # what cannot be read, or is not there
+            left -= len(entries)
+            if any(entry.name in ENGINE_SOCKETS or entry.inode() in inodes for entry in entries):
+                return True
+            todo += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        return False
+
+    def keep(self, sources):
+        """Lays what these own Sources are where they are mounted from, and notes that this package needs it;
+        see prune_artifacts.
+
+        A service whose files did not change keeps its container, whatever else is in the next package.
+        """
+        import shutil
+        needed = set()
+        for source in sources:
+            place = os.path.dirname(source.path)
+            needed.add(os.path.basename(place))
+            try:
+                if os.path.lexists(source.path) and load_digest(source.path)[:32] == place[-32:]:
+                    continue
+                for folder in (place, place + ".new"):      # what was spoilt, and what was cut off
+                    remove_folder(folder)
+                os.makedirs(place + ".new", 0o755)
+                part = os.path.join(place + ".new", os.path.basename(source.path))
+                if source.kind == "folder":
+                    shutil.copytree(source.real, part, symlinks=True, copy_function=link_file)
+                else:
+                    link_file(source.real, part)
+                for folder, _, _ in os.walk(place + ".new"):
+                    sync_folder(folder)
+                os.rename(place + ".new", place)
+            except OSError as error:
+                words = f"{place} cannot be written ({error.strerror or error})"
+                raise StorageError(f"{words}; free space or make it writable") from None
+        if needed:
+            sync_folder(os.path.dirname(self.path))
+            write_file(self.path + ".content", "\n".join(sorted(needed)).encode())
+
+
+def link_file(source, target):
+    """One more name of a file, or a copy where the disk has no such thing."""
+    import shutil
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def load_digest(path):
+    """A digest in hex of a file or a folder with all that is in it: names, modes, contents, links as they
+    are."""
+    found = []
+    for folder, folders, files in os.walk(path):
+        folders.sort()
+        for name in sorted(folders + files):
+            found.append((os.path.relpath(os.path.join(folder, name), path),
+                          load_part(os.path.join(folder, name))))
+    found.append(("", load_part(path)))
+    return sha256_digest(repr(found).encode("utf-8", "surrogateescape"))[7:]
+
+
+def load_part(path):
+    """What load_digest takes of one file, folder or link."""
+    if os.path.islink(path):
+        return os.readlink(path)
+    content = "" if os.path.isdir(path) else sha256_digest(read_file(path, 1024 * MIB) or b"")
+    return f"{os.stat(path).st_mode:o} {content}"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 20. Configuration
+# ----------------------------------------------------------------------------------------------------------
+
+def parse_duration(text):
+    """`90`, `30s`, `5m`, `2h`, `1d` to seconds (float); raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?)([smhd]?)", text)
+    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+    seconds = float(match.group(1)) * units[match.group(2)] if match else -1
+    if not 0 <= seconds <= MAX_DURATION:
+        raise ValueError("a duration: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d")
+    return seconds
+
+
+def parse_size(text):
+    """`512`, `512Ki`, `64Mi`, `2Gi` ... to bytes; a space before the unit is read too (protocol 3.5).
+
+    Raises ValueError.
+    """
+    match = re.fullmatch(r"([0-9]{1,40})(?: ?([KMGTPE]i))?", text)
+    if not match:
+        raise ValueError("a size: bytes, or a number with Ki, Mi, Gi, Ti, Pi or Ei, such as 64Mi")
+    return int(match.group(1)) << (10 * (1 + "KMGTPE".index(match.group(2)[0])) if match.group(2) else 0)
+
+
+class Settings(dict):
+    """A part of the configuration: a dictionary whose keys are attributes too."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+# The kit of readers. A reader takes (value, base) and returns what it makes of the value, or raises
+# ValueError of what is expected. The value is YAML; `base` is the folder that relative file names start from.
+
+def scalar(expected, pattern=r"(?s).*", make=None):
+    """A reader of text of one form; a plain number keeps its spelling.  make: what is made of the text.
+
+    It may raise ValueError.
+    """
+    def read(value, base):
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError(expected)
+        text = scalar_text(value)
+        if not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return make(text) if make else text
+    return read
+
+
+def choice(*words):
+    """A reader of one of some words."""
+    return scalar("one of " + ", ".join(words), "|".join(map(re.escape, words)))
+
+
+def checked(expected, test):
+    """A reader that takes a value as it is, if a test holds for it."""
+    def read(value, base):
+        if not test(value):
+            raise ValueError(expected)
+        return value
+    return read
+
+
+# Readers of documents, by the kit of the configuration; text is taken for text only where it is written as
+# such.
+read_dict = checked("a mapping", lambda item: isinstance(item, dict))
+read_items = checked("a list", lambda item: isinstance(item, list))
+
+
+def list_of(read_item, expected):
+    """A reader of a list of what another reader takes; `expected` is said where it is none."""
+    def read(value, base):
+        if not isinstance(value, list):
+            raise ValueError(expected)
+        return [read_item(item, base) for item in value]
+    return read
+
+
+def is_number(value):
+    """Whether a value is a number that JSON can write; a boolean is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def is_mapping(value):
+    """Whether a value is a mapping whose keys are text."""
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def is_uri(key):
+    """Whether identity.key is a URI and not a file name."""
+    return bool(re.match(r"[a-z][a-z0-9+.-]+:", key))
+
+
+HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
+GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
+# A repository's address as git takes it, which is never an option or a helper to git, or holds a password.
+GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
+               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
+PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
+DURATION = (
+    "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
+)
+
+read_text = scalar("text")
+read_name = checked("text", lambda value: isinstance(value, str) and value)
+# what fits between quotes in an HTTP header
+read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
+# without user or fragment
+read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
+read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
+                       lambda text: text.rstrip("/"))
+read_address = scalar(
+    "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
+    rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
+    lambda text: text.rstrip("/") if text.startswith("https:") else text)
+read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
+read_devices = list_of(scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev")
+read_pins = list_of(scalar(PINS, r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]="), PINS)
+read_pause = scalar("a duration", make=parse_duration)
+read_duration = scalar(DURATION, r".*[1-9].*", parse_duration)
+read_size = scalar("a size", make=parse_size)
+read_count = scalar("a whole number", "[0-9]{1,18}", int)
+read_share = scalar("a share from 0% to 100%", r"([0-9]{1,2}|100)%", lambda text: int(text[:-1]) / 100)
+# C-086
+read_device_id = scalar("letters, digits and . _ ~ - in segments parted by /",
+                        rf"(?!(.*/)?\.\.?(/|\Z)){DEVICE_ID_PATTERN}")
+read_mapping = checked("a mapping", is_mapping)
+
+
+def read_flag(value, base):
+    """true or false; `${NAME}` gives it as text."""
+    if not isinstance(value, bool) and value not in ("true", "false"):
+        raise ValueError("true or false")
+    return value in (True, "true")
+
+
+def read_path(value, base):
+    """A file name, relative to the configuration file."""
+    return os.path.join(base, scalar("a file name", r"(?s)[^\0]+")(value, base))
+
+
+def read_key(value, base):
+    """A file name, or a URI such as pkcs11:… by which openssl finds a key.
+
+    It stands on a command line, so it holds no PIN.
+    """
+    text = read_text(value, base)
+    if "pin-value=" in text:
+        raise ValueError(
+            "a URI without pin-value; name a file by pin-source, so that no command line shows the PIN"
+        )
+    return text if is_uri(text) else read_path(text, base)
+
+
+def read_path_or_url(value, base):
+    """A file name or an https URL."""
+    return read_url(value, base) if "://" in str(value) else read_path(value, base)
+
+
+def read_compose(value, base):
+    """Whether the agent runs compose files; the programs that once could are told apart from what never could."""
+    if value in ("docker compose", "docker-compose", "podman-compose"):
+        raise ValueError("auto, builtin or off; what compose providers did, builtin does now")
+    return choice("auto", "builtin", "off")(value, base)
+
+
+def read_helm(value, base):
+    """auto, off, or the path of the helm command."""
+    return value if value in ("auto", "off") else read_path(value, base)
+
+
+def is_words(value, words):
+    """Whether a value is a list of at least one of some words."""
+    return isinstance(value, list) and bool(value) and all(item in words for item in value)
+
+
+def is_equipment(value, kinds):
+    """Whether a value is a list of {type: one of `kinds`, all else: text}."""
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and item.get("type") in kinds
+        and all(isinstance(text, str) for text in item.values())
+        for item in value)
+
+
+def is_cpus(value):
+    """Whether a value is a list of at least one {cores: number, architecture: text}."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(item, dict) and is_number(item.get("cores")) and item["cores"] > 0
+        and item.get("architecture", "arm") in ("amd64", "arm64", "arm") for item in value)
+
+
+# Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
+PERIPHERALS, INTERFACES = (
+    "gpu display camera microphone speaker",
+    "ethernet wifi cellular bluetooth usb canbus rs232",
+)
+PROPERTIES = {
+    "vendor": read_name, "modelNumber": read_name, "serialNumber": read_name,
+    "memory": scalar("a size such as 512Mi", "[0-9]{1,18}[KMG]i"),
+    "storage": scalar("a size such as 512Mi", "[0-9]{1,18}[KMGTPE]i"),
+    "cpus": checked("a list of {cores: number, architecture: amd64, arm64 or arm}", is_cpus),
+    "peripherals": checked(f"a list with the types {PERIPHERALS}",
+                           lambda item: is_equipment(item, PERIPHERALS.split())),
+    "interfaces": checked(f"a list with the types {INTERFACES}",
+                          lambda item: is_equipment(item, INTERFACES.split())),
+    "otelCollector": checked("true, as Margo demands it where workloads run", lambda item: item is True),
+    "supportedRuntimes": checked("a list of oci, custom", lambda item: is_words(item, ("oci", "custom"))),
+    "supportedDeploymentTypes": checked("a list of helm, compose, custom",
+                                        lambda item: is_words(item, ("helm", "compose", "custom")))}
+
+
+def read_properties(value, base):
+    """Capability properties; a name that begins with x- is an extension, and holds a mapping (C-090)."""
+    for name, item in read_mapping(value, base).items():
+        if name.startswith("x-") and not (re.fullmatch(EXTENSION_PATTERN, name) and isinstance(item, dict)):
+            raise ValueError("a mapping in which x-NAME-extensions holds a mapping")
+        try:
+            if name in PROPERTIES:
+                PROPERTIES[name](item, base)
+        except ValueError as error:
+            raise ValueError(f"a mapping in which {name} is {error}") from None
+    try:
+        make_json(value)
+    except (TypeError, ValueError):
+        raise ValueError("a mapping that JSON has words for") from None
+    return value
+
+
+def read_environment(value, base):
+    """A mapping of environment variables to text."""
+    for name in read_mapping(value, base):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(
+            value[name], (bool, dict, list, type(None))
+        ):
+            raise ValueError(f"a mapping of variable names to text, which {make_printable(name)} is not")
+    return {name: read_text(item, base) for name, item in value.items()}
+
+
+def get_kind(value):
+    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
+    kinds = ((bool, "boolean"), ((int, float), "number"), (str, "text"))
+    return next((kind for types, kind in kinds if isinstance(value, types)), None)
+
+
+def is_label(value):
+    """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
+    if not isinstance(value, list):
+        return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
+    kinds = set(map(get_kind, value))
+    return kinds == {"text"} or kinds == {"number"} and all(map(is_number, value))
+
+
+read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
+                      lambda value: is_mapping(value) and all(map(is_label, value.values())))
+
+
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MOMENT_PATTERN = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+
+
+def parse_window(text):
+    """A window of device-local time to (days, start, end); raises ValueError.
+
+    `[Mon-Fri ]06:00-22:00`: (set of weekdays, minutes, minutes), over midnight where the end is not later
+    than the start. `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
+    """
+    start, slash, end = text.partition("/")
+    if re.fullmatch(f"{MOMENT_PATTERN}/{MOMENT_PATTERN}", text) and start < end:
+        return None, start, end
+    day, clock = "(" + "|".join(DAYS) + ")", "([0-9]{2}):([0-5][0-9])"
+    match = re.fullmatch(f"(?:{day}(?:-{day})? )?{clock}-{clock}", text)
+    if match:
+        first = match.group(1) or "Mon"
+        last = match.group(2) or match.group(1) or "Sun"
+        length = (DAYS.index(last) - DAYS.index(first)) % 7 + 1
+        days = {(DAYS.index(first) + step) % 7 for step in range(length)}
+        hours = [int(number) for number in match.group(3, 4, 5, 6)]
+        start, end = 60 * hours[0] + hours[1], 60 * hours[2] + hours[3]
+        if start < 1440 and end <= 1440:
+            return days, start, end
+    raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
+
+
+read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window)
+
+
+def is_within(windows, local):
+    """Whether the device-local `local` (struct_time) lies in one of the windows."""
+    now, stamp = 60 * local.tm_hour + local.tm_min, time.strftime("%Y-%m-%dT%H:%M", local)
+    for days, start, end in windows:
+        if days is None:
+            inside = start <= stamp < end
+        elif start < end:
+            inside = local.tm_wday in days and start <= now < end
+        else:
+            inside = local.tm_wday in days and now >= start or (local.tm_wday - 1) % 7 in days and now < end
+        if inside:
+            return True
+    return False
+
+
+def is_within_whole(windows, start, end):
+    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of
+    device-local time.
+    """
+    moments = range(int(start), int(max(start, end)) + 1, 60)
+    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
+
+
+# What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is
+# reached by one of them.
+CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman",
+               "CONTAINERS_STORAGE_CONF": "podman",
+               "DOCKER_HOST": "docker", "DOCKER_CONTEXT": "docker", "KUBECONFIG": "helm"}
+# what a child device has to say of itself, because only what is here can be detected
+HOSTING = ("cpus", "memory", "storage")
+
+# Each setting: its reader, or that and the default in the file's own spelling. What only one profile has, its
+# part adds below.
+DEVICE_SCHEMA = {
+    "id": read_device_id, "vendor": read_text, "modelNumber": read_text, "serialNumber": read_text,
+    "properties": (read_properties, {}), "labels": (read_labels, {})}
+CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}))
+REGISTRY_SCHEMA = {
+    "mirror": read_text, "username": read_text, "password_file": read_path, "ca": read_path,
+    "insecure": (read_flag, False)}
+SCHEMA = {
+    "state_dir": (read_path, "/var/lib/margo-agent"),
+    "wfm": {
+        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls"), "url": read_address, "timeout": (read_duration, "30s"),
+        "min_tls": (choice("1.2", "1.3"), "1.3")},
+    "identity": {
+        "certificate": read_path, "key": read_key, "trust_bundle": read_path_or_url,
+        "discovery": read_url, "ca": read_path, "pins": (read_pins, []), "refresh": (read_duration, "1h")},
+    # see make_children
+    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),
+    "poll": {
+        "interval": (read_duration, "60s"), "jitter": (read_share, "10%"),
+        "window": (list_of(read_window, "a list of windows"), []),
+        "downtime": (list_of(read_window, "a list of windows"), [])},
+    "runtime": {
+        "compose": (read_compose, "auto"),
+        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"),
+        "kubeconfig": read_path,
+        "on_failure": (choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"),
+        "environment": (read_environment, {}), "prune": (read_flag, True)},
+    "registries": (read_mapping, {}),
+    "policy": {
+        "max_document": (read_size, "8Mi"), "max_artifact": (read_size, "64Mi"),
+        "max_unpacked": (read_size, "256Mi"),
+        "privileged": (choice("deny", "allow"), "deny"), "host_network": (choice("deny", "allow"), "deny"),
+        "devices": (read_devices, []), "host_paths": (read_folders, []),
+        "max_removals": read_count},
+    "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
+}
+CHECKS = []
+
+
+# The configuration as a whole
+
+def make_quote(value, secret=False):
+    """What a fault shows of a value: no PIN, no login in a URL, and of a mapping, or of what holds secrets,
+    only its kind.
+    """
+    if secret or isinstance(value, dict):
+        return {dict: "a mapping", list: "a list"}.get(type(value), "text")
+    return repr(make_printable(re.sub(r"(?<=pin-value=)[^;&?]*|(?<=//)[^/@\s]*(?=@)", "...", str(value)), 60))
+
+
+def make_settings(value, schema, base, where, faults):
+    """Reads one mapping of the configuration by its schema.
+
+    Each fault is appended to `faults` as (key, words).
+    """
+    if value is not None and not isinstance(value, dict):
+        faults.append((where[:-1] or "the configuration", f"found {make_quote(value)}, expected a mapping"))
+        value = None
+    value = value or {}
+    for key in value:
+        if key not in schema:
+            import difflib
+            near = difflib.get_close_matches(str(key), list(schema), 1, 0.5)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(schema)}"
+            faults.append((f"{where}{key}", f"unknown key; {hint}"))
+    settings = Settings()
+    for key, entry in schema.items():
+        item = value.get(key)
+        if isinstance(entry, dict):
+            settings[key] = make_settings(item, entry, base, f"{where}{key}.", faults)
+            continue
+        reader, default = entry if isinstance(entry, tuple) else (entry, None)
+        item = default if item is None else item
+        settings[key] = None
+        try:
+            if item is not None:
+                settings[key] = reader(item, base)
+        except ValueError as error:
+            faults.append((where + key,
+                           f"found {make_quote(item, reader is read_environment)}, expected {error}"))
+    return settings
+
+
+def make_children(items, base, faults):
+    """The child devices of a see-thru gateway as a list of Settings; faults as make_settings tells them."""
+    children = []
+    for index, item in enumerate(items or ()):
+        where = f"device.children[{index}]."
+        child = make_settings(item, CHILD_SCHEMA, base, where, faults)
+        named = {key for key, _ in faults}
+        needed = [key for key in CHILD_SCHEMA if child[key] is None]
+        needed += [f"properties.{key}" for key in HOSTING if key not in (child.properties or {})]
+        faults += [(where + key, "not set, and nothing else knows it") for key in needed if where
+                   + key.split(".")[0] not in named]
+        if child.connection is not None and not set(child.connection) & set(CONNECTIONS):
+            faults.append((f"{where}connection",
+                           f"names no engine; expected one of {', '.join(CONNECTIONS)}"))
+        for key in ("id", "connection"):
+            if child[key] and child[key] in [other[key] for other in children]:
+                faults.append((where + key, "another child has the same"))
+        children.append(child)
+    return children
+
+
+def make_config(document, base, environ):
+    """The configuration as Settings from its YAML value, the folder of its file and the environment.
+
+    Raises ConfigError that names every fault: the key, what was found, what is allowed.
+    """
+    faults = []
+    document = expand_environment(document, environ, "", faults)
+    config = make_settings(document, SCHEMA, base, "", faults)
+    registries = Settings()
+    for host, entry in (config["registries"] or {}).items():
+        registries[host] = make_settings(entry, REGISTRY_SCHEMA, base, f"registries.{host}.", faults)
+        if not re.fullmatch(REGISTRY_PATTERN, host):
+            faults.append((f"registries.{host}",
+                           "no registry; expected its host or host:port, as oci://HOST names it"))
+    config["registries"] = registries
+    config.device["children"] = make_children(config.device.children, base, faults)
+    named = {key for key, _ in faults}
+    for check in (check_devices, check_profile, *CHECKS):
+        faults += [(key, words) for wrong, key, words in check(config) if wrong and key not in named]
+    if faults:
+        raise ConfigError("; ".join(f"{key}: {words}" for key, words in faults))
+    return config
+
+
+def check_devices(config):
+    """What shows only from several settings of this device and its children: [(whether it is wrong, key,
+    words)].
+    """
+    profile, children = PROFILES.get(config.wfm.profile), config.device.children
+    faults = [(children and profile and not profile.takes_children(config),
+               "device.children", "the protocol of this wfm.profile and wfm.dialect knows no child devices")]
+    places = {f"device.children[{index}].": child for index, child in enumerate(children)}
+    for where, device in {"device.": config.device, **places}.items():
+        properties = device.properties or {}
+        kinds = [*properties.get("supportedRuntimes", ()), *properties.get("supportedDeploymentTypes", ())]
+        # C-089
+        faults.append(("custom" in kinds and not device.labels,
+                       f"{where}labels",
+                       "not set, and needed beside `custom`, for applications to select on"))
+    return faults
+
+
+def check_profile(config):
+    """What its profile has to say of a configuration: [(whether it is wrong, key, words)]."""
+    profile = PROFILES.get(config.wfm.profile)
+    return profile.check_settings(config) if profile else []
+
+
+def expand_environment(value, environ, where, faults):
+    """`${NAME}` in every text of the configuration; an unset name is a fault."""
+    if isinstance(value, dict):
+        return {key: expand_environment(item, environ, f"{where}{key}.", faults)
+                for key, item in value.items()}
+    if isinstance(value, list):
+        return [expand_environment(item, environ, where, faults) for item in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+
+    def expand(match):
+        if match.group(1) not in environ:
+            faults.append((where[:-1], f"the environment variable {match.group(1)!r} is not set"))
+        return environ.get(match.group(1), "")
+
+    return re.sub(r"\$\{([^}]*)\}", expand, value)
+
+
+def load_config(path, environ=None):
+    """Reads the configuration file (YAML or JSON) to Settings; raises ConfigError."""
+    try:
+        with open(path, "rb") as file:
+            document = load_yaml(file.read(MIB))
+    except OSError as error:
+        raise ConfigError(
+            f"configuration {path} cannot be read ({error.strerror}); name one by -c or $MARGO_CONFIG"
+        ) from None
+    except YAMLError as error:
+        raise ConfigError(f"configuration {path}: {error}") from None
+    try:
+        return make_config(document, os.path.dirname(os.path.abspath(path)),
+                           os.environ if environ is None else environ)
+    except ConfigError as error:
+        raise ConfigError(f"configuration {path}: {error.message}") from None
+
+
+def check_member(value, key, where, read):
+    """value[key] as a reader (or text of a pattern) takes it.
+
+    Raises ValueError of what was found and what is expected.
+    """
+    read = text_of(read) if isinstance(read, str) else read
+    try:
+        return read(value.get(key), "")
+    except ValueError as error:
+        found = make_printable(str(value.get(key)), 80)
+        raise ValueError(f"{where}{key}: found {found!r}, expected {error}") from None
+
+
+def text_of(pattern):
+    """A reader of text of one form."""
+    return checked(f"text of the form {pattern}",
+                   lambda item: isinstance(item, str) and bool(re.fullmatch(pattern, item, re.ASCII)))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 21. X.509
+# ----------------------------------------------------------------------------------------------------------
+
+# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
+# read.
+
+OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME = b"\x55\x1d\x13", b"\x55\x1d\x0f", b"\x55\x1d\x11"
+OID_SUBJECT_KEY, OID_ISSUER_KEY = b"\x55\x1d\x0e", b"\x55\x1d\x23"
+OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
+KEY_CERT_SIGN, CRL_SIGN = 5, 6                      # bits of keyUsage (RFC 5280, 4.2.1.3)
+
+
+def parse_der(data):
+    """The elements in DER bytes as [(tag, value bytes, whole element bytes)]; raises ValueError."""
+    elements, position = [], 0
+    while position < len(data):
+        start = position
+        tag, position = data[position], position + 1
+        if tag & 0x1F == 0x1F or position >= len(data):
+            raise ValueError("DER: a long tag or a missing length")
+        length, position = data[position], position + 1
+        if length & 0x80:
+            size = length & 0x7F
+            if not 1 <= size <= 4 or position + size > len(data):
+                raise ValueError("DER: a bad length")
+            length, position = int.from_bytes(data[position:position + size], "big"), position + size
+        if position + length > len(data):
+            raise ValueError("DER: a value runs past its end")
+        position += length
+        elements.append((tag, data[position - length:position], data[start:position]))
+    return elements
+
+
+def make_der(tag, *parts):
+    """One DER element around its parts."""
+    body = b"".join(parts)
+    size = len(body).to_bytes((len(body).bit_length() + 7) // 8, "big")
+    return bytes([tag]) + (size or b"\0" if len(body) < 128 else bytes([0x80 | len(size)]) + size) + body
+
+
+def parse_certificate(der):
+    """A DER certificate to a Certificate; raises ValueError (RFC 5280, only the fields in use)."""
+    try:
+        outer, = parse_der(der)
+        fields = parse_der(parse_der(outer[1])[0][1])
+        if fields[0][0] == 0xA0:                    # [0] version
+            fields = fields[1:]
+        serial, _, issuer, validity, subject, spki = fields[:6]
+        not_before, not_after = (parse_der_time(*element[:2]) for element in parse_der(validity[1]))
+        extensions = parse_extensions(next((value for tag, value, _ in fields[6:] if tag == 0xA3), b""))
+        uris, is_ca, usage = read_extensions(extensions)
+    except (IndexError, ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"not a readable X.509 certificate ({error})") from None
+    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after,
+                       spki[2], uris, is_ca, usage,
+                       extensions)
+
+
+def parse_extensions(data):
+    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}.
+
+    Raises ValueError, IndexError.
+    """
+    found = {}
+    for _, extension, raw in parse_der(parse_der(data)[0][1]) if data else ():
+        parts = parse_der(extension)
+        if parts[0][1] in found:
+            raise ValueError("an extension occurs twice")
+        found[parts[0][1]] = (len(parts) == 3 and parts[1][1] != b"\0", parts[-1][1], raw)
+    return found
+
+
+def read_extensions(extensions):
+    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None).
+
+    Raises ValueError, IndexError.
+    """
+    names, constraints, bits = (parse_der(extensions[oid][1])[0][1] if oid in extensions else None
+                                for oid in (OID_SUBJECT_ALT_NAME, OID_BASIC_CONSTRAINTS, OID_KEY_USAGE))
+    uris = [name.decode("ascii") for tag, name, _ in parse_der(names or b"") if tag == 0x86]
+    is_ca = any(tag == 0x01 and flag != b"\x00" for tag, flag, _ in parse_der(constraints or b""))
+    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1))
+                                       if bits[1 + bit // 8] & (0x80 >> bit % 8)}
+    return uris, is_ca, usage
+
+
+def find_key_id(item, oid):
+    """The identifier of the subject's or the issuer's key in a Certificate or Crl, or None."""
+    try:
+        inner = parse_der(item.extensions[oid][1])[0][1]
+        if oid == OID_SUBJECT_KEY:
+            return inner
+        return next(value for tag, value, _ in parse_der(inner) if tag == 0x80)
+    except (KeyError, IndexError, ValueError, StopIteration):
+        return None
+
+
+def is_issuer(candidate, item):
+    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key
+    identifier.
+    """
+    ids = find_key_id(candidate, OID_SUBJECT_KEY), find_key_id(item, OID_ISSUER_KEY)
+    return candidate.subject == item.issuer and (None in ids or ids[0] == ids[1])
+
+
+def parse_der_time(tag, value):
+    """UTCTime or GeneralizedTime to Unix seconds; raises ValueError."""
+    # http.client brings it along; what strptime brings takes 8 ms
+    import datetime
+    text = value.decode("ascii")
+    if tag == 0x17:
+        text = ("19" if text[:2] >= "50" else "20") + text
+    if not re.fullmatch(r"[0-9]{14}Z", text):
+        raise ValueError("a time in an unknown form")
+    fields = [int(text[:4])] + [int(text[start:start + 2]) for start in range(4, 14, 2)]
+    return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
+
+
+def parse_pem(text, label="CERTIFICATE"):
+    """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
+
+    Raises ValueError.
+    """
+    found = []
+    for block in text.split(f"-----BEGIN {label}-----")[1:]:
+        body, end, _ = block.partition(f"-----END {label}-----")
+        if not end or not body.strip():
+            raise ValueError("a certificate in PEM is empty or not closed")
+        found.append(parse_base64(body))
+    return found
+
+
+def make_pem(ders):
+    """Certificates (DER) as PEM text."""
+    import textwrap
+    bodies = ("\n".join(textwrap.wrap(make_base64(der), 64)) for der in ders)
+    return "".join(f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n" for body in bodies)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 22. YAML
+# ----------------------------------------------------------------------------------------------------------
+
+# YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
+# to token, and block functions leave it at the first character of the next line that holds something, its
+# column in `column` (-1 at the end).
+
+MAX_DEPTH, MAX_NODES = 64, 1000000
+
+INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
+FLOAT_PATTERN = (
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True,
+             "TRUE": True,
+             "false": False, "False": False, "FALSE": False}
+ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
+           "e": "\x1b", " ": " ",
+           '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
+
+
+class YAMLError(ValueError):
+    """A document that is no YAML 1.2 of one document, or that load_yaml refuses.
+
+    `line` and `column` count from 1.
+    """
+
+    def __init__(self, message, line, column):
+        super().__init__(f"line {line}, column {column}: {message}")
+        self.line, self.column = line, column
+
+
+class PlainInt(int):
+    """A whole number that keeps its spelling, such as 0x1F or 007, in `source`."""
+
+
+class PlainFloat(float):
+    """A number that keeps its spelling, such as 1.10, in `source`."""
+
+
+def load_yaml(text):
+    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the
+    core schema.
+
+    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser:
+    what it does not support it refuses (duplicate keys, keys that are no scalars, other tags, directives
+    other than %YAML 1.2, a second document).
+    """
+    if isinstance(text, (bytes, bytearray)):
+        try:
+            text = bytes(text).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise YAMLError("not UTF-8", bytes(text[:error.start]).count(b"\n") + 1, 1) from None
+    return YAMLReader(text).read_document()
+
+
+def scalar_text(value):
+    """A scalar as the text an environment variable gets: a plain number as it was spelt, true or false.
+
+    Raises TypeError.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, (str, int, float)):
+        raise TypeError(f"{type(value).__name__} has no text form")
+    return value if isinstance(value, str) else getattr(value, "source", None) or repr(value)
+
+
+class YAMLReader:
+    """The reader of one document; see load_yaml."""
+
+    SPACE = re.compile(r"[ \t]*")
+    # empty and comment lines, then indentation
+    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")
+    # nothing more on this line
+    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")
+    # of plain scalars: block, flow
+    STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
+    MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
+    NAME = re.compile(r"[^\s,\[\]{}]+")
+    TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
+    # a key; without bound it takes 100 bytes for each
+    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")
+    # a plain key: quoted, it is text
+    MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
+    KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
+    # its opposite takes 3 ms to compile
+    FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
+    HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
+    NUMBER = re.compile(f"(?:({INT_PATTERN})|({FLOAT_PATTERN}))\\Z")
+
+    def __init__(self, text):
+        text = text[1:] if text.startswith("\ufeff") else text
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        # the last line has no end, so a block scalar there does not get one either
+        self.cut = text[-1:] not in " \n"
+        self.text = text if text.endswith("\n") else text + "\n"
+        self.position, self.column, self.depth, self.nodes = 0, 0, 0, 0
+        self.closed = -1                            # where the last quoted scalar or flow collection ended
+        self.anchors = {}
+        bad = self.FORBIDDEN.search(self.text)
+        if bad:
+            self.fail(f"character {bad.group()!r} is not allowed", bad.start())
+
+    def fail(self, message, position=None):
+        """Raises YAMLError for a position, by default the current one."""
+        position = min(self.position if position is None else position, len(self.text))
+        start = self.text.rfind("\n", 0, position) + 1
+        raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
+
+    # Documents and lines
+
+    def read_document(self):
+        """The one document's value."""
+        self.next_line()
+        directive = self.text.startswith("%", self.position) and self.column == 0
+        if directive:
+            if not re.compile(r"%YAML[ \t]+1\.2[ \t]*(?:[ \t]#[^\n]*)?\n").match(self.text, self.position):
+                self.fail("a directive other than %YAML 1.2 is not supported")
+            self.position = self.text.index("\n", self.position)
+            self.next_line()
+        value, marked = None, self.text.startswith("---", self.position) and self.at_marker()
+        if directive and not marked:
+            self.fail("--- is missing after the directive")
+        if marked:
+            self.position += 3
+            value = self.read_block(-1, compact=False)
+        elif self.position < len(self.text) and not self.at_marker():
+            value = self.read_block_at(self.column, -1)
+        if self.text.startswith("...", self.position) and self.at_marker():
+            self.position += 3
+            self.end_line()
+        if self.position < len(self.text):
+            self.fail("a second document" if self.at_marker()
+                      else "more than one value, or wrong indentation")
+        return value
+
+    def at_marker(self):
+        """Whether --- or ... stands here, at the start of a line."""
+        return self.MARKER.match(self.text, self.position) and self.text[
+            self.position - 1 : self.position
+        ] in ("", "\n")
+
+    def next_line(self):
+        """Goes to the next line that holds something."""
+        match = self.NEXT.match(self.text, self.position)
+        self.position, self.column = match.end(), match.end() - match.start(1)
+        if self.position >= len(self.text):
+            self.column = -1
+        elif self.text[self.position] == "\t":
+            after = self.SPACE.match(self.text, self.position).end()
+            # only block structure is made by indentation
+            if self.text[after] not in "[{":
+                self.fail("a tab in the indentation")
+            self.position = after
+        elif self.column == 0 and self.text[self.position] in "-." and self.at_marker():
+            self.column = -1
+
+    def end_line(self):
+        """Makes sure that nothing more stands on this line and goes to the next one."""
+        match = self.END.match(self.text, self.position)
+        if not match:
+            self.fail("more on this line than belongs to the value")
+        self.position = match.end()
+        self.next_line()
+
+    def count(self, nodes=1):
+        """Counts nodes, so that aliases cannot make a small document huge."""
+        self.nodes += nodes
+        if self.nodes > MAX_NODES:
+            self.fail(f"more than {MAX_NODES} nodes")
+
+    def enter(self):
+        """One level deeper."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self.fail(f"nested deeper than {MAX_DEPTH} levels")
+
+    # Blocks
+
+    def read_block(self, parent, sequence_at_parent=False, compact=True):
+        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper
+        than `parent`.
+        """
+        start = self.position
+        self.position = self.SPACE.match(self.text, start).end()
+        if self.text[self.position] == "\n" or self.text[self.position] == "#" and self.position > start:
+            return self.read_below(parent, sequence_at_parent, None, None)
+        if "\t" in self.text[start:self.position]:
+            compact = False
+        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent,
+                                  compact, sequence_at_parent)
+
+    def read_below(self, parent, sequence_at_parent, anchor, tag):
+        """A node that starts on a later line, or an empty one."""
+        self.position = self.text.index("\n", self.position) + 1
+        self.next_line()
+        dash = sequence_at_parent and self.column == parent and self.at_indicator("-")
+        if self.column > parent or dash:
+            return self.read_block_at(self.column, parent, True, sequence_at_parent, anchor, tag)
+        return self.finish(self.make_scalar("", tag, True), anchor)
+
+    def at_indicator(self, character):
+        """Whether an indicator stands here: the character, then white space."""
+        return self.text[self.position] == character and self.text[self.position + 1] in " \t\n"
+
+    def read_block_at(self, column, parent, compact=True, sequence_at_parent=False, anchor=None, tag=None):
+        """The node that starts here; `compact`: a block collection may start on this line."""
+        character = self.text[self.position]
+        if compact and (character == "?" and self.at_indicator("?") or self.is_key()):
+            return self.read_collection(self.read_mapping, column, dict, anchor, tag)
+        if character == "-" and self.at_indicator("-"):
+            if not compact:
+                self.fail("a block sequence cannot start here")
+            return self.read_collection(self.read_sequence, column, list, anchor, tag)
+        if character in "&!":
+            if anchor and character == "&" or tag and character == "!":
+                self.fail("a second anchor or tag for one node")
+            anchor, tag = self.read_properties(anchor, tag)
+            if self.text[self.position] in "#\n":
+                return self.read_below(parent, sequence_at_parent, anchor, tag)
+            return self.read_block_at(column, parent, False, False, anchor, tag)
+        if character in "|>":
+            value = self.make_scalar(self.read_block_scalar(parent), tag, False)
+            return self.finish(value, anchor)
+        value = self.read_flow(parent, 0, anchor, tag)
+        self.end_line()
+        return value
+
+    def read_properties(self, anchor, tag):
+        """Anchor and tag in either order, and the white space after them."""
+        while self.text[self.position] in "&!":
+            if self.text[self.position] == "&":
+                match = self.NAME.match(self.text, self.position + 1)
+                if not match or anchor:
+                    self.fail("an anchor without a name, or a second one")
+                anchor = match.group(), self.position
+                # open: an alias to it from inside would be endless
+                self.anchors[anchor[0]] = self.position
+            else:
+                match = self.TAG.match(self.text, self.position)
+                if tag:
+                    self.fail("a second tag for one node")
+                tag = self.check_tag(match.group())
+            end = self.SPACE.match(self.text, match.end()).end()
+            if end == match.end() and self.text[end] not in "\n,]}":
+                self.fail("white space is missing after an anchor or tag", end)
+            self.position = end
+        return anchor, tag
+
+    def check_tag(self, tag):
+        """The core schema's short name of a tag."""
+        if tag == "!":
+            return "!"
+        for prefix in ("!!", "!<tag:yaml.org,2002:"):
+            name = tag[len(prefix):].rstrip(">")
+            if tag.startswith(prefix) and name in ("str", "int", "float", "bool", "null", "map", "seq"):
+                return name
+        self.fail(f"tag {tag} is not supported")
+
+    def is_key(self):
+        """Whether an implicit key of a block mapping starts here.
+
+        It lies on one line and has at most 1,024 characters.
+        """
+        text, position = self.text, self.position
+        while text[position] in "&!":
+            match = (self.NAME if text[position] == "&" else self.TAG).match(
+                text, position + (text[position] == "&")
+            )
+            end = match.end() if match else position
+            position = self.SPACE.match(text, end).end()
+            if position == end:
+                break
+        character = text[position]
+        if character in "\"'":
+            match = self.QUOTED.match(text, position)
+            return bool(match and match.end() - position <= 1024 and self.KEY_END.match(text, match.end()))
+        if character == "*":
+            match = self.NAME.match(text, position + 1)
+            return bool(match and text[match.end()] in " \t" and self.KEY_END.match(text, match.end()))
+        if character in "[{#|>@`%,]}" or character in "-?" and text[position + 1] in " \t\n":
+            return False
+        stop = self.STOP[0].search(text, position)
+        return text[stop.start()] == ":" and stop.start() - position <= 1024
+
+    def read_collection(self, read, column, kind, anchor, tag):
+        """A block collection with the anchor and tag that stand before it."""
+        if tag not in (None, "!", "map" if kind is dict else "seq"):
+            self.fail(f"tag !!{tag} does not fit a {'mapping' if kind is dict else 'sequence'}")
+        first = self.nodes
+        self.enter()
+        value = read(column)
+        self.depth -= 1
+        return self.finish(value, anchor, first)
+
+    def finish(self, value, anchor, first=None):
+        """Counts a node and keeps it under its anchor."""
+        self.count()
+        # else one that began later has that name now
+        if anchor and self.anchors[anchor[0]] == anchor[1]:
+            self.anchors[anchor[0]] = (value, self.nodes - (self.nodes - 1 if first is None else first))
+        return value
+
+    def read_sequence(self, column):
+        """A block sequence whose dashes stand in `column`."""
+        items = []
+        while self.column in (column, -2) or not items:
+            if not self.at_indicator("-"):
+                break
+            self.position += 1
+            items.append(self.read_block(column))
+            if self.column > column:
+                self.fail("wrong indentation")
+            if self.column != column:
+                break
+        return items
+
+    def read_mapping(self, column):
+        """A block mapping whose keys stand in `column`."""
+        pairs = []
+        while True:
+            start = self.position
+            if self.at_indicator("?"):
+                self.position += 1
+                key, value = self.read_block(column, True), None
+                if self.column == column and self.at_indicator(":"):
+                    self.position += 1
+                    value = self.read_block(column, True)
+                else:
+                    self.count()
+            elif self.is_key() or self.at_indicator(":"):
+                key = self.read_key(0)
+                self.position += 1
+                value = self.read_block(column, True, compact=False)
+            else:
+                self.fail("a key is missing here, or its colon")
+            pairs.append((key, value, start))
+            if self.column > column:
+                self.fail("wrong indentation")
+            if self.column != column:
+                return self.make_mapping(pairs)
+
+    def read_key(self, flow):
+        """An implicit key up to its colon."""
+        key = None if self.at_indicator(":") else self.read_flow(-1, flow, key=True)
+        self.position = self.SPACE.match(self.text, self.position).end()
+        return key
+
+    def make_mapping(self, pairs):
+        """A dictionary from (key, value, position); refuses what is no scalar or occurs twice.
+
+        Merges << last.
+        """
+        mapping, merges = {}, []
+        for key, value, position in pairs:
+            if key == "<<" and self.MERGE.match(self.text, position):
+                merges.append((value, position))
+                if len(merges) > 1:
+                    self.fail("the key << occurs twice", position)
+                continue
+            if isinstance(key, (dict, list)):
+                self.fail("a key that is no scalar is not supported", position)
+            # .nan differs from itself
+            if key in mapping or key != key and any(other != other for other in mapping):
+                self.fail(f"the key {str(key)[:60]!r} occurs twice", position)
+            mapping[key] = value
+        for value, position in merges:
+            for source in value if isinstance(value, list) else [value]:
+                if not isinstance(source, dict):
+                    self.fail("<< takes a mapping or a list of mappings", position)
+                self.count(len(source))
+                for key, item in source.items():
+                    mapping.setdefault(key, item)
+        return mapping
+
+    # Scalars
+
+    def read_block_scalar(self, parent):
+        """A literal or folded scalar; the position is at its indicator."""
+        header = self.HEADER.match(self.text, self.position)
+        if not header:
+            self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
+        style, chomp = header.group(1), header.group(2) or header.group(5)
+        digit = header.group(3) or header.group(4)
+        indent = max(parent, 0) + int(digit) if digit else None
+        self.position, lines, blank = header.end(), [], 0
+        while self.position < len(self.text):
+            end = self.text.index("\n", self.position)
+            line = self.text[self.position:end]
+            spaces = len(line) - len(line.lstrip(" "))
+            if (
+                line[spaces:spaces + 1] == "\t"
+                and spaces <= (parent if indent is None else indent - 1)
+                and spaces <= max(parent, 0)
+            ):
+                self.fail("a tab in the indentation of a block scalar")
+            if spaces == len(line) and (indent is None or spaces <= indent):
+                blank = max(blank, spaces)
+                lines.append("")
+            elif indent is None and line.strip(" "):
+                indent = spaces
+                if spaces <= parent or parent < 0 and spaces == 0 and self.at_marker():
+                    break
+                if blank > spaces:
+                    self.fail("an empty line is indented deeper than the first line of the block scalar")
+                lines.append(line[spaces:])
+            elif spaces < (indent or 0) or indent == 0 and self.at_marker():
+                break
+            else:
+                lines.append(line[indent:])
+            self.position = end + 1
+        content = "\n".join(lines) + "\n" if lines else ""
+        if self.cut and self.position >= len(self.text):
+            content = content[:-1]
+        self.next_line()
+        body = content.rstrip("\n")
+        tail = content[len(body):]
+        if style == ">":
+            body = self.fold_block(body)
+        if not body:
+            return tail if chomp == "+" else ""
+        return body + ("" if chomp == "-" else tail if chomp == "+" else tail[:1])
+
+    @staticmethod
+    def fold_block(body):
+        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are
+        indented further.
+        """
+        lines, result, previous, empties = body.split("\n"), [], None, 0
+        for line in lines:
+            if not line:
+                empties += 1
+                continue
+            deeper = line[0] in " \t"
+            if previous is None:
+                result.append("\n" * empties)
+            elif previous or deeper:
+                result.append("\n" * (empties + 1))
+            else:
+                result.append("\n" * empties if empties else " ")
+            result.append(line)
+            previous, empties = deeper, 0
+        return "".join(result)
+
+    def make_scalar(self, text, tag, plain):
+        """A scalar's text to its value by tag or, for a plain one, by the core schema."""
+        if tag is None:
+            return self.resolve_plain(text) if plain else text
+        if tag in ("str", "!"):
+            return text
+        value = self.resolve_plain(text)
+        if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
+            value = float(value)
+        kind = {
+            bool: "bool",
+            int: "int",
+            PlainInt: "int",
+            float: "float",
+            PlainFloat: "float",
+            type(None): "null",
+        }.get(type(value))
+        if tag != kind:
+            self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
+        return value
+
+    def resolve_plain(self, text):
+        """A plain scalar by the core schema."""
+        if text in CONSTANTS:
+            return CONSTANTS[text]
+        match = self.NUMBER.match(text) if text[0] in "+-.0123456789" else None
+        if not match:
+            return text
+        if match.group(1):
+            if len(text) > 400:
+                self.fail("a number of more than 400 digits")
+            base = 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10
+            number = int(text[2:] if base != 10 else text, base)
+            kind = PlainInt
+        else:
+            kind, number = PlainFloat, float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        if repr(number) == text:
+            return number
+        number = kind(number)
+        number.source = text
+        return number
+
+    # Flow
+
+    def read_flow(self, parent, flow, anchor=None, tag=None, key=False):
+        """A node of flow style, a quoted or plain scalar, or an alias.
+
+        `flow`: depth of flow collections around it.
+        """
+        if self.text[self.position] in "&!":
+            anchor, tag = self.read_properties(anchor, tag)
+            if flow and not key:
+                self.skip_flow(parent)
+                if self.text[self.position] in ",]}" or self.at_colon():
+                    return self.finish(self.make_scalar("", tag, True), anchor)
+        character, first = self.text[self.position], self.nodes
+        if character == "*":
+            if anchor or tag:
+                self.fail("an alias has neither anchor nor tag")
+            return self.read_alias()
+        if character in "[{":
+            if key and not flow:
+                self.fail("a key that is no scalar is not supported")
+            if tag not in (None, "!", "seq" if character == "[" else "map"):
+                self.fail(f"tag !!{tag} does not fit this collection")
+            self.enter()
+            self.position += 1
+            value = self.read_flow_collection(parent, flow + 1, "]" if character == "[" else "}")
+            self.depth -= 1
+            self.closed = self.position
+            return self.finish(value, anchor, first)
+        if character in "\"'":
+            text = self.read_quoted(character, parent, key)
+            self.closed = self.position
+            return self.finish(self.make_scalar(text, tag, False), anchor)
+        return self.finish(self.make_scalar(self.read_plain(parent, flow, key), tag, True), anchor)
+
+    def read_alias(self):
+        """The value of an anchor that stands before."""
+        match = self.NAME.match(self.text, self.position + 1)
+        known = self.anchors.get(match.group()) if match else None
+        if not isinstance(known, tuple):
+            self.fail("an alias to nothing before it")
+        self.position = match.end()
+        self.count(known[1])
+        if self.depth + measure_depth(known[0]) > MAX_DEPTH:
+            self.fail(f"nested deeper than {MAX_DEPTH} levels by aliases")
+        return known[0]
+
+    def skip_flow(self, parent):
+        """White space, line ends and comments between the parts of a flow collection."""
+        while True:
+            start = self.position
+            self.position = self.SPACE.match(self.text, start).end()
+            if self.position >= len(self.text):
+                self.fail("a flow collection is not closed")
+            character = self.text[self.position]
+            if character == "#" and (self.position > start or self.text[start - 1] == "\n"):
+                self.position = self.text.index("\n", self.position)
+            elif character == "\n":
+                self.position = self.NEXT.match(self.text, self.position + 1).end()
+                if self.position >= len(self.text):
+                    self.fail("a flow collection is not closed")
+                indent = self.position - self.text.rfind("\n", 0, self.position) - 1
+                closes = indent == parent and self.text[self.position] in "]}"      # as all readers take it
+                if indent <= parent and not closes or indent == 0 and self.at_marker():
+                    self.fail("a flow collection is continued with too little indentation")
+            else:
+                return
+
+    def read_flow_collection(self, parent, flow, closing):
+        """[ … ] or { … }; the position is behind its start.
+
+        A single pair in a sequence is a mapping of its own.
+        """
+        text, items = self.text, []                 # of a mapping: (key, value, position)
+        while True:
+            self.skip_flow(parent)
+            start = self.position
+            if text[start] == closing:
+                self.position += 1
+                return items if closing == "]" else self.make_mapping(items)
+            explicit = text[start] == "?" and text[start + 1] in " \t\n"
+            if explicit:
+                self.position += 1
+                self.skip_flow(parent)
+            key, value = self.read_flow_node(parent, flow), None
+            end = self.position
+            self.skip_flow(parent)
+            # After a quoted key or a collection the colon may stand close to the value.
+            paired = self.at_colon() or self.closed == end and text[self.position] == ":"
+            if paired:
+                long = "\n" in text[start:self.position] or self.position - start > 1024
+                if long and closing == "]" and not explicit:
+                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters",
+                              start)
+                self.position += 1
+                self.skip_flow(parent)
+                value = self.read_flow_node(parent, flow)
+                self.skip_flow(parent)
+            elif end == start:
+                self.fail("a value is missing before the comma")
+            if closing == "}":
+                items.append((key, value, start))
+            else:
+                items.append(self.make_mapping([(key, value, start)]) if paired or explicit else key)
+            if text[self.position] == ",":
+                self.position += 1
+            elif text[self.position] != closing:
+                self.fail(f"a comma or {closing} is missing")
+
+    def read_flow_node(self, parent, flow):
+        """A node in a flow collection, None where there is nothing before its end."""
+        if self.text[self.position] in ",]}" or self.at_colon():
+            self.count()
+            return None
+        return self.read_flow(parent, flow)
+
+    def at_colon(self):
+        """Whether a colon stands here that ends a key in a flow collection."""
+        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
+
+    def read_plain(self, parent, flow, key):
+        """A plain scalar's text, folded over its lines."""
+        text, position = self.text, self.position
+        character = text[position]
+        if (
+            character in "-?:"
+            and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n")
+            or character in ",[]{}#&*!|>'\"%@`"
+        ):
+            if character == ":" and key:
+                return ""
+            self.fail(f"a value cannot start with {character!r} here")
+        stop = self.STOP[bool(flow)].search(text, position)
+        result = text[position:stop.start()].rstrip(" \t")
+        self.position = position + len(result)
+        while not key and text[stop.start()] == "\n" and stop.start() + 1 < len(text):
+            after = re.compile(r"(?:[ \t]*\n)*( *)[ \t]*").match(text, stop.start() + 1)
+            start, indent = after.end(), after.end(1) - after.start(1)
+            if (
+                start >= len(text)
+                or indent <= parent
+                or text[start] == "#"
+                or flow
+                and text[start] in ",[]{}"
+            ):
+                break
+            if flow and text[start] == ":" and text[start + 1] in " \t\n,[]{}":
+                break
+            if indent == 0 and self.MARKER.match(text, start) and text[start - 1] == "\n":
+                break
+            stop = self.STOP[bool(flow)].search(text, start)
+            if text[stop.start()] == ":" and not flow:
+                self.fail("a key on a line that continues a value; is the indentation right?", start)
+            piece = text[start:stop.start()].rstrip(" \t")
+            empties = after.group().count("\n")
+            result += ("\n" * empties if empties else " ") + piece
+            self.position = start + len(piece)
+        return result
+
+    def read_quoted(self, quote, parent, key):
+        """A quoted scalar's text."""
+        start, chunk = self.position, re.compile(r"[^\"\\\n]+" if quote == '"' else r"[^'\n]+")
+        self.position, pieces = start + 1, []
+        while True:
+            match = chunk.match(self.text, self.position)
+            if match:
+                pieces.append(match.group())
+                self.position = match.end()
+            if self.position >= len(self.text):
+                self.fail("a quoted value is not closed", start)
+            character = self.text[self.position]
+            if character == "\n":
+                if key:
+                    self.fail("a key lies on one line", start)
+                if pieces:
+                    pieces[-1] = pieces[-1].rstrip(" \t") if not pieces[-1].startswith("\0") else pieces[-1]
+                pieces.append(self.fold_line(parent, start))
+            elif character == "\\":
+                pieces.append(self.read_escape(parent, start))
+            elif quote == "'" and self.text.startswith("''", self.position):
+                pieces.append("'")
+                self.position += 2
+            else:
+                self.position += 1
+                return "".join(piece[1:] if piece.startswith("\0") else piece for piece in pieces)
+
+    def fold_line(self, parent, start):
+        """A line end in a quoted scalar and the empty lines after it: a space, or as many line ends."""
+        match = re.compile(r"\n((?:[ \t]*\n)*)( *)[ \t]*").match(self.text, self.position)
+        if match.end() >= len(self.text):
+            self.fail("a quoted value is not closed", start)
+        indent = match.end(2) - match.start(2)
+        self.position = match.end()
+        if indent <= parent or indent == 0 and self.at_marker():
+            self.fail("a quoted value is continued with too little indentation")
+        return "\n" * match.group(1).count("\n") or " "
+
+    def read_escape(self, parent, start):
+        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from
+        being folded away.
+        """
+        character = self.text[self.position + 1]
+        if character == "\n":
+            self.position += 1
+            folded = self.fold_line(parent, start)
+            return "\0" + (folded if folded != " " else "")
+        size = {"x": 2, "u": 4, "U": 8}.get(character)
+        if size is None:
+            if character not in ESCAPES:
+                self.fail(f"unknown escape \\{character}")
+            self.position += 2
+            return "\0" + ESCAPES[character]
+        digits = self.text[self.position + 2:self.position + 2 + size]
+        if (
+            not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits)
+            or int(digits, 16) > 0x10FFFF
+            or 0xD800 <= int(digits, 16) <= 0xDFFF
+        ):
+            # halves of a surrogate pair too: YAML takes each by itself
+            self.fail(f"\\{character}{digits} is no character")
+        self.position += 2 + size
+        return "\0" + chr(int(digits, 16))
+
+
+def measure_depth(value):
+    """How many levels of collections a YAML value has."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if items is None else 1 + max(map(measure_depth, items), default=0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 23. Small encodings
+# ----------------------------------------------------------------------------------------------------------
+
+def sha256_digest(data):
+    """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
+    import hashlib
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def make_json(value):
+    """JSON as UTF-8 bytes in one stable form, so that equal values are equal bytes."""
+    import json
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def parse_json(data, what):
+    """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character)
+    to a value.
+
+    Raises ValueError naming `what`.
+    """
+    import json
+
+    def make_object(pairs):
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            raise ValueError("a member occurs twice")
+        return value
+
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+
+    def read_int(text):
+        # as newer Pythons have it
+        return int(text) if len(text) <= 4300 else refuse("a number of more than 4300 digits")
+
+    def read_float(text):
+        return float(text) if abs(float(text)) < float("inf") else refuse(text[:40])
+
+    try:
+        if data[:2] == b"\x1f\x8b":
+            raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
+                           parse_int=read_int,
+                           parse_float=read_float)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            make_json(value)                        # refuses a half character
+        return value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not usable JSON: {error}") from None
+
+
+def make_time(seconds):
+    """Unix seconds to RFC 3339 in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def make_printable(text, limit=500):
+    """Foreign text for a log or a terminal: control characters escaped, cut at `limit` characters."""
+    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return clean + ("..." if len(text) > limit else "")
+
+
+def make_base64(data):
+    """Bytes in base64, as text without line ends."""
+    import base64
+    return base64.b64encode(data).decode()
+
+
+def parse_base64(text):
+    """Base64 text, with white space anywhere, to bytes; raises ValueError for anything else in it."""
+    import base64
+    return base64.b64decode("".join(text.split()), validate=True)
+
+
+def grow(first, times, cap):
+    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each
+    further one, at most `cap`.
+    """
+    return min(cap, first * 2 ** min(max(times - 1, 0), 30))
+
+
+def make_wait(record, delay, clock):
+    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay,
+    boot, uptime}.
+
+    record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
+    """
+    return {"failures": record.get("failures", 0) + 1, "at": clock.now, "delay": delay,
+            "boot": clock.boot, "uptime": clock.uptime}
+
+
+def find_wait(record, clock):
+    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this
+    is the same boot.
+
+    Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
+    """
+    same = bool(clock.boot) and record.get("boot") == clock.boot
+    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
+    delay = record.get("delay", 0)
+    return delay - passed if 0 <= passed < delay else 0
+
+
+def make_backoff(failures, asked, strategy, jitter):
+    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
+    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
+    """
+    asked = asked or 0
+    if asked and strategy in ("fixed", "none"):
+        return asked
+    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
+
+
+def make_start(uptime, poll, known, jitter):
+    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
+    arrives spread over one interval (P-19).  One that never had a desired state asks at once.
+    """
+    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
+
+
+def make_delay(config, state, fault, clock, jitter):
+    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
+    an attempt is due.
+    """
+    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
+    patience = state["patience"]
+    if isinstance(fault, (Refused, Untrusted)):
+        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
+        return max(interval, patience.get("delay", 0), slower)
+    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
+    if left:
+        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
+    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
+                if record["state"] == "failed" and not record["refused"]]
+    return max(1.0, min([interval] + attempts))
+
+
+def parse_retry_after(text, now):
+    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
+    unreadable (C-056).
+    """
+    if not text:
+        return None
+    if re.fullmatch(r"[0-9]+", text.strip()):
+        return min(float(text.strip()), 1e9)        # float strips less than strip does
+    from datetime import timezone
+    from email.utils import parsedate_to_datetime
+    try:
+        moment = parsedate_to_datetime(text)
+        return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() - now)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+def unpack_gzip(data, max_unpacked):
+    """The content of one whole gzip stream.
+
+    Raises ValueError over the limit or for a stream that is not just that.
+    """
+    import zlib
+    stream = zlib.decompressobj(31)
+    try:
+        plain = stream.decompress(data, max_unpacked + 1)
+    except zlib.error as error:
+        raise ValueError(f"not a readable tar+gzip ({error})") from None
+    if len(plain) > max_unpacked:
+        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
+    if not stream.eof or stream.unused_data:
+        raise ValueError("it is cut short, or something follows it")
+    return plain
+
+
+def unpack_tar(data, max_unpacked, max_entries):
+    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
+
+    Raises ValueError for what is none, or is over a limit.
+
+    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to
+    whatever size it claims.
+    """
+    import io
+    import itertools
+    import tarfile
+
+    class Headers(io.BytesIO):
+        """What tarfile reads: headers, forwards and up to a limit.
+
+        A negative size leads it in circles, and it keeps all that they hold.
+        """
+
+        left = 64 * MIB
+
+        def read(self, size=-1):
+            self.left -= size
+            if size < 0 or self.left < 0:
+                raise ValueError("headers that are too large, or of negative size")
+            return super().read(size)
+
+    plain = unpack_gzip(data, max_unpacked)
+    try:
+        with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
+            members = list(itertools.islice(archive, max_entries + 1))
+    except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a readable tar+gzip ({error})") from None
+    if len(members) > max_entries:
+        raise ValueError(f"more than {max_entries} entries")
+    return plain, members, archive.offset
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 24. Signed (optional)
+# ----------------------------------------------------------------------------------------------------------
 
 Signer = define("Signer", "leaf key algorithm label components keyid alg",
     "What signs requests: the own leaf Certificate, its key (a file, or a URI that openssl knows), algorithm,"
@@ -9539,9 +9249,149 @@ class Signed(Profile):
 PROFILES["signed"] = Signed
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# 28. Git (optional)
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# 25. Older documents (optional)
+# ----------------------------------------------------------------------------------------------------------
+
+PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
+
+
+def convert_older(value):
+    """An ApplicationDeployment of an older generation (protocol 0 and 3.3) in rc.3's form, see DIALECTS.
+
+    Raises ValueError.
+
+    They are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a
+    namespace is `default`; without `metadata.deviceId` it is for the device that was given it.
+    """
+    if "apiVersion" not in value and "kind" not in value:
+        return None
+    check_member(value, "kind", "", checked("ApplicationDeployment",
+                                            lambda item: item == "ApplicationDeployment"))
+    metadata = check_member(value, "metadata", "", read_dict)
+    spec = check_member(value, "spec", "", read_dict)
+    profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
+    notes = metadata.get("annotations")
+    notes = notes if isinstance(notes, dict) else {}
+    own_id = next((holder["id"] for holder in (value, notes, metadata) if "id" in holder), None)
+    key = "applicationId"
+    application = next((holder[key] for holder in (spec, notes, metadata) if key in holder), None)
+    kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
+    metadata = {"name": application, "namespace": "default", **metadata}
+    spec = dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind))
+    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, "ENV.", False)
+
+
+def parse_older_package(properties, where, kind):
+    """parse_package of older generations, which name a package by its URL, too, and a chart by that of its
+    repository (6.5).
+    """
+    if "packageLocation" not in properties or "repository" in properties:
+        return parse_package(properties, where, kind, "(oci|https)" if kind == "helm" else "oci")
+    url, key = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN), None
+    if properties.get("keyLocation"):
+        key = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
+    return url, "", key
+
+
+def fetch_older(component, config, store, kind):
+    """The package of a component of an older generation: (digest, bytes), kept by its digest.
+
+    Raises ComponentError.
+
+    Nothing vouches for its content but TLS, an index's digest and, where the document names a key, a
+    signature.
+    """
+    url = component.repository
+    if config.wfm.profile == "mtls":
+        raise ComponentError(
+            "INVALID_DEPLOYMENT",
+            f"{make_printable(url)}: this generation takes packages from OCI registries only",
+        )
+    if kind == "helm":
+        data = fetch_chart(url, component.revision, config)
+    else:
+        data = fetch_file(url, config)
+        if component.key_location:
+            run_signature_check(data, url, fetch_file(component.key_location, config), config)
+    digest = sha256_digest(data)
+    store.save_artifact(digest, data)
+    return digest, data
+
+
+def fetch_chart(repository, revision, config):
+    """The bytes of a chart from `https://repository/NAME` by that repository's index."""
+    from urllib.parse import urljoin
+    base, _, name = repository.rpartition("/")
+    try:
+        items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
+        entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
+        url, wanted = urljoin(base + "/", entry["urls"][0]), entry.get("digest")
+    except YAMLError as error:
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml names no chart {name} {revision}") from None
+    if not re.fullmatch(PACKAGE_URL_PATTERN, url):
+        raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {make_printable(url)!r} is no https URL")
+    data = fetch_file(url, config)
+    digest = sha256_digest(data)
+    if wanted and str(wanted) not in (digest, digest[7:]):
+        words = f"the index names {make_printable(str(wanted), 80)}, the chart has {digest}"
+        raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
+    return data
+
+
+def fetch_file(url, config, missing=False):
+    """The bytes at an https URL, by what `registries` says of its host.
+
+    None where there is nothing, if `missing`.
+    """
+    host = url.split("/")[2]
+    registry = Registry(host, config)
+    registry.authorization = load_credentials(host, registry.settings)
+    response = registry.fetch(url, "*/*", config.policy.max_artifact)
+    if response.status in (403, 404) and missing:   # stores that list nothing say 403 of what is not there
+        return None
+    return registry.check(response, url, config.policy.max_artifact).body
+
+
+def run_signature_check(data, url, key, config):
+    """Raises ComponentError unless gpg finds that the key signed the package.
+
+    No signature to be had is a warning.
+    """
+    import tempfile
+    signature = fetch_file(f"{url}.asc", config, True) or fetch_file(f"{url}.sig", config, True)
+    if not signature:
+        log(
+            "warning",
+            "the document names a key, but there is no signature of the package beside it (.asc or .sig)",
+            package=url,
+        )
+        return
+    with tempfile.TemporaryDirectory(prefix="margo-gpg-") as home:
+        paths = [os.path.join(home, name) for name in ("key", "signature", "package")]
+        for path, content in zip(paths, (key, signature, data)):
+            write_file(path, content)
+        gpg = ["gpg", "--batch", "--no-options", "--no-autostart", "--homedir", home]
+        try:
+            run_command(gpg + ["--import", paths[0]], 60)
+            output = run_command(gpg + ["--trust-model", "always", "--verify"] + paths[1:], 60)
+        except CommandError as error:
+            raise ComponentError("PULL_FAILED",
+                                 f"{url} is signed, and that cannot be checked: {error.message}") from None
+    if output.code:
+        words = f"the key at keyLocation did not sign this package: {output.stderr[-300:]}"
+        raise ComponentError("DIGEST_MISMATCH", f"{url}: {words}")
+
+
+DIALECTS.append(convert_older)
+FETCHERS["https"] = fetch_older
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 26. Git (optional)
+# ----------------------------------------------------------------------------------------------------------
 
 PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
 MAX_PACKS = 50                      # fetches after which the copy of a repository is begun anew (P-21)
@@ -10179,9 +10029,9 @@ PROFILES["git"] = Git
 TRACES.append("git")                # its credential, too
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# 29. Enrollment (optional)
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# 27. Enrollment (optional)
+# ----------------------------------------------------------------------------------------------------------
 
 # Enrollment and renewal over EST (RFC 7030), by the draft "MIAF Enrollment, Renewal, and Revocation Profile".
 EST_FIELD = "estBaseUri"
@@ -10740,9 +10590,9 @@ STEPS.insert(0, tend_identity)
 EXAMINE["renewal"] = examine_renewal
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# 30. Revocation (optional)
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# 28. Revocation (optional)
+# ----------------------------------------------------------------------------------------------------------
 
 # Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
 # of the SVIDs that they list, named by the discovery document alone.
@@ -11057,9 +10907,176 @@ STEPS.insert(STEPS.index(Agent.exchange) + 1, refresh_after_poll)
 EXAMINE["lists"] = examine_lists
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# 29. Gateway (optional)
+# ----------------------------------------------------------------------------------------------------------
+
+def load_child_devices(config, own_id, claim):
+    """[Device] of each child of a see-thru gateway (protocol 9).  claim: as for make_compose_driver."""
+    devices = []
+    ids = [f"{own_id}/{child.id}" for child in config.device.children]
+    for device_id, child in zip(ids, config.device.children):
+        others = [other for other in ids if other != device_id]
+        silence = ComponentError("102", f"child device {device_id} does not answer", source=own_id)
+        drivers = make_drivers(config, (device_id, child.connection), others, claim)
+        devices.append(Device(device_id, child, drivers, silence))
+    return devices
+
+
+def assign(targets, records, devices, silent, offers):
+    """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
+
+    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent:
+    {device id: {deployment type: CommandError}} of what does not answer.  offers: {device id: capabilities
+    document}, where a rule asks for one.
+    """
+    known = {device.device_id: device for device in devices}
+    own_id, *children = known
+    before = {key: record["deviceId"] if record["deviceId"] in known else own_id
+              for key, record in records.items()}
+    homes = dict(before)
+    found = []
+    for target in targets:
+        key = target.deployment_id.lower()
+        error = target.error
+        if target.deployment and not error:
+            others = [home for other, home in homes.items() if other != key]
+            loads = {child: others.count(child) for child in children}
+            answers = {child: target.deployment.type not in silent[child] for child in children}
+            reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
+            try:
+                held = before.get(key)
+                homes[key] = find_place(target.deployment, held, own_id, answers, reasons.get, loads)
+                error = reasons[homes[key]]
+            except ComponentError as fault:
+                error = fault
+        found.append(target._replace(error=error, device_id=homes.get(key, own_id)))
+    shares = []
+    for device_id, device in known.items():
+        mine = {key: record for key, record in records.items() if before[key] == homes[key] == device_id}
+        wanted = [target for target in found if target.device_id == device_id]
+        shares.append(make_share(device, wanted, mine, silent[device_id]))
+    return shares
+
+
+def find_place(deployment, held, own_id, children, find_reason, loads):
+    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103
+    (protocol 9).
+
+    held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device
+    id to why it cannot run there, or "".  loads: {device id: deployments that are there}.  A free choice
+    falls on the least loaded child that answers, and stays; a document that names no device is for this one.
+    """
+    wanted = deployment.device_id or own_id
+    if wanted == own_id or wanted in children:
+        return wanted
+    if not wanted.startswith(own_id + "/") or not (children or wanted == f"{own_id}/*"):
+        raise ComponentError("WRONG_DEVICE", f"metadata.deviceId is {wanted}, this device is {own_id}")
+    if wanted != f"{own_id}/*":
+        parent = wanted[:-2] if wanted.endswith("/*") else None
+        if parent in children:
+            raise ComponentError("103", f"child device {parent} is no gateway to others", source=own_id)
+        words = f"child device {parent or wanted} is not known; known are {', '.join(children)}"
+        raise ComponentError("101", words, source=own_id)
+    reasons = {child: find_reason(child) for child in children}
+    fit = [child for child in children if not reasons[child]]
+    if held in fit:
+        return held
+    if not fit:
+        words = "; ".join(f"{child}: {reason}" for child, reason in reasons.items())
+        words = f"no child device can take it: {words or 'this device is no gateway'}"
+        raise ComponentError("103", words, source=own_id)
+    there = [child for child in fit if children[child]]
+    if not there:
+        words = f"none of the child devices that could take it answers: {', '.join(fit)}"
+        raise ComponentError("102", words, source=own_id)
+    return min(there, key=lambda child: loads.get(child, 0))
+
+
+def examine_children(agent):
+    """Whether every child device answers."""
+    children = agent.devices[1:]
+    seen = observe_devices(children, [])
+    words = [f"{device_id} does not answer ({fault.message}); see its connection in device.children"
+             for device_id, sight in seen.items() for fault in list(sight.silent.values())[:1]]
+    if words:
+        raise CommandError("; ".join(words))
+    return "ok", f"{len(children)} answer" if children else ""
+
+
+EXAMINE.update(children=examine_children)
+DEVICES.append(load_child_devices)
+ASSIGN.append(assign)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 30. Hooks (optional)
+# ----------------------------------------------------------------------------------------------------------
+
+def run_hooks(moment, change, tools, error):
+    """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the
+    facts as JSON on stdin.
+
+    Raises Forbidden HOOK_FAILED where one of `before` does not end with 0; after a change, and on the way
+    back to the version before, that is only logged.  Values of parameters are not among the facts: no process
+    but the application gets them.
+    """
+    facts = {}
+    event = f"{moment}-{change.event}"
+    for path in tools.config.hooks.run:
+        facts = facts or make_facts(change, event, error)
+        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
+        try:
+            output = run_command([path, event], tools.config.hooks.timeout, env=environ,
+                                 data=make_json(facts))
+            words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
+        except CommandError as fault:
+            words = fault.message
+        if words and moment == "before" and not change.rollback:
+            raise Forbidden("HOOK_FAILED", f"hook {path} {event} {words}")
+        if words:
+            log("error", "a hook failed; the change stands", hook=path, hookEvent=event,
+                deployment=facts["deploymentId"], reason=words)
+
+
+def make_facts(change, event, error):
+    """What a hook is told of the change of a component."""
+    record, deployment = change.record, change.deployment
+    blank = Component(change.name, "", "", True, 0)
+    component = next((item for item in deployment.components if item.name == change.name), blank)
+    outcome = {"state": "removed" if change.event == "removal" else "installed", "code": "", "message": ""}
+    if error:
+        outcome = {"state": "failed", "code": error.code, "message": error.message}
+    extensions = dict({"spec": {}, "deploymentProfile": {}}, **deployment.extensions,
+                      component=component.extensions)
+    return {"event": event, "rollback": change.rollback, "deploymentId": record["deploymentId"],
+            "name": record["name"], "namespace": deployment.namespace, "deviceId": record["deviceId"],
+            "type": deployment.type, "component": change.name, "repository": component.repository,
+            "revision": component.revision, "extensions": extensions,
+            "outcome": None if event.startswith("before") else outcome}
+
+
+def examine_hooks(agent):
+    """Whether every hook can be run."""
+    hooks = agent.config.hooks.run
+    broken = [path for path in hooks if not os.path.isfile(path) or not os.access(path, os.X_OK)]
+    if broken:
+        raise ConfigError(f"hooks.run: {', '.join(broken)} cannot be run; install it and make it executable")
+    loose = [path for path in hooks if os.stat(path).st_mode & 0o022]
+    if loose:
+        return "warn", f"hooks.run: {', '.join(loose)} can be changed by other users; chmod go-w it"
+    return "ok", f"{len(hooks)} to be run around changes" if hooks else ""
+
+
+SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []),
+                     "timeout": (read_duration, "60s")})
+LISTENERS.append(run_hooks)
+EXAMINE.update(hooks=examine_hooks)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # 31. Doctor (optional)
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
     """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes nothing."""
@@ -11144,9 +11161,9 @@ def examine_connection(agent):
 COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 32. Command line
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
     """`run --once`: one cycle; `run`: one after the other, each in a process of its own."""

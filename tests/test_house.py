@@ -15,7 +15,7 @@ from tests import gauge, support
 
 VOCABULARY = ("Constants and errors", "Records")                # what every section may use
 PURE = ("Records", "Compose file", "YAML", "Small encodings", "X.509", "Desired state", "Eligibility", "Plan", "Deployment status")
-STORY_FIRST = False                 # True: a section uses only the vocabulary and sections below it; False: only sections above it
+DOOR = "Command line"
 WORLD = {"os", "random", "socket", "subprocess", "logging", "shutil", "fcntl", "select", "signal", "tempfile", "ssl", "urllib.request", "http.client"}
 LONGEST = 60                        # lines of one function
 MEDIAN = 14
@@ -24,7 +24,7 @@ MEDIAN = 14
 # to follow.  Figures only go down; the aim is 60,000 tokens and none of the rest.
 GAUGE = {
     "tokens": (83800, 400),
-    "lines wider than 110 columns": (399, 40),
+    "lines wider than 110 columns": (330, 40),
     "conditional expressions inside another": (10, 3),
     "comprehensions with two loops and a condition": (3, 2),
     "packed assignments": (89, 10),
@@ -114,11 +114,11 @@ class Rooms(unittest.TestCase):
                     found.append((node.lineno, here, name, there))
         return found
 
-    def test_a_section_uses_only_sections_on_one_side_of_it(self):
-        """Below it and the vocabulary where the story comes first, above it where the tools do."""
+    def test_a_section_uses_only_the_vocabulary_and_sections_below_it(self):
+        """So the story comes first.  Optional rooms and the door stand at the end, use all of it, and nobody uses them."""
         wrong = [f"line {line} ({here}) uses {name} of {there}" for line, here, name, there in self.find_uses()
-                 if not (there in VOCABULARY + ("Header",) if STORY_FIRST else False)
-                 and (order_of(there) < order_of(here)) == STORY_FIRST]
+                 if there not in VOCABULARY + ("Header",) and here not in OPTIONAL | {DOOR}
+                 and (there == DOOR or order_of(there) < order_of(here))]
         self.assertEqual(wrong, [])
 
     def test_nobody_names_what_is_in_an_optional_room(self):
