@@ -2,36 +2,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """margo_agent.py: a Margo Workload Fleet Management client for the smallest Linux devices, in one file.
 
-What it is.  A Workload Fleet Manager (WFM) says which applications should run on a device; this agent makes it so.  It proves the
-device's identity by an X.509-SVID, reports what the device can do, polls the desired state, verifies it, compares it with what
-runs, drives container commands to close the gap, and reports how that went.  It never listens; every connection starts here.
+What it is.  A Workload Fleet Manager (WFM) says which applications should run on a device; this agent makes
+it so.  It proves the device's identity by an X.509-SVID, reports what the device can do, polls the desired
+state, verifies it, compares it with what runs, drives container commands to close the gap, and reports how
+that went.  It never listens; every connection starts here.
 
-Commands.   enroll | run [--once] | plan | status | history | capabilities | csr | doctor | retry [ID] | unenroll [--purge] | version
-Exit codes. 0 as desired, 1 a deployment failed, 2 usage or configuration, 3 unreachable or to be reported later, 4 desired state
-            refused, 5 identity or trust, 6 another instance runs, 70 a bug.
-Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one state directory; see the README.
+Commands.   enroll | run [--once] | plan | status | history | capabilities | csr | doctor | retry [ID] |
+            unenroll [--purge] | version
+Exit codes. 0 as desired, 1 a deployment failed, 2 usage or configuration, 3 unreachable or to be reported
+            later, 4 desired state refused, 5 identity or trust, 6 another instance runs, 70 a bug.
+Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one state directory; see README.
 
-Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All else may change.
+Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All
+else may change.
 
 How to read it: from top to bottom, as a newspaper: what the agent does, then how, then with what.  To follow
 one poll, read 1 to 6; `Agent.cycle` is where it begins.  A section uses only 1, 2 and sections below it;
 optional ones and the command line, which stand at the end, use all of it, and nobody names what is in them.
-   1 Constants and errors         12 Drivers                      23 Small encodings
-   2 Records                      13 Helm                         24 Signed (optional)
-   3 Agent                        14 Compose driver               25 Older documents (optional)
-   4 Plan                         15 Compose file                 26 Git (optional)
-   5 Apply                        16 Packages                     27 Enrollment (optional)
-   6 Deployment status            17 Commands                     28 Revocation (optional)
-   7 Desired-state source         18 Transport                    29 Gateway (optional)
-   8 Desired state                19 Store                        30 Hooks (optional)
-   9 Identity and trust           20 Configuration                31 Doctor (optional)
-  10 Eligibility                  21 X.509                        32 Command line
-  11 Capabilities                 22 YAML
-"C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts (tests/data/rules.txt), "P-nn" and "D-nn"
-are mistakes of other agents, which a test of the same mark keeps out.
+   1 Constants and errors          12 Drivers                       23 Signed (optional)
+   2 Records                       13 Compose driver                24 Older documents (optional)
+   3 Agent                         14 Compose file                  25 Git (optional)
+   4 Plan                          15 Packages                      26 Enrollment (optional)
+   5 Apply                         16 Commands                      27 Revocation (optional)
+   6 Deployment status             17 Transport                     28 Helm (optional)
+   7 Desired-state source          18 Store                         29 Gateway (optional)
+   8 Desired state                 19 Configuration                 30 Hooks (optional)
+   9 Identity and trust            20 X.509                         31 Doctor (optional)
+  10 Eligibility                   21 YAML                          32 Command line
+  11 Capabilities                  22 Small encodings
+"C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
+(tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps out;
+"F-nn" and "K-nn" are what fleets and compose files met.
 """
-# Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module that a poll may do
-# without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
+# Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module
+# that a poll may do without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
 import io
 import os
 import re
@@ -53,6 +57,7 @@ PROFILES = {}                       # {wfm.profile: its Profile class}
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of configuration and value)}}
 COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options, each with what
                                     # follows it; its operand)}
+DRIVERS = {}                        # {deployment type: function of (config, child, others, claim) to its driver, or to None}
 TRACES = []                         # names in the state directory that `unenroll` removes
 
 KIB, MIB = 1024, 1024 * 1024
@@ -219,6 +224,11 @@ Share = define("Share", "device targets records unseen",
     " there, {id in lower case: CommandError} of what cannot be seen now.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due.")
+
+
+def claim_nothing():
+    """The Claim of nobody."""
+    return Claim("", (), (), ())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3217,14 +3227,13 @@ def report_device(device_id, documents, source, store, state, always, again=True
 # 12. Drivers
 # ----------------------------------------------------------------------------------------------------------
 
-def make_drivers(config, child=None, others=(), claim=None):
+def make_drivers(config, child=None, others=(), claim=claim_nothing):
     """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
 
     A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image and, where it holds ports of the
     host, stop; no other section knows what it drives.
     """
-    drivers = {"compose": make_compose_driver(config, child=child, others=others, claim=claim),
-               "helm": make_helm_driver(config, os.environ, child, claim)}
+    drivers = {kind: make(config, child, others, claim) for kind, make in DRIVERS.items()}
     return {kind: driver for kind, driver in drivers.items() if driver}
 
 
@@ -3308,273 +3317,7 @@ def find_kinds(record, target=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 13. Helm
-# ----------------------------------------------------------------------------------------------------------
-
-Release = define("Release", "deployment_id component name namespace chart values values_file wait content",
-    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all that makes it what it is.")
-RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
-
-
-def make_owner_value(owner):
-    """An owner as the value of a Kubernetes label, which has room for 63 letters and digits."""
-    return sha256_digest(owner.encode())[7:47]
-
-
-def parse_releases(data, records, owner=""):
-    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.  Raises CommandError."""
-    names = {make_release_name(component["name"], record["deploymentId"]): (record["deploymentId"], component["name"])
-             for record in records for component in record["components"]}
-    containers = []
-    try:
-        for item in parse_json(data, "helm list") or ():
-            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
-            if not match and item["name"] not in names:
-                continue                            # somebody else's, whatever its labels say
-            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
-            containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
-                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm",
-                                        owner=owner))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
-    return containers
-
-
-def list_texts(value):
-    """Every scalar below a value as text."""
-    if isinstance(value, (dict, list)):
-        return [text for item in (value.values() if isinstance(value, dict) else value) for text in list_texts(item)]
-    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
-
-
-def make_helm_driver(config, environ, child=None, claim=None):
-    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything.
-
-    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for make_compose_driver.
-    """
-    setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
-    if child and "KUBECONFIG" not in child[1]:
-        return None
-    if child:
-        environ = make_child_environment(environ, child[1])
-        setting, path = "auto" if setting == "off" else setting, environ["KUBECONFIG"]
-    path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", os.path.join(environ.get("HOME") or "/root", ".kube/config"))), None)
-    if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
-        return None
-    environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
-    environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
-    return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
-
-
-def make_values(deployment, component):
-    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
-
-    A later parameter for the same place wins.
-    """
-    values = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        try:
-            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
-            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
-                raise ValueError("JSON has no such number")
-            set_value(values, parse_value_path(pointer), parameter.value)
-        except ValueError as error:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
-                                 f"{make_printable(pointer, 120)!r}: {error}") from None
-    return values
-
-
-def parse_value_path(pointer):
-    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
-    path, position = [], 0
-    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
-    while position < len(pointer) or not path or pointer.endswith("."):
-        match = token.match(pointer, position)
-        if not match:
-            raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
-        position = match.end()
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if not match.group(3):
-            break
-    return path
-
-
-def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
-    place = values
-    for step, following in zip(path, path[1:] + [None]):
-        if isinstance(step, int):
-            place.extend([None] * (step + 1 - len(place)))
-        held = place[step] if isinstance(step, int) else place.get(step)
-        wanted = None if following is None else list if isinstance(following, int) else dict
-        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
-            raise ValueError("another parameter puts something of another kind there")
-        place[step] = value if wanted is None else wanted() if held is None else held
-        place = place[step]
-
-
-def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
-
-    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
-    """
-    whole = f"{component}-{deployment_id}".lower()
-    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
-
-
-class HelmDriver:
-    """Runs Helm components by the helm command, version 3 or 4.
-
-    Releases are ours by the label org.margo.owner; all of them are seen by one `helm list`, which is asked only where a deployment
-    needs Helm.  Charts are fetched and verified here, like Compose Archives, so helm needs no access to registries.
-    """
-
-    def __init__(self, helm, config, environ, claim=None):
-        self.helm, self.config, self.environ, self.claim = helm, config, environ, claim or claim_nothing
-
-    def run(self, arguments, timeout):
-        """The Output of one helm command."""
-        return run_command([self.helm] + arguments, timeout, env=self.environ)
-
-    def observe(self, records=()):
-        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.  Raises CommandError."""
-        found, claim = [], self.claim()
-        wanted = {make_release_name(component["name"], record["deploymentId"]) for record in records for component in record["components"]}
-        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
-            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
-            found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
-            if wanted <= {release.name for release in found}:
-                break                               # under an earlier owner is only what is missing
-        return found
-
-    def list(self, selector, *options):
-        """What `helm list` says of releases in any state; raises CommandError."""
-        output = self.run(["list", "--max=0", "--output=json", f"--selector={selector}"] + (list(options) or ["--all-namespaces"])
-                          + [f"--{state}" for state in RELEASE_STATES], 60)
-        if output.code:
-            raise CommandError(f"the cluster does not answer (helm list: {output.stderr[-500:]})")
-        return output.stdout
-
-    def make_foreign(self):
-        """The selector of releases that carry no owner of this agent's, or none at all."""
-        claim = self.claim()
-        return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
-
-    def ask_strangers(self):
-        """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
-        return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
-
-    def ask_name(self, name, namespace):
-        """Raises ComponentError where a release of this name was made by somebody else."""
-        options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
-        if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
-                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
-            raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this agent: remove it there")
-
-    def check(self):
-        """What `doctor` says of this driver; raises CommandError."""
-        record = {"deploymentId": "", "components": []}
-        version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
-        return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
-
-    def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release, package facts)."""
-        values = make_values(deployment, component.name)
-        _, package = obtain_package(component, known, self.config, store, "helm")
-        fetched.append(package["digest"])
-        content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
-        name = make_release_name(component.name, deployment.deployment_id)
-        self.ask_name(name, deployment.namespace)
-        folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
-        try:
-            create_folder(folder)
-        except OSError as error:
-            raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
-        values_file = os.path.join(folder, content + ".json")
-        write_file(values_file, make_json(values))
-        for other in set(os.listdir(folder)) - {content + ".json"}:
-            remove_file(os.path.join(folder, other))        # a package of the time when it was a compose component goes by itself
-        chart = store.path("artifacts", package["digest"].replace(":", "-"))
-        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values, values_file, component.wait,
-                       content), package
-
-    def apply(self, release, containers, known, deadline):
-        """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.  Safe to repeat.
-
-        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never taken for "not installed" (D-16).
-        """
-        present, facts = self.find(release.deployment_id, release.component, containers), known.get("release")
-        if facts and facts.get("content") == release.content and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]:
-            return {"release": facts}
-        for container in present:
-            self.repair(container, release.namespace, facts, deadline)
-        seconds, owner = max(1, int(deadline - time.monotonic())), self.claim().owner
-        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}" + (f",{LABEL_OWNER}={make_owner_value(owner)}" if owner else "")
-        output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
-                           f"--values={release.values_file}", f"--labels={labels}", "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
-                          + (["--wait"] if release.wait else []), seconds + 30)
-        if output.code:
-            code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
-            raise ComponentError(code, f"helm upgrade failed: {mask(output.stderr, list_texts(release.values))[-1500:]}")
-        try:
-            revision = str(parse_json(output.stdout, "helm upgrade")["version"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ComponentError("INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
-        return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
-
-    @staticmethod
-    def find(deployment_id, component, containers):
-        """The releases of a component."""
-        return [c for c in containers if (c.deployment_id.lower(), c.component, c.type) == (deployment_id.lower(), component, "helm")]
-
-    def repair(self, container, namespace, facts, deadline):
-        """Takes away what would stop an upgrade, or what it would not see: a release in another namespace, one that a power cut left half
-        done, and what a failed upgrade left in the cluster (helm compares with the version that was deployed, not with that one).
-
-        facts: of the revision that was made here last; to that one it goes back, for the one before the newest may be what has failed.
-        """
-        there = container.id.partition("/")[0]
-        seconds = max(1, int(deadline - time.monotonic()))
-        if there != namespace or container.state in ("pending-install", "uninstalling"):
-            self.uninstall(container, deadline)
-        elif container.state != "running":
-            revision = [facts["hash"]] if facts else []
-            self.run(["rollback", container.name] + revision + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
-
-    def uninstall(self, container, deadline):
-        """Uninstalls a release; whether it worked is told by the list alone."""
-        seconds = max(1, int(deadline - time.monotonic()))
-        return self.run(["uninstall", container.name, f"--namespace={container.id.partition('/')[0]}", "--wait", f"--timeout={seconds}s"], seconds + 30)
-
-    def remove(self, deployment_id, component, containers, deadline):
-        """Removes a component's releases; raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21)."""
-        ours = self.find(deployment_id, component, containers)
-        words = [self.uninstall(container, deadline).stderr for container in ours]
-        record = {"deploymentId": deployment_id, "components": [{"name": component}]}
-        if ours and self.find(deployment_id, component, self.observe([record])):
-            raise ComponentError("REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
-
-    @staticmethod
-    def list_ports(release):
-        """[]: none of this host."""
-        return []
-
-    def tail_log(self, container, secrets):
-        """Nothing: the cluster keeps the logs."""
-        return ""
-
-    def tend(self, containers, chance):
-        """Nothing: the cluster runs its own health checks."""
-
-    def remove_image(self, name):
-        """Never: images are the cluster's."""
-        return False
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 14. Compose driver
+# 13. Compose driver
 # ----------------------------------------------------------------------------------------------------------
 
 Changes = define("Changes", "kept idle making late leaving",
@@ -3590,6 +3333,30 @@ Shown = define("Shown", "state code restarts health volumes",
 Network = define("Network", "labels internal subnets gateways",
     "A network as `network inspect` shows it; the last two are sets of texts.")
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")     # an engine's words for what does not run
+
+
+def make_claim(owner, state):
+    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
+    state.
+    """
+    records = state["deployments"]
+    services = [component["services"] for record in records.values() for component in record["components"]]
+    for record in records.values():
+        services += (record["running"] or {}).get("services", {}).values()
+    ids = {facts.get("id") for items in services for facts in items.values()}
+    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None},
+                 frozenset(state["pulled"]))
+
+
+def is_ours(claim, deployment_id, owner, container_id=None):
+    """Whether a workload, or a network or volume of one, is this agent's.
+
+    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it
+    is labelled by a stranger: by the container's id, or by the deployment's where the label is of an earlier
+    time, or older than such labels (contract, On the engine).
+    """
+    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
+    return known or container_id in claim.ids or owner == claim.owner != ""
 
 
 def judge_startup(services, facts, healthy):
@@ -3778,7 +3545,7 @@ def make_child_environment(environ, connection):
     return dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
 
 
-def make_compose_driver(config, environ=None, child=None, others=(), claim=None):
+def make_compose_driver(config, child=None, others=(), claim=claim_nothing, environ=None):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
     child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all
@@ -3807,10 +3574,9 @@ class ComposeDriver:
     Containers are found by their labels, by one query for all, and judged by what the engine shows of them.
     """
 
-    def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=None):
+    def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
         self.engine, self.config, self.environ = engine, config, environ
-        self.claim = claim or claim_nothing
-        self.strangers = []                         # [Container] that the last look has shown, and that are not ours
+        self.claim, self.strangers = claim, []      # [Container] that the last look has shown, and that are not ours
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even where they share the engine
         self.remote = bool(set(self.connection) & set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"})
@@ -4541,12 +4307,15 @@ def parse_containers(data, engine, now=0):
     return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
 
 
+DRIVERS["compose"] = make_compose_driver
+
+
 # ----------------------------------------------------------------------------------------------------------
-# 15. Compose file
+# 14. Compose file
 # ----------------------------------------------------------------------------------------------------------
 
 def find_parameters(deployment, component):
-    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null is not set."""
+    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
     return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
             for pointer, names in parameter.targets if component in names]
 
@@ -4607,8 +4376,8 @@ Service = define(
     " it; hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that"
     " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
 Project = define("Project", "services networks volumes notes",
-    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
-    " what is external), and what of the file has no effect, in words.", ())
+    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for what"
+    " is external), and what of the file has no effect, in words.", ())
 Mount = define("Mount", "kind source target options found",
     "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
     " name), path in the container, engine's options; found: the Source of a bind mount.")
@@ -4630,37 +4399,6 @@ LABEL_DEPLOYMENT, LABEL_COMPONENT = "org.margo.deployment", "org.margo.component
 LABEL_SERVICE = "org.margo.service"
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
-
-
-# Whose something on the engine is
-
-def make_claim(owner, state):
-    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
-    state.
-    """
-    records = state["deployments"]
-    services = [component["services"] for record in records.values() for component in record["components"]]
-    for record in records.values():
-        services += (record["running"] or {}).get("services", {}).values()
-    ids = {facts.get("id") for items in services for facts in items.values()}
-    return Claim(owner, frozenset(state["owners"]), frozenset(records), ids - {None},
-                 frozenset(state["pulled"]))
-
-
-def is_ours(claim, deployment_id, owner, container_id=None):
-    """Whether a workload, or a network or volume of one, is this agent's.
-
-    It is by its owner's label, whatever became of the state.  One that the state tells of is, too, unless it
-    is labelled by a stranger: by the container's id, or by the deployment's where the label is of an earlier
-    time, or older than such labels (contract, On the engine).
-    """
-    known = deployment_id.lower() in claim.deployments and (not owner or owner in claim.owners)
-    return known or container_id in claim.ids or owner == claim.owner != ""
-
-
-def claim_nothing():
-    """The Claim of nobody."""
-    return Claim("", (), (), ())
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -5800,7 +5538,7 @@ def make_labels(workload, service, digest):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 16. Packages
+# 15. Packages
 # ----------------------------------------------------------------------------------------------------------
 
 COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
@@ -6292,7 +6030,7 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 17. Commands
+# 16. Commands
 # ----------------------------------------------------------------------------------------------------------
 
 Output = define("Output", "code stdout stderr",
@@ -6443,7 +6181,7 @@ def kill_group(process):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 18. Transport
+# 17. Transport
 # ----------------------------------------------------------------------------------------------------------
 
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
@@ -6769,7 +6507,7 @@ def check_response(response, where, accepted, now):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 19. Store
+# 18. Store
 # ----------------------------------------------------------------------------------------------------------
 
 class Log:
@@ -7294,7 +7032,7 @@ def load_part(path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 20. Configuration
+# 19. Configuration
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_duration(text):
@@ -7463,11 +7201,6 @@ def read_compose(value, base):
     if value in ("docker compose", "docker-compose", "podman-compose"):
         raise ValueError("auto, builtin or off; what compose providers did, builtin does now")
     return choice("auto", "builtin", "off")(value, base)
-
-
-def read_helm(value, base):
-    """auto, off, or the path of the helm command."""
-    return value if value in ("auto", "off") else read_path(value, base)
 
 
 def is_words(value, words):
@@ -7641,8 +7374,7 @@ SCHEMA = {
         "downtime": (list_of(read_window, "a list of windows"), [])},
     "runtime": {
         "compose": (read_compose, "auto"),
-        "engine": (choice("auto", "podman", "docker"), "auto"), "helm": (read_helm, "auto"),
-        "kubeconfig": read_path,
+        "engine": (choice("auto", "podman", "docker"), "auto"),
         "on_failure": (choice("rollback", "keep"), "rollback"), "settle": (read_pause, "10s"),
         "environment": (read_environment, {}), "prune": (read_flag, True)},
     "registries": (read_mapping, {}),
@@ -7826,7 +7558,7 @@ def text_of(pattern):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 21. X.509
+# 20. X.509
 # ----------------------------------------------------------------------------------------------------------
 
 # DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
@@ -7966,7 +7698,7 @@ def make_pem(ders):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 22. YAML
+# 21. YAML
 # ----------------------------------------------------------------------------------------------------------
 
 # YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
@@ -8684,7 +8416,7 @@ def measure_depth(value):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 23. Small encodings
+# 22. Small encodings
 # ----------------------------------------------------------------------------------------------------------
 
 def sha256_digest(data):
@@ -8897,7 +8629,7 @@ def unpack_tar(data, max_unpacked, max_entries):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 24. Signed (optional)
+# 23. Signed (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 Signer = define("Signer", "leaf key algorithm label components keyid alg",
@@ -9250,7 +8982,7 @@ PROFILES["signed"] = Signed
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 25. Older documents (optional)
+# 24. Older documents (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
@@ -9390,7 +9122,7 @@ FETCHERS["https"] = fetch_older
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 26. Git (optional)
+# 25. Git (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
@@ -10030,7 +9762,7 @@ TRACES.append("git")                # its credential, too
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 27. Enrollment (optional)
+# 26. Enrollment (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 # Enrollment and renewal over EST (RFC 7030), by the draft "MIAF Enrollment, Renewal, and Revocation Profile".
@@ -10591,7 +10323,7 @@ EXAMINE["renewal"] = examine_renewal
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 28. Revocation (optional)
+# 27. Revocation (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 # Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
@@ -10905,6 +10637,282 @@ COMPANIONS["crls"] = Companion(
     remark=find_list_fault)
 STEPS.insert(STEPS.index(Agent.exchange) + 1, refresh_after_poll)
 EXAMINE["lists"] = examine_lists
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 28. Helm (optional)
+# ----------------------------------------------------------------------------------------------------------
+
+def read_helm(value, base):
+    """auto, off, or the path of the helm command."""
+    return value if value in ("auto", "off") else read_path(value, base)
+
+
+Release = define("Release", "deployment_id component name namespace chart values values_file wait content",
+    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all that makes it what it is.")
+RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
+
+
+def make_owner_value(owner):
+    """An owner as the value of a Kubernetes label, which has room for 63 letters and digits."""
+    return sha256_digest(owner.encode())[7:47]
+
+
+def parse_releases(data, records, owner=""):
+    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.  Raises CommandError."""
+    names = {make_release_name(component["name"], record["deploymentId"]): (record["deploymentId"], component["name"])
+             for record in records for component in record["components"]}
+    containers = []
+    try:
+        for item in parse_json(data, "helm list") or ():
+            match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
+            if not match and item["name"] not in names:
+                continue                            # somebody else's, whatever its labels say
+            deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
+            containers.append(Container(f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
+                                        str(item["revision"]), "running" if item["status"] == "deployed" else item["status"], "helm",
+                                        owner=owner))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CommandError(f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
+    return containers
+
+
+def list_texts(value):
+    """Every scalar below a value as text."""
+    if isinstance(value, (dict, list)):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in list_texts(item)]
+    return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
+
+
+def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None):
+    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told without starting anything.
+
+    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for make_compose_driver.
+    """
+    environ = os.environ if environ is None else environ
+    setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
+    if child and "KUBECONFIG" not in child[1]:
+        return None
+    if child:
+        environ = make_child_environment(environ, child[1])
+        setting, path = "auto" if setting == "off" else setting, environ["KUBECONFIG"]
+    path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", os.path.join(environ.get("HOME") or "/root", ".kube/config"))), None)
+    if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
+        return None
+    environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}       # they would steer it behind our back
+    environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
+    return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
+
+
+def make_values(deployment, component):
+    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183); raises ComponentError PARAMETER_INVALID.
+
+    A later parameter for the same place wins.
+    """
+    values = {}
+    for parameter, pointer in find_parameters(deployment, component):
+        try:
+            items = parameter.value if isinstance(parameter.value, list) else [parameter.value]
+            if any(isinstance(item, float) and not abs(item) < float("inf") for item in items):
+                raise ValueError("JSON has no such number")
+            set_value(values, parse_value_path(pointer), parameter.value)
+        except ValueError as error:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: pointer "
+                                 f"{make_printable(pointer, 120)!r}: {error}") from None
+    return values
+
+
+def parse_value_path(pointer):
+    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises ValueError."""
+    path, position = [], 0
+    token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
+    while position < len(pointer) or not path or pointer.endswith("."):
+        match = token.match(pointer, position)
+        if not match:
+            raise ValueError("expected names parted by dots, each with [index] where it is a list")
+        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [int(index) for index in re.findall("[0-9]+", match.group(2))]
+        position = match.end()
+        if len(path) > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        if not match.group(3):
+            break
+    return path
+
+
+def set_value(values, path, value):
+    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where another stands in the way."""
+    place = values
+    for step, following in zip(path, path[1:] + [None]):
+        if isinstance(step, int):
+            place.extend([None] * (step + 1 - len(place)))
+        held = place[step] if isinstance(step, int) else place.get(step)
+        wanted = None if following is None else list if isinstance(following, int) else dict
+        if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
+            raise ValueError("another parameter puts something of another kind there")
+        place[step] = value if wanted is None else wanted() if held is None else held
+        place = place[step]
+
+
+def make_release_name(component, deployment_id):
+    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut, with a hash of the whole.
+
+    The id always stands at the end, because a list of releases shows nothing else by which one could tell whose it is.
+    """
+    whole = f"{component}-{deployment_id}".lower()
+    return whole if len(whole) <= 53 else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
+
+
+class HelmDriver:
+    """Runs Helm components by the helm command, version 3 or 4.
+
+    Releases are ours by the label org.margo.owner; all of them are seen by one `helm list`, which is asked only where a deployment
+    needs Helm.  Charts are fetched and verified here, like Compose Archives, so helm needs no access to registries.
+    """
+
+    def __init__(self, helm, config, environ, claim=claim_nothing):
+        self.helm, self.config, self.environ, self.claim = helm, config, environ, claim
+
+    def run(self, arguments, timeout):
+        """The Output of one helm command."""
+        return run_command([self.helm] + arguments, timeout, env=self.environ)
+
+    def observe(self, records=()):
+        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.  Raises CommandError."""
+        found, claim = [], self.claim()
+        wanted = {make_release_name(component["name"], record["deploymentId"]) for record in records for component in record["components"]}
+        for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
+            selector = f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
+            found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
+            if wanted <= {release.name for release in found}:
+                break                               # under an earlier owner is only what is missing
+        return found
+
+    def list(self, selector, *options):
+        """What `helm list` says of releases in any state; raises CommandError."""
+        output = self.run(["list", "--max=0", "--output=json", f"--selector={selector}"] + (list(options) or ["--all-namespaces"])
+                          + [f"--{state}" for state in RELEASE_STATES], 60)
+        if output.code:
+            raise CommandError(f"the cluster does not answer (helm list: {output.stderr[-500:]})")
+        return output.stdout
+
+    def make_foreign(self):
+        """The selector of releases that carry no owner of this agent's, or none at all."""
+        claim = self.claim()
+        return f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
+
+    def ask_strangers(self):
+        """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
+        return parse_releases(self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent")
+
+    def ask_name(self, name, namespace):
+        """Raises ComponentError where a release of this name was made by somebody else."""
+        options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
+        if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
+                self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
+            raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this agent: remove it there")
+
+    def check(self):
+        """What `doctor` says of this driver; raises CommandError."""
+        record = {"deploymentId": "", "components": []}
+        version = self.run(["version", "--short"], 60).stdout.decode("utf-8", "replace").strip()
+        return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
+
+    def prepare(self, deployment, component, known, store, fetched):
+        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release, package facts)."""
+        values = make_values(deployment, component.name)
+        _, package = obtain_package(component, known, self.config, store, "helm")
+        fetched.append(package["digest"])
+        content = sha256_digest(make_json([package["digest"], values, deployment.namespace]))[7:39]
+        name = make_release_name(component.name, deployment.deployment_id)
+        self.ask_name(name, deployment.namespace)
+        folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
+        try:
+            create_folder(folder)
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
+        values_file = os.path.join(folder, content + ".json")
+        write_file(values_file, make_json(values))
+        for other in set(os.listdir(folder)) - {content + ".json"}:
+            remove_file(os.path.join(folder, other))        # a package of the time when it was a compose component goes by itself
+        chart = store.path("artifacts", package["digest"].replace(":", "-"))
+        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values, values_file, component.wait,
+                       content), package
+
+    def apply(self, release, containers, known, deadline):
+        """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.  Safe to repeat.
+
+        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never taken for "not installed" (D-16).
+        """
+        present, facts = self.find(release.deployment_id, release.component, containers), known.get("release")
+        if facts and facts.get("content") == release.content and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]:
+            return {"release": facts}
+        for container in present:
+            self.repair(container, release.namespace, facts, deadline)
+        seconds, owner = max(1, int(deadline - time.monotonic())), self.claim().owner
+        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}" + (f",{LABEL_OWNER}={make_owner_value(owner)}" if owner else "")
+        output = self.run(["upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}", "--create-namespace",
+                           f"--values={release.values_file}", f"--labels={labels}", "--reset-values", "--history-max=5", f"--timeout={seconds}s", "--output=json"]
+                          + (["--wait"] if release.wait else []), seconds + 30)
+        if output.code:
+            code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
+            raise ComponentError(code, f"helm upgrade failed: {mask(output.stderr, list_texts(release.values))[-1500:]}")
+        try:
+            revision = str(parse_json(output.stdout, "helm upgrade")["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ComponentError("INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
+        return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
+
+    @staticmethod
+    def find(deployment_id, component, containers):
+        """The releases of a component."""
+        return [c for c in containers if (c.deployment_id.lower(), c.component, c.type) == (deployment_id.lower(), component, "helm")]
+
+    def repair(self, container, namespace, facts, deadline):
+        """Takes away what would stop an upgrade, or what it would not see: a release in another namespace, one that a power cut left half
+        done, and what a failed upgrade left in the cluster (helm compares with the version that was deployed, not with that one).
+
+        facts: of the revision that was made here last; to that one it goes back, for the one before the newest may be what has failed.
+        """
+        there = container.id.partition("/")[0]
+        seconds = max(1, int(deadline - time.monotonic()))
+        if there != namespace or container.state in ("pending-install", "uninstalling"):
+            self.uninstall(container, deadline)
+        elif container.state != "running":
+            revision = [facts["hash"]] if facts else []
+            self.run(["rollback", container.name] + revision + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
+
+    def uninstall(self, container, deadline):
+        """Uninstalls a release; whether it worked is told by the list alone."""
+        seconds = max(1, int(deadline - time.monotonic()))
+        return self.run(["uninstall", container.name, f"--namespace={container.id.partition('/')[0]}", "--wait", f"--timeout={seconds}s"], seconds + 30)
+
+    def remove(self, deployment_id, component, containers, deadline):
+        """Removes a component's releases; raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21)."""
+        ours = self.find(deployment_id, component, containers)
+        words = [self.uninstall(container, deadline).stderr for container in ours]
+        record = {"deploymentId": deployment_id, "components": [{"name": component}]}
+        if ours and self.find(deployment_id, component, self.observe([record])):
+            raise ComponentError("REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
+
+    @staticmethod
+    def list_ports(release):
+        """[]: none of this host."""
+        return []
+
+    def tail_log(self, container, secrets):
+        """Nothing: the cluster keeps the logs."""
+        return ""
+
+    def tend(self, containers, chance):
+        """Nothing: the cluster runs its own health checks."""
+
+    def remove_image(self, name):
+        """Never: images are the cluster's."""
+        return False
+
+
+DRIVERS["helm"] = make_helm_driver
+SCHEMA["runtime"].update(helm=(read_helm, "auto"), kubeconfig=read_path)
 
 
 # ----------------------------------------------------------------------------------------------------------

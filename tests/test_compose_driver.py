@@ -105,9 +105,9 @@ class Finding(FileCase):
 
     def test_no_driver_where_nothing_runs_compose(self):
         environ = self.make_environ("podman")
-        self.assertIsNone(margo_agent.make_compose_driver(make_config(runtime__compose="off"), environ))
-        self.assertIsNone(margo_agent.make_compose_driver(make_config(runtime__engine="docker"), environ))
-        driver = margo_agent.make_compose_driver(make_config(), environ)
+        self.assertIsNone(margo_agent.make_compose_driver(make_config(runtime__compose="off"), environ=environ))
+        self.assertIsNone(margo_agent.make_compose_driver(make_config(runtime__engine="docker"), environ=environ))
+        driver = margo_agent.make_compose_driver(make_config(), environ=environ)
         self.assertEqual(driver.engine, "podman")
 
 

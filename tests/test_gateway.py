@@ -139,7 +139,7 @@ class Connections(unittest.TestCase):
         for name in ("podman", "docker", "docker-compose"):
             support.write(os.path.join(folder, name), "#!/bin/sh\n", 0o755)
         environ = {"PATH": folder, "HOME": folder, "CONTAINER_HOST": "unix:///the/gateways/own.sock", "LANG": "C"}
-        return margo_agent.make_compose_driver(make(runtime=runtime), environ, (A, connection), others)
+        return margo_agent.make_compose_driver(make(runtime=runtime), (A, connection), others, environ=environ)
 
     def test_the_connection_says_which_engine_and_nothing_of_the_gateways_own_leaks_in(self):
         driver = self.driver({"DOCKER_HOST": "ssh://a"})
@@ -157,9 +157,9 @@ class Connections(unittest.TestCase):
         support.write(os.path.join(folder, "helm"), "#!/bin/sh\n", 0o755)
         environ = {"PATH": folder, "KUBECONFIG": "/the/gateways/own", "CONTAINER_HOST": "unix:///own"}
         config = make(runtime={"helm": "off", "kubeconfig": "/the/gateways/own"})
-        driver = margo_agent.make_helm_driver(config, environ, (A, {"KUBECONFIG": "/a/kubeconfig"}))
+        driver = margo_agent.make_helm_driver(config, (A, {"KUBECONFIG": "/a/kubeconfig"}), environ=environ)
         self.assertEqual((driver.environ["KUBECONFIG"], "CONTAINER_HOST" in driver.environ), ("/a/kubeconfig", False))
-        self.assertIsNone(margo_agent.make_helm_driver(config, environ, (A, {"CONTAINER_HOST": "unix:///a"})))
+        self.assertIsNone(margo_agent.make_helm_driver(config, (A, {"CONTAINER_HOST": "unix:///a"}), environ=environ))
 
     def test_a_pull_over_there_gets_an_hour_because_it_cannot_be_watched(self):
         """P-15: here a pull has to move, there nobody sees whether it does."""

@@ -25,7 +25,7 @@ class Scenario:
     def setUp(self):
         super().setUp()
         self.device.set("runtime.compose", "builtin")
-        self.id = str(uuid.uuid4())
+        self.deployment_id = str(uuid.uuid4())
         self.revision = 0
 
     def publish(self, services, parameters=None, **members):
@@ -33,7 +33,7 @@ class Scenario:
         self.revision += 1
         tag = f"{self.revision}.0.0"
         self.wfm.add_package(support.make_compose(services, **members), tag=tag)
-        self.wfm.publish(support.make_deployment(self.id, components=(("web", tag),), registry=self.wfm.registry, parameters=parameters), self.id)
+        self.wfm.publish(support.make_deployment(self.deployment_id, components=(("web", tag),), registry=self.wfm.registry, parameters=parameters), self.deployment_id)
 
     def update(self, services, expected=0, parameters=None, **members):
         """Publishes and runs a cycle; returns its log."""
@@ -41,7 +41,7 @@ class Scenario:
         return self.device.cycle(expected)
 
     def name(self, name):
-        return f"web-{self.id}-{name}-1"
+        return f"web-{self.deployment_id}-{name}-1"
 
     def shell(self, name, line):
         """What a shell says in a container."""
@@ -51,7 +51,7 @@ class Scenario:
         """{service: state}; fails for a container of another name than that of a service."""
         states = {}
         for name, (_, state) in self.engine.containers().items():
-            self.assertRegex(name, f"^web-{self.id}-[a-z]+-1$")
+            self.assertRegex(name, f"^web-{self.deployment_id}-[a-z]+-1$")
             states[name.split("-")[-2]] = state
         return states
 
@@ -119,10 +119,10 @@ class Scenario:
         self.assertEqual(self.ids()[self.name("side")], after[self.name("side")])
         self.assertEqual([self.shell(name, f"cat {path}") for path, name in (("/cache/x", "web"), ("/data/x", "db"))], ["kept"] * 2)
 
-        self.wfm.withdraw(self.id)
+        self.wfm.withdraw(self.deployment_id)
         self.device.cycle()
         self.assertEqual((self.states(), self.volumes()), ({}, volumes))
-        self.assertNotIn(self.id, self.engine.podman("network", "ls", "--format={{.Name}}"))
+        self.assertNotIn(self.deployment_id, self.engine.podman("network", "ls", "--format={{.Name}}"))
 
     def test_ports_and_volumes_change_hands(self):
         """K-2: a service is renamed, a port moves to one that stands first, two swap theirs; never two writers."""
@@ -142,7 +142,7 @@ class Scenario:
     def test_a_network_is_part_of_what_its_services_are(self):
         """K-3: internal, addresses; what is not in it stays."""
         app, side = service(), service(networks=["other"])
-        network = f"web-{self.id}_default"
+        network = f"web-{self.deployment_id}_default"
         form = "{{.Internal}}"
         self.update({"app": app, "side": side}, networks={"other": None})
         before = self.ids()
@@ -165,9 +165,9 @@ class Scenario:
         """K-3: a network without a mark of its definition that has not changed."""
         networks = {"default": {"internal": True, "labels": {"a": "b"}, "ipam": {"config": [{"subnet": "10.215.5.0/24"}]}}}
         self.publish({"app": service()}, networks=networks)
-        self.engine.podman("network", "create", "--internal", "--label=a=b", f"--label=org.margo.project=web-{self.id}", "--subnet=10.215.5.0/24",
-                           f"web-{self.id}_default")
-        form = ["network", "inspect", "--format={{.Id}}" if self.engine.kind == "docker" else "--format={{.ID}}", f"web-{self.id}_default"]
+        self.engine.podman("network", "create", "--internal", "--label=a=b", f"--label=org.margo.project=web-{self.deployment_id}", "--subnet=10.215.5.0/24",
+                           f"web-{self.deployment_id}_default")
+        form = ["network", "inspect", "--format={{.Id}}" if self.engine.kind == "docker" else "--format={{.ID}}", f"web-{self.deployment_id}_default"]
         before = self.engine.podman(*form)
         self.device.cycle()
         self.assertEqual(self.engine.podman(*form), before)

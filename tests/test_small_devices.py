@@ -180,7 +180,7 @@ class Temporary(SmallCase):
         """A state directory on small flash beside a large store of images."""
         self.device.cycle()
         config = margo_agent.load_config(self.device.config_file, self.device.env)
-        driver = margo_agent.make_compose_driver(config, self.device.env)
+        driver = margo_agent.make_compose_driver(config, environ=self.device.env)
         self.assertEqual(driver.clear_temporary(self.device.state_dir)["TMPDIR"], self.folder)
         with mock.patch.object(margo_agent, "get_space", lambda folder: ((1 if folder == self.folder else 2), 0)):
             self.assertNotIn("TMPDIR", driver.clear_temporary("/images"))
