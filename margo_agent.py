@@ -4348,38 +4348,47 @@ def find_parameters(deployment, component):
             for pointer, names in parameter.targets if component in names]
 
 
-# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application (D-18, C-184).
+# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application
+# (D-18, C-184).
 TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
 
 
 def make_variables(deployment, component):
-    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID (protocol 7, C-180, C-182).
+    """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID.
+
+    Protocol 7, C-180, C-182.
 
     A later parameter for the same name wins; a list becomes JSON text.
     """
     variables = {}
     for parameter, pointer in find_parameters(deployment, component):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: "
-                                 f"{make_printable(pointer)!r} is not a name that an environment variable of a container may have")
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}:"
+                                 f" {make_printable(pointer)!r} is not a name that an environment variable of a"
+                                 " container may have")
         value = parameter.value
         variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
         if "\0" in variables[pointer]:
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: holds a NUL character")
+            raise ComponentError("PARAMETER_INVALID",
+                                 f"parameter {make_printable(parameter.name)}: holds a NUL character")
     folded = sorted(variables, key=str.lower)
     for first, second in zip(folded, folded[1:]):
         if first.lower() == second.lower():
-            raise ComponentError("PARAMETER_INVALID", f"the parameters {first} and {second} differ only in case")
+            raise ComponentError("PARAMETER_INVALID",
+                                 f"the parameters {first} and {second} differ only in case")
     return variables
 
 
 def make_project_name(component, deployment_id):
-    """`<component>-<deploymentId>` as engines take names, at most 63 characters; what is changed or cut ends with a hash of the whole, so
-    that no two can meet (D-19, D-20).
+    """`<component>-<deploymentId>` as engines take names, at most 63 characters.
+
+    What is changed or cut ends with a hash of the whole, so that no two can meet (D-19, D-20).
     """
     whole = f"{component}-{deployment_id}"
     name = re.sub(r"[^a-z0-9_-]", "-", whole.lower())
-    return name if name == whole.lower() and len(name) <= 63 else f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
+    if name == whole.lower() and len(name) <= 63:
+        return name
+    return f"{name[:52]}-{sha256_digest(whole.lower().encode())[7:17]}"
 
 
 Workload = define("Workload",
@@ -4414,7 +4423,8 @@ Reading = define("Reading", "workload policy engine folder variables volumes net
     "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of"
     " volumes and of networks, {section: {name: text}} of configs and secrets.")
 
-LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE = "org.margo.deployment", "org.margo.component", "org.margo.service"
+LABEL_DEPLOYMENT, LABEL_COMPONENT = "org.margo.deployment", "org.margo.component"
+LABEL_SERVICE = "org.margo.service"
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
 
@@ -4938,7 +4948,8 @@ def make_networks(document, workload):
 
 def make_shared_labels(workload):
     """{label: text} by which a volume or network says by whom it was made for what."""
-    return {LABEL_PROJECT: workload.project, LABEL_DEPLOYMENT: workload.deployment_id, LABEL_OWNER: workload.owner}
+    return {LABEL_PROJECT: workload.project, LABEL_DEPLOYMENT: workload.deployment_id,
+            LABEL_OWNER: workload.owner}
 
 
 def make_shared(name, value, workload, where, arguments):
@@ -5056,7 +5067,8 @@ def make_span(text):
 def make_publish(port):
     """A Port as the engine takes it."""
     address = f"[{port.address}]" if ":" in port.address else port.address
-    text = f"{address}:{port.published}:{port.target}" if address else f"{port.published}:{port.target}".lstrip(":")
+    text = f"{port.published}:{port.target}"
+    text = f"{address}:{text}" if address else text.lstrip(":")
     return text if port.protocol == "tcp" else f"{text}/{port.protocol}"
 
 
