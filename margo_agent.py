@@ -98,6 +98,7 @@ STOP_GRACE = 20                                     # seconds that the current s
 STOP_LIMIT = 90                                     # seconds after which the daemon's parent kills a cycle that was asked to end
 CYCLE_RETRY = 60                                    # seconds to the next cycle after one that said nothing
 HUNG = 1800                                         # seconds after which a cycle that does not move counts as hung, and is killed
+MAX_WAIT = 86400.0                                  # seconds that anybody can ask this device to wait
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
 RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
@@ -3080,16 +3081,30 @@ def detect_properties(state_dir, root="/"):
         "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
 
 
+# What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
+# character again and again; and what counts up, from whose start five or more characters are taken.
+PLACEHOLDER = (
+    r"(?i)(to be filled.*|o\.?e\.?m\.?|default( string)?|standard|none|null|empty|blank|invalid|un(known|defined|specified)"
+    r"|not? ?(specified|applicable|available|present|set|asset tag|serial( number)?)|n/?a|serial ?number"
+    r"|(system|chassis|base ?board|board|product) .*|[\W_0]+|(?P<one>\S)(?P=one){2,})?")
+COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890")
+
+
+def is_placeholder(text):
+    """Whether the firmware's text is none of this one device."""
+    counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
+    return counts or bool(re.fullmatch(PLACEHOLDER, text))
+
+
 def detect_text(root, dmi, tree):
     """One fact from the firmware: DMI on a PC, the device tree elsewhere.
 
-    Placeholders of careless makers count as nothing.
+    Placeholders count as nothing.
     """
     text = read_fact(root, "sys/class/dmi/id", dmi)
     if not text and tree:
         text = read_fact(root, "proc/device-tree", tree)
-    placeholder = r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?"
-    return "" if re.fullmatch(placeholder, text) else make_printable(text, 120)
+    return "" if is_placeholder(text) else make_printable(text, 120)
 
 
 def detect_interfaces(root):
@@ -3147,7 +3162,8 @@ def get_device_id(device, root="/"):
     if device.id:
         return device.id
     found = device.serialNumber or detect_text(root, "product_serial", "serial-number")
-    found = found or read_fact(root, "etc/machine-id")
+    machine = read_fact(root, "etc/machine-id")     # `uninitialized` in an image that has not booted yet
+    found = found or (machine if re.fullmatch("(?!0+$)[0-9a-f]+", machine) else "")
     name = re.sub(r"[^A-Za-z0-9._~-]+", "-", found).strip("-.")
     if not name:
         raise ConfigError(
@@ -6487,7 +6503,7 @@ def parse_problem(body):
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
     wait = value.get("retryAfterSeconds")
-    wait = float(wait) if is_number(wait) and 0 <= wait < 10 ** 9 else None
+    wait = float(wait) if is_number(wait) and 0 <= wait < 1e15 else None
     errors = value["errors"] if isinstance(value.get("errors"), list) else []
     errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
               if isinstance(item, dict)]
@@ -6520,7 +6536,7 @@ def check_response(response, where, accepted, now):
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     facts = {"status": response.status, "strategy": problem.strategy,
-             "retry_after": problem.retry_after if wait is None else wait}
+             "retry_after": limit_wait(problem.retry_after, now) if wait is None else wait}
     if verdict == "denied" and not known or problem.type in DENIALS:
         raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
     retryable = problem.retryable
@@ -7398,7 +7414,15 @@ read_labels = checked("a mapping of labels to text, number, boolean, or a list o
 
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-MOMENT_PATTERN = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+MINUTE = "%Y-%m-%dT%H:%M"
+
+
+def is_moment(text):
+    """Whether a text such as 2026-12-24T00:00 is a minute that the calendar has."""
+    try:
+        return time.strftime(MINUTE, time.strptime(text, MINUTE)) == text
+    except ValueError:
+        return False
 
 
 def parse_window(text):
@@ -7408,7 +7432,7 @@ def parse_window(text):
     than the start. `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
     """
     start, slash, end = text.partition("/")
-    if re.fullmatch(f"{MOMENT_PATTERN}/{MOMENT_PATTERN}", text) and start < end:
+    if is_moment(start) and is_moment(end) and start < end:
         return None, start, end
     day, clock = "(" + "|".join(DAYS) + ")", "([0-9]{2}):([0-5][0-9])"
     match = re.fullmatch(f"(?:{day}(?:-{day})? )?{clock}-{clock}", text)
@@ -7429,7 +7453,7 @@ read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window
 
 def is_within(windows, local):
     """Whether the device-local `local` (struct_time) lies in one of the windows."""
-    now, stamp = 60 * local.tm_hour + local.tm_min, time.strftime("%Y-%m-%dT%H:%M", local)
+    now, stamp = 60 * local.tm_hour + local.tm_min, time.strftime(MINUTE, local)
     for days, start, end in windows:
         if days is None:
             inside = start <= stamp < end
@@ -8683,21 +8707,40 @@ def make_delay(config, state, fault, clock, jitter):
     return max(1.0, min([interval] + attempts))
 
 
-def parse_retry_after(text, now):
-    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
-    unreadable (C-056).
-    """
-    if not text:
-        return None
-    if re.fullmatch(r"[0-9]+", text.strip()):
-        return min(float(text.strip()), 1e9)        # float strips less than strip does
+def parse_date(text):
+    """A date of HTTP, in any of its forms, to Unix seconds; None where there is none or it is unreadable."""
     from datetime import timezone
     from email.utils import parsedate_to_datetime
     try:
         moment = parsedate_to_datetime(text)
-        return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() - now)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
+
+
+def limit_wait(seconds, now):
+    """What somebody asks to wait, None or seconds from `now` (Unix seconds): a day at most.
+
+    A number as large as the clock's is a moment (Unix seconds, or milliseconds), not a duration.
+    """
+    if seconds is None:
+        return None
+    if seconds >= 1e12:
+        seconds /= 1000
+    if seconds >= 1e9:
+        seconds -= now
+    return max(0.0, min(seconds, MAX_WAIT))
+
+
+def parse_retry_after(text, now):
+    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
+    unreadable (C-056).
+    """
+    text = text or ""
+    if re.fullmatch(r"[0-9]+", text.strip()):
+        return limit_wait(float(text.strip()), now)  # float strips less than strip does
+    moment = parse_date(text)
+    return None if moment is None else limit_wait(max(0.0, moment - now), now)
 
 
 def unpack_gzip(data, max_unpacked):
@@ -8954,8 +8997,7 @@ class SignedSource(HttpSource):
         headers["Signature"] = f"{signer.label}=:{make_base64(run_signature(base, signer))}:"
         response = request(method, url, headers, body, self.context, self.config.wfm.timeout, limit)
         if response.status == 401:
-            # the same form of time, counted from 1970
-            theirs = parse_retry_after(response.headers.get("Date"), 0)
+            theirs = parse_date(response.headers.get("Date"))
             offset = "unknown" if theirs is None else f"{time.time() - theirs:+.0f} s"
             log("error", "the WFM does not accept a signature", method=method, target=url,
                 algorithm=signer.algorithm,
@@ -10317,7 +10359,7 @@ def judge_est_response(response, operation, now):
     Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.  A clock that is wrong is
     told in the log.
     """
-    theirs = parse_retry_after(response.headers.get("Date"), 0)  # the same form of time, counted from 1970
+    theirs = parse_date(response.headers.get("Date"))
     if theirs is not None and abs(theirs - now) > CLOCK_SKEW:
         log("error", f"the clock of this device says {make_time(now)}, that of the identity service"
             f" {make_time(theirs)};"
@@ -10332,7 +10374,7 @@ def judge_est_response(response, operation, now):
     words = make_printable(response.body[:500].decode("utf-8", "replace"))
     if problem:
         words = problem.detail or problem.title
-        wait = problem.retry_after if wait is None else wait
+        wait = limit_wait(problem.retry_after, now) if wait is None else wait
     message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
     if find_verdict(response.status) == "later":
         raise Unreachable(message, retry_after=wait)
@@ -11364,6 +11406,7 @@ def command_doctor(config, options):
         ("registry", examine_registries),
         ("labels", examine_labels),
         ("identity", lambda agent: agent.get_profile().check(time.time())),
+        ("wait", examine_wait),
         ("wfm", examine_connection),
     ):
         try:
@@ -11393,6 +11436,14 @@ def examine_storage(agent):
         if free > need
         else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
     )
+
+
+def examine_wait(agent):
+    """Whether the WFM, or a back-off, keeps the next run from asking."""
+    clock = get_clock()
+    left = find_wait(agent.state["patience"], clock)
+    words = f"until {make_time(clock.now + left)} the WFM or a back-off asks to wait; `retry` ends that"
+    return "warn", words if left else ""
 
 
 def examine_labels(agent):
@@ -11930,7 +11981,9 @@ def command_csr(config, options):
 
 
 def command_retry(config, options):
-    """Clears the back-off of failed deployments, so that the next run tries again."""
+    """Clears the back-off of failed deployments; without an ID also what the WFM or an identity service has
+    asked to wait.  The next run tries again.
+    """
     with Agent(config) as agent:
         wanted = (options["operand"] or "").lower()
         records = [
@@ -11940,6 +11993,9 @@ def command_retry(config, options):
         ]
         for record in records:
             record.update(retry={}, repair={})
+        if not wanted:
+            agent.state["patience"] = {}
+            agent.state["est"].update(delay=0)
         agent.store.save_state(agent.state)
         if wanted and not records:
             raise ConfigError(f"{options['operand']} is no failed deployment; `status` lists them")
