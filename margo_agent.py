@@ -1331,12 +1331,15 @@ def apply_removal(action, record, tools):
     Only an empty engine counts as removed (D-21).
     """
     adopted = dict(record["adopted"], version=tools.version)
+    there = find_components(record["deploymentId"], tools.containers)
+    if there and not record["components"]:          # the state was lost; they are still reported (C-131)
+        found = [dict(BLANK, name=name) for name in sorted({name for name, _ in there})]
+        record = dict(record, type=there[0][1], components=found)
     record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
     yield record
     deployment = load_deployment(record, tools.store)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
-    there = find_components(record["deploymentId"], tools.containers)
     unknown = [found for found in there if found not in known]
     changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
     name = None
@@ -1471,6 +1474,9 @@ def make_record(target, device_id):
             "components": [], "fetched": [], "fallback": False, "retry": {}, "repair": {}}
 
 
+BLANK = {"services": {}, "package": None}           # of a component of which nothing else is known
+
+
 def begin_record(record, target):
     """The record as work on the target's revision begins: all components pending, its version adopted (E-112,
     E-114).
@@ -1479,8 +1485,7 @@ def begin_record(record, target):
     """
     old = {component["name"]: component for component in record["components"]}
     names = [component.name for component in target.deployment.components] if target.deployment else list(old)
-    blank = {"services": {}, "package": None}
-    components = [dict(old.get(name, blank), name=name, state="pending", error=None) for name in names]
+    components = [dict(old.get(name, BLANK), name=name, state="pending", error=None) for name in names]
     record = dict(record, state="pending", error=None, refused=False, components=components)
     if target.deployment:
         record.update(name=target.deployment.name, type=target.deployment.type or record["type"])

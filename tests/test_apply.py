@@ -141,6 +141,21 @@ class Install(ApplyCase):
         self.assertFalse([call for call in self.engine.calls() if call[:2] == ["volume", "rm"] or "--volumes" in call])
         self.assertEqual(len([call for call in self.engine.calls() if call[:2] == ["volume", "create"]]), 1)
 
+    def test_what_is_removed_after_the_state_was_lost_is_reported_with_its_components(self):
+        """C-131, F-32: a WFM that knows the components refuses a report without them for good."""
+        for name in ("db", "web"):
+            self.wfm.add_package(support.make_compose(), name)
+        self.publish(components=(("db", "1.0.0"), ("web", "1.0.0")))
+        self.device.cycle()
+        shutil.rmtree(self.device.state_dir)
+        self.wfm.withdraw()
+        self.assertNotIn("refuses a status", self.device.cycle())
+        self.assertEqual(self.engine.containers(), {})
+        report = self.wfm.reports()[-1]["body"]
+        self.assertEqual(report["status"]["state"], "removed")
+        self.assertEqual([(item["name"], item["state"]) for item in report["components"]],
+                         [("db", "removed"), ("web", "removed")])
+
     def test_a_component_that_is_dropped_is_torn_down(self):
         """D-19"""
         for name in ("db", "web"):
