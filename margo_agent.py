@@ -99,6 +99,7 @@ STOP_LIMIT = 90                                     # seconds after which the da
 CYCLE_RETRY = 60                                    # seconds to the next cycle after one that said nothing
 HUNG = 1800                                         # seconds after which a cycle that does not move counts as hung, and is killed
 MAX_WAIT = 86400.0                                  # seconds that anybody can ask this device to wait
+START_SPREAD = 120                                  # seconds over which a fleet that starts arrives, at most
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
 RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
@@ -8690,9 +8691,11 @@ def make_backoff(failures, asked, strategy, jitter):
 
 def make_start(uptime, poll, known, jitter):
     """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
-    arrives spread over one interval (P-19).  One that never had a desired state asks at once.
+    arrives spread over one interval (P-19), and two minutes at most, because a device may be switched on for
+    less than its interval (F-27).  One that never had a desired state asks at once.
     """
-    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
+    spread = jitter * min(poll.interval, START_SPREAD)
+    return uptime + spread if known and poll.jitter and uptime < START_WINDOW else 0
 
 
 def make_delay(config, state, fault, clock, jitter):
