@@ -3794,12 +3794,16 @@ class ComposeDriver:
             raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
         environ = self.clear_temporary(self.check_space(service.image))
-        program, options = self.make_access(find_registry(service.image))
+        host = find_registry(service.image)
+        program, options = self.make_access(host)
         log("info", "an image is pulled", image=service.image)
         output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ)
         if output.code:                             # the system's own words for a full disk stand in every program's
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
-            raise ComponentError("DISK_FULL" if full else "PULL_FAILED", f"{self.engine} pull failed: {output.stderr[-1500:]}")
+            words = f"{self.engine} pull failed: {output.stderr[-1500:]}"
+            if (self.config.registries.get(host) or {}).get("mirror"):
+                words += f"; registries.{host}.mirror serves packages only: give the engine a mirror of its own"
+            raise ComponentError("DISK_FULL" if full else "PULL_FAILED", words)
         return [] if present else [service.image]
 
     def check_space(self, image):

@@ -101,6 +101,18 @@ class Install(ApplyCase):
         self.assertEqual(changed, {f"web-{HELLO}-api-1"})
         self.assertEqual(self.environments()[f"web-{HELLO}-api-1"], ["GREETING=two"])
 
+    def test_an_image_that_cannot_be_pulled_beside_a_mirror_says_what_mirrors_are_for(self):
+        """F-31: packages come from the mirror, images do not."""
+        words = "registries.plant.example.mirror serves packages only"
+        self.wfm.add_package(support.make_compose({"main": service(image="plant.example/app:1")}))
+        self.publish()
+        self.engine.change(unpullable=["plant.example/app:1"])
+        self.assertNotIn(words, self.device.cycle(1))
+        self.device.settings["registries"]["plant.example"] = {"mirror": "mirror.example"}
+        self.device.save()
+        self.try_again_now()
+        self.assertIn(words, self.device.cycle(1))
+
     def test_no_value_of_a_parameter_stands_on_a_command_line_or_in_the_log(self):
         """D-35"""
         self.wfm.add_package(support.make_compose({"main": service(image="localhost/none:1")}))
