@@ -628,7 +628,7 @@ class Agent:
             if action.verb == "clear":
                 cleared.setdefault(action.deployment_id.lower(), []).append(action)
         for group in make_groups(actions, self.state["deployments"]):
-            ready = {}
+            ready, stopped = {}, False
             for action in group:
                 self.check_stopping()
                 work = self.begin(action, seen)
@@ -641,11 +641,13 @@ class Agent:
                 except (CommandError, ComponentError) as error:
                     troubles.append(error.message)
             while ready:
-                self.check_stopping()
+                if not stopped:                     # what was stopped for another one starts again first
+                    self.check_stopping()
                 waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
                 held = {key: find_held_ports(record) for key, record in self.state["deployments"].items()
                         if key not in ready}
                 key, verb, words = find_turn(waiting, held)
+                stopped = stopped or verb == "stop"
                 if not self.take_turn(ready[key], verb, words, troubles):
                     ready.pop(key)
         return troubles
@@ -1221,7 +1223,8 @@ class Installation:
         code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
         log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
             reason=words)
-        if self.touched and tools.config.runtime.on_failure != "rollback":
+        begun = self.record["state"] != "pending"               # else it has only freed its ports
+        if self.touched and begun and tools.config.runtime.on_failure != "rollback":
             self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
         elif self.touched and self.record["fallback"]:
             words = f"{words}; {self.go_back()}"
@@ -3914,9 +3917,10 @@ class ComposeDriver:
         """{name: Network} of those that the project names, as far as they are there, and that were made for it."""
         mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
         names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        names = sorted(set(names).union(job.project.networks))
-        shown = self.run(["network", "inspect"] + names, 60).stdout
-        networks = self.parse(shown.strip() or b"[]", lambda items: dict(map(parse_network, items)))
+        shown = self.run(["network", "inspect"] + sorted(set(names).union(job.project.networks)), 60)
+        networks = self.parse(shown.stdout.strip() or b"[]", lambda items: dict(map(parse_network, items)))
+        if not networks.keys() >= set(names):       # what is there is never taken for missing (D-16)
+            raise CommandError(f"{self.engine} network inspect failed: {shown.stderr[-500:]}")
         for name, network in networks.items():
             if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
                 networks[name] = network._replace(labels={})        # it stays as it is
@@ -4129,12 +4133,12 @@ class ComposeDriver:
         """{id: Shown} of those containers that can be looked at; raises CommandError where the engine does not answer."""
         ids = list(ids)
         output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
-        if output.stdout.strip():                   # without those that are gone
-            return self.parse(output.stdout, lambda items: dict(map(parse_seen, items)))
+        seen = self.parse(output.stdout.strip() or b"[]", lambda items: dict(map(parse_seen, items)))
+        if seen or not ids:                         # without those that are gone
+            return seen
         if len(ids) < 2:
             self.observe()                          # where it answers, the container itself is damaged
             return {}
-        seen = {}
         for container_id in ids:
             seen.update(self.inspect([container_id]))
         return seen

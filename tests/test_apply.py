@@ -4,7 +4,9 @@ import os
 import shutil
 import time
 import unittest
+from unittest import mock
 
+import margo_agent
 from tests import support
 from tests.support import HELLO, IMAGE
 
@@ -605,6 +607,41 @@ class Ports(ApplyCase):
         self.assertEqual({item["state"] for item in self.engine.containers().values()}, {"running"})
         self.assertEqual(self.wfm.reports(SECOND)[-1]["body"]["status"]["error"]["code"], "PORT_IN_USE")
         self.assertEqual({key: item[0] for key, item in self.device.plan().items()}, {HELLO: "keep", SECOND: "keep"})
+
+    def test_what_has_only_freed_its_ports_runs_again_although_a_failed_update_is_kept(self):
+        """P-8: on_failure keep is for what failed, not for what stood aside."""
+        self.device.set("runtime.on_failure", "keep")
+        self.publish_ports(one=7001, two=7002)
+        self.cycle()
+        before = self.engine.containers()[self.NAMES[SECOND]]
+        two = {"main": service(ports=["${PORT}:8080"]), "broken": service()}
+        self.wfm.add_package(support.make_compose(two), tag="2.0.0")
+        self.wfm.publish(support.make_deployment(
+            HELLO, "one", registry=self.wfm.registry, components=(("web", "2.0.0"),),
+            parameters={"PORT": "7002"}), HELLO)
+        self.publish_ports(two=7001)
+        self.engine.change(exits={"broken": 3})
+        self.cycle(1)
+        self.assertIn(("stop", before["id"]), self.commands("stop"))
+        after = self.engine.containers()[self.NAMES[SECOND]]
+        self.assertEqual((after["id"], after["state"]), (before["id"], "running"))
+
+    def test_a_circle_that_was_begun_is_ended_before_the_process_is(self):
+        """What was stopped for another deployment is not left to the next start of the agent."""
+        self.publish_ports(one=7001, two=7002)
+        self.cycle()
+        before = self.engine.containers()[self.NAMES[SECOND]]
+        self.publish_ports(one=7002, two=7001)
+
+        def stopping():
+            return "exited" in {item["state"] for item in self.engine.containers().values()}
+
+        with mock.patch.dict(os.environ, self.engine.env):
+            config = margo_agent.load_config(self.device.config_file)
+            margo_agent.Agent(config, stopping).cycle()
+        self.assertIn(("stop", before["id"]), self.commands("stop"))
+        found = self.engine.containers().values()
+        self.assertEqual({item["state"] for item in found}, {"running"})
 
 
 class Prune(ApplyCase):
