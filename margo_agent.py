@@ -1338,6 +1338,8 @@ def apply_removal(action, record, tools):
     deployment = load_deployment(record, tools.store)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
+    here = record["deviceId"] == tools.device_id                # else its device is forgotten
+    held = {component["name"] for component in record["components"] if here and component["services"]}
     there = find_components(record["deploymentId"], tools.containers)
     unknown = [found for found in there if found not in known]
     changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
@@ -1348,6 +1350,8 @@ def apply_removal(action, record, tools):
                 name = change.name if change.name in names else None
                 if change.kind in tools.drivers:
                     notices.ask(change)
+                elif change.name in held:
+                    get_driver(change.kind, tools)              # it may run still
             for change in changes:
                 name = change.name if change.name in names else None
                 if change.kind in tools.drivers:

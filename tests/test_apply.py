@@ -513,6 +513,30 @@ class Drift(ApplyCase):
         self.assertEqual(list(self.engine.containers()), [self.name])
 
 
+class NoDriver(ApplyCase):
+    def test_what_nothing_can_remove_any_more_is_not_said_to_be_removed(self):
+        """D-21: the engine was uninstalled, or switched off, and what it runs may run still."""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.device.set("runtime.compose", "off")
+        self.assertIn("UNSUPPORTED_TYPE", json.dumps(self.device.cycle(1) and self.state_of()))
+        self.assertEqual(self.wfm.statuses(HELLO)[-1], "failed")
+        self.device.set("runtime.compose", "builtin")
+        self.device.cycle()
+        self.assertEqual((self.wfm.statuses(HELLO)[-1], self.engine.containers()), ("removed", {}))
+
+    def test_what_never_ran_is_removed_without_a_driver(self):
+        self.device.set("runtime.compose", "off")
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle(1)
+        self.wfm.withdraw()
+        self.device.cycle()
+        self.assertEqual(self.wfm.statuses(HELLO)[-1], "removed")
+
+
 class Ports(ApplyCase):
     """F-28: a host's port that one deployment gives up and another takes, in one manifest, whatever the order in it."""
 
