@@ -1268,8 +1268,13 @@ class Installation:
 def apply_install(action, record, tools):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
     target = action.target
-    if tools.quiet and not is_at_hand(record, target):
-        return                                      # something would have to be fetched (protocol 10)
+    if tools.quiet and not is_at_hand(record, target):          # it would have to be fetched (protocol 10)
+        record, clock = begin_record(record, target), tools.clock()
+        there = find_containers(record["deploymentId"], tools.containers)
+        if record["fallback"] and not find_wait(record["repair"], clock) and find_drift(
+                record["running"]["services"], there, clock.now, 0)[1]:
+            yield from apply_restore(action, record, tools)
+        return
     revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
                         {item["name"]: item["services"] for item in record["components"]})
     running = record["running"]
@@ -1285,13 +1290,13 @@ def apply_install(action, record, tools):
 
 
 def apply_restore(action, record, tools):
-    """Mends the version before while a failed one waits for its next attempt; its error stays (P-1, P-12)."""
+    """Mends the version before while another one waits for its next attempt; its error stays (P-1, P-12)."""
     yield record
     job = Installation(count_repair(record, tools.clock()), tools)
     job.go_back()
     components = [dict(new, state=old["state"], error=old["error"])
                   for new, old in zip(job.record["components"], record["components"])]
-    yield dict(job.record, state="failed", error=record["error"], components=components)
+    yield dict(job.record, state=record["state"], error=record["error"], components=components)
 
 
 def apply_give_up(action, record, tools):

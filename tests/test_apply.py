@@ -513,6 +513,45 @@ class Drift(ApplyCase):
         self.assertEqual(list(self.engine.containers()), [self.name])
 
 
+class Downtime(ApplyCase):
+    """Protocol 10: nothing is fetched in it, and what is here runs all the same."""
+
+    def setUp(self):
+        super().setUp()
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.before = self.engine.containers()
+
+    def check_before_runs(self):
+        self.device.set("poll.downtime", ["00:00-24:00"])
+        for _ in range(2):
+            self.device.cycle()
+            found = {name: (item["state"], item["env"]) for name, item in self.engine.containers().items()}
+            self.assertEqual(found, {name: ("running", item["env"]) for name, item in self.before.items()})
+        self.device.set("poll.downtime", [])
+        self.device.cycle()
+        self.assertEqual([item["env"] for item in self.engine.containers().values()], [["GREETING=two"]])
+        self.assertEqual(self.state_of()["state"], "installed")
+
+    def test_an_update_that_was_cut_off_gives_way_to_the_version_before(self):
+        self.publish("two")
+        self.engine.change(lethal="rename")
+        self.device.run("run", "--once")
+        self.assertIn("exited", [item["state"] for item in self.engine.containers().values()])
+        self.engine.change(lethal=None)
+        self.check_before_runs()
+
+    def test_what_runs_is_repaired_although_its_update_waits(self):
+        self.publish("two")
+        with mock.patch.dict(os.environ, self.engine.env):
+            margo_agent.Agent(margo_agent.load_config(self.device.config_file), lambda: True).cycle()
+        with self.engine.open() as held:
+            for item in held["containers"].values():
+                item["state"] = "exited"
+        self.check_before_runs()
+
+
 class NoDriver(ApplyCase):
     def test_what_nothing_can_remove_any_more_is_not_said_to_be_removed(self):
         """D-21: the engine was uninstalled, or switched off, and what it runs may run still."""
