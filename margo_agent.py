@@ -1051,7 +1051,7 @@ def find_held_ports(record):
     as far as known.
     """
     services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
-    if record["fallback"] and "services" in (record["running"] or ()):
+    if record["fallback"]:
         services = record["running"]["services"].values()       # the version before runs still
     facts = [facts for item in services for facts in item.values()]
     running = [item for item in facts if not item["finished"]]
@@ -6810,6 +6810,8 @@ def migrate_record(record):
     waits (see make_wait).
     """
     record = {key: value for key, value in record.items() if key != "left"}
+    if record.get("fallback") and "services" not in (record["running"] or ()):
+        record["fallback"] = False                  # what is installed has been said to have a version before
     if "retryAt" in record:
         at, failures = record.pop("retryAt") - 2 * RETRY_CAP, record.pop("failures", 0)
         record["retry"] = {"failures": failures, "at": at, "delay": 2 * RETRY_CAP} if failures else {}
