@@ -630,7 +630,7 @@ class Agent:
             if action.verb == "clear":
                 cleared.setdefault(action.deployment_id.lower(), []).append(action)
         for group in make_groups(actions, self.state["deployments"]):
-            ready = {}
+            ready, stopped = {}, False
             for action in group:
                 self.check_stopping()
                 work = self.begin(action, seen)
@@ -643,11 +643,13 @@ class Agent:
                 except (CommandError, ComponentError) as error:
                     troubles.append(error.message)
             while ready:
-                self.check_stopping()
+                if not stopped:                     # what was stopped for another one starts again first
+                    self.check_stopping()
                 waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
                 held = {key: find_held_ports(record) for key, record in self.state["deployments"].items()
                         if key not in ready}
                 key, verb, words = find_turn(waiting, held)
+                stopped = stopped or verb == "stop"
                 if not self.take_turn(ready[key], verb, words, troubles):
                     ready.pop(key)
         return troubles
@@ -1051,7 +1053,7 @@ def find_held_ports(record):
     as far as known.
     """
     services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
-    if record["fallback"] and "services" in (record["running"] or ()):
+    if record["fallback"]:
         services = record["running"]["services"].values()       # the version before runs still
     facts = [facts for item in services for facts in item.values()]
     running = [item for item in facts if not item["finished"]]
@@ -1223,7 +1225,8 @@ class Installation:
         code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
         log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
             reason=words)
-        if self.touched and tools.config.runtime.on_failure != "rollback":
+        begun = self.record["state"] != "pending"               # else it has only freed its ports
+        if self.touched and begun and tools.config.runtime.on_failure != "rollback":
             self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
         elif self.touched and self.record["fallback"]:
             words = f"{words}; {self.go_back()}"
@@ -1267,8 +1270,13 @@ class Installation:
 def apply_install(action, record, tools):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
     target = action.target
-    if tools.quiet and not is_at_hand(record, target):
-        return                                      # something would have to be fetched (protocol 10)
+    if tools.quiet and not is_at_hand(record, target):          # it would have to be fetched (protocol 10)
+        record, clock = begin_record(record, target), tools.clock()
+        there = find_containers(record["deploymentId"], tools.containers)
+        if record["fallback"] and not find_wait(record["repair"], clock) and find_drift(
+                record["running"]["services"], there, clock.now, 0)[1]:
+            yield from apply_restore(action, record, tools)
+        return
     revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
                         {item["name"]: item["services"] for item in record["components"]})
     running = record["running"]
@@ -1284,13 +1292,13 @@ def apply_install(action, record, tools):
 
 
 def apply_restore(action, record, tools):
-    """Mends the version before while a failed one waits for its next attempt; its error stays (P-1, P-12)."""
+    """Mends the version before while another one waits for its next attempt; its error stays (P-1, P-12)."""
     yield record
     job = Installation(count_repair(record, tools.clock()), tools)
     job.go_back()
     components = [dict(new, state=old["state"], error=old["error"])
                   for new, old in zip(job.record["components"], record["components"])]
-    yield dict(job.record, state="failed", error=record["error"], components=components)
+    yield dict(job.record, state=record["state"], error=record["error"], components=components)
 
 
 def apply_give_up(action, record, tools):
@@ -1341,6 +1349,8 @@ def apply_removal(action, record, tools):
     deployment = load_deployment(record, tools.store)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
+    here = record["deviceId"] == tools.device_id                # else its device is forgotten
+    held = {component["name"] for component in record["components"] if here and component["services"]}
     unknown = [found for found in there if found not in known]
     changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
     name = None
@@ -1350,6 +1360,8 @@ def apply_removal(action, record, tools):
                 name = change.name if change.name in names else None
                 if change.kind in tools.drivers:
                     notices.ask(change)
+                elif change.name in held:
+                    get_driver(change.kind, tools)              # it may run still
             for change in changes:
                 name = change.name if change.name in names else None
                 if change.kind in tools.drivers:
@@ -3945,9 +3957,10 @@ class ComposeDriver:
         """{name: Network} of those that the project names, as far as they are there, and that were made for it."""
         mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
         names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        names = sorted(set(names).union(job.project.networks))
-        shown = self.run(["network", "inspect"] + names, 60).stdout
-        networks = self.parse(shown.strip() or b"[]", lambda items: dict(map(parse_network, items)))
+        shown = self.run(["network", "inspect"] + sorted(set(names).union(job.project.networks)), 60)
+        networks = self.parse(shown.stdout.strip() or b"[]", lambda items: dict(map(parse_network, items)))
+        if not networks.keys() >= set(names):       # what is there is never taken for missing (D-16)
+            raise CommandError(f"{self.engine} network inspect failed: {shown.stderr[-500:]}")
         for name, network in networks.items():
             if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
                 networks[name] = network._replace(labels={})        # it stays as it is
@@ -4160,12 +4173,12 @@ class ComposeDriver:
         """{id: Shown} of those containers that can be looked at; raises CommandError where the engine does not answer."""
         ids = list(ids)
         output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
-        if output.stdout.strip():                   # without those that are gone
-            return self.parse(output.stdout, lambda items: dict(map(parse_seen, items)))
+        seen = self.parse(output.stdout.strip() or b"[]", lambda items: dict(map(parse_seen, items)))
+        if seen or not ids:                         # without those that are gone
+            return seen
         if len(ids) < 2:
             self.observe()                          # where it answers, the container itself is damaged
             return {}
-        seen = {}
         for container_id in ids:
             seen.update(self.inspect([container_id]))
         return seen
@@ -6856,6 +6869,8 @@ def migrate_record(record):
     waits (see make_wait).
     """
     record = {key: value for key, value in record.items() if key != "left"}
+    if record.get("fallback") and "services" not in (record["running"] or ()):
+        record["fallback"] = False                  # what is installed has been said to have a version before
     if "retryAt" in record:
         at, failures = record.pop("retryAt") - 2 * RETRY_CAP, record.pop("failures", 0)
         record["retry"] = {"failures": failures, "at": at, "delay": 2 * RETRY_CAP} if failures else {}
