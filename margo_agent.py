@@ -3697,7 +3697,12 @@ class ComposeDriver:
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
         items = {"network": project.networks, "volume": project.volumes, "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            for name, labels, found_id in self.inspect_names(kind, list(wanted)):
+            found = self.inspect_names(kind, list(wanted))
+            for name in set(wanted).difference(item[0] for item in found):
+                if wanted[name] is None:            # to the engine it may be the beginning of another one's id
+                    raise make_fault(f"there is no {kind} {name} on this device; `external: true` takes one that"
+                                     " is there")
+            for name, labels, found_id in found:
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3986,7 +3991,7 @@ class ComposeDriver:
     def create_shared(self, job, kind, items):
         """Networks or volumes that are not there yet; items: {name: create arguments}, None for those of others."""
         for name, arguments in items.items():
-            if arguments is not None and self.run([kind, "inspect", name], 60).code:
+            if arguments is not None and not self.inspect_names(kind, [name]):
                 self.carry_out(job, [kind, "create"] + arguments + [name])
 
     def look_at_volumes(self, known, present):
@@ -4488,8 +4493,8 @@ class Variables(dict):
         """Takes characters from the room that is left; raises ComponentError where there is none."""
         self.room -= count
         if self.room < 0:
-            raise make_fault(f"{where}: variables and env files bring more than {Variables.room} characters"
-                             " into the file")
+            raise make_fault(f"{where}: variables, env files and ports bring more than {Variables.room}"
+                             " characters into the file")
 
 
 def interpolate(text, variables, where, depth=0):
@@ -4512,7 +4517,7 @@ def interpolate(text, variables, where, depth=0):
         name = long or short
         value = dollar or variables.get(name, "")
         if long and operator != "}":
-            end = find_brace(text, position, where)
+            end = find_brace(text, position, variables, where)
             rest = text[position:end]
             position = end + 1
             given = name in variables and bool(value or ":" not in operator)
@@ -4536,15 +4541,17 @@ def choose(operator, given, name, value, make_rest, where):
     return make_rest()
 
 
-def find_brace(text, position, where):
+def find_brace(text, position, variables, where):
     """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only
-    those of a `${`."""
+    those of a `${`. What is looked through counts as what is brought in: many could look through each other."""
     for opening in ("{", "${"):
         depth = 0
-        for index in range(position, len(text)):
-            depth += text.startswith(opening, index) - (text[index] == "}")
+        for match in re.compile(re.escape(opening) + "|}").finditer(text, position):
+            depth += 1 if match.group() == opening else -1
             if depth < 0:
-                return index
+                variables.spend(match.start() - position, where)
+                return match.start()
+        variables.spend(len(text) - position, where)
     raise make_fault(f"{where}: a ${{ that is not closed")
 
 
@@ -4974,6 +4981,10 @@ def make_volumes(document, workload):
     return volumes
 
 
+# Words that an engine takes for a mode where the name of a network is expected.
+MODES = ("host", "none", "bridge", "private", "default", "nat", "slirp4netns", "pasta", "container", "pod", "ns")
+
+
 def make_networks(document, workload):
     """Top-level `networks` as make_volumes has it; `default` is always there."""
     networks = {}
@@ -4985,6 +4996,9 @@ def make_networks(document, workload):
         mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
         networks[name] = make_shared(name, value, workload, f"networks.{name}",
                                      arguments + [f"--label={LABEL_HASH}={mark}"])
+        if networks[name][0] in MODES:
+            raise make_fault(f"networks.{name}: {networks[name][0]!r} is a mode to the engine and no network; set"
+                             " `network_mode` of the services")
     return networks
 
 
@@ -5044,6 +5058,19 @@ def make_arguments(option, value):
     if isinstance(value, dict):
         return [f"{option}={name}={item}" for name, item in sorted(value.items())]
     return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
+
+
+# What podman takes several of in one argument, as a line of comma-separated values.
+LISTED = ("--add-host", "--cap-add", "--cap-drop", "--device", "--dns", "--dns-option", "--dns-search",
+          "--group-add", "--log-opt", "--publish", "--sysctl", "--ulimit")
+
+
+def make_single(argument):
+    """An argument by which podman takes exactly what was read: a comma in it would begin one more value."""
+    option, _, value = argument.partition("=")
+    if option not in LISTED or not re.search('[,"\r\n]', value):
+        return argument
+    return '{}="{}"'.format(option, value.replace('"', '""'))
 
 
 def make_options(service, workload, where):
@@ -5515,12 +5542,16 @@ def make_service(name, service, reading):
     check_logging(f"{where}.logging", service.logging, reading.engine)
     check_mounts(f"{where}.volumes", mounts, reading.policy, reading.folder)
     ports = make_ports(service.ports, f"{where}.ports")
+    count = sum(1 + make_span(port.published or port.target)[1] for port in ports)
+    reading.variables.spend(64 * count, f"{where}.ports")           # what one of them takes of the memory
     arguments = make_options(service, reading.workload, where) + make_arguments("--publish",
         list(map(make_publish, ports)))
     command = service.command or []
     if service.entrypoint is not None:
         arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
         command = service.entrypoint[1:] + command
+    if reading.engine == "podman":
+        arguments = list(map(make_single, arguments))
     checks, health = make_health(service.healthcheck, reading.engine)
     arguments += checks + list(map(make_mount_argument, mounts))
     if sum(map(len, arguments + command)) > 64 * 1024:
@@ -5536,7 +5567,7 @@ def make_service(name, service, reading):
 
 def add_aliases(services, wanted, notes):
     """Changes services to be found by their container_name, and by what others link them as."""
-    taken = {}
+    taken, added = {}, {}
     for name, service in wanted.items():
         names = [(name, service.container_name)]
         for link in service.links or ():
@@ -5548,10 +5579,12 @@ def add_aliases(services, wanted, notes):
                 continue
             if other != owner:
                 notes.append(f"services.{name}: the name {alias} also leads to service {other}")
-            services[owner] = services[owner]._replace(networks=[
-                item if item.aliases is None else item._replace(
-                    aliases=list(dict.fromkeys(item.aliases + [alias])))
-                for item in services[owner].networks])
+            added.setdefault(owner, []).append(alias)
+    for owner, aliases in added.items():
+        services[owner] = services[owner]._replace(networks=[
+            item if item.aliases is None else item._replace(
+                aliases=list(dict.fromkeys(item.aliases + aliases)))
+            for item in services[owner].networks])
 
 
 def order_services(services):
@@ -7059,7 +7092,7 @@ class Folder:
     """An unpacked package, and the one way by which its compose file is looked up on the disk."""
 
     def __init__(self, path, environ=None):
-        self.path, self.environ = path, environ
+        self.path, self.environ, self.digests = path, environ, {}
 
     def resolve(self, name):
         """A path, relative to the package, with all links followed."""
@@ -7083,7 +7116,9 @@ class Folder:
         kind = kind or ("other" if os.path.exists(real) else "")
         path = real
         if own and kind:
-            path = os.path.join(os.path.dirname(root), f"content-{load_digest(real)[:32]}",
+            if real not in self.digests:            # a file may name it a thousand times
+                self.digests[real] = load_digest(real)
+            path = os.path.join(os.path.dirname(root), f"content-{self.digests[real][:32]}",
                                 os.path.basename(real))
         return Source(path, real, kind, own, not own and self.leads_to_engine(real))
 
@@ -7123,7 +7158,7 @@ class Folder:
         """
         import shutil
         needed = set()
-        for source in sources:
+        for source in {source.path: source for source in sources}.values():
             place = os.path.dirname(source.path)
             needed.add(os.path.basename(place))
             try:
@@ -7158,15 +7193,15 @@ def link_file(source, target):
 
 
 def load_digest(path):
-    """A digest in hex of a file or a folder with all that is in it: names, modes, contents, links as they
-    are."""
+    """A digest in hex of a file or a folder with all that is in it: names, its own too, modes, contents,
+    links as they are."""
     found = []
     for folder, folders, files in os.walk(path):
         folders.sort()
         for name in sorted(folders + files):
             found.append((os.path.relpath(os.path.join(folder, name), path),
                           load_part(os.path.join(folder, name))))
-    found.append(("", load_part(path)))
+    found.append((os.path.basename(path), load_part(path)))
     return sha256_digest(repr(found).encode("utf-8", "surrogateescape"))[7:]
 
 
