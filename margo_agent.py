@@ -465,13 +465,29 @@ class Agent:
                 raise
             fault = error
         if not self.config.poll.window or is_within(self.config.poll.window, time.localtime()):
-            desired = source.fetch_desired(self.state["accepted"], self.store.load_artifact)
+            desired = self.fetch_desired(source)
             self.state["patience"] = self.state["patience"] if fault else {}
         if desired:
             self.accept(desired)
             self.changed = True
         if fault:
             raise fault
+
+    def fetch_desired(self, source):
+        """The Desired that a source has, None where nothing changed.
+
+        An ETag that alone is new is kept in memory: two servers behind one name may differ in it (P-16).
+        """
+        accepted = dict(self.state["accepted"] or {})
+        digest, etag = self.store.load_memo().get("etag") or ("", "")
+        if accepted and digest == accepted["digest"]:
+            accepted["etag"] = etag
+        before = accepted.get("etag")
+        desired = source.fetch_desired(accepted or None, self.store.load_artifact)
+        if not desired and accepted.get("etag") != before:
+            memo = dict(self.store.load_memo(), etag=[accepted["digest"], accepted["etag"]])
+            self.store.save_memo(memo)
+        return desired
 
     def make_capabilities(self, device):
         """The capabilities document of a device as it is; a child is what the configuration says of it."""
@@ -1734,12 +1750,12 @@ class HttpSource:
         digest = sha256_digest(response.body)
         etag = response.headers.get("ETag")
         manifest = parse_manifest(response.body, self.config.wfm.url)
-        if etag and etag != f'"{digest}"':                                          # C-118
-            log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
-                digest=digest)
         if not check_version(manifest, digest, accepted) and not incomplete:
             accepted["etag"] = etag  # the last one (C-101), so that the next poll may be answered by 304
             return None
+        if etag and etag != f'"{digest}"':                                          # C-118
+            log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
+                digest=digest)
         known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
         documents = self.fetch_documents(manifest, known)
         return Desired(manifest.version, etag, digest, manifest.entries, documents)

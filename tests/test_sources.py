@@ -61,6 +61,19 @@ class Poll(SourceCase):
         polls = [item for item in self.wfm.lines("requests.jsonl") if (item["method"], item["path"]) == MANIFEST]
         self.assertEqual(polls[-1]["headers"]["If-None-Match"], '"a-counter-7"')
 
+    def test_an_etag_that_alone_is_new_is_sent_back_and_writes_nothing(self):
+        """C-101, P-16, F-14: two nodes behind one name may give one manifest different ones."""
+        before = None
+        self.publish()
+        for name in ("two", "one", "two", "one", "two"):
+            self.wfm.fault({"method": "GET", "path": MANIFEST[1], "headers": {"ETag": f'"{name}"'}})
+            log = self.device.cycle()
+            before = before or self.snapshot()
+        polls = [item for item in self.wfm.lines("requests.jsonl") if (item["method"], item["path"]) == MANIFEST]
+        self.assertEqual([item["headers"]["If-None-Match"] for item in polls[-3:]], ['"one"', '"two"', '"one"'])
+        self.assertEqual(log, "")
+        self.assertEqual(self.snapshot(), before)
+
     def snapshot(self):
         """{path: (inode, size, mtime)} of the state directory."""
         found = {}
