@@ -690,8 +690,11 @@ class Agent:
         device_id = device.device_id
         containers = seen[device_id].containers
         tools = Tools(self.config, self.store, self.answering[device_id], containers, device_id,
-                      self.state["accepted"]["version"], self.is_downtime(), [], get_clock, get_random)
-        work = Work(action, device, EXECUTE[action.verb](action, record, tools), tools)
+                      self.state["accepted"]["version"], [], get_clock, get_random)
+        verb = action.verb
+        if self.is_downtime():
+            verb, record = hold_quiet(action, record, containers, get_clock())
+        work = Work(action, device, EXECUTE[verb](action, record, tools), tools)
         work.holds = holds
         return work
 
@@ -1003,6 +1006,17 @@ def make_action(target, record, containers, clock, settle, mark):
     return act("update", f"drift: {words}") if words else act("keep", "as desired")
 
 
+def hold_quiet(action, record, containers, clock):
+    """(verb, record) of an action in downtime: nothing is fetched (protocol 10), the version before runs."""
+    if action.verb not in ("install", "update") or is_at_hand(record, action.target):
+        return action.verb, record
+    record = begin_record(record, action.target)
+    there = find_containers(record["deploymentId"], containers)
+    mend = record["fallback"] and not find_wait(record["repair"], clock)
+    services = record["running"]["services"] if mend else {}
+    return "restore" if mend and find_drift(services, there, clock.now, 0)[1] else "keep", record
+
+
 def find_drift(services, containers, now, settle):
     """((component, service), words) for what differs between what was installed and its containers, or ("",
     "") (P-12, D-23).
@@ -1117,9 +1131,9 @@ def find_turn(waiting, held):
 # 5. Apply
 # ----------------------------------------------------------------------------------------------------------
 
-Tools = define("Tools", "config store drivers containers device_id version quiet fetched clock jitter",
+Tools = define("Tools", "config store drivers containers device_id version fetched clock jitter",
     "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device,"
-    " [Container] there, the device's id, the accepted version, whether nothing may be fetched now, a list"
+    " [Container] there, the device's id, the accepted version, a list"
     " for what is fetched (digests, images), functions for a Clock and for a number in [0, 1).")
 Change = define("Change", "event name record deployment rollback kind",
     "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
@@ -1286,13 +1300,6 @@ class Installation:
 def apply_install(action, record, tools):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
     target = action.target
-    if tools.quiet and not is_at_hand(record, target):          # it would have to be fetched (protocol 10)
-        record, clock = begin_record(record, target), tools.clock()
-        there = find_containers(record["deploymentId"], tools.containers)
-        if record["fallback"] and not find_wait(record["repair"], clock) and find_drift(
-                record["running"]["services"], there, clock.now, 0)[1]:
-            yield from apply_restore(action, record, tools)
-        return
     revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
                         {item["name"]: item["services"] for item in record["components"]})
     running = record["running"]
