@@ -3659,12 +3659,7 @@ class ComposeDriver:
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
         items = {"network": project.networks, "volume": project.volumes, "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            found = self.inspect_names(kind, list(wanted))
-            for name in set(wanted).difference(item[0] for item in found):
-                if wanted[name] is None:            # to the engine it may be the beginning of another one's id
-                    raise make_fault(f"there is no {kind} {name} on this device; `external: true` takes one that"
-                                     " is there")
-            for name, labels, found_id in found:
+            for name, labels, found_id in self.inspect_names(kind, list(wanted)):
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3881,6 +3876,7 @@ class ComposeDriver:
         project = job.workload.project
         new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
         changes = plan_services(services, present, job.known, set(new))
+        self.ask_external(job.project, changes.making)
         leaving = [container for group in changes.leaving for container in group]
         first, inside = self.look_inside(first, job.project.networks, leaving)
         if not first:
@@ -3951,6 +3947,19 @@ class ComposeDriver:
         for name, arguments in items.items():
             if arguments is not None and not self.inspect_names(kind, [name]):
                 self.carry_out(job, [kind, "create"] + arguments + [name])
+
+    def ask_external(self, project, services):
+        """Raises ComponentError where services use an external network or volume that is not there.
+
+        To the engine its name could be the beginning of another one's id.
+        """
+        used = {item.network for service in services for item in service.networks}
+        used.update(mount.source for service in services for mount in service.mounts)
+        for kind, items in (("network", project.networks), ("volume", project.volumes)):
+            names = {name for name, arguments in items.items() if arguments is None and name in used}
+            for name in sorted(names.difference(item[0] for item in self.inspect_names(kind, list(names)))):
+                raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
+                                     " `external: true` takes one that is there")
 
     def look_at_volumes(self, known, present):
         """{service: {path: volume}} of what is there for each service, or was when it was installed."""
