@@ -6062,20 +6062,34 @@ def resolve_link(path, entries, hops):
     return "/".join(resolved)
 
 
+def load_sameness(path, entry, plain):
+    """Whether a path on the disk is what an Entry of an archive with these tar bytes says."""
+    if os.path.islink(path) or entry.kind == "link":
+        return os.path.islink(path) and os.readlink(path) == entry.link
+    if entry.kind == "folder":
+        return os.path.isdir(path)
+    content = plain[entry.offset:entry.offset + entry.size]
+    return (os.path.isfile(path) and os.stat(path).st_mode & 0o777 == entry.mode
+            and read_file(path, len(content) + 1) == content)
+
+
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     """Unpacks a verified archive to `parent`/<digest> and returns that folder.
 
-    One that is there already is complete.
+    One that is there already stays if it still is what the archive holds.
 
     Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay
     for who uses them.
     """
     folder = os.path.join(parent, digest.split(":")[1][:16])
-    if os.path.isdir(folder):
-        return folder
     plain, entries = check_archive(data, max_unpacked, relaxed)
     work = folder + ".tmp"
     try:
+        if os.path.isdir(folder):
+            if all(load_sameness(os.path.join(folder, entry.path), entry, plain) for entry in entries):
+                return folder
+            log("warning", "an unpacked package is not what its archive holds, and is unpacked anew", folder=folder)
+            remove_folder(folder)
         remove_folder(work)
         create_folder(os.path.join(work, "content"))
         for entry in sorted(entries, key=lambda item: item.kind == "link"):
