@@ -98,6 +98,8 @@ STOP_GRACE = 20                                     # seconds that the current s
 STOP_LIMIT = 90                                     # seconds after which the daemon's parent kills a cycle that was asked to end
 CYCLE_RETRY = 60                                    # seconds to the next cycle after one that said nothing
 HUNG = 1800                                         # seconds after which a cycle that does not move counts as hung, and is killed
+MAX_WAIT = 86400.0                                  # seconds that anybody can ask this device to wait
+START_SPREAD = 120                                  # seconds over which a fleet that starts arrives, at most
 START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
 RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
@@ -628,7 +630,7 @@ class Agent:
             if action.verb == "clear":
                 cleared.setdefault(action.deployment_id.lower(), []).append(action)
         for group in make_groups(actions, self.state["deployments"]):
-            ready = {}
+            ready, stopped = {}, False
             for action in group:
                 self.check_stopping()
                 work = self.begin(action, seen)
@@ -641,11 +643,13 @@ class Agent:
                 except (CommandError, ComponentError) as error:
                     troubles.append(error.message)
             while ready:
-                self.check_stopping()
+                if not stopped:                     # what was stopped for another one starts again first
+                    self.check_stopping()
                 waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
                 held = {key: find_held_ports(record) for key, record in self.state["deployments"].items()
                         if key not in ready}
                 key, verb, words = find_turn(waiting, held)
+                stopped = stopped or verb == "stop"
                 if not self.take_turn(ready[key], verb, words, troubles):
                     ready.pop(key)
         return troubles
@@ -1049,7 +1053,7 @@ def find_held_ports(record):
     as far as known.
     """
     services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
-    if record["fallback"] and "services" in (record["running"] or ()):
+    if record["fallback"]:
         services = record["running"]["services"].values()       # the version before runs still
     facts = [facts for item in services for facts in item.values()]
     running = [item for item in facts if not item["finished"]]
@@ -1221,7 +1225,8 @@ class Installation:
         code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
         log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
             reason=words)
-        if self.touched and tools.config.runtime.on_failure != "rollback":
+        begun = self.record["state"] != "pending"               # else it has only freed its ports
+        if self.touched and begun and tools.config.runtime.on_failure != "rollback":
             self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
         elif self.touched and self.record["fallback"]:
             words = f"{words}; {self.go_back()}"
@@ -1265,8 +1270,13 @@ class Installation:
 def apply_install(action, record, tools):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
     target = action.target
-    if tools.quiet and not is_at_hand(record, target):
-        return                                      # something would have to be fetched (protocol 10)
+    if tools.quiet and not is_at_hand(record, target):          # it would have to be fetched (protocol 10)
+        record, clock = begin_record(record, target), tools.clock()
+        there = find_containers(record["deploymentId"], tools.containers)
+        if record["fallback"] and not find_wait(record["repair"], clock) and find_drift(
+                record["running"]["services"], there, clock.now, 0)[1]:
+            yield from apply_restore(action, record, tools)
+        return
     revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
                         {item["name"]: item["services"] for item in record["components"]})
     running = record["running"]
@@ -1282,13 +1292,13 @@ def apply_install(action, record, tools):
 
 
 def apply_restore(action, record, tools):
-    """Mends the version before while a failed one waits for its next attempt; its error stays (P-1, P-12)."""
+    """Mends the version before while another one waits for its next attempt; its error stays (P-1, P-12)."""
     yield record
     job = Installation(count_repair(record, tools.clock()), tools)
     job.go_back()
     components = [dict(new, state=old["state"], error=old["error"])
                   for new, old in zip(job.record["components"], record["components"])]
-    yield dict(job.record, state="failed", error=record["error"], components=components)
+    yield dict(job.record, state=record["state"], error=record["error"], components=components)
 
 
 def apply_give_up(action, record, tools):
@@ -1330,12 +1340,17 @@ def apply_removal(action, record, tools):
     Only an empty engine counts as removed (D-21).
     """
     adopted = dict(record["adopted"], version=tools.version)
+    there = find_components(record["deploymentId"], tools.containers)
+    if there and not record["components"]:          # the state was lost; they are still reported (C-131)
+        found = [dict(BLANK, name=name) for name in sorted({name for name, _ in there})]
+        record = dict(record, type=there[0][1], components=found)
     record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
     yield record
     deployment = load_deployment(record, tools.store)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
-    there = find_components(record["deploymentId"], tools.containers)
+    here = record["deviceId"] == tools.device_id                # else its device is forgotten
+    held = {component["name"] for component in record["components"] if here and component["services"]}
     unknown = [found for found in there if found not in known]
     changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
     name = None
@@ -1345,6 +1360,8 @@ def apply_removal(action, record, tools):
                 name = change.name if change.name in names else None
                 if change.kind in tools.drivers:
                     notices.ask(change)
+                elif change.name in held:
+                    get_driver(change.kind, tools)              # it may run still
             for change in changes:
                 name = change.name if change.name in names else None
                 if change.kind in tools.drivers:
@@ -1470,6 +1487,9 @@ def make_record(target, device_id):
             "components": [], "fetched": [], "fallback": False, "retry": {}, "repair": {}}
 
 
+BLANK = {"services": {}, "package": None}           # of a component of which nothing else is known
+
+
 def begin_record(record, target):
     """The record as work on the target's revision begins: all components pending, its version adopted (E-112,
     E-114).
@@ -1478,8 +1498,7 @@ def begin_record(record, target):
     """
     old = {component["name"]: component for component in record["components"]}
     names = [component.name for component in target.deployment.components] if target.deployment else list(old)
-    blank = {"services": {}, "package": None}
-    components = [dict(old.get(name, blank), name=name, state="pending", error=None) for name in names]
+    components = [dict(old.get(name, BLANK), name=name, state="pending", error=None) for name in names]
     record = dict(record, state="pending", error=None, refused=False, components=components)
     if target.deployment:
         record.update(name=target.deployment.name, type=target.deployment.type or record["type"])
@@ -3080,16 +3099,30 @@ def detect_properties(state_dir, root="/"):
         "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
 
 
+# What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
+# character again and again; and what counts up, from whose start five or more characters are taken.
+PLACEHOLDER = (
+    r"(?i)(to be filled.*|o\.?e\.?m\.?|default( string)?|standard|none|null|empty|blank|invalid|un(known|defined|specified)"
+    r"|not? ?(specified|applicable|available|present|set|asset tag|serial( number)?)|n/?a|serial ?number"
+    r"|(system|chassis|base ?board|board|product) .*|[\W_0]+|(?P<one>\S)(?P=one){2,})?")
+COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890")
+
+
+def is_placeholder(text):
+    """Whether the firmware's text is none of this one device."""
+    counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
+    return counts or bool(re.fullmatch(PLACEHOLDER, text))
+
+
 def detect_text(root, dmi, tree):
     """One fact from the firmware: DMI on a PC, the device tree elsewhere.
 
-    Placeholders of careless makers count as nothing.
+    Placeholders count as nothing.
     """
     text = read_fact(root, "sys/class/dmi/id", dmi)
     if not text and tree:
         text = read_fact(root, "proc/device-tree", tree)
-    placeholder = r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?"
-    return "" if re.fullmatch(placeholder, text) else make_printable(text, 120)
+    return "" if is_placeholder(text) else make_printable(text, 120)
 
 
 def detect_interfaces(root):
@@ -3147,7 +3180,8 @@ def get_device_id(device, root="/"):
     if device.id:
         return device.id
     found = device.serialNumber or detect_text(root, "product_serial", "serial-number")
-    found = found or read_fact(root, "etc/machine-id")
+    machine = read_fact(root, "etc/machine-id")     # `uninitialized` in an image that has not booted yet
+    found = found or (machine if re.fullmatch("(?!0+$)[0-9a-f]+", machine) else "")
     name = re.sub(r"[^A-Za-z0-9._~-]+", "-", found).strip("-.")
     if not name:
         raise ConfigError(
@@ -3772,12 +3806,16 @@ class ComposeDriver:
             raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
         environ = self.clear_temporary(self.check_space(service.image))
-        program, options = self.make_access(find_registry(service.image))
+        host = find_registry(service.image)
+        program, options = self.make_access(host)
         log("info", "an image is pulled", image=service.image)
         output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ)
         if output.code:                             # the system's own words for a full disk stand in every program's
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
-            raise ComponentError("DISK_FULL" if full else "PULL_FAILED", f"{self.engine} pull failed: {output.stderr[-1500:]}")
+            words = f"{self.engine} pull failed: {output.stderr[-1500:]}"
+            if (self.config.registries.get(host) or {}).get("mirror"):
+                words += f"; registries.{host}.mirror serves packages only: give the engine a mirror of its own"
+            raise ComponentError("DISK_FULL" if full else "PULL_FAILED", words)
         return [] if present else [service.image]
 
     def check_space(self, image):
@@ -3915,9 +3953,10 @@ class ComposeDriver:
         """{name: Network} of those that the project names, as far as they are there, and that were made for it."""
         mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
         names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        names = sorted(set(names).union(job.project.networks))
-        shown = self.run(["network", "inspect"] + names, 60).stdout
-        networks = self.parse(shown.strip() or b"[]", lambda items: dict(map(parse_network, items)))
+        shown = self.run(["network", "inspect"] + sorted(set(names).union(job.project.networks)), 60)
+        networks = self.parse(shown.stdout.strip() or b"[]", lambda items: dict(map(parse_network, items)))
+        if not networks.keys() >= set(names):       # what is there is never taken for missing (D-16)
+            raise CommandError(f"{self.engine} network inspect failed: {shown.stderr[-500:]}")
         for name, network in networks.items():
             if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
                 networks[name] = network._replace(labels={})        # it stays as it is
@@ -4143,12 +4182,12 @@ class ComposeDriver:
         """{id: Shown} of those containers that can be looked at; raises CommandError where the engine does not answer."""
         ids = list(ids)
         output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
-        if output.stdout.strip():                   # without those that are gone
-            return self.parse(output.stdout, lambda items: dict(map(parse_seen, items)))
+        seen = self.parse(output.stdout.strip() or b"[]", lambda items: dict(map(parse_seen, items)))
+        if seen or not ids:                         # without those that are gone
+            return seen
         if len(ids) < 2:
             self.observe()                          # where it answers, the container itself is damaged
             return {}
-        seen = {}
         for container_id in ids:
             seen.update(self.inspect([container_id]))
         return seen
@@ -6543,7 +6582,7 @@ def parse_problem(body):
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
     wait = value.get("retryAfterSeconds")
-    wait = float(wait) if is_number(wait) and 0 <= wait < 10 ** 9 else None
+    wait = float(wait) if is_number(wait) and 0 <= wait < 1e15 else None
     errors = value["errors"] if isinstance(value.get("errors"), list) else []
     errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
               if isinstance(item, dict)]
@@ -6576,7 +6615,7 @@ def check_response(response, where, accepted, now):
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     facts = {"status": response.status, "strategy": problem.strategy,
-             "retry_after": problem.retry_after if wait is None else wait}
+             "retry_after": limit_wait(problem.retry_after, now) if wait is None else wait}
     if verdict == "denied" and not known or problem.type in DENIALS:
         raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
     retryable = problem.retryable
@@ -6853,6 +6892,8 @@ def migrate_record(record):
     waits (see make_wait).
     """
     record = {key: value for key, value in record.items() if key != "left"}
+    if record.get("fallback") and "services" not in (record["running"] or ()):
+        record["fallback"] = False                  # what is installed has been said to have a version before
     if "retryAt" in record:
         at, failures = record.pop("retryAt") - 2 * RETRY_CAP, record.pop("failures", 0)
         record["retry"] = {"failures": failures, "at": at, "delay": 2 * RETRY_CAP} if failures else {}
@@ -7456,7 +7497,15 @@ read_labels = checked("a mapping of labels to text, number, boolean, or a list o
 
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-MOMENT_PATTERN = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+MINUTE = "%Y-%m-%dT%H:%M"
+
+
+def is_moment(text):
+    """Whether a text such as 2026-12-24T00:00 is a minute that the calendar has."""
+    try:
+        return time.strftime(MINUTE, time.strptime(text, MINUTE)) == text
+    except ValueError:
+        return False
 
 
 def parse_window(text):
@@ -7466,7 +7515,7 @@ def parse_window(text):
     than the start. `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
     """
     start, slash, end = text.partition("/")
-    if re.fullmatch(f"{MOMENT_PATTERN}/{MOMENT_PATTERN}", text) and start < end:
+    if is_moment(start) and is_moment(end) and start < end:
         return None, start, end
     day, clock = "(" + "|".join(DAYS) + ")", "([0-9]{2}):([0-5][0-9])"
     match = re.fullmatch(f"(?:{day}(?:-{day})? )?{clock}-{clock}", text)
@@ -7487,7 +7536,7 @@ read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window
 
 def is_within(windows, local):
     """Whether the device-local `local` (struct_time) lies in one of the windows."""
-    now, stamp = 60 * local.tm_hour + local.tm_min, time.strftime("%Y-%m-%dT%H:%M", local)
+    now, stamp = 60 * local.tm_hour + local.tm_min, time.strftime(MINUTE, local)
     for days, start, end in windows:
         if days is None:
             inside = start <= stamp < end
@@ -8719,9 +8768,11 @@ def make_backoff(failures, asked, strategy, jitter):
 
 def make_start(uptime, poll, known, jitter):
     """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
-    arrives spread over one interval (P-19).  One that never had a desired state asks at once.
+    arrives spread over one interval (P-19), and two minutes at most, because a device may be switched on for
+    less than its interval (F-27).  One that never had a desired state asks at once.
     """
-    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
+    spread = jitter * min(poll.interval, START_SPREAD)
+    return uptime + spread if known and poll.jitter and uptime < START_WINDOW else 0
 
 
 def make_delay(config, state, fault, clock, jitter):
@@ -8741,21 +8792,40 @@ def make_delay(config, state, fault, clock, jitter):
     return max(1.0, min([interval] + attempts))
 
 
-def parse_retry_after(text, now):
-    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
-    unreadable (C-056).
-    """
-    if not text:
-        return None
-    if re.fullmatch(r"[0-9]+", text.strip()):
-        return min(float(text.strip()), 1e9)        # float strips less than strip does
+def parse_date(text):
+    """A date of HTTP, in any of its forms, to Unix seconds; None where there is none or it is unreadable."""
     from datetime import timezone
     from email.utils import parsedate_to_datetime
     try:
         moment = parsedate_to_datetime(text)
-        return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() - now)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
+
+
+def limit_wait(seconds, now):
+    """What somebody asks to wait, None or seconds from `now` (Unix seconds): a day at most.
+
+    A number as large as the clock's is a moment (Unix seconds, or milliseconds), not a duration.
+    """
+    if seconds is None:
+        return None
+    if seconds >= 1e12:
+        seconds /= 1000
+    if seconds >= 1e9:
+        seconds -= now
+    return max(0.0, min(seconds, MAX_WAIT))
+
+
+def parse_retry_after(text, now):
+    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
+    unreadable (C-056).
+    """
+    text = text or ""
+    if re.fullmatch(r"[0-9]+", text.strip()):
+        return limit_wait(float(text.strip()), now)  # float strips less than strip does
+    moment = parse_date(text)
+    return None if moment is None else limit_wait(max(0.0, moment - now), now)
 
 
 def unpack_gzip(data, max_unpacked):
@@ -9012,8 +9082,7 @@ class SignedSource(HttpSource):
         headers["Signature"] = f"{signer.label}=:{make_base64(run_signature(base, signer))}:"
         response = request(method, url, headers, body, self.context, self.config.wfm.timeout, limit)
         if response.status == 401:
-            # the same form of time, counted from 1970
-            theirs = parse_retry_after(response.headers.get("Date"), 0)
+            theirs = parse_date(response.headers.get("Date"))
             offset = "unknown" if theirs is None else f"{time.time() - theirs:+.0f} s"
             log("error", "the WFM does not accept a signature", method=method, target=url,
                 algorithm=signer.algorithm,
@@ -10375,7 +10444,7 @@ def judge_est_response(response, operation, now):
     Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.  A clock that is wrong is
     told in the log.
     """
-    theirs = parse_retry_after(response.headers.get("Date"), 0)  # the same form of time, counted from 1970
+    theirs = parse_date(response.headers.get("Date"))
     if theirs is not None and abs(theirs - now) > CLOCK_SKEW:
         log("error", f"the clock of this device says {make_time(now)}, that of the identity service"
             f" {make_time(theirs)};"
@@ -10390,7 +10459,7 @@ def judge_est_response(response, operation, now):
     words = make_printable(response.body[:500].decode("utf-8", "replace"))
     if problem:
         words = problem.detail or problem.title
-        wait = problem.retry_after if wait is None else wait
+        wait = limit_wait(problem.retry_after, now) if wait is None else wait
     message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
     if find_verdict(response.status) == "later":
         raise Unreachable(message, retry_after=wait)
@@ -11422,6 +11491,7 @@ def command_doctor(config, options):
         ("registry", examine_registries),
         ("labels", examine_labels),
         ("identity", lambda agent: agent.get_profile().check(time.time())),
+        ("wait", examine_wait),
         ("wfm", examine_connection),
     ):
         try:
@@ -11451,6 +11521,14 @@ def examine_storage(agent):
         if free > need
         else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
     )
+
+
+def examine_wait(agent):
+    """Whether the WFM, or a back-off, keeps the next run from asking."""
+    clock = get_clock()
+    left = find_wait(agent.state["patience"], clock)
+    words = f"until {make_time(clock.now + left)} the WFM or a back-off asks to wait; `retry` ends that"
+    return "warn", words if left else ""
 
 
 def examine_labels(agent):
@@ -11988,7 +12066,9 @@ def command_csr(config, options):
 
 
 def command_retry(config, options):
-    """Clears the back-off of failed deployments, so that the next run tries again."""
+    """Clears the back-off of failed deployments; without an ID also what the WFM or an identity service has
+    asked to wait.  The next run tries again.
+    """
     with Agent(config) as agent:
         wanted = (options["operand"] or "").lower()
         records = [
@@ -11998,6 +12078,9 @@ def command_retry(config, options):
         ]
         for record in records:
             record.update(retry={}, repair={})
+        if not wanted:
+            agent.state["patience"] = {}
+            agent.state["est"].update(delay=0)
         agent.store.save_state(agent.state)
         if wanted and not records:
             raise ConfigError(f"{options['operand']} is no failed deployment; `status` lists them")

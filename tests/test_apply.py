@@ -4,7 +4,9 @@ import os
 import shutil
 import time
 import unittest
+from unittest import mock
 
+import margo_agent
 from tests import support
 from tests.support import HELLO, IMAGE
 
@@ -101,6 +103,18 @@ class Install(ApplyCase):
         self.assertEqual(changed, {f"web-{HELLO}-api-1"})
         self.assertEqual(self.environments()[f"web-{HELLO}-api-1"], ["GREETING=two"])
 
+    def test_an_image_that_cannot_be_pulled_beside_a_mirror_says_what_mirrors_are_for(self):
+        """F-31: packages come from the mirror, images do not."""
+        words = "registries.plant.example.mirror serves packages only"
+        self.wfm.add_package(support.make_compose({"main": service(image="plant.example/app:1")}))
+        self.publish()
+        self.engine.change(unpullable=["plant.example/app:1"])
+        self.assertNotIn(words, self.device.cycle(1))
+        self.device.settings["registries"]["plant.example"] = {"mirror": "mirror.example"}
+        self.device.save()
+        self.try_again_now()
+        self.assertIn(words, self.device.cycle(1))
+
     def test_no_value_of_a_parameter_stands_on_a_command_line_or_in_the_log(self):
         """D-35"""
         self.wfm.add_package(support.make_compose({"main": service(image="localhost/none:1")}))
@@ -140,6 +154,21 @@ class Install(ApplyCase):
         self.device.cycle()
         self.assertFalse([call for call in self.engine.calls() if call[:2] == ["volume", "rm"] or "--volumes" in call])
         self.assertEqual(len([call for call in self.engine.calls() if call[:2] == ["volume", "create"]]), 1)
+
+    def test_what_is_removed_after_the_state_was_lost_is_reported_with_its_components(self):
+        """C-131, F-32: a WFM that knows the components refuses a report without them for good."""
+        for name in ("db", "web"):
+            self.wfm.add_package(support.make_compose(), name)
+        self.publish(components=(("db", "1.0.0"), ("web", "1.0.0")))
+        self.device.cycle()
+        shutil.rmtree(self.device.state_dir)
+        self.wfm.withdraw()
+        self.assertNotIn("refuses a status", self.device.cycle())
+        self.assertEqual(self.engine.containers(), {})
+        report = self.wfm.reports()[-1]["body"]
+        self.assertEqual(report["status"]["state"], "removed")
+        self.assertEqual([(item["name"], item["state"]) for item in report["components"]],
+                         [("db", "removed"), ("web", "removed")])
 
     def test_a_component_that_is_dropped_is_torn_down(self):
         """D-19"""
@@ -511,6 +540,69 @@ class Drift(ApplyCase):
         self.assertEqual(list(self.engine.containers()), [self.name])
 
 
+class Downtime(ApplyCase):
+    """Protocol 10: nothing is fetched in it, and what is here runs all the same."""
+
+    def setUp(self):
+        super().setUp()
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.before = self.engine.containers()
+
+    def check_before_runs(self):
+        self.device.set("poll.downtime", ["00:00-24:00"])
+        for _ in range(2):
+            self.device.cycle()
+            found = {name: (item["state"], item["env"]) for name, item in self.engine.containers().items()}
+            self.assertEqual(found, {name: ("running", item["env"]) for name, item in self.before.items()})
+        self.device.set("poll.downtime", [])
+        self.device.cycle()
+        self.assertEqual([item["env"] for item in self.engine.containers().values()], [["GREETING=two"]])
+        self.assertEqual(self.state_of()["state"], "installed")
+
+    def test_an_update_that_was_cut_off_gives_way_to_the_version_before(self):
+        self.publish("two")
+        self.engine.change(lethal="rename")
+        self.device.run("run", "--once")
+        self.assertIn("exited", [item["state"] for item in self.engine.containers().values()])
+        self.engine.change(lethal=None)
+        self.check_before_runs()
+
+    def test_what_runs_is_repaired_although_its_update_waits(self):
+        self.publish("two")
+        with mock.patch.dict(os.environ, self.engine.env):
+            margo_agent.Agent(margo_agent.load_config(self.device.config_file), lambda: True).cycle()
+        with self.engine.open() as held:
+            for item in held["containers"].values():
+                item["state"] = "exited"
+        self.check_before_runs()
+
+
+class NoDriver(ApplyCase):
+    def test_what_nothing_can_remove_any_more_is_not_said_to_be_removed(self):
+        """D-21: the engine was uninstalled, or switched off, and what it runs may run still."""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        self.wfm.withdraw()
+        self.device.set("runtime.compose", "off")
+        self.assertIn("UNSUPPORTED_TYPE", json.dumps(self.device.cycle(1) and self.state_of()))
+        self.assertEqual(self.wfm.statuses(HELLO)[-1], "failed")
+        self.device.set("runtime.compose", "builtin")
+        self.device.cycle()
+        self.assertEqual((self.wfm.statuses(HELLO)[-1], self.engine.containers()), ("removed", {}))
+
+    def test_what_never_ran_is_removed_without_a_driver(self):
+        self.device.set("runtime.compose", "off")
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle(1)
+        self.wfm.withdraw()
+        self.device.cycle()
+        self.assertEqual(self.wfm.statuses(HELLO)[-1], "removed")
+
+
 class Ports(ApplyCase):
     """F-28: a host's port that one deployment gives up and another takes, in one manifest, whatever the order in it."""
 
@@ -605,6 +697,41 @@ class Ports(ApplyCase):
         self.assertEqual({item["state"] for item in self.engine.containers().values()}, {"running"})
         self.assertEqual(self.wfm.reports(SECOND)[-1]["body"]["status"]["error"]["code"], "PORT_IN_USE")
         self.assertEqual({key: item[0] for key, item in self.device.plan().items()}, {HELLO: "keep", SECOND: "keep"})
+
+    def test_what_has_only_freed_its_ports_runs_again_although_a_failed_update_is_kept(self):
+        """P-8: on_failure keep is for what failed, not for what stood aside."""
+        self.device.set("runtime.on_failure", "keep")
+        self.publish_ports(one=7001, two=7002)
+        self.cycle()
+        before = self.engine.containers()[self.NAMES[SECOND]]
+        two = {"main": service(ports=["${PORT}:8080"]), "broken": service()}
+        self.wfm.add_package(support.make_compose(two), tag="2.0.0")
+        self.wfm.publish(support.make_deployment(
+            HELLO, "one", registry=self.wfm.registry, components=(("web", "2.0.0"),),
+            parameters={"PORT": "7002"}), HELLO)
+        self.publish_ports(two=7001)
+        self.engine.change(exits={"broken": 3})
+        self.cycle(1)
+        self.assertIn(("stop", before["id"]), self.commands("stop"))
+        after = self.engine.containers()[self.NAMES[SECOND]]
+        self.assertEqual((after["id"], after["state"]), (before["id"], "running"))
+
+    def test_a_circle_that_was_begun_is_ended_before_the_process_is(self):
+        """What was stopped for another deployment is not left to the next start of the agent."""
+        self.publish_ports(one=7001, two=7002)
+        self.cycle()
+        before = self.engine.containers()[self.NAMES[SECOND]]
+        self.publish_ports(one=7002, two=7001)
+
+        def stopping():
+            return "exited" in {item["state"] for item in self.engine.containers().values()}
+
+        with mock.patch.dict(os.environ, self.engine.env):
+            config = margo_agent.load_config(self.device.config_file)
+            margo_agent.Agent(config, stopping).cycle()
+        self.assertIn(("stop", before["id"]), self.commands("stop"))
+        found = self.engine.containers().values()
+        self.assertEqual({item["state"] for item in found}, {"running"})
 
 
 class Prune(ApplyCase):

@@ -359,6 +359,40 @@ class CommandLines(DriverCase):
         self.assertEqual(container["env"], [f"{name}={value}" for name, value in sorted(parameters.items())])
 
 
+class Trouble(DriverCase):
+    """D-16: an engine that does not answer one question has not nothing."""
+
+    def answer(self, command, code, output):
+        """The engine's answer to one command from now on."""
+        real = margo_agent.run_command
+
+        def run(argv, timeout, **options):
+            if argv[1:1 + len(command)] == command:
+                return margo_agent.Output(code, output, "Error: cannot connect to the engine")
+            return real(argv, timeout, **options)
+
+        self.start_patch(mock.patch.object(margo_agent, "run_command", run))
+
+    def test_networks_that_cannot_be_looked_at_are_not_made_anew(self):
+        known = self.apply(make_document({}))
+        before = self.engine.containers()
+        for output in (b"", b"[]\n"):
+            self.answer(["network", "inspect"], 1, output)
+            with self.assertRaisesRegex(margo_agent.CommandError, "network inspect failed: .*cannot connect"):
+                self.apply(make_document({}), known)
+        self.assertEqual(self.engine.containers(), before)
+
+    def test_a_container_that_docker_cannot_look_at_is_looked_for_in_the_list(self):
+        """It prints an empty list, whether the container or the daemon is gone."""
+        self.apply(make_document({}))
+        ids = list(self.ids().values())
+        self.answer(["inspect"], 1, b"[]\n")
+        self.assertEqual(self.driver.inspect(ids), {})
+        self.answer(["ps"], 1, b"")
+        with self.assertRaises(margo_agent.CommandError):
+            self.driver.inspect(ids)
+
+
 class Preparation(DriverCase):
     def test_an_image_that_is_there_is_not_pulled(self):
         """P-1: a device without network starts what it has."""

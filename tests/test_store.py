@@ -99,6 +99,24 @@ class State(StoreCase):
         self.assertEqual((record["retry"]["failures"], record["repair"]["failures"]), (3, 6))
         self.assertEqual(set(record), {"adopted", "retry", "repair"})
 
+    def test_what_an_older_agent_installed_by_an_update_has_no_version_before_to_go_back_to(self):
+        """Its `fallback` stood although `running` is what is installed, and without `services`."""
+        digest = "sha256:" + "a" * 64
+        facts = {"main": {"hash": "h", "finished": False, "image": "i"}}
+        component = {"name": "web", "state": "installed", "error": None, "services": facts, "package": None}
+        running = {"digest": digest, "packages": {}, "images": [], "mark": "", "type": "compose"}
+        older = {"deploymentId": "x", "name": "x", "deviceId": "d", "type": "compose", "state": "installed",
+                 "adopted": {"digest": digest, "version": 3}, "error": None, "running": running,
+                 "previous": None, "refused": False, "failures": 0, "retryAt": 0, "components": [component],
+                 "fetched": [], "fallback": True, "repairs": 0, "repairedAt": 0}
+        text = json.dumps({"schema": 1, "deployments": {"x": older}}).encode()
+        record = margo_agent.parse_state(text, "state.json")["deployments"]["x"]
+        now = margo_agent.Clock(1000, "boot", 5)
+        record = margo_agent.fail_record(record, "web", margo_agent.ComponentError("C", "words"), now, 0)
+        target = margo_agent.Target("x", digest, 3, None, None)
+        self.assertEqual(margo_agent.make_action(target, record, [], now, 0, "").verb, "keep")
+        self.assertEqual(margo_agent.find_held_ports(record), set())
+
     def test_a_newer_schema_says_so(self):
         with open(self.store.path("state.json"), "w") as file:
             json.dump({"schema": 7}, file)
