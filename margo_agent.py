@@ -6127,7 +6127,7 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
         if os.path.isdir(folder):
             if all(load_sameness(os.path.join(folder, entry.path), entry, plain) for entry in entries):
                 return folder
-            log("warning", "an unpacked package is not what its archive holds, and is unpacked anew", folder=folder)
+            log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
             remove_folder(folder)
         remove_folder(work)
         create_folder(os.path.join(work, "content"))
