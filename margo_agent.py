@@ -3716,12 +3716,7 @@ class ComposeDriver:
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
         items = {"network": project.networks, "volume": project.volumes, "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            found = self.inspect_names(kind, list(wanted))
-            for name in set(wanted).difference(item[0] for item in found):
-                if wanted[name] is None:            # to the engine it may be the beginning of another one's id
-                    raise make_fault(f"there is no {kind} {name} on this device; `external: true` takes one that"
-                                     " is there")
-            for name, labels, found_id in found:
+            for name, labels, found_id in self.inspect_names(kind, list(wanted)):
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3942,6 +3937,7 @@ class ComposeDriver:
         project = job.workload.project
         new, first, last = plan_networks(job.project.networks, self.look_at_networks(job), project)
         changes = plan_services(services, present, job.known, set(new))
+        self.ask_external(job.project, changes.making)
         leaving = [container for group in changes.leaving for container in group]
         first, inside = self.look_inside(first, job.project.networks, leaving)
         if not first:
@@ -4013,6 +4009,19 @@ class ComposeDriver:
         for name, arguments in items.items():
             if arguments is not None and not self.inspect_names(kind, [name]):
                 self.carry_out(job, [kind, "create"] + arguments + [name])
+
+    def ask_external(self, project, services):
+        """Raises ComponentError where services use an external network or volume that is not there.
+
+        To the engine its name could be the beginning of another one's id.
+        """
+        used = {item.network for service in services for item in service.networks}
+        used.update(mount.source for service in services for mount in service.mounts)
+        for kind, items in (("network", project.networks), ("volume", project.volumes)):
+            names = {name for name, arguments in items.items() if arguments is None and name in used}
+            for name in sorted(names.difference(item[0] for item in self.inspect_names(kind, list(names)))):
+                raise ComponentError("INSTALL_FAILED", f"there is no {kind} {name} on this device;"
+                                     " `external: true` takes one that is there")
 
     def look_at_volumes(self, known, present):
         """{service: {path: volume}} of what is there for each service, or was when it was installed."""
@@ -6115,20 +6124,34 @@ def resolve_link(path, entries, hops):
     return "/".join(resolved)
 
 
+def load_sameness(path, entry, plain):
+    """Whether a path on the disk is what an Entry of an archive with these tar bytes says."""
+    if os.path.islink(path) or entry.kind == "link":
+        return os.path.islink(path) and os.readlink(path) == entry.link
+    if entry.kind == "folder":
+        return os.path.isdir(path)
+    content = plain[entry.offset:entry.offset + entry.size]
+    return (os.path.isfile(path) and os.stat(path).st_mode & 0o777 == entry.mode
+            and read_file(path, len(content) + 1) == content)
+
+
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     """Unpacks a verified archive to `parent`/<digest> and returns that folder.
 
-    One that is there already is complete.
+    One that is there already stays if it still is what the archive holds.
 
     Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay
     for who uses them.
     """
     folder = os.path.join(parent, digest.split(":")[1][:16])
-    if os.path.isdir(folder):
-        return folder
     plain, entries = check_archive(data, max_unpacked, relaxed)
     work = folder + ".tmp"
     try:
+        if os.path.isdir(folder):
+            if all(load_sameness(os.path.join(folder, entry.path), entry, plain) for entry in entries):
+                return folder
+            log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
+            remove_folder(folder)
         remove_folder(work)
         create_folder(os.path.join(work, "content"))
         for entry in sorted(entries, key=lambda item: item.kind == "link"):

@@ -14,6 +14,7 @@ A test holds the engine open as a thread of its own (serve), to which fake_podma
 podman for one command.
 """
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -108,11 +109,16 @@ class Engine:
             self.held["images"].append(name)
 
     def show(self, kind, names):
-        """Prints those of some names that there are, and fails where one is missing."""
+        """Prints those of some names that there are, and fails where one is missing.
+
+        As podman has it, the beginning of a volume's name will do, and that of a network's id.
+        """
         held = self.held[kind]
-        self.say(json.dumps([{"Name": name, "Labels": dict(label.split("=", 1) for label in held[name])} for name in names if name in held]))
-        for name in names:
-            if name not in held:
+        spelt = {key: key if kind == "volumes" else hashlib.sha256(key.encode()).hexdigest() for key in held}
+        found = [([key for key in held if key == name] or [key for key in held if spelt[key].startswith(name)])[:1] for name in names]
+        self.say(json.dumps([{"Name": key, "Labels": dict(label.split("=", 1) for label in held[key])} for keys in found for key in keys]))
+        for name, keys in zip(names, found):
+            if not keys:
                 fail(f"no such {kind[:-1]}: {name}")
 
     def network(self, arguments):

@@ -1,4 +1,5 @@
 """Compose driver: how a start is judged, and what the engine is told and when."""
+import hashlib
 import json
 import os
 import re
@@ -665,6 +666,22 @@ class Owners(DriverCase):
             held["networks"] = {"plant": ["org.margo.owner=stranger"]}
         self.check_names(make_document({"volumes": ["data:/d", "plant:/p"]}, volumes={"data": None, "plant": {"external": True}},
                                        networks={"plant": {"external": True}}))
+
+    def test_what_an_engine_finds_by_a_part_of_its_name_is_not_what_was_named(self):
+        """The beginning of a network's id led into any network, and a volume data was not made beside data2."""
+        begun = hashlib.sha256(b"theirs").hexdigest()[:2]
+        with self.engine.open() as held:
+            held["networks"], held["volumes"] = {"theirs": []}, {"theirs2": []}
+        for kind, name, keys in (("network", begun, {"networks": ["x"]}), ("volume", "theirs", {"volumes": ["x:/x"]})):
+            document = make_document(keys, **{kind + "s": {"x": {"external": True, "name": name}}})
+            self.assertFails("INSTALL_FAILED", lambda: self.apply(document), f"there is no {kind} {name} on this device")
+            self.assertEqual(self.driver.observe(), [])
+            del document["services"]["main"][kind + "s"]
+            self.check_names(document)              # what no service uses needs not be there
+        self.apply(make_document({"volumes": ["data2:/2", "data:/1"]}, volumes={"data2": None, "data": None}))
+        with self.engine.open() as held:
+            self.assertLess({f"{PROJECT}_data", f"{PROJECT}_data2"}, set(held["volumes"]))
+            self.assertTrue(all(held["volumes"][f"{PROJECT}_{name}"] for name in ("data", "data2")))
 
     def test_what_was_made_for_another_deployment_is_not_reached_by_any_name(self):
         """A project's name may be cut, so that no id stands in it: the label says for whom something was made."""

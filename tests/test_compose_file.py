@@ -127,7 +127,7 @@ class Interpolation(FileCase):
         """C-180: parameters feed ${NAME} and all forms of Compose; a value is never interpolated again."""
         for text, expected in self.FORMS:
             with self.subTest(text=text):
-                self.assertEqual(margo_agent.interpolate(text, "here"), expected)
+                self.assertEqual(margo_agent.interpolate(text, self.VARIABLES, "here"), expected)
 
     def test_docker_compose_gives_the_same_texts(self):
         support.require("docker-compose")
@@ -156,7 +156,7 @@ class Interpolation(FileCase):
 
     def test_the_branch_that_is_not_taken_asks_for_nothing(self):
         for text, expected in (("${SET:-${T:?no}}", "value"), ("${UNSET:+${T:?no}}", "")):
-            self.assertEqual(margo_agent.interpolate(text, "here"), expected)
+            self.assertEqual(margo_agent.interpolate(text, self.VARIABLES, "here"), expected)
 
     def test_find_brace_skips_the_braces_of_inner_names(self):
         for text, start, end in (("${A}", 2, 3), ("${A:-${B}}", 5, 9), ("${A:-${B:-${C}}}x}", 5, 15),

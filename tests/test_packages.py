@@ -583,6 +583,22 @@ class Unpacking(ArchiveCase):
         self.assertEqual(self.unpack(PACKAGE), top)
         self.assertEqual(os.stat(os.path.join(top, "compose.yaml")), before)
 
+    def test_a_package_that_was_spoilt_where_it_lies_is_unpacked_anew(self):
+        """Contract, Files: what is unpacked is held against its archive before each use."""
+        data = make_archive({"compose.yaml": "{}", "conf/a": "1"})
+        top = self.unpack(data)
+        path = os.path.join(top, "conf", "a")
+
+        def fill(text):
+            with open(path, "w") as file:
+                file.write(text)
+        for spoil in (lambda: fill("2"), lambda: fill(""), lambda: fill("11"), lambda: os.remove(path), lambda: os.chmod(path, 0o755),
+                      lambda: (os.remove(path), os.symlink("../compose.yaml", path))):
+            spoil()
+            self.assertEqual(self.unpack(data), top)
+            with open(path) as file:
+                self.assertEqual((file.read(), os.stat(path).st_mode & 0o777, os.path.islink(path)), ("1", 0o644, False))
+
     def test_versions_lie_beside_one_another(self):
         other = make_archive({"compose.yaml": "{}"})
         self.assertEqual({os.path.basename(self.unpack(PACKAGE)), os.path.basename(self.unpack(other))},
