@@ -173,10 +173,10 @@ class Output(support.DeviceCase):
     def test_a_state_of_a_newer_agent_is_refused_untouched(self):
         self.device.cycle()
         path = os.path.join(self.device.state_dir, "state.json")
-        support.write(path, json.dumps(dict(self.device.state(), schema=2)))
+        support.write(path, json.dumps(dict(self.device.state(), schema=3)))
         log = self.device.cycle(3)
-        self.assertIn("schema 2", log)
-        self.assertEqual(self.device.state()["schema"], 2)
+        self.assertIn("schema 3", log)
+        self.assertEqual(self.device.state()["schema"], 3)
 
 
 class History(support.DeviceCase):
@@ -217,7 +217,7 @@ class Doctor(support.DeviceCase):
 
     def test_all_is_well(self):
         self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
-        self.check(0, r"(?m)^ok   state .*MiB free", r"(?m)^ok   engine    podman \(builtin\) answers", rf"(?m)^ok   identity  {support.CLIENT_ID}, \d+ days",
+        self.check(0, r"(?m)^ok   state .*MiB free", r"(?m)^ok   engine    podman answers", rf"(?m)^ok   identity  {support.CLIENT_ID}, \d+ days",
                    rf"(?m)^ok   wfm       {self.wfm.url} is {support.WFM_ID}; version 1")
         self.assertEqual({method for method, _, _ in self.wfm.requests()}, {"GET"})
 

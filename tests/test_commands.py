@@ -133,7 +133,7 @@ class RunCommand(unittest.TestCase):
                 os.chmod(path, 0o755)
 
             def list_lacks():
-                lacks, notes = margo_agent.ComposeDriver("podman", None, None, {"PATH": folder}).list_lacks()
+                lacks, notes = margo_agent.ComposeDriver("podman", None, {"PATH": folder}).list_lacks()
                 return [words.split()[0] for words in lacks], [words.split()[0] for words in notes]
 
             with mock.patch.multiple(margo_agent, HELPER_FOLDERS=(), SYSTEM_FOLDERS=()):

@@ -9,8 +9,9 @@ from tests import gauge, support
 
 STRIP = os.path.join(support.EXAMPLES, "firmware", "strip.py")
 # What needs no optional room; it runs on a file that has none.
-CORE = ("tests.test_plan", "tests.test_store", "tests.test_status", "tests.test_eligibility", "tests.test_desired_state", "tests.test_commands",
-        "tests.test_agent.Cycle")
+CORE = ("tests.test_plan", "tests.test_store", "tests.test_status", "tests.test_eligibility", "tests.test_desired_state.Manifest",
+        "tests.test_desired_state.Version", "tests.test_desired_state.Deployment", "tests.test_desired_state.Variables",
+        "tests.test_desired_state.ProjectName", "tests.test_desired_state.Bundle", "tests.test_commands", "tests.test_agent.Cycle")
 SMALL = '''#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """A small file.  Exit codes. 0"""

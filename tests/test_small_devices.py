@@ -189,7 +189,7 @@ class Temporary(SmallCase):
         folder = support.make_folder(self)
         support.write(os.path.join(folder, "file"), "")
         config = margo_agent.load_config(self.device.config_file, self.device.env)
-        margo_agent.ComposeDriver("podman", None, config, dict(self.device.env, TMPDIR=folder)).clear_temporary(folder)
+        margo_agent.ComposeDriver("podman", config, dict(self.device.env, TMPDIR=folder)).clear_temporary(folder)
         self.assertEqual(os.listdir(folder), ["file"])
 
 
@@ -205,7 +205,8 @@ class Modes(SmallCase):
                 parts = os.path.relpath(path, device.state_dir).split(os.sep)
                 if stat.S_ISLNK(facts.st_mode):
                     continue
-                public = parts[0] == "deployments" and len(parts) > 3 and (len(parts[3]) == 16 or parts[3].startswith("config-"))
+                public = parts[0] == "deployments" and len(parts) > 3 and (
+                    len(parts[3]) == 16 or parts[3].startswith(("config-", "content-")))
                 mode = stat.S_IMODE(facts.st_mode)
                 wanted = (0o755, 0o644) if public else (0o700, 0o600, 0o400)
                 self.assertIn(mode, wanted, f"{path} has mode {mode:04o}")

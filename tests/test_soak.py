@@ -174,7 +174,11 @@ class Soak(unittest.TestCase):
         find_time = margo_agent.Store.find_time     # a file's own time is the true clock's
         self.addCleanup(setattr, margo_agent.Store, "find_time", find_time)
         margo_agent.Store.find_time = lambda store: 0
-        for name, value in (("time", clock), ("get_random", rng.random), ("connect_source", lambda *_: fleet), ("write_file", write_file),
+        class Served(margo_agent.PROFILES["mtls"]):
+            def connect(self, keep=True, client_id=None):
+                return fleet
+
+        for name, value in (("time", clock), ("get_random", rng.random), ("PROFILES", dict(margo_agent.PROFILES, mtls=Served)), ("write_file", write_file),
                             ("sync_folder", lambda folder: None), ("get_uptime", lambda: ("boot", clock.up)),
                             ("os", self.make_os())):
             self.patch(name, value)
