@@ -103,6 +103,8 @@ STOP_GRACE = 20                     # seconds for the current step once the proc
 STOP_LIMIT = 90                     # seconds until a cycle that was asked to end is killed by its parent
 CYCLE_RETRY = 60                    # seconds to the next cycle after one that said nothing
 HUNG = 1800                         # seconds without a move after which a cycle is killed
+MAX_WAIT = 86400.0                  # seconds that anybody can ask this device to wait
+START_SPREAD = 120                  # seconds over which a fleet that starts arrives, at most
 START_WINDOW = 300                  # seconds since boot in which a device counts as just started
 RESERVE = 256 * KIB                 # at most kept for the state, for when the disk is full (P-4)
 COMPONENT_TIMEOUT = 300             # seconds a component without `timeout` may take to come up
@@ -1360,12 +1362,15 @@ def apply_removal(action, record, tools):
     Only an empty engine counts as removed (D-21).
     """
     adopted = dict(record["adopted"], version=tools.version)
+    there = find_components(record["deploymentId"], tools.containers)
+    if there and not record["components"]:          # the state was lost; they are still reported (C-131)
+        found = [dict(BLANK, name=name) for name in sorted({name for name, _ in there})]
+        record = dict(record, type=there[0][1], components=found)
     record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
     yield record
     deployment = load_deployment(record, tools.store)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
-    there = find_components(record["deploymentId"], tools.containers)
     unknown = [found for found in there if found not in known]
     changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
     name = None
@@ -1500,6 +1505,9 @@ def make_record(target, device_id):
             "components": [], "fetched": [], "fallback": False, "retry": {}, "repair": {}}
 
 
+BLANK = {"services": {}, "package": None}           # of a component of which nothing else is known
+
+
 def begin_record(record, target):
     """The record as work on the target's revision begins: all components pending, its version adopted (E-112,
     E-114).
@@ -1508,8 +1516,7 @@ def begin_record(record, target):
     """
     old = {component["name"]: component for component in record["components"]}
     names = [component.name for component in target.deployment.components] if target.deployment else list(old)
-    blank = {"services": {}, "package": None}
-    components = [dict(old.get(name, blank), name=name, state="pending", error=None) for name in names]
+    components = [dict(old.get(name, BLANK), name=name, state="pending", error=None) for name in names]
     record = dict(record, state="pending", error=None, refused=False, components=components)
     if target.deployment:
         record.update(name=target.deployment.name, type=target.deployment.type or record["type"])
@@ -2325,7 +2332,6 @@ def parse_spiffe_id(text):
 def check_leaf(certificate):
     """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011).
 
-
     """
     if len(certificate.uris) != 1:
         raise ValueError(f"subjectAltName holds {len(certificate.uris)} URIs, an X.509-SVID has exactly one")
@@ -2924,7 +2930,6 @@ def load_public_key(path):
 def run_csr(path, form="PEM"):
     """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035).
 
-
     """
     expected = b"CERTIFICATE REQUEST" if form == "PEM" else b""
     return run_openssl(["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path],
@@ -3134,16 +3139,31 @@ def detect_properties(state_dir, root="/"):
         "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
 
 
+# What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
+# character again and again; and what counts up, from whose start five or more characters are taken.
+PLACEHOLDER = (
+    r"(?i)(to be filled.*|o\.?e\.?m\.?|default( string)?|standard|none|null|empty|blank|invalid"
+    r"|un(known|defined|specified)|n/?a|serial ?number"
+    r"|not? ?(specified|applicable|available|present|set|asset tag|serial( number)?)"
+    r"|(system|chassis|base ?board|board|product) .*|[\W_0]+|(?P<one>\S)(?P=one){2,})?")
+COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890")
+
+
+def is_placeholder(text):
+    """Whether the firmware's text is none of this one device."""
+    counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
+    return counts or bool(re.fullmatch(PLACEHOLDER, text))
+
+
 def detect_text(root, dmi, tree):
     """One fact from the firmware: DMI on a PC, the device tree elsewhere.
 
-    Placeholders of careless makers count as nothing.
+    Placeholders count as nothing.
     """
     text = read_fact(root, "sys/class/dmi/id", dmi)
     if not text and tree:
         text = read_fact(root, "proc/device-tree", tree)
-    placeholder = r"(?i)(to be filled.*|default string|not specified|none|0+|system .*|n/a)?"
-    return "" if re.fullmatch(placeholder, text) else make_printable(text, 120)
+    return "" if is_placeholder(text) else make_printable(text, 120)
 
 
 def detect_interfaces(root):
@@ -3201,7 +3221,8 @@ def get_device_id(device, root="/"):
     if device.id:
         return device.id
     found = device.serialNumber or detect_text(root, "product_serial", "serial-number")
-    found = found or read_fact(root, "etc/machine-id")
+    machine = read_fact(root, "etc/machine-id")     # `uninitialized` in an image that has not booted yet
+    found = found or (machine if re.fullmatch("(?!0+$)[0-9a-f]+", machine) else "")
     name = re.sub(r"[^A-Za-z0-9._~-]+", "-", found).strip("-.")
     if not name:
         raise ConfigError(
@@ -3741,7 +3762,12 @@ class ComposeDriver:
         items = {"network": project.networks, "volume": project.volumes,
                  "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            for name, labels, found_id in self.inspect_names(kind, list(wanted)):
+            found = self.inspect_names(kind, list(wanted))
+            for name in set(wanted).difference(item[0] for item in found):
+                if wanted[name] is None:            # an engine may find another one, by its id
+                    raise make_fault(f"there is no {kind} {name} on this device; `external: true` takes one"
+                                     " that is there")
+            for name, labels, found_id in found:
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3870,13 +3896,17 @@ class ComposeDriver:
                 "PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
         environ = self.clear_temporary(self.check_space(service.image))
-        program, options = self.make_access(find_registry(service.image))
+        host = find_registry(service.image)
+        program, options = self.make_access(host)
         log("info", "an image is pulled", image=service.image)
         command = program + ["pull", "--quiet"] + arguments + options + [service.image]
         output = run_command(command, timeout, env=environ)
         if output.code:                             # a full disk is told of in the system's own words
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             words = f"{self.engine} pull failed: {output.stderr[-1500:]}"
+            if (self.config.registries.get(host) or {}).get("mirror"):
+                words += (f"; registries.{host}.mirror serves packages only: give the engine a mirror of its"
+                          " own")
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED", words)
         return [] if present else [service.image]
 
@@ -4060,7 +4090,7 @@ class ComposeDriver:
     def create_shared(self, job, kind, items):
         """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
         for name, arguments in items.items():
-            if arguments is not None and self.run([kind, "inspect", name], 60).code:
+            if arguments is not None and not self.inspect_names(kind, [name]):
                 self.carry_out(job, [kind, "create"] + arguments + [name])
 
     def look_at_volumes(self, known, present):
@@ -4596,8 +4626,8 @@ class Variables(dict):
         """Takes characters from the room that is left; raises ComponentError where there is none."""
         self.room -= count
         if self.room < 0:
-            raise make_fault(f"{where}: variables and env files bring more than {Variables.room} characters"
-                             " into the file")
+            raise make_fault(f"{where}: variables, env files and ports bring more than {Variables.room}"
+                             " characters into the file")
 
 
 def interpolate(text, variables, where, depth=0):
@@ -4620,7 +4650,7 @@ def interpolate(text, variables, where, depth=0):
         name = long or short
         value = dollar or variables.get(name, "")
         if long and operator != "}":
-            end = find_brace(text, position, where)
+            end = find_brace(text, position, variables, where)
             rest = text[position:end]
             position = end + 1
             given = name in variables and bool(value or ":" not in operator)
@@ -4644,15 +4674,18 @@ def choose(operator, given, name, value, make_rest, where):
     return make_rest()
 
 
-def find_brace(text, position, where):
+def find_brace(text, position, variables, where):
     """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only
-    those of a `${`."""
+    those of a `${`. What is looked through counts as what is brought in: many could look through each other.
+    """
     for opening in ("{", "${"):
         depth = 0
-        for index in range(position, len(text)):
-            depth += text.startswith(opening, index) - (text[index] == "}")
+        for match in re.compile(re.escape(opening) + "|}").finditer(text, position):
+            depth += 1 if match.group() == opening else -1
             if depth < 0:
-                return index
+                variables.spend(match.start() - position, where)
+                return match.start()
+        variables.spend(len(text) - position, where)
     raise make_fault(f"{where}: a ${{ that is not closed")
 
 
@@ -5086,6 +5119,11 @@ def make_volumes(document, workload):
     return volumes
 
 
+# Words that an engine takes for a mode where the name of a network is expected.
+MODES = ("host", "none", "bridge", "private", "default", "nat", "slirp4netns", "pasta", "container", "pod",
+         "ns")
+
+
 def make_networks(document, workload):
     """Top-level `networks` as make_volumes has it; `default` is always there."""
     networks = {}
@@ -5097,6 +5135,9 @@ def make_networks(document, workload):
         mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
         networks[name] = make_shared(name, value, workload, f"networks.{name}",
                                      arguments + [f"--label={LABEL_HASH}={mark}"])
+        if networks[name][0] in MODES:
+            raise make_fault(f"networks.{name}: {networks[name][0]!r} is a mode to the engine and no network;"
+                             " set `network_mode` of the services")
     return networks
 
 
@@ -5153,13 +5194,25 @@ def read_inside(folder, name, where):
 def make_arguments(option, value):
     """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None.
 
-
     """
     if value is None or isinstance(value, bool):
         return [option] if value else []
     if isinstance(value, dict):
         return [f"{option}={name}={item}" for name, item in sorted(value.items())]
     return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
+
+
+# What podman takes several of in one argument, as a line of comma-separated values.
+LISTED = ("--add-host", "--cap-add", "--cap-drop", "--device", "--dns", "--dns-option", "--dns-search",
+          "--group-add", "--log-opt", "--publish", "--sysctl", "--ulimit")
+
+
+def make_single(argument):
+    """An argument by which podman takes exactly what was read: a comma in it would begin one more value."""
+    option, _, value = argument.partition("=")
+    if option not in LISTED or not re.search('[,"\r\n]', value):
+        return argument
+    return '{}="{}"'.format(option, value.replace('"', '""'))
 
 
 def make_options(service, workload, where):
@@ -5603,7 +5656,6 @@ def make_project(document, workload, policy, engine, folder=None):
 def make_file_variables(workload, folder):
     """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own.
 
-
     """
     variables = Variables(workload.parameters)
     if folder.look(".env").kind:
@@ -5637,7 +5689,6 @@ def find_wanted(services, notes):
 def make_service(name, service, reading):
     """A Service from its settings, held against the policy; without a hash, which comes when all are known.
 
-
     """
     where = f"services.{name}"
     mounts = make_mounts(service, reading, where)
@@ -5645,12 +5696,16 @@ def make_service(name, service, reading):
     check_logging(f"{where}.logging", service.logging, reading.engine)
     check_mounts(f"{where}.volumes", mounts, reading.policy, reading.folder)
     ports = make_ports(service.ports, f"{where}.ports")
+    count = sum(1 + make_span(port.published or port.target)[1] for port in ports)
+    reading.variables.spend(64 * count, f"{where}.ports")           # what one of them takes of the memory
     arguments = make_options(service, reading.workload, where) + make_arguments("--publish",
         list(map(make_publish, ports)))
     command = service.command or []
     if service.entrypoint is not None:
         arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
         command = service.entrypoint[1:] + command
+    if reading.engine == "podman":
+        arguments = list(map(make_single, arguments))
     checks, health = make_health(service.healthcheck, reading.engine)
     arguments += checks + list(map(make_mount_argument, mounts))
     if sum(map(len, arguments + command)) > 64 * 1024:
@@ -5666,7 +5721,7 @@ def make_service(name, service, reading):
 
 def add_aliases(services, wanted, notes):
     """Changes services to be found by their container_name, and by what others link them as."""
-    taken = {}
+    taken, added = {}, {}
     for name, service in wanted.items():
         names = [(name, service.container_name)]
         for link in service.links or ():
@@ -5678,10 +5733,12 @@ def add_aliases(services, wanted, notes):
                 continue
             if other != owner:
                 notes.append(f"services.{name}: the name {alias} also leads to service {other}")
-            services[owner] = services[owner]._replace(networks=[
-                item if item.aliases is None else item._replace(
-                    aliases=list(dict.fromkeys(item.aliases + [alias])))
-                for item in services[owner].networks])
+            added.setdefault(owner, []).append(alias)
+    for owner, aliases in added.items():
+        services[owner] = services[owner]._replace(networks=[
+            item if item.aliases is None else item._replace(
+                aliases=list(dict.fromkeys(item.aliases + aliases)))
+            for item in services[owner].networks])
 
 
 def order_services(services):
@@ -6264,7 +6321,6 @@ SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS",
 def list_folders(environ):
     """The folders in which helper programs are looked for: those on PATH, and the system's own behind them.
 
-
     """
     folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
     return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
@@ -6678,7 +6734,7 @@ def parse_problem(body):
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
     wait = value.get("retryAfterSeconds")
-    wait = float(wait) if is_number(wait) and 0 <= wait < 10 ** 9 else None
+    wait = float(wait) if is_number(wait) and 0 <= wait < 1e15 else None
     errors = value["errors"] if isinstance(value.get("errors"), list) else []
     errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
               if isinstance(item, dict)]
@@ -6712,7 +6768,7 @@ def check_response(response, where, accepted, now):
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     facts = {"status": response.status, "strategy": problem.strategy,
-             "retry_after": problem.retry_after if wait is None else wait}
+             "retry_after": limit_wait(problem.retry_after, now) if wait is None else wait}
     if verdict == "denied" and not known or problem.type in DENIALS:
         raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
     retryable = problem.retryable
@@ -6743,7 +6799,6 @@ class Log:
 
     def __call__(self, level, message, **fields):
         """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value.
-
 
         """
         if self.LEVELS.index(level) < self.LEVELS.index(self.level):
@@ -7036,7 +7091,6 @@ class Store:
     def lock(self):
         """Takes the lock or raises Locked; the kernel gives it back when this process ends, however it ends.
 
-
         """
         import fcntl
         try:
@@ -7200,7 +7254,7 @@ class Folder:
     """An unpacked package, and the one way by which its compose file is looked up on the disk."""
 
     def __init__(self, path, environ=None):
-        self.path, self.environ = path, environ
+        self.path, self.environ, self.digests = path, environ, {}
 
     def resolve(self, name):
         """A path, relative to the package, with all links followed."""
@@ -7231,7 +7285,9 @@ class Folder:
             kind = "other" if os.path.exists(real) else ""
         path = real
         if own and kind:
-            path = os.path.join(os.path.dirname(root), f"content-{load_digest(real)[:32]}",
+            if real not in self.digests:            # a file may name it a thousand times
+                self.digests[real] = load_digest(real)
+            path = os.path.join(os.path.dirname(root), f"content-{self.digests[real][:32]}",
                                 os.path.basename(real))
         return Source(path, real, kind, own, not own and self.leads_to_engine(real))
 
@@ -7273,7 +7329,7 @@ class Folder:
         """
         import shutil
         needed = set()
-        for source in sources:
+        for source in {source.path: source for source in sources}.values():
             place = os.path.dirname(source.path)
             needed.add(os.path.basename(place))
             try:
@@ -7308,15 +7364,15 @@ def link_file(source, target):
 
 
 def load_digest(path):
-    """A digest in hex of a file or a folder with all that is in it: names, modes, contents, links as they
-    are."""
+    """A digest in hex of a file or a folder with all that is in it: names, its own too, modes, contents,
+    links as they are."""
     found = []
     for folder, folders, files in os.walk(path):
         folders.sort()
         for name in sorted(folders + files):
             found.append((os.path.relpath(os.path.join(folder, name), path),
                           load_part(os.path.join(folder, name))))
-    found.append(("", load_part(path)))
+    found.append((os.path.basename(path), load_part(path)))
     return sha256_digest(repr(found).encode("utf-8", "surrogateescape"))[7:]
 
 
@@ -7591,7 +7647,15 @@ read_labels = checked("a mapping of labels to text, number, boolean, or a list o
 
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-MOMENT_PATTERN = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+MINUTE = "%Y-%m-%dT%H:%M"
+
+
+def is_moment(text):
+    """Whether a text such as 2026-12-24T00:00 is a minute that the calendar has."""
+    try:
+        return time.strftime(MINUTE, time.strptime(text, MINUTE)) == text
+    except ValueError:
+        return False
 
 
 def parse_window(text):
@@ -7601,7 +7665,7 @@ def parse_window(text):
     than the start. `2026-12-24T00:00/2026-12-27T00:00`: (None, text, text), which compare as text.
     """
     start, slash, end = text.partition("/")
-    if re.fullmatch(f"{MOMENT_PATTERN}/{MOMENT_PATTERN}", text) and start < end:
+    if is_moment(start) and is_moment(end) and start < end:
         return None, start, end
     day = "(" + "|".join(DAYS) + ")"
     clock = "([0-9]{2}):([0-5][0-9])"
@@ -7625,7 +7689,7 @@ read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window
 def is_within(windows, local):
     """Whether the device-local `local` (struct_time) lies in one of the windows."""
     now = 60 * local.tm_hour + local.tm_min
-    stamp = time.strftime("%Y-%m-%dT%H:%M", local)
+    stamp = time.strftime(MINUTE, local)
     for days, start, end in windows:
         if days is None:
             inside = start <= stamp < end
@@ -8877,9 +8941,11 @@ def make_backoff(failures, asked, strategy, jitter):
 
 def make_start(uptime, poll, known, jitter):
     """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
-    arrives spread over one interval (P-19).  One that never had a desired state asks at once.
+    arrives spread over one interval (P-19), and two minutes at most, because a device may be switched on for
+    less than its interval (F-27).  One that never had a desired state asks at once.
     """
-    return uptime + jitter * poll.interval if known and poll.jitter and uptime < START_WINDOW else 0
+    spread = jitter * min(poll.interval, START_SPREAD)
+    return uptime + spread if known and poll.jitter and uptime < START_WINDOW else 0
 
 
 def make_delay(config, state, fault, clock, jitter):
@@ -8899,21 +8965,40 @@ def make_delay(config, state, fault, clock, jitter):
     return max(1.0, min([interval] + attempts))
 
 
-def parse_retry_after(text, now):
-    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
-    unreadable (C-056).
-    """
-    if not text:
-        return None
-    if re.fullmatch(r"[0-9]+", text.strip()):
-        return min(float(text.strip()), 1e9)        # float strips less than strip does
+def parse_date(text):
+    """A date of HTTP, in any of its forms, to Unix seconds; None where there is none or it is unreadable."""
     from datetime import timezone
     from email.utils import parsedate_to_datetime
     try:
         moment = parsedate_to_datetime(text)
-        return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() - now)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
+
+
+def limit_wait(seconds, now):
+    """What somebody asks to wait, None or seconds from `now` (Unix seconds): a day at most.
+
+    A number as large as the clock's is a moment (Unix seconds, or milliseconds), not a duration.
+    """
+    if seconds is None:
+        return None
+    if seconds >= 1e12:
+        seconds /= 1000
+    if seconds >= 1e9:
+        seconds -= now
+    return max(0.0, min(seconds, MAX_WAIT))
+
+
+def parse_retry_after(text, now):
+    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
+    unreadable (C-056).
+    """
+    text = text or ""
+    if re.fullmatch(r"[0-9]+", text.strip()):
+        return limit_wait(float(text.strip()), now)  # float strips less than strip does
+    moment = parse_date(text)
+    return None if moment is None else limit_wait(max(0.0, moment - now), now)
 
 
 def unpack_gzip(data, max_unpacked):
@@ -9175,8 +9260,7 @@ class SignedSource(HttpSource):
         headers["Signature"] = f"{signer.label}=:{make_base64(run_signature(base, signer))}:"
         response = request(method, url, headers, body, self.context, self.config.wfm.timeout, limit)
         if response.status == 401:
-            # the same form of time, counted from 1970
-            theirs = parse_retry_after(response.headers.get("Date"), 0)
+            theirs = parse_date(response.headers.get("Date"))
             offset = "unknown" if theirs is None else f"{time.time() - theirs:+.0f} s"
             log("error", "the WFM does not accept a signature", method=method, target=url,
                 algorithm=signer.algorithm,
@@ -9672,7 +9756,6 @@ class GitSource:
 
     def fetch(self, refspec, *options, codes=(0,)):
         """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
-
 
         """
         limit = self.config.policy.max_unpacked
@@ -10527,7 +10610,6 @@ class Enrollment:
     def prove(self, chain, own, bundle):
         """Tries the renewed SVID on a conditional GET; only if the WFM answers does it replace the old one.
 
-
         """
         with lend_file(chain.encode()) as file:
             own = own._replace(certificate_file=file.name)
@@ -10559,7 +10641,7 @@ def judge_est_response(response, operation, now):
     Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.  A clock that is wrong is
     told in the log.
     """
-    theirs = parse_retry_after(response.headers.get("Date"), 0)  # the same form of time, counted from 1970
+    theirs = parse_date(response.headers.get("Date"))
     if theirs is not None and abs(theirs - now) > CLOCK_SKEW:
         log("error", f"the clock of this device says {make_time(now)}, that of the identity service"
             f" {make_time(theirs)};"
@@ -10574,7 +10656,7 @@ def judge_est_response(response, operation, now):
     words = make_printable(response.body[:500].decode("utf-8", "replace"))
     if problem:
         words = problem.detail or problem.title
-        wait = problem.retry_after if wait is None else wait
+        wait = limit_wait(problem.retry_after, now) if wait is None else wait
     message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
     if find_verdict(response.status) == "later":
         raise Unreachable(message, retry_after=wait)
@@ -10861,7 +10943,6 @@ def refresh_crls(config, store, state, issuers, seek):
 
 def fetch_crl(config, store, url, records, issuers, seek, now):
     """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError.
-
 
     """
     record = records[url]
@@ -11548,7 +11629,8 @@ def command_doctor(config, options):
     agent.state = make_state()
     first = {"state": examine_storage, "clock": examine_clock, "engine": examine_engine}
     last = {"others": examine_others, "registry": examine_registries, "labels": examine_labels,
-            "identity": lambda agent: agent.get_profile().check(time.time()), "wfm": examine_connection}
+            "identity": lambda agent: agent.get_profile().check(time.time()), "wait": examine_wait,
+            "wfm": examine_connection}
     for name, check in {**first, **EXAMINE, **last}.items():
         try:
             level, words = check(agent)
@@ -11574,6 +11656,14 @@ def examine_storage(agent):
     if free > need:
         return "ok", words
     return "warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some"
+
+
+def examine_wait(agent):
+    """Whether the WFM, or a back-off, keeps the next run from asking."""
+    clock = get_clock()
+    left = find_wait(agent.state["patience"], clock)
+    words = f"until {make_time(clock.now + left)} the WFM or a back-off asks to wait; `retry` ends that"
+    return "warn", words if left else ""
 
 
 def examine_labels(agent):
@@ -11615,7 +11705,6 @@ def examine_engine(agent):
 
 def examine_others(agent):
     """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need.
-
 
     """
     others = ask_others({device.device_id: device.drivers for device in agent.devices})
@@ -11792,7 +11881,6 @@ def count_wakes(pid):
 
 def end_cycle(pid, limit):
     """Asks a cycle to end after its current step, and kills it after `limit` seconds; the daemon's exit code.
-
 
     """
     import os
@@ -12087,13 +12175,18 @@ def command_csr(config, options):
 
 
 def command_retry(config, options):
-    """Clears the back-off of failed deployments, so that the next run tries again."""
+    """Clears the back-off of failed deployments; without an ID also what the WFM or an identity service has
+    asked to wait.  The next run tries again.
+    """
     with Agent(config) as agent:
         wanted = (options["operand"] or "").lower()
         records = [record for key, record in agent.state["deployments"].items()
                    if record["state"] == "failed" and wanted in ("", key)]
         for record in records:
             record.update(retry={}, repair={})
+        if not wanted:
+            agent.state["patience"] = {}
+            agent.state["est"].update(delay=0)
         agent.store.save_state(agent.state)
         if wanted and not records:
             raise ConfigError(f"{options['operand']} is no failed deployment; `status` lists them")

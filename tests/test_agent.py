@@ -381,6 +381,8 @@ class Times(unittest.TestCase):
 
         self.assertEqual([start(20, jitter=jitter) for jitter in (0, 0.25, 0.75)], [20, 35, 65])
         self.assertEqual([start(20, known=False), start(margo_agent.START_WINDOW)], [0, 0])
+        hourly = margo_agent.Settings({"interval": 3600, "jitter": 0.1})        # on for minutes at a time (F-27)
+        self.assertEqual(margo_agent.make_start(20, hourly, True, 0.99), 20 + 0.99 * 120)
         self.assertEqual(margo_agent.make_start(20, margo_agent.Settings({"interval": 60, "jitter": 0}), True, 0.5), 0)
 
 

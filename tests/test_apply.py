@@ -101,6 +101,18 @@ class Install(ApplyCase):
         self.assertEqual(changed, {f"web-{HELLO}-api-1"})
         self.assertEqual(self.environments()[f"web-{HELLO}-api-1"], ["GREETING=two"])
 
+    def test_an_image_that_cannot_be_pulled_beside_a_mirror_says_what_mirrors_are_for(self):
+        """F-31: packages come from the mirror, images do not."""
+        words = "registries.plant.example.mirror serves packages only"
+        self.wfm.add_package(support.make_compose({"main": service(image="plant.example/app:1")}))
+        self.publish()
+        self.engine.change(unpullable=["plant.example/app:1"])
+        self.assertNotIn(words, self.device.cycle(1))
+        self.device.settings["registries"]["plant.example"] = {"mirror": "mirror.example"}
+        self.device.save()
+        self.try_again_now()
+        self.assertIn(words, self.device.cycle(1))
+
     def test_no_value_of_a_parameter_stands_on_a_command_line_or_in_the_log(self):
         """D-35"""
         self.wfm.add_package(support.make_compose({"main": service(image="localhost/none:1")}))
@@ -140,6 +152,21 @@ class Install(ApplyCase):
         self.device.cycle()
         self.assertFalse([call for call in self.engine.calls() if call[:2] == ["volume", "rm"] or "--volumes" in call])
         self.assertEqual(len([call for call in self.engine.calls() if call[:2] == ["volume", "create"]]), 1)
+
+    def test_what_is_removed_after_the_state_was_lost_is_reported_with_its_components(self):
+        """C-131, F-32: a WFM that knows the components refuses a report without them for good."""
+        for name in ("db", "web"):
+            self.wfm.add_package(support.make_compose(), name)
+        self.publish(components=(("db", "1.0.0"), ("web", "1.0.0")))
+        self.device.cycle()
+        shutil.rmtree(self.device.state_dir)
+        self.wfm.withdraw()
+        self.assertNotIn("refuses a status", self.device.cycle())
+        self.assertEqual(self.engine.containers(), {})
+        report = self.wfm.reports()[-1]["body"]
+        self.assertEqual(report["status"]["state"], "removed")
+        self.assertEqual([(item["name"], item["state"]) for item in report["components"]],
+                         [("db", "removed"), ("web", "removed")])
 
     def test_a_component_that_is_dropped_is_torn_down(self):
         """D-19"""

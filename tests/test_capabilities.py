@@ -114,9 +114,28 @@ class Identifier(unittest.TestCase):
         support.write(os.path.join(root, "sys/class/dmi/id/product_serial"), "SN-77\n")
         self.assertEqual(margo_agent.get_device_id(make_device(), root), "SN-77")
 
-    def test_placeholders_of_careless_makers_count_as_nothing(self):
+    def test_an_image_that_has_not_booted_yet_has_no_machine_id(self):
+        """F-18"""
         root = support.make_folder(self)
-        for text in ("To be filled by O.E.M.", "Default string", "None", "0000", "System Serial Number", "Not Specified"):
+        for text in ("uninitialized", "0" * 32, ""):
+            support.write(os.path.join(root, "etc/machine-id"), text + "\n")
+            with self.assertRaises(margo_agent.ConfigError, msg=text):
+                margo_agent.get_device_id(make_device(), root)
+
+    def test_serial_numbers_that_only_look_like_placeholders_are_kept(self):
+        """F-18"""
+        root = support.make_folder(self)
+        for text in ("1234", "0042", "NA-0042", "12345-7", "OEM-123", "System7", "77", "Unknown5", "1234567891"):
+            support.write(os.path.join(root, "sys/class/dmi/id/product_serial"), text)
+            self.assertEqual(margo_agent.get_device_id(make_device(), root), text)
+
+    def test_placeholders_of_careless_makers_count_as_nothing(self):
+        """F-18: all boards of a make would be one device."""
+        root = support.make_folder(self)
+        for text in ("To be filled by O.E.M.", "Default string", "None", "0000", "System Serial Number", "Not Specified",
+                     "0123456789", "123456789", "1234567890", "12345", "0123456789ABCDEF", "INVALID", "Not Applicable",
+                     "OEM", "O.E.M.", "Unknown", "xxxxxxxxxxxx", "Chassis Serial Number", "empty", "Standard",
+                     "........", "--", "11111111", "N/A", "NA", "No Asset Tag", "SerialNumber"):
             support.write(os.path.join(root, "sys/class/dmi/id/product_serial"), text)
             with self.assertRaises(margo_agent.ConfigError) as caught:
                 margo_agent.get_device_id(make_device(), root)

@@ -5,7 +5,9 @@ tests/data/compose/valid: files that make_project must read as Docker Compose re
 tests/data/compose/invalid: files to be refused; their first line is `# expected: CODE part of message`.
 """
 import atexit
+import csv
 import functools
+import io
 import itertools
 import json
 import os
@@ -14,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 import margo_agent
@@ -124,7 +127,7 @@ class Interpolation(FileCase):
         """C-180: parameters feed ${NAME} and all forms of Compose; a value is never interpolated again."""
         for text, expected in self.FORMS:
             with self.subTest(text=text):
-                self.assertEqual(margo_agent.interpolate(text, self.VARIABLES, "here"), expected)
+                self.assertEqual(margo_agent.interpolate(text, "here"), expected)
 
     def test_docker_compose_gives_the_same_texts(self):
         support.require("docker-compose")
@@ -153,15 +156,15 @@ class Interpolation(FileCase):
 
     def test_the_branch_that_is_not_taken_asks_for_nothing(self):
         for text, expected in (("${SET:-${T:?no}}", "value"), ("${UNSET:+${T:?no}}", "")):
-            self.assertEqual(margo_agent.interpolate(text, self.VARIABLES, "here"), expected)
+            self.assertEqual(margo_agent.interpolate(text, "here"), expected)
 
     def test_find_brace_skips_the_braces_of_inner_names(self):
         for text, start, end in (("${A}", 2, 3), ("${A:-${B}}", 5, 9), ("${A:-${B:-${C}}}x}", 5, 15),
                                  ("${A:-{}}", 5, 7), ("${A:-{}", 5, 6)):
             with self.subTest(text=text):
-                self.assertEqual(margo_agent.find_brace(text, start, "here"), end)
+                self.assertEqual(margo_agent.find_brace(text, start, self.VARIABLES, "here"), end)
         with self.assertRaises(margo_agent.ComponentError) as caught:
-            margo_agent.find_brace("${A:-${B}", 5, "services.main.image")
+            margo_agent.find_brace("${A:-${B}", 5, self.VARIABLES, "services.main.image")
         self.assertIn("services.main.image: a ${ that is not closed", caught.exception.message)
 
     def test_defaults_nested_without_end_are_refused(self):
@@ -205,6 +208,21 @@ class Interpolation(FileCase):
         self.add_file("a.env", "x=" + "y" * 500000)
         self.assertRefused(make_document({"env_file": ["a.env"] * 20}), "characters into the file")
         self.assertEqual(self.settle_service({"command": ["$BIG"]}).command, ["x" * 50000])
+
+    def test_braces_and_ports_are_no_bomb(self):
+        """4, rule (d): each `${` could look through all that follow, and ranges of ports are many ports."""
+        for keys in ({"hostname": "${A:-{}" * 20000},
+                     {"ports": [f"127.0.{number}.1:1-65535:1-65535" for number in range(200)]}):
+            begun = time.process_time()
+            self.assertRefused(make_document(keys), "bring more than 8388608 characters")
+            self.assertLess(time.process_time() - begun, 10)
+        self.settle(make_document({"ports": ["10000-20000:10000-20000/udp"]}))
+
+    def test_many_links_cost_as_much_as_they_are(self):
+        links = [f"a:x{number}" for number in range(30000)]
+        begun = time.process_time()
+        self.settle({"services": {"a": {"image": IMAGE}, "main": {"image": IMAGE, "links": links}}})
+        self.assertLess(time.process_time() - begun, 10)
 
     def test_what_an_engine_shows_of_a_service_has_an_end(self):
         """A list of containers with long labels or commands is more than the agent takes from an engine: it would be blind."""
@@ -1209,11 +1227,34 @@ class Shared(FileCase):
             "older": ("site", None), "six": (f"{PROJECT}_six", MARKS + ["--ipv6", "--subnet=fd00::/64", "--ip-range=fd00::/80"]),
             "fixed": (f"{PROJECT}_fixed", MARKS + ["--subnet=10.1.0.0/24", "--gateway=10.1.0.1"])})
 
+    def test_what_podman_would_split_at_commas_stays_one_value(self):
+        """1: a second device, a file of the host for the log, or the groups of the agent would come behind a comma."""
+        self.config = make_config(policy__devices=["/dev/ttyUSB0"])
+        for keys, option, value in (
+                ({"devices": ["/dev/ttyUSB0:/dev/x,/dev/sda"]}, "--device", "/dev/ttyUSB0:/dev/x,/dev/sda"),
+                ({"group_add": ['"keep-groups"']}, "--group-add", '"keep-groups"'),
+                ({"logging": {"options": {"max-size": "1m,path=/etc/cron.d/x"}}}, "--log-opt", "max-size=1m,path=/etc/cron.d/x"),
+                ({"logging": {"options": {"labels": "a,b"}}}, "--log-opt", "labels=a,b"),
+                ({"sysctls": {"net.a": "1\n2,x=3"}}, "--sysctl", "net.a=1\n2,x=3"),
+                ({"extra_hosts": ["a:10.0.0.1,b:10.0.0.2"]}, "--add-host", "a:10.0.0.1,b:10.0.0.2")):
+            with self.subTest(keys=keys):
+                self.assertIn(f"{option}={value}", self.settle(make_document(keys), engine="docker").services[0].arguments)
+                found = [argument[len(option) + 1:] for argument in self.settle_service(keys).arguments
+                         if argument.startswith(option + "=")]
+                self.assertEqual([list(csv.reader(io.StringIO(text, newline=""))) for text in found], [[[value]]])
+
     def test_names_that_an_engine_would_take_for_something_else_are_refused(self):
         for name in ("../x", "a b", "-x", "a/b", "x" * 300, "ns:/proc/1/ns/net"):
             for section in ("volumes", "networks"):
                 with self.subTest(name=name, section=section):
                     self.assertRefused(make_document({}, **{section: {"a": {"name": name}}}), f"{section}.a: ", "is not a name here")
+
+    def test_a_network_is_never_a_mode_of_the_engine(self):
+        """The host's network would come by the name of a network, past policy.host_network."""
+        for mode in ("host", "none", "bridge", "private", "default", "slirp4netns", "pasta", "pod", "ns"):
+            for value in ({"name": mode}, {"external": True, "name": mode}, {"external": {"name": mode}}):
+                self.assertRefused(make_document({"networks": ["a"]}, networks={"a": value}), "networks.a: ", "`network_mode`")
+        self.settle(make_document({"networks": ["host"]}, networks={"host": {}}))
 
     def test_what_the_agent_made_for_another_deployment_is_not_reached_by_its_name(self):
         """Data, and a network by which it would answer, are that application's; components of one deployment may share."""
@@ -1503,6 +1544,22 @@ class PackageFiles(FileCase):
         os.symlink("1", os.path.join(self.folder, "link", "conf", "a"))
         seen.add(self.settle_in("link", {}).hash)
         self.assertEqual(len(seen), 7)
+
+    def test_two_files_of_one_content_lie_side_by_side(self):
+        """Each has its own name; the second one once took the place of the first."""
+        for name in ("a.ini", "b.ini", "c/a.ini"):
+            self.add_file(name, "")
+        mounts = self.settle_service({"volumes": ["./a.ini:/a", "./b.ini:/b", "./c/a.ini:/c"]}).mounts
+        margo_agent.Folder(self.archive).keep([mount.found for mount in mounts])
+        for mount in mounts:
+            self.assertTrue(os.path.isfile(mount.found.path), mount.source)
+
+    def test_a_folder_that_is_mounted_a_hundred_times_is_read_once(self):
+        with open(os.path.join(self.archive, "big"), "wb") as file:
+            file.truncate(64 * 1024 * 1024)
+        begun = time.process_time()
+        self.settle_service({"volumes": [f"./:/{number}" for number in range(100)]})
+        self.assertLess(time.process_time() - begun, 5)
 
     def test_a_single_file_is_mounted_by_its_content_too(self):
         source = self.settle_in("one", {"app.ini": "x"}, "./app.ini:/etc/app.ini").arguments[0][len("--volume="):].split(":")[0]

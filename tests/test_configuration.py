@@ -191,6 +191,7 @@ class Windows(unittest.TestCase):
 
     def test_what_is_no_window_is_refused(self):
         for bad in ("", "Mon", "06:00", "06:00-25:00", "Foo 06:00-07:00", "06:61-07:00", "2026-12-24T00:00/2026-12-23T00:00",
-                    "2026-13-24T00:00/2026-14-23T00:00"):
+                    "2026-13-24T00:00/2026-14-23T00:00", "2027-02-29T00:00/2027-03-01T00:00",      # F-26
+                    "2028-02-30T10:00/2028-02-30T11:00", "2027-01-01T00:00/2027-04-31T00:00"):
             with self.assertRaisesRegex(ValueError, "a window such as", msg=bad):
                 margo_agent.read_window(bad, "")

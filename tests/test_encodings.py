@@ -954,7 +954,7 @@ class RetryAfter(unittest.TestCase):
 
     def test_seconds(self):
         """C-056: never earlier than asked."""
-        for text, seconds in (("0", 0), ("120", 120), (" 7 ", 7), ("\x1c7\x1f", 7), ("\xa07", 7), ("007", 7), ("999999999", 999999999)):
+        for text, seconds in (("0", 0), ("120", 120), (" 7 ", 7), ("\x1c7\x1f", 7), ("\xa07", 7), ("007", 7), ("86400", 86400)):
             with self.subTest(text):
                 self.assertEqual(margo_agent.parse_retry_after(text, self.NOW), seconds)
 
@@ -967,6 +967,19 @@ class RetryAfter(unittest.TestCase):
                 with self.subTest(text, zone=zone):
                     self.assertEqual(margo_agent.parse_retry_after(text, self.NOW), 90)
                     self.assertEqual(margo_agent.parse_retry_after(text, self.NOW + 0.5), 89.5)
+
+    def test_a_day_is_the_most_that_is_waited(self):
+        """F-08: a proxy that counts in milliseconds would silence a device for a year."""
+        for text in ("86401", "30000000", "999999999", "9" * 400, "Sun, 03 Mar 2024 12:00:00 GMT"):
+            with self.subTest(text):
+                self.assertEqual(margo_agent.parse_retry_after(text, self.NOW), 86400)
+
+    def test_a_number_that_is_a_moment_is_one(self):
+        """F-08: Unix time, in seconds or milliseconds."""
+        for text, seconds in ((self.NOW + 60, 60), (self.NOW - 60, 0), ((self.NOW + 60) * 1000, 60),
+                              (self.NOW + 10 ** 6, 86400)):
+            with self.subTest(text):
+                self.assertEqual(margo_agent.parse_retry_after(str(text), self.NOW), seconds)
 
     def test_a_date_that_is_past_is_now(self):
         self.assertEqual(margo_agent.parse_retry_after("Thu, 29 Feb 2024 11:00:00 GMT", self.NOW), 0)

@@ -161,20 +161,6 @@ class Connections(unittest.TestCase):
         self.assertEqual((driver.environ["KUBECONFIG"], "CONTAINER_HOST" in driver.environ), ("/a/kubeconfig", False))
         self.assertIsNone(margo_agent.make_helm_driver(config, (A, {"CONTAINER_HOST": "unix:///a"}), environ=environ))
 
-    def test_a_pull_over_there_gets_an_hour_because_it_cannot_be_watched(self):
-        """P-15: here a pull has to move, there nobody sees whether it does."""
-        service, times = unittest.mock.Mock(image="r.example/app:1", pull="missing", arguments=[]), []
-
-        def run_command(argv, timeout, **options):
-            if "pull" in argv:
-                times.append(timeout)
-            return margo_agent.Output(1 if "inspect" in argv else 0, b"", "")
-
-        with unittest.mock.patch.object(margo_agent, "run_command", run_command):
-            for connection in ({"CONTAINER_HOST": "ssh://a"}, {"CONTAINERS_STORAGE_CONF": "/a/storage.conf"}):
-                self.driver(connection).pull(service, 600)
-        self.assertEqual(times, [3600, 600])
-
     def test_what_the_gateway_does_not_host_its_children_may(self):
         """runtime.compose and runtime.engine speak of this device; `off` makes a gateway that hosts nothing itself."""
         driver = self.driver({"CONTAINER_HOST": "ssh://a"}, compose="off", engine="docker")

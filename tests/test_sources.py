@@ -241,6 +241,17 @@ class Patience(SourceCase):
         patience = self.device.state()["patience"]
         self.assertGreaterEqual(patience["delay"], 3600)
 
+    def test_doctor_tells_of_the_wait_and_retry_ends_it(self):
+        """F-08"""
+        self.device.cycle()
+        self.wfm.fault({"path": MANIFEST[1], "status": 503, "headers": {"Retry-After": "3600"}})
+        self.device.cycle(3)
+        self.assertRegex(self.device.run("doctor").stdout, "warn wait +until .* asks to wait; `retry` ends that")
+        self.assertEqual(self.device.run("retry").returncode, 0)
+        self.assertNotIn("asks to wait", self.device.run("doctor").stdout)
+        self.wfm.fault()
+        self.device.cycle()
+
     def test_every_form_of_asking_for_patience_is_obeyed_over_runs(self):
         """C-056, C-057: seconds, date, the problem's own members; also beside a refusal; the header beats the body."""
         self.device.cycle()
