@@ -31,8 +31,8 @@ optional ones and the command line, which stand at the end, use all of it, and n
   10 Eligibility                   21 YAML                          32 Command line
   11 Capabilities                  22 Small encodings
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
-(tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps out;
-"F-nn" and "K-nn" are what fleets and compose files met.
+(tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps
+out; "F-nn" and "K-nn" are what fleets and compose files met.
 """
 # Only what every command needs is imported here: one unchanged poll is measured in milliseconds, so a module
 # that a poll may do without (subprocess, tarfile, json, ssl ...) is imported by the function that needs it.
@@ -51,16 +51,18 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 # 1. Constants and errors
 # ----------------------------------------------------------------------------------------------------------
 
-# What optional rooms add where they are defined; nothing outside names anything in them.  See also SCHEMA, CHECKS,
-# STEPS, EXAMINE and COMPANIONS.
+# What optional rooms add where they are defined; nothing outside names anything in them.
+# See also SCHEMA, CHECKS, STEPS, EXAMINE and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
-OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of configuration and value)}}
-COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options, each with what
-                                    # follows it; its operand)}
-DRIVERS = {}                        # {deployment type: function of (config, child, others, claim) to its driver, or to None}
+OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
+COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
+                                    # each with what follows it; its operand)}
+DRIVERS = {}                        # {deployment type: function of (config, child, others, claim) to its
+                                    # driver, or to None}
 TRACES = []                         # names in the state directory that `unenroll` removes
 
-KIB, MIB = 1024, 1024 * 1024
+KIB = 1024
+MIB = 1024 * KIB
 MAX_CERTIFICATES = 1 * MIB          # a trust bundle, a PEM file
 MAX_ANSWER = 256 * KIB              # a problem document, a token, the answer to a report
 MAX_MESSAGE = 4000                  # characters of what the WFM is told about a fault
@@ -75,11 +77,13 @@ DEPLOYMENT_TYPE = "application/yaml"
 JSON_TYPE = "application/json"
 SUCCESS = tuple(range(200, 300))    # of a report: HTTP has more words for it than Margo's interface names
 PROBLEM_ROOT = "https://docs.margo.org/specification/"
-# Problem types (protocol 3.7), those of the earlier catalogue too: what is said of the client, and of one request.
-DENIALS = ("not-authorized", "certificate-not-trusted", "signature-verification-failed", "wfm-client-relationship-retired")
-REFUSALS = ("invalid-request", "semantic-error", "gateway-not-found", "device-not-found", "invalid-bundle", "deployment-not-found",
-            "server-cannot-generate-response", "discovery-document-not-found", "spiffe-bundle-not-found", "invalid-client",
-            "invalid-digest-header", "invalid-certificate-format")
+# Problem types (protocol 3.7), earlier ones too: what is said of the client, and of one request.
+DENIALS = ("not-authorized", "certificate-not-trusted", "signature-verification-failed",
+           "wfm-client-relationship-retired")
+REFUSALS = ("invalid-request", "semantic-error", "gateway-not-found", "device-not-found", "invalid-bundle",
+            "deployment-not-found", "server-cannot-generate-response", "discovery-document-not-found",
+            "spiffe-bundle-not-found", "invalid-client", "invalid-digest-header",
+            "invalid-certificate-format")
 
 DIGEST_PATTERN = r"sha256:[0-9a-f]{64}"
 UUID_PATTERN = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
@@ -87,35 +91,37 @@ EXTENSION_PATTERN = r"x-[a-z][a-z0-9-]*-extensions"
 REGISTRY_PATTERN = r"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?"
 DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
-STATES = ("failed", "removing", "installing", "pending", "removed", "installed")     # most severe first (C-133)
+# Most severe first (C-133).
+STATES = ("failed", "removing", "installing", "pending", "removed", "installed")
 
-RETRY_FIRST, RETRY_CAP = 30, 3600                   # seconds between attempts at a failed deployment
-REPAIRS = 5                                         # repairs within RETRY_CAP before pauses between them grow, too
-HISTORY = 20                                        # accepted desired states that `history` tells of
-MAX_NAMED = 100                                     # workloads of other owners that `status` names
-BACKOFF_FIRST, BACKOFF_CAP = 1, 900                 # seconds between attempts at a WFM that cannot be reached
-STOP_GRACE = 20                                     # seconds that the current step may still take once the process is asked to end
-STOP_LIMIT = 90                                     # seconds after which the daemon's parent kills a cycle that was asked to end
-CYCLE_RETRY = 60                                    # seconds to the next cycle after one that said nothing
-HUNG = 1800                                         # seconds after which a cycle that does not move counts as hung, and is killed
-MAX_WAIT = 86400.0                                  # seconds that anybody can ask this device to wait
-START_SPREAD = 120                                  # seconds over which a fleet that starts arrives, at most
-START_WINDOW = 300                                  # seconds since boot in which a device counts as just started
-RESERVE = 256 * KIB                                 # at most kept in the state directory, for the state when the disk is full (P-4)
-COMPONENT_TIMEOUT = 300                             # seconds a component without `timeout` may take to come up
-MAX_TIMEOUT = 6 * 3600                              # seconds that one may ask for at most: meanwhile its device hears nobody (P-9)
-PULL_TIMEOUT = 3600                                 # seconds git, or an engine for an image, may take: links are slow (P-15)
-LOOKS = 8                                           # engines and clusters that are asked at once
-FREE_SPACE = 32 * MIB                               # at most stays free on a disk that something is fetched to (P-4)
-SHARE = 16                                          # of a small disk it is one part of so many that stays free, and that is kept
-CORPSE_GRACE = 5                                    # seconds in which a program that was killed has to be gone
+RETRY_FIRST, RETRY_CAP = 30, 3600   # seconds between attempts at a failed deployment
+REPAIRS = 5                         # repairs within RETRY_CAP before pauses between them grow, too
+HISTORY = 20                        # accepted desired states that `history` tells of
+MAX_NAMED = 100                     # workloads of other owners that `status` names
+BACKOFF_FIRST, BACKOFF_CAP = 1, 900  # seconds between attempts at a WFM that cannot be reached
+STOP_GRACE = 20                     # seconds for the current step once the process is asked to end
+STOP_LIMIT = 90                     # seconds until a cycle that was asked to end is killed by its parent
+CYCLE_RETRY = 60                    # seconds to the next cycle after one that said nothing
+HUNG = 1800                         # seconds without a move after which a cycle is killed
+MAX_WAIT = 86400.0                  # seconds that anybody can ask this device to wait
+START_SPREAD = 120                  # seconds over which a fleet that starts arrives, at most
+START_WINDOW = 300                  # seconds since boot in which a device counts as just started
+RESERVE = 256 * KIB                 # at most kept for the state, for when the disk is full (P-4)
+COMPONENT_TIMEOUT = 300             # seconds a component without `timeout` may take to come up
+MAX_TIMEOUT = 6 * 3600              # seconds one may ask for at most: its device hears nobody meanwhile (P-9)
+PULL_TIMEOUT = 3600                 # seconds git, or an engine for an image, may take: links are slow (P-15)
+LOOKS = 8                           # engines and clusters that are asked at once
+FREE_SPACE = 32 * MIB               # at most stays free on a disk that something is fetched to (P-4)
+SHARE = 16                          # of a small disk, one part in so many stays free, and one is kept
+CORPSE_GRACE = 5                    # seconds in which a program that was killed has to be gone
 
 
 class MargoError(Exception):
     """A fault that a person can act upon: `code` is stable text, `message` says what, where and what to do.
 
-    `exit` is the exit code that the fault becomes, in `main` and nowhere else.  Of an answer of the WFM: its HTTP `status`, the
-    seconds it asked to be left alone, and its `backoffStrategy`.  `facts` are those of these that differ from the class's.
+    `exit` is the exit code that the fault becomes, in `main` and nowhere else.  Of an answer of the WFM: its
+    HTTP `status`, the seconds it asked to be left alone, and its `backoffStrategy`.  `facts` are those of
+    these that differ from the class's.
     """
 
     exit = 70
@@ -129,41 +135,42 @@ class MargoError(Exception):
         vars(self).update(facts)
 
 
-def define_fault(name, base, meaning, **facts):
-    """A kind of MargoError, with its meaning as docstring; facts: what differs from its base."""
-    return type(name, (base,), dict(facts, __doc__=meaning))
+def define_fault(name, exit, code, meaning, base=MargoError):
+    """A kind of MargoError: its exit code, its stable text and its meaning, which is its docstring."""
+    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning})
 
 
-ConfigError = define_fault("ConfigError", MargoError, "The command line or the configuration is wrong.", exit=2, code="CONFIGURATION")
-Unreachable = define_fault("Unreachable", MargoError, "The WFM cannot be reached or asks for patience.", exit=3, code="UNREACHABLE")
-Silence = define_fault("Silence", Unreachable, "No request is made now, by the operator's or a server's wish; not a fault.")
-Waiting = define_fault("Waiting", MargoError, "A desired state that removes a lot waits for its confirmation.", exit=3, code="REMOVALS_UNCONFIRMED")
-Interrupted = define_fault("Interrupted", MargoError, "The process was asked to end before everything was done.", exit=3, code="INTERRUPTED")
-StorageError = define_fault("StorageError", MargoError, "The state directory cannot be read or written.", exit=3, code="STORAGE")
-NoMemory = define_fault("NoMemory", MargoError, "The device has not enough memory for a step.", exit=3, code="MEMORY")
-Refused = define_fault("Refused", MargoError, "The desired state is refused as a whole; what runs stays as it is.", exit=4, code="REFUSED")
-Untrusted = define_fault("Untrusted", MargoError, "Own identity or the peer's cannot be trusted.", exit=5, code="UNTRUSTED")
-Locked = define_fault("Locked", MargoError, "Another instance works on the same state directory.", exit=6, code="LOCKED")
-CommandError = define_fault("CommandError", MargoError, "A helper program could not be run to its end.", exit=1, code="COMMAND")
-CommandMissing = define_fault("CommandMissing", CommandError, "The program is not installed.")
-CommandTimeout = define_fault("CommandTimeout", CommandError, "The program ran out of its time and was ended.")
+ConfigError = define_fault("ConfigError", 2, "CONFIGURATION", "The command line or configuration is wrong.")
+Unreachable = define_fault("Unreachable", 3, "UNREACHABLE", "The WFM cannot be reached or asks for patience.")
+Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable)
+Waiting = define_fault("Waiting", 3, "REMOVALS_UNCONFIRMED", "So much is removed only once it is confirmed.")
+Interrupted = define_fault("Interrupted", 3, "INTERRUPTED", "The process was asked to end before its time.")
+StorageError = define_fault("StorageError", 3, "STORAGE", "The state directory cannot be read or written.")
+NoMemory = define_fault("NoMemory", 3, "MEMORY", "The device has not enough memory for a step.")
+Refused = define_fault("Refused", 4, "REFUSED", "The desired state is refused as a whole; what runs stays.")
+Untrusted = define_fault("Untrusted", 5, "UNTRUSTED", "Own identity or the peer's cannot be trusted.")
+Locked = define_fault("Locked", 6, "LOCKED", "Another instance works on the same state directory.")
+CommandError = define_fault("CommandError", 1, "COMMAND", "A helper program could not be run to its end.")
+CommandMissing = define_fault("CommandMissing", 1, "COMMAND", "The program is missing.", CommandError)
+CommandTimeout = define_fault("CommandTimeout", 1, "COMMAND", "The program ran out of time.", CommandError)
 
 
 def to_fault(error):
     """The error as one that a person can act upon: Python's own words for a lack of memory are none."""
     if isinstance(error, MemoryError):
-        return NoMemory("not enough memory for this step; end other programs on the device, or have it do less (see README, Small devices)")
+        return NoMemory("not enough memory for this step; end other programs on the device, or have it do"
+                        " less (see README, Small devices)")
     return error
 
 
 class ComponentError(MargoError):
     """Fails one component or deployment, never the others; `code` is what the WFM is told (protocol 5.4).
 
-    A gateway's own are 101 (unknown child), 102 (child unreachable) and 103 (no placement); it is the `source` of those.
+    A gateway's own are 101 (unknown child), 102 (unreachable child) and 103 (no placement).
     """
 
     exit = 1
-    source = None                                   # who raised it, where that is not the deployment or component itself
+    source = None                       # who raised it, where that is not the deployment or component itself
 
     def __init__(self, code, message, **facts):
         super().__init__(message[:MAX_MESSAGE] + ("..." if len(message) > MAX_MESSAGE else ""), code, **facts)
@@ -178,54 +185,65 @@ class Forbidden(ComponentError):
 # ----------------------------------------------------------------------------------------------------------
 
 def define(name, fields, meaning, *defaults):
-    """A record type: a named tuple of `fields`, with its meaning as docstring; `defaults` are those of the last fields."""
+    """A record type: a named tuple of `fields`, documented by `meaning`; `defaults`: of the last fields."""
     record = namedtuple(name, fields, defaults=defaults)
     record.__doc__ = meaning
     return record
 
 
-Certificate = define("Certificate", "der subject issuer serial not_before not_after spki uris is_ca key_usage extensions",
-    "An X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None, {OID: (critical, value, raw)}.")
+Certificate = define("Certificate",
+    "der subject issuer serial not_before not_after spki uris is_ca key_usage extensions",
+    "An X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None, and"
+    " {OID: (critical, value, raw)}.")
 ManifestEntry = define("ManifestEntry", "deployment_id digest size",
     "One line of a state manifest; `size` is advice, never a check (C-110).")
 Manifest = define("Manifest", "version bundle_digest bundle_size entries",
     "A state manifest that holds to every structural rule of protocol 3.1.")
 Desired = define("Desired", "version etag digest entries documents",
-    "A verified desired state: version, ETag as sent, digest of the manifest, ManifestEntry list, {digest: bytes} of new documents.")
+    "A verified desired state: ETag as sent, digest of the manifest, {digest: bytes} of new documents.")
 Component = define("Component", "name repository revision wait timeout extensions key_location",
-    "A component of a deployment; `timeout` in seconds; `extensions`: {x-…-extensions: mapping} as read.  Of older generations: `repository`"
-    " may be the https URL of a package (`revision` is empty then), and `key_location` that of the key it is signed by.", {}, None)
-Parameter = define("Parameter", "name value targets", "A parameter: YAML value and [(pointer, [component names])].")
-Deployment = define("Deployment", "deployment_id name namespace device_id type components parameters constraints extensions",
-    "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None; `extensions`: those of {spec, deploymentProfile}.", {})
+    "A component of a deployment; `timeout` in seconds; `extensions`: {x-…-extensions: mapping} as read.  Of"
+    " older generations: `repository` may be the https URL of a package (`revision` is empty then), and"
+    " `key_location` that of the key it is signed by.", {}, None)
+Parameter = define("Parameter", "name value targets",
+    "A parameter: YAML value and [(pointer, [component names])].")
+Deployment = define("Deployment",
+    "deployment_id name namespace device_id type components parameters constraints extensions",
+    "An ApplicationDeployment, checked; `constraints` is its `deviceConstraints` as read, or None;"
+    " `extensions`: those of {spec, deploymentProfile}.", {})
 Target = define("Target", "deployment_id digest version deployment error device_id",
-    "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it; `device_id`: where it is at home.", None)
+    "What should run: a Deployment, and the ComponentError for which it cannot; `version` defined it;"
+    " `device_id`: where it is at home.", None)
 Source = define("Source", "path real kind own socket",
-    "What a compose file names of the disk: the path by which it is mounted, where it lies in truth, file, folder, other, or \"\" where"
-    " nothing is, whether it is the package's own, whether it is an engine's socket or leads to one.")
-Container = define("Container", "id name deployment_id component service hash state type device_id started health owner",
-    "One container (or what a driver has in its place) as it is shown; `state` is the engine's lower-case word, or `unhealthy`;"
-    " `hash` our mark, `type` the deployment type whose driver showed it, `device_id` the child device it was made for, `started` Unix"
-    " seconds where they are shown, `health` the engine's word where there is a check, `owner` who made it, as far as a label says so.",
+    "What a compose file names of the disk: the path by which it is mounted, where it lies in truth, file,"
+    " folder, other, or \"\" where nothing is, whether it is the package's own, whether it is an engine's"
+    " socket or leads to one.")
+Container = define("Container",
+    "id name deployment_id component service hash state type device_id started health owner",
+    "One container (or what a driver has in its place) as it is shown; `state` is the engine's lower-case"
+    " word, or `unhealthy`; `hash` our mark, `type` the deployment type whose driver showed it, `device_id`"
+    " the child device it was made for, `started` Unix seconds where they are shown, `health` the engine's"
+    " word where there is a check, `owner` who made it, as far as a label says so.",
     "", 0, "", "")
 Claim = define("Claim", "owner owners deployments ids images",
     "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of:"
     " ids of deployments in lower case and of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
-    "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on; culprit: (component,"
-    " service) that is repaired in vain.", None, "", None)
+    "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on;"
+    " culprit: (component, service) that is repaired in vain.", None, "", None)
 Clock = define("Clock", "now boot uptime",
-    "A moment: Unix seconds by the wall clock, and by the clock that nobody sets the id of this boot and the seconds since.")
+    "A moment: Unix seconds by the wall clock; by the clock that nobody sets, the id of this boot and the"
+    " seconds since.")
 Device = define("Device", "device_id settings drivers silence",
-    "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}; of another one than this:"
-    " the ComponentError that the WFM is told where it does not answer.", None)
+    "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}; of"
+    " another one than this: the ComponentError that the WFM is told where it does not answer.", None)
 Seen = define("Seen", "containers silent",
     "What a device shows now: [Container], and {deployment type: CommandError} of what does not answer.")
 Share = define("Share", "device targets records unseen",
-    "What a device has to care for: its Device, [Target] that should run there, {id in lower case: record} of what is at home"
-    " there, {id in lower case: CommandError} of what cannot be seen now.")
+    "What a device has to care for: its Device, [Target] that should run there, {id in lower case: record}"
+    " of what is at home there, {id in lower case: CommandError} of what cannot be seen now.")
 Outcome = define("Outcome", "code result detail delay",
-    "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds until the next one is due.")
+    "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds to the next one.")
 
 
 def claim_nothing():
@@ -268,8 +286,9 @@ def assign_here(targets, records, devices, silent, offers):
 
 
 def find_reason(deployment, device, offers):
-    """The ComponentError for which a deployment cannot run on a device, or None.  offers: {device id:
-    capabilities document}.
+    """The ComponentError for which a deployment cannot run on a device, or None.
+
+    offers: {device id: capabilities document}.
     """
     try:
         if deployment.type not in device.drivers:
@@ -374,8 +393,9 @@ class Agent:
         return self.profile
 
     def make_claim(self):
-        """The Claim by which drivers tell what is this agent's; an identity that cannot be read now counts as
-        the one before.
+        """The Claim by which drivers tell what is this agent's.
+
+        An identity that cannot be read now counts as the one before.
         """
         owners = self.state["owners"]
         if self.owner is None:
@@ -406,8 +426,9 @@ class Agent:
             raise Silence(f"waiting until {make_time(clock.now + left)}: {why}", retry_after=left)
 
     def spread_start(self, clock):
-        """Seconds until the first contact since this boot; 0 where that cannot be remembered, because each
-        run would wait anew.
+        """Seconds until the first contact since this boot.
+
+        It is 0 where that cannot be remembered, because each run would wait anew.
         """
         memo = self.store.load_memo()
         if memo.get("boot") != clock.boot:
@@ -568,8 +589,9 @@ class Agent:
             return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
 
     def assign(self, targets, silent):
-        """[Share] of each device.  silent: {device id: {deployment type: CommandError}} of what does not
-        answer.
+        """[Share] of each device.
+
+        silent: {device id: {deployment type: CommandError}} of what does not answer.
         """
         offers = {}
         if any(target.deployment and target.deployment.constraints for target in targets):
@@ -758,8 +780,9 @@ class Agent:
         self.flush_outbox(quiet=True)
 
     def flush_outbox(self, quiet=False):
-        """Sends every waiting status, oldest first; one that the WFM refuses for good is dropped, and
-        `status` says so.
+        """Sends every waiting status, oldest first.
+
+        One that the WFM refuses for good is dropped, and `status` says so.
 
         One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of
         applying; trouble on the wire then only means that it is sent later.
@@ -786,8 +809,9 @@ class Agent:
             acknowledge_status(self.state, key, refused)
 
     def conclude(self, began):
-        """The Outcome of a cycle, kept where `status` finds it; the disk is written only if something
-        changed.
+        """The Outcome of a cycle, kept where `status` finds it.
+
+        The disk is written only if something changed.
         """
         state = self.state
         fault = max(self.faults, key=lambda fault: fault.exit, default=None)
@@ -1037,8 +1061,9 @@ def find_drift(services, containers, now, settle):
 
 
 def judge_containers(found, facts, now, settle):
-    """What is wrong with the containers found for a service, in words, or "".  facts: what `apply` returned
-    for it.
+    """What is wrong with the containers found for a service, in words, or "".
+
+    facts: what `apply` returned for it.
     """
     if len(found) > 1:
         return f"has {len(found)} containers"
@@ -1056,8 +1081,9 @@ def judge_containers(found, facts, now, settle):
 
 
 def make_groups(actions, records):
-    """Actions in the order in which they are carried out, as [[Action]]; those of one group are made ready
-    before any is done.
+    """Actions in the order in which they are carried out, as [[Action]].
+
+    Those of one group are made ready before any is done.
 
     What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group,
     because one may take what another gives up; last what is new.  What is cleared because it moves is left to
@@ -1091,8 +1117,9 @@ def find_held_ports(record):
 
 
 def find_clash(takes, holds):
-    """A port among those of `takes` that one of `holds` keeps from being taken, or None; the address "" is
-    every one.
+    """A port among those of `takes` that one of `holds` keeps from being taken, or None.
+
+    The address "" is every one.
     """
     for port in sorted(takes):
         for device_id, address, *rest in holds:
@@ -1186,8 +1213,10 @@ class Installation:
         self.name, self.touched, self.services = None, False, {}
 
     def run(self, revision, rollback=False):
-        """Makes a version run, and nothing else of its deployment; yields the record at each change, for the
-        caller to make durable before the next step, and Ready before anything is touched.
+        """Makes a version run, and nothing else of its deployment.
+
+        Yields the record at each change, for the caller to make durable before the next step, and Ready
+        before anything is touched.
 
         All that can fail or say no comes before that: everything is fetched and verified, and every listener
         agrees (D-11, P-20). One that is answered by True has to free its ports first, and is made again.
@@ -1266,8 +1295,9 @@ class Installation:
         return fail_record(self.record, name, error, tools.clock(), tools.jitter())
 
     def take_back(self, deployment):
-        """Removes what a first installation has begun, so that nothing crashes on and on; what came of it, in
-        words.
+        """Removes what a first installation has begun, so that nothing crashes on and on.
+
+        Returns what came of it, in words.
         """
         try:
             list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
@@ -1576,8 +1606,9 @@ def fail_record(record, component, error, clock, jitter, refused=False):
 
 
 def finish_record(record, mark=""):
-    """The record once all of the revision that was worked on is installed; mark: make_mark of its
-    environment.
+    """The record once all of the revision that was worked on is installed.
+
+    mark: make_mark of its environment.
     """
     images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
     packages = {item["name"]: item["package"] for item in record["components"]}
@@ -1710,8 +1741,9 @@ def is_bundle_cheaper(manifest, missing):
 
 
 class HttpSource:
-    """Base of the sources over HTTP.  A subclass gives `ask` (how to send a request) and `root` (the path
-    prefix).
+    """Base of the sources over HTTP.
+
+    A subclass gives `ask` (how to send a request) and `root` (the path prefix).
 
     A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in
     the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
@@ -1744,8 +1776,9 @@ class HttpSource:
         return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
 
     def fetch_desired(self, accepted, load_artifact):
-        """None where nothing changed, else a Desired whose every byte is verified; raises what `send` raises,
-        and Refused.
+        """None where nothing changed, else a Desired whose every byte is verified.
+
+        Raises what `send` raises, and Refused.
 
         accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
         hand.
@@ -1971,7 +2004,8 @@ def parse_manifest(data, base_url):
         items = check_member(value, "deployments", "", read_items)
         if len(items) > MAX_DEPLOYMENTS:
             raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
-        entries, seen = [], set()
+        entries = []
+        seen = set()
         for index, item in enumerate(items):
             where = f"deployments[{index}]."
             entry = parse_manifest_entry(item, where, base_url)
@@ -2220,7 +2254,8 @@ def parse_parameters(spec, prefix=""):
     for name, item in (check_member(spec, "parameters", "spec.", optional(read_dict)) or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
         item = item if isinstance(item, dict) else {}
-        targets, value = check_member(item, "targets", f"{where}.", read_items), item.get("value")
+        targets = check_member(item, "targets", f"{where}.", read_items)
+        value = item.get("value")
         if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
         if value is None and "valueFrom" in item:
@@ -2262,7 +2297,8 @@ def parse_bundle(data, entries, max_unpacked):
     Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name
     of its own.
     """
-    wanted, documents = {entry.digest for entry in entries}, {}
+    wanted = {entry.digest for entry in entries}
+    documents = {}
     try:
         plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
     except ValueError as error:
@@ -2330,6 +2366,7 @@ def parse_spiffe_id(text):
 
 def check_leaf(certificate):
     """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011).
+
     """
     if len(certificate.uris) != 1:
         raise ValueError(f"subjectAltName holds {len(certificate.uris)} URIs, an X.509-SVID has exactly one")
@@ -2341,8 +2378,9 @@ def check_leaf(certificate):
 
 
 def check_validity(certificate, now):
-    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds); the clock may be at
-    fault.
+    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds).
+
+    The clock may be at fault.
     """
     clock = f"the clock of this device says {make_time(now)}"
     if now < certificate.not_before:
@@ -2377,8 +2415,9 @@ def load_identity(config):
 
 
 def load_own(config, parse):
-    """What `parse` makes of the DER chain in identity.certificate; raises Untrusted: which file, and what is
-    wrong with it.
+    """What `parse` makes of the DER chain in identity.certificate.
+
+    Raises Untrusted: which file, and what is wrong with it.
     """
     path = config.identity.certificate
     try:
@@ -2575,8 +2614,9 @@ def judge_own_chain(config, identity, bundle, store, state, keep):
 # Trust bundle and discovery.
 
 def parse_trust_bundle(data):
-    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034, C-036,
-    C-037).
+    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle.
+
+    Raises ValueError (C-034, C-036, C-037).
     """
     value = {}
     if b"-----BEGIN CERTIFICATE-----" in data:
@@ -2660,8 +2700,9 @@ def find_origin(url):
 
 
 def fetch_discovery(config, trust_domain, now, held=None):
-    """The Discovery of identity.discovery; None where there is no such document and identity.trust_bundle is
-    a URL (C-046).
+    """The Discovery of identity.discovery.
+
+    None where there is no such document and identity.trust_bundle is a URL (C-046).
 
     Raises Unreachable, Untrusted, Refused.
     """
@@ -2682,8 +2723,9 @@ def fetch_discovery(config, trust_domain, now, held=None):
 
 
 def fetch_bundle(config, url, trust, now):
-    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged; raises Unreachable,
-    Untrusted, Refused.
+    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged.
+
+    Raises Unreachable, Untrusted, Refused.
     """
     headers = {"Accept": JSON_TYPE}
     accepted = (200,)  # C-045
@@ -2701,8 +2743,9 @@ def is_remote(settings):
 
 
 def load_trust_bundle(config, store):
-    """The TrustBundle at hand, None where an identity service has to be asked first; raises Untrusted for a
-    file of no use.
+    """The TrustBundle at hand, None where an identity service has to be asked first.
+
+    Raises Untrusted for a file of no use.
     """
     remote = is_remote(config.identity)
     path = store.path("trust-bundle.json") if remote else config.identity.trust_bundle
@@ -2835,8 +2878,9 @@ def make_pin(der):
 
 
 def fetch_chain(url, context, timeout):
-    """The certificates of the service at a URL (DER), leaf first; the connection ends before anything is
-    said.
+    """The certificates of the service at a URL (DER), leaf first.
+
+    The connection ends before anything is said.
 
     Before Python 3.10 it is openssl that shows what lies above the leaf.
     """
@@ -2870,8 +2914,9 @@ def fetch_from_mis(url, config, headers, limit=MAX_CERTIFICATES):
 # Keys, which openssl makes and uses; the agent never holds a private one.
 
 def run_openssl(arguments, data=b"", expected=b"", timeout=60, strict=True):
-    """What one openssl command prints on stdout; raises CommandError where it does not say `expected` or, if
-    strict, ends with another code than 0.
+    """What one openssl command prints on stdout.
+
+    Raises CommandError where it does not say `expected` or, if strict, ends with another code than 0.
     """
     output = run_command(["openssl"] + arguments, timeout, data=data)
     if strict and output.code or expected not in output.stdout + output.stderr.encode():
@@ -2880,8 +2925,9 @@ def run_openssl(arguments, data=b"", expected=b"", timeout=60, strict=True):
 
 
 def lend_file(data):
-    """A file that holds `data` until it is closed, in memory where that goes; openssl wants a name for some
-    things.
+    """A file that holds `data` until it is closed, in memory where that goes.
+
+    Some things of openssl's want a name.
     """
     import tempfile
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -2896,8 +2942,9 @@ def lend_file(data):
 
 
 def obtain_key(path, algorithm=None):
-    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did.  Raises CommandError (C-018,
-    E-030).
+    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did.
+
+    Raises CommandError (C-018, E-030).
     """
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
@@ -2908,14 +2955,16 @@ def obtain_key(path, algorithm=None):
 
 
 def load_public_key(path):
-    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate; raises
-    CommandError.
+    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate.
+
+    Raises CommandError.
     """
     return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
 
 
 def run_csr(path, form="PEM"):
     """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035).
+
     """
     expected = b"CERTIFICATE REQUEST" if form == "PEM" else b""
     return run_openssl(["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path],
@@ -2935,7 +2984,8 @@ def check_eligibility(constraints, capabilities):
     """
     if not constraints:
         return
-    properties, labels = capabilities["properties"], capabilities.get("labels", {})
+    properties = capabilities["properties"]
+    labels = capabilities.get("labels", {})
     lack = find_lack(constraints.get("capacityRequirements") or {}, properties)
     if lack:
         raise ComponentError("INSUFFICIENT_CAPACITY", lack)
@@ -2951,7 +3001,8 @@ def find_lack(required, properties):
     """What of `capacityRequirements` the properties of a device do not offer, in words, or ""."""
     cpu = required.get("cpu")
     if cpu:
-        wanted, entries = cpu.get("architectures"), properties.get("cpus") or ()
+        wanted = cpu.get("architectures")
+        entries = properties.get("cpus") or ()
         cores = [entry.get("cores", 0) for entry in entries if not wanted
                  or entry.get("architecture") in wanted]
         # one entry must do: cores are never summed (C-203)
@@ -3029,7 +3080,8 @@ def is_match(expression, look):
     """
     if not isinstance(expression, dict) or not isinstance(expression.get("key"), str):
         raise ValueError("it has no key")
-    operator, values = expression.get("operator"), expression.get("values")
+    operator = expression.get("operator")
+    values = expression.get("values")
     if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):
         # C-208 to C-211
         raise ValueError(f"{operator} takes {'no ' if 'values' in expression else ''}values")
@@ -3125,8 +3177,9 @@ def detect_properties(state_dir, root="/"):
 # What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
 # character again and again; and what counts up, from whose start five or more characters are taken.
 PLACEHOLDER = (
-    r"(?i)(to be filled.*|o\.?e\.?m\.?|default( string)?|standard|none|null|empty|blank|invalid|un(known|defined|specified)"
-    r"|not? ?(specified|applicable|available|present|set|asset tag|serial( number)?)|n/?a|serial ?number"
+    r"(?i)(to be filled.*|o\.?e\.?m\.?|default( string)?|standard|none|null|empty|blank|invalid"
+    r"|un(known|defined|specified)|n/?a|serial ?number"
+    r"|not? ?(specified|applicable|available|present|set|asset tag|serial( number)?)"
     r"|(system|chassis|base ?board|board|product) .*|[\W_0]+|(?P<one>\S)(?P=one){2,})?")
 COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890")
 
@@ -3248,9 +3301,10 @@ def make_capabilities(detected, device, device_id, deployment_types):
 
 
 def report_devices(documents, source, store, state, always):
-    """PUTs what changed of {device id: capabilities document}, a gateway's own first; DELETEs that of a
-    device that has gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and saves
-    state["enrollment"].
+    """PUTs what changed of {device id: capabilities document}, a gateway's own first.
+
+    DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and
+    saves state["enrollment"].
     """
     for device_id in documents:
         report_device(device_id, documents, source, store, state, always)
@@ -3268,10 +3322,12 @@ def report_devices(documents, source, store, state, always):
 
 
 def report_device(device_id, documents, source, store, state, always, again=True):
-    """PUTs one device's capabilities; a WFM that does not know a child's gateway is told of that first
-    (protocol 2.2).
+    """PUTs one device's capabilities.
+
+    A WFM that does not know a child's gateway is told of that first (protocol 2.2).
     """
-    enrolled, own_id = state["enrollment"], next(iter(documents))
+    enrolled = state["enrollment"]
+    own_id = next(iter(documents))
     digest = sha256_digest(make_json(documents[device_id]))
     devices = enrolled["devices"] if enrolled else {}
     if devices.get(device_id) == digest and not always:
@@ -3340,7 +3396,8 @@ def observe_devices(devices, records):
 
     records: those of all deployments that are there, or will be.
     """
-    looks, seen = [], {device.device_id: Seen([], {}) for device in devices}
+    looks = []
+    seen = {device.device_id: Seen([], {}) for device in devices}
     for device in devices:
         found = list_looks(device.drivers, records)
         if device.silence and not device.drivers:
@@ -3387,8 +3444,9 @@ def ask_others(answering, known=None):
 
 
 def observe_all(drivers, record):
-    """Every container of ours on one device, as far as a deployment may have some there; raises
-    CommandError where something does not answer.
+    """Every container of ours on one device, as far as a deployment may have some there.
+
+    Raises CommandError where something does not answer.
     """
     return [container for function in list_looks(drivers, [record]).values() for container in function()]
 
@@ -3406,18 +3464,20 @@ def find_kinds(record, target=None):
 # ----------------------------------------------------------------------------------------------------------
 
 Changes = define("Changes", "kept idle making late leaving",
-    "What becomes of the services of a project: {name: Container} that go on, names of those of them that need no"
-    " start, [Service] to be made, names of those that can only be made after what leaves has left, and"
+    "What becomes of the services of a project: {name: Container} that go on, names of those that need"
+    " no start, [Service] to be made, names of those that can only be made after what leaves has left, and"
     " [[Container]] that leave, those that stop together in one list, whoever depends on others first.")
 Job = define("Job", "workload project folder known deadline current runs volumes",
-    "One apply: what runs, in which folder its files are, what an earlier apply returned, until when; {service: id"
-    " of its container} as far as it has come, the ids of what ran before, {service: {path: volume}} as it was.")
+    "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
+    " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
+    " volume}} as it was.")
 Shown = define("Shown", "state code restarts health volumes",
-    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of the volumes in it.",
+    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of volumes in it.",
     0, 0, "", {})
 Network = define("Network", "labels internal subnets gateways",
     "A network as `network inspect` shows it; the last two are sets of texts.")
-AT_REST = ("exited", "created", "initialized", "stopped", "configured")     # an engine's words for what does not run
+# An engine's words for what does not run.
+AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
 
 def make_claim(owner, state):
@@ -3447,10 +3507,11 @@ def is_ours(claim, deployment_id, owner, container_id=None):
 def judge_startup(services, facts, healthy):
     """Where a start stands: ((service, failure) or None, {service: what is waited for}, {finished services}).
 
-    facts: {service: Shown} of those that have a container; healthy: services whose health check has passed (C-163
-    to C-165).
+    facts: {service: Shown} of those that have a container; healthy: services whose health check has passed
+    (C-163 to C-165).
     """
-    waiting, finished = {}, set()
+    waiting = {}
+    finished = set()
     for service in services:
         seen = facts.get(service.name)
         if seen is None:
@@ -3472,14 +3533,15 @@ def judge_startup(services, facts, healthy):
 
 def mask(text, values):
     """A tool's words without the values of parameters (D-35)."""
-    spelt = {form for value in values for form in (value, make_printable(value, len(value)), *value.splitlines())}
+    spelt = {form for value in values
+             for form in (value, make_printable(value, len(value)), *value.splitlines())}
     for form in sorted(spelt, key=len, reverse=True):
         text = text.replace(form, "***") if len(form) > 2 else text
     return text
 
 
 def is_usable(container, service, known):
-    """Whether a container is the one that was made for a service as it is wanted, in a state from which it can go on."""
+    """Whether a container was made for a service as it is wanted, and can go on from its state."""
     ours = not known or known["hash"] != service.hash or known.get("id", container.id) == container.id
     return ours and container.hash == service.hash and container.state in (
         "running", "exited", "created", "initialized", "stopped", "restarting")
@@ -3488,11 +3550,13 @@ def is_usable(container, service, known):
 def plan_services(services, present, known, networks):
     """The Changes that lead from what is there to what is wanted (P-7, P-16).
 
-    present: [Container] of this component; known: what an earlier apply returned; networks: names of those that are
-    about to be made.  Whose network is made anew, or who shares a namespace of a service that starts anew, is made
-    anew, too.
+    present: [Container] of this component; known: what an earlier apply returned; networks: names of those
+    that are about to be made.  Whose network is made anew, or who shares a namespace of a service that starts
+    anew, is made anew, too.
     """
-    kept, idle, making, late = {}, set(), [], set()
+    kept, making = {}, []
+    idle = set()
+    late = set()
     for service in services:
         facts = known.get(service.name)
         mine = [item for item in present if item.service == service.name]
@@ -3565,10 +3629,11 @@ def is_same_network(network, arguments):
 
 
 def plan_networks(wanted, there, project):
-    """What becomes of networks: {name: create arguments} to be made, [names] to be removed before, and at last.
+    """What becomes of networks: ({name: create arguments} to be made, [names] to go before, and last).
 
-    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One of
-    somebody else stays as it is.  One that is no longer wanted goes first where a new one may be after its addresses.
+    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One
+    of somebody else stays as it is.  One that is no longer wanted goes first where a new one may be after its
+    addresses.
     """
     ours = {name for name, network in there.items() if network.labels.get(LABEL_PROJECT) == project}
     new = {}
@@ -3600,8 +3665,8 @@ def make_path(text):
 def make_volume_names(service, project, declared, before):
     """{path: volume} for each volume to which nobody gave a name: in the file, or `declared` by the image.
 
-    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path: volume}
-    as it was in the container before, which an earlier agent may have left to the engine to name.
+    It goes by a name of ours, so that whatever is made in the place of a container finds it.  before: {path:
+    volume} as it was in the container before, which an earlier agent may have left to the engine to name.
     """
     named, unnamed = find_targets(service)
     volumes = {}
@@ -3633,8 +3698,8 @@ def make_child_environment(environ, connection):
 def make_compose_driver(config, child=None, others=(), claim=claim_nothing, environ=None):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
-    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids of all
-    other devices; claim: a function for the Claim that holds now.
+    child: (device id, connection) of a child device, whose connection says which engine it has; others: ids
+    of all other devices; claim: a function for the Claim that holds now.
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
@@ -3650,7 +3715,8 @@ def make_compose_driver(config, child=None, others=(), claim=claim_nothing, envi
 
 
 # Where podman looks for its own helpers, beside PATH.
-HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman", "/usr/lib/podman")
+HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman",
+                  "/usr/lib/podman")
 
 
 class ComposeDriver:
@@ -3661,30 +3727,42 @@ class ComposeDriver:
 
     def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
         self.engine, self.config, self.environ = engine, config, environ
-        self.claim, self.strangers = claim, []      # [Container] that the last look has shown, and that are not ours
+        self.claim = claim
+        self.strangers = []                         # [Container] not ours that the last look has shown
         self.device_id, self.connection = child
-        self.others = frozenset(others)             # devices whose containers are not ours, even where they share the engine
-        self.remote = bool(set(self.connection) & set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"})
+        self.others = frozenset(others)             # devices whose containers are not ours, even here
+        remote = set(CONNECTIONS) - {"CONTAINERS_STORAGE_CONF", "KUBECONFIG"}
+        self.remote = not remote.isdisjoint(self.connection)
 
     def run(self, arguments, timeout, code=None, more=None):
-        """The Output of one engine command; with `code` a failure raises ComponentError of that code.  more: for its environment."""
-        environ = dict(os.environ if self.environ is None else self.environ, **more) if more else self.environ
+        """The Output of one engine command; more: for its environment.
+
+        With `code` a failure raises ComponentError of that code.
+        """
+        environ = self.environ
+        if more:
+            environ = dict(os.environ if environ is None else environ, **more)
         output = run_command([self.engine] + arguments, max(1.0, timeout), env=environ)
         if code and output.code:
             raise ComponentError(code, f"{self.engine} {arguments[0]} failed: {output.stderr[-1500:]}")
         return output
 
     def observe(self, records=()):
-        """Every container of ours in any state, by one query; raises CommandError where the engine does not answer.
+        """Every container of ours in any state, by one query; CommandError where the engine does not answer.
 
-        records: of the deployments that are known to need this driver; a leftover is looked for all the same (P-11).
+        records: of the deployments that are known to need this driver; a leftover is looked for all the same
+        (P-11).
         """
-        facts = [".ID", ".Names"] + [f'(.Label "{name}")' for name in (
-            LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER)] + [".State", ".Status"]
-        form = "json" if self.engine == "podman" else "[" + ",".join(f"{{{{json {fact}}}}}" for fact in facts) + "]"
-        output = self.run(["ps", "--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"], 20 if self.remote else 60)
+        labels = (LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER)
+        facts = [".ID", ".Names", *(f'(.Label "{name}")' for name in labels), ".State", ".Status"]
+        form = "json"
+        if self.engine != "podman":
+            form = "[" + ",".join(f"{{{{json {fact}}}}}" for fact in facts) + "]"
+        options = ["--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"]
+        output = self.run(["ps"] + options, 20 if self.remote else 60)
         if output.code:
-            raise CommandError(f"the container engine does not answer ({self.engine} ps: {output.stderr[-500:]})")
+            words = f"{self.engine} ps: {output.stderr[-500:]}"
+            raise CommandError(f"the container engine does not answer ({words})")
         found = parse_containers(output.stdout, self.engine, time.time())
         ours, self.strangers = part_containers(found, self.claim())
         return [container for container in ours if container.device_id not in self.others]
@@ -3694,35 +3772,39 @@ class ComposeDriver:
         return self.strangers
 
     def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies all that a component needs, touching nothing that runs: (what `apply` takes, package facts).
+        """Fetches and verifies what a component needs, touching nothing that runs: (for `apply`, its facts).
 
-        fetched: a list to which digests of packages and names of new images are added, also where it then fails.
+        fetched: a list to which digests of packages and names of new images are added, also where it then
+        fails.
         """
         data, package = obtain_package(component, known, self.config, store, "compose")
         fetched.append(package["digest"])
-        folder = store.path("deployments", deployment.deployment_id.lower(), component.name)
-        folder = unpack_package(data, package["digest"], folder, self.config.policy.max_unpacked, relaxed=not component.revision)
-        workload = Workload(deployment.deployment_id, component.name, make_project_name(component.name, deployment.deployment_id), folder,
-                            make_variables(deployment, component.name), self.config.runtime.environment, component.wait, self.device_id,
-                            self.claim().owner)
+        own_id, name = deployment.deployment_id, component.name
+        folder = unpack_package(data, package["digest"], store.path("deployments", own_id.lower(), name),
+                                self.config.policy.max_unpacked, relaxed=not component.revision)
+        workload = Workload(own_id, name, make_project_name(name, own_id), folder,
+                            make_variables(deployment, name), self.config.runtime.environment, component.wait,
+                            self.device_id, self.claim().owner)
         again = bool(known) and known["digest"] == package["digest"]
         prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
         self.ask_names(*prepared)
         return prepared, package
 
     def ask_names(self, workload, project):
-        """Raises ComponentError where a name that a component needs is another owner's, before anything is touched."""
+        """Raises ComponentError where a name that a component needs is another owner's; touches nothing."""
         containers = [make_container_name(workload.project, service.name) for service in project.services]
         advice = "remove it there, or call this one otherwise; `external: true` takes it as it is"
-        items = {"network": project.networks, "volume": project.volumes, "container": dict.fromkeys(containers, [])}
+        items = {"network": project.networks, "volume": project.volumes,
+                 "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
             for name, labels, found_id in self.inspect_names(kind, list(wanted)):
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
                 if private and made_for.lower() != workload.deployment_id.lower():
-                    raise make_fault(f"{kind} {name} is of another deployment, {make_printable(made_for, 60)}; what is"
-                                     " shared has a name of its own", "POLICY_DENIED")
+                    raise make_fault(f"{kind} {name} is of another deployment,"
+                                     f" {make_printable(made_for, 60)}; what is shared has a name of its own",
+                                     "POLICY_DENIED")
                 if wanted[name] is not None and owner and not is_ours(
                         self.claim(), workload.deployment_id, owner, found_id):
                     words = "remove it there" if kind == "container" else advice
@@ -3758,24 +3840,33 @@ class ComposeDriver:
         return value if isinstance(value, dict) else {}
 
     def list_lacks(self):
-        """What podman's own helpers lack on this device: (words about what applications with a network fail by, words about the rest)."""
-        if self.engine != "podman" or self.remote or self.ask(["podman", "info", "--format=json"]).get("host", {}).get(
-                "networkBackend") != "netavark":
+        """What podman's own helpers lack here, in words.
+
+        ([why applications with a network fail or do not find each other], [why others fail]).
+        """
+        if self.engine != "podman" or self.remote or self.ask(
+                ["podman", "info", "--format=json"]).get("host", {}).get("networkBackend") != "netavark":
             return [], []
         environ = self.environ or os.environ
-        everywhere = {"PATH": os.pathsep.join(HELPER_FOLDERS + (*list_folders(environ),))}
+        everywhere = {"PATH": os.pathsep.join([*HELPER_FOLDERS, *list_folders(environ)])}
+        wanted = environ.get("NETAVARK_FW")
         backend = find_program("netavark", everywhere)
-        wanted = environ.get("NETAVARK_FW") or backend and self.ask([backend, "version"]).get("default_fw_driver", "iptables")
-        needs = [("netavark", "applications with a network fail"), ("aardvark-dns", "services do not find each other by name")]
-        needs += [(name, "applications with a network fail") for name in {"iptables": ["iptables"], "nftables": ["nft"]}.get(wanted, [])]
-        lacks = [f"{name} is not installed: {words}" for name, words in needs if not find_program(name, everywhere)]
-        return lacks, [] if find_program("catatonit", everywhere) else ["catatonit is not installed: `init: true` fails"]
+        if backend and not wanted:
+            wanted = self.ask([backend, "version"]).get("default_fw_driver", "iptables")
+        firewalls = {"iptables": ["iptables"], "nftables": ["nft"]}
+        programs = ["netavark", "aardvark-dns"] + firewalls.get(wanted, [])
+        words = {"aardvark-dns": "services do not find each other by name"}
+        lacks = [f"{name} is not installed: {words.get(name, 'applications with a network fail')}"
+                 for name in programs if not find_program(name, everywhere)]
+        init = find_program("catatonit", everywhere)
+        return lacks, [] if init else ["catatonit is not installed: `init: true` fails"]
 
     def resolve(self, workload, timeout, again=False, fetched=None):
-        """The compose file read, checked and resolved, the images pulled: all that can fail without touching what runs (C-154, D-11).
+        """The compose file read, checked and resolved, the images pulled.
 
-        again: this package ran here before; then an image that is here will do where its registry does not answer (P-1).
-        fetched: as in prepare.
+        That is all that can fail without touching what runs (C-154, D-11).  again: this package ran here
+        before; then an image that is here will do where its registry does not answer (P-1).  fetched: as in
+        prepare.
         """
         project = self.load_project(workload)
         for service in project.services:
@@ -3785,13 +3876,18 @@ class ComposeDriver:
                     fetched += new
             except (ComponentError, CommandError) as error:
                 if not again or self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code:
-                    raise error if isinstance(error, ComponentError) else ComponentError("PULL_FAILED", f"image {service.image}: {error.message}") from None
-                log("warning", "the image that is here is used, as it cannot be pulled now", image=service.image, reason=error.message)
+                    if isinstance(error, ComponentError):
+                        raise
+                    raise ComponentError("PULL_FAILED", f"image {service.image}: {error.message}") from None
+                log("warning", "the image that is here is used, as it cannot be pulled now",
+                    image=service.image, reason=error.message)
         return workload, project
 
     def load_project(self, workload):
-        """The Project of a workload's compose file, its own files laid where they are mounted from; raises
-        ComponentError."""
+        """The Project of a workload's compose file, its own files laid where they are mounted from.
+
+        Raises ComponentError.
+        """
         folder = Folder(workload.folder, self.environ)
         try:
             text = read_inside(folder, "compose.yaml", "compose.yaml").encode("utf-8", "surrogateescape")
@@ -3812,8 +3908,8 @@ class ComposeDriver:
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
                                  " its value has one line here, of at most 60000 bytes", "PARAMETER_INVALID")
-        folder.keep([mount.found for service in project.services for mount in service.mounts if mount.found
-                     and mount.found.own])
+        mounts = [mount for service in project.services for mount in service.mounts]
+        folder.keep([mount.found for mount in mounts if mount.found and mount.found.own])
         return project
 
     def pull(self, service, timeout):
@@ -3826,39 +3922,47 @@ class ComposeDriver:
         if present and service.pull != "always":
             return []
         if service.pull == "never":
-            raise ComponentError("PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
+            raise ComponentError(
+                "PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
         arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
         environ = self.clear_temporary(self.check_space(service.image))
         host = find_registry(service.image)
         program, options = self.make_access(host)
         log("info", "an image is pulled", image=service.image)
-        output = run_command(program + ["pull", "--quiet"] + arguments + options + [service.image], timeout, env=environ)
-        if output.code:                             # the system's own words for a full disk stand in every program's
+        command = program + ["pull", "--quiet"] + arguments + options + [service.image]
+        output = run_command(command, timeout, env=environ)
+        if output.code:                             # a full disk is told of in the system's own words
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             words = f"{self.engine} pull failed: {output.stderr[-1500:]}"
             if (self.config.registries.get(host) or {}).get("mirror"):
-                words += f"; registries.{host}.mirror serves packages only: give the engine a mirror of its own"
+                words += (f"; registries.{host}.mirror serves packages only: give the engine a mirror of its"
+                          " own")
             raise ComponentError("DISK_FULL" if full else "PULL_FAILED", words)
         return [] if present else [service.image]
 
     def check_space(self, image):
         """The folder in which the engine keeps its images, "" where that is elsewhere.
 
-        Raises ComponentError DISK_FULL where that is as good as full already (P-4); whether an image fits, its pull says.
+        Raises ComponentError DISK_FULL where that is as good as full already (P-4); whether an image fits,
+        its pull says.
         """
+        if self.remote:
+            return ""
         form = "{{.Store.GraphRoot}}" if self.engine == "podman" else "{{.DockerRootDir}}"
-        root = "" if self.remote else self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
+        root = self.run(["info", f"--format={form}"], 60).stdout.decode("utf-8", "replace").strip()
         if not os.path.isdir(root):
             return ""
         check_space(root, 0, f"image {image}")
         return root
 
     def clear_temporary(self, root):
-        """The environment of a pull.  What earlier pulls that were cut off left behind for temporary files goes first.
+        """The environment of a pull; temporary files of earlier pulls that were cut off go first.
 
-        Where the state directory has less room than the disk of `root`, where images are kept, the engine uses its own folder.
+        Where the state directory has less room than the disk of `root`, where images are kept, the engine
+        uses its own folder.
         """
-        folder, environ = os.path.join(self.config.state_dir, "tmp"), self.environ
+        folder = os.path.join(self.config.state_dir, "tmp")
+        environ = self.environ
         if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
             return environ
         empty_folder(folder)
@@ -3867,21 +3971,28 @@ class ComposeDriver:
         return {key: value for key, value in environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):
-        """(command, options) with which the engine reaches a registry as `registries` says; credentials lie in a file of mode 0600."""
+        """(command, options) with which the engine reaches a registry as `registries` says.
+
+        Credentials lie in a file of mode 0600.
+        """
         settings = self.config.registries.get(host)
         if not settings:
             return [self.engine], []
         folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
         create_folder(folder)
-        options, program = [], [self.engine]
+        program = [self.engine]
+        options = []
         basic = load_credentials(host, settings)
         if basic:
-            write_file(os.path.join(folder, "config.json"), make_json({"auths": {host: {"auth": basic[len("Basic "):]}}}))
-            options, program = (["--authfile=" + os.path.join(folder, "config.json")], program) if self.engine == "podman" else (
-                [], [self.engine, "--config", folder])
+            path = os.path.join(folder, "config.json")
+            write_file(path, make_json({"auths": {host: {"auth": basic[len("Basic "):]}}}))
+            if self.engine == "podman":
+                options.append(f"--authfile={path}")
+            else:
+                program += ["--config", folder]
         if self.engine == "podman" and settings.insecure:
             options.append("--tls-verify=false")
-        elif self.engine == "podman" and settings.ca and not self.remote:       # elsewhere it takes the CA that is installed there
+        elif self.engine == "podman" and settings.ca and not self.remote:   # others take what is installed
             write_file(os.path.join(folder, "ca.crt"), read_file(settings.ca, MAX_CERTIFICATES) or b"")
             options.append(f"--cert-dir={folder}")
         return program, options
@@ -3891,10 +4002,11 @@ class ComposeDriver:
         return self.run(["image", "rm", name], 60).code == 0
 
     def apply(self, prepared, containers, known, deadline):
-        """Makes the component's containers as prepared; {service: facts} once they run, or ComponentError, CommandError.
+        """Makes the component's containers as prepared; {service: facts} once they run.
 
-        containers: as observed before it was prepared, so that the engine is asked again.  known: what an earlier
-        apply returned.  Unchanged services keep their containers; safe to repeat.
+        containers: as observed before it was prepared, so that the engine is asked again.  known: what an
+        earlier apply returned.  Unchanged services keep their containers; safe to repeat.  Raises
+        ComponentError, CommandError.
         """
         workload, project = prepared
         present = self.look_up(workload)
@@ -3920,7 +4032,7 @@ class ComposeDriver:
                 and container.deployment_id.lower() == workload.deployment_id.lower()]
 
     def carry_out(self, job, arguments, more=None):
-        """The Output of a command that has to succeed; its words may hold what parameters have put into the file."""
+        """The Output of a command that has to succeed; its words may hold values of parameters."""
         output = self.run(arguments, job.deadline - time.monotonic(), more=more)
         if output.code:
             words = mask(output.stderr, job.workload.parameters.values())[-1500:]
@@ -3928,10 +4040,11 @@ class ComposeDriver:
         return output
 
     def carry_through(self, job, present):
-        """All that is new is made, then what goes or changes is stopped, then the new is started; the finished services.
+        """All that is new is made, then what goes or changes is stopped, then the new is started.
 
-        So what cannot be made touches nothing, and ports, addresses and volumes change hands with one outage (P-20).
-        What was replaced is removed last, because it is the quickest way back.
+        Returns the finished services.  So what cannot be made touches nothing, and ports, addresses and
+        volumes change hands with one outage (P-20).  What was replaced is removed last, because it is the
+        quickest way back.
         """
         services = job.project.services
         project = job.workload.project
@@ -3963,17 +4076,18 @@ class ComposeDriver:
                     self.start(service, job, service.name in changes.kept)
             finished = self.await_startup(services, job) if job.workload.wait else set()
         except MargoError:
-            if leaving and self.config.runtime.on_failure != "rollback":        # they are kept for the way back alone
+            if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
                 self.run(["rm", "--force"] + [container.id for container in leaving], 60)
             raise
         self.remove_containers([container._replace(state="exited") for container in leaving], job.deadline)
         for name in last:
             if self.run(["network", "rm", name], 60).code:
-                log("warning", "a network that is not needed any more stays: somebody else uses it", network=name)
+                log("warning", "a network that is not needed any more stays: somebody else uses it",
+                    network=name)
         return finished
 
     def look_at_networks(self, job):
-        """{name: Network} of those that the project names, as far as they are there, and that were made for it."""
+        """{name: Network} of those that the project names, as far as they are there and were made for it."""
         mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
         names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
         shown = self.run(["network", "inspect"] + sorted(set(names).union(job.project.networks)), 60)
@@ -3998,14 +4112,15 @@ class ComposeDriver:
             strange = [container_id for container_id in ids if container_id not in ours]
             if strange and name in wanted:
                 words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
-                raise ComponentError("INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
+                raise ComponentError(
+                    "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
             if not strange:
                 free.append(name)
                 inside += [ours[container_id] for container_id in ids if ours[container_id] not in inside]
         return free, inside
 
     def create_shared(self, job, kind, items):
-        """Networks or volumes that are not there yet; items: {name: create arguments}, None for those of others."""
+        """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
         for name, arguments in items.items():
             if arguments is not None and not self.inspect_names(kind, [name]):
                 self.carry_out(job, [kind, "create"] + arguments + [name])
@@ -4033,7 +4148,7 @@ class ComposeDriver:
         return volumes
 
     def create_all(self, job, services, leaving, names):
-        """Makes the containers of services beside those that leave, under another name where one has theirs."""
+        """Makes the containers of services beside those that leave, under another name if one has theirs."""
         held = {container.name: container for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
@@ -4064,11 +4179,12 @@ class ComposeDriver:
     def create(self, service, job, name):
         """Makes the container of a service, joined to its networks, not started yet; its id.
 
-        Where that fails because the engine remembers something wrongly, that is put right, and it is tried once more.
+        Where that fails because the engine remembers something wrongly, that is put right, and it is tried
+        again.
         """
         labels = make_labels(job.workload, service.name, service.hash)
         marks = [f"--name={name}"] + [f"--label={key}={item}" for key, item in labels.items()]
-        arguments = ["create"] + marks + self.prepare_options(service, job) + [service.image] + service.command
+        arguments = ["create", *marks, *self.prepare_options(service, job), service.image, *service.command]
         handed = find_handed(service.environment)
         output = self.run(arguments, job.deadline - time.monotonic(), more=handed)
         if not output.code:
@@ -4091,9 +4207,8 @@ class ComposeDriver:
         volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
         labels = make_arguments("--label", make_shared_labels(job.workload))
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
-        options = []
-        if self.engine == "podman":                 # else the agent's own proxy, password and all, is handed in
-            options.append("--http-proxy=false")
+        # Else podman hands in the agent's own proxy, password and all.
+        options = ["--http-proxy=false"] if self.engine == "podman" else []
         options += self.write_environment(service, job.folder) + self.write_files(service, job.folder)
         unnamed = {f"--volume={path}" for path in volumes}
         options += [argument for argument in service.arguments if make_path(argument) not in unnamed]
@@ -4102,14 +4217,14 @@ class ComposeDriver:
         options.append(f"--network={first[0]}")
         for owner in service.shares:                # whose container may have another name yet
             name = f"=container:{make_container_name(project, owner)}"
-            options = [option[:-len(name)] + f"=container:{job.current[owner]}" if option.endswith(name) else option
-                       for option in options]
+            now = f"=container:{job.current[owner]}"
+            options = [option[:-len(name)] + now if option.endswith(name) else option for option in options]
         if first[1] is not None:
             options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
         return options
 
     def free_name(self, name):
-        """Frees a name that storage alone holds, as podman leaves it that is killed in `create`; whether it was so.
+        """Frees a name that storage alone holds, as podman killed in `create` leaves it; whether it was so.
 
         What `ps` shows is a container, and stays.
         """
@@ -4123,10 +4238,14 @@ class ComposeDriver:
     def look_at_names(self, options):
         """{name: id} of all that podman lists, whoever it belongs to."""
         text = self.run(["ps", "--all", "--format=json"] + options, 60).stdout.strip()
-        return self.parse(text or b"[]", lambda items: {(item["Names"] or [""])[0]: item["Id"] for item in items or ()})
+        return self.parse(text or b"[]", lambda items: {
+            (item["Names"] or [""])[0]: item["Id"] for item in items or ()})
 
     def renew_image(self, service, marks):
-        """Pulls an image of ours anew from which not even a bare container can be made, if its registry has it (P-1)."""
+        """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
+
+        Its registry has to have it.
+        """
         platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
         if f"{self.device_id} {service.image}".strip() not in self.claim().images:
             return
@@ -4136,16 +4255,17 @@ class ComposeDriver:
             return
         asked = service._replace(pull="always")
         try:
-            self.pull(asked, PULL_TIMEOUT)        # fetches nothing that storage thinks it has, but its registry answers
+            self.pull(asked, PULL_TIMEOUT)          # fetches nothing that storage thinks it has
         except (ComponentError, CommandError) as error:
-            log("warning", "a damaged image cannot be pulled anew now", image=service.image, reason=error.message)
+            log("warning", "a damaged image cannot be pulled anew now", image=service.image,
+                reason=error.message)
             return
         if self.remove_image(service.image):
             log("warning", "a damaged image is pulled anew", image=service.image)
             self.pull(asked, PULL_TIMEOUT)
 
     def start(self, service, job, kept):
-        """Starts the container of a service; a kept one that cannot be is made anew, with those that share its network."""
+        """Starts a service's container; a kept one that cannot start is made anew, with its network's."""
         start = ["start", job.current[service.name]]
         if not kept:
             self.carry_out(job, start)
@@ -4158,7 +4278,7 @@ class ComposeDriver:
             self.carry_out(job, ["start", job.current[service.name]])
 
     def halt(self, job, groups):
-        """Stops containers, group by group; what cannot be stopped is removed, so that none runs beside the new."""
+        """Stops containers, group by group; what cannot be stopped is removed: none runs beside the new."""
         deadline = job.deadline
         ids = [container.id for group in groups for container in group]
         for group in groups:
@@ -4170,9 +4290,10 @@ class ComposeDriver:
             self.run(["rm", "--force"] + alive, 60, "INSTALL_FAILED")
 
     def write_environment(self, service, folder):
-        """The environment by a file of mode 0600: values never stand on a command line.  What no line can hold is only named."""
+        """The environment by a file of mode 0600, never on a command line; what no line can hold, by name."""
         handed = find_handed(service.environment)
-        lines = [f"{name}={text}\n" for name, text in sorted(service.environment.items()) if name not in handed]
+        items = sorted(service.environment.items())
+        lines = [f"{name}={text}\n" for name, text in items if name not in handed]
         path = os.path.join(folder, f"{service.name}.env")
         write_file(path, "".join(lines).encode())
         return [f"--env-file={path}"] + [f"--env={name}" for name in sorted(handed)]
@@ -4187,14 +4308,14 @@ class ComposeDriver:
                 try:
                     os.chown(path, content.uid, content.gid)
                 except OSError as error:
-                    raise ComponentError("INSTALL_FAILED", f"{target} cannot be given to {content.uid}:{content.gid} ({error.strerror});"
-                                         " leave out its uid and gid") from None
+                    owner = f"{content.uid}:{content.gid}"
+                    raise ComponentError("INSTALL_FAILED", f"{target} cannot be given to {owner}"
+                                         f" ({error.strerror}); leave out its uid and gid") from None
             arguments.append(f"--volume={path}:{target}:ro")
         return arguments
 
-
     def parse(self, data, read):
-        """What `read` makes of JSON that the engine printed; raises CommandError where that is of another form."""
+        """What `read` makes of JSON that the engine printed; CommandError where that is of another form."""
         try:
             return read(parse_json(data, self.engine))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -4202,7 +4323,7 @@ class ComposeDriver:
             raise CommandError(f"{self.engine} answered in an unknown form ({words})") from None
 
     def inspect(self, ids):
-        """{id: Shown} of those containers that can be looked at; raises CommandError where the engine does not answer."""
+        """{id: Shown} of those containers that can be looked at; CommandError where none answers."""
         ids = list(ids)
         output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
         seen = self.parse(output.stdout.strip() or b"[]", lambda items: dict(map(parse_seen, items)))
@@ -4219,24 +4340,29 @@ class ComposeDriver:
         """Waits until what a service depends on is as its condition says."""
         by_name = {item.name: item for item in job.project.services}
         for condition in ("service_healthy", "service_completed_successfully"):
-            others = [by_name[name] for name, (wanted, _) in service.depends_on.items() if wanted == condition and name in by_name]
+            names = [name for name, (wanted, _) in service.depends_on.items() if wanted == condition]
+            others = [by_name[name] for name in names if name in by_name]
             if others:
                 self.await_startup(others, job, settle=0, complete=condition.endswith("successfully"))
 
     def await_startup(self, services, job, settle=None, complete=False):
-        """Waits until all services run, are healthy, and stay so for runtime.settle; the set of those that finished with exit code 0.
+        """Waits until all services run, are healthy, and stay so for runtime.settle.
 
-        Raises ComponentError at once for one that failed (C-164), or when the time is over.  Earlier restarts of what
-        ran before are forgiven.  complete: wait for their end instead.
+        Returns the set of those that finished with exit code 0.  Raises ComponentError at once for one that
+        failed (C-164), or when the time is over.  Earlier restarts of what ran before are forgiven.
+        complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
         ids = {service.name: job.current.get(service.name, "") for service in services}
-        healthy, misses, calm, start, before = set(), {}, None, time.monotonic(), None
+        healthy = set()
+        misses, calm, before = {}, None, None
+        start = time.monotonic()
         secrets = job.workload.parameters.values()
         while True:
             seen = self.inspect(filter(None, ids.values()))
             before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
-            fresh = {key: item._replace(restarts=item.restarts - before.get(key, 0)) for key, item in seen.items()}
+            fresh = {key: item._replace(restarts=item.restarts - before.get(key, 0))
+                     for key, item in seen.items()}
             facts = {name: fresh[key] for name, key in ids.items() if key in fresh}
             checked = [item for item in services if item.health]
             running = [item for item in checked if item.name in facts and facts[item.name].state == "running"]
@@ -4262,7 +4388,10 @@ class ComposeDriver:
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
     def check_health(self, services, ids, facts, healthy, misses, start):
-        """Runs the health checks that podman may have nobody to run; a miss counts once an interval, after the start period."""
+        """Runs the health checks that podman may have nobody to run.
+
+        A miss counts once an interval, after the start period.
+        """
         for service in services:
             if self.engine != "podman":
                 passed = facts[service.name].health == "healthy"
@@ -4281,9 +4410,14 @@ class ComposeDriver:
                 misses[service.name] = count + 1, time.monotonic()
 
     def tend(self, containers, chance):
-        """Runs one health check a cycle, that of a container by chance, where podman has no systemd that does; the next look shows it."""
-        checked = [container for container in containers if container.health and container.state == "running"]
-        if checked and self.engine == "podman" and not self.remote and not os.path.isdir("/run/systemd/system"):
+        """Runs one health check a cycle, of a container by chance, where podman has no systemd that does.
+
+        The next look shows it.
+        """
+        if self.engine != "podman" or self.remote or os.path.isdir("/run/systemd/system"):
+            return
+        checked = [item for item in containers if item.health and item.state == "running"]
+        if checked:
             container = checked[int(chance * len(checked))]
             try:
                 self.run(["healthcheck", "run", container.id], 30)
@@ -4291,19 +4425,24 @@ class ComposeDriver:
                 log("warning", "a health check hangs", container=container.name, reason=error.message)
 
     def tail_log(self, container, secrets):
-        """The end of a container's log for an error message: 20 lines, 2 KiB, the values of parameters masked; "" where there is none."""
+        """The end of a container's log for an error message: 20 lines, 2 KiB; "" where there is none.
+
+        The values of parameters are masked.
+        """
         try:
             output = self.run(["logs", "--tail=20", container], 60) if container else Output(1, b"", "")
         except CommandError as error:
             return f"; its log cannot be had: {error.message}"
         if output.code:
             return ""
-        text = mask((output.stdout.decode("utf-8", "replace").strip() + "\n" + output.stderr).strip(), secrets)
+        text = mask((output.stdout.decode("utf-8", "replace").strip() + "\n"
+                     + output.stderr).strip(), secrets)
         return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
 
     def stop(self, ids, deadline):
-        """Stops containers within their own grace period, and kills them where that is longer than there is time; returns the deadline.
+        """Stops containers within their own grace period, and kills them where there is less time than that.
 
+        Returns the deadline.
         One that is not there any more is passed over.
         """
         patience = ["--ignore"] if self.engine == "podman" else []
@@ -4325,25 +4464,29 @@ class ComposeDriver:
             deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
         if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
             return
-        for _ in ids:                               # one whose network another one shares goes only after that one, and alone
-            left = [name for name in ids if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
+        for _ in ids:                               # one whose network another one shares goes after that one
+            left = [name for name in ids
+                    if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
             if not left:
                 return
-        left = [container.id for container in self.observe() if container.id in left]       # others removed some
+        left = [container.id for container in self.observe() if container.id in left]   # others removed some
         if left:
             self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
 
     def remove(self, deployment_id, component, containers, deadline):
-        """Removes a component's containers, whatever their state, and its networks; volumes stay.  Needs no compose file.
+        """Removes a component's containers, whatever their state, and its networks; volumes stay.
 
-        Raises ComponentError REMOVE_FAILED unless the engine says that nothing is left (P-11, D-21).
+        Needs no compose file.  Raises ComponentError REMOVE_FAILED unless the engine says that nothing is
+        left (P-11, D-21).
         """
         def ours(items):
-            return [c for c in items if c.deployment_id.lower() == deployment_id.lower() and c.component == component]
+            wanted = deployment_id.lower(), component
+            return [item for item in items if (item.deployment_id.lower(), item.component) == wanted]
 
         project = make_project_name(component, deployment_id)
         self.remove_containers(ours(containers)[::-1], deadline)
-        output = self.run(["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"], 60, "REMOVE_FAILED")
+        arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]
+        output = self.run(arguments, 60, "REMOVE_FAILED")
         for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
             if is_ours(self.claim(), deployment_id, labels.get(LABEL_OWNER, "")):
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
@@ -4361,7 +4504,7 @@ def part_containers(containers, claim):
 
 
 def find_health(state, status):
-    """(state, health) of a container from its state and the words of its status, the one place where `ps` shows the latter."""
+    """(state, health) of a container from its state and its status, where `ps` alone shows it."""
     health = re.search(r"\((?:health: )?(healthy|unhealthy|starting)\)\Z", str(status))
     health = health.group(1) if health else ""
     return "unhealthy" if (state, health) == ("running", "unhealthy") else state, health
@@ -4378,7 +4521,7 @@ def parse_seen(item):
 
 
 def find_started(status, now):
-    """About when docker says that a container was started, in Unix seconds; 0 where its words are too vague."""
+    """About when docker says that a container was started, in Unix seconds; 0 where that is vague."""
     match = re.match("Up (Less than a|[0-9]+) seconds?", str(status))
     return int(now) - int(match.group(1).replace("Less than a", "0")) if match else 0
 
@@ -4395,20 +4538,25 @@ def parse_containers(data, engine, now=0):
             if items is not None and not isinstance(items, list):
                 raise TypeError("no list")
             for item in items or ():
-                labels, (state, health) = item.get("Labels") or {}, find_health(item["State"].lower(), item.get("Status"))
-                containers.append(Container(item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], labels.get(LABEL_COMPONENT, ""),
-                                            labels.get(LABEL_SERVICE, ""), labels.get(LABEL_HASH, ""), state, "compose",
-                                            labels.get(LABEL_DEVICE, ""), item.get("StartedAt", 0), health,
-                                            labels.get(LABEL_OWNER, "")))
+                labels = item.get("Labels") or {}
+                get = labels.get
+                state, health = find_health(item["State"].lower(), item.get("Status"))
+                containers.append(Container(
+                    item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], get(LABEL_COMPONENT, ""),
+                    get(LABEL_SERVICE, ""), get(LABEL_HASH, ""), state, "compose", get(LABEL_DEVICE, ""),
+                    item.get("StartedAt", 0), health, get(LABEL_OWNER, "")))
         else:
             for line in data.splitlines():
                 *marks, device_id, owner, state, status = parse_json(line, "docker ps")
-                started, (state, health) = find_started(status, now), find_health(state, status)
+                state, health = find_health(state, status)
+                started = find_started(status, now)
                 facts = {"device_id": device_id, "started": started, "health": health, "owner": owner}
                 containers.append(Container(*marks, state=state, type="compose", **facts))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CommandError(f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
-    return [container for container in containers if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]      # else a label of somebody else's
+        raise CommandError(
+            f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
+    return [container for container in containers           # other labels are somebody else's
+            if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]
 
 
 DRIVERS["compose"] = make_compose_driver
@@ -4419,9 +4567,10 @@ DRIVERS["compose"] = make_compose_driver
 # ----------------------------------------------------------------------------------------------------------
 
 def find_parameters(deployment, component):
-    """[(Parameter, pointer)] of all that reaches a component, in the document's order; null counts as not set."""
-    return [(parameter, pointer) for parameter in deployment.parameters if parameter.value is not None
-            for pointer, names in parameter.targets if component in names]
+    """[(Parameter, pointer)] of all that reaches a component, in the document's order; not of nulls."""
+    pairs = [(parameter, target) for parameter in deployment.parameters for target in parameter.targets]
+    return [(parameter, pointer) for parameter, (pointer, names) in pairs
+            if parameter.value is not None and component in names]
 
 
 # What the tools obey themselves: a parameter of such a name would steer the tool instead of the application
@@ -4439,9 +4588,9 @@ def make_variables(deployment, component):
     variables = {}
     for parameter, pointer in find_parameters(deployment, component):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
-            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}:"
-                                 f" {make_printable(pointer)!r} is not a name that an environment variable of a"
-                                 " container may have")
+            words = f"parameter {make_printable(parameter.name)}: {make_printable(pointer)!r} is not a name"
+            raise ComponentError(
+                "PARAMETER_INVALID", f"{words} that an environment variable of a container may have")
         value = parameter.value
         variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
         if "\0" in variables[pointer]:
@@ -4480,8 +4629,8 @@ Service = define(
     " it; hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that"
     " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
 Project = define("Project", "services networks volumes notes",
-    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for what"
-    " is external), and what of the file has no effect, in words.", ())
+    "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
+    " what is external), and what of the file has no effect, in words.", ())
 Mount = define("Mount", "kind source target options found",
     "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
     " name), path in the container, engine's options; found: the Source of a bind mount.")
@@ -4572,7 +4721,8 @@ def choose(operator, given, name, value, make_rest, where):
 
 def find_brace(text, position, variables, where):
     """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only
-    those of a `${`. What is looked through counts as what is brought in: many could look through each other."""
+    those of a `${`. What is looked through counts as what is brought in: many could look through each other.
+    """
     for opening in ("{", "${"):
         depth = 0
         for match in re.compile(re.escape(opening) + "|}").finditer(text, position):
@@ -4592,8 +4742,10 @@ NAMING = ("services", "networks", "volumes", "configs", "secrets", "environment"
 
 
 def interpolate_all(value, variables, where="", named=False):
-    """Every text below a value interpolated; keys stay as they are, a number as it was spelt. named: they are
-    names."""
+    """Every text below a value interpolated; keys stay as they are, a number as it was spelt.
+
+    named: they are names.
+    """
     if isinstance(value, dict):
         result = {}
         for key, item in value.items():
@@ -4825,8 +4977,10 @@ IMAGE = (r"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?/)?[a-z0-9][a-z0-9._/-]*(:\w[
 
 
 def to_image(value, where):
-    """The whole name of an image: one without a registry is Docker Hub's, for every engine. None is a file of
-    this device."""
+    """The whole name of an image: one without a registry is Docker Hub's, for every engine.
+
+    None is a file of this device.
+    """
     text = to_text(value, where)
     shown = repr(make_printable(text, 100))
     if re.match(TRANSPORT, text[:512]):
@@ -5011,7 +5165,8 @@ def make_volumes(document, workload):
 
 
 # Words that an engine takes for a mode where the name of a network is expected.
-MODES = ("host", "none", "bridge", "private", "default", "nat", "slirp4netns", "pasta", "container", "pod", "ns")
+MODES = ("host", "none", "bridge", "private", "default", "nat", "slirp4netns", "pasta", "container", "pod",
+         "ns")
 
 
 def make_networks(document, workload):
@@ -5026,8 +5181,8 @@ def make_networks(document, workload):
         networks[name] = make_shared(name, value, workload, f"networks.{name}",
                                      arguments + [f"--label={LABEL_HASH}={mark}"])
         if networks[name][0] in MODES:
-            raise make_fault(f"networks.{name}: {networks[name][0]!r} is a mode to the engine and no network; set"
-                             " `network_mode` of the services")
+            raise make_fault(f"networks.{name}: {networks[name][0]!r} is a mode to the engine and no network;"
+                             " set `network_mode` of the services")
     return networks
 
 
@@ -5068,8 +5223,10 @@ def make_contents(document, variables, folder):
 
 
 def read_inside(folder, name, where):
-    """The text of a file of the package, bytes that are no UTF-8 escaped; raises ComponentError where it is
-    none of its files."""
+    """The text of a file of the package, bytes that are no UTF-8 escaped.
+
+    Raises ComponentError where it is none of its files.
+    """
     data = folder.read(name)
     if data is None:
         raise make_fault(f"{where}: {make_printable(name)!r} is not a file of the archive of at most {MIB}"
@@ -5081,6 +5238,7 @@ def read_inside(folder, name, where):
 
 def make_arguments(option, value):
     """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None.
+
     """
     if value is None or isinstance(value, bool):
         return [option] if value else []
@@ -5103,8 +5261,10 @@ def make_single(argument):
 
 
 def make_options(service, workload, where):
-    """The arguments of a service that options of the engine take as they are; a key of its own stands above
-    `deploy`."""
+    """The arguments of a service that options of the engine take as they are.
+
+    A key of its own stands above `deploy`.
+    """
     limits, policy = service.deploy.resources.limits, service.deploy.restart_policy
     options = {"--cpus": limits.cpus, "--memory": limits.memory, "--pids-limit": limits.pids,
                "--memory-reservation": service.deploy.resources.reservations.memory,
@@ -5214,7 +5374,9 @@ def make_mount(item, where):
         options = [option for option in "".join(parts[2:]).split(",") if option]
         source, target = ["", *parts][-2:] if len(parts) < 3 else parts[:2]
     else:
-        kind, source, target = item.type, item.source or "", item.target or ""
+        kind = item.type
+        source = item.source or ""
+        target = item.target or ""
         options = make_mount_options(item)
         if not kind or kind == "bind" and not source:
             raise make_fault(f"{where}: expected a type, and the source of a bind mount")
@@ -5286,8 +5448,10 @@ def make_files(service, reading, where):
 
 
 def make_attachments(service, reading, where):
-    """[Attachment]: the first is joined at creation and the others before the start; or the network mode
-    alone."""
+    """[Attachment]: the first is joined at creation and the others before the start.
+
+    Where there is only a network mode, that alone.
+    """
     if service.network_mode is not None:
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
@@ -5378,8 +5542,10 @@ def check_variable(name, text, where):
 
 
 def make_dependencies(service):
-    """`depends_on` as {service: (condition, required)}; whose namespace is shared, and what is linked, comes
-    first too."""
+    """`depends_on` as {service: (condition, required)}.
+
+    Whose namespace is shared, and what is linked, comes first too.
+    """
     result = {other: (item.condition or "service_started", item.required is not False)
               for other, item in service.depends_on.items()}
     for other in find_shared(service) + [link.partition(":")[0] for link in service.links or ()]:
@@ -5534,6 +5700,7 @@ def make_project(document, workload, policy, engine, folder=None):
 
 def make_file_variables(workload, folder):
     """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own.
+
     """
     variables = Variables(workload.parameters)
     if folder.look(".env").kind:
@@ -5543,8 +5710,10 @@ def make_file_variables(workload, folder):
 
 
 def find_wanted(services, notes):
-    """The services that are started: those of no profile. What an image was built from is left out where it
-    is named, and noted."""
+    """The services that are started: those of no profile.
+
+    What an image was built from is left out where it is named, and noted.
+    """
     started = {}
     for name, service in services.items():
         where = f"services.{name}"
@@ -5564,6 +5733,7 @@ def find_wanted(services, notes):
 
 def make_service(name, service, reading):
     """A Service from its settings, held against the policy; without a hash, which comes when all are known.
+
     """
     where = f"services.{name}"
     mounts = make_mounts(service, reading, where)
@@ -5617,11 +5787,15 @@ def add_aliases(services, wanted, notes):
 
 
 def order_services(services):
-    """The services so that each comes after what it depends on; raises ComponentError for a circle or an
-    unknown name."""
-    order, done = [], set()
+    """The services so that each comes after what it depends on.
+
+    Raises ComponentError for a circle or an unknown name.
+    """
+    order = []
+    done = set()
     for root in services:
-        todo, path = [root], []
+        todo = [root]
+        path = []
         while todo:
             name = todo[-1]
             if name in done or path[-1:] == [name]:
@@ -5797,7 +5971,8 @@ class Registry:
                 if parts.scheme not in ("https", self.scheme):
                     raise ComponentError("PULL_FAILED",
                                          f"{make_printable(url)}: redirected to a scheme that is not allowed")
-                own, headers = parts[:2] == origin, {"Accept": accept}
+                own = parts[:2] == origin
+                headers = {"Accept": accept}
                 if self.authorization and own:
                     headers["Authorization"] = self.authorization
                 response = self.request(url, headers, max(limit, MAX_ANSWER))
@@ -5966,16 +6141,19 @@ def is_size(value):
 
 def find_layer(value, kind):
     """The one layer of an OCI manifest that holds a package of a kind; raises ValueError."""
-    layers, wanted = value.get("layers"), COMPOSE_LAYER
+    layers = value.get("layers")
+    wanted = COMPOSE_LAYER
     layers = layers if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers) else []
     if kind == "helm":
-        wanted, config = CHART_LAYER, value.get("config")
+        wanted = CHART_LAYER
+        config = value.get("config")
         if not isinstance(config, dict) or config.get("mediaType") != CHART_CONFIG:
             raise ValueError(f"not a Helm chart (its config is no {CHART_CONFIG})")
         # Beside it there may be its provenance.
         layers = [layer for layer in layers if layer.get("mediaType") == CHART_LAYER]
     elif value.get("artifactType") != COMPOSE_ARTIFACT:
-        found, hint = str(value.get("artifactType")), ""
+        found = str(value.get("artifactType"))
+        hint = ""
         if found == "application/vnd.docker.compose.project":
             hint = "; made by `docker compose publish`, which Margo does not take"
         raise ValueError(f"artifactType is {make_printable(found, 100)}, expected {COMPOSE_ARTIFACT}{hint}")
@@ -5999,7 +6177,8 @@ def check_archive(data, max_unpacked, relaxed=False):
     a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
     need be no top-level folder, and the compose file may have its other names (protocol 6.5).
     """
-    entries, tops = {}, set()
+    entries = {}
+    tops = set()
     try:
         plain, members, end = unpack_tar(data, max_unpacked, MAX_ENTRIES)
         loose = relaxed and any("/" not in re.sub(r"\A\./", "", member.name) and not member.isdir()
@@ -6013,7 +6192,8 @@ def check_archive(data, max_unpacked, relaxed=False):
         if sum(entry.size for entry in entries.values()) > max_unpacked:
             raise ValueError(f"its files have more than {max_unpacked} bytes (policy.max_unpacked)")
         check_tree(entries)
-        compose, others = entries.get("compose.yaml"), [name for name in COMPOSE_NAMES[1:] if name in entries]
+        compose = entries.get("compose.yaml")
+        others = [name for name in COMPOSE_NAMES[1:] if name in entries]
         if compose is None and others and relaxed:
             compose = entries["compose.yaml"] = entries[others[0]]._replace(path="compose.yaml")
         if compose is None or compose.kind != "file":
@@ -6035,7 +6215,8 @@ def add_entry(member, entries, tops, top=""):
     name = member.name[2:] if member.name.startswith("./") else member.name
     if name in ("", ".") and member.isdir():
         return
-    absolute, name = name.startswith("/"), top + name
+    absolute = name.startswith("/")
+    name = top + name
     parts = name.rstrip("/").split("/")
     if absolute or {"..", "", "."} & set(parts) or not is_storable(name):
         raise ValueError(f"{make_printable(name)!r} is not a path inside the archive")
@@ -6198,6 +6379,7 @@ SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS",
 
 def list_folders(environ):
     """The folders in which helper programs are looked for: those on PATH, and the system's own behind them.
+
     """
     folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
     return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
@@ -6274,7 +6456,8 @@ def serve_pipes(process, data, timeout, limit):
     import subprocess
     heard = {pipe.fileno(): bytearray() for pipe in (process.stdout, process.stderr)}
     stdin = [process.stdin.fileno()] if data else []
-    deadline, open_pipes = time.monotonic() + timeout, set(heard)
+    deadline = time.monotonic() + timeout
+    open_pipes = set(heard)
     for pipe in [*heard, *stdin]:
         os.set_blocking(pipe, False)
     while open_pipes or stdin:
@@ -6396,7 +6579,8 @@ class Paced(io.RawIOBase):
     """
 
     def __init__(self, connection):
-        self.connection, self.timeout = connection, connection.gettimeout()
+        self.connection = connection
+        self.timeout = connection.gettimeout()
         self.raw = connection.makefile("rb", 0)
         self.renew()
 
@@ -6431,7 +6615,8 @@ def open_connection(address, timeout, source=None):
     import errno
     import select
     import socket
-    places, trying, code = socket.getaddrinfo(*address, type=socket.SOCK_STREAM), {}, 0
+    places = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    trying, code = {}, 0
     end = time.monotonic() + timeout
     try:
         while places or trying:
@@ -6483,7 +6668,8 @@ def make_opener(context, check_peer):
     class Connection(http.client.HTTPConnection):
         """A connection whose peer is checked before the first byte of a request."""
 
-        response_class, default_port = Answer, 443 if context else 80
+        response_class = Answer
+        default_port = 443 if context else 80
 
         def connect(self):
             self._create_connection = open_connection
@@ -6500,7 +6686,8 @@ def make_opener(context, check_peer):
                 self.close()
                 raise
 
-    scheme, handler = "https" if context else "http", urllib.request.AbstractHTTPHandler()
+    scheme = "https" if context else "http"
+    handler = urllib.request.AbstractHTTPHandler()
     setattr(handler, f"{scheme}_open", lambda message: handler.do_open(Connection, message))
     setattr(handler, f"{scheme}_request", handler.do_request_)
     opener = urllib.request.OpenerDirector()
@@ -6527,7 +6714,8 @@ def read_body(response, limit, timeout, where):
 
     Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
     """
-    pieces, size, start = [], 0, time.monotonic()
+    pieces, size = [], 0
+    start = time.monotonic()
     while True:
         response.paced.renew()
         piece = response.read1(65536)
@@ -6609,7 +6797,8 @@ def parse_problem(body):
     errors = value["errors"] if isinstance(value.get("errors"), list) else []
     errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
               if isinstance(item, dict)]
-    title, detail = text("title") or text("error"), text("detail") or text("message")
+    title = text("title") or text("error")
+    detail = text("detail") or text("message")
     return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
 
 
@@ -6668,18 +6857,15 @@ class Log:
         self.level, self.form = "info", "text"
 
     def __call__(self, level, message, **fields):
-        """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's
-        value.
+        """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value.
+
         """
         if self.LEVELS.index(level) < self.LEVELS.index(self.level):
             return
         if self.form == "json":
             import json
-            line = json.dumps(
-                dict(fields, time=make_time(time.time()), level=level, message=message),
-                sort_keys=True,
-                separators=(",", ":"),
-            )
+            line = json.dumps(dict(fields, time=make_time(time.time()), level=level, message=message),
+                              sort_keys=True, separators=(",", ":"))
         else:
             facts = "".join(f" {key}={make_printable(str(value), 2000)}" for key, value in fields.items())
             line = f"{make_time(time.time())} {level:7} {make_printable(message, 4000)}{facts}"
@@ -6700,11 +6886,11 @@ def write_file(path, data, mode=0o600, temporary=None):
 
     Temporary file (by default beside it), fsync, rename, fsync of the folder.  Raises StorageError.
     """
-    folder, temporary = os.path.dirname(path), temporary or f"{path}.tmp"
+    folder = os.path.dirname(path)
+    temporary = temporary or f"{path}.tmp"
     try:
-        descriptor = os.open(
-            temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode
-        )
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, mode)
         try:
             os.fchmod(descriptor, mode)
             view = memoryview(data)
@@ -6718,8 +6904,7 @@ def write_file(path, data, mode=0o600, temporary=None):
     except OSError as error:
         remove_file(temporary)                      # on a full disk half a file is what keeps it full
         raise StorageError(
-            f"{path} cannot be written ({error.strerror}); free space or make it writable"
-        ) from None
+            f"{path} cannot be written ({error.strerror}); free space or make it writable") from None
 
 
 def remove_file(path):
@@ -6752,8 +6937,9 @@ def sync_folder(folder):
 
 
 def read_file(path, limit):
-    """The bytes of a file, None where there is none; raises StorageError, also where it is longer than
-    `limit`.
+    """The bytes of a file, None where there is none.
+
+    Raises StorageError, also where it is longer than `limit`.
     """
     try:
         # asked for is what there is: memory for the limit may not be there
@@ -6770,8 +6956,9 @@ def read_file(path, limit):
 
 
 def create_folder(path, mode=0o700):
-    """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask;
-    may raise OSError.
+    """Makes a folder, and those above it that are missing, each with just this mode, whatever the umask.
+
+    May raise OSError.
     """
     if os.path.isdir(path):
         return
@@ -6828,79 +7015,68 @@ def make_state():
 
     enrollment  {id, devices: {device id: digest of the capabilities that were sent}} since the first exchange
     client      {id, key: digest of the public key}: what onboarding gave (profile signed)
-    accepted    {version, etag, digest, acceptedAt, deployments: [{deploymentId, digest}]}: the last verified desired state
-    deployments {id in lower case: record}: what this device does, or did, about each deployment (see make_record)
-    outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not acknowledged, oldest first
+    accepted    {version, etag, digest, acceptedAt, deployments: [{deploymentId, digest}]}: the last verified
+                desired state
+    deployments {id in lower case: record}: what this device does, or did, about each one (see make_record)
+    outbox      {id in lower case: body}: the newest status of each deployment that the WFM has not yet
+                acknowledged, oldest first
     dropped     {id in lower case: {state, at, reason}}: the last statuses that the WFM refused for good
     reported    {id in lower case: digest of the last acknowledged status}
-    trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what discovery named;
+    trust       {source, etag, sequence, refreshedAt, trustDomain}: of trust-bundle.json; {est, crls}: what
+                discovery named;
                 {strays}: digest of an own leaf that does not lead to it any more
     identity    digest of the own leaf that was last found to lead to the trust bundle
     est         what is under way, and the back-off: see Enrollment
-    crls        {URL: {digest, number, key, thisUpdate, validity, etag, modified; back-off}}: of the revocation lists in crls/
+    crls        {URL: {digest, number, key, thisUpdate, validity, etag, modified; back-off}}: of the lists of
+                revocations in crls/
     drafts      the drafts in use, as the log was told
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
     owners      [text]: what this agent has called itself on the engine, newest last (see make_owner)
-    pulled      [image, after a child device's id and a space where it is there]: what the agent pulled, and may prune
-    history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome; refused: what came after it}
+    pulled      [image, after a child device's id and a space where it is there]: what it pulled and may prune
+    history     the last accepted desired states, newest last: {version, at, added, changed, removed, outcome;
+                refused: what came after it}
     lastPoll    {at, result, detail} of the last cycle that had something to store
     """
     return {
-        "schema": 2,
-        "enrollment": None,
-        "client": None,
-        "accepted": None,
-        "deployments": {},
-        "outbox": {},
-        "dropped": {},
-        "reported": {},
-        "trust": {},
-        "identity": None,
-        "est": {},
-        "crls": {},
-        "drafts": [],
-        "patience": {},
-        "waiting": None,
-        "owners": [],
-        "pulled": [],
-        "history": [],
-        "lastPoll": None,
-    }
+        "schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {},
+        "dropped": {}, "reported": {}, "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [],
+        "patience": {}, "waiting": None, "owners": [], "pulled": [], "history": [], "lastPoll": None}
 
 
 def make_state_data(state):
-    """The bytes of state.json: JSON that ends with the digest of the rest; the outbox is a list there,
-    because its order counts.
+    """The bytes of state.json: JSON that ends with the digest of the rest.
+
+    The outbox is a list there, because its order counts.
     """
     data = make_json(dict(state, outbox=list(state["outbox"].values())))
     return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
 
 
 def parse_state(data, path):
-    """The state in the bytes of state.json; raises ValueError for what is damaged or foreign,
-    StorageError for a newer agent's.
+    """The state in the bytes of state.json.
+
+    Raises ValueError for what is damaged or foreign, StorageError for a newer agent's.
 
     One without a digest was written by an older agent, or by hand.
     """
     head, mark, digest = data.rpartition(b',"sum":"')
     if mark and digest != sha256_digest(head + b"}").encode() + b'"}':
         raise ValueError(f"{path} is damaged: its bytes do not have the digest at its end")
-    state, blank = parse_json(data, path), make_state()
+    state = parse_json(data, path)
+    blank = make_state()
     if not isinstance(state, dict) or type(state.get("schema")) is not int or state["schema"] < 1:
         raise ValueError(f"{path} is not a state of this agent")
     if state["schema"] > blank["schema"]:
-        raise StorageError(
-            f"{path} has schema {state['schema']}, this agent knows {blank['schema']}; use the newer agent"
-        )
+        raise StorageError(f"{path} has schema {state['schema']}, this agent knows {blank['schema']}; use the"
+                           " newer agent")
     state = dict(blank, **dict(state, schema=blank["schema"]))
     state.pop("sum", None)
     outbox = state["outbox"].values() if isinstance(state["outbox"], dict) else state["outbox"]
     try:
         state["outbox"] = {status["deploymentId"].lower(): status for status in outbox}
-        wrong = [
-            key for key, value in blank.items() if value is not None and type(state[key]) is not type(value)
-        ]
+        wrong = [key for key, value in blank.items()
+                 if value is not None and type(state[key]) is not type(value)]
         wrong += [key for key, record in state["deployments"].items() if "adopted" not in record]
         state["deployments"] = {key: migrate_record(record) for key, record in state["deployments"].items()}
     except (TypeError, KeyError, AttributeError):
@@ -6918,10 +7094,12 @@ def migrate_record(record):
     if record.get("fallback") and "services" not in (record["running"] or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
     if "retryAt" in record:
-        at, failures = record.pop("retryAt") - 2 * RETRY_CAP, record.pop("failures", 0)
+        at = record.pop("retryAt") - 2 * RETRY_CAP
+        failures = record.pop("failures", 0)
         record["retry"] = {"failures": failures, "at": at, "delay": 2 * RETRY_CAP} if failures else {}
     if "repairs" in record:
-        at, failures = record.pop("repairedAt", 0), record.pop("repairs")
+        at = record.pop("repairedAt", 0)
+        failures = record.pop("repairs")
         pause = grow(RETRY_FIRST, failures + 1 - REPAIRS, RETRY_CAP) if failures >= REPAIRS else 0
         record["repair"] = {"failures": failures, "at": at, "delay": pause} if failures else {}
     return record
@@ -6972,8 +7150,8 @@ class Store:
             raise StorageError(f"state_dir {self.folder} cannot be made ({error.strerror})") from None
 
     def lock(self):
-        """Takes the lock or raises Locked; the kernel gives it back when this process ends, however it
-        ends.
+        """Takes the lock or raises Locked; the kernel gives it back when this process ends, however it ends.
+
         """
         import fcntl
         try:
@@ -6982,10 +7160,9 @@ class Store:
             self.memo = None
         except BlockingIOError:
             self.unlock()
-            raise Locked(
-                f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A second agent on this engine needs"
-                " an identity of its own, not only a state_dir"
-            ) from None
+            raise Locked(f"another instance holds {self.path('lock')}; wait until it is done, or stop it. A"
+                         " second agent on this engine needs an identity of its own, not only a state_dir"
+                         ) from None
         except OSError as error:
             raise StorageError(f"{self.path('lock')} cannot be taken ({error.strerror})") from None
 
@@ -7004,7 +7181,8 @@ class Store:
         door to a rollback.  Its copy may be older, but never in what was accepted (see save_state); what
         it does not know of workloads the engine tells (P-13).
         """
-        fault, path = None, self.path("state.json")
+        fault = None
+        path = self.path("state.json")
         for name in (path, path + ".old"):
             data = read_file(name, 256 * MIB)
             try:
@@ -7013,17 +7191,15 @@ class Store:
                 fault = fault or error
                 continue
             if state is not None:
-                self.saved, self.core = data if name == path else None, make_core(state)
+                self.saved = data if name == path else None
+                self.core = make_core(state)
                 if self.saved is None:
-                    log(
-                        "error", "the state is taken from its copy", reason=str(fault or f"{path} is missing")
-                    )
+                    log("error", "the state is taken from its copy",
+                        reason=str(fault or f"{path} is missing"))
                 return state
         if fault:
-            raise StorageError(
-                f"{fault}; restore it, or move it and its copy {path}.old away to start afresh (the WFM's next manifest is"
-                " then accepted whatever its version)"
-            )
+            raise StorageError(f"{fault}; restore it, or move it and its copy {path}.old away to start afresh"
+                               " (the WFM's next manifest is then accepted whatever its version)")
         return make_state()
 
     def save_state(self, state):
@@ -7033,7 +7209,8 @@ class Store:
         First its copy, where that would otherwise be older in what no damage may bring back.  A full disk
         is given the reserve (P-4).
         """
-        data, core = make_state_data(state), make_core(state)
+        data = make_state_data(state)
+        core = make_core(state)
         if data == self.saved:
             return
         for path in [self.path("state.json.old")] * (core != self.core) + [self.path("state.json")]:
@@ -7086,8 +7263,9 @@ class Store:
                     remove_folder(os.path.join(folder, name))
 
     def load_needed(self, folder, short):
-        """The folders of a component from which containers of these packages mount files (see
-        Folder.keep); other notes go.
+        """The folders of a component from which containers of these packages mount files (see Folder.keep).
+
+        Other notes go.
         """
         needed = set()
         for name in [name for name in os.listdir(folder) if re.fullmatch(r"[0-9a-f]{16}\.content", name)]:
@@ -7153,12 +7331,19 @@ class Folder:
             return None
 
     def look(self, name):
-        """The Source that a path is. What is the package's own is mounted by its content, from a place that
-        stays; see keep."""
-        real, root = self.resolve(name), self.resolve("")
+        """The Source that a path is.
+
+        What is the package's own is mounted by its content, from a place that stays; see keep.
+        """
+        real = self.resolve(name)
+        root = self.resolve("")
         own = real == root or real.startswith(root + "/")
-        kind = "folder" if os.path.isdir(real) else "file" if os.path.isfile(real) else ""
-        kind = kind or ("other" if os.path.exists(real) else "")
+        if os.path.isdir(real):
+            kind = "folder"
+        elif os.path.isfile(real):
+            kind = "file"
+        else:
+            kind = "other" if os.path.exists(real) else ""
         path = real
         if own and kind:
             if real not in self.digests:            # a file may name it a thousand times
@@ -7182,7 +7367,8 @@ class Folder:
             return True
         if os.path.exists(path) and not os.path.isdir(path):
             return stat.S_ISSOCK(os.stat(path).st_mode)
-        inodes, left = {os.stat(place).st_ino for place in places}, 10000
+        inodes = {os.stat(place).st_ino for place in places}
+        left = 10000
         todo = [path]
         while todo and left > 0:
             try:
@@ -7196,8 +7382,9 @@ class Folder:
         return False
 
     def keep(self, sources):
-        """Lays what these own Sources are where they are mounted from, and notes that this package needs it;
-        see prune_artifacts.
+        """Lays what these own Sources are where they are mounted from, and notes that this package needs it.
+
+        See prune_artifacts.
 
         A service whose files did not change keeps its container, whatever else is in the next package.
         """
@@ -7211,7 +7398,7 @@ class Folder:
                     continue
                 for folder in (place, place + ".new"):      # what was spoilt, and what was cut off
                     remove_folder(folder)
-                os.makedirs(place + ".new", 0o755)
+                create_folder(place + ".new", 0o755)        # containers read it
                 part = os.path.join(place + ".new", os.path.basename(source.path))
                 if source.kind == "folder":
                     shutil.copytree(source.real, part, symlinks=True, copy_function=link_file)
@@ -7426,8 +7613,9 @@ def read_path_or_url(value, base):
 
 
 def read_compose(value, base):
-    """Whether the agent runs compose files; the programs that once could are told apart from what never
-    could.
+    """Whether the agent runs compose files.
+
+    The programs that once could are told apart from what never could.
     """
     if value in ("docker compose", "docker-compose", "podman-compose"):
         raise ValueError("auto, builtin or off; what compose providers did, builtin does now")
@@ -7540,7 +7728,8 @@ def parse_window(text):
     start, slash, end = text.partition("/")
     if is_moment(start) and is_moment(end) and start < end:
         return None, start, end
-    day, clock = "(" + "|".join(DAYS) + ")", "([0-9]{2}):([0-5][0-9])"
+    day = "(" + "|".join(DAYS) + ")"
+    clock = "([0-9]{2}):([0-5][0-9])"
     match = re.fullmatch(f"(?:{day}(?:-{day})? )?{clock}-{clock}", text)
     if match:
         first = match.group(1) or "Mon"
@@ -7548,7 +7737,8 @@ def parse_window(text):
         length = (DAYS.index(last) - DAYS.index(first)) % 7 + 1
         days = {(DAYS.index(first) + step) % 7 for step in range(length)}
         hours = [int(number) for number in match.group(3, 4, 5, 6)]
-        start, end = 60 * hours[0] + hours[1], 60 * hours[2] + hours[3]
+        start = 60 * hours[0] + hours[1]
+        end = 60 * hours[2] + hours[3]
         if start < 1440 and end <= 1440:
             return days, start, end
     raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
@@ -7559,7 +7749,8 @@ read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window
 
 def is_within(windows, local):
     """Whether the device-local `local` (struct_time) lies in one of the windows."""
-    now, stamp = 60 * local.tm_hour + local.tm_min, time.strftime(MINUTE, local)
+    now = 60 * local.tm_hour + local.tm_min
+    stamp = time.strftime(MINUTE, local)
     for days, start, end in windows:
         if days is None:
             inside = start <= stamp < end
@@ -7739,7 +7930,8 @@ def check_devices(config):
     """What shows only from several settings of this device and its children: [(whether it is wrong, key,
     words)].
     """
-    profile, children = PROFILES.get(config.wfm.profile), config.device.children
+    profile = PROFILES.get(config.wfm.profile)
+    children = config.device.children
     faults = [(children and profile and not profile.takes_children(config),
                "device.children", "the protocol of this wfm.profile and wfm.dialect knows no child devices")]
     places = {f"device.children[{index}].": child for index, child in enumerate(children)}
@@ -7832,15 +8024,18 @@ def parse_der(data):
     elements, position = [], 0
     while position < len(data):
         start = position
-        tag, position = data[position], position + 1
+        tag = data[position]
+        position += 1
         if tag & 0x1F == 0x1F or position >= len(data):
             raise ValueError("DER: a long tag or a missing length")
-        length, position = data[position], position + 1
+        length = data[position]
+        position += 1
         if length & 0x80:
             size = length & 0x7F
             if not 1 <= size <= 4 or position + size > len(data):
                 raise ValueError("DER: a bad length")
-            length, position = int.from_bytes(data[position:position + size], "big"), position + size
+            length = int.from_bytes(data[position:position + size], "big")
+            position += size
         if position + length > len(data):
             raise ValueError("DER: a value runs past its end")
         position += length
@@ -8076,7 +8271,8 @@ class YAMLReader:
                 self.fail("a directive other than %YAML 1.2 is not supported")
             self.position = self.text.index("\n", self.position)
             self.next_line()
-        value, marked = None, self.text.startswith("---", self.position) and self.at_marker()
+        value = None
+        marked = self.text.startswith("---", self.position) and self.at_marker()
         if directive and not marked:
             self.fail("--- is missing after the directive")
         if marked:
@@ -8101,7 +8297,8 @@ class YAMLReader:
     def next_line(self):
         """Goes to the next line that holds something."""
         match = self.NEXT.match(self.text, self.position)
-        self.position, self.column = match.end(), match.end() - match.start(1)
+        self.position = match.end()
+        self.column = match.end() - match.start(1)
         if self.position >= len(self.text):
             self.column = -1
         elif self.text[self.position] == "\t":
@@ -8280,7 +8477,8 @@ class YAMLReader:
             start = self.position
             if self.at_indicator("?"):
                 self.position += 1
-                key, value = self.read_block(column, True), None
+                key = self.read_block(column, True)
+                value = None
                 if self.column == column and self.at_indicator(":"):
                     self.position += 1
                     value = self.read_block(column, True)
@@ -8338,10 +8536,12 @@ class YAMLReader:
         header = self.HEADER.match(self.text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        style, chomp = header.group(1), header.group(2) or header.group(5)
+        style = header.group(1)
+        chomp = header.group(2) or header.group(5)
         digit = header.group(3) or header.group(4)
         indent = max(parent, 0) + int(digit) if digit else None
-        self.position, lines, blank = header.end(), [], 0
+        self.position = header.end()
+        lines, blank = [], 0
         while self.position < len(self.text):
             end = self.text.index("\n", self.position)
             line = self.text[self.position:end]
@@ -8377,14 +8577,16 @@ class YAMLReader:
             body = self.fold_block(body)
         if not body:
             return tail if chomp == "+" else ""
-        return body + ("" if chomp == "-" else tail if chomp == "+" else tail[:1])
+        kept = {"-": "", "+": tail}
+        return body + kept.get(chomp, tail[:1])
 
     @staticmethod
     def fold_block(body):
         """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are
         indented further.
         """
-        lines, result, previous, empties = body.split("\n"), [], None, 0
+        lines = body.split("\n")
+        result, previous, empties = [], None, 0
         for line in lines:
             if not line:
                 empties += 1
@@ -8431,11 +8633,12 @@ class YAMLReader:
         if match.group(1):
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
-            base = 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10
+            base = {"0o": 8, "0x": 16}.get(text[:2], 10)
             number = int(text[2:] if base != 10 else text, base)
             kind = PlainInt
         else:
-            kind, number = PlainFloat, float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            kind = PlainFloat
+            number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if repr(number) == text:
             return number
         number = kind(number)
@@ -8455,7 +8658,8 @@ class YAMLReader:
                 self.skip_flow(parent)
                 if self.text[self.position] in ",]}" or self.at_colon():
                     return self.finish(self.make_scalar("", tag, True), anchor)
-        character, first = self.text[self.position], self.nodes
+        character = self.text[self.position]
+        first = self.nodes
         if character == "*":
             if anchor or tag:
                 self.fail("an alias has neither anchor nor tag")
@@ -8526,7 +8730,8 @@ class YAMLReader:
             if explicit:
                 self.position += 1
                 self.skip_flow(parent)
-            key, value = self.read_flow_node(parent, flow), None
+            key = self.read_flow_node(parent, flow)
+            value = None
             end = self.position
             self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
@@ -8579,7 +8784,8 @@ class YAMLReader:
         self.position = position + len(result)
         while not key and text[stop.start()] == "\n" and stop.start() + 1 < len(text):
             after = re.compile(r"(?:[ \t]*\n)*( *)[ \t]*").match(text, stop.start() + 1)
-            start, indent = after.end(), after.end(1) - after.start(1)
+            start = after.end()
+            indent = after.end(1) - after.start(1)
             if (
                 start >= len(text)
                 or indent <= parent
@@ -8603,8 +8809,10 @@ class YAMLReader:
 
     def read_quoted(self, quote, parent, key):
         """A quoted scalar's text."""
-        start, chunk = self.position, re.compile(r"[^\"\\\n]+" if quote == '"' else r"[^'\n]+")
-        self.position, pieces = start + 1, []
+        start = self.position
+        chunk = re.compile(r"[^\"\\\n]+" if quote == '"' else r"[^'\n]+")
+        self.position = start + 1
+        pieces = []
         while True:
             match = chunk.match(self.text, self.position)
             if match:
@@ -8668,8 +8876,11 @@ class YAMLReader:
 
 def measure_depth(value):
     """How many levels of collections a YAML value has."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if items is None else 1 + max(map(measure_depth, items), default=0)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return 0
+    return 1 + max(map(measure_depth, value), default=0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -8931,8 +9142,9 @@ ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
 
 
 def read_components(value, base):
-    """What a request signature covers; without method, target and content digest it would do for any request
-    (C-062, C-063).
+    """What a request signature covers.
+
+    Without method, target and content digest it would do for any request (C-062, C-063).
     """
     names = list_of(read_word, "a list of components")(value, base)
     lower = [name.lower() for name in names]
@@ -8950,8 +9162,9 @@ SCHEMA["identity"]["signature"] = {
 
 
 def choose_algorithm(spki, wanted):
-    """The algorithm that the key of a public key (DER) signs by: the wanted one or its kind's default; raises
-    ValueError.
+    """The algorithm that the key of a public key (DER) signs by: the wanted one or its kind's default.
+
+    Raises ValueError.
     """
     fields = parse_der(parse_der(parse_der(spki)[0][1])[0][1])
     known = KEY_ALGORITHMS.get(" ".join(value.hex() for tag, value, _ in fields if tag == 0x06))
@@ -8982,8 +9195,9 @@ def load_signer(config):
 
 
 def make_signature_base(method, url, headers, signer, created):
-    """(signature parameters as text, bytes to sign) of a request (protocol 2.9, C-063, C-064); what it lacks
-    is not covered.
+    """(signature parameters as text, bytes to sign) of a request (protocol 2.9, C-063, C-064).
+
+    What it lacks is not covered.
     """
     from urllib.parse import urlsplit
     parts = urlsplit(url)
@@ -8999,8 +9213,9 @@ def make_signature_base(method, url, headers, signer, created):
 
 
 def parse_ecdsa(der, size):
-    """An ECDSA signature of openssl to r and s side by side, as RFC 9421 has them (C-066); raises ValueError,
-    OverflowError.
+    """An ECDSA signature of openssl to r and s side by side, as RFC 9421 has them (C-066).
+
+    Raises ValueError, OverflowError.
     """
     (_, body, _), = parse_der(der)
     r, s = (int.from_bytes(value, "big") for _, value, _ in parse_der(body))
@@ -9008,8 +9223,9 @@ def parse_ecdsa(der, size):
 
 
 def run_signature(data, signer):
-    """The signature over bytes by openssl, which alone sees the key; raises Untrusted, or ConfigError without
-    openssl.
+    """The signature over bytes by openssl, which alone sees the key.
+
+    Raises Untrusted, or ConfigError without openssl.
     """
     arguments, size = SIGNING[signer.algorithm]
     try:
@@ -9116,8 +9332,9 @@ class SignedSource(HttpSource):
         return response
 
     def onboard(self):
-        """The client id that the WFM gives to the own certificate; raises Untrusted, Unreachable (protocol
-        2.7, C-068).
+        """The client id that the WFM gives to the own certificate.
+
+        Raises Untrusted, Unreachable (protocol 2.7, C-068).
         """
         document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest",
                     "certificate": make_base64(self.signer.leaf.der)}
@@ -9297,7 +9514,8 @@ def parse_older_package(properties, where, kind):
     """
     if "packageLocation" not in properties or "repository" in properties:
         return parse_package(properties, where, kind, "(oci|https)" if kind == "helm" else "oci")
-    url, key = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN), None
+    url = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN)
+    key = None
     if properties.get("keyLocation"):
         key = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
     return url, "", key
@@ -9335,7 +9553,8 @@ def fetch_chart(repository, revision, config):
     try:
         items = load_yaml(fetch_file(f"{base}/index.yaml", config))["entries"][name]
         entry = next(item for item in items if item["version"] == revision.replace("_", "+"))          # C-166
-        url, wanted = urljoin(base + "/", entry["urls"][0]), entry.get("digest")
+        url = urljoin(base + "/", entry["urls"][0])
+        wanted = entry.get("digest")
     except YAMLError as error:
         raise ComponentError("PULL_FAILED", f"{base}/index.yaml: {error}") from None
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration):
@@ -9463,8 +9682,9 @@ class GitSource:
         self.heads, self.reporter = {}, None
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
-        """One git command on the repository: its Output; raises CommandError unless it ends with one of
-        `codes` (None: any).
+        """One git command on the repository: its Output.
+
+        Raises CommandError unless it ends with one of `codes` (None: any).
         """
         folder = self.repository
         if command == "ls-remote":
@@ -9534,8 +9754,9 @@ class GitSource:
         return Desired(head, None, sha256_digest(head.encode()), entries, new)
 
     def work(self, act):
-        """What `act` returns; where git fails although the server answers, once more on a repository made
-        anew (P-14).
+        """What `act` returns.
+
+        Where git fails although the server answers, once more on a repository made anew (P-14).
         """
         try:
             return act()
@@ -9596,6 +9817,7 @@ class GitSource:
 
     def fetch(self, refspec, *options, codes=(0,)):
         """Fetches one ref; a pack may have policy.max_unpacked bytes, and raises Refused where it has more.
+
         """
         limit = self.config.policy.max_unpacked
         packs = os.path.join(self.repository, "objects", "pack")
@@ -9633,8 +9855,9 @@ class GitSource:
             raise Untrusted(f"commit {head} {words} (git says {verdict}); the accepted state is kept")
 
     def read_files(self, head, base):
-        """What parse_files makes of the YAML files below git.path; links, submodules and all else are not
-        looked at.
+        """What parse_files makes of the YAML files below git.path.
+
+        Links, submodules and all else are not looked at.
 
         Raises Refused, also for a path that held a deployment in the accepted commit, `base`, and holds
         something else now: only one that has gone is a removal.
@@ -9685,8 +9908,9 @@ class GitSource:
         self.push_file(device_id, "capabilities.json", None, "Capabilities withdrawn")
 
     def post_status(self, deployment_id, document):
-        """Reports a deployment's status; for a WFM, whose manifest versions are numbers, a commit is its
-        first 48 bits.
+        """Reports a deployment's status.
+
+        For a WFM, whose manifest versions are numbers, a commit is its first 48 bits.
         """
         report = dict(document)
         commit = report["commit"] = str(report.pop("adoptedManifestVersion"))
@@ -9733,8 +9957,9 @@ class GitSource:
                           " the next run tries again")
 
     def save_commit(self, ref, base, path, content, message):
-        """A commit on `base` (None: the first) that changes one file, made without work tree or index; None
-        where it is so.
+        """A commit on `base` (None: the first) that changes one file, made without work tree or index.
+
+        None where it is so.
         """
         self.prepare()
         old, parent = None, []
@@ -9826,8 +10051,9 @@ def make_git_config(config, home, header):
 
 
 def load_git_header(git):
-    """The Authorization of an https repository: bearer, or basic with git.username; None without a token
-    (C-250, C-253).
+    """The Authorization of an https repository: bearer, or basic with git.username.
+
+    None without a token (C-250, C-253).
     """
     if not git.token_file:
         return None
@@ -9838,16 +10064,18 @@ def load_git_header(git):
 
 
 def make_ref_path(device_id):
-    """A device id as a part of a ref; what Git allows no ref to have, such as a dot at the end, is spelt as
-    in a URL.
+    """A device id as a part of a ref.
+
+    What Git allows no ref to have, such as a dot at the end, is spelt as in a URL.
     """
     return re.sub(r"~|\.(?=\.|/|$|lock(/|$))|(?<![^/])\.", lambda found: f"%{ord(found.group()):02X}",
                   device_id)
 
 
 def parse_listing(listing):
-    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints; names as those of a
-    file system.
+    """[(name, whether it is a file, blob, size)] of what `git ls-tree -r -z -l` prints.
+
+    Names as those of a file system.
     """
     found = []
     for line in listing.split(b"\0")[:-1]:
@@ -9859,8 +10087,9 @@ def parse_listing(listing):
 
 
 def find_blobs(listing, max_document):
-    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree` prints;
-    raises Refused.
+    """([(name, blob, size)] of the YAML files, [name] of links and submodules) in what `git ls-tree` prints.
+
+    Raises Refused.
     """
     blobs, ignored = [], []
     for name, is_file, blob, size in parse_listing(listing):
@@ -9897,8 +10126,9 @@ def list_parents(name):
 
 
 def split_blobs(data, blobs):
-    """[(name, bytes)] out of what `git cat-file --batch` prints for [(name, blob, size)]; raises
-    CommandError.
+    """[(name, bytes)] out of what `git cat-file --batch` prints for [(name, blob, size)].
+
+    Raises CommandError.
     """
     files, start = [], 0
     for name, blob, size in blobs:
@@ -9938,8 +10168,9 @@ def parse_files(files):
 
 
 def parse_file(data):
-    """The YAML value of a file; raises ValueError where it holds something that stands for another file, or
-    for nothing.
+    """The YAML value of a file.
+
+    Raises ValueError where it holds something that stands for another file, or for nothing.
     """
     if not data.strip():
         raise ValueError("it is empty; to remove a deployment, remove its file")
@@ -9988,8 +10219,9 @@ class Git(Profile):
         return faults
 
     def connect(self, keep=True):
-        """See Profile; with a home in the state directory, or where nothing is kept, in one that goes with
-        the source.
+        """See Profile.
+
+        With a home in the state directory, or where nothing is kept, in one that goes with the source.
         """
         config, store, state = self.config, self.store, self.state
         check_enrollment(state, config.wfm.url)
@@ -10015,8 +10247,9 @@ class Git(Profile):
         return {"id": self.config.wfm.url, "notAfter": "", "warning": ""}
 
     def check(self, now):
-        """Whether git and the credentials are there, and are for nobody else to read; raises CommandMissing,
-        Untrusted.
+        """Whether git and the credentials are there, and are for nobody else to read.
+
+        Raises CommandMissing, Untrusted.
         """
         version = run_command(["git", "version"], 30).stdout.decode("utf-8", "replace").strip()
         load_git_header(self.config.git)
@@ -10050,10 +10283,8 @@ EST_FIRST, EST_CAP = 60, 3600       # seconds between attempts (E-062)
 MAX_ISSUED = 32                     # certificates in one EST answer
 MAX_PATHS = 16                      # ways from a leaf upwards that are tried
 
-Pending = define_fault("Pending", Silence,
-                       "The request for an SVID was accepted and waits for a decision; not a failure.")
-NotRenewed = define_fault("NotRenewed", MargoError, "The own SVID could not be renewed, and is still good.",
-                          exit=3, code="NOT_RENEWED")
+Pending = define_fault("Pending", 3, "UNREACHABLE", "A request for an SVID waits for its decision.", Silence)
+NotRenewed = define_fault("NotRenewed", 3, "NOT_RENEWED", "The own SVID, still good, could not be renewed.")
 
 
 def read_rekey(value, base):
@@ -10091,8 +10322,9 @@ CHECKS.append(check_est_settings)
 
 
 def parse_est_uri(members, document_url, public, held):
-    """(where to enroll or None, no faults) from the members of a discovery document; raises ValueError
-    (E-092).
+    """(where to enroll or None, no faults) from the members of a discovery document.
+
+    Raises ValueError (E-092).
     """
     if EST_FIELD not in members:
         return None, []
@@ -10224,8 +10456,9 @@ class Enrollment:
         self.finish()
 
     def has_to_wait(self, step, leaf, fault):
-        """Whether a step waits although the SVID is good; raises Silence or Untrusted where it waits and
-        there is none.
+        """Whether a step waits although the SVID is good.
+
+        Raises Silence or Untrusted where it waits and there is none.
 
         A renewal waits for the end of the operator's downtime unless the SVID would expire first.
         """
@@ -10304,8 +10537,9 @@ class Enrollment:
         self.keep(refused=error.message if refused else None)
 
     def finish(self):
-        """Clears up after an activation, as often as it takes; the token is erased, and never sent again
-        (E-044).
+        """Clears up after an activation, as often as it takes.
+
+        The token is erased, and never sent again (E-044).
         """
         used = self.est.get("token") or self.est.get("used")
         token = self.load_token()
@@ -10436,6 +10670,7 @@ class Enrollment:
 
     def prove(self, chain, own, bundle):
         """Tries the renewed SVID on a conditional GET; only if the WFM answers does it replace the old one.
+
         """
         with lend_file(chain.encode()) as file:
             own = own._replace(certificate_file=file.name)
@@ -10490,8 +10725,9 @@ def judge_est_response(response, operation, now):
 
 
 def parse_certs_only(body):
-    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038); raises
-    Untrusted.
+    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038).
+
+    Raises Untrusted.
     """
     if body[:1] == b"\x30":
         return body
@@ -10506,8 +10742,9 @@ def parse_certs_only(body):
 
 
 def load_certificates(data):
-    """The Certificates in CMS SignedData; openssl reads it, because some servers write BER.  Raises
-    ValueError.
+    """The Certificates in CMS SignedData; openssl reads it, because some servers write BER.
+
+    Raises ValueError.
     """
     try:
         found = parse_pem(run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii",
@@ -10520,8 +10757,9 @@ def load_certificates(data):
 
 
 def find_issued(certificates, spki, renewed, trust_domain):
-    """The leaf among issued Certificates; raises ValueError unless it is for the own key, of a client, and no
-    other than before.
+    """The leaf among issued Certificates.
+
+    Raises ValueError unless it is for the own key, of a client, and no other than before.
 
     spki: the own public key.  renewed: the leaf that it renews, or None.  trust_domain: as the discovery
     document says, or None.
@@ -10618,8 +10856,9 @@ SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
 
 
 def parse_crl(data):
-    """A revocation list (DER or PEM) to (DER, Crl); raises ValueError, also for one whose meaning is not
-    understood (E-085).
+    """A revocation list (DER or PEM) to (DER, Crl).
+
+    Raises ValueError, also for one whose meaning is not understood (E-085).
     """
     try:
         der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
@@ -10647,8 +10886,9 @@ def parse_crl(data):
 
 
 def is_listed(crl, serial):
-    """Whether a Crl lists a serial number; the walk is made only where its bytes occur at all, since lists
-    can be long.
+    """Whether a Crl lists a serial number.
+
+    The walk is made only where its bytes occur at all, since lists can be long.
     """
     wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
     return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry,
@@ -10667,8 +10907,9 @@ def is_revoked(leaf, crls):
 
 
 def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is; raises Untrusted if it is
-    revoked (E-083).
+    """Why the revocation status of a peer's leaf is not known, "" where it is.
+
+    Raises Untrusted if it is revoked (E-083).
     """
     if is_revoked(leaf, crls):
         raise Untrusted("the peer's certificate is revoked")
@@ -10736,7 +10977,7 @@ def refresh_crls(config, store, state, issuers, seek):
     before = make_json(records)
     clock = get_clock()
     jitter = get_random()
-    os.makedirs(store.path("crls"), 0o700, exist_ok=True)
+    create_folder(store.path("crls"))
     for url in listed:
         note_draft(store, state, "revocation lists")
         record = records.setdefault(url, {})
@@ -10763,6 +11004,7 @@ def refresh_crls(config, store, state, issuers, seek):
 
 def fetch_crl(config, store, url, records, issuers, seek, now):
     """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError.
+
     """
     record = records[url]
     headers = {}
@@ -10832,8 +11074,9 @@ def ask_issuer(der, issuer):
 
 
 def refresh_revocation(config, store, state, source=None):
-    """Fetches the revocation lists that are due; an issuer is sought among anchors, own chain and the WFM's
-    chain (E-084).
+    """Fetches the revocation lists that are due.
+
+    An issuer is sought among anchors, own chain and the WFM's chain (E-084).
     """
     if config.identity.revocation == "off" or not (state["trust"].get("crls") or state["crls"]):
         return
@@ -10847,8 +11090,9 @@ def refresh_revocation(config, store, state, source=None):
 
 
 def load_judge(config, store, state, source, keep):
-    """A function that holds the WFM's leaf against the lists at hand; by `require` they are fetched before
-    anything is said.
+    """A function that holds the WFM's leaf against the lists at hand.
+
+    By `require` they are fetched before anything is said.
     """
     mode = config.identity.revocation
     if mode == "require" and keep:
@@ -10925,11 +11169,10 @@ def read_helm(value, base):
     return value if value in ("auto", "off") else read_path(value, base)
 
 
-Release = define(
-    "Release",
+Release = define("Release",
     "deployment_id component name namespace chart values values_file wait content",
-    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all that makes it what it is.",
-)
+    "A Helm release to be made: the chart's file, the values as a mapping and their file, and a digest of all"
+    " that makes it what it is.")
 RELEASE_STATES = ("deployed", "failed", "pending", "uninstalling")
 
 
@@ -10943,14 +11186,9 @@ def parse_releases(data, records, owner=""):
 
     Raises CommandError.
     """
-    names = {
-        make_release_name(component["name"], record["deploymentId"]): (
-            record["deploymentId"],
-            component["name"],
-        )
-        for record in records
-        for component in record["components"]
-    }
+    names = {make_release_name(component["name"], record["deploymentId"]):
+             (record["deploymentId"], component["name"])
+             for record in records for component in record["components"]}
     containers = []
     try:
         for item in parse_json(data, "helm list") or ():
@@ -10958,58 +11196,43 @@ def parse_releases(data, records, owner=""):
             if not match and item["name"] not in names:
                 continue                            # somebody else's, whatever its labels say
             deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
-            containers.append(
-                Container(
-                    f"{item['namespace']}/{item['name']}",
-                    item["name"],
-                    deployment_id,
-                    component,
-                    "release",
-                    str(item["revision"]),
-                    "running" if item["status"] == "deployed" else item["status"],
-                    "helm",
-                    owner=owner,
-                )
-            )
+            state = "running" if item["status"] == "deployed" else item["status"]
+            containers.append(Container(
+                f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
+                str(item["revision"]), state, "helm", owner=owner))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(
-            f"helm list answered in an unknown form ({type(error).__name__}: {error})"
-        ) from None
+            f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
     return containers
 
 
 def list_texts(value):
     """Every scalar below a value as text."""
     if isinstance(value, (dict, list)):
-        return [
-            text
-            for item in (value.values() if isinstance(value, dict) else value)
-            for text in list_texts(item)
-        ]
+        items = value.values() if isinstance(value, dict) else value
+        return [text for item in items for text in list_texts(item)]
     return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
 
 
 def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None):
-    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with; told
-    without starting anything.
+    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with.
+
+    Told without starting anything.
 
     child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for
     make_compose_driver.
     """
     environ = os.environ if environ is None else environ
-    setting, path = config.runtime.helm, config.runtime.kubeconfig or environ.get("KUBECONFIG")
+    setting = config.runtime.helm
+    path = config.runtime.kubeconfig or environ.get("KUBECONFIG")
     if child and "KUBECONFIG" not in child[1]:
         return None
     if child:
         environ = make_child_environment(environ, child[1])
-        setting, path = "auto" if setting == "off" else setting, environ["KUBECONFIG"]
-    path = path or next(
-        filter(
-            os.path.exists,
-            ("/etc/rancher/k3s/k3s.yaml", os.path.join(environ.get("HOME") or "/root", ".kube/config")),
-        ),
-        None,
-    )
+        setting = "auto" if setting == "off" else setting
+        path = environ["KUBECONFIG"]
+    own = os.path.join(environ.get("HOME") or "/root", ".kube/config")
+    path = path or next(filter(os.path.exists, ("/etc/rancher/k3s/k3s.yaml", own)), None)
     if setting == "off" or setting == "auto" and not (path and find_program("helm", environ)):
         return None
     # they would steer it behind our back
@@ -11019,8 +11242,9 @@ def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None
 
 
 def make_values(deployment, component):
-    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183);
-    raises ComponentError PARAMETER_INVALID.
+    """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183).
+
+    Raises ComponentError PARAMETER_INVALID.
 
     A later parameter for the same place wins.
     """
@@ -11047,9 +11271,8 @@ def parse_value_path(pointer):
         match = token.match(pointer, position)
         if not match:
             raise ValueError("expected names parted by dots, each with [index] where it is a list")
-        path += [re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S)] + [
-            int(index) for index in re.findall("[0-9]+", match.group(2))
-        ]
+        path.append(re.sub(r"\\(.)", r"\1", match.group(1), flags=re.S))
+        path += [int(index) for index in re.findall("[0-9]+", match.group(2))]
         position = match.end()
         if len(path) > MAX_DEPTH:
             raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
@@ -11059,34 +11282,40 @@ def parse_value_path(pointer):
 
 
 def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists; raises ValueError where
-    another stands in the way.
+    """Puts a value at a path of names and indices into nested mappings and lists.
+
+    Raises ValueError where another stands in the way.
     """
     place = values
     for step, following in zip(path, path[1:] + [None]):
         if isinstance(step, int):
             place.extend([None] * (step + 1 - len(place)))
         held = place[step] if isinstance(step, int) else place.get(step)
-        wanted = None if following is None else list if isinstance(following, int) else dict
+        if following is None:
+            wanted = None
+        else:
+            wanted = list if isinstance(following, int) else dict
         if held is not None and (not isinstance(held, wanted) if wanted else isinstance(held, dict)):
             raise ValueError("another parameter puts something of another kind there")
-        place[step] = value if wanted is None else wanted() if held is None else held
+        if wanted is None:
+            place[step] = value
+        elif held is None:
+            place[step] = wanted()
         place = place[step]
 
 
 def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters; a long component is cut,
-    with a hash of the whole.
+    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters.
+
+    A long component is cut, with a hash of the whole.
 
     The id always stands at the end, because a list of releases shows nothing else by which one could tell
     whose it is.
     """
     whole = f"{component}-{deployment_id}".lower()
-    return (
-        whole
-        if len(whole) <= 53
-        else f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
-    )
+    if len(whole) <= 53:
+        return whole
+    return f"{component[:5]}-{sha256_digest(whole.encode())[7:17]}-{deployment_id.lower()}"
 
 
 class HelmDriver:
@@ -11109,16 +11338,14 @@ class HelmDriver:
 
         Raises CommandError.
         """
-        found, claim = [], self.claim()
-        wanted = {
-            make_release_name(component["name"], record["deploymentId"])
-            for record in records
-            for component in record["components"]
-        }
+        found = []
+        claim = self.claim()
+        wanted = {make_release_name(component["name"], record["deploymentId"])
+                  for record in records for component in record["components"]}
         for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
-            selector = (
-                f"{LABEL_OWNER}={make_owner_value(owner)}" if owner else f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
-            )
+            selector = f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}"
+            if owner:
+                selector = f"{LABEL_OWNER}={make_owner_value(owner)}"
             found += part_containers(parse_releases(self.list(selector), records, owner), claim)[0]
             if wanted <= {release.name for release in found}:
                 break                               # under an earlier owner is only what is missing
@@ -11126,12 +11353,9 @@ class HelmDriver:
 
     def list(self, selector, *options):
         """What `helm list` says of releases in any state; raises CommandError."""
-        output = self.run(
-            ["list", "--max=0", "--output=json", f"--selector={selector}"]
-            + (list(options) or ["--all-namespaces"])
-            + [f"--{state}" for state in RELEASE_STATES],
-            60,
-        )
+        arguments = ["list", "--max=0", "--output=json", f"--selector={selector}"]
+        arguments += options or ["--all-namespaces"]
+        output = self.run(arguments + [f"--{state}" for state in RELEASE_STATES], 60)
         if output.code:
             raise CommandError(f"the cluster does not answer (helm list: {output.stderr[-500:]})")
         return output.stdout
@@ -11139,25 +11363,21 @@ class HelmDriver:
     def make_foreign(self):
         """The selector of releases that carry no owner of this agent's, or none at all."""
         claim = self.claim()
-        return (
-            f"{LABEL_OWNER} notin ({','.join(sorted(map(make_owner_value, {claim.owner, *claim.owners})))})"
-        )
+        owners = sorted(map(make_owner_value, {claim.owner, *claim.owners}))
+        return f"{LABEL_OWNER} notin ({','.join(owners)})"
 
     def ask_strangers(self):
         """[Container] of releases of other owners, whose names do not fit into a label; asks the cluster."""
-        return parse_releases(
-            self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}"), [], "another agent"
-        )
+        data = self.list(f"{LABEL_DEPLOYMENT},{LABEL_OWNER},{self.make_foreign()}")
+        return parse_releases(data, [], "another agent")
 
     def ask_name(self, name, namespace):
         """Raises ComponentError where a release of this name was made by somebody else."""
         options = f"--namespace={namespace}", f"--filter=^{re.escape(name)}$"
         if parse_json(self.list(self.make_foreign(), *options), "helm list") and not parse_json(
                 self.list(f"{LABEL_DEPLOYMENT},!{LABEL_OWNER}", *options), "helm list"):
-            raise ComponentError(
-                "NAME_TAKEN",
-                f"release {name} in namespace {namespace} was not made by this agent: remove it there",
-            )
+            raise ComponentError("NAME_TAKEN", f"release {name} in namespace {namespace} was not made by this"
+                                 " agent: remove it there")
 
     def check(self):
         """What `doctor` says of this driver; raises CommandError."""
@@ -11186,20 +11406,8 @@ class HelmDriver:
             # a package of the time when it was a compose component goes by itself
             remove_file(os.path.join(folder, other))
         chart = store.path("artifacts", package["digest"].replace(":", "-"))
-        return (
-            Release(
-                deployment.deployment_id,
-                component.name,
-                name,
-                deployment.namespace,
-                chart,
-                values,
-                values_file,
-                component.wait,
-                content,
-            ),
-            package,
-        )
+        return Release(deployment.deployment_id, component.name, name, deployment.namespace, chart, values,
+                       values_file, component.wait, content), package
 
     def apply(self, release, containers, known, deadline):
         """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.
@@ -11209,58 +11417,40 @@ class HelmDriver:
         `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never
         taken for "not installed" (D-16).
         """
-        present, facts = self.find(release.deployment_id, release.component, containers), known.get("release")
-        if (
-            facts
-            and facts.get("content") == release.content
-            and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]
-        ):
+        present = self.find(release.deployment_id, release.component, containers)
+        facts = known.get("release")
+        if (facts and facts.get("content") == release.content
+                and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]):
             return {"release": facts}
         for container in present:
             self.repair(container, release.namespace, facts, deadline)
-        seconds, owner = max(1, int(deadline - time.monotonic())), self.claim().owner
-        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}" + (
-            f",{LABEL_OWNER}={make_owner_value(owner)}" if owner else ""
-        )
-        output = self.run(
-            [
-                "upgrade",
-                "--install",
-                release.name,
-                release.chart,
-                f"--namespace={release.namespace}",
-                "--create-namespace",
-                f"--values={release.values_file}",
-                f"--labels={labels}",
-                "--reset-values",
-                "--history-max=5",
-                f"--timeout={seconds}s",
-                "--output=json",
-            ]
-            + (["--wait"] if release.wait else []),
-            seconds + 30,
-        )
+        seconds = max(1, int(deadline - time.monotonic()))
+        owner = self.claim().owner
+        labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}"
+        if owner:
+            labels += f",{LABEL_OWNER}={make_owner_value(owner)}"
+        arguments = [
+            "upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}",
+            "--create-namespace", f"--values={release.values_file}", f"--labels={labels}", "--reset-values",
+            "--history-max=5", f"--timeout={seconds}s", "--output=json"]
+        output = self.run(arguments + ["--wait"] * bool(release.wait), seconds + 30)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
-            raise ComponentError(
-                code, f"helm upgrade failed: {mask(output.stderr, list_texts(release.values))[-1500:]}"
-            )
+            words = mask(output.stderr, list_texts(release.values))
+            raise ComponentError(code, f"helm upgrade failed: {words[-1500:]}")
         try:
             revision = str(parse_json(output.stdout, "helm upgrade")["version"])
         except (ValueError, KeyError, TypeError) as error:
             raise ComponentError(
-                "INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})"
-            ) from None
+                "INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
         return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
 
     @staticmethod
     def find(deployment_id, component, containers):
         """The releases of a component."""
-        return [
-            c
-            for c in containers
-            if (c.deployment_id.lower(), c.component, c.type) == (deployment_id.lower(), component, "helm")
-        ]
+        wanted = deployment_id.lower(), component, "helm"
+        return [item for item in containers
+                if (item.deployment_id.lower(), item.component, item.type) == wanted]
 
     def repair(self, container, namespace, facts, deadline):
         """Takes away what would stop an upgrade, or what it would not see: a release in another
@@ -11276,36 +11466,27 @@ class HelmDriver:
             self.uninstall(container, deadline)
         elif container.state != "running":
             revision = [facts["hash"]] if facts else []
-            self.run(
-                ["rollback", container.name] + revision + [f"--namespace={there}", f"--timeout={seconds}s"],
-                seconds + 30,
-            )
+            arguments = ["rollback", container.name] + revision
+            self.run(arguments + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
 
     def uninstall(self, container, deadline):
         """Uninstalls a release; whether it worked is told by the list alone."""
         seconds = max(1, int(deadline - time.monotonic()))
-        return self.run(
-            [
-                "uninstall",
-                container.name,
-                f"--namespace={container.id.partition('/')[0]}",
-                "--wait",
-                f"--timeout={seconds}s",
-            ],
-            seconds + 30,
-        )
+        namespace = container.id.partition("/")[0]
+        return self.run(["uninstall", container.name, f"--namespace={namespace}", "--wait",
+                         f"--timeout={seconds}s"], seconds + 30)
 
     def remove(self, deployment_id, component, containers, deadline):
-        """Removes a component's releases; raises ComponentError REMOVE_FAILED unless the cluster says
-        that nothing is left (D-21).
+        """Removes a component's releases.
+
+        Raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21).
         """
         ours = self.find(deployment_id, component, containers)
         words = [self.uninstall(container, deadline).stderr for container in ours]
         record = {"deploymentId": deployment_id, "components": [{"name": component}]}
         if ours and self.find(deployment_id, component, self.observe([record])):
             raise ComponentError(
-                "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}"
-            )
+                "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
     @staticmethod
     def list_ports(release):
@@ -11381,8 +11562,9 @@ def assign(targets, records, devices, silent, offers):
 
 
 def find_place(deployment, held, own_id, children, find_reason, loads):
-    """The id of the device that a deployment is for; raises ComponentError WRONG_DEVICE, 101, 102 or 103
-    (protocol 9).
+    """The id of the device that a deployment is for.
+
+    Raises ComponentError WRONG_DEVICE, 101, 102 or 103 (protocol 9).
 
     held: the device it is at now, or None.  children: {device id: whether it answers}.  find_reason: device
     id to why it cannot run there, or "".  loads: {device id: deployments that are there}.  A free choice
@@ -11503,20 +11685,14 @@ def command_doctor(config, options):
     """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes
     nothing.
     """
-    agent, failed = Agent(config), False
+    agent = Agent(config)
+    failed = False
     agent.state = make_state()
-    for name, check in (
-        ("state", examine_storage),
-        ("clock", examine_clock),
-        ("engine", examine_engine),
-        *EXAMINE.items(),
-        ("others", examine_others),
-        ("registry", examine_registries),
-        ("labels", examine_labels),
-        ("identity", lambda agent: agent.get_profile().check(time.time())),
-        ("wait", examine_wait),
-        ("wfm", examine_connection),
-    ):
+    first = {"state": examine_storage, "clock": examine_clock, "engine": examine_engine}
+    last = {"others": examine_others, "registry": examine_registries, "labels": examine_labels,
+            "identity": lambda agent: agent.get_profile().check(time.time()), "wait": examine_wait,
+            "wfm": examine_connection}
+    for name, check in {**first, **EXAMINE, **last}.items():
         try:
             level, words = check(agent)
         except MargoError as error:
@@ -11533,17 +11709,14 @@ def examine_storage(agent):
     while not os.path.exists(folder):
         folder = os.path.dirname(folder) or "/"
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(
-            f"state_dir: {folder} is no folder that this user may write; make it, or run as its owner"
-        )
+        raise StorageError(f"state_dir: {folder} is no folder that this user may write; make it, or run as"
+                           " its owner")
     free, _ = get_space(folder)
     need = agent.config.policy.max_unpacked + agent.config.policy.max_artifact
     words = f"{agent.config.state_dir}, {free // MIB} MiB free"
-    return (
-        ("ok", words)
-        if free > need
-        else ("warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some")
-    )
+    if free > need:
+        return "ok", words
+    return "warn", f"{words}; one package may take {need // MIB} (policy.max_unpacked): free some"
 
 
 def examine_wait(agent):
@@ -11555,30 +11728,22 @@ def examine_wait(agent):
 
 
 def examine_labels(agent):
-    """Whether every label is called so that no other's has its name; Margo recommends a domain before it
-    (C-088).
+    """Whether every label is called so that no other's has its name.
+
+    Margo recommends a domain before it (C-088).
     """
-    bare = sorted(
-        {
-            name
-            for device in agent.devices
-            for name in device.settings.labels
-            if not re.match(r"[^/.]+(\.[^/.]+)+/.", name)
-        }
-    )
-    return (
-        (
-            "warn",
-            f"device.labels {', '.join(bare)}: put a domain of yours before it, such as example.com/zone",
-        )
-        if bare
-        else ("ok", "")
-    )
+    names = {name for device in agent.devices for name in device.settings.labels}
+    bare = sorted(name for name in names if not re.match(r"[^/.]+(\.[^/.]+)+/.", name))
+    if not bare:
+        return "ok", ""
+    return "warn", (f"device.labels {', '.join(bare)}: put a domain of yours before it, such as"
+                    " example.com/zone")
 
 
 def examine_clock(agent):
     """Whether the clock can be right: certificates are judged by it."""
-    now, stored = time.time(), agent.store.find_time()
+    now = time.time()
+    stored = agent.store.find_time()
     if now < stored:
         raise Untrusted(make_clock_fault(now, stored))
     return "ok", make_time(now)
@@ -11600,8 +11765,8 @@ def examine_engine(agent):
 
 
 def examine_others(agent):
-    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's
-    need.
+    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need.
+
     """
     others = ask_others({device.device_id: device.drivers for device in agent.devices})
     words = "; ".join(make_others_words(others))
@@ -11651,8 +11816,10 @@ def command_run(config, options):
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, stop)
-    descriptor, agent = os.environ.pop("MARGO_DELAY_FD", None), Agent(config, lambda: bool(asked))
-    outcome, end = agent.cycle(), time.monotonic() + agent.starting
+    descriptor = os.environ.pop("MARGO_DELAY_FD", None)
+    agent = Agent(config, lambda: bool(asked))
+    outcome = agent.cycle()
+    end = time.monotonic() + agent.starting
     if agent.starting and not descriptor:           # workloads are up; nobody else waits for this run's turn
         while time.monotonic() < end and not asked:
             time.sleep(0.2)
@@ -11761,8 +11928,9 @@ def read_answer(reader):
 
 
 def count_wakes(pid):
-    """How often the kernel has let a process go on after a wait; where that cannot be told, another
-    number each time.
+    """How often the kernel has let a process go on after a wait.
+
+    Where that cannot be told, another number each time.
     """
     import time
     try:
@@ -11773,8 +11941,8 @@ def count_wakes(pid):
 
 
 def end_cycle(pid, limit):
-    """Asks a cycle to end after its current step, and kills it after `limit` seconds; the daemon's exit
-    code.
+    """Asks a cycle to end after its current step, and kills it after `limit` seconds; the daemon's exit code.
+
     """
     import os
     import signal
@@ -11804,20 +11972,20 @@ def watch(child, fallback, hung, limit):
     import time
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    address, beat = (
-        os.environ.get("NOTIFY_SOCKET", ""),
-        int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0,
-    )
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    beat = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
     notify(address, "READY=1")
     pid, due, moved, seen, proven, failures = 0, 0.0, 0.0, None, False, 0
     while True:
         now = time.monotonic()
         if not pid and now >= due:
             try:
-                (pid, reader), due, moved = start_cycle(child, signals), None, now
+                pid, reader = start_cycle(child, signals)
+                due, moved = None, now
             except OSError as error:
                 complain(f"no cycle can be started ({error.strerror})")
-                failures, due = failures + 1, now + fallback
+                failures += 1
+                due = now + fallback
         wait = hung / 4 if pid else max(0.0, due - now)
         number = getattr(signal.sigtimedwait(signals, min(beat, wait)), "si_signo", 0)
         now = time.monotonic()
@@ -11836,11 +12004,11 @@ def watch(child, fallback, hung, limit):
             pid, proven = 0, True
             due = now + float(answer or fallback) if due is None else due
         if failures >= 5:
-            complain(
-                "five cycles in a row could not be started; this process ends, so that its supervisor learns of it"
-            )
+            complain("five cycles in a row could not be started; this process ends, so that its supervisor"
+                     " learns of it")
             return 1
-        before, seen = seen, count_wakes(pid) if pid else None
+        before = seen
+        seen = count_wakes(pid) if pid else None
         moved = moved if pid and seen == before else now
         if now - moved > hung:
             complain(f"the cycle has not moved for {hung} s, and is killed")
@@ -11856,7 +12024,8 @@ def command_enroll(config, options):
     for name, (_, act) in OPTIONS["enroll"].items():
         if name in options:
             act(config, options[name])
-    exchange, reconcile = STEPS.index(Agent.exchange), STEPS.index(Agent.reconcile)
+    exchange = STEPS.index(Agent.exchange)
+    reconcile = STEPS.index(Agent.reconcile)
     with Agent(config) as agent:
         agent.store.save_memo({})                   # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
@@ -11884,21 +12053,17 @@ def command_unenroll(config, options):
         if "--purge" in options:
             failed = purge(agent)
         if failed:
-            raise StorageError(
-                "not everything could be removed; nothing was forgotten, run unenroll --purge again"
-            )
+            raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge"
+                               " again")
         if state["enrollment"]:
             try:
-                for device_id in sorted(
-                    state["enrollment"].get("devices") or [agent.device_id], reverse=True
-                ):
+                devices = state["enrollment"].get("devices") or [agent.device_id]
+                for device_id in sorted(devices, reverse=True):
                     agent.connect().delete_capabilities(device_id)
             except Untrusted as error:
-                log(
-                    "warning",
+                log("warning",
                     "the WFM does not know this client any more; the relationship is forgotten here",
-                    reason=error.message,
-                )
+                    reason=error.message)
         kept = {key: record for key, record in state["deployments"].items() if record["state"] != "removed"}
         agent.state = dict(make_state(), deployments=kept, owners=state["owners"])
         agent.store.save_state(agent.state)
@@ -11926,7 +12091,8 @@ def command_plan(config, options):
     """Polls and prints what `run --once` would do; changes nothing, neither here nor at the WFM."""
     agent = Agent(config)
     agent.state = agent.store.load_state()
-    accepted, documents, desired = agent.state["accepted"], {}, None
+    accepted = agent.state["accepted"]
+    documents, desired = {}, None
     if agent.is_downtime():
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
     else:
@@ -11934,7 +12100,8 @@ def command_plan(config, options):
         desired = agent.connect(keep=False).fetch_desired(accepted, agent.store.load_artifact)
     if desired:
         entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
-        accepted, documents = {"version": desired.version, "deployments": entries}, desired.documents
+        accepted = {"version": desired.version, "deployments": entries}
+        documents = desired.documents
         try:
             agent.check_removals(desired)
         except Waiting as error:
@@ -11942,9 +12109,8 @@ def command_plan(config, options):
 
     actions, seen = [], {}
     if accepted:
-        actions, seen = agent.decide(
-            accepted, lambda digest: documents.get(digest) or agent.store.load_artifact(digest)
-        )
+        load = agent.store.load_artifact
+        actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
     others = ask_others(agent.answering)
     changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
     # else it is part of a move
@@ -11971,36 +12137,27 @@ def command_status(config, options):
     document = make_status_report(config, store.load_state(), store.load_memo(), time.time())
     if "--json" in options:
         return print_json(document)
-    identity, desired, last = document["identity"], document["desiredState"], document["lastPoll"]
+    identity = document["identity"]
+    desired = document["desiredState"]
+    last = document["lastPoll"]
     print(f"profile    {document['profile']}, {'enrolled' if document['enrolled'] else 'not enrolled'}")
     until = f", valid until {identity['notAfter']}" if identity["notAfter"] else ""
-    print(
-        f"identity   {identity['id'] or 'none yet'}{until}{identity['warning'] and '  ! ' + identity['warning']}"
-    )
-    print(
-        f"desired    version {desired['version']}, accepted {desired['acceptedAt']}"
-        if desired["version"]
-        else "desired    none accepted yet"
-    )
-    print(
-        f"last poll  {last['at']} {last['result']} {make_printable(last['detail'])}".rstrip()
-        if last["at"]
-        else "last poll  never"
-    )
+    warning = identity["warning"] and f"  ! {identity['warning']}"
+    print(f"identity   {identity['id'] or 'none yet'}{until}{warning}")
+    version = f"version {desired['version']}, accepted {desired['acceptedAt']}"
+    print(f"desired    {version if desired['version'] else 'none accepted yet'}")
+    poll = f"{last['at']} {last['result']} {make_printable(last['detail'])}".rstrip()
+    print(f"last poll  {poll if last['at'] else 'never'}")
     print(f"outbox     {document['outbox']}")
     for item in document["dropped"]:
-        print(
-            f"dropped    {item['deploymentId']} {item['state']} at {item['at']}: {make_printable(item['reason'])}"
-        )
+        reason = make_printable(item["reason"])
+        print(f"dropped    {item['deploymentId']} {item['state']} at {item['at']}: {reason}")
     for deployment in document["deployments"]:
         where = f"  on {deployment['deviceId']}" if config.device.children else ""
         print(f"{deployment['state']:10} {deployment['deploymentId']}  {deployment['name']}{where}")
         for component in deployment["components"]:
-            reason = (
-                f"  {component['error']['code']}: {make_printable(component['error']['message'])}"
-                if component["error"]["code"]
-                else ""
-            )
+            error = component["error"]
+            reason = f"  {error['code']}: {make_printable(error['message'])}" if error["code"] else ""
             print(f"  {component['state']:8} {component['name']}{reason}")
         if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
             print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
@@ -12012,25 +12169,16 @@ def make_status_report(config, state, memo, now):
     """The object of `status --json` (contract)."""
     no_error = {"code": "", "source": "", "message": ""}
     accepted = state["accepted"] or {"version": None, "etag": None, "acceptedAt": None}
-    deployments = [
-        {
-            "deploymentId": record["deploymentId"],
-            "name": record["name"],
-            "state": record["state"],
-            "digest": record["adopted"]["digest"],
-            "deviceId": record["deviceId"],
-            "error": record["error"] or no_error,
-            "components": [
-                {
-                    "name": component["name"],
-                    "state": component["state"],
-                    "error": component["error"] or no_error,
-                }
-                for component in record["components"]
-            ],
-        }
-        for _, record in sorted(state["deployments"].items())
-    ]
+    deployments = [{
+        "deploymentId": record["deploymentId"],
+        "name": record["name"],
+        "state": record["state"],
+        "digest": record["adopted"]["digest"],
+        "deviceId": record["deviceId"],
+        "error": record["error"] or no_error,
+        "components": [{"name": component["name"], "state": component["state"],
+                        "error": component["error"] or no_error} for component in record["components"]],
+    } for _, record in sorted(state["deployments"].items())]
     return {
         "version": __version__,
         "profile": config.wfm.profile,
@@ -12052,9 +12200,8 @@ def command_history(config, options):
         return print_json({"history": history})
     for item in history:
         changes = [f"{len(item[key])} {key}" for key in ("added", "changed", "removed") if item[key]]
-        print(
-            f"{item['at']}  version {item['version']}  {', '.join(changes) or 'nothing changed'}  {make_printable(item['outcome'])}"
-        )
+        words = f"{', '.join(changes) or 'nothing changed'}  {make_printable(item['outcome'])}"
+        print(f"{item['at']}  version {item['version']}  {words}")
         if item.get("refused"):
             print(f"  what came after it is refused: {make_printable(item['refused'])}")
 
@@ -12094,11 +12241,8 @@ def command_retry(config, options):
     """
     with Agent(config) as agent:
         wanted = (options["operand"] or "").lower()
-        records = [
-            record
-            for key, record in agent.state["deployments"].items()
-            if record["state"] == "failed" and wanted in ("", key)
-        ]
+        records = [record for key, record in agent.state["deployments"].items()
+                   if record["state"] == "failed" and wanted in ("", key)]
         for record in records:
             record.update(retry={}, repair={})
         if not wanted:
@@ -12118,11 +12262,8 @@ def command_version(config, options):
 def print_json(value):
     """One JSON document on stdout, for people and programs alike."""
     import json
-    print(
-        json.dumps(
-            value, indent=2, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-        )
-    )
+    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
+    print(json.dumps(value, indent=2, ensure_ascii=encoding != "utf8"))
 
 
 COMMANDS.update({
@@ -12142,7 +12283,8 @@ USAGE = "usage: margo_agent.py [-c FILE] [-v|-q] [--log-format text|json] COMMAN
 
 def parse_arguments(arguments):
     """The command line to a dictionary: `command`, `operand`, each option given; raises ConfigError."""
-    options, rest = {"command": None, "operand": None, "arguments": list(arguments)}, list(arguments)
+    options = {"command": None, "operand": None, "arguments": list(arguments)}
+    rest = list(arguments)
     while rest:
         word = rest.pop(0)
         known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
@@ -12152,11 +12294,9 @@ def parse_arguments(arguments):
         elif word in known and not known[word]:
             options[word] = True
         elif word.startswith("-"):
-            fault = (
-                "unknown option"
-                if name not in known
-                else "needs a value" if known[name] else "takes no value"
-            )
+            fault = "unknown option"
+            if name in known:
+                fault = "needs a value" if known[name] else "takes no value"
             raise ConfigError(f"{make_printable(word)}: {fault}; this command knows {' '.join(known)}")
         elif options["command"] is None:
             if word not in COMMANDS:
@@ -12198,7 +12338,9 @@ def run_main(arguments):
     if function is command_version:
         return function(None, options) or 0
     config = load_config(options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml")
-    log.level = "debug" if "-v" in options else "error" if "-q" in options else config.log.level
+    log.level = "error" if "-q" in options else config.log.level
+    if "-v" in options:
+        log.level = "debug"
     return function(config, options) or 0
 
 
@@ -12211,14 +12353,16 @@ def prepare_streams():
         spare = os.open(os.devnull, os.O_RDWR)
         os.set_inheritable(spare, spare < 3)
     os.close(spare)
-    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
     if hasattr(sys.stdout, "reconfigure"):          # whoever embeds this may have put something else there
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main(arguments=None):
-    """The command line: a list of arguments (default: those of the process) to an exit code; never raises
-    for what went wrong.
+    """The command line: a list of arguments (default: those of the process) to an exit code.
+
+    Never raises for what went wrong.
     """
     try:
         prepare_streams()
@@ -12234,27 +12378,21 @@ def main(arguments=None):
         return 0                                    # the reader of our output has seen enough
     except KeyboardInterrupt:
         return 130
-    except Exception as error:                      # a bug: one line for the operator, the rest for whoever mends it
+    except Exception as error:          # a bug: one line for the operator, the rest for whoever mends it
         import errno
         # `idna` needs unicodedata
         if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):
             log.form = "text"                       # the other form needs a module itself
-            log(
-                "error",
-                f"this Python lacks a part of its standard library ({error}); install it (see README, Small devices)",
-                code=ConfigError.code,
-            )
+            log("error", f"this Python lacks a part of its standard library ({error}); install it (see"
+                " README, Small devices)", code=ConfigError.code)
             return ConfigError.exit
         import traceback
         if getattr(error, "errno", 0) == errno.ENOSPC:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             log("error", f"the output cannot be written ({error.strerror})", code=StorageError.code)
             return StorageError.exit
-        log(
-            "error",
-            f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints",
-            code="INTERNAL",
-        )
+        log("error", f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints",
+            code="INTERNAL")
         log("debug", traceback.format_exc())
         return 70
 
