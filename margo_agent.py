@@ -1297,9 +1297,13 @@ class Installation:
     def take_back(self, deployment):
         """Removes what a first installation has begun, so that nothing crashes on and on.
 
-        Returns what came of it, in words.
+        What ran before it, of a state that was lost, runs again.  Returns what came of it, in words.
         """
+        before = find_containers(deployment.deployment_id, self.tools.containers)
         try:
+            if before and self.record.get("found"):
+                driver = get_driver(before[0].type, self.tools)
+                return driver.bring_back(before, time.monotonic() + COMPONENT_TIMEOUT)
             list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
         except (ComponentError, CommandError, MemoryError) as error:
             return f"taking it back failed too: {to_fault(error).message}"
@@ -1335,6 +1339,8 @@ def apply_install(action, record, tools):
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, tools.clock())
+    if record["state"] == "pending" and not running and not record["retry"]:
+        record = dict(record, found=bool(find_containers(target.deployment_id, tools.containers)))
     job = Installation(begin_record(record, target), tools)
     yield job.record
     try:
@@ -1466,11 +1472,6 @@ def get_driver(kind, tools):
     return tools.drivers[kind]
 
 
-def find_containers(deployment_id, containers):
-    """The containers of one deployment."""
-    return [container for container in containers if container.deployment_id.lower() == deployment_id.lower()]
-
-
 def find_components(deployment_id, containers):
     """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
     return sorted({(item.component, item.type) for item in find_containers(deployment_id, containers)})
@@ -1531,13 +1532,15 @@ def make_record(target, device_id):
                 {services} once another revision is worked on; previous: the same of the one before
     fallback    whether `running` is what should run while the revision that is worked on has failed
     refused     whether the revision cannot be one, whatever is tried
+    found       whether something of it ran before it was known, as after the state was lost
     fetched     digests of packages and names of images that are there for the revision that is worked on
     retry       failures in a row (see make_wait); repair: repairs without an hour's rest (P-7)
     """
     return {"deploymentId": target.deployment_id, "name": target.deployment_id, "deviceId": device_id,
             "type": "compose", "adopted": {"digest": target.digest, "version": target.version},
             "state": "pending", "error": None, "running": None, "previous": None, "refused": False,
-            "components": [], "fetched": [], "fallback": False, "retry": {}, "repair": {}}
+            "components": [], "fetched": [], "fallback": False, "found": False, "retry": {},
+            "repair": {}}
 
 
 BLANK = {"services": {}, "package": None}           # of a component of which nothing else is known
@@ -1616,7 +1619,8 @@ def finish_record(record, mark=""):
                "mark": mark, "type": record["type"]}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
-    return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False)
+    return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False,
+                found=False)
 
 
 def make_history(state, entries, version, at):
@@ -3719,6 +3723,11 @@ HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/li
                   "/usr/lib/podman")
 
 
+def find_containers(deployment_id, containers):
+    """The containers of one deployment."""
+    return [container for container in containers if container.deployment_id.lower() == deployment_id.lower()]
+
+
 class ComposeDriver:
     """Runs compose components by an engine's own commands.
 
@@ -4472,6 +4481,20 @@ class ComposeDriver:
         left = [container.id for container in self.observe() if container.id in left]   # others removed some
         if left:
             self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
+
+    def bring_back(self, before, deadline):
+        """Undoes a start: what has been made since goes, and what ran runs again.
+
+        before: the containers of one deployment, as they were.  Returns what came of it, in words.
+        """
+        active = {container.id for container in before if container.state not in AT_REST}
+        known = {container.id for container in before}
+        there = find_containers(before[0].deployment_id, self.observe())
+        self.remove_containers([container for container in there if container.id not in known], deadline)
+        for container in there:
+            if container.id in active and container.state in AT_REST:
+                self.run(["start", container.id], deadline - time.monotonic(), "INSTALL_FAILED")
+        return "what ran before runs again"
 
     def remove(self, deployment_id, component, containers, deadline):
         """Removes a component's containers, whatever their state, and its networks; volumes stay.
@@ -11475,6 +11498,10 @@ class HelmDriver:
         namespace = container.id.partition("/")[0]
         return self.run(["uninstall", container.name, f"--namespace={namespace}", "--wait",
                          f"--timeout={seconds}s"], seconds + 30)
+
+    def bring_back(self, before, deadline):
+        """Leaves the releases as they are: the cluster keeps the pods of the revision before."""
+        return "the releases are left as they are"
 
     def remove(self, deployment_id, component, containers, deadline):
         """Removes a component's releases.

@@ -242,6 +242,27 @@ class Failure(ApplyCase):
         self.device.cycle(0)
         self.assertEqual(len(self.engine.containers()), 2)
 
+    def test_what_ran_before_the_state_was_lost_runs_again_where_another_revision_fails(self):
+        """P-8, P-13: a state that was lost is no reason to take down what worked, however often the new one is tried."""
+        self.wfm.add_package(support.make_compose())
+        self.publish()
+        self.device.cycle()
+        before = {item["id"] for item in self.engine.containers().values()}
+        for name in ("state.json", "state.json.old"):
+            os.remove(os.path.join(self.device.state_dir, name))
+        self.wfm.add_package(support.make_compose({"main": service(), "broken": service()}), "web", "2.0.0")
+        self.publish("two", (("web", "2.0.0"),))
+        self.engine.change(exits={"broken": 7})
+        for _ in range(2):
+            self.device.cycle(1)
+            self.assertEqual({(item["id"], item["state"]) for item in self.engine.containers().values()},
+                             {(found, "running") for found in before})
+            self.assertIn("what ran before runs again", self.wfm.reports()[-1]["body"]["status"]["error"]["message"])
+            self.try_again_now()
+        self.engine.change(exits={})
+        self.device.cycle(0)
+        self.assertEqual(len(self.engine.containers()), 2)
+
     def test_a_first_installation_that_fails_is_kept_where_that_is_wished(self):
         self.wfm.add_package(support.make_compose())
         self.device.set("runtime.on_failure", "keep")
