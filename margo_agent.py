@@ -6334,9 +6334,12 @@ def load_sameness(path, entry, plain):
         return os.path.islink(path) and os.readlink(path) == entry.link
     if entry.kind == "folder":
         return os.path.isdir(path)
-    content = plain[entry.offset:entry.offset + entry.size]
-    return (os.path.isfile(path) and os.stat(path).st_mode & 0o777 == entry.mode
-            and read_file(path, len(content) + 1) == content)
+    if not os.path.isfile(path):
+        return False
+    facts = os.stat(path)
+    if (facts.st_mode & 0o777, facts.st_size) != (entry.mode, entry.size):
+        return False
+    return read_file(path, entry.size) == plain[entry.offset:entry.offset + entry.size]
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):

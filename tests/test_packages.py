@@ -592,7 +592,7 @@ class Unpacking(ArchiveCase):
         def fill(text):
             with open(path, "w") as file:
                 file.write(text)
-        for spoil in (lambda: fill("2"), lambda: fill(""), lambda: fill("11"), lambda: os.remove(path), lambda: os.chmod(path, 0o755),
+        for spoil in (lambda: fill("2"), lambda: fill(""), lambda: fill("1" * 9), lambda: os.remove(path), lambda: os.chmod(path, 0o755),
                       lambda: (os.remove(path), os.symlink("../compose.yaml", path))):
             spoil()
             self.assertEqual(self.unpack(data), top)
