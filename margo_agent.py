@@ -4487,12 +4487,11 @@ class ComposeDriver:
 
         before: the containers of one deployment, as they were.  Returns what came of it, in words.
         """
-        active = {container.id for container in before if container.state not in AT_REST}
-        known = {container.id for container in before}
+        states = {container.id: container.state for container in before}
         there = find_containers(before[0].deployment_id, self.observe())
-        self.remove_containers([container for container in there if container.id not in known], deadline)
+        self.remove_containers([container for container in there if container.id not in states], deadline)
         for container in there:
-            if container.id in active and container.state in AT_REST:
+            if container.state in AT_REST and states.get(container.id, "created") not in AT_REST:
                 self.run(["start", container.id], deadline - time.monotonic(), "INSTALL_FAILED")
         return "what ran before runs again"
 
@@ -6334,12 +6333,9 @@ def load_sameness(path, entry, plain):
         return os.path.islink(path) and os.readlink(path) == entry.link
     if entry.kind == "folder":
         return os.path.isdir(path)
-    if not os.path.isfile(path):
-        return False
-    facts = os.stat(path)
-    if (facts.st_mode & 0o777, facts.st_size) != (entry.mode, entry.size):
-        return False
-    return read_file(path, entry.size) == plain[entry.offset:entry.offset + entry.size]
+    content = plain[entry.offset:entry.offset + entry.size]
+    return (os.path.isfile(path) and os.stat(path).st_mode & 0o777 == entry.mode
+            and os.path.getsize(path) == entry.size and read_file(path, entry.size) == content)
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
