@@ -1228,8 +1228,8 @@ class Installation:
         for component in deployment.components:
             self.name = component.name
             driver = get_driver(deployment.type, tools)
-            known = revision.packages.get(self.name)
-            prepared.append(driver.prepare(deployment, component, known, tools.store, tools.fetched))
+            prepared.append(driver.prepare(deployment, component, revision.packages.get(self.name),
+                                           tools.store, tools.fetched))
         changes = []
         for name in [component.name for component in deployment.components]:
             event = "update" if rollback or revision.packages.get(name) else "install"
@@ -1251,8 +1251,8 @@ class Installation:
                     self.record = set_component(self.record, self.name, "installing")
                     yield self.record
                 self.touched = True
-                known = revision.services.get(self.name, {})
-                services = driver.apply(workload, containers, known, time.monotonic() + component.timeout)
+                services = driver.apply(workload, containers, revision.services.get(self.name, {}),
+                                        time.monotonic() + component.timeout)
                 self.services[self.name] = services
                 notices.tell(change)
                 facts = {"services": services, "package": package}
