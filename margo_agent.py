@@ -4173,8 +4173,8 @@ class ComposeDriver:
         for service, name in names.items():
             own = make_container_name(job.workload.project, service)
             for container in leaving if name != own else ():
-                if container.name == own:
-                    self.rename(job, container.id, f"{own}-old-{container.id[:12]}")
+                if container.name == own:           # it may have been removed: see halt
+                    self.run(["rename", container.id, f"{own}-old-{container.id[:12]}"], 60)
             if name != own:
                 self.rename(job, job.current[service], own)
 
