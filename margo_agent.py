@@ -4172,11 +4172,12 @@ class ComposeDriver:
         """Gives each container the name of its service, which one that leaves may have."""
         for service, name in names.items():
             own = make_container_name(job.workload.project, service)
-            for container in leaving if name != own else ():
+            if name == own:
+                continue
+            for container in leaving:
                 if container.name == own:           # it may have been removed: see halt
                     self.run(["rename", container.id, f"{own}-old-{container.id[:12]}"], 60)
-            if name != own:
-                self.rename(job, job.current[service], own)
+            self.rename(job, job.current[service], own)
 
     def rename(self, job, container_id, name):
         """Renames a container."""
