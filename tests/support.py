@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import time
 import unittest
+import urllib.request
 
 from tests import fake_podman
 
@@ -146,6 +147,17 @@ def wait_for(condition, seconds=30, what="it"):
             return answer
         time.sleep(0.05)
     raise AssertionError(f"{what} did not happen within {seconds} s")
+
+
+def fetch(port):
+    """The page that is served on a port of loopback, waiting for it to come up."""
+    def ask():
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                return answer.read().decode().strip()
+        except OSError:
+            return None
+    return wait_for(ask, 20, f"an answer on port {port}")
 
 
 def free_port():

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import unittest
-import urllib.request
 import uuid
 
 import margo_agent
@@ -25,17 +24,6 @@ def service(**members):
 def web(port, **members):
     """A service that answers with its GREETING."""
     return service(**dict({"command": ["sh", "-c", SERVE], "environment": ["GREETING"], "ports": [f"127.0.0.1:{port}:8080"]}, **members))
-
-
-def fetch(port):
-    """The page that is served on a port of loopback, waiting for it to come up."""
-    def ask():
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
-                return answer.read().decode().strip()
-        except OSError:
-            return None
-    return support.wait_for(ask, 20, f"an answer on port {port}")
 
 
 class EngineCase(support.EngineCase):
@@ -79,13 +67,13 @@ class Cron(EngineCase):
                 self.publish({"main": web(port)}, parameters={"GREETING": "first"})
                 self.assertIn("ok   engine", self.run_bare(0, "doctor", **env))
                 self.run_bare(**env)
-                self.assertEqual(fetch(port), "first")
+                self.assertEqual(support.fetch(port), "first")
                 self.publish({"main": web(port)}, parameters={"GREETING": "second"})
                 self.run_bare(**env)
-                self.assertEqual(fetch(port), "second")
+                self.assertEqual(support.fetch(port), "second")
                 self.publish({"main": web(port, command=["false"])}, tag="1.0.1", parameters={"GREETING": "third"})
                 self.assertIn("the version before runs again", self.run_bare(1, **env))
-                self.assertEqual(fetch(port), "second")
+                self.assertEqual(support.fetch(port), "second")
                 self.wfm.withdraw()
                 self.run_bare(**env)
                 self.assertTrue(self.nothing_is_left())
@@ -114,7 +102,7 @@ class Life(EngineCase):
         port = support.free_port()
         self.publish({"main": web(port), "side": service()}, parameters={"GREETING": "first"})
         self.device.cycle()
-        self.assertEqual(fetch(port), "first")
+        self.assertEqual(support.fetch(port), "first")
         before = self.engine.containers()
         self.assertEqual(set(before), {self.name(), self.name("side")})
         self.device.cycle()
@@ -122,17 +110,17 @@ class Life(EngineCase):
 
         self.publish({"main": web(port), "side": service()}, parameters={"GREETING": "$second `two` \"x\""})
         self.device.cycle()
-        self.assertEqual(fetch(port), "$second `two` \"x\"")
+        self.assertEqual(support.fetch(port), "$second `two` \"x\"")
         after = self.engine.containers()
         self.assertNotEqual(after[self.name()], before[self.name()])
         self.assertEqual(after[self.name("side")], before[self.name("side")])
 
         self.engine.podman("stop", "--time=1", self.name())
         self.assertIn("drift", self.device.cycle())
-        self.assertEqual(fetch(port), "$second `two` \"x\"")
+        self.assertEqual(support.fetch(port), "$second `two` \"x\"")
         self.engine.podman("rm", "--force", "--time=1", self.name())
         self.device.cycle()
-        self.assertEqual(fetch(port), "$second `two` \"x\"")
+        self.assertEqual(support.fetch(port), "$second `two` \"x\"")
 
         self.wfm.withdraw()
         self.device.cycle()
@@ -185,7 +173,7 @@ class Life(EngineCase):
         error = self.wfm.reports()[-1]["body"]["components"][0]["error"]["message"]
         for words in ("service main exited", "cannot find the valve", "the version before runs again"):
             self.assertIn(words, error)
-        self.assertEqual(fetch(port), "good")
+        self.assertEqual(support.fetch(port), "good")
 
     def test_a_one_shot_that_ends_well_is_done(self):
         """P-17"""
@@ -318,7 +306,7 @@ class Builtin(EngineCase):
         self.publish({"api": web(port, networks={"default": {"aliases": ["backend"]}}), "asks": service(depends_on=["api"])},
                      parameters={"GREETING": "found"})
         self.device.cycle()
-        fetch(port)
+        support.fetch(port)
         for name in ("api", "backend"):
             self.assertEqual(self.inside("wget", "-q", "-O", "-", f"http://{name}:8080/", service_name="asks"), "found")
 
@@ -338,7 +326,7 @@ class Builtin(EngineCase):
         started = json.loads(self.engine.podman("inspect", self.name("neighbour")))[0]["State"]["StartedAt"]
         self.publish({"main": web(ports[0]), "neighbour": web(ports[1], environment={"GREETING": "still here"})}, parameters={"GREETING": "b"})
         self.device.cycle()
-        self.assertEqual((fetch(ports[0]), fetch(ports[1])), ("b", "still here"))
+        self.assertEqual((support.fetch(ports[0]), support.fetch(ports[1])), ("b", "still here"))
         self.assertEqual(json.loads(self.engine.podman("inspect", self.name("neighbour")))[0]["State"]["StartedAt"], started)
 
     def test_secrets_lie_in_files_of_mode_0600(self):

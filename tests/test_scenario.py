@@ -61,18 +61,6 @@ class Scenario:
     def volumes(self):
         return set(self.engine.podman("volume", "ls", "--quiet").split())
 
-    def fetch(self, port):
-        """What is served on a port of loopback."""
-        import urllib.request
-
-        def ask():
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
-                    return answer.read().decode().strip()
-            except OSError:
-                return None
-        return support.wait_for(ask, 20, f"an answer on port {port}")
-
     def test_from_the_first_day_to_the_last(self):
         """E3, E17, K-1, D-10, D-23, P-7, P-8, P-17"""
         check = {"test": ["CMD-SHELL", "test -e /tmp/up"], "interval": "1s", "retries": 30}
@@ -129,11 +117,11 @@ class Scenario:
         one, two = support.free_port(), support.free_port()
         self.update({"app": serve(one, "a")})
         self.update({"caddy": serve(one, "b")})
-        self.assertEqual((self.fetch(one), self.states()), ("b", {"caddy": "running"}))
+        self.assertEqual((support.fetch(one), self.states()), ("b", {"caddy": "running"}))
         self.update({"alpha": serve(one, "c"), "caddy": serve(two, "d")})
-        self.assertEqual((self.fetch(one), self.fetch(two)), ("c", "d"))
+        self.assertEqual((support.fetch(one), support.fetch(two)), ("c", "d"))
         self.update({"alpha": serve(two, "e"), "caddy": serve(one, "f")})
-        self.assertEqual((self.fetch(one), self.fetch(two), set(self.states().values())), ("f", "e", {"running"}))
+        self.assertEqual((support.fetch(one), support.fetch(two), set(self.states().values())), ("f", "e", {"running"}))
         lock = "test -e /d/lock && echo two writers >> /d/faults; trap 'rm /d/lock; exit' TERM; touch /d/lock; while :; do sleep 0.1; done"
         for name in ("one", "two", "three"):
             self.update({name: service(command=["sh", "-c", lock], init=False, volumes=["d:/d"])}, volumes={"d": None})
