@@ -31,7 +31,7 @@ class Arguments(unittest.TestCase):
 
     def test_what_is_not_understood_is_named_with_what_would_be(self):
         """Exit 2"""
-        for arguments, words in ((["fly"], ["fly", "unknown command", "enroll"]), (["run", "--twice"], ["--twice", "--once"]),
+        for arguments, words in ((["fly"], ["fly", "unknown command", "enroll"]), (["statsu"], ["did you mean status?"]), (["run", "--onc"], ["did you mean --once?"]), (["run", "--fast"], ["--fast", "--once"]),
                                  (["plan", "x"], ["x", "no such operand"]), (["-c"], ["-c", "needs a value"]), (["-v"], ["no command"]),
                                  (["--log-format", "xml", "version"], ["--log-format", "text or json"]), (["csr", "--out"], ["--out", "needs a value"]),
                                  (["run", "--once=yes"], ["--once=yes", "takes no value"])):
@@ -54,7 +54,29 @@ class Arguments(unittest.TestCase):
         self.assertIn("/etc/margo/agent.yaml", run("status").stderr)
 
     def test_help_says_what_follows_an_option(self):
-        self.assertRegex(run("help").stdout, r"(?s)enroll +\[--fetch-ca FILE\] .*plan +\[--json\] .*csr +\[--out FILE\] .*retry +\[ID\] ")
+        self.assertRegex(run("help").stdout, r"(?s)enroll +\[--fetch-ca FILE\] .*plan +\[--json\] .*csr +\[--out FILE\] .*retry +\[NAME\] ")
+
+    def test_help_on_a_command_explains_it_alone(self):
+        """`COMMAND --help`, `-h` and `help COMMAND` are the same; no line is wider than a terminal."""
+        for arguments in (["unenroll", "--help"], ["unenroll", "-h"], ["help", "unenroll"]):
+            text = run(*arguments).stdout
+            self.assertRegex(text, r"unenroll \[--purge\] +Deregisters")
+            self.assertIn("never their volumes", text)
+            self.assertNotIn("capabilities [--json]", text)
+        for command in ("help",) + COMMANDS:
+            done = run("help", command)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertLess(max(map(len, done.stdout.split("\n"))), 111)
+        self.assertLess(max(map(len, run("help").stdout.split("\n"))), 80)
+
+    def test_options_have_long_and_glued_forms(self):
+        folder = support.make_folder(self)
+        path = f"{folder}/none.yaml"
+        for arguments in (["--config", path], [f"--config={path}"], [f"-c{path}"], ["-vq", "--verbose", "--quiet", "-c", path]):
+            done = run(*arguments, "status")
+            self.assertEqual(done.returncode, 2, done.stderr)
+            self.assertIn(path, done.stderr)
+        self.assertIn("unknown option", run("-vx", "status").stderr)
 
     def test_version_names_the_profiles(self):
         self.assertEqual(run("--version").stdout, run("version").stdout)
@@ -169,6 +191,20 @@ class Output(support.DeviceCase):
         done = self.device.run("retry", HELLO)
         self.assertEqual(done.returncode, 2)
         self.assertIn("no failed deployment", done.stderr)
+
+    def test_a_deployment_is_named_by_its_id_the_beginning_of_it_or_its_name(self):
+        self.engine.change(exits={"main": 4})
+        self.device.cycle(1)
+        for word in (HELLO, HELLO[:5], HELLO.upper(), "hello"):
+            self.assertIn("1 failed deployment will be", self.device.run("retry", word).stdout)
+        done = self.device.run("retry", "tally")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("tally is no deployment of this device", done.stderr)
+        other = HELLO[:-1] + "1"
+        self.wfm.publish(support.make_deployment(other, "second", registry=self.wfm.registry), other)
+        self.device.cycle(1)
+        self.assertIn("may be several", self.device.run("retry", HELLO[:9]).stderr)
+        self.assertEqual(self.device.run("retry", HELLO).returncode, 0)
 
     def test_a_state_of_a_newer_agent_is_refused_untouched(self):
         self.device.cycle()
