@@ -7078,6 +7078,9 @@ def make_state_data(state):
     return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
 
 
+OLD_FIELDS = ("left", "failures", "retryAt", "repairs", "repairedAt")      # of records of schema 1
+
+
 def parse_state(data, path):
     """The state in the bytes of state.json.
 
@@ -7112,22 +7115,15 @@ def parse_state(data, path):
 
 
 def migrate_record(record):
-    """A deployment's record as of schema 2, in place of moments of the wall clock that of schema 1 has
-    waits (see make_wait).
+    """A deployment's record as schema 2 has it; that of schema 1 knew moments where that has waits, which are
+    over then (see make_wait).
     """
-    record = {key: value for key, value in record.items() if key != "left"}
-    if record.get("fallback") and "services" not in (record["running"] or ()):
+    if "repairs" not in record:
+        return record
+    record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
+    if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
-    if "retryAt" in record:
-        at = record.pop("retryAt") - 2 * RETRY_CAP
-        failures = record.pop("failures", 0)
-        record["retry"] = {"failures": failures, "at": at, "delay": 2 * RETRY_CAP} if failures else {}
-    if "repairs" in record:
-        at = record.pop("repairedAt", 0)
-        failures = record.pop("repairs")
-        pause = grow(RETRY_FIRST, failures + 1 - REPAIRS, RETRY_CAP) if failures >= REPAIRS else 0
-        record["repair"] = {"failures": failures, "at": at, "delay": pause} if failures else {}
-    return record
+    return dict(record, retry={}, repair={})
 
 
 def make_core(state):
@@ -7312,15 +7308,12 @@ class Store:
         path = self.memo_path()
         try:
             create_folder(os.path.dirname(path), 0o755)
-            with open(path + ".tmp", "wb") as file:
-                os.fchmod(file.fileno(), 0o600)
-                file.write(make_json(memo))
-            os.replace(path + ".tmp", path)
-            self.memo = memo
-            return True
-        except OSError as error:
-            log("debug", "the last contact cannot be noted", path=path, reason=error.strerror)
+            write_file(path, make_json(memo))
+        except (OSError, StorageError) as error:
+            log("debug", "the last contact cannot be noted", path=path, reason=str(error))
             return False
+        self.memo = memo
+        return True
 
     def load_memo(self):
         """What save_memo noted last, or {}; read once, until the lock is taken again."""
@@ -7769,7 +7762,7 @@ def parse_window(text):
     raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
 
 
-read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window)
+read_windows = list_of(scalar("a window", make=parse_window), "a list of windows")
 
 
 def is_within(windows, local):
@@ -7804,60 +7797,68 @@ CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman",
 # what a child device has to say of itself, because only what is here can be detected
 HOSTING = ("cpus", "memory", "storage")
 
-# Each setting: its reader, or that and the default in the file's own spelling. What only one profile has, its
-# part adds below.
+# Each setting: (its reader, its default as the file would spell it, what it is for).
 DEVICE_SCHEMA = {
-    "id": read_device_id, "vendor": read_text, "modelNumber": read_text, "serialNumber": read_text,
-    "properties": (read_properties, {}), "labels": (read_labels, {})}
-CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}))
+    "id": (read_device_id, None, "name of the device at the WFM; without it serial number or machine id"),
+    "vendor": (read_text, None, "who made the device; without it what the firmware says"),
+    "modelNumber": (read_text, None, "which model it is; without it what the firmware says"),
+    "serialNumber": (read_text, None, "its serial number; without it what the firmware says"),
+    "properties": (read_properties, {}, "capabilities to report in place of those that were detected"),
+    "labels": (read_labels, {}, "what applications can select this device by, beside its properties"),
+}
+CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}, "variables that lead to its engine"))
 REGISTRY_SCHEMA = {
-    "mirror": read_text, "username": read_text, "password_file": read_path, "ca": read_path,
-    "insecure": (read_flag, False)}
-# see make_children
+    "mirror": (read_text, None, "host:port that is asked in place of this registry"),
+    "username": (read_text, None, "who signs in there"),
+    "password_file": (read_path, None, "file of the password, mode 0600"),
+    "ca": (read_path, None, "CA certificates of this registry; without it the system's"),
+    "insecure": (read_flag, False, "true: HTTP without TLS is good enough"),
+}
 SCHEMA = {
-    "state_dir": (read_path, "/var/lib/margo-agent"),
+    "state_dir": (read_path, "/var/lib/margo-agent", "folder of all that the agent keeps"),
     "wfm": {
-        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls"),
-        "url": read_address,
-        "timeout": (read_duration, "30s"),
-        "min_tls": (choice("1.2", "1.3"), "1.3"),
+        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls",
+                    "generation of Margo's protocol that the WFM speaks"),
+        "url": (read_address, None, "root URL of the WFM, or address of the repository"),
+        "timeout": (read_duration, "30s", "limit of connecting, and of each wait for data"),
+        "min_tls": (choice("1.2", "1.3"), "1.3", "oldest TLS version that is accepted"),
     },
     "identity": {
-        "certificate": read_path,
-        "key": read_key,
-        "trust_bundle": read_path_or_url,
-        "discovery": read_url,
-        "ca": read_path,
-        "pins": (read_pins, []),
-        "refresh": (read_duration, "1h"),
+        "certificate": (read_path, None, "the device's SVID in PEM, the leaf first, then intermediates"),
+        "key": (read_key, None, "its private key, mode 0600, or a URI such as pkcs11:..."),
+        "trust_bundle": (read_path_or_url, None, "SPIFFE bundle or PEM file to trust the WFM by, or its URL"),
+        "discovery": (read_url, None, "https URL of a discovery document, in place of trust_bundle"),
+        "ca": (read_path, None, "CA certificates for discovery, bundle URLs, and servers without SPIFFE ID"),
+        "pins": (read_pins, [], "digests of public keys by which those servers are known, too"),
+        "refresh": (read_duration, "1h", "time between looks at a bundle that names none"),
     },
-    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),
+    "device": dict(DEVICE_SCHEMA, children=(read_items, [], "devices behind this gateway, see README")),
     "poll": {
-        "interval": (read_duration, "60s"),
-        "jitter": (read_share, "10%"),
-        "window": (list_of(read_window, "a list of windows"), []),
-        "downtime": (list_of(read_window, "a list of windows"), []),
+        "interval": (read_duration, "60s", "time between polls of `run`"),
+        "jitter": (read_share, "10%", "by how much each interval may differ, so that fleets spread out"),
+        "window": (read_windows, [], "the WFM is asked only then; empty: always"),
+        "downtime": (read_windows, [], "no request is made then"),
     },
     "runtime": {
-        "compose": (read_compose, "auto"),
-        "engine": (choice("auto", "podman", "docker"), "auto"),
-        "on_failure": (choice("rollback", "keep"), "rollback"),
-        "settle": (read_pause, "10s"),
-        "environment": (read_environment, {}),
-        "prune": (read_flag, True),
+        "compose": (read_compose, "auto", "whether compose components are run"),
+        "engine": (choice("auto", "podman", "docker"), "auto", "which engine runs containers"),
+        "on_failure": (choice("rollback", "keep"), "rollback", "what follows on an update that fails"),
+        "settle": (read_pause, "10s", "time without a restart that counts as health where nothing checks it"),
+        "environment": (read_environment, {}, "variables that every container is given"),
+        "prune": (read_flag, True, "whether images and packages that nothing needs any more are removed"),
     },
-    "registries": (read_mapping, {}),
+    "registries": (read_mapping, {}, "credentials, mirror and trust of registries, by host or host:port"),
     "policy": {
-        "max_document": (read_size, "8Mi"),
-        "max_artifact": (read_size, "64Mi"),
-        "max_unpacked": (read_size, "256Mi"),
-        "privileged": (choice("deny", "allow"), "deny"),
-        "host_network": (choice("deny", "allow"), "deny"),
-        "devices": (read_devices, []),
-        "host_paths": (read_folders, []),
-        "max_removals": read_count,
+        "max_document": (read_size, "8Mi", "largest manifest or deployment document"),
+        "max_artifact": (read_size, "64Mi", "largest package or bundle"),
+        "max_unpacked": (read_size, "256Mi", "most that a package or a repository may unpack to"),
+        "privileged": (choice("deny", "allow"), "deny", "whether applications may rule the device"),
+        "host_network": (choice("deny", "allow"), "deny", "whether applications may use the host's network"),
+        "devices": (read_devices, [], "device files that applications may use all the same"),
+        "host_paths": (read_folders, [], "folders of the host that applications may mount"),
+        "max_removals": (read_count, None, "more removals than this wait for a second poll; unset: no limit"),
     },
-    "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
+    "log": {"level": (choice("debug", "info", "warning", "error"), "info", "least level that is logged")},
 }
 CHECKS = []
 
@@ -7894,7 +7895,7 @@ def make_settings(value, schema, base, where, faults):
         if isinstance(entry, dict):
             settings[key] = make_settings(item, entry, base, f"{where}{key}.", faults)
             continue
-        reader, default = entry if isinstance(entry, tuple) else (entry, None)
+        reader, default, _ = entry
         item = default if item is None else item
         settings[key] = None
         try:
@@ -9178,12 +9179,15 @@ def read_components(value, base):
     return names
 
 
-SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
-SCHEMA["identity"]["algorithm"] = choice(*SIGNING)
+SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a", "form of capabilities: a has roles, b is flat")
+SCHEMA["identity"]["algorithm"] = (choice(*SIGNING), None, "how requests are signed; unset: by the key")
 SCHEMA["identity"]["signature"] = {
-    "label": (read_word, "sig1"), "components": (read_components,
-                                                 ["@method", "@target-uri", "@authority", "content-digest"]),
-    "keyid": read_word, "alg": read_word}
+    "label": (read_word, "sig1", "name of the signature in its headers"),
+    "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"],
+                   "what of a request is signed"),
+    "keyid": (read_word, None, "name by which the WFM knows the key; without it the key's digest"),
+    "alg": (read_word, None, "name of the algorithm that is sent; empty: none"),
+}
 
 
 def choose_algorithm(spki, wanted):
@@ -9663,11 +9667,18 @@ def parse_folder(text):
 
 read_branch = scalar("the name of a branch", BRANCH_PATTERN)
 read_folder = scalar("a folder inside the repository", make=parse_folder)
-SCHEMA["wfm"]["status_url"] = read_root_url
+SCHEMA["wfm"]["status_url"] = (read_root_url, None, "root URL of a WFM to report to; without it a branch is")
 SCHEMA["git"] = {
-    "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False),
-    "allowed_signers": read_path, "allow_rewrite": (read_flag, False), "token_file": read_path,
-    "username": read_text, "ssh_key": read_path, "known_hosts": read_path}
+    "branch": (read_branch, "main", "branch of the desired state"),
+    "path": (read_folder, "", "its folder of deployments; empty: the whole of it"),
+    "verify_signatures": (read_flag, False, "whether each head has to be signed"),
+    "allowed_signers": (read_path, None, "who may sign: a file as ssh-keygen has it, or exported gpg keys"),
+    "allow_rewrite": (read_flag, False, "whether signers may rewrite history"),
+    "token_file": (read_path, None, "file of the token for https, mode 0600"),
+    "username": (read_text, None, "who the token belongs to; without it the token is a bearer's"),
+    "ssh_key": (read_path, None, "private key for ssh, mode 0600"),
+    "known_hosts": (read_path, None, "file of the host keys that ssh accepts"),
+}
 
 
 def check_git_settings(config):
@@ -10040,39 +10051,61 @@ def make_git_environment(config, home, environ):
                                          "/dev/null"] + [quote(f"-o{option}") for option in options])}
 
 
+# All that git may do: its configuration, whatever the machine's is (C-250).
+GIT_CONFIG = """\
+[protocol]
+	allow = never
+[protocol "https"]
+	allow = always
+[protocol "ssh"]
+	allow = always
+[protocol "file"]
+	allow = always
+[core]
+	hooksPath = /dev/null
+	attributesFile = /dev/null
+	bigFileThreshold = 8m
+[gc]
+	auto = 0
+[maintenance]
+	auto = false
+[credential]
+	helper = ""
+[transfer]
+	bundleURI = false
+[fetch]
+	unpackLimit = 1
+[http]
+	followRedirects = false
+	lowSpeedLimit = 1024
+"""
+
+
 def make_git_config(config, home, header):
-    """The configuration that git finds in its home, as bytes: all that it may do, and the credential, which
-    nobody else sees.
-    """
-    seconds = int(4 * config.wfm.timeout) or 1
-    url = config.wfm.url
-    settings = [
-        ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow",
-                                                                                  "always"),
-        ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile",
-                                                                                     "/dev/null"),
-        ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto",
-                                                                  "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit",
-                                                                                   "1"),
-        ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"), ("http", "lowSpeedTime",
-                                                                                  str(seconds)),
-        ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
-    if config.identity.ca:
-        settings += [("http", "sslCAInfo", config.identity.ca),
-                     ("http", "sslCAPath", os.path.join(home, "none"))]
-    if header:
-        settings.append(("http", "extraHeader", f"Authorization: {header}"))
-    if url.startswith("file://"):                   # whoever owns it: the operator named it
-        folder = url[len("file://"):].rstrip("/")
-        settings += [("safe", "directory", folder), ("safe", "directory", folder + "/.git")]
-    if config.git.allowed_signers:
-        settings.append(('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers))
-    lines = []
-    for section, key, value in settings:
-        value = value.replace("\\", "\\\\").replace('"', '\\"')
-        lines.append(f'[{section}]\n\t{key} = "{value}"\n')
-    return "".join(lines).encode()
+    """The configuration that git finds in its home, as bytes, with the credential, which nobody else sees."""
+    settings = {
+        "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
+        "http.sslVersion": f"tlsv{config.wfm.min_tls}",
+        "http.sslCAInfo": config.identity.ca,
+        "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
+        "http.extraHeader": header and f"Authorization: {header}",
+        "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
+    }
+    text = GIT_CONFIG
+    for name, value in settings.items():
+        section, _, key = name.rpartition(".")
+        if value:
+            text += f"[{section}]\n\t{key} = {quote_for_git(value)}\n"
+    if config.wfm.url.startswith("file://"):        # whoever owns it: the operator named it
+        folder = config.wfm.url[len("file://"):].rstrip("/")
+        for place in (folder, folder + "/.git"):
+            text += f"[safe]\n\tdirectory = {quote_for_git(place)}\n"
+    return text.encode()
+
+
+def quote_for_git(value):
+    """A value as git's configuration has it."""
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def load_git_header(git):
@@ -10320,8 +10353,15 @@ def read_rekey(value, base):
 
 
 SCHEMA["identity"].update({
-    "enrollment": (choice("off", "est"), "off"), "rekey": read_rekey,
-    "est": {"url": read_root_url, "token_file": read_path, "certificate": read_path, "key": read_path}})
+    "enrollment": (choice("off", "est"), "off", "est: SVIDs are obtained and renewed over EST (draft)"),
+    "rekey": (read_rekey, None, ""),
+    "est": {
+        "url": (read_root_url, None, "EST server; without it the one that the discovery document names"),
+        "token_file": (read_path, None, "file of the token for the first SVID, mode 0600"),
+        "certificate": (read_path, None, "certificate for the first SVID, in place of a token"),
+        "key": (read_path, None, "private key of that certificate, mode 0600"),
+    },
+})
 
 
 def check_est_settings(config):
@@ -10877,7 +10917,8 @@ Crl = define("Crl", "issuer this_update next_update entries number extensions",
     "What is used of a revocation list: raw name, Unix seconds, raw entries, CRL number, extensions as of a"
     " Certificate.")
 
-SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
+SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft",
+                                    "whether lists of revoked certificates are asked for, or needed (draft)")
 
 
 def parse_crl(data):
@@ -11535,7 +11576,8 @@ class HelmDriver:
 
 
 DRIVERS["helm"] = make_helm_driver
-SCHEMA["runtime"].update(helm=(read_helm, "auto"), kubeconfig=read_path)
+SCHEMA["runtime"].update(helm=(read_helm, "auto", "path of helm; auto: by PATH, off: no helm components"),
+                         kubeconfig=(read_path, None, "file that leads helm to its cluster"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -11700,8 +11742,10 @@ def examine_hooks(agent):
     return "ok", f"{len(hooks)} to be run around changes" if hooks else ""
 
 
-SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []),
-                     "timeout": (read_duration, "60s")})
+SCHEMA.update(hooks={
+    "run": (list_of(read_path, "a list of file names"), [], "programs that are run around each change"),
+    "timeout": (read_duration, "60s", "limit of one such program"),
+})
 LISTENERS.append(run_hooks)
 EXAMINE.update(hooks=examine_hooks)
 
