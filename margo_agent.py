@@ -30,8 +30,8 @@ optional ones and the command line, which stand at the end, use all of it, and n
    7 Desired-state source          18 Store                         29 Gateway (optional)
    8 Desired state                 19 Configuration                 30 Hooks (optional)
    9 Identity and trust            20 X.509                         31 Doctor (optional)
-  10 Eligibility                   21 YAML                          32 Command line
-  11 Capabilities                  22 Small encodings
+  10 Eligibility                   21 YAML                          32 Commands for people (optional)
+  11 Capabilities                  22 Small encodings               33 Command line
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
 (tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps
 out; "F-nn" and "K-nn" are what fleets and compose files met.
@@ -11758,6 +11758,8 @@ def command_doctor(config, options):
     """Checks everything that a run needs, and changes nothing.
 
     Each check is a line: ok, warn, or FAIL, with what to do about it.
+
+    Example: margo_agent.py doctor --json
     """
     agent = Agent(config)
     failed = False
@@ -11858,7 +11860,194 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 32. Command line
+# 32. Commands for people (optional)
+# ----------------------------------------------------------------------------------------------------------
+
+def look_at(config, word):
+    """What there is of a deployment that somebody names: (Agent, record, drivers of its device).
+
+    Raises ConfigError, StorageError.
+    """
+    agent = Agent(config)
+    agent.state = agent.store.load_state()
+    record = find_record(agent.state, word)
+    drivers = [device.drivers for device in agent.devices if device.device_id == record["deviceId"]]
+    return agent, record, drivers[0] if drivers else {}
+
+
+def command_describe(config, options):
+    """Prints what the device knows, without network; of one deployment everything there is to know.
+
+    NAME is the name of a deployment, its id, or the beginning of its id.
+
+    Example: margo_agent.py status hello
+    """
+    if not options["operands"]:
+        return command_status(config, options)
+    agent, record, drivers = look_at(config, options["operands"][0])
+    seen = try_look(lambda: observe_all(drivers, record))
+    trouble = isinstance(seen, CommandError)
+    containers = [] if trouble else find_containers(record["deploymentId"], seen)
+    adopted = record["adopted"]
+    target = Target(record["deploymentId"], adopted["digest"], adopted["version"], None, None)
+    deployment = agent.read_target(target, agent.store.load_artifact).deployment
+    report = make_details(record, deployment, containers, get_clock())
+    if "--json" in options:
+        return print_json(report)
+    print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
+    print_row("document", f"{report['digest']}, of manifest version {report['version']}")
+    for part in report["components"]:
+        words = f"{part['name']}  {part['revision']}"
+        print_row(f"  {part['state']}", words + make_error_words(part["error"]))
+    for item in report["containers"]:
+        since = f" since {item['since']}" if item["since"] else ""
+        ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
+        print_row(item["state"], f"{item['name']}{since}  {item['image']}{ports}")
+    if trouble:
+        print_row("containers", seen.message)
+    if report["attempts"]:
+        print_row("attempts", f"{report['attempts']} failed; the next one is due"
+                  f" {report['nextAttempt'] or 'with the next run'}, `retry {report['name']}` tries at once")
+    if report["before"]:
+        runs = "runs in its place" if record["fallback"] else "is kept to go back to"
+        print_row("before", f"the version of document {report['before']} {runs}")
+
+
+def make_details(record, deployment, containers, clock):
+    """What `status NAME` tells: what `status` does, and revisions, containers, attempts, the way back.
+
+    deployment: the Deployment that is worked on, or None.  containers: as its engine shows them.
+    """
+    report = make_deployment_report(record)
+    components = deployment.components if deployment else ()
+    known = {item.name: f"{item.repository} {item.revision}" for item in components}
+    for part in report["components"]:
+        part["revision"] = known.get(part["name"], "")
+    services = {item["name"]: item["services"] for item in record["components"]}
+    shown = []
+    for container in containers:
+        facts = services.get(container.component, {}).get(container.service, {})
+        ports = [f"{address}:{port}/{kind}".lstrip(":") for address, port, kind in facts.get("ports", ())]
+        since = make_time(container.started) if container.started else None
+        shown.append({"name": container.name, "component": container.component, "ports": ports,
+                      "service": container.service, "state": container.state, "since": since,
+                      "image": facts.get("image", "")})
+    left = find_wait(record["retry"], clock)
+    before = record["running"] if record["fallback"] else record["previous"]
+    return dict(report, version=record["adopted"]["version"], containers=shown,
+                attempts=record["retry"].get("failures", 0), before=(before or {}).get("digest"),
+                nextAttempt=make_time(clock.now + left) if left else None)
+
+
+def command_logs(config, options):
+    """Shows what the containers of a deployment, or of one service of it, have written.
+
+    NAME is the name of a deployment, its id, or the beginning of its id.  `--tail N` shows the last N lines
+    of each container, `-f` goes on with what comes.
+
+    Example: margo_agent.py logs hello --tail 50
+    """
+    name, *services = options["operands"]
+    agent, record, drivers = look_at(config, name)
+    found = find_containers(record["deploymentId"], observe_all(drivers, record))
+    found = [container for container in found if container.service in services or not services]
+    driver = drivers.get(found[0].type) if found else None
+    if not hasattr(driver, "engine"):
+        where = make_printable(f"service {services[0]} of {name}" if services else name)
+        raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
+    if found[1:] and driver.engine == "docker":
+        names = ", ".join(sorted(container.service for container in found))
+        raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
+    flags = [f"--tail={options['--tail']}"] if "--tail" in options else []
+    flags += ["--follow"] * ("-f" in options) + ["--names"] * bool(found[1:])
+    argv = [driver.engine, "logs", *flags, *(container.id for container in found)]
+    os.execvpe(argv[0], argv, get_command_environment(driver.environ))
+
+
+def command_config(config, options):
+    """Prints the configuration that is in force: what the file says, and the default of all else.
+
+    What may be a secret is masked.  `--check` only says whether the file can be used.  `--example` prints a
+    file to start from, with every setting and what it is for.
+
+    Example: margo_agent.py config --example > agent.yaml
+    """
+    if "--check" in options:
+        print(f"{options['-c']} can be used")       # else it has been said why not
+    elif "--example" in options:
+        print("\n".join(make_example(SCHEMA, EXAMPLE)))
+    else:
+        document = expand_environment(load_yaml(read_file(options["-c"], MIB)), os.environ, "", [])
+        print("\n".join(make_listing(SCHEMA, document or {})))
+
+
+# What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
+EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
+           "identity": {"certificate": "client.pem", "key": "client.key", "trust_bundle": "bundle.json"}}
+PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "children": ("-", CHILD_SCHEMA)}
+
+
+def make_listing(schema, document, indent=""):
+    """The lines of a configuration that leaves nothing out: what the file does not say is marked."""
+    lines = []
+    for key, entry in schema.items():
+        value = document.get(key)
+        if isinstance(entry, dict):
+            lines += [f"{indent}{key}:", *make_listing(entry, value or {}, indent + "  ")]
+            continue
+        reader, default, meaning = entry
+        note = "  # default" if value is None else ""
+        if not meaning:                             # no setting any more
+            continue
+        if reader is read_environment and value:    # it may hold what nobody should see
+            value = dict.fromkeys(value, "...")
+        lines.append(f"{indent}{key}: {make_yaml(default if value is None else value)}{note}")
+    return lines
+
+
+def make_example(schema, chosen, indent=""):
+    """The lines of a configuration to start from: what is not `chosen` is commented out, with its default."""
+    lines = []
+    for key, entry in schema.items():
+        if isinstance(entry, dict):
+            lines += ["", f"{indent}{key}:", *make_example(entry, chosen.get(key, {}), indent + "  ")]
+            continue
+        reader, default, meaning = entry
+        if not meaning:
+            continue
+        try:
+            reader(object(), "")
+        except ValueError as error:                 # of what it would take
+            meaning += f" ({str(error).partition(':')[0]})"
+        value = make_yaml(chosen.get(key, default))
+        lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
+        if key in PARTS:
+            name, schema = PARTS[key]
+            lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
+    return lines
+
+
+def make_yaml(value):
+    """A value as YAML on one line; None is nothing."""
+    if value is None:
+        return ""
+    text = make_json(value).decode()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return scalar_text(value)
+    try:
+        return value if isinstance(value, str) and load_yaml(value) == value else text
+    except YAMLError:
+        return text
+
+
+COMMANDS.update(
+    status=(command_describe, {"--json": ""}, "[NAME]"),
+    logs=(command_logs, {"--tail": "N", "-f": ""}, "NAME [SERVICE]"),
+    config=(command_config, {"--check": "", "--example": ""}, ""))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 33. Command line
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
@@ -11886,6 +12075,8 @@ def command_run(config, options):
             time.sleep(0.2)
         outcome = agent.cycle()
     log("debug", "cycle done", result=outcome.result, code=outcome.code)
+    if "--json" in options:
+        print_json(outcome._asdict())
     if descriptor:
         os.write(int(descriptor), f"{outcome.delay:.3f}".encode())
     return outcome.code
@@ -12212,11 +12403,14 @@ def command_status(config, options):
         print_row(deployment["state"], f"{deployment['deploymentId']}  {deployment['name']}{where}")
         # Only a document that cannot be read leaves a deployment without components.
         for part in deployment["components"] or [dict(deployment, name="")]:
-            error = part["error"]
-            reason = f"  {error['code']}: {error['message']}" if error["code"] else ""
-            print_row(f"  {part['state']}", part["name"] + reason)
+            print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
     for words in make_others_words(document["others"]):
         print_row("other", f"{words}; it is left alone")
+
+
+def make_error_words(error):
+    """What follows the name of something that may have failed."""
+    return f"  {error['code']}: {error['message']}" if error["code"] else ""
 
 
 def print_row(name, words):
@@ -12312,6 +12506,8 @@ def command_retry(config, options):
             state["patience"] = {}
             state["est"].update(delay=0)
         agent.store.save_state(state)
+        if "--json" in options:
+            return print_json({"retried": [record["deploymentId"] for record in failed]})
         print(f"{len(failed)} failed deployment{'s'[:len(failed) != 1]} will be tried again by the next run")
 
 
@@ -12327,6 +12523,8 @@ def find_record(state, word):
 
 def command_version(config, options):
     """Prints the version and the supported profiles."""
+    if "--json" in options:
+        return print_json({"version": __version__, "profiles": list(PROFILES)})
     print(f"margo_agent {__version__} (profiles: {', '.join(PROFILES)})")
 
 
@@ -12337,17 +12535,20 @@ def print_json(value):
     print(json.dumps(value, indent=2, ensure_ascii=encoding != "utf8"))
 
 
-COMMANDS.update({
+JSON = {"--json": ""}
+for name, row in {
     "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": ""}, ""),
-    "plan": (command_plan, {"--json": ""}, ""),
-    "status": (command_status, {"--json": ""}, ""),
-    "history": (command_history, {"--json": ""}, ""),
-    "capabilities": (command_capabilities, {"--json": ""}, ""),
+    "run": (command_run, {"--once": "", **JSON}, ""),
+    "plan": (command_plan, JSON, ""),
+    "status": (command_status, JSON, ""),
+    "history": (command_history, JSON, ""),
+    "capabilities": (command_capabilities, JSON, ""),
     "csr": (command_csr, {"--out": "FILE"}, ""),
-    "retry": (command_retry, {}, "[NAME]"),
+    "retry": (command_retry, JSON, "[NAME]"),
     "unenroll": (command_unenroll, {"--purge": ""}, ""),
-    "version": (command_version, {}, "")})
+    "version": (command_version, JSON, ""),
+}.items():
+    COMMANDS.setdefault(name, row)                  # an optional room may know more of a command
 GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json", "--help": ""}
 SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
              "--version": "version"}
@@ -12410,8 +12611,8 @@ def print_help(command=None):
         print((__doc__ or "\n\n\n\n").split("\n\n")[2] + "\n")
     for name in [command] if command else COMMANDS:
         function, known, operands = COMMANDS[name]
-        usage = [f"[{option} {value}".rstrip() + "]" for option, value in known.items()]
-        words = " ".join(["", name, *usage, operands])
+        words = f" {name} {operands}".rstrip()
+        words += "".join(f" [{option} {value}".rstrip() + "]" for option, value in known.items())
         first, _, more = (function.__doc__ or "").partition("\n\n")
         print(textwrap.fill(f"{words:27} {first}", 79, subsequent_indent=" " * 28))
         if command:
@@ -12429,11 +12630,16 @@ def run_main(arguments):
     if not command:
         raise ConfigError("no command; one of " + ", ".join(COMMANDS))
     function, _, operands = COMMANDS[command]
-    for extra in options["operands"][len(operands.split()):]:
+    operands = operands.split()
+    given = options["operands"]
+    for extra in given[len(operands):]:
         raise ConfigError(f"{make_printable(extra)}: {command} takes no such operand")
-    if function is command_version:
+    if not given and operands and operands[0].isalpha():
+        raise ConfigError(f"{command}: needs {operands[0]}")
+    if function is command_version or "--example" in options:
         return function(None, options) or 0
-    config = load_config(options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml")
+    options["-c"] = options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml"
+    config = load_config(options["-c"])
     log.level = "error" if "-q" in options else config.log.level
     if "-v" in options:
         log.level = "debug"
