@@ -15,8 +15,8 @@ Exit codes. 0 as desired, 1 a deployment failed, 2 usage or configuration,
             3 unreachable or to be reported later, 4 desired state refused,
             5 identity or trust, 6 another instance runs, 70 a bug.
 
-Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All
-else may change.
+Stable for embedding: what __all__ names, `Agent.cycle` with the fields of the Outcome that it returns, and
+log.level and log.callback(level, message, fields).  All else may change.
 
 How to read it: from top to bottom, as a newspaper: what the agent does, then how, then with what.  To follow
 one poll, read 1 to 6; `Agent.cycle` is where it begins.  A section uses only 1, 2 and sections below it;
@@ -46,7 +46,8 @@ import time
 from collections import namedtuple
 
 __version__ = "0.1.0"
-__all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError", "PROFILES", "__version__"]
+__all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFILES", "__version__", "MargoError",
+           "ConfigError", "Unreachable", "StorageError", "Refused", "Untrusted", "Locked", "YAMLError"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6879,13 +6880,16 @@ class Log:
     LEVELS = ("debug", "info", "warning", "error")
 
     def __init__(self):
-        self.level, self.form = "info", "text"
+        self.level, self.form, self.callback = "info", "text", None
 
     def __call__(self, level, message, **fields):
         """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value.
 
         """
         if self.LEVELS.index(level) < self.LEVELS.index(self.level):
+            return
+        if self.callback:                           # set by whoever embeds the agent
+            self.callback(level, message, fields)
             return
         if self.form == "json":
             import json
@@ -12383,8 +12387,7 @@ def fetch_accepted(agent):
 
 def command_status(config, options):
     """Prints what the device knows, without asking anybody."""
-    store = Store(config.state_dir)
-    document = make_status_report(config, store.load_state(), store.load_memo(), time.time())
+    document = status(config)
     if "--json" in options:
         return print_json(document)
     identity, desired, last = (document[name] for name in ("identity", "desiredState", "lastPoll"))
@@ -12426,6 +12429,15 @@ def make_deployment_report(record):
 
     return dict(tell(record, "deploymentId", "name", "state", "deviceId"), digest=record["adopted"]["digest"],
                 components=[tell(item, "name", "state") for item in record["components"]])
+
+
+def status(config):
+    """What the device knows, as the object that `status --json` prints; raises StorageError.
+
+    config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
+    """
+    store = Store(config.state_dir)
+    return make_status_report(config, store.load_state(), store.load_memo(), time.time())
 
 
 def make_status_report(config, state, memo, now):
