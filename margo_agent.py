@@ -192,9 +192,10 @@ def define(name, fields, meaning, *defaults):
 
 
 Certificate = define("Certificate",
-    "der subject issuer serial not_before not_after spki uris is_ca key_usage extensions",
-    "An X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None, and"
-    " {OID: (critical, value, raw)}.")
+    "der subject issuer serial not_before not_after spki uris is_ca key_usage key issuer_key alt_names",
+    "An X.509 certificate: bytes, raw names, int, Unix seconds, public key, URI SANs, CA flag, keyUsage bits"
+    " or None, identifiers of its own key and of its issuer's or None, subjectAltName as it stands.",
+    None, None, b"")
 ManifestEntry = define("ManifestEntry", "deployment_id digest size",
     "One line of a state manifest; `size` is advice, never a check (C-110).")
 Manifest = define("Manifest", "version bundle_digest bundle_size entries",
@@ -1939,7 +1940,7 @@ class Mtls(Profile):
         identity = self.identity = load_identity(config)
         check_enrollment(state, client_id or identity.spiffe_id.text)
         check_own(identity.leaf, config, now)
-        warn_of_expiry(identity.leaf, store, now)
+        warn_of_own(config, identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
         judge_own_chain(config, identity, bundle, store, state, keep)
         return self.open_source(identity, bundle, keep)
@@ -2369,23 +2370,18 @@ def parse_spiffe_id(text):
 
 
 def check_leaf(certificate):
-    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011).
-
-    """
+    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError (C-011)."""
     if len(certificate.uris) != 1:
         raise ValueError(f"subjectAltName holds {len(certificate.uris)} URIs, an X.509-SVID has exactly one")
     if certificate.is_ca:
         raise ValueError("basicConstraints says CA, an X.509-SVID is a leaf")
-    if certificate.key_usage is not None and certificate.key_usage & {KEY_CERT_SIGN, CRL_SIGN}:
+    if {KEY_CERT_SIGN, CRL_SIGN} & (certificate.key_usage or set()):
         raise ValueError("keyUsage allows keyCertSign or cRLSign, an X.509-SVID may not")
     return parse_spiffe_id(certificate.uris[0])
 
 
 def check_validity(certificate, now):
-    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds).
-
-    The clock may be at fault.
-    """
+    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds), or for a wrong clock."""
     clock = f"the clock of this device says {make_time(now)}"
     if now < certificate.not_before:
         raise ValueError(f"not valid before {make_time(certificate.not_before)}, and {clock}; set the clock")
@@ -2393,33 +2389,26 @@ def check_validity(certificate, now):
         raise ValueError(f"expired at {make_time(certificate.not_after)} ({clock}); have it renewed")
 
 
-def parse_identity(chain, certificate_file, key_file):
-    """The own Identity from the DER chain of identity.certificate; raises ValueError."""
-    if not chain:
-        raise ValueError("it holds no certificate in PEM")
-    return make_identity(parse_certificate(chain[0]), certificate_file, key_file)
-
-
-def make_identity(leaf, certificate_file, key_file):
-    """The own Identity from its leaf Certificate; raises ValueError."""
+def make_identity(leaf, certificate_file="", key_file=""):
+    """The own Identity from its leaf Certificate and two paths; raises ValueError."""
     spiffe_id = check_leaf(leaf)
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
         raise ValueError(f"{spiffe_id.text} is not a WFM client's id"
                          " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
-    wfm = SpiffeId(f"spiffe://{spiffe_id.trust_domain}{match.group(1)}", spiffe_id.trust_domain,
-                   match.group(1))
+    domain = spiffe_id.trust_domain
+    wfm = SpiffeId(f"spiffe://{domain}{match.group(1)}", domain, match.group(1))
     return Identity(spiffe_id, wfm, leaf, certificate_file, key_file)
 
 
 def load_identity(config):
     """The own SVID, from its files alone; raises Untrusted."""
     settings = config.identity
-    return load_own(config, lambda chain: parse_identity(chain, settings.certificate, settings.key))
+    return load_own(config, lambda leaf: make_identity(leaf, settings.certificate, settings.key))
 
 
-def load_own(config, parse):
-    """What `parse` makes of the DER chain in identity.certificate.
+def load_own(config, make):
+    """What `make` makes of the leaf Certificate in identity.certificate.
 
     Raises Untrusted: which file, and what is wrong with it.
     """
@@ -2431,10 +2420,11 @@ def load_own(config, parse):
             if config.identity.get("enrollment") == "est":
                 way = "`margo_agent.py enroll` obtains one"
             raise ValueError(f"there is no such file; {way}")
-        return parse(parse_pem(data.decode("ascii")))
-    except StorageError as error:
-        raise Untrusted(f"identity.certificate: {error.message}") from None
-    except ValueError as error:
+        chain = parse_pem(data.decode("ascii"))
+        if not chain:
+            raise ValueError("it holds no certificate in PEM")
+        return make(parse_certificate(chain[0]))
+    except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
 
 
@@ -2447,57 +2437,53 @@ def check_own(leaf, config, now):
 
 
 def check_enrollment(state, client_id):
-    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM at a time
-    (C-052).
-    """
+    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM (C-052)."""
     if state["enrollment"] and state["enrollment"]["id"] != client_id:
         raise Untrusted(f"the own identity is {client_id}, but this device is enrolled as"
-                        f" {state['enrollment']['id']};"
-                        " unenroll first")
+                        f" {state['enrollment']['id']}; unenroll first")
 
 
-def is_expiring(leaf, now, share=EXPIRY_WARNING):
-    """Whether less than a share of a certificate's lifetime is left."""
-    return leaf.not_after - now < share * (leaf.not_after - leaf.not_before)
+def find_expiry(leaf, now, share=EXPIRY_WARNING):
+    """What to say of a certificate's end, "" while more than a share of its lifetime is left."""
+    left = leaf.not_after - now
+    if left < 0:
+        return "expired"
+    if left < share * (leaf.not_after - leaf.not_before):
+        return f"expires in {left // 86400:.0f} days, at {make_time(leaf.not_after)}; have it renewed"
+    return ""
 
 
-def warn_of_expiry(leaf, store, now):
-    """Foresees the end of the own certificate: one line a day."""
+def warn_of_own(config, leaf, store, now):
+    """Warns once a day of an own certificate that ends soon, and of a key that others can read."""
     memo = store.load_memo()
-    if is_expiring(leaf, now) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        log("warning", "the own certificate expires soon; have it renewed",
-            notAfter=make_time(leaf.not_after),
-            days=int((leaf.not_after - now) // 86400))
+    expiry = find_expiry(leaf, now)
+    words = [f"the own certificate {expiry}"] if expiry else []
+    words += filter(None, [ask_looseness("identity.key", config.identity.key)])
+    if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        for line in words:
+            log("warning", line)
         store.save_memo(dict(memo, warnedAt=now))
 
 
 def describe_own(config, load, known_id, now):
     """{id, notAfter, warning} of the own certificate, as `status` shows it; never raises.
 
-    load: load_identity, or what another profile has in its place.  known_id: the id of a client whose
-    certificate has none.
+    load: load_identity, or what another profile has in its place.  known_id: the client's id where its
+    certificate names none.
     """
     try:
         own = load(config)
     except Untrusted as error:
         return {"id": known_id, "notAfter": "", "warning": error.message}
-    days = int((own.leaf.not_after - now) // 86400)
-    warning = ""
-    if days < 0:
-        warning = "expired"
-    elif is_expiring(own.leaf, now):
-        warning = f"expires in {days} days; have it renewed"
     name = own.spiffe_id.text if isinstance(own, Identity) else known_id
-    return {"id": name, "notAfter": make_time(own.leaf.not_after), "warning": warning}
+    return {"id": name, "notAfter": make_time(own.leaf.not_after), "warning": find_expiry(own.leaf, now)}
 
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    loose = ask_looseness("identity.key", config.identity.key)
-    if loose:
-        return "warn", loose
-    words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
-    return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
+    expiry = find_expiry(leaf, now, EXPIRY_ADVICE)
+    fault = ask_looseness("identity.key", config.identity.key) or expiry and f"{words}, {expiry}"
+    return ("warn", fault) if fault else ("ok", f"{words}, {(leaf.not_after - now) // 86400:.0f} days left")
 
 
 def note_draft(store, state, what):
@@ -2532,19 +2518,16 @@ def check_wfm(der, identity, now):
 
 
 def load_wfm_context(identity, anchors, min_tls):
-    """The SSLContext towards the WFM: own SVID chain (C-004), the given anchors (DER) and nothing else
-    (C-006).
-    """
+    """The SSLContext towards the WFM: the own chain (C-004), the anchors (DER) and no others (C-006)."""
     context = make_tls_context(anchors, min_tls=min_tls)
     load_key_pair(context, identity.certificate_file, identity.key_file)
     return context
 
 
 def load_key_pair(context, certificate_file, key_file, where="identity"):
-    """Lets an SSLContext present a chain; raises Untrusted.
+    """Lets an SSLContext present a chain.
 
-    An operator replaces two files one after the other (E-010).  Between the two this raises; the next run
-    finds a pair.
+    Raises Untrusted, also while an operator has replaced only one of the two files (E-010).
     """
     asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
     try:
@@ -2591,8 +2574,8 @@ def run_own_handshake(certificate_file, key_file, anchors):
 def judge_own_chain(config, identity, bundle, store, state, keep):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
-    A chain that did once is used on after the bundle has changed, since the WFM decides; `strays` in the
-    state's trust then names it.  The handshake is made once for each pair of chain and bundle.
+    A chain that once did is used on after the bundle has changed, because the WFM decides; `strays` in the
+    state's trust then names its leaf.  The handshake is made once for each pair of leaf and bundle.
     """
     mark = sha256_digest(identity.leaf.der + b"".join(bundle.anchors))
     memo = store.load_memo()
@@ -2602,8 +2585,8 @@ def judge_own_chain(config, identity, bundle, store, state, keep):
     try:
         run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
     except ValueError as error:
-        message = f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
-        message += f" bundle ({error})"
+        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+                   f" bundle ({error})")
         if state["identity"] != leaf:
             raise Untrusted(message) from None
         log("error", f"{message} any more; have it issued anew")
@@ -2618,10 +2601,7 @@ def judge_own_chain(config, identity, bundle, store, state, keep):
 # Trust bundle and discovery.
 
 def parse_trust_bundle(data):
-    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle.
-
-    Raises ValueError (C-034, C-036, C-037).
-    """
+    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034 to C-037)."""
     value = {}
     if b"-----BEGIN CERTIFICATE-----" in data:
         anchors = parse_pem(data.decode("ascii"))
@@ -2630,10 +2610,10 @@ def parse_trust_bundle(data):
         if not isinstance(value, dict) or not isinstance(value.get("keys"), list):
             raise ValueError("a trust bundle is a JWK Set with `keys`, or PEM")
         anchors = parse_jwks(value["keys"])
-    for anchor in anchors:
-        parse_certificate(anchor)
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid)")
+    for anchor in anchors:
+        parse_certificate(anchor)
     numbers = [value.get(name) for name in ("spiffe_sequence", "spiffe_refresh_hint")]
     good = [item if type(item) is int and 0 <= item <= MAX_VERSION else None for item in numbers]
     return TrustBundle(anchors, *good)
@@ -2654,34 +2634,32 @@ def parse_jwks(keys):
 
 
 def check_sequence(bundle, trust, trust_domain):
-    """Returns a TrustBundle; raises ValueError where its sequence went back (C-043)."""
+    """Raises ValueError where the sequence of a TrustBundle went back (C-043)."""
     known = trust.get("sequence") if trust.get("trustDomain") == trust_domain else None
     if known is not None and bundle.sequence is not None and bundle.sequence < known:
         raise ValueError(f"spiffe_sequence went back from {known} to {bundle.sequence} (a security event, or"
-                         " a rebuilt"
-                         " identity service: then unenroll and enroll again)")
-    return bundle
+                         " a rebuilt identity service: then unenroll and enroll again)")
 
 
 def parse_discovery(data, document_url, trust_domain, public, held=None):
     """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
-    trust_domain: of the own SVID, None where there is none yet.  public: whether the document was
-    authenticated by the system's store; the bundle must then have the same origin.  held: the state's
-    `trust`, as it was before.
+    trust_domain: of the own SVID, None where there is none yet.  public: whether the system's store vouched
+    for the document, which may then name no other origin.  held: the state's `trust`.
     """
     value = parse_json(data, "the discovery document")
-    if not isinstance(value, dict) or not isinstance(value.get("trustDomain"), str):
+    domain = value.get("trustDomain") if isinstance(value, dict) else None
+    if not isinstance(domain, str):
         raise ValueError("the discovery document has no trustDomain")
+    if trust_domain not in (None, domain):
+        raise ValueError(f"it is for trust domain {make_printable(domain, 100)}, the own SVID is of"
+                         f" {trust_domain}")
     uri = parse_discovered("trustBundleUri", read_url, value, document_url, public)
-    if trust_domain and value["trustDomain"] != trust_domain:
-        theirs = make_printable(value["trustDomain"], 100)
-        raise ValueError(f"it is for trust domain {theirs}, the own SVID is of {trust_domain}")
     parts, faults = {}, []
     for name, companion in COMPANIONS.items():
         parts[name], passed = companion.parse(value, document_url, public, (held or {}).get(name))
         faults += passed
-    return Discovery(value["trustDomain"], uri, parts, faults)
+    return Discovery(domain, uri, parts, faults)
 
 
 def parse_discovered(name, reader, members, document_url, public):
@@ -2704,14 +2682,12 @@ def find_origin(url):
 
 
 def fetch_discovery(config, trust_domain, now, held=None):
-    """The Discovery of identity.discovery.
+    """The Discovery of identity.discovery; raises Unreachable, Untrusted, Refused.
 
     None where there is no such document and identity.trust_bundle is a URL (C-046).
-
-    Raises Unreachable, Untrusted, Refused.
     """
     settings = config.identity
-    where = f"identity.discovery {config.identity.discovery}"
+    where = f"identity.discovery {settings.discovery}"
     answer = fetch_from_mis(settings.discovery, config, {"Accept": JSON_TYPE})          # C-045
     if answer.status == 404 and "://" in (settings.trust_bundle or ""):
         return None
@@ -2726,18 +2702,16 @@ def fetch_discovery(config, trust_domain, now, held=None):
     return found
 
 
-def fetch_bundle(config, url, trust, now):
-    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged.
+def fetch_bundle(config, url, etag, now):
+    """The trust bundle from its URL as (bytes, ETag), None where it still has the ETag `etag`.
 
     Raises Unreachable, Untrusted, Refused.
     """
-    headers = {"Accept": JSON_TYPE}
-    accepted = (200,)  # C-045
-    if trust.get("etag") and trust.get("source") == url:
-        headers["If-None-Match"] = trust["etag"]
-        accepted = (200, 304)
+    headers = {"Accept": JSON_TYPE}                                                     # C-045
+    if etag:
+        headers["If-None-Match"] = etag
     answer = fetch_from_mis(url, config, headers)
-    check_response(answer, f"trust bundle {url}", accepted, now)
+    check_response(answer, f"trust bundle {url}", (200, 304) if etag else (200,), now)
     return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"))
 
 
@@ -2765,52 +2739,52 @@ def load_trust_bundle(config, store):
         return None
 
 
-def is_bundle_due(config, state, held, asked, now):
-    """Whether the identity service has to be asked again; asked: when it was last (Unix seconds)."""
+def is_bundle_due(config, state, hint, asked, now):
+    """Whether the identity service has to be asked again.
+
+    hint: seconds after which the bundle at hand asks for it.  asked: when it was done last (Unix seconds).
+    """
     trust = state["trust"]
-    known = [name in trust for name,
-             item in COMPANIONS.items() if item.wanted(config) and config.identity.discovery]
-    if not held or "source" not in trust or not all(known):
+    wanted = [name for name, item in COMPANIONS.items() if config.identity.discovery and item.wanted(config)]
+    if not trust.keys() >= {"source", *wanted}:
         return True
-    periods = [held.refresh_hint or config.identity.refresh]
+    periods = [hint or config.identity.refresh]
     for companion in COMPANIONS.values():
         periods += companion.limits(state) if companion.limits else []
     return not asked <= now < asked + min(periods)
 
 
-def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, since=None):
+def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, anew=False):
     """The current TrustBundle, fetched when due; a new one replaces all anchors at once (C-038 to C-042).
 
-    trust_domain: of the own SVID, None where there is none yet.  keep: store what was fetched.  since: what
-    was fetched before that moment is due.  Where it cannot be fetched or is refused the current one stays;
-    without any: Unreachable or Untrusted.
+    trust_domain: of the own SVID, None where there is none yet.  keep: store what was fetched.  anew: fetch
+    it in any case.  Where it cannot be had or is refused, the one at hand stays in use; where there is none,
+    raises Unreachable or Untrusted.
     """
     held = load_trust_bundle(config, store)
-    trust = state["trust"]
-    remote = is_remote(config.identity)
-    asked = store.load_memo().get("trust") or trust.get("refreshedAt") or 0
-    if remote and asked >= (since or 0) and not is_bundle_due(config, state, held, asked, now):
+    asked = store.load_memo().get("trust") or state["trust"].get("refreshedAt") or 0
+    due = anew or not held or is_bundle_due(config, state, held.refresh_hint, asked, now)
+    if not is_remote(config.identity) or not due:
         return held
     try:
-        if not remote:
-            return check_sequence(held, trust, trust_domain)
         return fetch_trust_bundle(config, store, state, held, trust_domain, now, keep)
     except (ValueError, MargoError) as error:
-        reason = getattr(error, "message", str(error))
-        if held and remote:
+        if held:
             log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use",
-                reason=reason)
+                reason=str(error))
             return held
         if isinstance(error, Unreachable):
             raise
-        raise Untrusted(f"no usable trust bundle: {reason}") from None
+        raise Untrusted(f"no usable trust bundle: {error}") from None
 
 
 def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
-    """The TrustBundle as the identity service has it now; raises ValueError, MargoError."""
+    """The TrustBundle as the identity service has it now; raises ValueError, MargoError.
+
+    held: the one at hand, or None.
+    """
     trust = state["trust"]
-    url = config.identity.trust_bundle
-    found = None
+    url, found = config.identity.trust_bundle, None
     if config.identity.discovery:
         found = fetch_discovery(config, trust_domain, now, trust)
     if found:
@@ -2818,13 +2792,15 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     for name, companion in COMPANIONS.items():
         if companion.wanted(config) and (found or name not in trust):
             trust[name] = found.parts[name] if found else None
-    answer = fetch_bundle(config, url, trust if held else {}, now)
+    etag = trust.get("etag") if held and trust.get("source") == url else None
+    answer = fetch_bundle(config, url, etag, now)
     if keep:
         store.save_memo(dict(store.load_memo(), trust=now))
     if answer is None:
         return held
     data, etag = answer
-    bundle = check_sequence(parse_trust_bundle(data), trust, trust_domain)
+    bundle = parse_trust_bundle(data)
+    check_sequence(bundle, trust, trust_domain)
     if keep:
         write_file(store.path("trust-bundle.json"), data)
     trust.update(source=url, etag=etag, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
@@ -2834,42 +2810,36 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
 
 # The Margo Identity Service, known by identity.ca, by pins, or by the system's store.
 
-def is_address(host):
-    """Whether a host is an IP address and not a name."""
-    return bool(re.fullmatch(r"[0-9.]+|.*:.*", host))
-
-
 def obtain_mis_context(config, url):
-    """(SSLContext, check_peer) for the identity service at a URL: by identity.ca or the system's store, by
-    pins, or both.
+    """(SSLContext, check_peer) for the identity service at a URL.
 
-    The trust bundle has no say here (C-030, C-044).  A pin says which key is trusted, not where its
-    certificate is.  So over a first connection, on which nothing is said, the service shows its certificates.
-    Those whose key is pinned become the only anchors of the next connection, and OpenSSL judges as ever
-    (E-005).
+    It is known by identity.ca or the system's store, by pins, or by both; the trust bundle has no say here
+    (C-030, C-044).  A pin names a key, and not where its certificate is.  So over a first connection the
+    service shows its certificates, and nothing is said.  Those whose key is pinned become the only anchors
+    of the next connection, and OpenSSL judges as ever (E-005).
     """
     import ssl
     settings, timeout = config.identity, config.wfm.timeout
     context = make_tls_context(ca_file=settings.ca, min_tls=config.wfm.min_tls)
     if not settings.pins:
         return context, None
-    looking = make_tls_context(ca_file=settings.ca, min_tls=config.wfm.min_tls)
-    looking.check_hostname = False
-    looking.verify_mode = ssl.CERT_NONE             # fetch_chain says nothing
-    seen = fetch_chain(url, looking, timeout) + context.get_ca_certs(binary_form=True)
-    pinned = [der for der in seen if make_pin(der) in settings.pins]
+    if not settings.ca:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    shown = fetch_chain(url, context, timeout)
+    if len(shown) == 1 and sys.version_info < (3, 10):
+        shown += ask_chain(url, timeout)
+    pinned = [der for der in shown + context.get_ca_certs(binary_form=True) if make_pin(der) in settings.pins]
     if not pinned:
         raise Untrusted(f"{url}: it presents no certificate whose key is in identity.pins")
     narrow = make_tls_context(pinned, min_tls=config.wfm.min_tls)
-    narrow.check_hostname = not is_address(find_origin(url)[0])  # an address has no name to check (E-016)
-    if not settings.ca:
-        return narrow, None
-    leaf = fetch_chain(url, narrow, timeout)[0]
+    # an address has no name to check (E-016)
+    narrow.check_hostname = not re.fullmatch(r"[0-9.]+|.*:.*", find_origin(url)[0])
 
     def check_peer(chain):
-        if chain[0] != leaf:
+        if settings.ca and chain[0] != shown[0]:
             raise Untrusted(f"{url}: the certificate that identity.ca vouches for is not the pinned one")
-    return context, check_peer
+    return narrow, check_peer
 
 
 def make_pin(der):
@@ -2882,12 +2852,7 @@ def make_pin(der):
 
 
 def fetch_chain(url, context, timeout):
-    """The certificates of the service at a URL (DER), leaf first.
-
-    The connection ends before anything is said.
-
-    Before Python 3.10 it is openssl that shows what lies above the leaf.
-    """
+    """The certificates of the service at a URL (DER, see get_chain); nothing is said on the connection."""
     found = []
 
     def look(chain):
@@ -2898,15 +2863,15 @@ def fetch_chain(url, context, timeout):
         request("GET", url, {}, None, context, timeout, 0, look)
     except Silence:
         pass
-    if len(found) == 1 and sys.version_info < (3, 10):
-        host, port = find_origin(url)
-        name = ["-noservername"] if is_address(host) else ["-servername", host]
-        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        # it shows the chain, and fails afterwards where it is asked for a certificate of its own
-        command = ["s_client", "-showcerts", "-connect", place] + name
-        output = run_openssl(command, timeout=timeout, strict=False)
-        found.extend(parse_pem(output.decode("ascii", "replace")))
     return found
+
+
+def ask_chain(url, timeout):
+    """The same as openssl shows them, for a Python that shows the leaf alone."""
+    host, port = find_origin(url)
+    # it fails where it is asked for a certificate of its own, after it has shown them
+    command = ["s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
+    return parse_pem(run_openssl(command, timeout=timeout, strict=False).decode("ascii", "replace"))
 
 
 def fetch_from_mis(url, config, headers, limit=MAX_CERTIFICATES):
@@ -2929,10 +2894,7 @@ def run_openssl(arguments, data=b"", expected=b"", timeout=60, strict=True):
 
 
 def lend_file(data):
-    """A file that holds `data` until it is closed, in memory where that goes.
-
-    Some things of openssl's want a name.
-    """
+    """A file that holds `data` until it is closed, in memory where that goes; openssl and ssl want a name."""
     import tempfile
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     try:
@@ -2946,9 +2908,9 @@ def lend_file(data):
 
 
 def obtain_key(path, algorithm=None):
-    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did.
+    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did (C-018, E-030).
 
-    Raises CommandError (C-018, E-030).
+    Raises CommandError.
     """
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
@@ -2959,20 +2921,14 @@ def obtain_key(path, algorithm=None):
 
 
 def load_public_key(path):
-    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate.
-
-    Raises CommandError.
-    """
+    """The public key of a private one, as it stands in a certificate (DER); raises CommandError."""
     return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
 
 
 def run_csr(path, form="PEM"):
-    """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035).
-
-    """
-    expected = b"CERTIFICATE REQUEST" if form == "PEM" else b""
-    return run_openssl(["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path],
-                       b"", expected)
+    """A PKCS#10 request for a key; it carries no names, because the issuer decides on them (E-035)."""
+    command = ["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path]
+    return run_openssl(command, expected=b"CERTIFICATE REQUEST" if form == "PEM" else b"")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -8033,36 +7989,44 @@ def text_of(pattern):
 # 20. X.509
 # ----------------------------------------------------------------------------------------------------------
 
-# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
-# read.
+# DER: only what a certificate or a revocation list needs.  Bounds are checked at each step, and nothing is
+# used before the whole was read.
 
 OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME = b"\x55\x1d\x13", b"\x55\x1d\x0f", b"\x55\x1d\x11"
 OID_SUBJECT_KEY, OID_ISSUER_KEY = b"\x55\x1d\x0e", b"\x55\x1d\x23"
-OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 KEY_CERT_SIGN, CRL_SIGN = 5, 6                      # bits of keyUsage (RFC 5280, 4.2.1.3)
+MAX_ELEMENTS = 1000                 # beside each other; only the entries of a revocation list are more
 
 
-def parse_der(data):
-    """The elements in DER bytes as [(tag, value bytes, whole element bytes)]; raises ValueError."""
-    elements, position = [], 0
+def walk_der(data):
+    """Each element in DER bytes as (tag, value bytes, whole element bytes); raises ValueError."""
+    position = 0
     while position < len(data):
         start = position
         tag = data[position]
-        position += 1
-        if tag & 0x1F == 0x1F or position >= len(data):
+        position += 2
+        if tag & 0x1F == 0x1F or position > len(data):
             raise ValueError("DER: a long tag or a missing length")
-        length = data[position]
-        position += 1
+        length = data[position - 1]
         if length & 0x80:
             size = length & 0x7F
             if not 1 <= size <= 4 or position + size > len(data):
                 raise ValueError("DER: a bad length")
             length = int.from_bytes(data[position:position + size], "big")
             position += size
-        if position + length > len(data):
-            raise ValueError("DER: a value runs past its end")
+        value = data[position:position + length]
         position += length
-        elements.append((tag, data[position - length:position], data[start:position]))
+        if position > len(data):
+            raise ValueError("DER: a value runs past its end")
+        yield tag, value, data[start:position]
+
+
+def parse_der(data):
+    """The elements in DER bytes, as walk_der gives them, in a list; raises ValueError."""
+    from itertools import islice
+    elements = list(islice(walk_der(data), MAX_ELEMENTS + 1))
+    if len(elements) > MAX_ELEMENTS:
+        raise ValueError(f"DER: more than {MAX_ELEMENTS} elements beside each other")
     return elements
 
 
@@ -8076,88 +8040,81 @@ def make_der(tag, *parts):
 def parse_certificate(der):
     """A DER certificate to a Certificate; raises ValueError (RFC 5280, only the fields in use)."""
     try:
-        outer, = parse_der(der)
-        fields = parse_der(parse_der(outer[1])[0][1])
+        (_, content, _), = parse_der(der)
+        fields = parse_der(parse_der(content)[0][1])
         if fields[0][0] == 0xA0:                    # [0] version
             fields = fields[1:]
         serial, _, issuer, validity, subject, spki = fields[:6]
         not_before, not_after = (parse_der_time(*element[:2]) for element in parse_der(validity[1]))
-        extensions = parse_extensions(next((value for tag, value, _ in fields[6:] if tag == 0xA3), b""))
-        uris, is_ca, usage = read_extensions(extensions)
-    except (IndexError, ValueError, UnicodeDecodeError) as error:
+        extensions = parse_extensions(fields[6:], 0xA3)
+        names = parse_der(open_extension(extensions, OID_SUBJECT_ALT_NAME) or b"")
+        constraints = parse_der(open_extension(extensions, OID_BASIC_CONSTRAINTS) or b"")
+        uris = [name.decode("ascii") for tag, name, _ in names if tag == 0x86]
+        is_ca = any(tag == 0x01 and flag != b"\0" for tag, flag, _ in constraints)
+        usage = open_extension(extensions, OID_KEY_USAGE)
+        if usage is not None:
+            usage = {bit for bit in range(8 * (len(usage) - 1)) if usage[1 + bit // 8] & (0x80 >> bit % 8)}
+        return Certificate(
+            der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2],
+            uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY), find_issuer_key(extensions),
+            extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
+    except (IndexError, ValueError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
-    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after,
-                       spki[2], uris, is_ca, usage,
-                       extensions)
 
 
-def parse_extensions(data):
-    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}.
+def parse_extensions(fields, wanted):
+    """The extensions of a certificate or revocation list, {OID: (critical, value, raw)}.
 
-    Raises ValueError, IndexError.
+    They are in the field with the tag `wanted`.  Raises ValueError, IndexError.
     """
     found = {}
-    for _, extension, raw in parse_der(parse_der(data)[0][1]) if data else ():
-        parts = parse_der(extension)
-        if parts[0][1] in found:
+    data = next((value for tag, value, _ in fields if tag == wanted), b"\x30\0")
+    for _, extension, raw in parse_der(parse_der(data)[0][1]):
+        (_, oid, _), *flags, (_, value, _) = parse_der(extension)
+        if oid in found:
             raise ValueError("an extension occurs twice")
-        found[parts[0][1]] = (len(parts) == 3 and parts[1][1] != b"\0", parts[-1][1], raw)
+        found[oid] = (any(flag != b"\0" for _, flag, _ in flags), value, raw)
     return found
 
 
-def read_extensions(extensions):
-    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None).
+def open_extension(extensions, oid):
+    """What the one element in an extension's value holds, None where there is no such extension."""
+    return parse_der(extensions[oid][1])[0][1] if oid in extensions else None
 
-    Raises ValueError, IndexError.
+
+def find_issuer_key(extensions):
+    """The identifier of the key that signed a certificate or revocation list, or None."""
+    parts = parse_der(open_extension(extensions, OID_ISSUER_KEY) or b"")
+    return next((value for tag, value, _ in parts if tag == 0x80), None)
+
+
+def is_issued(item, name, key):
+    """Whether a Certificate or Crl is issued by whoever has this name and key identifier.
+
+    The identifiers count where both say one.
     """
-    names, constraints, bits = (parse_der(extensions[oid][1])[0][1] if oid in extensions else None
-                                for oid in (OID_SUBJECT_ALT_NAME, OID_BASIC_CONSTRAINTS, OID_KEY_USAGE))
-    uris = [name.decode("ascii") for tag, name, _ in parse_der(names or b"") if tag == 0x86]
-    is_ca = any(tag == 0x01 and flag != b"\x00" for tag, flag, _ in parse_der(constraints or b""))
-    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1))
-                                       if bits[1 + bit // 8] & (0x80 >> bit % 8)}
-    return uris, is_ca, usage
-
-
-def find_key_id(item, oid):
-    """The identifier of the subject's or the issuer's key in a Certificate or Crl, or None."""
-    try:
-        inner = parse_der(item.extensions[oid][1])[0][1]
-        if oid == OID_SUBJECT_KEY:
-            return inner
-        return next(value for tag, value, _ in parse_der(inner) if tag == 0x80)
-    except (KeyError, IndexError, ValueError, StopIteration):
-        return None
-
-
-def is_issuer(candidate, item):
-    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key
-    identifier.
-    """
-    ids = find_key_id(candidate, OID_SUBJECT_KEY), find_key_id(item, OID_ISSUER_KEY)
-    return candidate.subject == item.issuer and (None in ids or ids[0] == ids[1])
+    return item.issuer == name and (None in (key, item.issuer_key) or key == item.issuer_key)
 
 
 def parse_der_time(tag, value):
     """UTCTime or GeneralizedTime to Unix seconds; raises ValueError."""
-    # http.client brings it along; what strptime brings takes 8 ms
-    import datetime
+    import datetime                                 # http.client brings it along; strptime takes 8 ms more
     text = value.decode("ascii")
     if tag == 0x17:
         text = ("19" if text[:2] >= "50" else "20") + text
-    if not re.fullmatch(r"[0-9]{14}Z", text):
+    match = re.fullmatch("([0-9]{4})" + 5 * "([0-9]{2})" + "Z", text)
+    if not match:
         raise ValueError("a time in an unknown form")
-    fields = [int(text[:4])] + [int(text[start:start + 2]) for start in range(4, 14, 2)]
-    return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
+    return int(datetime.datetime(*map(int, match.groups()), tzinfo=datetime.timezone.utc).timestamp())
 
 
 def parse_pem(text, label="CERTIFICATE"):
     """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
 
-    Raises ValueError.
+    A block begins with a line, or right behind the block before.  Raises ValueError.
     """
     found = []
-    for block in text.split(f"-----BEGIN {label}-----")[1:]:
+    for block in re.split(f"(?m)^-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
@@ -9198,11 +9155,8 @@ def choose_algorithm(spki, wanted):
     return wanted or known[0]
 
 
-def make_signer(chain, config):
-    """The Signer of a DER chain and the configuration; raises ValueError."""
-    if not chain:
-        raise ValueError("it holds no certificate in PEM")
-    leaf = parse_certificate(chain[0])
+def make_signer(leaf, config):
+    """The Signer of the own leaf Certificate and the configuration; raises ValueError."""
     wish = config.identity.signature
     algorithm = choose_algorithm(leaf.spki, config.identity.algorithm)
     alg = wish.alg
@@ -9214,7 +9168,7 @@ def make_signer(chain, config):
 
 def load_signer(config):
     """What signs requests for the own certificate; raises Untrusted."""
-    return load_own(config, lambda chain: make_signer(chain, config))
+    return load_own(config, lambda leaf: make_signer(leaf, config))
 
 
 def make_signature_base(method, url, headers, signer, created):
@@ -9466,7 +9420,7 @@ class Signed(Profile):
         now = time.time()
         signer = load_signer(config)
         check_own(signer.leaf, config, now)
-        warn_of_expiry(signer.leaf, self.store, now)
+        warn_of_own(config, signer.leaf, self.store, now)
         source = SignedSource(config, signer, state)
         key = sha256_digest(signer.leaf.spki)
         if not state["client"] or state["client"]["key"] != key:
@@ -10313,8 +10267,7 @@ NotRenewed = define_fault("NotRenewed", 3, "NOT_RENEWED", "The own SVID, still g
 def read_rekey(value, base):
     """A setting that has gone; says what to do instead."""
     raise ValueError("no such setting any more, because a renewal keeps the key; for another key remove"
-                     " identity.key,"
-                     " put a fresh token into identity.est.token_file and run `enroll`")
+                     " identity.key, put a fresh token into identity.est.token_file and run `enroll`")
 
 
 SCHEMA["identity"].update({
@@ -10325,16 +10278,15 @@ SCHEMA["identity"].update({
 def check_est_settings(config):
     """What only enrollment by EST has: [(whether it is wrong, key, words)]."""
     settings, est = config.identity, config.identity.est
-    pair = {bool(est.certificate), bool(est.key)}
-    files = [settings.key, settings.certificate]
     if settings.enrollment != "est":
         return []
+    files = [settings.key, settings.certificate]
     return [
         (config.wfm.profile != "mtls", "identity.enrollment",
          "est gives an SVID, which only wfm.profile mtls uses"),
         (not est.url and not settings.discovery,
          "identity.est.url", "not set, and no identity.discovery either; one of them says where to enroll"),
-        (pair != {not est.token_file},
+        ({bool(est.certificate), bool(est.key)} != {not est.token_file},
          "identity.est", "either token_file, or certificate and key; found both, neither or a half"),
         (all(files) and len(set(map(os.path.normpath, files))) == 1,
          "identity.key", "found the file of identity.certificate, expected one of its own, because a renewal"
@@ -10361,54 +10313,59 @@ COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est"
 def make_renewal_time(leaf):
     """When a certificate is due for renewal, Unix seconds (E-061, E-065).
 
-    Drawn by its own digest, so once and for all, whatever restarts.
+    It is drawn by the certificate's digest, so once and for all, whatever restarts.
     """
     first, last = RENEWAL_WINDOW
     share = first + (last - first) * int(sha256_digest(leaf.der)[7:15], 16) / 16 ** 8
     return leaf.not_before + share * (leaf.not_after - leaf.not_before)
 
 
-def find_est_step(est, leaf, fault, token, clock, asked=False, strays=False):
-    """What is to be done about the own SVID now: "" nothing, "wait", "renew" or "enroll".
+def find_est_step(est, leaf, fault, token, clock, silent=False, asked=False, strays=False):
+    """What is to be done about the own SVID now: "" nothing, "renew" or "enroll".
 
-    est: the state's record.  leaf: the own Certificate, None where there is none.  fault: why it cannot be
-    used, "" where it can.  token: digest of the token that is at hand, "" for the form by certificate, None
-    where there is neither.
-    asked: `enroll` asks for it, which uses a fresh token although the SVID is good (F-35).  strays: the SVID
-    does not lead to the trust bundle any more.  Raises Untrusted where only an operator can help.
+    est: the state's record.  leaf: the own Certificate, or None.  fault: why it cannot be used, "" where it
+    can.  token: digest of the token at hand, "" for the form by certificate, None where there is neither.
+    silent: downtime wants no request.  asked: `enroll` asks, which uses a fresh token although the SVID is
+    good (F-35).  strays: the SVID does not lead to the trust bundle any more.  Raises Untrusted where only an
+    operator can help, Silence where there is no SVID and none is asked for yet.
     """
     now = clock.now
-    stage = est.get("stage")
+    wait = find_wait(est, clock)
     fresh = token if token != est.get("used") else None
-    issued = stage in ("issued", "proving")
+    issued = "answer" in est
+    begun = est.get("token") and not est.get("refused") and (issued or fresh == est["token"])
+    enrolling = fault or begun or asked and fresh
+    if not enrolling and not issued and not strays and now < make_renewal_time(leaf):
+        return ""
     if fault and leaf and now < leaf.not_before:
         raise Untrusted(fault)                      # the clock: a new SVID would not help
     if fault and fresh is None and not issued:
         raise Untrusted(f"{fault}; a fresh enrollment token in identity.est.token_file is needed, or a chain"
-                        " for the request"
-                        " of `margo_agent.py csr`")
-    begun = stage and est.get("token") and not est.get("refused") and (issued or fresh == est["token"])
-    if fault or begun or asked and fresh:
-        return "wait" if find_wait(est, clock) and fresh in (None, est.get("token")) else "enroll"
-    if now < make_renewal_time(leaf) and not strays:
+                        " for the request of `margo_agent.py csr`")
+    if enrolling and fresh not in (None, est.get("token")):
+        wait = 0
+    if fault and wait and est.get("refused"):
+        raise Untrusted(f"{est['refused']}; asked again within an hour, or at once with another token")
+    if fault and (wait or silent):
+        raise Silence("waiting for as long as the identity service, a back-off or downtime asks",
+                      retry_after=wait, exit=3 if wait else 0)
+    if wait or silent:
         return ""
-    return "wait" if find_wait(est, clock) else "renew"
+    return "enroll" if enrolling else "renew"
 
 
 class Enrollment:
     """The own SVID, obtained and renewed over EST.
 
-    What is under way stands in the state's record `est`, which is durable before each next step: with `stage`
-    "asking" the digests of token and key; "issued" the answer as it came; "proving" the chain that was
-    checked.  One rename activates the chain.  So wherever a run ends, the next one goes on from there, with
-    the same key, and never without the old SVID.
+    What is under way stands in the state's record `est`: the digests of `token` and `key` before they are
+    used, then the `answer` as it came.  One rename activates the chain made from it.  So wherever a run ends,
+    the next one goes on from there, with the same key, and never without the old SVID.
     """
 
     def __init__(self, config, store, state, asked):
         self.config, self.store, self.state, self.asked = config, store, state, asked
         self.settings = config.identity
         self.clock = get_clock()
-        self.take_over()
         if asked and self.est.get("failures"):
             self.est["delay"] = 0  # somebody asks for it now; what the service asked for is still waited for
 
@@ -10422,55 +10379,31 @@ class Enrollment:
         self.est.update(members)
         self.store.save_state(self.state)
 
-    def drop(self):
-        """Forgets what was issued, so that the next attempt asks anew."""
-        for name in ("stage", "answer", "chain"):
-            self.est.pop(name, None)
-        if "token" in self.est:
-            self.est["stage"] = "asking"
-
-    def take_over(self):
-        """Goes on from what an older agent left: files beside the state, and a record without stage."""
-        est = self.est
-        paths = [self.store.path(name) for name in ISSUED_FILES]
-        if "key" in est and "stage" not in est:
-            est["stage"] = "asking"
-            if est["key"] == "none yet":
-                del est["key"]
-        answer, chain = (read_file(path, MAX_CERTIFICATES) or b"" for path in paths[:2])
-        if answer:
-            self.keep(stage="issued", answer=make_base64(answer))
-        if b"-----END CERTIFICATE-----" in chain:   # a key may stand beside it, which goes nowhere
-            self.keep(stage="proving", chain=make_pem(parse_pem(chain.decode("ascii", "replace"))))
-        for path in paths:
-            if os.path.exists(path):
-                remove_file(path)
-
     def tend(self):
         """Enrolls or renews where that is due.
 
         Raises Unreachable or Untrusted where there is no SVID to work with, else NotRenewed.
         """
-        chain = self.est.get("chain")
-        if chain and chain.encode() == read_file(self.settings.certificate, MAX_CERTIFICATES):
-            self.finish()                           # a run ended between activation and here
-        if self.est.get("stage") and not os.path.exists(self.settings.key):
-            self.drop()                             # the key that it is for is lost
+        if not os.path.exists(self.settings.key):
+            self.est.pop("answer", None)            # the key that it is for is lost
         leaf, fault = self.load_leaf()
         mark = self.load_mark() if fault or self.asked or "token" in self.est else None
         strays = bool(leaf) and self.state["trust"].get("strays") == sha256_digest(leaf.der)
-        step = find_est_step(self.est, leaf, fault, mark, self.clock, self.asked, strays)
-        if not step or self.has_to_wait(step, leaf, fault):
+        now, downtime = self.clock.now, self.config.poll.downtime
+        # an SVID that would end in downtime is renewed all the same
+        lapses = not fault and is_within_whole(downtime, now, leaf.not_after)
+        silent = is_within_whole(downtime, now, now) and not lapses
+        step = find_est_step(self.est, leaf, fault, mark, self.clock, silent, self.asked, strays)
+        if not step:
             return
         note_draft(self.store, self.state, "enrollment over EST")
         try:
-            self.obtain(leaf, step == "renew", mark)
+            self.obtain(leaf, leaf if step == "renew" else None, mark)
         except (Unreachable, Untrusted, Refused, CommandError) as error:
             self.note_fault(error, None if fault else leaf.not_after)
             if fault:
                 raise
-            words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet:"
-            words += f" {error.message}"
+            words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error}"
             if not self.asked:
                 raise NotRenewed(words) from None
             log("warning", words)
@@ -10478,35 +10411,11 @@ class Enrollment:
         self.state["patience"] = {}                 # what the WFM thought of the old SVID no longer counts
         self.finish()
 
-    def has_to_wait(self, step, leaf, fault):
-        """Whether a step waits although the SVID is good.
-
-        Raises Silence or Untrusted where it waits and there is none.
-
-        A renewal waits for the end of the operator's downtime unless the SVID would expire first.
-        """
-        now, downtime = self.clock.now, self.config.poll.downtime
-        if step == "wait" and fault and self.est.get("refused"):
-            raise Untrusted(f"{self.est['refused']}; asked again within an hour, or at once with another"
-                            " token")
-        silent = is_within_whole(downtime, now, now)
-        if not fault:
-            return step == "wait" or silent and not is_within_whole(downtime, now, leaf.not_after)
-        if step == "wait" or silent:
-            raise Silence("waiting for as long as the identity service, a back-off or downtime asks",
-                          retry_after=find_wait(self.est, self.clock), exit=3 if step == "wait" else 0)
-        return False
-
     def load_leaf(self):
-        """(the own leaf or None, why it cannot be used or ""): lost or strange key, validity, and what
-        companions know.
-        """
-        settings = self.settings
+        """(the own leaf or None, why it cannot be used or "")."""
+        settings, leaf = self.settings, None
         try:
             leaf = load_identity(self.config).leaf
-        except Untrusted as error:
-            return None, error.message
-        try:
             check_own(leaf, self.config, self.clock.now)
             if not os.path.exists(settings.key):
                 raise Untrusted(f"identity.key {settings.key}: the key is lost")
@@ -10532,7 +10441,7 @@ class Enrollment:
     def load_authorization(self):
         """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
         path = self.settings.est.token_file
-        loose = ask_looseness("identity.est.token_file", self.settings.est.token_file)
+        loose = ask_looseness("identity.est.token_file", path)
         user, _, secret = (self.load_token() or b"").partition(b":")
         if not secret or b"\n" in user + secret:
             raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
@@ -10543,27 +10452,21 @@ class Enrollment:
     def note_fault(self, error, end):
         """Keeps the back-off that follows from a fault (E-045, E-062).
 
-        end: expiry of the SVID in use; the delay is capped so that several attempts fit before it.
+        end: when the SVID in use expires; several attempts have to fit before that.
         """
-        est = self.est
         refused = isinstance(error, Untrusted)
-        delay = EST_CAP if refused else grow(EST_FIRST, est.get("failures", 0) + 1, EST_CAP)
+        delay = EST_CAP if refused else grow(EST_FIRST, self.est.get("failures", 0) + 1, EST_CAP)
         delay *= 1 - get_random() / 2
         if end is not None:
             delay = min(delay, (end - self.clock.now) / 4)
-        if isinstance(error, Pending):
+        wait = make_wait(self.est, max(error.retry_after or 0, delay), self.clock)
+        if isinstance(error, Pending):              # no failure
             log("info", error.message)
-            delay = EST_FIRST if error.retry_after is None else 0
-        est.update(make_wait(est, max(error.retry_after or 0, delay), self.clock))
-        if isinstance(error, Pending):
-            est["failures"] = 0
-        self.keep(refused=error.message if refused else None)
+            wait = make_wait({"failures": -1}, error.retry_after or EST_FIRST, self.clock)
+        self.keep(refused=error.message if refused else None, **wait)
 
     def finish(self):
-        """Clears up after an activation, as often as it takes.
-
-        The token is erased, and never sent again (E-044).
-        """
+        """Clears up after an activation: the token is erased, and never sent again (E-044)."""
         used = self.est.get("token") or self.est.get("used")
         token = self.load_token()
         if token and sha256_digest(token) == used and not remove_file(self.settings.est.token_file):
@@ -10572,61 +10475,42 @@ class Enrollment:
         self.state["est"] = {"used": used}
         self.store.save_state(self.state)
 
-    def obtain_bundle(self, leaf, since=None):
-        """The current TrustBundle; discovery says with it where to enroll."""
-        domain = make_identity(leaf, "", "").spiffe_id.trust_domain if leaf else None
-        return obtain_trust_bundle(self.config, self.store, self.state, domain, self.clock.now, since=since)
+    def obtain(self, old, renewed, mark):
+        """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, activation.
 
-    def obtain(self, leaf, renewing, mark):
-        """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, proof,
-        activation.
+        old: the own leaf, whatever its state, or None.  renewed: the same where it is renewed, else None.
         """
-        renewed = leaf if renewing else None
-        bundle = self.obtain_bundle(leaf)
-        if not self.load_chain(renewed):
-            if self.est.get("stage") != "issued":
-                self.post_request(renewed, mark)
-            bundle = self.obtain_bundle(leaf, self.clock.now)           # a rotation may be under way
-            self.keep(stage="proving", chain=self.obtain_chain(renewed, bundle))
-        chain = self.est["chain"]
-        own = parse_identity(parse_pem(chain), "", self.settings.key)
+        domain = make_identity(old).spiffe_id.trust_domain if old else None
+        # a rotation may be under way, and discovery says where to enroll
+        bundle = obtain_trust_bundle(self.config, self.store, self.state, domain, self.clock.now, anew=True)
+        if "answer" not in self.est:
+            self.post_request(renewed, mark)
+        leaf, issued = self.load_answer(renewed)
+        if old and old.der == leaf.der:
+            return                                  # an earlier run ended just after it had activated it
+        chain = self.obtain_chain(leaf, issued, bundle)
+        own = make_identity(leaf, "", self.settings.key)
         if renewed:
             self.prove(chain, own, bundle)
         write_file(self.settings.certificate, chain.encode(), 0o644)
-        log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after),
-            renewal=make_time(make_renewal_time(own.leaf)))
+        log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(leaf.not_after),
+            renewal=make_time(make_renewal_time(leaf)))
 
-    def load_chain(self, renewed):
-        """Whether a chain waits for its proof; one that no longer fits what is here by now is given up."""
-        if self.est.get("stage") != "proving":
-            return False
-        try:
-            found = [parse_certificate(der) for der in parse_pem(self.est["chain"])]
-            leaf = find_issued(found, load_public_key(self.settings.key), renewed, None)
-            if self.clock.now <= leaf.not_after:
-                return True
-            reason = "it has expired"
-        except ValueError as error:
-            reason = str(error)
-        log("warning", "an SVID that was issued and waited for its proof is given up", reason=reason)
-        self.drop()
-        return False
-
-    def find_url(self):
-        """Where to enroll; raises Untrusted where nobody says it."""
+    def find_url(self, operation):
+        """The URL of an EST operation; raises Untrusted where nobody says where to enroll."""
         url = self.settings.est.url or self.state["trust"].get("est")
         if not url:
             raise Untrusted(f"identity.discovery {self.settings.discovery} names no {EST_FIELD}, and"
                             " identity.est.url is not set")
-        return url
+        return f"{url}/{operation}"
 
     def post_request(self, renewed, mark):
         """Asks for an SVID, and makes the answer durable before anything else (E-042, E-043)."""
         import base64
         settings = self.settings
         headers = {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
-        url = f"{self.find_url()}/{'simplereenroll' if renewed else 'simpleenroll'}"
-        # a fresh one: no certificate in the other form (E-034)
+        url = self.find_url("simplereenroll" if renewed else "simpleenroll")
+        # a fresh context: with the token no certificate is presented (E-034)
         context, check_peer = obtain_mis_context(self.config, url)
         if renewed:
             load_key_pair(context, settings.certificate, settings.key)
@@ -10640,45 +10524,46 @@ class Enrollment:
         log("info", "asking for an SVID", url=url)
         response = request("POST", url, headers, base64.encodebytes(body), context, self.config.wfm.timeout,
                            MAX_CERTIFICATES, check_peer)
-        answer = parse_certs_only(judge_est_response(response, url, time.time()))
-        self.keep(stage="issued", answer=make_base64(answer))
+        self.keep(answer=make_base64(judge_est_response(response, url, time.time())))
 
     def begin(self, mark):
-        """The first request (DER); what is asked with which key is durable then.
+        """The first request (DER); the token and the key that go together are durable then.
 
         Raises Untrusted for a token that went with another key before.
         """
         path = self.settings.key
-        if not self.est.get("stage") or self.est.get("token") != mark:
-            self.state["est"] = {"stage": "asking", "token": mark, "used": self.est.get("used")}
+        if self.est.get("token") != mark:
+            self.state["est"] = {"token": mark, "used": self.est.get("used")}
             # first: a new key beside an old certificate is then no broken pair
             self.store.save_state(self.state)
         obtain_key(path)
         key = sha256_digest(load_public_key(path))
-        if self.est.get("key", key) != key:
+        if self.est.get("key", key) not in (key, "none yet"):       # this word is of an older agent
             raise Untrusted("the enrollment token was used with a key that is lost; a fresh token is needed")
         self.keep(key=key)
         return run_csr(path, "DER")
 
-    def obtain_chain(self, renewed, bundle):
-        """The chain (PEM) from the answer, checked whole; raises Untrusted, Unreachable.
+    def load_answer(self, renewed):
+        """(the own leaf, [every Certificate]) of what was issued; raises Untrusted.
 
-        An answer that will never do is dropped, so that the next attempt asks anew; one that only time or a
-        newer bundle can mend is kept.
+        An answer that will never do is dropped, so that the next attempt asks anew.
         """
-        key_file = self.settings.key
-        trust_domain = self.state["trust"].get("trustDomain")
         try:
             issued = load_certificates(parse_base64(self.est["answer"]))
-            leaf = find_issued(issued, load_public_key(key_file), renewed, trust_domain)
+            spki = load_public_key(self.settings.key)
+            leaf = find_issued(issued, spki, renewed, self.state["trust"].get("trustDomain"))
             if time.time() > leaf.not_after:
                 check_validity(leaf, time.time())
+            return leaf, issued
         except ValueError as error:
-            self.drop()
+            del self.est["answer"]
             raise Untrusted(f"the certificate that EST issued is refused: {error}") from None
-        response = fetch_from_mis(f"{self.find_url()}/cacerts", self.config, {"Accept": CERTS_TYPE})  # E-039
+
+    def obtain_chain(self, leaf, issued, bundle):
+        """The chain (PEM) from an issued leaf to the trust bundle; raises Untrusted, Unreachable."""
+        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
         try:
-            found = load_certificates(parse_certs_only(judge_est_response(response, "cacerts", time.time())))
+            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
         except ValueError as error:
             raise Untrusted(f"cacerts: {error}") from None
         ahead = leaf.not_before - time.time()
@@ -10687,14 +10572,12 @@ class Enrollment:
                           " of ours", retry_after=ahead + 1)
         try:
             check_validity(leaf, time.time())
-            return run_paths(leaf, found + issued, key_file, bundle.anchors)
+            return run_paths(leaf, found + issued, self.settings.key, bundle.anchors)
         except ValueError as error:
             raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
 
     def prove(self, chain, own, bundle):
-        """Tries the renewed SVID on a conditional GET; only if the WFM answers does it replace the old one.
-
-        """
+        """Tries the renewed SVID on a conditional GET; it replaces the old one only if the WFM answers."""
         with lend_file(chain.encode()) as file:
             own = own._replace(certificate_file=file.name)
             source = Mtls(self.config, self.store, self.state).open_source(own, bundle, keep=False)
@@ -10702,101 +10585,77 @@ class Enrollment:
 
 
 def run_renewal_csr(leaf, key_file):
-    """A PKCS#10 request (DER) with subject and subjectAltName as they stand in the SVID, byte for byte
-    (E-063).
+    """A PKCS#10 request (DER) that repeats subject and subjectAltName of the SVID byte for byte (E-063).
 
     `openssl req` would encode them again.
     """
     spki = load_public_key(key_file)
-    names = leaf.extensions[OID_SUBJECT_ALT_NAME][2]
     algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))  # ecdsa-with-SHA256
     if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:  # an RSA key
         algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0")
     extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
-    attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, names)))
+    attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, leaf.alt_names)))
     content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
     signature = run_openssl(["dgst", "-sha256", "-sign", key_file], content)
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
 
 
 def judge_est_response(response, operation, now):
-    """The body of a 200 (protocol of the draft, 3.3).
+    """The body of a 200 (the draft's 3.3).
 
-    Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.  A clock that is wrong is
-    told in the log.
+    Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.
     """
-    theirs = parse_date(response.headers.get("Date"))
-    if theirs is not None and abs(theirs - now) > CLOCK_SKEW:
-        log("error", f"the clock of this device says {make_time(now)}, that of the identity service"
-            f" {make_time(theirs)};"
-            " set the one that is wrong", code="CLOCK")
-    wait = parse_retry_after(response.headers.get("Retry-After"), now)
-    if response.status == 200:
-        return response.body
     if response.status == 202:                      # E-037
         raise Pending("the identity service has accepted the request and has not decided yet",
-                      retry_after=wait)
-    problem = parse_problem(response.body)
-    words = make_printable(response.body[:500].decode("utf-8", "replace"))
-    if problem:
-        words = problem.detail or problem.title
-        wait = limit_wait(problem.retry_after, now) if wait is None else wait
-    message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
-    if find_verdict(response.status) == "later":
-        raise Unreachable(message, retry_after=wait)
-    raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
-
-
-def parse_certs_only(body):
-    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038).
-
-    Raises Untrusted.
-    """
-    if body[:1] == b"\x30":
-        return body
+                      retry_after=parse_retry_after(response.headers.get("Retry-After"), now))
     try:
-        data = parse_base64(re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace")))
+        return check_response(response, operation, (200,), now).body
+    except (Refused, Untrusted) as error:
+        words = make_printable(response.body[:500].decode("utf-8", "replace"))
+        refusal = "" if operation == "cacerts" else "enrollment authorization refused: "
+        raise Untrusted(f"{refusal}{operation}: HTTP {response.status} ({words})",
+                        retry_after=error.retry_after) from None
+
+
+def load_certificates(body):
+    """The Certificates of a certs-only answer: base64 with any white space, DER, or PEM (E-038).
+
+    openssl takes it apart, because some servers write BER.  Raises ValueError.
+    """
+    text = re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace"))
+    try:
+        data = body if body[:1] == b"\x30" else parse_base64(text)
     except ValueError:
         data = b""
     if data[:1] != b"\x30":
-        words = make_printable(body[:100].decode("utf-8", "replace"))
-        raise Untrusted(f"EST answered 200 with something else than certificates: {words!r}")
-    return data
-
-
-def load_certificates(data):
-    """The Certificates in CMS SignedData; openssl reads it, because some servers write BER.
-
-    Raises ValueError.
-    """
+        raise ValueError("EST answered 200 with something else than certificates:"
+                         f" {make_printable(text, 100)!r}")
     try:
-        found = parse_pem(run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii",
-                                                                                                "replace"))
+        pem = run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii", "replace")
     except CommandError:
-        found = None
-    if found is None or len(found) > MAX_ISSUED:
-        raise ValueError(f"openssl finds no certs-only message of at most {MAX_ISSUED} certificates in it")
+        raise ValueError("openssl finds no certs-only message in it") from None
+    found = parse_pem(pem)
+    if len(found) > MAX_ISSUED:
+        raise ValueError(f"it holds more than {MAX_ISSUED} certificates")
     return [parse_certificate(der) for der in found]
 
 
 def find_issued(certificates, spki, renewed, trust_domain):
     """The leaf among issued Certificates.
 
-    Raises ValueError unless it is for the own key, of a client, and no other than before.
-
-    spki: the own public key.  renewed: the leaf that it renews, or None.  trust_domain: as the discovery
-    document says, or None.
+    Raises ValueError unless it is for the own public key, of a client, and no other than before.
+    renewed: the leaf that it renews, or None.  trust_domain: as discovery says, or None.
     """
     leaf = next((item for item in certificates if item.spki == spki), None)
     if leaf is None:
         raise ValueError(f"none of the {len(certificates)} certificates issued is for the own key")
-    own = make_identity(leaf, "", "").spiffe_id
-    if trust_domain and own.trust_domain != trust_domain:
+    own = make_identity(leaf).spiffe_id
+    if trust_domain not in (None, own.trust_domain):
         raise ValueError(f"the SVID issued is of trust domain {own.trust_domain}, the discovery document says"
                          f" {trust_domain}")
     if renewed and own.text != renewed.uris[0]:                                                     # E-067
         raise ValueError(f"the SVID issued is {own.text}, the one to be renewed is {renewed.uris[0]}")
-    if renewed and leaf.not_after <= renewed.not_after:
+    if renewed and leaf.der != renewed.der and leaf.not_after <= renewed.not_after:
         raise ValueError("the SVID issued ends no later than the one that it renews")
     return leaf
 
@@ -10805,8 +10664,8 @@ def find_paths(chain, candidates):
     """Every way [Certificate] from a chain upwards, one after the other (E-039); roots are left out."""
     above = []
     if len(chain) < 10:
-        above = [item for item in candidates
-                 if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain]
+        above = [item for item in candidates if is_issued(chain[-1], item.subject, item.key)
+                 and item.subject != item.issuer and item not in chain]
     for item in above:
         yield from find_paths(chain + [item], candidates)
     if not above:
@@ -10854,8 +10713,7 @@ def examine_renewal(agent):
     return "ok", words
 
 
-ISSUED_FILES = ("issued.p7", "issued.pem", "issued.key")        # of an older agent
-TRACES.extend(ISSUED_FILES)
+TRACES.extend(("issued.p7", "issued.pem", "issued.key"))        # of an older agent
 STEPS.insert(0, tend_identity)
 EXAMINE["renewal"] = examine_renewal
 
@@ -10867,13 +10725,14 @@ EXAMINE["renewal"] = examine_renewal
 # Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
 # of the SVIDs that they list, named by the discovery document alone.
 CRL_FIELD = "crlUris"
+OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
 CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
-Crl = define("Crl", "issuer this_update next_update entries number extensions",
-    "What is used of a revocation list: raw name, Unix seconds, raw entries, CRL number, extensions as of a"
-    " Certificate.")
+Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
+    "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
+    " serial numbers that it lists, its own number.")
 
 SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
 
@@ -10881,125 +10740,91 @@ SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
 def parse_crl(data):
     """A revocation list (DER or PEM) to (DER, Crl).
 
-    Raises ValueError, also for one whose meaning is not understood (E-085).
+    Raises ValueError, also for one of a kind that is not understood (E-085).
     """
     try:
         der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
-        fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
+        (_, content, _), = parse_der(der)
+        fields = parse_der(parse_der(content)[0][1])
         if fields[0][:2] != (0x02, b"\1"):
             raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
-        extensions = parse_extensions(next(value for tag, value, _ in fields[5:] if tag == 0xA0))
-        scope = []
-        if OID_CRL_SCOPE in extensions:
-            scope = parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1])
-        number = int.from_bytes(parse_der(extensions[OID_CRL_NUMBER][1])[0][1], "big")
-        if number >= 2 ** 160:
+        listed = fields[5][1] if fields[5][0] == 0x30 else b""
+        serials = {int.from_bytes(parse_der(entry)[0][1], "big") for _, entry, _ in walk_der(listed)}
+        extensions = parse_extensions(fields[5:], 0xA0)
+        number = parse_der(extensions[OID_CRL_NUMBER][1])[0][1]
+        if len(number) > 21:
             raise ValueError("its number has more than 20 octets")
-    except (IndexError, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
+        kinds = {tag for tag, _, _ in parse_der(open_extension(extensions, OID_CRL_SCOPE) or b"")}
+        crl = Crl(fields[2][2], find_issuer_key(extensions), *times, serials, int.from_bytes(number, "big"))
+    except (IndexError, ValueError, KeyError) as error:
         raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
     known = (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)
     strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical and oid not in known]
     # a name, and only user certificates, concern every leaf
-    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:
-        words = ", ".join(strange) or "scope"
-        raise ValueError(f"a list of a kind that is not understood (critical {words})")
-    entries = fields[5][1] if fields[5][0] == 0x30 else b""
-    return der, Crl(fields[2][2], times[0], times[1], entries, number, extensions)
+    if strange or kinds - {0xA0, 0x81}:
+        raise ValueError(f"a list of a kind that is not understood (critical {strange or 'scope'})")
+    return der, crl
 
 
-def is_listed(crl, serial):
-    """Whether a Crl lists a serial number.
-
-    The walk is made only where its bytes occur at all, since lists can be long.
-    """
-    wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
-    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry,
-                                         _ in parse_der(crl.entries))
-
-
-def is_same_issuer(crl, leaf):
-    """Whether list and leaf have one issuer: by name and, where both say one, by key identifier."""
-    ids = find_key_id(crl, OID_ISSUER_KEY), find_key_id(leaf, OID_ISSUER_KEY)
-    return crl.issuer == leaf.issuer and (None in ids or ids[0] == ids[1])
+def find_lists(leaf, crls):
+    """Those of some Crls that are by the issuer of a leaf."""
+    return [crl for crl in crls if is_issued(leaf, crl.issuer, crl.issuer_key)]
 
 
 def is_revoked(leaf, crls):
     """Whether one of the lists by the leaf's issuer lists it, whatever the list's age (E-083)."""
-    return any(is_listed(crl, leaf.serial) for crl in crls if is_same_issuer(crl, leaf))
+    return any(leaf.serial in crl.serials for crl in find_lists(leaf, crls))
 
 
 def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is.
-
-    Raises Untrusted if it is revoked (E-083).
-    """
-    if is_revoked(leaf, crls):
-        raise Untrusted("the peer's certificate is revoked")
+    """Why the revocation status of a peer's leaf is not known, "" where it is (E-088)."""
+    end = max((crl.next_update for crl in find_lists(leaf, crls)), default=None)
     if not listed and not crls:
         return "the trust domain names no revocation list"
-    ends = [crl.next_update for crl in crls if is_same_issuer(crl, leaf)]
-    if not ends and len(crls) < len(listed):
+    if end is None and len(crls) < len(listed):
         return "a revocation list could not be had yet"
-    if not ends:
+    if end is None:
         return "no revocation list at hand is by its issuer"
-    return "" if now <= max(ends) else f"the revocation list ended at {make_time(max(ends))}"
+    return "" if now <= end else f"the revocation list ended at {make_time(end)}"
 
 
 def find_list_fault(state, now):
     """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
     for url, record in state["crls"].items():
-        end = record["thisUpdate"] + record["validity"] if record.get("digest") else 0
+        if not record.get("digest"):
+            return f"the revocation list {url} could not be had yet"
+        end = record["thisUpdate"] + record["validity"]
         if now > end:
-            return f"the revocation list {url} " + (f"ended at {make_time(end)}" if end else "could not be"
-                                                    " had yet")
+            return f"the revocation list {url} ended at {make_time(end)}"
     return ""
 
 
-def judge_status(leaf, crls, listed, mode, now):
-    """Holds a peer's leaf against the lists (E-087, E-088).
-
-    Raises Untrusted where it is revoked or, by `require`, where that is not known.
-    """
-    fault = find_status_fault(leaf, crls, listed, now)
-    if fault and mode == "require":
-        raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
-                        f" {fault}")
-    if fault:
-        log("warning", "the WFM's revocation status is not known", reason=fault)
-
-
-def load_crl(store, record):
-    """The bytes of one list at hand; None where there is none, or the disk spoilt it."""
-    if not record.get("digest"):
-        return None
-    data = read_file(store.path("crls", record["digest"][7:]), 1024 * MIB)
-    return data if data is not None and sha256_digest(data) == record["digest"] else None
-
-
 def load_crls(store, state):
-    """[Crl] of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
-    found = []
+    """{URL: Crl} of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
+    found = {}
     for url, record in state["crls"].items():
-        data = load_crl(store, record)
-        if data is not None:
-            found.append(parse_crl(data)[1])
-        elif record.get("digest"):
+        digest = record.get("digest")
+        data = read_file(store.path("crls", digest[7:]), 1024 * MIB) if digest else None
+        if data is not None and sha256_digest(data) == digest:
+            found[url] = parse_crl(data)[1]
+        elif digest:
             log("error", "security: a revocation list at hand is lost; an older one could now pass for the"
                 " newest", url=url)
     return found
 
 
-def refresh_crls(config, store, state, issuers, seek):
-    """Fetches each revocation list that is due (E-081, E-082); no fault of it is more than a line in the log.
+def refresh_revocation(config, store, state, source=None):
+    """Fetches the revocation lists that are due (E-081, E-082); a fault of one is a line in the log.
 
-    issuers: the Certificates that may have signed one; seek: a function that gets more of them.
+    source: the MtlsSource, whose chain may hold the issuer of a list, or None.
     """
-    listed = state["trust"].get("crls") or []
     records = state["crls"]
-    before = make_json(records)
     clock = get_clock()
-    jitter = get_random()
+    listed = state["trust"].get("crls") or []
+    if config.identity.revocation == "off" or not (listed or records):
+        return
+    before = make_json(records)
     create_folder(store.path("crls"))
     for url in listed:
         note_draft(store, state, "revocation lists")
@@ -11007,14 +10832,15 @@ def refresh_crls(config, store, state, issuers, seek):
         if find_wait(record, clock):
             continue
         try:
-            fetch_crl(config, store, url, records, issuers, seek, clock.now)
+            fetch_crl(config, store, state, url, source, clock.now)
             left = record["validity"] - (clock.now - record["thisUpdate"])
-            record.update(make_wait({}, max(1, min(CRL_PERIOD * (1 + jitter), left / 2)), clock), failures=0)
+            delay = max(1, min(CRL_PERIOD * (1 + get_random()), left / 2))
+            record.update(make_wait({"failures": -1}, delay, clock))
         except (MargoError, ValueError) as error:
-            delay = (1 - jitter) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
+            delay = (1 - get_random()) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
             record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
-            reason = getattr(error, "message", str(error))
-            log("warning", "a revocation list cannot be had; what is at hand stays", url=url, reason=reason)
+            log("warning", "a revocation list cannot be had; what is at hand stays", url=url,
+                reason=str(error))
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
@@ -11025,46 +10851,61 @@ def refresh_crls(config, store, state, issuers, seek):
             remove_file(store.path("crls", name))
 
 
-def fetch_crl(config, store, url, records, issuers, seek, now):
-    """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError.
+def fetch_crl(config, store, state, url, source, now):
+    """One list from its URL to the disk, once it is verified (E-084 to E-086).
 
+    Raises ValueError, MargoError.
     """
+    records = state["crls"]
     record = records[url]
-    headers = {}
-    if load_crl(store, record) is not None:
-        pairs = ("If-None-Match", "etag"), ("If-Modified-Since", "modified")
-        headers = {name: record[key] for name, key in pairs if record.get(key)}
+    held = url in load_crls(store, state)
+    headers = {"If-None-Match": record["etag"]} if held and record.get("etag") else {}
     response = fetch_from_mis(url, config, headers, config.policy.max_document)
     if check_response(response, url, (200, 304) if headers else (200,), now).status == 304:
         return
     der, crl = parse_crl(response.body)
     if crl.this_update > now + CLOCK_SKEW:
         raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")
-    signer = ask_signer(der, crl, issuers) or ask_signer(der, crl, seek())
-    if signer is None:
-        raise ValueError("no issuer that is known, and may sign lists, has signed it")
-    key = sha256_digest(signer.spki)
+    key = sha256_digest(ask_signer(der, crl, load_issuers(config, store, source)).spki)
     # of that issuer, wherever it came from
-    numbers = [item["number"] for item in records.values() if item.get("key") == key]
-    if crl.number < max(numbers, default=0):
-        raise ValueError(f"security: its number went back from {max(numbers)} to {crl.number}")
+    newest = max((item["number"] for item in records.values() if item.get("key") == key), default=0)
+    if crl.number < newest:
+        raise ValueError(f"security: its number went back from {newest} to {crl.number}")
     # a list of another issuer takes nothing from what is held of this one
     if record.get("key") not in (None, key):
         records[f"{url}#{record['key'][7:23]}"] = dict(record)
-    digest = sha256_digest(der)
-    write_file(store.path("crls", digest[7:]), der)             # it counts once the state names it
-    if record.get("key") != key or crl.number > record["number"]:
+    if not held or record["key"] != key or crl.number > record["number"]:
+        digest = sha256_digest(der)
+        write_file(store.path("crls", digest[7:]), der)         # it counts once the state names it
         record.update(digest=digest, number=crl.number, key=key, thisUpdate=crl.this_update,
                       validity=crl.next_update - crl.this_update)
-    record.update(etag=response.headers.get("ETag"), modified=response.headers.get("Last-Modified"))
+    record["etag"] = response.headers.get("ETag")
+
+
+def load_issuers(config, store, source):
+    """The Certificates that may have signed a list: anchors, the own chain and the WFM's (E-084).
+
+    Where the WFM's was not seen yet, it is looked at; before Python 3.10 it shows no issuer.
+    """
+    held = load_trust_bundle(config, store)
+    own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
+    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
+    if source:
+        ders += source.chain or fetch_chain(source.url, source.context, config.wfm.timeout)
+    return [parse_certificate(der) for der in ders]
 
 
 def ask_signer(der, crl, issuers):
-    """The one among issuers that may sign lists and has signed this one, or None; openssl says it."""
+    """The one among issuers that may sign lists and has signed this one; openssl says it.
+
+    Raises ValueError where there is none.
+    """
     with lend_file(der) as file:
         command = ["crl", "-inform", "DER", "-noout", "-verify", "-in", file.name, "-CAfile", "/dev/stdin"]
         for item in issuers:
-            if not is_issuer(item, crl) or item.key_usage is not None and CRL_SIGN not in item.key_usage:
+            if not is_issued(crl, item.subject, item.key):
+                continue
+            if item.key_usage is not None and CRL_SIGN not in item.key_usage:
                 continue
             try:
                 # its exit code says it in no old version
@@ -11074,104 +10915,72 @@ def ask_signer(der, crl, issuers):
                 raise
             except CommandError:
                 pass                                # it is by another one
-    return None
-
-
-def fetch_issuers(source):
-    """The Certificates above the WFM's, seen over a connection on which nothing is said."""
-    chain = fetch_chain(source.url, source.context, source.config.wfm.timeout)
-    if sys.version_info < (3, 10):  # which shows what was presented, and not what was verified
-        chain = chain[:1] + [der for der in chain[1:] if ask_issuer(chain[0], der)]
-    return [parse_certificate(der) for der in chain[1:]]
-
-
-def ask_issuer(der, issuer):
-    """Whether a certificate is signed by the key of another one; openssl says it."""
-    with lend_file(make_pem([der]).encode()) as file:
-        try:
-            run_openssl(["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name],
-                        make_pem([issuer]).encode())
-        except CommandError:
-            return False
-    return True
-
-
-def refresh_revocation(config, store, state, source=None):
-    """Fetches the revocation lists that are due.
-
-    An issuer is sought among anchors, own chain and the WFM's chain (E-084).
-    """
-    if config.identity.revocation == "off" or not (state["trust"].get("crls") or state["crls"]):
-        return
-    held = load_trust_bundle(config, store)
-    own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
-    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
-    chain = source.chain if isinstance(source, MtlsSource) else None
-    issuers = [parse_certificate(der) for der in ders + (chain or [])]
-    blind = chain is not None and len(chain) < 2
-    refresh_crls(config, store, state, issuers, lambda: fetch_issuers(source) if blind else [])
+    raise ValueError("no issuer that is known, and may sign lists, has signed it")
 
 
 def load_judge(config, store, state, source, keep):
-    """A function that holds the WFM's leaf against the lists at hand.
+    """A function (leaf, now) that raises Untrusted for a WFM's leaf by the lists at hand (E-083, E-087).
 
     By `require` they are fetched before anything is said.
     """
-    mode = config.identity.revocation
+    mode, crls, listed = config.identity.revocation, [], ()
     if mode == "require" and keep:
         refresh_revocation(config, store, state, source)
-    crls = load_crls(store, state)
-    listed = state["trust"].get("crls") or ()
+    if mode != "off":
+        crls = list(load_crls(store, state).values())
+        listed = state["trust"].get("crls") or ()
     if is_revoked(source.identity.leaf, crls):
         log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued",
             id=source.client_id)
 
     def judge(leaf, now):
-        if mode == "require" or mode == "soft" and (listed or crls):
-            judge_status(leaf, crls, listed, mode, now)
+        if is_revoked(leaf, crls):
+            raise Untrusted("the peer's certificate is revoked")
+        fault = find_status_fault(leaf, crls, listed, now)
+        if fault and mode == "require":
+            raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
+                            f" {fault}")
+        if fault and (listed or crls):
+            log("warning", "the WFM's revocation status is not known", reason=fault)
     return judge
 
 
 def parse_crl_uris(members, document_url, public, held):
-    """([URL of a list], [words about what was passed over]) from the members of a discovery document (E-080,
-    E-091).
-    """
+    """([URL of a list], [words about what was passed over]) from a discovery document (E-080, E-091)."""
     listed = members.get(CRL_FIELD, [])
-    faults = []
     if not isinstance(listed, list):
-        listed = []
-        faults = [f"{CRL_FIELD} is no list"]
-    good = []
-    for uri in listed:
+        return [], [f"{CRL_FIELD} is no list"]
+    good, faults = [], []
+    for uri in listed[:MAX_LISTS]:
         if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri):
             good.append(uri)
         else:
             faults.append(f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL")
     if held and not good:
         faults.append("it names no revocation lists any more; those at hand count until they end")
-    return good[:MAX_LISTS], faults
+    return good, faults
 
 
 def load_own_flaw(store, state, leaf):
-    """Why the own leaf is of no use to the WFM."""
-    return "the own SVID is revoked; have a new one issued" if is_revoked(leaf,
-                                                                          load_crls(store, state)) else ""
+    """Why the own leaf is of no use to the WFM, "" where it is."""
+    revoked = is_revoked(leaf, load_crls(store, state).values())
+    return "the own SVID is revoked; have a new one issued" if revoked else ""
 
 
 def examine_lists(agent):
     """Whether the revocation lists say something of today."""
     fault = find_list_fault(agent.state, time.time())
-    count = len(agent.state["crls"])
     if fault:
         return "warn", fault
+    count = len(agent.state["crls"])
     return "ok", f"{count} revocation lists (draft)" if count else ""
 
 
 def refresh_after_poll(agent):
     """Fetches revocation lists where there are some and it is time."""
     if not agent.is_downtime():
-        source = None if agent.silent else agent.source
-        refresh_revocation(agent.config, agent.store, agent.state, source)
+        heard = isinstance(agent.source, MtlsSource) and not agent.silent
+        refresh_revocation(agent.config, agent.store, agent.state, agent.source if heard else None)
 
 
 COMPANIONS["crls"] = Companion(
