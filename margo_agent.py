@@ -1851,7 +1851,7 @@ class MtlsSource(HttpSource):
         super().__init__(config)
         self.identity = identity
         self.client_id = identity.spiffe_id.text
-        self.peer = identity.wfm_spiffe_id.text
+        self.peer = identity.wfm_id
         self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
         self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
         self.chain = []                             # what the WFM presented last (DER), leaf first
@@ -2342,8 +2342,9 @@ KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that a
 
 SpiffeId = define("SpiffeId", "text trust_domain path",
                   "A SPIFFE ID, its trust domain and its path (with leading slash).")
-Identity = define("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file",
-    "The own SVID: SPIFFE ID, the WFM's that follows from it (C-009), the leaf Certificate, the two files.")
+Identity = define("Identity", "spiffe_id wfm_id leaf certificate_file key_file",
+    "The own SVID: its SpiffeId, the text of the WFM's that follows from it (C-009), the leaf Certificate, the"
+    " two files.")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
 Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
@@ -2396,9 +2397,8 @@ def make_identity(leaf, certificate_file="", key_file=""):
     if not match:
         raise ValueError(f"{spiffe_id.text} is not a WFM client's id"
                          " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
-    domain = spiffe_id.trust_domain
-    wfm = SpiffeId(f"spiffe://{domain}{match.group(1)}", domain, match.group(1))
-    return Identity(spiffe_id, wfm, leaf, certificate_file, key_file)
+    wfm_id = f"spiffe://{spiffe_id.trust_domain}{match.group(1)}"
+    return Identity(spiffe_id, wfm_id, leaf, certificate_file, key_file)
 
 
 def load_identity(config):
@@ -2508,12 +2508,8 @@ def check_wfm(der, identity, now):
         check_validity(leaf, now)
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
-    ours = identity.wfm_spiffe_id
-    if peer.trust_domain != ours.trust_domain:
-        raise Untrusted(f"the peer is of trust domain {peer.trust_domain},"
-                        f" this client of {ours.trust_domain}")
-    if peer.text != ours.text:
-        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {ours.text}")
+    if peer.text != identity.wfm_id:
+        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {identity.wfm_id}")
     return leaf
 
 
@@ -2688,7 +2684,7 @@ def fetch_discovery(config, trust_domain, now, held=None):
     """
     settings = config.identity
     where = f"identity.discovery {settings.discovery}"
-    answer = fetch_from_mis(settings.discovery, config, {"Accept": JSON_TYPE})          # C-045
+    answer = fetch_from_mis(settings.discovery, config)
     if answer.status == 404 and "://" in (settings.trust_bundle or ""):
         return None
     check_response(answer, where, (200,), now)
@@ -2700,19 +2696,6 @@ def fetch_discovery(config, trust_domain, now, held=None):
     for fault in found.faults:
         log("warning", "part of the discovery document is passed over", reason=fault)
     return found
-
-
-def fetch_bundle(config, url, etag, now):
-    """The trust bundle from its URL as (bytes, ETag), None where it still has the ETag `etag`.
-
-    Raises Unreachable, Untrusted, Refused.
-    """
-    headers = {"Accept": JSON_TYPE}                                                     # C-045
-    if etag:
-        headers["If-None-Match"] = etag
-    answer = fetch_from_mis(url, config, headers)
-    check_response(answer, f"trust bundle {url}", (200, 304) if etag else (200,), now)
-    return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"))
 
 
 def is_remote(settings):
@@ -2781,29 +2764,27 @@ def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, anew
 def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     """The TrustBundle as the identity service has it now; raises ValueError, MargoError.
 
-    held: the one at hand, or None.
+    held: the one at hand, or None; where nothing is new, nothing is written.
     """
     trust = state["trust"]
-    url, found = config.identity.trust_bundle, None
-    if config.identity.discovery:
-        found = fetch_discovery(config, trust_domain, now, trust)
+    url = config.identity.trust_bundle
+    found = fetch_discovery(config, trust_domain, now, trust) if config.identity.discovery else None
     if found:
         url, trust_domain = found.bundle_uri, found.trust_domain
     for name, companion in COMPANIONS.items():
         if companion.wanted(config) and (found or name not in trust):
             trust[name] = found.parts[name] if found else None
-    etag = trust.get("etag") if held and trust.get("source") == url else None
-    answer = fetch_bundle(config, url, etag, now)
+    answer = fetch_from_mis(url, config)
+    check_response(answer, f"trust bundle {url}", (200,), now)
     if keep:
         store.save_memo(dict(store.load_memo(), trust=now))
-    if answer is None:
-        return held
-    data, etag = answer
-    bundle = parse_trust_bundle(data)
+    bundle = parse_trust_bundle(answer.body)
     check_sequence(bundle, trust, trust_domain)
+    if bundle == held and trust.get("source") == url:
+        return held
     if keep:
-        write_file(store.path("trust-bundle.json"), data)
-    trust.update(source=url, etag=etag, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
+        write_file(store.path("trust-bundle.json"), answer.body)
+    trust.update(source=url, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
     log("info", "new trust bundle", source=url, anchors=len(bundle.anchors), sequence=bundle.sequence)
     return bundle
 
@@ -2874,9 +2855,13 @@ def ask_chain(url, timeout):
     return parse_pem(run_openssl(command, timeout=timeout, strict=False).decode("ascii", "replace"))
 
 
-def fetch_from_mis(url, config, headers, limit=MAX_CERTIFICATES):
-    """GET from the Margo Identity Service; only revocation lists, which are signed, may come without TLS."""
+def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
+    """GET from the Margo Identity Service, of JSON unless headers say otherwise (C-045).
+
+    Only revocation lists, which are signed, may come without TLS.
+    """
     context, check_peer = obtain_mis_context(config, url) if url.startswith("https:") else (None, None)
+    headers = headers or {"Accept": JSON_TYPE}
     return request("GET", url, headers, None, context, config.wfm.timeout, limit, check_peer)
 
 
@@ -10452,17 +10437,23 @@ class Enrollment:
     def note_fault(self, error, end):
         """Keeps the back-off that follows from a fault (E-045, E-062).
 
-        end: when the SVID in use expires; several attempts have to fit before that.
+        end: when the SVID in use expires, or None; another attempt has to fit before that, whatever the
+        service asks (case 4.14).
         """
+        record = self.est
         refused = isinstance(error, Untrusted)
-        delay = EST_CAP if refused else grow(EST_FIRST, self.est.get("failures", 0) + 1, EST_CAP)
+        asked = error.retry_after or 0
+        delay = EST_CAP if refused else grow(EST_FIRST, record.get("failures", 0) + 1, EST_CAP)
         delay *= 1 - get_random() / 2
-        if end is not None:
-            delay = min(delay, (end - self.clock.now) / 4)
-        wait = make_wait(self.est, max(error.retry_after or 0, delay), self.clock)
-        if isinstance(error, Pending):              # no failure
+        if isinstance(error, Pending):
             log("info", error.message)
-            wait = make_wait({"failures": -1}, error.retry_after or EST_FIRST, self.clock)
+            record = {"failures": -1}               # it is none
+            delay = 0 if asked else EST_FIRST
+        if end is not None:
+            left = end - self.clock.now
+            delay = min(delay, left / 4)
+            asked = min(asked, left / 2)
+        wait = make_wait(record, max(asked, delay), self.clock)
         self.keep(refused=error.message if refused else None, **wait)
 
     def finish(self):
@@ -10824,7 +10815,6 @@ def refresh_revocation(config, store, state, source=None):
     listed = state["trust"].get("crls") or []
     if config.identity.revocation == "off" or not (listed or records):
         return
-    before = make_json(records)
     create_folder(store.path("crls"))
     for url in listed:
         note_draft(store, state, "revocation lists")
@@ -10844,11 +10834,10 @@ def refresh_revocation(config, store, state, source=None):
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
-    if make_json(records) != before:
-        store.save_state(state)                     # first what counts, then the old files go
-        keep = {record.get("digest", "")[7:] for record in records.values()}
-        for name in set(os.listdir(store.path("crls"))) - keep:
-            remove_file(store.path("crls", name))
+    store.save_state(state)                         # first what counts, then the old files go
+    keep = {record.get("digest", "")[7:] for record in records.values()}
+    for name in set(os.listdir(store.path("crls"))) - keep:
+        remove_file(store.path("crls", name))
 
 
 def fetch_crl(config, store, state, url, source, now):
@@ -10859,10 +10848,13 @@ def fetch_crl(config, store, state, url, source, now):
     records = state["crls"]
     record = records[url]
     held = url in load_crls(store, state)
-    headers = {"If-None-Match": record["etag"]} if held and record.get("etag") else {}
+    headers = {"Accept": "*/*"}
+    if held and record.get("etag"):
+        headers["If-None-Match"] = record["etag"]
     response = fetch_from_mis(url, config, headers, config.policy.max_document)
-    if check_response(response, url, (200, 304) if headers else (200,), now).status == 304:
+    if response.status == 304 and held:
         return
+    check_response(response, url, (200,), now)
     der, crl = parse_crl(response.body)
     if crl.this_update > now + CLOCK_SKEW:
         raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")

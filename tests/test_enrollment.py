@@ -427,7 +427,7 @@ class Enrollment(Site):
         self.assertEqual([path for _, path, _ in self.mis.requests()[before:]], ["margo", "bundle.json"])
         state = device.state()
         self.assertEqual((state["est"], state["crls"], state["drafts"], sorted(state["trust"])), (
-            {}, {}, [], ["etag", "refreshedAt", "sequence", "source", "trustDomain"]))
+            {}, {}, [], ["refreshedAt", "sequence", "source", "trustDomain"]))
 
     def test_doctor_foresees_the_end_of_an_svid_that_is_not_renewed(self):
         """Less than a quarter of its lifetime left means that renewals fail."""
@@ -703,6 +703,15 @@ class Renewal(Site):
                 self.assertIn(words, device.cycle(3))
                 self.assertEqual(self.leaf(device), old)
             self.mis.misissue()
+
+    def test_a_service_that_asks_for_more_time_than_is_left_is_asked_again_in_time(self):
+        """Case 4.14: half of what is left at most; without an SVID it has its day."""
+        self.age()
+        self.mis.fault({"path": "*/simplereenroll", "status": 503, "headers": {"Retry-After": "999999999"}, "body": ""})
+        self.device.cycle(3)
+        left = self.leaf().not_after - time.time()
+        self.assertAlmostEqual(self.device.state()["est"]["delay"], left / 2, delta=20)
+        self.assertGreater(left, 600)
 
     def test_an_svid_that_lapsed_renews_nothing(self):
         """E-066, P-3: it is offered to nobody, workloads go on; a fresh token mends it."""
