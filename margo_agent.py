@@ -2343,8 +2343,8 @@ KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that a
 SpiffeId = define("SpiffeId", "text trust_domain path",
                   "A SPIFFE ID, its trust domain and its path (with leading slash).")
 Identity = define("Identity", "spiffe_id wfm_id leaf certificate_file key_file",
-    "The own SVID: its SpiffeId, the text of the WFM's that follows from it (C-009), the leaf Certificate, the"
-    " two files.")
+    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate,"
+    " the two files.")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
 Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
