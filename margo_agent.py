@@ -8178,10 +8178,11 @@ def make_pem(ders):
 # ----------------------------------------------------------------------------------------------------------
 
 # YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
-# to token, and block functions leave it at the first character of the next line that holds something, its
-# column in `column` (-1 at the end).
+# to token. Block functions leave it at the first character of the next line that holds something, whose
+# column is `column` (-1 at the end and at a marker).
 
-MAX_DEPTH, MAX_NODES = 64, 1000000
+MAX_DEPTH = 64                      # levels of collections
+MAX_NODES = 250000                  # nodes, lines, and each 16 characters that an alias repeats
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT_PATTERN = (
@@ -8193,6 +8194,7 @@ CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "tru
 ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
            "e": "\x1b", " ": " ",
            '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
+TAGS = ("!", "str", "int", "float", "bool", "null", "map", "seq")
 
 
 class YAMLError(ValueError):
@@ -8215,12 +8217,11 @@ class PlainFloat(float):
 
 
 def load_yaml(text):
-    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the
-    core schema.
+    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None.
 
-    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser:
-    what it does not support it refuses (duplicate keys, keys that are no scalars, other tags, directives
-    other than %YAML 1.2, a second document).
+    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser
+    with the core schema: what it does not support it refuses (duplicate keys, keys that are no scalars, other
+    tags, directives other than %YAML 1.2, a second document).
     """
     if isinstance(text, (bytes, bytearray)):
         try:
@@ -8245,21 +8246,21 @@ def scalar_text(value):
 class YAMLReader:
     """The reader of one document; see load_yaml."""
 
+    # No pattern repeats a group: that would take some hundred bytes of memory for each time.
     SPACE = re.compile(r"[ \t]*")
-    # empty and comment lines, then indentation
-    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")
-    # nothing more on this line
-    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")
-    # of plain scalars: block, flow
+    GAP = re.compile(r"[ \t\n]*")
+    # what ends a line of a plain scalar in a block, and in a flow collection
     STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
     NAME = re.compile(r"[^\s,\[\]{}]+")
-    TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
-    # a key; without bound it takes 100 bytes for each
-    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")
     # a plain key: quoted, it is text
     MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
-    KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
+    PROPERTY = re.compile(r"(?:&([^\s,\[\]{}]+)|(!<[^\s<>]+>|![^\s,\[\]{}]*))(?:[ \t]+|(?=[\n,\]}]))")
+    # what is not itself in a quoted scalar
+    QUOTED = {
+        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|[ \t\n]+"),
+        "'": re.compile(r"''|[ \t\n]+"),
+    }
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
     HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
@@ -8277,6 +8278,7 @@ class YAMLReader:
         bad = self.FORBIDDEN.search(self.text)
         if bad:
             self.fail(f"character {bad.group()!r} is not allowed", bad.start())
+        self.count(self.text.count("\n"))
 
     def fail(self, message, position=None):
         """Raises YAMLError for a position, by default the current one."""
@@ -8284,247 +8286,231 @@ class YAMLReader:
         start = self.text.rfind("\n", 0, position) + 1
         raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
 
+    def count(self, nodes=1):
+        """Counts what takes memory, so that no small document becomes huge."""
+        self.nodes += nodes
+        if self.nodes > MAX_NODES:
+            self.fail(f"more than {MAX_NODES} nodes and lines")
+
     # Documents and lines
 
     def read_document(self):
         """The one document's value."""
-        self.next_line()
-        directive = self.text.startswith("%", self.position) and self.column == 0
+        self.skip()
+        directive = re.compile(r"%YAML[ \t]+1\.2(?=[ \t\n])").match(self.text, self.position)
         if directive:
-            if not re.compile(r"%YAML[ \t]+1\.2[ \t]*(?:[ \t]#[^\n]*)?\n").match(self.text, self.position):
-                self.fail("a directive other than %YAML 1.2 is not supported")
-            self.position = self.text.index("\n", self.position)
-            self.next_line()
+            self.position = directive.end()
+            self.end_line()
         value = None
-        marked = self.text.startswith("---", self.position) and self.at_marker()
-        if directive and not marked:
-            self.fail("--- is missing after the directive")
-        if marked:
+        if self.at_marker("---"):
             self.position += 3
             value = self.read_block(-1, compact=False)
-        elif self.position < len(self.text) and not self.at_marker():
-            value = self.read_block_at(self.column, -1)
-        if self.text.startswith("...", self.position) and self.at_marker():
+        elif directive:
+            self.fail("--- is missing after the directive")
+        elif self.text.startswith("%", self.position):
+            self.fail("a directive other than %YAML 1.2 is not supported")
+        elif self.column >= 0:
+            value = self.read_block(-1)
+        if self.at_marker("..."):
             self.position += 3
             self.end_line()
         if self.position < len(self.text):
-            self.fail("a second document" if self.at_marker()
+            self.fail("a second document" if self.column < 0
                       else "more than one value, or wrong indentation")
         return value
 
-    def at_marker(self):
-        """Whether --- or ... stands here, at the start of a line."""
-        return self.MARKER.match(self.text, self.position) and self.text[
-            self.position - 1 : self.position
-        ] in ("", "\n")
+    def at_marker(self, marker):
+        """Whether --- or ... is what the next line holds."""
+        return self.column < 0 and self.text.startswith(marker, self.position)
 
-    def next_line(self):
-        """Goes to the next line that holds something."""
-        match = self.NEXT.match(self.text, self.position)
-        self.position = match.end()
-        self.column = match.end() - match.start(1)
-        if self.position >= len(self.text):
+    def skip(self, flow=False):
+        """Goes over white space, line ends and comments; whether a line has ended.
+
+        Then `column` is where the next thing stands.  Outside of flow collections no tab may stand before it.
+        """
+        text, start = self.text, self.position
+        end = self.GAP.match(text, start).end()
+        while text.startswith("#", end) and text[end - 1:end] in " \t\n":
+            end = self.GAP.match(text, text.index("\n", end)).end()
+        self.position = end
+        line = text.rfind("\n", start, end) + 1
+        if start and not line:
+            return False
+        indent = text[line:end]
+        self.column = len(indent) - len(indent.lstrip(" "))
+        if end == len(text) or end == line and self.MARKER.match(text, end):
             self.column = -1
-        elif self.text[self.position] == "\t":
-            after = self.SPACE.match(self.text, self.position).end()
-            # only block structure is made by indentation
-            if self.text[after] not in "[{":
-                self.fail("a tab in the indentation")
-            self.position = after
-        elif self.column == 0 and self.text[self.position] in "-." and self.at_marker():
-            self.column = -1
+        elif "\t" in indent and not flow and text[end] not in "[{":
+            self.fail("a tab in the indentation", line + self.column)
+        return True
 
     def end_line(self):
         """Makes sure that nothing more stands on this line and goes to the next one."""
-        match = self.END.match(self.text, self.position)
-        if not match:
+        if not self.skip():
             self.fail("more on this line than belongs to the value")
-        self.position = match.end()
-        self.next_line()
 
-    def count(self, nodes=1):
-        """Counts nodes, so that aliases cannot make a small document huge."""
-        self.nodes += nodes
-        if self.nodes > MAX_NODES:
-            self.fail(f"more than {MAX_NODES} nodes")
+    def look(self, position):
+        """What follows on white space: (where, how many lines end before it, its column)."""
+        end = self.GAP.match(self.text, position).end()
+        line = self.text[self.text.rfind("\n", 0, end) + 1:end]
+        return end, self.text.count("\n", position, end), len(line) - len(line.lstrip(" "))
 
-    def enter(self):
-        """One level deeper."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            self.fail(f"nested deeper than {MAX_DEPTH} levels")
+    def is_outside(self, position, column, parent):
+        """Whether a line cannot go on with a scalar that is indented deeper than `parent`."""
+        return column <= parent or column == 0 and bool(self.MARKER.match(self.text, position))
+
+    def at_indicator(self, characters):
+        """Whether an indicator stands here: one of these characters, then white space."""
+        return self.text[self.position] in characters and self.text[self.position + 1] in " \t\n"
+
+    def at_colon(self):
+        """Whether a colon stands here that ends a key in a flow collection."""
+        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
 
     # Blocks
 
-    def read_block(self, parent, sequence_at_parent=False, compact=True):
-        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper
-        than `parent`.
+    def read_block(self, parent, dash=False, compact=True):
+        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones.
+
+        It is indented deeper than `parent`; dash: a sequence may also stand in its column.  compact: a
+        collection may start on this line.
         """
-        start = self.position
-        self.position = self.SPACE.match(self.text, start).end()
-        if self.text[self.position] == "\n" or self.text[self.position] == "#" and self.position > start:
-            return self.read_below(parent, sequence_at_parent, None, None)
-        if "\t" in self.text[start:self.position]:
-            compact = False
-        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent,
-                                  compact, sequence_at_parent)
-
-    def read_below(self, parent, sequence_at_parent, anchor, tag):
-        """A node that starts on a later line, or an empty one."""
-        self.position = self.text.index("\n", self.position) + 1
-        self.next_line()
-        dash = sequence_at_parent and self.column == parent and self.at_indicator("-")
-        if self.column > parent or dash:
-            return self.read_block_at(self.column, parent, True, sequence_at_parent, anchor, tag)
-        return self.finish(self.make_scalar("", tag, True), anchor)
-
-    def at_indicator(self, character):
-        """Whether an indicator stands here: the character, then white space."""
-        return self.text[self.position] == character and self.text[self.position + 1] in " \t\n"
-
-    def read_block_at(self, column, parent, compact=True, sequence_at_parent=False, anchor=None, tag=None):
-        """The node that starts here; `compact`: a block collection may start on this line."""
-        character = self.text[self.position]
-        if compact and (character == "?" and self.at_indicator("?") or self.is_key()):
-            return self.read_collection(self.read_mapping, column, dict, anchor, tag)
-        if character == "-" and self.at_indicator("-"):
-            if not compact:
-                self.fail("a block sequence cannot start here")
-            return self.read_collection(self.read_sequence, column, list, anchor, tag)
-        if character in "&!":
-            if anchor and character == "&" or tag and character == "!":
-                self.fail("a second anchor or tag for one node")
-            anchor, tag = self.read_properties(anchor, tag)
-            if self.text[self.position] in "#\n":
-                return self.read_below(parent, sequence_at_parent, anchor, tag)
-            return self.read_block_at(column, parent, False, False, anchor, tag)
-        if character in "|>":
-            value = self.make_scalar(self.read_block_scalar(parent), tag, False)
-            return self.finish(value, anchor)
-        value = self.read_flow(parent, 0, anchor, tag)
+        text, start = self.text, self.position
+        above = (None, None)
+        while True:
+            column = None
+            if self.skip():
+                column = self.column
+                if column <= parent and not (dash and column == parent and self.at_indicator("-")):
+                    return self.make_node("", "plain", above)
+            elif compact and "\t" not in text[start:self.position]:
+                column = self.position - text.rfind("\n", 0, self.position) - 1
+            start, compact = self.position, False
+            own = self.read_properties()
+            if own == (None, None) or text[self.position] not in "#\n":
+                break
+            above = self.join(above, own)
+        if text[self.position] in "|>":
+            return self.make_node(self.read_block_scalar(parent), "quoted", self.join(above, own))
+        if self.at_indicator("-?"):
+            if column is None or own != (None, None):
+                self.fail("a block collection cannot start here")
+            if text[self.position] == "-":
+                return self.make_node(self.descend(self.read_sequence, column), "seq", above)
+            return self.make_node(self.descend(self.read_mapping, column), "map", above)
+        content = self.read_content(parent, False)
+        end = self.position
+        self.position = self.SPACE.match(text, end).end()
+        if column is not None and self.at_indicator(":"):
+            self.position = start
+            return self.make_node(self.descend(self.read_mapping, column), "map", above)
+        self.position = end
+        node = self.make_node(*content, self.join(above, own))
         self.end_line()
-        return value
+        return node
 
-    def read_properties(self, anchor, tag):
-        """Anchor and tag in either order, and the white space after them."""
+    def join(self, above, own):
+        """Anchor and tag of a node whose properties stand on several lines."""
+        if above[0] and own[0] or above[1] and own[1]:
+            self.fail("a second anchor or tag for one node")
+        return above[0] or own[0], above[1] or own[1]
+
+    def read_properties(self):
+        """(anchor, tag) that stand here in either order, None for what is not there; white space after them.
+
+        An anchor is (its name, its place, how many nodes were before it), a tag (its name, its place).
+        """
+        anchor = tag = None
         while self.text[self.position] in "&!":
-            if self.text[self.position] == "&":
-                match = self.NAME.match(self.text, self.position + 1)
-                if not match or anchor:
-                    self.fail("an anchor without a name, or a second one")
-                anchor = match.group(), self.position
+            match = self.PROPERTY.match(self.text, self.position)
+            if not match or (anchor if match.group(1) else tag):
+                self.fail("an anchor or tag without name or white space after it, or a second one")
+            if match.group(1):
+                anchor = match.group(1), self.position, self.nodes
                 # open: an alias to it from inside would be endless
                 self.anchors[anchor[0]] = self.position
             else:
-                match = self.TAG.match(self.text, self.position)
-                if tag:
-                    self.fail("a second tag for one node")
-                tag = self.check_tag(match.group())
-            end = self.SPACE.match(self.text, match.end()).end()
-            if end == match.end() and self.text[end] not in "\n,]}":
-                self.fail("white space is missing after an anchor or tag", end)
-            self.position = end
+                name = re.sub(r"\A!<tag:yaml\.org,2002:(.*)>\Z|\A!!(\w+)\Z", r"\1\2", match.group(2))
+                if name not in TAGS:
+                    self.fail(f"tag {match.group(2)} is not supported")
+                tag = name, self.position
+            self.position = match.end()
         return anchor, tag
 
-    def check_tag(self, tag):
-        """The core schema's short name of a tag."""
-        if tag == "!":
-            return "!"
-        for prefix in ("!!", "!<tag:yaml.org,2002:"):
-            name = tag[len(prefix):].rstrip(">")
-            if tag.startswith(prefix) and name in ("str", "int", "float", "bool", "null", "map", "seq"):
-                return name
-        self.fail(f"tag {tag} is not supported")
-
-    def is_key(self):
-        """Whether an implicit key of a block mapping starts here.
-
-        It lies on one line and has at most 1,024 characters.
-        """
-        text, position = self.text, self.position
-        while text[position] in "&!":
-            match = (self.NAME if text[position] == "&" else self.TAG).match(
-                text, position + (text[position] == "&")
-            )
-            end = match.end() if match else position
-            position = self.SPACE.match(text, end).end()
-            if position == end:
-                break
-        character = text[position]
-        if character in "\"'":
-            match = self.QUOTED.match(text, position)
-            return bool(match and match.end() - position <= 1024 and self.KEY_END.match(text, match.end()))
-        if character == "*":
-            match = self.NAME.match(text, position + 1)
-            return bool(match and text[match.end()] in " \t" and self.KEY_END.match(text, match.end()))
-        if character in "[{#|>@`%,]}" or character in "-?" and text[position + 1] in " \t\n":
-            return False
-        stop = self.STOP[0].search(text, position)
-        return text[stop.start()] == ":" and stop.start() - position <= 1024
-
-    def read_collection(self, read, column, kind, anchor, tag):
-        """A block collection with the anchor and tag that stand before it."""
-        if tag not in (None, "!", "map" if kind is dict else "seq"):
-            self.fail(f"tag !!{tag} does not fit a {'mapping' if kind is dict else 'sequence'}")
-        first = self.nodes
-        self.enter()
-        value = read(column)
+    def descend(self, read, *arguments):
+        """What `read` returns, one level deeper."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self.fail(f"nested deeper than {MAX_DEPTH} levels")
+        value = read(*arguments)
         self.depth -= 1
-        return self.finish(value, anchor, first)
+        return value
 
-    def finish(self, value, anchor, first=None):
-        """Counts a node and keeps it under its anchor."""
+    def make_node(self, value, kind, properties=(None, None)):
+        """A node by its kind (plain, quoted, alias, seq or map), anchor and tag; it is counted."""
+        anchor, tag = properties
+        name, place = tag or (None, None)
+        if kind == "alias":
+            if anchor or tag:
+                self.fail("an alias has neither anchor nor tag")
+            return value
+        if kind in ("plain", "quoted"):
+            value = self.make_scalar(value, name, kind == "plain")
+        elif name not in (None, "!", kind):
+            self.fail(f"tag !!{name} does not fit this collection", place)
         self.count()
         # else one that began later has that name now
         if anchor and self.anchors[anchor[0]] == anchor[1]:
-            self.anchors[anchor[0]] = (value, self.nodes - (self.nodes - 1 if first is None else first))
+            self.anchors[anchor[0]] = value, self.nodes - anchor[2] + (self.position - anchor[1]) // 16
         return value
 
     def read_sequence(self, column):
         """A block sequence whose dashes stand in `column`."""
         items = []
-        while self.column in (column, -2) or not items:
-            if not self.at_indicator("-"):
-                break
+        while True:
             self.position += 1
             items.append(self.read_block(column))
             if self.column > column:
                 self.fail("wrong indentation")
-            if self.column != column:
-                break
-        return items
+            if self.column != column or not self.at_indicator("-"):
+                return items
 
     def read_mapping(self, column):
         """A block mapping whose keys stand in `column`."""
         pairs = []
         while True:
-            start = self.position
+            start, value = self.position, None
             if self.at_indicator("?"):
                 self.position += 1
                 key = self.read_block(column, True)
-                value = None
                 if self.column == column and self.at_indicator(":"):
                     self.position += 1
                     value = self.read_block(column, True)
-                else:
-                    self.count()
-            elif self.is_key() or self.at_indicator(":"):
-                key = self.read_key(0)
-                self.position += 1
-                value = self.read_block(column, True, compact=False)
             else:
-                self.fail("a key is missing here, or its colon")
+                key = self.read_key(column)
+                value = self.read_block(column, True, compact=False)
             pairs.append((key, value, start))
             if self.column > column:
                 self.fail("wrong indentation")
             if self.column != column:
                 return self.make_mapping(pairs)
 
-    def read_key(self, flow):
-        """An implicit key up to its colon."""
-        key = None if self.at_indicator(":") else self.read_flow(-1, flow, key=True)
+    def read_key(self, column):
+        """An implicit key and its colon."""
+        start = self.position
+        properties = self.read_properties()
+        key = self.make_node(*self.read_content(column, False), properties)
         self.position = self.SPACE.match(self.text, self.position).end()
+        if not self.at_indicator(":"):
+            self.fail("a key is missing here, or its colon", start)
+        self.check_key(start)
+        self.position += 1
         return key
+
+    def check_key(self, start):
+        """Refuses an implicit key from `start` to here that no reader has to look for."""
+        if self.position - start > 1024 or "\n" in self.text[start:self.position]:
+            self.fail("a key lies on one line and has at most 1,024 characters", start)
 
     def make_mapping(self, pairs):
         """A dictionary from (key, value, position); refuses what is no scalar or occurs twice.
@@ -8556,94 +8542,54 @@ class YAMLReader:
     # Scalars
 
     def read_block_scalar(self, parent):
-        """A literal or folded scalar; the position is at its indicator."""
-        header = self.HEADER.match(self.text, self.position)
+        """The text of a literal or folded scalar; the position is at its indicator."""
+        text = self.text
+        header = self.HEADER.match(text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        style = header.group(1)
         chomp = header.group(2) or header.group(5)
         digit = header.group(3) or header.group(4)
-        indent = max(parent, 0) + int(digit) if digit else None
-        self.position = header.end()
-        lines, blank = [], 0
-        while self.position < len(self.text):
-            end = self.text.index("\n", self.position)
-            line = self.text[self.position:end]
-            spaces = len(line) - len(line.lstrip(" "))
-            if (
-                line[spaces:spaces + 1] == "\t"
-                and spaces <= (parent if indent is None else indent - 1)
-                and spaces <= max(parent, 0)
-            ):
-                self.fail("a tab in the indentation of a block scalar")
-            if spaces == len(line) and (indent is None or spaces <= indent):
-                blank = max(blank, spaces)
-                lines.append("")
-            elif indent is None and line.strip(" "):
-                indent = spaces
-                if spaces <= parent or parent < 0 and spaces == 0 and self.at_marker():
-                    break
-                if blank > spaces:
-                    self.fail("an empty line is indented deeper than the first line of the block scalar")
-                lines.append(line[spaces:])
-            elif spaces < (indent or 0) or indent == 0 and self.at_marker():
-                break
-            else:
-                lines.append(line[indent:])
-            self.position = end + 1
-        content = "\n".join(lines) + "\n" if lines else ""
-        if self.cut and self.position >= len(self.text):
+        line = end = header.end()
+        first = re.compile(r"[ \n]*").match(text, line).end()
+        if digit:
+            indent = max(parent, 0) + int(digit)
+        else:
+            line = end = max(line, text.rfind("\n", 0, first) + 1)
+            indent = first - line
+        if digit or first < len(text) and not self.is_outside(first, indent, parent):
+            if "\n" + " " * (indent + 1) in text[header.end() - 1:line]:
+                self.fail("an empty line is indented deeper than the first line of the block scalar", line)
+            last = re.compile(rf"\n(?! {{{indent}}}| *(?:\n|\Z))|\n(?=(?:---|\.\.\.)[ \t\n])")
+            match = last.search(text, line - 1)
+            end = match.start() + 1 if match else len(text)
+        content = "\n" * text.count("\n", header.end(), line)
+        content += re.sub(rf"(?m)^ {{0,{indent}}}", "", text[line:end])
+        if self.cut and end == len(text):
             content = content[:-1]
-        self.next_line()
+        if re.compile(" *\t").match(text, end):
+            self.fail("a tab in the indentation of a block scalar", end)
+        self.position = end - 1
+        self.skip()
         body = content.rstrip("\n")
         tail = content[len(body):]
-        if style == ">":
-            body = self.fold_block(body)
-        if not body:
-            return tail if chomp == "+" else ""
-        kept = {"-": "", "+": tail}
-        return body + kept.get(chomp, tail[:1])
-
-    @staticmethod
-    def fold_block(body):
-        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are
-        indented further.
-        """
-        lines = body.split("\n")
-        result, previous, empties = [], None, 0
-        for line in lines:
-            if not line:
-                empties += 1
-                continue
-            deeper = line[0] in " \t"
-            if previous is None:
-                result.append("\n" * empties)
-            elif previous or deeper:
-                result.append("\n" * (empties + 1))
-            else:
-                result.append("\n" * empties if empties else " ")
-            result.append(line)
-            previous, empties = deeper, 0
-        return "".join(result)
+        if header.group(1) == ">":              # a line end between two lines that are not indented further
+            body = re.sub(r"(?m)^([^ \t\n].*)\n(\n*)(?=[^ \t\n])",
+                          lambda match: match.group(1) + (match.group(2) or " "), body)
+        if chomp == "+":
+            return body + tail
+        return body if chomp == "-" or not body else body + tail[:1]
 
     def make_scalar(self, text, tag, plain):
         """A scalar's text to its value by tag or, for a plain one, by the core schema."""
-        if tag is None:
-            return self.resolve_plain(text) if plain else text
-        if tag in ("str", "!"):
+        if tag in ("str", "!") or tag is None and not plain:
             return text
         value = self.resolve_plain(text)
+        if tag is None:
+            return value
         if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
             value = float(value)
-        kind = {
-            bool: "bool",
-            int: "int",
-            PlainInt: "int",
-            float: "float",
-            PlainFloat: "float",
-            type(None): "null",
-        }.get(type(value))
-        if tag != kind:
+        kinds = {bool: "bool", int: "int", PlainInt: "int", float: "float", PlainFloat: "float"}
+        if tag != ("null" if value is None else kinds.get(type(value))):
             self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
         return value
 
@@ -8658,52 +8604,28 @@ class YAMLReader:
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
             base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-            number = int(text[2:] if base != 10 else text, base)
-            kind = PlainInt
+            number = PlainInt(text[2:] if base != 10 else text, base)
         else:
-            kind = PlainFloat
-            number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            number = PlainFloat(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if repr(number) == text:
-            return number
-        number = kind(number)
+            return +number                          # as plain as its spelling
         number.source = text
         return number
 
-    # Flow
-
-    def read_flow(self, parent, flow, anchor=None, tag=None, key=False):
-        """A node of flow style, a quoted or plain scalar, or an alias.
-
-        `flow`: depth of flow collections around it.
-        """
-        if self.text[self.position] in "&!":
-            anchor, tag = self.read_properties(anchor, tag)
-            if flow and not key:
-                self.skip_flow(parent)
-                if self.text[self.position] in ",]}" or self.at_colon():
-                    return self.finish(self.make_scalar("", tag, True), anchor)
+    def read_content(self, parent, flow):
+        """(value, its kind) of a node of flow style, without its properties; of a scalar its text."""
         character = self.text[self.position]
-        first = self.nodes
         if character == "*":
-            if anchor or tag:
-                self.fail("an alias has neither anchor nor tag")
-            return self.read_alias()
+            return self.read_alias(), "alias"
         if character in "[{":
-            if key and not flow:
-                self.fail("a key that is no scalar is not supported")
-            if tag not in (None, "!", "seq" if character == "[" else "map"):
-                self.fail(f"tag !!{tag} does not fit this collection")
-            self.enter()
-            self.position += 1
-            value = self.read_flow_collection(parent, flow + 1, "]" if character == "[" else "}")
-            self.depth -= 1
+            value = self.descend(self.read_flow_collection, parent)
             self.closed = self.position
-            return self.finish(value, anchor, first)
+            return value, "seq" if character == "[" else "map"
         if character in "\"'":
-            text = self.read_quoted(character, parent, key)
+            text = self.read_quoted(character, parent)
             self.closed = self.position
-            return self.finish(self.make_scalar(text, tag, False), anchor)
-        return self.finish(self.make_scalar(self.read_plain(parent, flow, key), tag, True), anchor)
+            return text, "quoted"
+        return self.read_plain(parent, flow), "plain"
 
     def read_alias(self):
         """The value of an anchor that stands before."""
@@ -8717,57 +8639,111 @@ class YAMLReader:
             self.fail(f"nested deeper than {MAX_DEPTH} levels by aliases")
         return known[0]
 
+    def read_plain(self, parent, flow):
+        """A plain scalar's text, folded over its lines; empty where a block's key is."""
+        text, position = self.text, self.position
+        if not flow and self.at_indicator(":"):
+            return ""
+        character = text[position]
+        if character in ",[]{}#&*!|>'\"%@`" or character in "-?:" and text[position + 1] in (
+                " \t\n,[]{}" if flow else " \t\n"):
+            self.fail(f"a value cannot start with {character!r} here")
+        stop = self.STOP[flow].search(text, position)
+        pieces = [text[position:stop.start()].rstrip(" \t")]
+        self.position += len(pieces[0])
+        while text[stop.start()] == "\n":
+            start, ends, column = self.look(stop.start())
+            if start == len(text) or self.is_outside(start, column, parent) or text[start] == "#":
+                break
+            if flow and (text[start] in ",[]{}" or text[start] == ":" and text[start + 1] in " \t\n,[]{}"):
+                break
+            stop = self.STOP[flow].search(text, start)
+            if text[stop.start()] == ":" and not flow:
+                self.fail("a key on a line that continues a value; is the indentation right?", start)
+            pieces += ["\n" * (ends - 1) or " ", text[start:stop.start()].rstrip(" \t")]
+            self.position = start + len(pieces[-1])
+        return "".join(pieces)
+
+    def read_quoted(self, quote, parent):
+        """A quoted scalar's text."""
+        text, start = self.text, self.position
+        special = re.compile(r'["\\]' if quote == '"' else "'")
+        end = start + 1
+        while True:
+            match = special.search(text, end)
+            if not match:
+                self.fail("a quoted value is not closed", start)
+            end = match.end()
+            if match.group() == quote and (quote == '"' or text[end] != quote):
+                break
+            end += 1                                # over what is escaped
+
+        def replace(match):
+            piece = match.group()
+            place = start + 1 + match.start()
+            if piece == "''":
+                return "'"
+            if piece[0] == "\\" and piece[1] != "\n":
+                return self.make_character(piece, place)
+            ends = piece.count("\n")
+            if not ends:
+                return piece
+            after, _, column = self.look(place + (piece[0] == "\\"))
+            if self.is_outside(after, column, parent):
+                self.fail("a quoted value is continued with too little indentation", after)
+            return "\n" * (ends - 1) or ("" if piece[0] == "\\" else " ")
+
+        self.position = end
+        return self.QUOTED[quote].sub(replace, text[start + 1:end - 1])
+
+    def make_character(self, escape, position):
+        """The character of an escape in a double-quoted scalar."""
+        if escape[1:] in ESCAPES:
+            return ESCAPES[escape[1:]]
+        number = int(escape[2:] or "-1", 16) 
+        if not 0 <= number <= 0x10FFFF or 0xD800 <= number <= 0xDFFF:
+            # halves of a surrogate pair too: YAML takes each by itself
+            self.fail(f"{escape} is no character", position)
+        return chr(number)
+
+    # Flow
+
     def skip_flow(self, parent):
         """White space, line ends and comments between the parts of a flow collection."""
-        while True:
-            start = self.position
-            self.position = self.SPACE.match(self.text, start).end()
-            if self.position >= len(self.text):
-                self.fail("a flow collection is not closed")
-            character = self.text[self.position]
-            if character == "#" and (self.position > start or self.text[start - 1] == "\n"):
-                self.position = self.text.index("\n", self.position)
-            elif character == "\n":
-                self.position = self.NEXT.match(self.text, self.position + 1).end()
-                if self.position >= len(self.text):
-                    self.fail("a flow collection is not closed")
-                indent = self.position - self.text.rfind("\n", 0, self.position) - 1
-                closes = indent == parent and self.text[self.position] in "]}"      # as all readers take it
-                if indent <= parent and not closes or indent == 0 and self.at_marker():
-                    self.fail("a flow collection is continued with too little indentation")
-            else:
-                return
+        ended = self.skip(True)
+        if self.position == len(self.text):
+            self.fail("a flow collection is not closed")
+        before, character = self.text[self.position - 1:self.position + 1]
+        closes = self.column == parent and character in "]}" and before in " \n"    # as all readers take it
+        if ended and self.column <= parent and not closes:
+            self.fail("a flow collection is continued with too little indentation")
 
-    def read_flow_collection(self, parent, flow, closing):
-        """[ … ] or { … }; the position is behind its start.
-
-        A single pair in a sequence is a mapping of its own.
-        """
-        text, items = self.text, []                 # of a mapping: (key, value, position)
+    def read_flow_collection(self, parent):
+        """[ … ] or { … }.  A single pair in a sequence is a mapping of its own."""
+        text = self.text
+        closing = "]" if text[self.position] == "[" else "}"
+        items = []                                  # of a mapping: (key, value, position)
         while True:
+            self.position += 1
             self.skip_flow(parent)
             start = self.position
             if text[start] == closing:
-                self.position += 1
-                return items if closing == "]" else self.make_mapping(items)
-            explicit = text[start] == "?" and text[start + 1] in " \t\n"
+                break
+            explicit = self.at_indicator("?")
             if explicit:
                 self.position += 1
                 self.skip_flow(parent)
-            key = self.read_flow_node(parent, flow)
-            value = None
-            end = self.position
+            key = self.read_flow_node(parent)
+            value, end = None, self.position
             self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
             paired = self.at_colon() or self.closed == end and text[self.position] == ":"
             if paired:
-                long = "\n" in text[start:self.position] or self.position - start > 1024
-                if long and closing == "]" and not explicit:
-                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters",
-                              start)
+                if closing == "]" and not explicit:
+                    self.check_key(start)
                 self.position += 1
                 self.skip_flow(parent)
-                value = self.read_flow_node(parent, flow)
+                value = self.read_flow_node(parent)
                 self.skip_flow(parent)
             elif end == start:
                 self.fail("a value is missing before the comma")
@@ -8775,127 +8751,21 @@ class YAMLReader:
                 items.append((key, value, start))
             else:
                 items.append(self.make_mapping([(key, value, start)]) if paired or explicit else key)
-            if text[self.position] == ",":
-                self.position += 1
-            elif text[self.position] != closing:
+            if text[self.position] == closing:
+                break
+            if text[self.position] != ",":
                 self.fail(f"a comma or {closing} is missing")
+        self.position += 1
+        return items if closing == "]" else self.make_mapping(items)
 
-    def read_flow_node(self, parent, flow):
-        """A node in a flow collection, None where there is nothing before its end."""
+    def read_flow_node(self, parent):
+        """A node in a flow collection, an empty one where there is nothing before its end."""
+        properties = self.read_properties()
+        if properties != (None, None):
+            self.skip_flow(parent)
         if self.text[self.position] in ",]}" or self.at_colon():
-            self.count()
-            return None
-        return self.read_flow(parent, flow)
-
-    def at_colon(self):
-        """Whether a colon stands here that ends a key in a flow collection."""
-        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
-
-    def read_plain(self, parent, flow, key):
-        """A plain scalar's text, folded over its lines."""
-        text, position = self.text, self.position
-        character = text[position]
-        if (
-            character in "-?:"
-            and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n")
-            or character in ",[]{}#&*!|>'\"%@`"
-        ):
-            if character == ":" and key:
-                return ""
-            self.fail(f"a value cannot start with {character!r} here")
-        stop = self.STOP[bool(flow)].search(text, position)
-        result = text[position:stop.start()].rstrip(" \t")
-        self.position = position + len(result)
-        while not key and text[stop.start()] == "\n" and stop.start() + 1 < len(text):
-            after = re.compile(r"(?:[ \t]*\n)*( *)[ \t]*").match(text, stop.start() + 1)
-            start = after.end()
-            indent = after.end(1) - after.start(1)
-            if (
-                start >= len(text)
-                or indent <= parent
-                or text[start] == "#"
-                or flow
-                and text[start] in ",[]{}"
-            ):
-                break
-            if flow and text[start] == ":" and text[start + 1] in " \t\n,[]{}":
-                break
-            if indent == 0 and self.MARKER.match(text, start) and text[start - 1] == "\n":
-                break
-            stop = self.STOP[bool(flow)].search(text, start)
-            if text[stop.start()] == ":" and not flow:
-                self.fail("a key on a line that continues a value; is the indentation right?", start)
-            piece = text[start:stop.start()].rstrip(" \t")
-            empties = after.group().count("\n")
-            result += ("\n" * empties if empties else " ") + piece
-            self.position = start + len(piece)
-        return result
-
-    def read_quoted(self, quote, parent, key):
-        """A quoted scalar's text."""
-        start = self.position
-        chunk = re.compile(r"[^\"\\\n]+" if quote == '"' else r"[^'\n]+")
-        self.position = start + 1
-        pieces = []
-        while True:
-            match = chunk.match(self.text, self.position)
-            if match:
-                pieces.append(match.group())
-                self.position = match.end()
-            if self.position >= len(self.text):
-                self.fail("a quoted value is not closed", start)
-            character = self.text[self.position]
-            if character == "\n":
-                if key:
-                    self.fail("a key lies on one line", start)
-                if pieces:
-                    pieces[-1] = pieces[-1].rstrip(" \t") if not pieces[-1].startswith("\0") else pieces[-1]
-                pieces.append(self.fold_line(parent, start))
-            elif character == "\\":
-                pieces.append(self.read_escape(parent, start))
-            elif quote == "'" and self.text.startswith("''", self.position):
-                pieces.append("'")
-                self.position += 2
-            else:
-                self.position += 1
-                return "".join(piece[1:] if piece.startswith("\0") else piece for piece in pieces)
-
-    def fold_line(self, parent, start):
-        """A line end in a quoted scalar and the empty lines after it: a space, or as many line ends."""
-        match = re.compile(r"\n((?:[ \t]*\n)*)( *)[ \t]*").match(self.text, self.position)
-        if match.end() >= len(self.text):
-            self.fail("a quoted value is not closed", start)
-        indent = match.end(2) - match.start(2)
-        self.position = match.end()
-        if indent <= parent or indent == 0 and self.at_marker():
-            self.fail("a quoted value is continued with too little indentation")
-        return "\n" * match.group(1).count("\n") or " "
-
-    def read_escape(self, parent, start):
-        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from
-        being folded away.
-        """
-        character = self.text[self.position + 1]
-        if character == "\n":
-            self.position += 1
-            folded = self.fold_line(parent, start)
-            return "\0" + (folded if folded != " " else "")
-        size = {"x": 2, "u": 4, "U": 8}.get(character)
-        if size is None:
-            if character not in ESCAPES:
-                self.fail(f"unknown escape \\{character}")
-            self.position += 2
-            return "\0" + ESCAPES[character]
-        digits = self.text[self.position + 2:self.position + 2 + size]
-        if (
-            not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits)
-            or int(digits, 16) > 0x10FFFF
-            or 0xD800 <= int(digits, 16) <= 0xDFFF
-        ):
-            # halves of a surrogate pair too: YAML takes each by itself
-            self.fail(f"\\{character}{digits} is no character")
-        self.position += 2 + size
-        return "\0" + chr(int(digits, 16))
+            return self.make_node("", "plain", properties)
+        return self.make_node(*self.read_content(parent, True), properties)
 
 
 def measure_depth(value):
