@@ -7017,6 +7017,9 @@ def make_state_data(state):
     return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
 
 
+OLD_FIELDS = ("left", "failures", "retryAt", "repairs", "repairedAt")      # of records of schema 1
+
+
 def parse_state(data, path):
     """The state in the bytes of state.json.
 
@@ -7051,22 +7054,15 @@ def parse_state(data, path):
 
 
 def migrate_record(record):
-    """A deployment's record as of schema 2, in place of moments of the wall clock that of schema 1 has
-    waits (see make_wait).
+    """A deployment's record as schema 2 has it; that of schema 1 knew moments where that has waits, which are
+    over then (see make_wait).
     """
-    record = {key: value for key, value in record.items() if key != "left"}
-    if record.get("fallback") and "services" not in (record["running"] or ()):
+    if "repairs" not in record:
+        return record
+    record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
+    if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
-    if "retryAt" in record:
-        at = record.pop("retryAt") - 2 * RETRY_CAP
-        failures = record.pop("failures", 0)
-        record["retry"] = {"failures": failures, "at": at, "delay": 2 * RETRY_CAP} if failures else {}
-    if "repairs" in record:
-        at = record.pop("repairedAt", 0)
-        failures = record.pop("repairs")
-        pause = grow(RETRY_FIRST, failures + 1 - REPAIRS, RETRY_CAP) if failures >= REPAIRS else 0
-        record["repair"] = {"failures": failures, "at": at, "delay": pause} if failures else {}
-    return record
+    return dict(record, retry={}, repair={})
 
 
 def make_core(state):
@@ -7251,15 +7247,12 @@ class Store:
         path = self.memo_path()
         try:
             create_folder(os.path.dirname(path), 0o755)
-            with open(path + ".tmp", "wb") as file:
-                os.fchmod(file.fileno(), 0o600)
-                file.write(make_json(memo))
-            os.replace(path + ".tmp", path)
-            self.memo = memo
-            return True
-        except OSError as error:
-            log("debug", "the last contact cannot be noted", path=path, reason=error.strerror)
+            write_file(path, make_json(memo))
+        except (OSError, StorageError) as error:
+            log("debug", "the last contact cannot be noted", path=path, reason=str(error))
             return False
+        self.memo = memo
+        return True
 
     def load_memo(self):
         """What save_memo noted last, or {}; read once, until the lock is taken again."""
@@ -7708,7 +7701,7 @@ def parse_window(text):
     raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
 
 
-read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window)
+read_windows = list_of(scalar("a window", make=parse_window), "a list of windows")
 
 
 def is_within(windows, local):
@@ -7743,60 +7736,68 @@ CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman",
 # what a child device has to say of itself, because only what is here can be detected
 HOSTING = ("cpus", "memory", "storage")
 
-# Each setting: its reader, or that and the default in the file's own spelling. What only one profile has, its
-# part adds below.
+# Each setting: (its reader, its default as the file would spell it, what it is for).
 DEVICE_SCHEMA = {
-    "id": read_device_id, "vendor": read_text, "modelNumber": read_text, "serialNumber": read_text,
-    "properties": (read_properties, {}), "labels": (read_labels, {})}
-CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}))
+    "id": (read_device_id, None, "name of the device at the WFM; without it serial number or machine id"),
+    "vendor": (read_text, None, "who made the device; without it what the firmware says"),
+    "modelNumber": (read_text, None, "which model it is; without it what the firmware says"),
+    "serialNumber": (read_text, None, "its serial number; without it what the firmware says"),
+    "properties": (read_properties, {}, "capabilities to report in place of those that were detected"),
+    "labels": (read_labels, {}, "what applications can select this device by, beside its properties"),
+}
+CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}, "variables that lead to its engine"))
 REGISTRY_SCHEMA = {
-    "mirror": read_text, "username": read_text, "password_file": read_path, "ca": read_path,
-    "insecure": (read_flag, False)}
-# see make_children
+    "mirror": (read_text, None, "host:port that is asked in place of this registry"),
+    "username": (read_text, None, "who signs in there"),
+    "password_file": (read_path, None, "file of the password, mode 0600"),
+    "ca": (read_path, None, "CA certificates of this registry; without it the system's"),
+    "insecure": (read_flag, False, "true: HTTP without TLS is good enough"),
+}
 SCHEMA = {
-    "state_dir": (read_path, "/var/lib/margo-agent"),
+    "state_dir": (read_path, "/var/lib/margo-agent", "folder of all that the agent keeps"),
     "wfm": {
-        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls"),
-        "url": read_address,
-        "timeout": (read_duration, "30s"),
-        "min_tls": (choice("1.2", "1.3"), "1.3"),
+        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls",
+                    "generation of Margo's protocol that the WFM speaks"),
+        "url": (read_address, None, "root URL of the WFM, or address of the repository"),
+        "timeout": (read_duration, "30s", "limit of connecting, and of each wait for data"),
+        "min_tls": (choice("1.2", "1.3"), "1.3", "oldest TLS version that is accepted"),
     },
     "identity": {
-        "certificate": read_path,
-        "key": read_key,
-        "trust_bundle": read_path_or_url,
-        "discovery": read_url,
-        "ca": read_path,
-        "pins": (read_pins, []),
-        "refresh": (read_duration, "1h"),
+        "certificate": (read_path, None, "the device's SVID in PEM, the leaf first, then intermediates"),
+        "key": (read_key, None, "its private key, mode 0600, or a URI such as pkcs11:..."),
+        "trust_bundle": (read_path_or_url, None, "SPIFFE bundle or PEM file to trust the WFM by, or its URL"),
+        "discovery": (read_url, None, "https URL of a discovery document, in place of trust_bundle"),
+        "ca": (read_path, None, "CA certificates for discovery, bundle URLs, and servers without SPIFFE ID"),
+        "pins": (read_pins, [], "digests of public keys by which those servers are known, too"),
+        "refresh": (read_duration, "1h", "time between looks at a bundle that names none"),
     },
-    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),
+    "device": dict(DEVICE_SCHEMA, children=(read_items, [], "devices behind this gateway, see README")),
     "poll": {
-        "interval": (read_duration, "60s"),
-        "jitter": (read_share, "10%"),
-        "window": (list_of(read_window, "a list of windows"), []),
-        "downtime": (list_of(read_window, "a list of windows"), []),
+        "interval": (read_duration, "60s", "time between polls of `run`"),
+        "jitter": (read_share, "10%", "by how much each interval may differ, so that fleets spread out"),
+        "window": (read_windows, [], "the WFM is asked only then; empty: always"),
+        "downtime": (read_windows, [], "no request is made then"),
     },
     "runtime": {
-        "compose": (read_compose, "auto"),
-        "engine": (choice("auto", "podman", "docker"), "auto"),
-        "on_failure": (choice("rollback", "keep"), "rollback"),
-        "settle": (read_pause, "10s"),
-        "environment": (read_environment, {}),
-        "prune": (read_flag, True),
+        "compose": (read_compose, "auto", "whether compose components are run"),
+        "engine": (choice("auto", "podman", "docker"), "auto", "which engine runs containers"),
+        "on_failure": (choice("rollback", "keep"), "rollback", "what follows on an update that fails"),
+        "settle": (read_pause, "10s", "time without a restart that counts as health where nothing checks it"),
+        "environment": (read_environment, {}, "variables that every container is given"),
+        "prune": (read_flag, True, "whether images and packages that nothing needs any more are removed"),
     },
-    "registries": (read_mapping, {}),
+    "registries": (read_mapping, {}, "credentials, mirror and trust of registries, by host or host:port"),
     "policy": {
-        "max_document": (read_size, "8Mi"),
-        "max_artifact": (read_size, "64Mi"),
-        "max_unpacked": (read_size, "256Mi"),
-        "privileged": (choice("deny", "allow"), "deny"),
-        "host_network": (choice("deny", "allow"), "deny"),
-        "devices": (read_devices, []),
-        "host_paths": (read_folders, []),
-        "max_removals": read_count,
+        "max_document": (read_size, "8Mi", "largest manifest or deployment document"),
+        "max_artifact": (read_size, "64Mi", "largest package or bundle"),
+        "max_unpacked": (read_size, "256Mi", "most that a package or a repository may unpack to"),
+        "privileged": (choice("deny", "allow"), "deny", "whether applications may rule the device"),
+        "host_network": (choice("deny", "allow"), "deny", "whether applications may use the host's network"),
+        "devices": (read_devices, [], "device files that applications may use all the same"),
+        "host_paths": (read_folders, [], "folders of the host that applications may mount"),
+        "max_removals": (read_count, None, "more removals than this wait for a second poll; unset: no limit"),
     },
-    "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
+    "log": {"level": (choice("debug", "info", "warning", "error"), "info", "least level that is logged")},
 }
 CHECKS = []
 
@@ -7833,7 +7834,7 @@ def make_settings(value, schema, base, where, faults):
         if isinstance(entry, dict):
             settings[key] = make_settings(item, entry, base, f"{where}{key}.", faults)
             continue
-        reader, default = entry if isinstance(entry, tuple) else (entry, None)
+        reader, default, _ = entry
         item = default if item is None else item
         settings[key] = None
         try:
@@ -8119,10 +8120,11 @@ def make_pem(ders):
 # ----------------------------------------------------------------------------------------------------------
 
 # YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
-# to token, and block functions leave it at the first character of the next line that holds something, its
-# column in `column` (-1 at the end).
+# to token. Block functions leave it at the first character of the next line that holds something, whose
+# column is `column` (-1 at the end and at a marker).
 
-MAX_DEPTH, MAX_NODES = 64, 1000000
+MAX_DEPTH = 64                      # levels of collections
+MAX_NODES = 250000                  # nodes, lines, and each 16 characters that an alias repeats
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT_PATTERN = (
@@ -8134,6 +8136,7 @@ CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "tru
 ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
            "e": "\x1b", " ": " ",
            '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
+TAGS = ("!", "str", "int", "float", "bool", "null", "map", "seq")
 
 
 class YAMLError(ValueError):
@@ -8156,12 +8159,11 @@ class PlainFloat(float):
 
 
 def load_yaml(text):
-    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the
-    core schema.
+    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None.
 
-    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser:
-    what it does not support it refuses (duplicate keys, keys that are no scalars, other tags, directives
-    other than %YAML 1.2, a second document).
+    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser
+    with the core schema: what it does not support it refuses (duplicate keys, keys that are no scalars, other
+    tags, directives other than %YAML 1.2, a second document).
     """
     if isinstance(text, (bytes, bytearray)):
         try:
@@ -8186,21 +8188,21 @@ def scalar_text(value):
 class YAMLReader:
     """The reader of one document; see load_yaml."""
 
+    # No pattern repeats a group: that would take some hundred bytes of memory for each time.
     SPACE = re.compile(r"[ \t]*")
-    # empty and comment lines, then indentation
-    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")
-    # nothing more on this line
-    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")
-    # of plain scalars: block, flow
+    GAP = re.compile(r"[ \t\n]*")
+    # what ends a line of a plain scalar in a block, and in a flow collection
     STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
     NAME = re.compile(r"[^\s,\[\]{}]+")
-    TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
-    # a key; without bound it takes 100 bytes for each
-    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")
     # a plain key: quoted, it is text
     MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
-    KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
+    PROPERTY = re.compile(r"(?:&([^\s,\[\]{}]+)|(!<[^\s<>]+>|![^\s,\[\]{}]*))(?:[ \t]+|(?=[\n,\]}]))")
+    # what is not itself in a quoted scalar
+    QUOTED = {
+        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|[ \t\n]+"),
+        "'": re.compile(r"''|[ \t\n]+"),
+    }
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
     HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
@@ -8218,6 +8220,7 @@ class YAMLReader:
         bad = self.FORBIDDEN.search(self.text)
         if bad:
             self.fail(f"character {bad.group()!r} is not allowed", bad.start())
+        self.count(self.text.count("\n"))
 
     def fail(self, message, position=None):
         """Raises YAMLError for a position, by default the current one."""
@@ -8225,247 +8228,231 @@ class YAMLReader:
         start = self.text.rfind("\n", 0, position) + 1
         raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
 
+    def count(self, nodes=1):
+        """Counts what takes memory, so that no small document becomes huge."""
+        self.nodes += nodes
+        if self.nodes > MAX_NODES:
+            self.fail(f"more than {MAX_NODES} nodes and lines")
+
     # Documents and lines
 
     def read_document(self):
         """The one document's value."""
-        self.next_line()
-        directive = self.text.startswith("%", self.position) and self.column == 0
+        self.skip()
+        directive = re.compile(r"%YAML[ \t]+1\.2(?=[ \t\n])").match(self.text, self.position)
         if directive:
-            if not re.compile(r"%YAML[ \t]+1\.2[ \t]*(?:[ \t]#[^\n]*)?\n").match(self.text, self.position):
-                self.fail("a directive other than %YAML 1.2 is not supported")
-            self.position = self.text.index("\n", self.position)
-            self.next_line()
+            self.position = directive.end()
+            self.end_line()
         value = None
-        marked = self.text.startswith("---", self.position) and self.at_marker()
-        if directive and not marked:
-            self.fail("--- is missing after the directive")
-        if marked:
+        if self.at_marker("---"):
             self.position += 3
             value = self.read_block(-1, compact=False)
-        elif self.position < len(self.text) and not self.at_marker():
-            value = self.read_block_at(self.column, -1)
-        if self.text.startswith("...", self.position) and self.at_marker():
+        elif directive:
+            self.fail("--- is missing after the directive")
+        elif self.text.startswith("%", self.position):
+            self.fail("a directive other than %YAML 1.2 is not supported")
+        elif self.column >= 0:
+            value = self.read_block(-1)
+        if self.at_marker("..."):
             self.position += 3
             self.end_line()
         if self.position < len(self.text):
-            self.fail("a second document" if self.at_marker()
+            self.fail("a second document" if self.column < 0
                       else "more than one value, or wrong indentation")
         return value
 
-    def at_marker(self):
-        """Whether --- or ... stands here, at the start of a line."""
-        return self.MARKER.match(self.text, self.position) and self.text[
-            self.position - 1 : self.position
-        ] in ("", "\n")
+    def at_marker(self, marker):
+        """Whether --- or ... is what the next line holds."""
+        return self.column < 0 and self.text.startswith(marker, self.position)
 
-    def next_line(self):
-        """Goes to the next line that holds something."""
-        match = self.NEXT.match(self.text, self.position)
-        self.position = match.end()
-        self.column = match.end() - match.start(1)
-        if self.position >= len(self.text):
+    def skip(self, flow=False):
+        """Goes over white space, line ends and comments; whether a line has ended.
+
+        Then `column` is where the next thing stands.  Outside of flow collections no tab may stand before it.
+        """
+        text, start = self.text, self.position
+        end = self.GAP.match(text, start).end()
+        while text.startswith("#", end) and text[end - 1:end] in " \t\n":
+            end = self.GAP.match(text, text.index("\n", end)).end()
+        self.position = end
+        line = text.rfind("\n", start, end) + 1
+        if start and not line:
+            return False
+        indent = text[line:end]
+        self.column = len(indent) - len(indent.lstrip(" "))
+        if end == len(text) or end == line and self.MARKER.match(text, end):
             self.column = -1
-        elif self.text[self.position] == "\t":
-            after = self.SPACE.match(self.text, self.position).end()
-            # only block structure is made by indentation
-            if self.text[after] not in "[{":
-                self.fail("a tab in the indentation")
-            self.position = after
-        elif self.column == 0 and self.text[self.position] in "-." and self.at_marker():
-            self.column = -1
+        elif "\t" in indent and not flow and text[end] not in "[{":
+            self.fail("a tab in the indentation", line + self.column)
+        return True
 
     def end_line(self):
         """Makes sure that nothing more stands on this line and goes to the next one."""
-        match = self.END.match(self.text, self.position)
-        if not match:
+        if not self.skip():
             self.fail("more on this line than belongs to the value")
-        self.position = match.end()
-        self.next_line()
 
-    def count(self, nodes=1):
-        """Counts nodes, so that aliases cannot make a small document huge."""
-        self.nodes += nodes
-        if self.nodes > MAX_NODES:
-            self.fail(f"more than {MAX_NODES} nodes")
+    def look(self, position):
+        """What follows on white space: (where, how many lines end before it, its column)."""
+        end = self.GAP.match(self.text, position).end()
+        line = self.text[self.text.rfind("\n", 0, end) + 1:end]
+        return end, self.text.count("\n", position, end), len(line) - len(line.lstrip(" "))
 
-    def enter(self):
-        """One level deeper."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            self.fail(f"nested deeper than {MAX_DEPTH} levels")
+    def is_outside(self, position, column, parent):
+        """Whether a line cannot go on with a scalar that is indented deeper than `parent`."""
+        return column <= parent or column == 0 and bool(self.MARKER.match(self.text, position))
+
+    def at_indicator(self, characters):
+        """Whether an indicator stands here: one of these characters, then white space."""
+        return self.text[self.position] in characters and self.text[self.position + 1] in " \t\n"
+
+    def at_colon(self):
+        """Whether a colon stands here that ends a key in a flow collection."""
+        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
 
     # Blocks
 
-    def read_block(self, parent, sequence_at_parent=False, compact=True):
-        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper
-        than `parent`.
+    def read_block(self, parent, dash=False, compact=True):
+        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones.
+
+        It is indented deeper than `parent`; dash: a sequence may also stand in its column.  compact: a
+        collection may start on this line.
         """
-        start = self.position
-        self.position = self.SPACE.match(self.text, start).end()
-        if self.text[self.position] == "\n" or self.text[self.position] == "#" and self.position > start:
-            return self.read_below(parent, sequence_at_parent, None, None)
-        if "\t" in self.text[start:self.position]:
-            compact = False
-        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent,
-                                  compact, sequence_at_parent)
-
-    def read_below(self, parent, sequence_at_parent, anchor, tag):
-        """A node that starts on a later line, or an empty one."""
-        self.position = self.text.index("\n", self.position) + 1
-        self.next_line()
-        dash = sequence_at_parent and self.column == parent and self.at_indicator("-")
-        if self.column > parent or dash:
-            return self.read_block_at(self.column, parent, True, sequence_at_parent, anchor, tag)
-        return self.finish(self.make_scalar("", tag, True), anchor)
-
-    def at_indicator(self, character):
-        """Whether an indicator stands here: the character, then white space."""
-        return self.text[self.position] == character and self.text[self.position + 1] in " \t\n"
-
-    def read_block_at(self, column, parent, compact=True, sequence_at_parent=False, anchor=None, tag=None):
-        """The node that starts here; `compact`: a block collection may start on this line."""
-        character = self.text[self.position]
-        if compact and (character == "?" and self.at_indicator("?") or self.is_key()):
-            return self.read_collection(self.read_mapping, column, dict, anchor, tag)
-        if character == "-" and self.at_indicator("-"):
-            if not compact:
-                self.fail("a block sequence cannot start here")
-            return self.read_collection(self.read_sequence, column, list, anchor, tag)
-        if character in "&!":
-            if anchor and character == "&" or tag and character == "!":
-                self.fail("a second anchor or tag for one node")
-            anchor, tag = self.read_properties(anchor, tag)
-            if self.text[self.position] in "#\n":
-                return self.read_below(parent, sequence_at_parent, anchor, tag)
-            return self.read_block_at(column, parent, False, False, anchor, tag)
-        if character in "|>":
-            value = self.make_scalar(self.read_block_scalar(parent), tag, False)
-            return self.finish(value, anchor)
-        value = self.read_flow(parent, 0, anchor, tag)
+        text, start = self.text, self.position
+        above = (None, None)
+        while True:
+            column = None
+            if self.skip():
+                column = self.column
+                if column <= parent and not (dash and column == parent and self.at_indicator("-")):
+                    return self.make_node("", "plain", above)
+            elif compact and "\t" not in text[start:self.position]:
+                column = self.position - text.rfind("\n", 0, self.position) - 1
+            start, compact = self.position, False
+            own = self.read_properties()
+            if own == (None, None) or text[self.position] not in "#\n":
+                break
+            above = self.join(above, own)
+        if text[self.position] in "|>":
+            return self.make_node(self.read_block_scalar(parent), "quoted", self.join(above, own))
+        if self.at_indicator("-?"):
+            if column is None or own != (None, None):
+                self.fail("a block collection cannot start here")
+            if text[self.position] == "-":
+                return self.make_node(self.descend(self.read_sequence, column), "seq", above)
+            return self.make_node(self.descend(self.read_mapping, column), "map", above)
+        content = self.read_content(parent, False)
+        end = self.position
+        self.position = self.SPACE.match(text, end).end()
+        if column is not None and self.at_indicator(":"):
+            self.position = start
+            return self.make_node(self.descend(self.read_mapping, column), "map", above)
+        self.position = end
+        node = self.make_node(*content, self.join(above, own))
         self.end_line()
-        return value
+        return node
 
-    def read_properties(self, anchor, tag):
-        """Anchor and tag in either order, and the white space after them."""
+    def join(self, above, own):
+        """Anchor and tag of a node whose properties stand on several lines."""
+        if above[0] and own[0] or above[1] and own[1]:
+            self.fail("a second anchor or tag for one node")
+        return above[0] or own[0], above[1] or own[1]
+
+    def read_properties(self):
+        """(anchor, tag) that stand here in either order, None for what is not there; white space after them.
+
+        An anchor is (its name, its place, how many nodes were before it), a tag (its name, its place).
+        """
+        anchor = tag = None
         while self.text[self.position] in "&!":
-            if self.text[self.position] == "&":
-                match = self.NAME.match(self.text, self.position + 1)
-                if not match or anchor:
-                    self.fail("an anchor without a name, or a second one")
-                anchor = match.group(), self.position
+            match = self.PROPERTY.match(self.text, self.position)
+            if not match or (anchor if match.group(1) else tag):
+                self.fail("an anchor or tag without name or white space after it, or a second one")
+            if match.group(1):
+                anchor = match.group(1), self.position, self.nodes
                 # open: an alias to it from inside would be endless
                 self.anchors[anchor[0]] = self.position
             else:
-                match = self.TAG.match(self.text, self.position)
-                if tag:
-                    self.fail("a second tag for one node")
-                tag = self.check_tag(match.group())
-            end = self.SPACE.match(self.text, match.end()).end()
-            if end == match.end() and self.text[end] not in "\n,]}":
-                self.fail("white space is missing after an anchor or tag", end)
-            self.position = end
+                name = re.sub(r"\A!<tag:yaml\.org,2002:(.*)>\Z|\A!!(\w+)\Z", r"\1\2", match.group(2))
+                if name not in TAGS:
+                    self.fail(f"tag {match.group(2)} is not supported")
+                tag = name, self.position
+            self.position = match.end()
         return anchor, tag
 
-    def check_tag(self, tag):
-        """The core schema's short name of a tag."""
-        if tag == "!":
-            return "!"
-        for prefix in ("!!", "!<tag:yaml.org,2002:"):
-            name = tag[len(prefix):].rstrip(">")
-            if tag.startswith(prefix) and name in ("str", "int", "float", "bool", "null", "map", "seq"):
-                return name
-        self.fail(f"tag {tag} is not supported")
-
-    def is_key(self):
-        """Whether an implicit key of a block mapping starts here.
-
-        It lies on one line and has at most 1,024 characters.
-        """
-        text, position = self.text, self.position
-        while text[position] in "&!":
-            match = (self.NAME if text[position] == "&" else self.TAG).match(
-                text, position + (text[position] == "&")
-            )
-            end = match.end() if match else position
-            position = self.SPACE.match(text, end).end()
-            if position == end:
-                break
-        character = text[position]
-        if character in "\"'":
-            match = self.QUOTED.match(text, position)
-            return bool(match and match.end() - position <= 1024 and self.KEY_END.match(text, match.end()))
-        if character == "*":
-            match = self.NAME.match(text, position + 1)
-            return bool(match and text[match.end()] in " \t" and self.KEY_END.match(text, match.end()))
-        if character in "[{#|>@`%,]}" or character in "-?" and text[position + 1] in " \t\n":
-            return False
-        stop = self.STOP[0].search(text, position)
-        return text[stop.start()] == ":" and stop.start() - position <= 1024
-
-    def read_collection(self, read, column, kind, anchor, tag):
-        """A block collection with the anchor and tag that stand before it."""
-        if tag not in (None, "!", "map" if kind is dict else "seq"):
-            self.fail(f"tag !!{tag} does not fit a {'mapping' if kind is dict else 'sequence'}")
-        first = self.nodes
-        self.enter()
-        value = read(column)
+    def descend(self, read, *arguments):
+        """What `read` returns, one level deeper."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self.fail(f"nested deeper than {MAX_DEPTH} levels")
+        value = read(*arguments)
         self.depth -= 1
-        return self.finish(value, anchor, first)
+        return value
 
-    def finish(self, value, anchor, first=None):
-        """Counts a node and keeps it under its anchor."""
+    def make_node(self, value, kind, properties=(None, None)):
+        """A node by its kind (plain, quoted, alias, seq or map), anchor and tag; it is counted."""
+        anchor, tag = properties
+        name, place = tag or (None, None)
+        if kind == "alias":
+            if anchor or tag:
+                self.fail("an alias has neither anchor nor tag")
+            return value
+        if kind in ("plain", "quoted"):
+            value = self.make_scalar(value, name, kind == "plain")
+        elif name not in (None, "!", kind):
+            self.fail(f"tag !!{name} does not fit this collection", place)
         self.count()
         # else one that began later has that name now
         if anchor and self.anchors[anchor[0]] == anchor[1]:
-            self.anchors[anchor[0]] = (value, self.nodes - (self.nodes - 1 if first is None else first))
+            self.anchors[anchor[0]] = value, self.nodes - anchor[2] + (self.position - anchor[1]) // 16
         return value
 
     def read_sequence(self, column):
         """A block sequence whose dashes stand in `column`."""
         items = []
-        while self.column in (column, -2) or not items:
-            if not self.at_indicator("-"):
-                break
+        while True:
             self.position += 1
             items.append(self.read_block(column))
             if self.column > column:
                 self.fail("wrong indentation")
-            if self.column != column:
-                break
-        return items
+            if self.column != column or not self.at_indicator("-"):
+                return items
 
     def read_mapping(self, column):
         """A block mapping whose keys stand in `column`."""
         pairs = []
         while True:
-            start = self.position
+            start, value = self.position, None
             if self.at_indicator("?"):
                 self.position += 1
                 key = self.read_block(column, True)
-                value = None
                 if self.column == column and self.at_indicator(":"):
                     self.position += 1
                     value = self.read_block(column, True)
-                else:
-                    self.count()
-            elif self.is_key() or self.at_indicator(":"):
-                key = self.read_key(0)
-                self.position += 1
-                value = self.read_block(column, True, compact=False)
             else:
-                self.fail("a key is missing here, or its colon")
+                key = self.read_key(column)
+                value = self.read_block(column, True, compact=False)
             pairs.append((key, value, start))
             if self.column > column:
                 self.fail("wrong indentation")
             if self.column != column:
                 return self.make_mapping(pairs)
 
-    def read_key(self, flow):
-        """An implicit key up to its colon."""
-        key = None if self.at_indicator(":") else self.read_flow(-1, flow, key=True)
+    def read_key(self, column):
+        """An implicit key and its colon."""
+        start = self.position
+        properties = self.read_properties()
+        key = self.make_node(*self.read_content(column, False), properties)
         self.position = self.SPACE.match(self.text, self.position).end()
+        if not self.at_indicator(":"):
+            self.fail("a key is missing here, or its colon", start)
+        self.check_key(start)
+        self.position += 1
         return key
+
+    def check_key(self, start):
+        """Refuses an implicit key from `start` to here that no reader has to look for."""
+        if self.position - start > 1024 or "\n" in self.text[start:self.position]:
+            self.fail("a key lies on one line and has at most 1,024 characters", start)
 
     def make_mapping(self, pairs):
         """A dictionary from (key, value, position); refuses what is no scalar or occurs twice.
@@ -8497,94 +8484,54 @@ class YAMLReader:
     # Scalars
 
     def read_block_scalar(self, parent):
-        """A literal or folded scalar; the position is at its indicator."""
-        header = self.HEADER.match(self.text, self.position)
+        """The text of a literal or folded scalar; the position is at its indicator."""
+        text = self.text
+        header = self.HEADER.match(text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        style = header.group(1)
         chomp = header.group(2) or header.group(5)
         digit = header.group(3) or header.group(4)
-        indent = max(parent, 0) + int(digit) if digit else None
-        self.position = header.end()
-        lines, blank = [], 0
-        while self.position < len(self.text):
-            end = self.text.index("\n", self.position)
-            line = self.text[self.position:end]
-            spaces = len(line) - len(line.lstrip(" "))
-            if (
-                line[spaces:spaces + 1] == "\t"
-                and spaces <= (parent if indent is None else indent - 1)
-                and spaces <= max(parent, 0)
-            ):
-                self.fail("a tab in the indentation of a block scalar")
-            if spaces == len(line) and (indent is None or spaces <= indent):
-                blank = max(blank, spaces)
-                lines.append("")
-            elif indent is None and line.strip(" "):
-                indent = spaces
-                if spaces <= parent or parent < 0 and spaces == 0 and self.at_marker():
-                    break
-                if blank > spaces:
-                    self.fail("an empty line is indented deeper than the first line of the block scalar")
-                lines.append(line[spaces:])
-            elif spaces < (indent or 0) or indent == 0 and self.at_marker():
-                break
-            else:
-                lines.append(line[indent:])
-            self.position = end + 1
-        content = "\n".join(lines) + "\n" if lines else ""
-        if self.cut and self.position >= len(self.text):
+        line = end = header.end()
+        first = re.compile(r"[ \n]*").match(text, line).end()
+        if digit:
+            indent = max(parent, 0) + int(digit)
+        else:
+            line = end = max(line, text.rfind("\n", 0, first) + 1)
+            indent = first - line
+        if digit or first < len(text) and not self.is_outside(first, indent, parent):
+            if "\n" + " " * (indent + 1) in text[header.end() - 1:line]:
+                self.fail("an empty line is indented deeper than the first line of the block scalar", line)
+            last = re.compile(rf"\n(?! {{{indent}}}| *(?:\n|\Z))|\n(?=(?:---|\.\.\.)[ \t\n])")
+            match = last.search(text, line - 1)
+            end = match.start() + 1 if match else len(text)
+        content = "\n" * text.count("\n", header.end(), line)
+        content += re.sub(rf"(?m)^ {{0,{indent}}}", "", text[line:end])
+        if self.cut and end == len(text):
             content = content[:-1]
-        self.next_line()
+        if re.compile(" *\t").match(text, end):
+            self.fail("a tab in the indentation of a block scalar", end)
+        self.position = end - 1
+        self.skip()
         body = content.rstrip("\n")
         tail = content[len(body):]
-        if style == ">":
-            body = self.fold_block(body)
-        if not body:
-            return tail if chomp == "+" else ""
-        kept = {"-": "", "+": tail}
-        return body + kept.get(chomp, tail[:1])
-
-    @staticmethod
-    def fold_block(body):
-        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are
-        indented further.
-        """
-        lines = body.split("\n")
-        result, previous, empties = [], None, 0
-        for line in lines:
-            if not line:
-                empties += 1
-                continue
-            deeper = line[0] in " \t"
-            if previous is None:
-                result.append("\n" * empties)
-            elif previous or deeper:
-                result.append("\n" * (empties + 1))
-            else:
-                result.append("\n" * empties if empties else " ")
-            result.append(line)
-            previous, empties = deeper, 0
-        return "".join(result)
+        if header.group(1) == ">":              # a line end between two lines that are not indented further
+            body = re.sub(r"(?m)^([^ \t\n].*)\n(\n*)(?=[^ \t\n])",
+                          lambda match: match.group(1) + (match.group(2) or " "), body)
+        if chomp == "+":
+            return body + tail
+        return body if chomp == "-" or not body else body + tail[:1]
 
     def make_scalar(self, text, tag, plain):
         """A scalar's text to its value by tag or, for a plain one, by the core schema."""
-        if tag is None:
-            return self.resolve_plain(text) if plain else text
-        if tag in ("str", "!"):
+        if tag in ("str", "!") or tag is None and not plain:
             return text
         value = self.resolve_plain(text)
+        if tag is None:
+            return value
         if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
             value = float(value)
-        kind = {
-            bool: "bool",
-            int: "int",
-            PlainInt: "int",
-            float: "float",
-            PlainFloat: "float",
-            type(None): "null",
-        }.get(type(value))
-        if tag != kind:
+        kinds = {bool: "bool", int: "int", PlainInt: "int", float: "float", PlainFloat: "float"}
+        if tag != ("null" if value is None else kinds.get(type(value))):
             self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
         return value
 
@@ -8599,52 +8546,28 @@ class YAMLReader:
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
             base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-            number = int(text[2:] if base != 10 else text, base)
-            kind = PlainInt
+            number = PlainInt(text[2:] if base != 10 else text, base)
         else:
-            kind = PlainFloat
-            number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            number = PlainFloat(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if repr(number) == text:
-            return number
-        number = kind(number)
+            return +number                          # as plain as its spelling
         number.source = text
         return number
 
-    # Flow
-
-    def read_flow(self, parent, flow, anchor=None, tag=None, key=False):
-        """A node of flow style, a quoted or plain scalar, or an alias.
-
-        `flow`: depth of flow collections around it.
-        """
-        if self.text[self.position] in "&!":
-            anchor, tag = self.read_properties(anchor, tag)
-            if flow and not key:
-                self.skip_flow(parent)
-                if self.text[self.position] in ",]}" or self.at_colon():
-                    return self.finish(self.make_scalar("", tag, True), anchor)
+    def read_content(self, parent, flow):
+        """(value, its kind) of a node of flow style, without its properties; of a scalar its text."""
         character = self.text[self.position]
-        first = self.nodes
         if character == "*":
-            if anchor or tag:
-                self.fail("an alias has neither anchor nor tag")
-            return self.read_alias()
+            return self.read_alias(), "alias"
         if character in "[{":
-            if key and not flow:
-                self.fail("a key that is no scalar is not supported")
-            if tag not in (None, "!", "seq" if character == "[" else "map"):
-                self.fail(f"tag !!{tag} does not fit this collection")
-            self.enter()
-            self.position += 1
-            value = self.read_flow_collection(parent, flow + 1, "]" if character == "[" else "}")
-            self.depth -= 1
+            value = self.descend(self.read_flow_collection, parent)
             self.closed = self.position
-            return self.finish(value, anchor, first)
+            return value, "seq" if character == "[" else "map"
         if character in "\"'":
-            text = self.read_quoted(character, parent, key)
+            text = self.read_quoted(character, parent)
             self.closed = self.position
-            return self.finish(self.make_scalar(text, tag, False), anchor)
-        return self.finish(self.make_scalar(self.read_plain(parent, flow, key), tag, True), anchor)
+            return text, "quoted"
+        return self.read_plain(parent, flow), "plain"
 
     def read_alias(self):
         """The value of an anchor that stands before."""
@@ -8658,57 +8581,111 @@ class YAMLReader:
             self.fail(f"nested deeper than {MAX_DEPTH} levels by aliases")
         return known[0]
 
+    def read_plain(self, parent, flow):
+        """A plain scalar's text, folded over its lines; empty where a block's key is."""
+        text, position = self.text, self.position
+        if not flow and self.at_indicator(":"):
+            return ""
+        character = text[position]
+        if character in ",[]{}#&*!|>'\"%@`" or character in "-?:" and text[position + 1] in (
+                " \t\n,[]{}" if flow else " \t\n"):
+            self.fail(f"a value cannot start with {character!r} here")
+        stop = self.STOP[flow].search(text, position)
+        pieces = [text[position:stop.start()].rstrip(" \t")]
+        self.position += len(pieces[0])
+        while text[stop.start()] == "\n":
+            start, ends, column = self.look(stop.start())
+            if start == len(text) or self.is_outside(start, column, parent) or text[start] == "#":
+                break
+            if flow and (text[start] in ",[]{}" or text[start] == ":" and text[start + 1] in " \t\n,[]{}"):
+                break
+            stop = self.STOP[flow].search(text, start)
+            if text[stop.start()] == ":" and not flow:
+                self.fail("a key on a line that continues a value; is the indentation right?", start)
+            pieces += ["\n" * (ends - 1) or " ", text[start:stop.start()].rstrip(" \t")]
+            self.position = start + len(pieces[-1])
+        return "".join(pieces)
+
+    def read_quoted(self, quote, parent):
+        """A quoted scalar's text."""
+        text, start = self.text, self.position
+        special = re.compile(r'["\\]' if quote == '"' else "'")
+        end = start + 1
+        while True:
+            match = special.search(text, end)
+            if not match:
+                self.fail("a quoted value is not closed", start)
+            end = match.end()
+            if match.group() == quote and (quote == '"' or text[end] != quote):
+                break
+            end += 1                                # over what is escaped
+
+        def replace(match):
+            piece = match.group()
+            place = start + 1 + match.start()
+            if piece == "''":
+                return "'"
+            if piece[0] == "\\" and piece[1] != "\n":
+                return self.make_character(piece, place)
+            ends = piece.count("\n")
+            if not ends:
+                return piece
+            after, _, column = self.look(place + (piece[0] == "\\"))
+            if self.is_outside(after, column, parent):
+                self.fail("a quoted value is continued with too little indentation", after)
+            return "\n" * (ends - 1) or ("" if piece[0] == "\\" else " ")
+
+        self.position = end
+        return self.QUOTED[quote].sub(replace, text[start + 1:end - 1])
+
+    def make_character(self, escape, position):
+        """The character of an escape in a double-quoted scalar."""
+        if escape[1:] in ESCAPES:
+            return ESCAPES[escape[1:]]
+        number = int(escape[2:] or "-1", 16) 
+        if not 0 <= number <= 0x10FFFF or 0xD800 <= number <= 0xDFFF:
+            # halves of a surrogate pair too: YAML takes each by itself
+            self.fail(f"{escape} is no character", position)
+        return chr(number)
+
+    # Flow
+
     def skip_flow(self, parent):
         """White space, line ends and comments between the parts of a flow collection."""
-        while True:
-            start = self.position
-            self.position = self.SPACE.match(self.text, start).end()
-            if self.position >= len(self.text):
-                self.fail("a flow collection is not closed")
-            character = self.text[self.position]
-            if character == "#" and (self.position > start or self.text[start - 1] == "\n"):
-                self.position = self.text.index("\n", self.position)
-            elif character == "\n":
-                self.position = self.NEXT.match(self.text, self.position + 1).end()
-                if self.position >= len(self.text):
-                    self.fail("a flow collection is not closed")
-                indent = self.position - self.text.rfind("\n", 0, self.position) - 1
-                closes = indent == parent and self.text[self.position] in "]}"      # as all readers take it
-                if indent <= parent and not closes or indent == 0 and self.at_marker():
-                    self.fail("a flow collection is continued with too little indentation")
-            else:
-                return
+        ended = self.skip(True)
+        if self.position == len(self.text):
+            self.fail("a flow collection is not closed")
+        before, character = self.text[self.position - 1:self.position + 1]
+        closes = self.column == parent and character in "]}" and before in " \n"    # as all readers take it
+        if ended and self.column <= parent and not closes:
+            self.fail("a flow collection is continued with too little indentation")
 
-    def read_flow_collection(self, parent, flow, closing):
-        """[ … ] or { … }; the position is behind its start.
-
-        A single pair in a sequence is a mapping of its own.
-        """
-        text, items = self.text, []                 # of a mapping: (key, value, position)
+    def read_flow_collection(self, parent):
+        """[ … ] or { … }.  A single pair in a sequence is a mapping of its own."""
+        text = self.text
+        closing = "]" if text[self.position] == "[" else "}"
+        items = []                                  # of a mapping: (key, value, position)
         while True:
+            self.position += 1
             self.skip_flow(parent)
             start = self.position
             if text[start] == closing:
-                self.position += 1
-                return items if closing == "]" else self.make_mapping(items)
-            explicit = text[start] == "?" and text[start + 1] in " \t\n"
+                break
+            explicit = self.at_indicator("?")
             if explicit:
                 self.position += 1
                 self.skip_flow(parent)
-            key = self.read_flow_node(parent, flow)
-            value = None
-            end = self.position
+            key = self.read_flow_node(parent)
+            value, end = None, self.position
             self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
             paired = self.at_colon() or self.closed == end and text[self.position] == ":"
             if paired:
-                long = "\n" in text[start:self.position] or self.position - start > 1024
-                if long and closing == "]" and not explicit:
-                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters",
-                              start)
+                if closing == "]" and not explicit:
+                    self.check_key(start)
                 self.position += 1
                 self.skip_flow(parent)
-                value = self.read_flow_node(parent, flow)
+                value = self.read_flow_node(parent)
                 self.skip_flow(parent)
             elif end == start:
                 self.fail("a value is missing before the comma")
@@ -8716,127 +8693,21 @@ class YAMLReader:
                 items.append((key, value, start))
             else:
                 items.append(self.make_mapping([(key, value, start)]) if paired or explicit else key)
-            if text[self.position] == ",":
-                self.position += 1
-            elif text[self.position] != closing:
+            if text[self.position] == closing:
+                break
+            if text[self.position] != ",":
                 self.fail(f"a comma or {closing} is missing")
+        self.position += 1
+        return items if closing == "]" else self.make_mapping(items)
 
-    def read_flow_node(self, parent, flow):
-        """A node in a flow collection, None where there is nothing before its end."""
+    def read_flow_node(self, parent):
+        """A node in a flow collection, an empty one where there is nothing before its end."""
+        properties = self.read_properties()
+        if properties != (None, None):
+            self.skip_flow(parent)
         if self.text[self.position] in ",]}" or self.at_colon():
-            self.count()
-            return None
-        return self.read_flow(parent, flow)
-
-    def at_colon(self):
-        """Whether a colon stands here that ends a key in a flow collection."""
-        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
-
-    def read_plain(self, parent, flow, key):
-        """A plain scalar's text, folded over its lines."""
-        text, position = self.text, self.position
-        character = text[position]
-        if (
-            character in "-?:"
-            and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n")
-            or character in ",[]{}#&*!|>'\"%@`"
-        ):
-            if character == ":" and key:
-                return ""
-            self.fail(f"a value cannot start with {character!r} here")
-        stop = self.STOP[bool(flow)].search(text, position)
-        result = text[position:stop.start()].rstrip(" \t")
-        self.position = position + len(result)
-        while not key and text[stop.start()] == "\n" and stop.start() + 1 < len(text):
-            after = re.compile(r"(?:[ \t]*\n)*( *)[ \t]*").match(text, stop.start() + 1)
-            start = after.end()
-            indent = after.end(1) - after.start(1)
-            if (
-                start >= len(text)
-                or indent <= parent
-                or text[start] == "#"
-                or flow
-                and text[start] in ",[]{}"
-            ):
-                break
-            if flow and text[start] == ":" and text[start + 1] in " \t\n,[]{}":
-                break
-            if indent == 0 and self.MARKER.match(text, start) and text[start - 1] == "\n":
-                break
-            stop = self.STOP[bool(flow)].search(text, start)
-            if text[stop.start()] == ":" and not flow:
-                self.fail("a key on a line that continues a value; is the indentation right?", start)
-            piece = text[start:stop.start()].rstrip(" \t")
-            empties = after.group().count("\n")
-            result += ("\n" * empties if empties else " ") + piece
-            self.position = start + len(piece)
-        return result
-
-    def read_quoted(self, quote, parent, key):
-        """A quoted scalar's text."""
-        start = self.position
-        chunk = re.compile(r"[^\"\\\n]+" if quote == '"' else r"[^'\n]+")
-        self.position = start + 1
-        pieces = []
-        while True:
-            match = chunk.match(self.text, self.position)
-            if match:
-                pieces.append(match.group())
-                self.position = match.end()
-            if self.position >= len(self.text):
-                self.fail("a quoted value is not closed", start)
-            character = self.text[self.position]
-            if character == "\n":
-                if key:
-                    self.fail("a key lies on one line", start)
-                if pieces:
-                    pieces[-1] = pieces[-1].rstrip(" \t") if not pieces[-1].startswith("\0") else pieces[-1]
-                pieces.append(self.fold_line(parent, start))
-            elif character == "\\":
-                pieces.append(self.read_escape(parent, start))
-            elif quote == "'" and self.text.startswith("''", self.position):
-                pieces.append("'")
-                self.position += 2
-            else:
-                self.position += 1
-                return "".join(piece[1:] if piece.startswith("\0") else piece for piece in pieces)
-
-    def fold_line(self, parent, start):
-        """A line end in a quoted scalar and the empty lines after it: a space, or as many line ends."""
-        match = re.compile(r"\n((?:[ \t]*\n)*)( *)[ \t]*").match(self.text, self.position)
-        if match.end() >= len(self.text):
-            self.fail("a quoted value is not closed", start)
-        indent = match.end(2) - match.start(2)
-        self.position = match.end()
-        if indent <= parent or indent == 0 and self.at_marker():
-            self.fail("a quoted value is continued with too little indentation")
-        return "\n" * match.group(1).count("\n") or " "
-
-    def read_escape(self, parent, start):
-        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from
-        being folded away.
-        """
-        character = self.text[self.position + 1]
-        if character == "\n":
-            self.position += 1
-            folded = self.fold_line(parent, start)
-            return "\0" + (folded if folded != " " else "")
-        size = {"x": 2, "u": 4, "U": 8}.get(character)
-        if size is None:
-            if character not in ESCAPES:
-                self.fail(f"unknown escape \\{character}")
-            self.position += 2
-            return "\0" + ESCAPES[character]
-        digits = self.text[self.position + 2:self.position + 2 + size]
-        if (
-            not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits)
-            or int(digits, 16) > 0x10FFFF
-            or 0xD800 <= int(digits, 16) <= 0xDFFF
-        ):
-            # halves of a surrogate pair too: YAML takes each by itself
-            self.fail(f"\\{character}{digits} is no character")
-        self.position += 2 + size
-        return "\0" + chr(int(digits, 16))
+            return self.make_node("", "plain", properties)
+        return self.make_node(*self.read_content(parent, True), properties)
 
 
 def measure_depth(value):
@@ -9118,12 +8989,15 @@ def read_components(value, base):
     return names
 
 
-SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
-SCHEMA["identity"]["algorithm"] = choice(*SIGNING)
+SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a", "form of capabilities: a has roles, b is flat")
+SCHEMA["identity"]["algorithm"] = (choice(*SIGNING), None, "how requests are signed; unset: by the key")
 SCHEMA["identity"]["signature"] = {
-    "label": (read_word, "sig1"), "components": (read_components,
-                                                 ["@method", "@target-uri", "@authority", "content-digest"]),
-    "keyid": read_word, "alg": read_word}
+    "label": (read_word, "sig1", "name of the signature in its headers"),
+    "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"],
+                   "what of a request is signed"),
+    "keyid": (read_word, None, "name by which the WFM knows the key; without it the key's digest"),
+    "alg": (read_word, None, "name of the algorithm that is sent; empty: none"),
+}
 
 
 def choose_algorithm(spki, wanted):
@@ -9600,11 +9474,18 @@ def parse_folder(text):
 
 read_branch = scalar("the name of a branch", BRANCH_PATTERN)
 read_folder = scalar("a folder inside the repository", make=parse_folder)
-SCHEMA["wfm"]["status_url"] = read_root_url
+SCHEMA["wfm"]["status_url"] = (read_root_url, None, "root URL of a WFM to report to; without it a branch is")
 SCHEMA["git"] = {
-    "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False),
-    "allowed_signers": read_path, "allow_rewrite": (read_flag, False), "token_file": read_path,
-    "username": read_text, "ssh_key": read_path, "known_hosts": read_path}
+    "branch": (read_branch, "main", "branch of the desired state"),
+    "path": (read_folder, "", "its folder of deployments; empty: the whole of it"),
+    "verify_signatures": (read_flag, False, "whether each head has to be signed"),
+    "allowed_signers": (read_path, None, "who may sign: a file as ssh-keygen has it, or exported gpg keys"),
+    "allow_rewrite": (read_flag, False, "whether signers may rewrite history"),
+    "token_file": (read_path, None, "file of the token for https, mode 0600"),
+    "username": (read_text, None, "who the token belongs to; without it the token is a bearer's"),
+    "ssh_key": (read_path, None, "private key for ssh, mode 0600"),
+    "known_hosts": (read_path, None, "file of the host keys that ssh accepts"),
+}
 
 
 def check_git_settings(config):
@@ -9977,39 +9858,61 @@ def make_git_environment(config, home, environ):
                                          "/dev/null"] + [quote(f"-o{option}") for option in options])}
 
 
+# All that git may do: its configuration, whatever the machine's is (C-250).
+GIT_CONFIG = """\
+[protocol]
+	allow = never
+[protocol "https"]
+	allow = always
+[protocol "ssh"]
+	allow = always
+[protocol "file"]
+	allow = always
+[core]
+	hooksPath = /dev/null
+	attributesFile = /dev/null
+	bigFileThreshold = 8m
+[gc]
+	auto = 0
+[maintenance]
+	auto = false
+[credential]
+	helper = ""
+[transfer]
+	bundleURI = false
+[fetch]
+	unpackLimit = 1
+[http]
+	followRedirects = false
+	lowSpeedLimit = 1024
+"""
+
+
 def make_git_config(config, home, header):
-    """The configuration that git finds in its home, as bytes: all that it may do, and the credential, which
-    nobody else sees.
-    """
-    seconds = int(4 * config.wfm.timeout) or 1
-    url = config.wfm.url
-    settings = [
-        ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow",
-                                                                                  "always"),
-        ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile",
-                                                                                     "/dev/null"),
-        ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto",
-                                                                  "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit",
-                                                                                   "1"),
-        ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"), ("http", "lowSpeedTime",
-                                                                                  str(seconds)),
-        ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
-    if config.identity.ca:
-        settings += [("http", "sslCAInfo", config.identity.ca),
-                     ("http", "sslCAPath", os.path.join(home, "none"))]
-    if header:
-        settings.append(("http", "extraHeader", f"Authorization: {header}"))
-    if url.startswith("file://"):                   # whoever owns it: the operator named it
-        folder = url[len("file://"):].rstrip("/")
-        settings += [("safe", "directory", folder), ("safe", "directory", folder + "/.git")]
-    if config.git.allowed_signers:
-        settings.append(('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers))
-    lines = []
-    for section, key, value in settings:
-        value = value.replace("\\", "\\\\").replace('"', '\\"')
-        lines.append(f'[{section}]\n\t{key} = "{value}"\n')
-    return "".join(lines).encode()
+    """The configuration that git finds in its home, as bytes, with the credential, which nobody else sees."""
+    settings = {
+        "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
+        "http.sslVersion": f"tlsv{config.wfm.min_tls}",
+        "http.sslCAInfo": config.identity.ca,
+        "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
+        "http.extraHeader": header and f"Authorization: {header}",
+        "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
+    }
+    text = GIT_CONFIG
+    for name, value in settings.items():
+        section, _, key = name.rpartition(".")
+        if value:
+            text += f"[{section}]\n\t{key} = {quote_for_git(value)}\n"
+    if config.wfm.url.startswith("file://"):        # whoever owns it: the operator named it
+        folder = config.wfm.url[len("file://"):].rstrip("/")
+        for place in (folder, folder + "/.git"):
+            text += f"[safe]\n\tdirectory = {quote_for_git(place)}\n"
+    return text.encode()
+
+
+def quote_for_git(value):
+    """A value as git's configuration has it."""
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def load_git_header(git):
@@ -10256,8 +10159,15 @@ def read_rekey(value, base):
 
 
 SCHEMA["identity"].update({
-    "enrollment": (choice("off", "est"), "off"), "rekey": read_rekey,
-    "est": {"url": read_root_url, "token_file": read_path, "certificate": read_path, "key": read_path}})
+    "enrollment": (choice("off", "est"), "off", "est: SVIDs are obtained and renewed over EST (draft)"),
+    "rekey": (read_rekey, None, ""),
+    "est": {
+        "url": (read_root_url, None, "EST server; without it the one that the discovery document names"),
+        "token_file": (read_path, None, "file of the token for the first SVID, mode 0600"),
+        "certificate": (read_path, None, "certificate for the first SVID, in place of a token"),
+        "key": (read_path, None, "private key of that certificate, mode 0600"),
+    },
+})
 
 
 def check_est_settings(config):
@@ -10725,7 +10635,8 @@ Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
     "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
     " serial numbers that it lists, its own number.")
 
-SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
+SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft",
+                                    "whether lists of revoked certificates are asked for, or needed (draft)")
 
 
 def parse_crl(data):
@@ -11334,7 +11245,8 @@ class HelmDriver:
 
 
 DRIVERS["helm"] = make_helm_driver
-SCHEMA["runtime"].update(helm=(read_helm, "auto"), kubeconfig=read_path)
+SCHEMA["runtime"].update(helm=(read_helm, "auto", "path of helm; auto: by PATH, off: no helm components"),
+                         kubeconfig=(read_path, None, "file that leads helm to its cluster"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -11499,8 +11411,10 @@ def examine_hooks(agent):
     return "ok", f"{len(hooks)} to be run around changes" if hooks else ""
 
 
-SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []),
-                     "timeout": (read_duration, "60s")})
+SCHEMA.update(hooks={
+    "run": (list_of(read_path, "a list of file names"), [], "programs that are run around each change"),
+    "timeout": (read_duration, "60s", "limit of one such program"),
+})
 LISTENERS.append(run_hooks)
 EXAMINE.update(hooks=examine_hooks)
 
