@@ -4980,22 +4980,6 @@ def to_limit(item, where):
     return to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")(text, where)
 
 
-def to_env_file(item, where):
-    """An item of `env_file` as (path, whether it has to be there)."""
-    if not isinstance(item, Settings):
-        return to_text(item, where), True
-    return item.path or "", item.required is not False
-
-
-def to_file(item, where):
-    """An item of `configs` or `secrets` as (its name, path in the container or "", mode, uid, gid)."""
-    if not isinstance(item, Settings):
-        return to_text(item, where), "", 0o644, -1, -1
-    mode = 0o644 if item.mode is None else item.mode & 0o777
-    owner = [-1 if number is None else number for number in (item.uid, item.gid)]
-    return (item.source or "", item.target or "", mode, *owner)
-
-
 def to_source(item, where):
     """One of the top-level `configs` or `secrets` as (where its text comes from, what it is there)."""
     keys = ("file", "content", "environment") if isinstance(item, Settings) else ()
@@ -5071,8 +5055,8 @@ def to_word(word):
 
 
 # The form of a file.  A form is a reader; a dict of known keys and their forms; {None: form} for names of the
-# application's own, {list: form} where a list of such names will do, too; [form]; or (form of the long
-# syntax, reader of what it gives, and of the short syntax).
+# application's own, {list: form} where a list of such names will do, too; [form]; or a pair for what has two
+# syntaxes: the form of the long one, and the key that a single value is for, or the reader of what both give.
 
 def make_form(reader, names, **forms):
     """The form of a mapping: names that one reader reads, and others with their forms."""
@@ -5091,15 +5075,17 @@ SERVICE_OPTIONS = dict(
                         "host, auto, nomap or keep-id"),
     stop_grace_period=to_grace, restart=to_restart, extra_hosts=to_hosts, labels=to_labels, sysctls=to_values,
     ulimits={None: (make_form(to_text, "soft hard"), to_limit)})
-# ... and those of them whose options have other names.
+# ... and keys whose options have other names.
 RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "memory-swap",
            "mem_reservation": "memory-reservation", "mem_swappiness": "memory-swappiness",
            "cpuset": "cpuset-cpus", "stdin_open": "interactive", "devices": "device", "dns_opt": "dns-option",
            "userns_mode": "userns", "stop_grace_period": "stop-timeout", "extra_hosts": "add-host",
-           "labels": "label", "sysctls": "sysctl", "ulimits": "ulimit"}
+           "labels": "label", "sysctls": "sysctl", "ulimits": "ulimit", "enable_ipv6": "ipv6",
+           "ipv4_address": "ip", "ipv6_address": "ip6", "test": "health-cmd", "interval": "health-interval",
+           "timeout": "health-timeout", "retries": "health-retries", "start_period": "health-start-period"}
 
 CONTENT_FORM = {None: (make_form(to_text, "file content environment name"), to_source)}
-FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), to_file)]
+FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), "source")]
 DEPLOY_FORM = {
     "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
     "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
@@ -5117,7 +5103,7 @@ SERVICE_FORM = dict(
     profiles=to_list, expose=to_list, links=to_list, container_name=to_name, attach=to_flag, scale=to_one,
     configs=FILES_FORM, secrets=FILES_FORM, deploy=DEPLOY_FORM, tmpfs=to_tmpfs,
     volumes=[(MOUNT_FORM, to_mount)],
-    env_file=[(make_form(to_text, "path format", required=to_flag), to_env_file)],
+    env_file=[(make_form(to_text, "path format", required=to_flag), "path")],
     network_mode=to_namespace("none", "host", "bridge"),
     pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
     blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
@@ -5167,6 +5153,8 @@ def read_value(value, form, where="", variables=None):
             items = value if isinstance(value, list) or value is None else [value]
             return [read(item, form[0], f"{where}[{index}]") for index, item in enumerate(items or ())]
         form, reader = form if isinstance(form, tuple) else (form, form)
+        if isinstance(reader, str) and not isinstance(value, dict):
+            value = {reader: value}
         try:
             if isinstance(form, dict) and (form is reader or value is None or isinstance(value, dict)):
                 value = read_keys(value, form, where)
@@ -5240,10 +5228,9 @@ def make_networks(document, workload):
     """Top-level `networks` as make_volumes has it; `default` is always there."""
     networks = {}
     for name, value in dict({"default": read_value(None, NETWORK_FORM)}, **document.networks).items():
-        arguments = make_arguments("--internal", value.internal) + make_arguments("--ipv6", value.enable_ipv6)
+        arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
-            for key in ("subnet", "gateway", "ip_range"):
-                arguments += make_arguments(make_option(key), item[key])
+            arguments += make_options(item, ("subnet", "gateway", "ip_range"))
         mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
         networks[name] = make_shared(name, value, workload, f"networks.{name}",
                                      arguments + [f"--label={LABEL_HASH}={mark}"])
@@ -5321,9 +5308,10 @@ def find_aliases(services, notes):
 
 # Services
 
-def make_option(key):
-    """The engine's option that has the name of a key."""
-    return "--" + key.replace("_", "-")
+def make_options(settings, keys):
+    """The engine's arguments for what stands at some keys: its options are called like these, or RENAMED."""
+    options = [("--" + RENAMED.get(key, key).replace("_", "-"), settings[key]) for key in keys]
+    return [argument for option, value in options for argument in make_arguments(option, value)]
 
 
 def make_arguments(option, value):
@@ -5348,7 +5336,7 @@ def make_single(argument):
     return '{}="{}"'.format(option, value.replace('"', '""'))
 
 
-def make_options(service, workload):
+def make_service_options(service, workload):
     """The arguments of a service that options of the engine take as they are.
 
     A key of its own stands above `deploy`.
@@ -5362,8 +5350,7 @@ def make_options(service, workload):
                    log_opt=service.logging.options)
     for key in ("pid", "ipc"):
         options[key] = make_namespace(options.get(key), workload)
-    named = {make_option(RENAMED.get(key, key)): value for key, value in options.items()}
-    return [argument for option in sorted(named) for argument in make_arguments(option, named[option])]
+    return make_options(options, sorted(options, key=lambda key: RENAMED.get(key, key)))
 
 
 def make_restart(policy):
@@ -5393,9 +5380,8 @@ def make_health(check, engine):
         test = f"CMD {test}"                        # a list of one would be for a shell
     elif kind == "CMD":
         test = " ".join(map(shlex.quote, words))
-    arguments = make_arguments("--health-cmd", test)
-    for key in ("interval", "timeout", "retries", "start_period"):
-        arguments += make_arguments(make_option(f"health_{key}"), check[key])
+    keys = ("test", "interval", "timeout", "retries", "start_period")
+    arguments = make_options(dict(check, test=test), keys)
     # An engine takes zero as not said.
     health = Health(parse_period(check.interval or "0s") or 30.0, check.retries or 3,
                     parse_period(check.start_period or "0s"))
@@ -5438,16 +5424,19 @@ def make_files(service, reading, where):
     """`configs` and `secrets` of a service as {path in the container: Content}."""
     files = {}
     for section, root in (("configs", "/"), ("secrets", "/run/secrets/")):
-        for index, (name, target, *access) in enumerate(service[section]):
+        for index, item in enumerate(service[section]):
             place = f"{where}.{section}[{index}]"
+            name = item.source or ""
             if name not in reading.contents[section]:
                 raise make_fault(f"{place}: {make_printable(name, 60)!r} is not among the top-level"
                                  f" {section}")
-            target = target or name
+            target = item.target or name
             target = target if target.startswith("/") else root + target
             if ":" in target:
                 raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
-            files[target] = Content(reading.contents[section][name], *access)
+            mode = 0o644 if item.mode is None else item.mode & 0o777
+            owner = [-1 if number is None else number for number in (item.uid, item.gid)]
+            files[target] = Content(reading.contents[section][name], mode, *owner)
     return files
 
 
@@ -5466,8 +5455,7 @@ def make_attachments(name, service, reading, where):
         if network not in reading.networks:
             raise make_fault(f"{where}.networks: {make_printable(network, 60)!r} is not among the top-level"
                              " networks")
-        options = make_arguments("--ip", value.ipv4_address) + make_arguments("--ip6", value.ipv6_address)
-        options += make_arguments("--mac-address", value.mac_address)
+        options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
         joined.append(Attachment(reading.networks[network][0], list(aliases), options))
     return joined
@@ -5496,9 +5484,10 @@ def make_environment(service, reading, where):
     In `environment` a name alone takes the parameter of its name.
     """
     environment = {}
-    for path, needed in service.env_file:
+    for item in service.env_file:
+        path = item.path or ""
         found = reading.folder.look(path)
-        if needed or found.kind or not found.own:
+        if item.required is not False or found.kind or not found.own:
             environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
                                               reading.variables, path))
     given = {name: reading.variables.get(name) if text is None else text
@@ -5731,7 +5720,7 @@ def make_service(name, service, reading):
     check_logging(f"{where}.logging", service.logging, reading.engine)
     ports = list(dict.fromkeys(service.ports))      # one that is listed twice is one
     held = find_ports(ports, reading.variables, f"{where}.ports")
-    arguments = make_options(service, reading.workload)
+    arguments = make_service_options(service, reading.workload)
     arguments += make_arguments("--publish", [port.argument for port in ports])
     command = service.command or []
     if service.entrypoint is not None:
