@@ -41,7 +41,7 @@ import os
 import re
 import sys
 import time
-from collections import namedtuple
+from collections import ChainMap, namedtuple
 
 __version__ = "0.1.0"
 __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError", "PROFILES", "__version__"]
@@ -4537,34 +4537,31 @@ def find_parameters(deployment, component):
             if parameter.value is not None and component in names]
 
 
-# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application
-# (D-18, C-184).
+# Names that the tools themselves obey.  A parameter of such a name would steer the tool (D-18, C-184).
 TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
 
 
 def make_variables(deployment, component):
     """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID.
 
-    Protocol 7, C-180, C-182.
-
-    A later parameter for the same name wins; a list becomes JSON text.
+    A later parameter for the same name wins; a list becomes JSON text (protocol 7, C-180, C-182).
     """
-    variables = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
-            words = f"parameter {make_printable(parameter.name)}: {make_printable(pointer)!r} is not a name"
-            raise ComponentError(
-                "PARAMETER_INVALID", f"{words} that an environment variable of a container may have")
+    variables, spelling = {}, {}
+    for parameter, name in find_parameters(deployment, component):
         value = parameter.value
-        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
-        if "\0" in variables[pointer]:
-            raise ComponentError("PARAMETER_INVALID",
-                                 f"parameter {make_printable(parameter.name)}: holds a NUL character")
-    folded = sorted(variables, key=str.lower)
-    for first, second in zip(folded, folded[1:]):
-        if first.lower() == second.lower():
-            raise ComponentError("PARAMETER_INVALID",
-                                 f"the parameters {first} and {second} differ only in case")
+        text = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
+        first = spelling.setdefault(name.lower(), name)
+        fault = ""
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name.upper().startswith(TOOL_VARIABLES):
+            fault = (f"{make_printable(name)!r} is not a name that an environment variable of a container may"
+                     " have")
+        elif "\0" in text:
+            fault = "holds a NUL character"
+        elif first != name:
+            fault = f"the names {first} and {name} differ only in case"
+        if fault:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: {fault}")
+        variables[name] = text
     return variables
 
 
@@ -4588,19 +4585,19 @@ Service = define(
     "Service", "name image arguments command environment files networks depends_on health pull hash ports"
                " mounts shares",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
-    " [Attachment];"
-    " depends_on: {service: (condition, required)}; health: Health, or None where the file says nothing of"
-    " it; hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that"
-    " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
+    " [Attachment]; depends_on: {service: (condition, required)}; health: Health, or None where the file says"
+    " nothing of it; hash: of all that makes its container what it is; ports: [[address or \"\", port,"
+    " protocol]] that it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.",
+    (), (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
     " what is external), and what of the file has no effect, in words.", ())
 Mount = define("Mount", "kind source target options found",
     "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
-    " name), path in the container, engine's options; found: the Source of a bind mount.")
-Port = define("Port", "address published target protocol",
-    "An item of `ports`: address of the host or \"\", its port or ports or \"\", those of the container,"
-    " tcp, udp or sctp.")
+    " name), path in the container, engine's options; found: the Source of a bind mount.", None)
+Port = define("Port", "argument address numbers protocol",
+    "An item of `ports` as the engine takes it, and what it holds of the host: an address or \"\", a range of"
+    " ports, tcp, udp or sctp.")
 Health = define("Health", "interval retries start",
     "A health check as the agent waits for it: seconds, misses, seconds of grace.")
 Attachment = define("Attachment", "network aliases options",
@@ -4608,9 +4605,9 @@ Attachment = define("Attachment", "network aliases options",
     " mode, None, None.", None)
 Content = define("Content", "text mode uid gid",
     "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
-Reading = define("Reading", "workload policy engine folder variables volumes networks contents",
+Reading = define("Reading", "workload policy engine folder variables volumes networks contents aliases",
     "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of"
-    " volumes and of networks, {section: {name: text}} of configs and secrets.")
+    " volumes and of networks, {section: {name: text}} of configs and secrets, {service: further names}.")
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT = "org.margo.deployment", "org.margo.component"
 LABEL_SERVICE = "org.margo.service"
@@ -4625,14 +4622,13 @@ def make_fault(text, code="INVALID_DEPLOYMENT"):
 
 # Variables
 
-class Variables(dict):
-    """{NAME: text} for one compose file, and how many characters they and env files may bring into it: it
-    cannot be a bomb."""
+class Variables(ChainMap):
+    """{NAME: text} for one compose file.  `room`: how many characters these may still bring into it."""
 
     room = 8 * MIB
 
     def spend(self, count, where):
-        """Takes characters from the room that is left; raises ComponentError where there is none."""
+        """Takes characters from the room; raises ComponentError where none is left, so nothing is a bomb."""
         self.room -= count
         if self.room < 0:
             raise make_fault(f"{where}: variables, env files and ports bring more than {Variables.room}"
@@ -4642,55 +4638,46 @@ class Variables(dict):
 def interpolate(text, variables, where, depth=0):
     """`$NAME`, `${NAME}`, `${NAME:-default}` with the operators - ? + :- :? :+, and `$$` in one text.
 
-    variables: Variables. An unset name is an empty text, and a `$` that begins none of these stays, as
-    compose has it. Raises ComponentError naming the place.
+    As in compose an unset name is an empty text, and a `$` that begins none of these stays.  Raises
+    ComponentError that names the place.
     """
     if depth > 32:
         raise make_fault(f"{where}: a $ in more than 32 others")
-    pattern = re.compile(r"\$(?:(\$)|\{([A-Za-z_]\w*)(:?[-?+]|\})|([A-Za-z_]\w*)|(\{))", re.A)
+    pattern = re.compile(r"\$(\$|[A-Za-z_]\w*|\{(?:([A-Za-z_]\w*)(:?[-?+]|\}))?)", re.A)
     result, position = [], 0
     match = pattern.search(text)
     while match:
-        dollar, long, operator, short, open_brace = match.groups()
-        if open_brace:
+        short, name, operator = match.groups()
+        if short == "{":
             raise make_fault(f"{where}: a ${{ that is not ${{NAME}}; a $ that is meant is written $$")
         result.append(text[position:match.start()])
         position = match.end()
-        name = long or short
-        value = dollar or variables.get(name, "")
-        if long and operator != "}":
+        name = name or short
+        value = "$" if short == "$" else variables.get(name, "")
+        if operator not in (None, "}"):
             end = find_brace(text, position, variables, where)
-            rest = text[position:end]
-            position = end + 1
             given = name in variables and bool(value or ":" not in operator)
-            value = choose(operator[-1], given, name, value,
-                           lambda: interpolate(rest, variables, where, depth + 1), where)
+            if given == operator.endswith("+"):     # what stands behind the operator counts
+                value = interpolate(text[position:end], variables, where, depth + 1)
+                if operator.endswith("?"):
+                    raise make_fault(f"{where}: {name} is needed: {value}", "PARAMETER_INVALID")
+            position = end + 1
         result.append(value)
         variables.spend(len(value), where)
         match = pattern.search(text, position)
     return "".join(result) + text[position:]
 
 
-def choose(operator, given, name, value, make_rest, where):
-    """What `${NAME` gives with one of the operators - ? +, by whether the name counts as given; make_rest:
-    what stands behind it."""
-    if operator == "+":
-        return make_rest() if given else ""
-    if given:
-        return value
-    if operator == "?":
-        raise make_fault(f"{where}: {name} is needed: {make_rest()}", "PARAMETER_INVALID")
-    return make_rest()
-
-
 def find_brace(text, position, variables, where):
-    """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only
-    those of a `${`. What is looked through counts as what is brought in: many could look through each other.
+    """The closing brace of a `${…` whose inside starts at `position`.
+
+    Braces inside come in pairs, or else only those of a `${` do.  What is looked through is spent, too:
+    many could look through each other.
     """
-    for opening in ("{", "${"):
+    for opening in (r"\{", r"\$\{"):
         depth = 0
-        for match in re.compile(re.escape(opening) + "|}").finditer(text, position):
-            depth += 1 if match.group() == opening else -1
+        for match in re.compile(opening + "|}").finditer(text, position):
+            depth += 1 if match.group() != "}" else -1
             if depth < 0:
                 variables.spend(match.start() - position, where)
                 return match.start()
@@ -4698,48 +4685,39 @@ def find_brace(text, position, variables, where):
     raise make_fault(f"{where}: a ${{ that is not closed")
 
 
-# Below these keys, keys are names of the application's own; everywhere else x-… keys are extensions, which
-# are dropped unread.
-NAMING = ("services", "networks", "volumes", "configs", "secrets", "environment", "labels", "sysctls",
-          "extra_hosts", "ulimits",
-          "depends_on", "options", "driver_opts")
-
-
-def interpolate_all(value, variables, where="", named=False):
-    """Every text below a value interpolated; keys stay as they are, a number as it was spelt.
-
-    named: they are names.
-    """
+def interpolate_all(value, variables, where=""):
+    """Every text below a value interpolated.  Keys stay as they are; numbers stay numbers."""
     if isinstance(value, dict):
-        result = {}
-        for key, item in value.items():
-            name = to_text(key, f"{where or 'the file'}: a name")
-            if name.startswith("x-") and not named:
-                continue
-            if name in result:
-                raise make_fault(f"{where}: {make_printable(name, 60)} occurs twice")
-            place = f"{where}.{name}" if where else name
-            result[name] = interpolate_all(item, variables, place, not named and name in NAMING)
-        return result
+        return {name: interpolate_all(item, variables, f"{where}.{name}")
+                for name, item in make_names(value, where).items()}
     if isinstance(value, list):
         return [interpolate_all(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
-    return interpolate(value, variables, where) if isinstance(value, str) and "$" in value else value
+    return interpolate(value, variables, where) if isinstance(value, str) else value
 
 
-# a name, and perhaps = or : and a value
+def make_names(value, where):
+    """A mapping with its keys as text; raises ComponentError where two are the same then."""
+    names = {to_text(key, f"{where or 'the file'}: a name"): item for key, item in value.items()}
+    if len(names) < len(value):
+        raise make_fault(f"{where}: a key occurs twice")
+    return names
+
+
+# A name, and perhaps = or : and a value in quotes or without.
 ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
             r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|"
             r"(?![ \t]*['\"])([^\n]*)))?[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 
 
 def parse_env_file(text, variables, where):
-    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes as compose
-    takes them."""
+    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes.
+
+    A value may name the variables, and those of earlier lines.  A name alone takes the variable's value.
+    """
     result = {}
-    known = Variables(variables)
     text = text.replace("\r\n", "\n").lstrip("\ufeff")
     variables.spend(len(text), where)
-    known.room = variables.room
+    variables.maps.append(result)
     for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
         name, single, double, plain, odd = match.groups()
         if odd:
@@ -4749,12 +4727,10 @@ def parse_env_file(text, variables, where):
             result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
             raw = unescape_double(double) if plain is None else re.split(r"\s#", plain, maxsplit=1)[0].strip()
-            result[name] = interpolate(raw, known, f"{where}, {name}")
+            result[name] = interpolate(raw, variables, f"{where}, {name}")
         elif name in variables:
             result[name] = variables[name]
-        if name in result and name not in variables:
-            known[name] = result[name]
-    variables.room = known.room
+    variables.maps.pop()
     return result
 
 
@@ -4764,49 +4740,52 @@ def unescape_double(text):
     return re.sub(r"\\(.)", lambda match: escapes.get(match.group(1), match.group(0)), text, flags=re.S)
 
 
-# Readers of compose values: (value, place) to what is meant; each names the place of what is not that.
+# Readers: each takes a value and its place, and returns what is meant or raises ComponentError of the place.
 
 def to_text(value, where):
     """A scalar as text; a number keeps its spelling."""
     if value is None or isinstance(value, (dict, list)):
         raise make_fault(f"{where}: expected a single value")
     text = scalar_text(value)
-    if "\0" in text:
-        raise make_fault(f"{where}: holds a NUL character")
-    if re.search("[\ud800-\udfff]", text):
-        raise make_fault(f"{where}: holds bytes that are no UTF-8")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise make_fault(f"{where}: holds a NUL character, or bytes that are no UTF-8")
     return text
 
 
-def to_form(pattern, words):
-    """A reader of text of one form: the pattern, and what it is in words."""
+def to_form(pattern, words, make=str):
+    """A reader of text of one form: the pattern, what that is in words, and what is made of the text."""
     def read_form(value, where):
         text = to_text(value, where)
         if not re.fullmatch(pattern, text):
             raise make_fault(f"{where}: {make_printable(text, 60)!r} is not {words}")
-        return text
+        return make(text)
     return read_form
 
 
-to_size = to_form(r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m")
+def parse_period(text):
+    """A duration of compose, such as 1m30s or 500ms, to seconds."""
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
+    return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
+
+
+PERIOD = r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s"
+to_period = to_form(*PERIOD)
+# In whole seconds: an engine would take zero as not said.
+to_grace = to_form(*PERIOD, make=lambda text: str(max(1, round(parse_period(text)))))
+SIZE = r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m"
+to_size = to_form(*SIZE)
 to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
+to_count = to_form("[0-9]{1,9}", "a whole number", int)
 to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
 to_one = to_form("1", "supported; only 1 is")
 
 
 def to_flag(value, where):
-    """true or false, also as the text that interpolation leaves, by all words of YAML 1.1."""
+    """true or false, also as text, by all words of YAML 1.1."""
     word = scalar_text(value).lower() if isinstance(value, (bool, str)) else ""
     if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
         raise make_fault(f"{where}: expected true or false")
     return word in ("true", "yes", "on", "y")
-
-
-def to_mapping(value, where):
-    """A mapping as it is, {} for nothing."""
-    if value is not None and not isinstance(value, dict):
-        raise make_fault(f"{where}: expected a mapping")
-    return value or {}
 
 
 def to_list(value, where):
@@ -4828,7 +4807,7 @@ def to_values(value, where):
 
 
 def to_labels(value, where):
-    """`labels` as {name: text}; those by which containers are found again are not to be forged."""
+    """`labels` as {name: text}, without those by which containers are found again."""
     labels = to_values(value, where)
     if any(name.startswith(("org.margo.", "com.docker.compose.")) for name in labels):
         raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
@@ -4854,25 +4833,6 @@ def to_words(value, where):
     return ["".join(parts) for parts in words if parts]
 
 
-def to_seconds(value, where):
-    """Compose's durations such as 1m30s or 500ms to seconds."""
-    form = to_form(r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s")
-    text = form(value, where)
-    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
-    return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
-
-
-def to_duration(value, where):
-    """A duration as it is written."""
-    to_seconds(value, where)
-    return value
-
-
-def to_count(value, where):
-    """A whole number, zero or more."""
-    return int(to_form("[0-9]{1,9}", "a whole number")(value, where))
-
-
 def to_mode(value, where):
     """The permissions of a file: an octal number, or a plain one as compose takes it."""
     octal = isinstance(value, str) or to_text(value, where).startswith("0")
@@ -4883,21 +4843,16 @@ def to_mode(value, where):
 def to_hosts(value, where):
     """`extra_hosts` as [HOST:ADDRESS]; a name may have several addresses."""
     if isinstance(value, dict):
-        pairs = [(name, item) for name in sorted(value) for item in to_list(value[name], f"{where}.{name}")]
+        pairs = sorted(value.items())
     else:
         pairs = [re.match("([^=:]*)[=:]?(.*)", item, re.S).groups() for item in to_list(value, where)]
-    return [f"{name}:{address.strip('[]')}" for name, address in pairs]
+    return [f"{name}:{text.strip('[]')}" for name, item in pairs for text in to_list(item, f"{where}.{name}")]
 
 
 def to_restart(value, where):
     """`restart`: the engine's own words."""
     form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
     return "no" if value is False else form(value, where)
-
-
-def to_grace(value, where):
-    """`stop_grace_period` in whole seconds; an engine would take zero as not said."""
-    return str(max(1, round(to_seconds(value, where))))
 
 
 def to_external(value, where):
@@ -4907,30 +4862,24 @@ def to_external(value, where):
 
 def to_namespace(*words):
     """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
+    words += ("service:NAME",)
+    form = to_form("|".join(words).replace("NAME", ".+"), f"supported; known are {', '.join(words)}")
+
     def read_namespace(value, where):
-        text = to_text(value, where)
-        if not re.fullmatch("|".join(words + ("service:.+",)), text):
-            code = "POLICY_DENIED" if re.match("container:|ns:", text) else "INVALID_DEPLOYMENT"
-            known = ", ".join(words + ("service:NAME",))
-            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not supported; known are {known}",
-                             code)
-        return text
+        if re.match("container:|ns:", str(value)):
+            deny(where, f"{make_printable(str(value), 60)!r} is not supported: it is not this application's")
+        return form(value, where)
     return read_namespace
 
 
 def to_test(value, where):
-    """`test` of a health check: text for a shell, a list of words for none, [] for no check at all."""
-    if not isinstance(value, list):
-        text = to_text(value, where)
-        return [] if text == "NONE" else text
+    """`test` of a health check as [CMD, word …], [CMD-SHELL, text] or [NONE]."""
     words = to_list(value, where)
-    if words == ["NONE"]:
-        return []
-    if words[:1] == ["CMD-SHELL"] and len(words) == 2:
-        return words[1]
-    if words[:1] != ["CMD"] or len(words) < 2:
+    if not isinstance(value, list) and value != "NONE":
+        words = ["CMD-SHELL"] + words
+    if len(words) < {"NONE": 1, "CMD-SHELL": 2, "CMD": 2}.get(words[0] if words else "", len(words) + 1):
         raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
-    return words[1:]
+    return words
 
 
 # What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
@@ -4964,45 +4913,120 @@ def find_registry(image):
     return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
 
 
+# Readers of items that have a long and a short syntax: the long one comes as Settings.
+
+def to_limit(item, where):
+    """One of `ulimits`: SOFT:HARD, or one number for both."""
+    text = f"{item.soft}:{item.hard}" if isinstance(item, Settings) else item
+    return to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")(text, where)
+
+
+def to_source(item, where):
+    """One of the top-level `configs` or `secrets` as (where its text comes from, what it is there)."""
+    keys = ("file", "content", "environment") if isinstance(item, Settings) else ()
+    given = [(key, item[key]) for key in keys if item[key] is not None]
+    if len(given) != 1:
+        raise make_fault(f"{where}: expected one of file, content, environment")
+    return given[0]
+
+
+def make_span(text):
+    """PORT or PORT-PORT as a range, which is empty for what is none."""
+    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
+    first, last = map(int, match.groups(match.group(1))) if match else (0, 0)
+    return range(first, last + 1) if 1 <= first and last <= 65535 else range(0)
+
+
+def to_port(item, where):
+    """An item of `ports` as a Port; in short [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL]."""
+    import ipaddress
+    if isinstance(item, Settings):
+        item = f"{item.host_ip or ''}:{item.published or ''}:{item.target or ''}/{item.protocol or 'tcp'}"
+    text = to_text(item, where)
+    match = re.fullmatch("(?:(?:(.*):)?([0-9-]*):)?([0-9-]+)(?:/(tcp|udp|sctp))?", text, re.I)
+    address, published, target, protocol = match.groups("") if match else [""] * 4
+    published = "" if published == "0" else published               # the engine chooses one
+    inside = make_span(target)
+    outside = make_span(published or target)
+    try:
+        address = address and str(ipaddress.ip_address(re.sub(r"\A\[(.*)\]\Z", r"\1", address)))
+    except ValueError:
+        inside = ()
+    if not inside or not outside or len(inside) not in (1, len(outside)):
+        raise make_fault(f"{where}: {make_printable(text, 60)!r} is not a port")
+    text = f"[{address}]:" if ":" in address else address and f"{address}:"
+    text += f"{published}:{target}" if text or published else target
+    protocol = protocol.lower() or "tcp"
+    held = outside if published and len(inside) == len(outside) else ()         # else the engine chooses one
+    return Port(text if protocol == "tcp" else f"{text}/{protocol}",
+                "" if re.fullmatch("[0.:]+", address) else address, held, protocol)
+
+
+def to_tmpfs(value, where):
+    """`tmpfs`, each PATH[:OPTIONS], as [Mount]."""
+    parts = [text.partition(":") for text in to_list(value, where)]
+    return [Mount("tmpfs", "", target, make_words(options)) for target, _, options in parts]
+
+
+def make_words(text):
+    """The words of a text with commas between them."""
+    return [word for word in text.split(",") if word]
+
+
+def to_mount(item, where):
+    """An item of `volumes` as a Mount; `create_host_path` and `consistency` ask for nothing."""
+    if isinstance(item, Settings):
+        words = [item.read_only, item.volume.nocopy, item.bind.propagation, item.bind.selinux,
+                 item.tmpfs.size, item.tmpfs.mode]
+        if not item.type or item.type == "bind" and not item.source:
+            raise make_fault(f"{where}: expected a type, and the source of a bind mount")
+        return Mount(item.type, item.source or "", item.target or "", list(filter(None, words)))
+    source, colon, rest = to_text(item, where).partition(":")
+    target, _, options = rest.partition(":")
+    if not source or ":" in options:
+        raise make_fault(f"{where}: expected source:target[:options]")
+    if not colon:
+        return Mount("volume", "", source, [])
+    return Mount("bind" if source[0] in "/.~" else "volume", source, target, make_words(options))
+
+
+def to_word(word):
+    """A reader of a flag that is one word to the engine; "" where it is false."""
+    return lambda value, where: word if to_flag(value, where) else ""
+
+
 # The form of a file.  A form is a reader; a dict of known keys and their forms; {None: form} for names of the
-# application's own, {list: form} where a list of such names will do, too; [form]; or (form of the long
-# syntax,
-# reader of the short one).
-
-# Which option of the engine takes a key as it was read.
-SERVICE_OPTIONS = {
-    "user": (to_text, "--user"), "hostname": (to_text, "--hostname"), "working_dir": (to_text, "--workdir"),
-    "stop_signal": (to_text, "--stop-signal"), "stop_grace_period": (to_grace, "--stop-timeout"),
-    "mem_limit": (to_size, "--memory"), "memswap_limit": (to_size, "--memory-swap"),
-    "mem_reservation": (to_size, "--memory-reservation"), "mem_swappiness": (to_number,
-        "--memory-swappiness"),
-    "shm_size": (to_size, "--shm-size"), "oom_score_adj": (to_number, "--oom-score-adj"),
-    "cpus": (to_number, "--cpus"), "cpu_period": (to_number, "--cpu-period"),
-    "cpu_quota": (to_number, "--cpu-quota"),
-    "cpu_shares": (to_number, "--cpu-shares"), "cpuset": (to_text, "--cpuset-cpus"),
-    "pids_limit": (to_number, "--pids-limit"), "platform": (to_text, "--platform"),
-    "mac_address": (to_text, "--mac-address"), "pid": (to_namespace("private", "host"), "--pid"),
-    "ipc": (to_namespace("private", "shareable", "none", "host"), "--ipc"),
-    "userns_mode": (to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
-                            "host, auto, nomap or keep-id"), "--userns"),
-    "init": (to_flag, "--init"), "read_only": (to_flag, "--read-only"),
-    "privileged": (to_flag, "--privileged"),
-    "tty": (to_flag, "--tty"), "stdin_open": (to_flag, "--interactive"), "restart": (to_restart, "--restart"),
-    "cap_add": (to_list, "--cap-add"), "cap_drop": (to_list, "--cap-drop"), "devices": (to_list, "--device"),
-    "security_opt": (to_list, "--security-opt"), "group_add": (to_list, "--group-add"),
-    "dns": (to_list, "--dns"),
-    "dns_opt": (to_list, "--dns-option"), "dns_search": (to_list, "--dns-search"),
-    "extra_hosts": (to_hosts, "--add-host"), "labels": (to_labels, "--label"),
-    "sysctls": (to_values, "--sysctl")}
-
+# application's own, {list: form} where a list of such names will do, too; [form]; or a pair for what has two
+# syntaxes: the form of the long one, and the key that a single value is for, or the reader of what both give.
 
 def make_form(reader, names, **forms):
     """The form of a mapping: names that one reader reads, and others with their forms."""
     return dict(dict.fromkeys(names.split(), reader), **forms)
 
 
-CONTENT_FORM = {None: make_form(to_text, "file content environment name")}
-FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), to_text)]
+# The keys of a service that are options of the engine ...
+SERVICE_OPTIONS = dict(
+    make_form(to_text, "user hostname working_dir stop_signal cpuset platform mac_address"),
+    **make_form(to_size, "mem_limit memswap_limit mem_reservation shm_size"),
+    **make_form(to_number, "mem_swappiness oom_score_adj cpus cpu_period cpu_quota cpu_shares pids_limit"),
+    **make_form(to_flag, "init read_only privileged tty stdin_open"),
+    **make_form(to_list, "cap_add cap_drop devices security_opt group_add dns dns_opt dns_search"),
+    pid=to_namespace("private", "host"), ipc=to_namespace("private", "shareable", "none", "host"),
+    userns_mode=to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
+                        "host, auto, nomap or keep-id"),
+    stop_grace_period=to_grace, restart=to_restart, extra_hosts=to_hosts, labels=to_labels, sysctls=to_values,
+    ulimits={None: (make_form(to_text, "soft hard"), to_limit)})
+# ... and keys whose options have other names.
+RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "memory-swap",
+           "mem_reservation": "memory-reservation", "mem_swappiness": "memory-swappiness",
+           "cpuset": "cpuset-cpus", "stdin_open": "interactive", "devices": "device", "dns_opt": "dns-option",
+           "userns_mode": "userns", "stop_grace_period": "stop-timeout", "extra_hosts": "add-host",
+           "labels": "label", "sysctls": "sysctl", "ulimits": "ulimit", "enable_ipv6": "ipv6",
+           "ipv4_address": "ip", "ipv6_address": "ip6", "test": "health-cmd", "interval": "health-interval",
+           "timeout": "health-timeout", "retries": "health-retries", "start_period": "health-start-period"}
+
+CONTENT_FORM = {None: (make_form(to_text, "file content environment name"), to_source)}
+FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), "source")]
 DEPLOY_FORM = {
     "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
     "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
@@ -5010,27 +5034,26 @@ DEPLOY_FORM = {
     "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
                                 condition=to_form("none|on-failure|any", "none, on-failure or any"))}
 MOUNT_FORM = make_form(
-    to_text, "source target consistency", read_only=to_flag, volume={"nocopy": to_flag},
+    to_text, "source target consistency", read_only=to_word("ro"), volume={"nocopy": to_word("nocopy")},
     type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
     bind=make_form(to_text, "propagation selinux", create_host_path=to_flag),
-    tmpfs={"size": to_size, "mode": to_mode})
+    tmpfs={"size": to_form(*SIZE, make="size={}".format),
+           "mode": lambda value, where: f"mode={to_mode(value, where):o}"})
 SERVICE_FORM = dict(
-    {key: reader for key, (reader, _) in SERVICE_OPTIONS.items()},
-    image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs, profiles=to_list,
-    expose=to_list,
-    links=to_list, tmpfs=to_list, container_name=to_name, attach=to_flag, scale=to_one, configs=FILES_FORM,
-    secrets=FILES_FORM, deploy=DEPLOY_FORM, volumes=[(MOUNT_FORM, to_text)],
-    env_file=[(make_form(to_text, "path format", required=to_flag), to_text)],
+    SERVICE_OPTIONS, image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs,
+    profiles=to_list, expose=to_list, links=to_list, container_name=to_name, attach=to_flag, scale=to_one,
+    configs=FILES_FORM, secrets=FILES_FORM, deploy=DEPLOY_FORM, tmpfs=to_tmpfs,
+    volumes=[(MOUNT_FORM, to_mount)],
+    env_file=[(make_form(to_text, "path format", required=to_flag), "path")],
     network_mode=to_namespace("none", "host", "bridge"),
     pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
     blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
-    ulimits={None: (make_form(to_text, "soft hard"), to_text)},
-    ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_text)],
+    ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_port)],
     depends_on={list: make_form(to_flag, "required restart", condition=to_form(
         "service_(started|healthy|completed_successfully)", "a condition that is known"))},
     networks={list: make_form(to_text, "ipv4_address ipv6_address mac_address", aliases=to_list,
                               priority=to_count)},
-    healthcheck=make_form(to_duration, "interval timeout start_period start_interval", test=to_test,
+    healthcheck=make_form(to_period, "interval timeout start_period start_interval", test=to_test,
                           retries=to_count, disable=to_flag))
 NETWORK_FORM = make_form(
     to_flag, "internal attachable enable_ipv6", name=to_text, external=to_external, labels=to_labels,
@@ -5058,56 +5081,66 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
 
 
-def find_unknown(value, form, where=""):
-    """(place, key, known keys) of each key below a value that its form does not have."""
-    if isinstance(form, tuple):
-        form = form[0]
-    if isinstance(form, list):
-        for index, item in enumerate(value if isinstance(value, list) else [value]):
-            yield from find_unknown(item, form[0], f"{where}[{index}]")
-    elif isinstance(form, dict) and isinstance(value, dict):
+def read_value(value, form, where="", variables=None):
+    """A value by its form: Settings with None for keys that are not there, {name: …}, and what readers give.
+
+    Texts are interpolated; keys never are, and x-… keys of the format are dropped unread.  Raises
+    ComponentError: for all keys that are not supported, or else for the first value that is wrong.
+    """
+    unknown, faults = [], []
+
+    def read(value, form, where):
+        if isinstance(form, list):
+            items = value if isinstance(value, list) or value is None else [value]
+            return [read(item, form[0], f"{where}[{index}]") for index, item in enumerate(items or ())]
+        form, reader = form if isinstance(form, tuple) else (form, form)
+        if isinstance(reader, str) and not isinstance(value, dict):
+            value = {reader: value}
+        try:
+            if isinstance(form, dict) and (form is reader or value is None or isinstance(value, dict)):
+                value = read_keys(value, form, where)
+            elif not faults:                        # after one fault only keys are looked for
+                value = interpolate_all(value, variables, where)
+            return reader(value, where) if callable(reader) and value is not None and not faults else value
+        except ComponentError as error:
+            faults.append(error)
+
+    def read_keys(value, form, where):
+        if isinstance(value, list) and list in form:
+            value = dict.fromkeys(to_list(value, where))
+        if not isinstance({} if value is None else value, dict):
+            raise make_fault(f"{where}: expected a mapping")
+        value = make_names(value or {}, where)
         each = form.get(None) or form.get(list)
-        for key, item in value.items():
+        result = Settings()
+        for key in value if each else {**value, **form}:
             place = f"{where}.{key}" if where else key
             if each or key in form:
-                yield from find_unknown(item, each or form[key], place)
-            else:
-                yield place, key, list(form)
+                result[key] = read(value.get(key), each or form[key], place)
+            elif not key.startswith("x-"):
+                unknown.append((place, key, list(form)))
+        return result
 
-
-def check_keys(document):
-    """Raises ComponentError that names every key of a file that is not supported: none is ever ignored."""
-    import difflib
-    faults = []
-    told = set()
-    for place, key, known in find_unknown(document, FILE_FORM):
-        near = difflib.get_close_matches(key, known, 1, 0.6)
-        advice = ADVICE.get(key) or (f"did you mean {near[0]}?" if near else "")
-        faults.append((make_printable(place, 200), f" ({advice})" if advice and key not in told else ""))
-        told.add(key)
-    if len(faults) == 1:
-        raise make_fault(": this key is not supported".join(faults[0]))
+    result = read(value, form, where)
+    check_keys(unknown)
     if faults:
-        raise make_fault(f"these keys are not supported: {', '.join(map(''.join, faults))}")
+        raise faults[0]
+    return result
 
 
-def read_value(value, form, where):
-    """A value by its form, whole: Settings with None for keys that are not there, {name: …}, lists, and what
-    readers give."""
-    if callable(form):
-        return None if value is None else form(value, where)
-    if isinstance(form, tuple):
-        return read_value(value, form[0], where) if isinstance(value, dict) else form[1](value, where)
-    if isinstance(form, list):
-        items = [] if value is None else value
-        return [read_value(item, form[0], f"{where}[{index}]")
-                for index, item in enumerate(items if isinstance(items, list) else [items])]
-    if isinstance(value, list) and list in form:
-        value = dict.fromkeys(to_list(value, where))
-    value = to_mapping(value, where)
-    each = form.get(None) or form.get(list)
-    return Settings({key: read_value(value.get(key), each or part, f"{where}.{key}" if where else key)
-                     for key, part in (value if each else form).items()})
+def check_keys(unknown):
+    """Raises ComponentError that names every key that is not supported, and what to write instead."""
+    import difflib
+    texts = []
+    told = set()
+    for place, key, known in unknown:
+        near = [f"did you mean {name}?" for name in difflib.get_close_matches(key, known, 1)]
+        advice = "" if key in told else ADVICE.get(key, "".join(near))
+        told.add(key)
+        one = ": this key is not supported" if len(unknown) == 1 else ""
+        texts.append(f"{make_printable(place, 200)}{one}" + (f" ({advice})" if advice else ""))
+    if texts:
+        raise make_fault(("these keys are not supported: " if len(texts) > 1 else "") + ", ".join(texts))
 
 
 # What stands beside `services`
@@ -5118,10 +5151,9 @@ def make_volumes(document, workload):
     for name, value in document.volumes.items():
         where = f"volumes.{name}"
         options = value.driver_opts or {}
-        parts = options.get("o", "").split(",") if options.get("o") else []
-        if options and not (set(options) <= {"type", "device", "o"} and options.get("type") == "tmpfs"
-                            and options.get("device", "tmpfs") == "tmpfs"
-                            and all(map(is_tmpfs_option, parts))):
+        form = {"type": "tmpfs", "device": "tmpfs", "o": f"(({TMPFS_OPTION}),?)*"}
+        harmless = options.get("type") == "tmpfs" and set(options) <= set(form)
+        if options and not (harmless and all(re.fullmatch(form[key], options[key]) for key in options)):
             deny(f"{where}.driver_opts",
                  "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
         volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
@@ -5136,11 +5168,10 @@ MODES = ("host", "none", "bridge", "private", "default", "nat", "slirp4netns", "
 def make_networks(document, workload):
     """Top-level `networks` as make_volumes has it; `default` is always there."""
     networks = {}
-    for name, value in dict({"default": read_value(None, NETWORK_FORM, "")}, **document.networks).items():
-        arguments = make_arguments("--internal", value.internal) + make_arguments("--ipv6", value.enable_ipv6)
+    for name, value in dict({"default": read_value(None, NETWORK_FORM)}, **document.networks).items():
+        arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
-            for key, option in (("subnet", "--subnet"), ("gateway", "--gateway"), ("ip_range", "--ip-range")):
-                arguments += make_arguments(option, item[key])
+            arguments += make_options(item, ("subnet", "gateway", "ip_range"))
         mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
         networks[name] = make_shared(name, value, workload, f"networks.{name}",
                                      arguments + [f"--label={LABEL_HASH}={mark}"])
@@ -5173,16 +5204,17 @@ def make_shared(name, value, workload, where, arguments):
 def make_contents(document, variables, folder):
     """Top-level `configs` and `secrets` as {section: {name: text}}."""
     contents = {"configs": {}, "secrets": {}}
-    for section, found in contents.items():
-        for name, value in document[section].items():
-            where = f"{section}.{name}"
-            if sum(value[key] is not None for key in ("file", "content", "environment")) != 1:
-                raise make_fault(f"{where}: expected one of file, content, environment")
-            if value.environment is not None and value.environment not in variables:
-                raise make_fault(f"{where}.environment: there is no parameter"
-                                 f" {make_printable(value.environment, 60)!r}", "PARAMETER_INVALID")
-            text = variables.get(value.environment, value.content)
-            found[name] = text if value.file is None else read_inside(folder, value.file, f"{where}.file")
+    for section, texts in contents.items():
+        for name, (kind, text) in document[section].items():
+            where = f"{section}.{name}.{kind}"
+            if kind == "file":
+                text = read_inside(folder, text, where)
+            elif kind == "environment":
+                if text not in variables:
+                    raise make_fault(f"{where}: there is no parameter {make_printable(text, 60)!r}",
+                                     "PARAMETER_INVALID")
+                text = variables[text]
+            texts[name] = text
     return contents
 
 
@@ -5198,12 +5230,33 @@ def read_inside(folder, name, where):
     return data.decode("utf-8", "surrogateescape")
 
 
+def find_aliases(services, notes):
+    """{service: [further names]}: its container_name, and what others link it as.  Adds to `notes`."""
+    taken = {name: name for name in services}
+    aliases = {}
+    for name, service in services.items():
+        names = [(name, service.container_name)]
+        for link in service.links or ():
+            owner, _, alias = link.partition(":")
+            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
+        for owner, alias in names:
+            if alias and owner in services:
+                if taken.setdefault(alias, owner) != owner:
+                    notes.append(f"services.{name}: the name {alias} also leads to service {taken[alias]}")
+                aliases.setdefault(owner, []).append(alias)
+    return aliases
+
+
 # Services
 
-def make_arguments(option, value):
-    """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None.
+def make_options(settings, keys):
+    """The engine's arguments for what stands at some keys: its options are called like these, or RENAMED."""
+    options = [("--" + RENAMED.get(key, key).replace("_", "-"), settings[key]) for key in keys]
+    return [argument for option, value in options for argument in make_arguments(option, value)]
 
-    """
+
+def make_arguments(option, value):
+    """What was read as arguments: a flag, one for each of a list, NAME=value for each name, none for None."""
     if value is None or isinstance(value, bool):
         return [option] if value else []
     if isinstance(value, dict):
@@ -5224,137 +5277,56 @@ def make_single(argument):
     return '{}="{}"'.format(option, value.replace('"', '""'))
 
 
-def make_options(service, workload, where):
+def make_service_options(service, workload):
     """The arguments of a service that options of the engine take as they are.
 
     A key of its own stands above `deploy`.
     """
-    limits, policy = service.deploy.resources.limits, service.deploy.restart_policy
-    options = {"--cpus": limits.cpus, "--memory": limits.memory, "--pids-limit": limits.pids,
-               "--memory-reservation": service.deploy.resources.reservations.memory,
-               "--blkio-weight": service.blkio_config.weight, "--log-driver": service.logging.driver,
-               "--log-opt": service.logging.options, "--ulimit": {}}
-    if any(item is not None for item in policy.values()):
-        word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
-        attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
-        options["--restart"] = word + attempts
-    for name, item in service.ulimits.items():
-        item = item if isinstance(item, str) else f"{item.soft}:{item.hard}"
-        form = to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")
-        options["--ulimit"][name] = form(item, f"{where}.ulimits.{name}")
-    options.update((option, service[key]) for key, (_, option) in SERVICE_OPTIONS.items()
-                   if service[key] is not None)
-    for option in ("--pid", "--ipc"):
-        options[option] = make_namespace(options.get(option), workload)
-    return [argument for option, value in sorted(options.items())
-            for argument in make_arguments(option, value)]
+    limits = service.deploy.resources.limits
+    options = {"cpus": limits.cpus, "mem_limit": limits.memory, "pids_limit": limits.pids,
+               "mem_reservation": service.deploy.resources.reservations.memory,
+               "restart": make_restart(service.deploy.restart_policy)}
+    options.update((key, service[key]) for key in SERVICE_OPTIONS if service[key] is not None)
+    options.update(blkio_weight=service.blkio_config.weight, log_driver=service.logging.driver,
+                   log_opt=service.logging.options)
+    for key in ("pid", "ipc"):
+        options[key] = make_namespace(options.get(key), workload)
+    return make_options(options, sorted(options, key=lambda key: RENAMED.get(key, key)))
 
 
-def make_ports(items, where):
-    """`ports` in both syntaxes as [Port]; one that is listed twice is one."""
-    return list(dict.fromkeys(make_port(item, f"{where}[{index}]") for index, item in enumerate(items)))
+def make_restart(policy):
+    """`deploy.restart_policy` in the engine's words; None where it says nothing."""
+    word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
+    attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
+    return word + attempts if any(item is not None for item in policy.values()) else None
 
 
-def make_port(item, where):
-    """One of `ports`: a mapping, or [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges
-    that fit each other."""
-    import ipaddress
-    if not isinstance(item, str):
-        host = item.host_ip or ""
-        item = f"{host}:{item.published or ''}:{item.target or ''}/{item.protocol or ''}"
-    body, _, protocol = item.partition("/")
-    body, _, target = body.rpartition(":")
-    address, _, published = body.rpartition(":")
-    address = re.sub(r"\A\[(.*)\]\Z", r"\1", address)
-    published = "" if published == "0" else published               # the engine chooses one
-    try:
-        address = address and str(ipaddress.ip_address(address))
-        fits = make_span(target)[1] in (0, make_span(published or target)[1])
-    except ValueError:
-        fits = False
-    if not fits or protocol.lower() not in ("", "tcp", "udp", "sctp"):
-        raise make_fault(f"{where}: {make_printable(item, 60)!r} is not a port")
-    return Port(address, published, target, protocol.lower() or "tcp")
-
-
-def make_span(text):
-    """PORT or PORT-PORT as (first, how many more); raises ValueError."""
-    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
-    first, last = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (0, 0)
-    if not 1 <= first <= last <= 65535:
-        raise ValueError(text)
-    return first, last - first
-
-
-def make_publish(port):
-    """A Port as the engine takes it."""
-    address = f"[{port.address}]" if ":" in port.address else port.address
-    text = f"{port.published}:{port.target}"
-    text = f"{address}:{text}" if address else text.lstrip(":")
-    return text if port.protocol == "tcp" else f"{text}/{port.protocol}"
-
-
-def find_ports(ports):
-    """The host's ports that a container with these Ports holds while it runs: [[address or "", port,
-    protocol]]."""
-    held = []
+def find_ports(ports, variables, where):
+    """[[address or "", port, protocol]] of the host that a container with these Ports holds while it runs."""
     for port in ports:
-        first, more = make_span(port.published or port.target)
-        if port.published and more == make_span(port.target)[1]:        # else the engine chooses one
-            address = "" if re.fullmatch("[0.:]+", port.address) else port.address
-            held += [[address, first + number, port.protocol] for number in range(more + 1)]
-    return held
+        variables.spend(64 * len(port.numbers), where)      # what they take of the memory
+    return [[port.address, number, port.protocol] for port in ports for number in port.numbers]
 
 
 def make_health(check, engine):
     """`healthcheck` to (arguments, Health or None)."""
     import shlex
-    if check.disable or check.test == []:
+    kind, *words = check.test or [None]
+    if check.disable or kind == "NONE":
         return ["--no-healthcheck"], None
-    test = check.test
-    if isinstance(test, list) and engine == "podman" and (len(test) > 1 or not re.search(r"\s", test[0])):
-        # a list of one would be for a shell
-        test = make_json(test).decode() if len(test) > 1 else f"CMD {test[0]}"
-    elif isinstance(test, list):
-        test = " ".join(map(shlex.quote, test))
-    arguments = make_arguments("--health-cmd", test)
-    for key in ("interval", "timeout", "retries", "start_period"):
-        arguments += make_arguments(f"--health-{key.replace('_', '-')}", check[key])
-    if not arguments:
-        return [], None
-    # an engine takes zero as not said
-    interval = to_seconds(check.interval or "0s", "interval") or 30.0
-    start = to_seconds(check.start_period or "0s", "start_period")
-    return arguments, Health(interval, check.retries or 3, start)
-
-
-def make_mount(item, where):
-    """An item of `volumes` in either syntax to a Mount."""
-    if isinstance(item, str):
-        parts = item.split(":")
-        if len(parts) > 3 or not parts[0]:
-            raise make_fault(f"{where}: expected source:target[:options]")
-        kind = "bind" if parts[0][0] in "/.~" and len(parts) > 1 else "volume"
-        options = [option for option in "".join(parts[2:]).split(",") if option]
-        source, target = ["", *parts][-2:] if len(parts) < 3 else parts[:2]
-    else:
-        kind = item.type
-        source = item.source or ""
-        target = item.target or ""
-        options = make_mount_options(item)
-        if not kind or kind == "bind" and not source:
-            raise make_fault(f"{where}: expected a type, and the source of a bind mount")
-    if not target.startswith("/") or ":" in source + target:
-        raise make_fault(f"{where}: expected source:target[:options] with an absolute target")
-    return Mount(kind, source, target, options, None)
-
-
-def make_mount_options(item):
-    """The options of a mount in the long syntax; `create_host_path` and `consistency` ask for nothing."""
-    options = [word for word, wanted in (("ro", item.read_only), ("nocopy", item.volume.nocopy)) if wanted]
-    options += [option for option in (item.bind.propagation, item.bind.selinux) if option]
-    options += [f"size={item.tmpfs.size}"] if item.tmpfs.size else []
-    return options + ([f"mode={item.tmpfs.mode:o}"] if item.tmpfs.mode is not None else [])
+    test = words[0] if words else None
+    if kind == "CMD" and engine == "podman" and len(words) > 1:
+        test = make_json(words).decode()
+    elif kind == "CMD" and engine == "podman" and not re.search(r"\s", test):
+        test = f"CMD {test}"                        # a list of one would be for a shell
+    elif kind == "CMD":
+        test = " ".join(map(shlex.quote, words))
+    keys = ("test", "interval", "timeout", "retries", "start_period")
+    arguments = make_options(dict(check, test=test), keys)
+    # An engine takes zero as not said.
+    health = Health(parse_period(check.interval or "0s") or 30.0, check.retries or 3,
+                    parse_period(check.start_period or "0s"))
+    return arguments, health if arguments else None
 
 
 def make_mounts(service, reading, where):
@@ -5364,13 +5336,10 @@ def make_mounts(service, reading, where):
     a link there that the next start would follow out of the package.
     """
     mounts = {}
-    for text in service.tmpfs or ():
-        target, _, options = text.partition(":")
-        mounts[target.rstrip("/")] = make_mount(target, f"{where}.tmpfs")._replace(
-            kind="tmpfs", options=[option for option in options.split(",") if option])
-    for index, item in enumerate(service.volumes):
+    for index, mount in enumerate((service.tmpfs or []) + service.volumes, -len(service.tmpfs or [])):
         place = f"{where}.volumes[{index}]"
-        mount = make_mount(item, place)
+        if not mount.target.startswith("/") or ":" in mount.source + mount.target:
+            raise make_fault(f"{place}: expected source:target[:options] with an absolute target")
         if mount.kind == "bind":
             mount = mount._replace(found=reading.folder.look(mount.source))
             kept = [option for option in mount.options if option not in ("ro", "rw")]
@@ -5380,6 +5349,7 @@ def make_mounts(service, reading, where):
                              " volumes")
         elif mount.source:
             mount = mount._replace(source=reading.volumes[mount.source][0])
+        check_mount(f"{where}.volumes", mount, reading.policy, reading.folder)
         mounts[mount.target.rstrip("/")] = mount
     return list(mounts.values())
 
@@ -5397,21 +5367,21 @@ def make_files(service, reading, where):
     for section, root in (("configs", "/"), ("secrets", "/run/secrets/")):
         for index, item in enumerate(service[section]):
             place = f"{where}.{section}[{index}]"
-            item = read_value({"source": item}, FILES_FORM[0][0], place) if isinstance(item, str) else item
-            if item.source not in reading.contents[section]:
-                shown = make_printable(item.source or "", 60)
-                raise make_fault(f"{place}: {shown!r} is not among the top-level {section}")
-            target = item.target or item.source
+            name = item.source or ""
+            if name not in reading.contents[section]:
+                raise make_fault(f"{place}: {make_printable(name, 60)!r} is not among the top-level"
+                                 f" {section}")
+            target = item.target or name
             target = target if target.startswith("/") else root + target
             if ":" in target:
                 raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
             mode = 0o644 if item.mode is None else item.mode & 0o777
             owner = [-1 if number is None else number for number in (item.uid, item.gid)]
-            files[target] = Content(reading.contents[section][item.source], mode, *owner)
+            files[target] = Content(reading.contents[section][name], mode, *owner)
     return files
 
 
-def make_attachments(service, reading, where):
+def make_attachments(name, service, reading, where):
     """[Attachment]: the first is joined at creation and the others before the start.
 
     Where there is only a network mode, that alone.
@@ -5420,15 +5390,15 @@ def make_attachments(service, reading, where):
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or {"default": read_value(None, SERVICE_FORM["networks"][list], "")}
+    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
-    for name, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        if name not in reading.networks:
-            raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level"
+    for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
+        if network not in reading.networks:
+            raise make_fault(f"{where}.networks: {make_printable(network, 60)!r} is not among the top-level"
                              " networks")
-        options = make_arguments("--ip", value.ipv4_address) + make_arguments("--ip6", value.ipv6_address)
-        options += make_arguments("--mac-address", value.mac_address)
-        joined.append(Attachment(reading.networks[name][0], value.aliases or [], options))
+        options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
+        aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
+        joined.append(Attachment(reading.networks[network][0], list(aliases), options))
     return joined
 
 
@@ -5450,23 +5420,21 @@ def find_shared(service):
 
 
 def make_environment(service, reading, where):
-    """What a container's environment is: env files, then `environment`, then runtime.environment of the
-    device (C-185)."""
+    """The environment of a container: env files, then `environment`, then the device's own (C-185).
+
+    In `environment` a name alone takes the parameter of its name.
+    """
     environment = {}
     for item in service.env_file:
-        path = item if isinstance(item, str) else item.path or ""
-        needed = isinstance(item, str) or item.required is not False
+        path = item.path or ""
         found = reading.folder.look(path)
-        if needed or found.kind or not found.own:
+        if item.required is not False or found.kind or not found.own:
             environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
                                               reading.variables, path))
-    for name, text in (service.environment or {}).items():
-        if text is None:
-            # a pass-through entry takes the parameter of its name (contract, Parameters)
-            text = reading.variables.get(name)
-        if text is not None:
-            environment[name] = text
-    environment.update(reading.workload.environment)
+    given = {name: reading.variables.get(name) if text is None else text
+             for name, text in (service.environment or {}).items()}
+    environment.update({name: text for name, text in given.items() if text is not None},
+                       **reading.workload.environment)
     for name, text in environment.items():
         check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"),
                        f"{where}.environment")
@@ -5487,8 +5455,10 @@ OBEYED = (
 
 
 def find_handed(environment):
-    """{name: text} of the variables that no line of an env file holds: the engine takes them from its own
-    environment."""
+    """{name: text} of the variables that no line of an env file holds.
+
+    The engine's command takes them from its own environment.
+    """
     return {name: text for name, text in environment.items()
             if re.search("[\r\n]", text) or len(f"{name}={text}".encode()) > 60000}
 
@@ -5497,18 +5467,19 @@ def check_variable(name, text, where):
     """Raises ComponentError for a variable that no process, or no engine, can be given."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise make_fault(f"{where}: {make_printable(name)!r} is not a variable name")
+    fault = ""
     if len(f"{name}={text}".encode()) >= 128 * 1024:
-        raise make_fault(f"{where}.{name}: a variable has less than 128 KiB; use a file from `configs`",
-                         "PARAMETER_INVALID")
-    if find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
-        raise make_fault(f"{where}.{name}: a variable of this name has one line of at most 60000 bytes; use"
-                         " a file from `configs`", "PARAMETER_INVALID")
+        fault = "a variable has less than 128 KiB"
+    elif find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
+        fault = "a variable of this name has one line of at most 60000 bytes"
+    if fault:
+        raise make_fault(f"{where}.{name}: {fault}; use a file from `configs`", "PARAMETER_INVALID")
 
 
 def make_dependencies(service):
     """`depends_on` as {service: (condition, required)}.
 
-    Whose namespace is shared, and what is linked, comes first too.
+    A service whose namespace is shared, and one that is linked, comes first too.
     """
     result = {other: (item.condition or "service_started", item.required is not False)
               for other, item in service.depends_on.items()}
@@ -5521,23 +5492,21 @@ def make_dependencies(service):
 
 # An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`):
 # only these are taken.
-MOUNT_OPTIONS = ("ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec",
-                 "noexec", "nosuid", "nodev",
-                 "private", "rprivate", "slave", "rslave")
-LOG_OPTIONS = ("max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex",
-               "env", "env-regex")
+MOUNT_OPTION = ("ro|rw|z|Z|copy|nocopy|cached|delegated|consistent|exec|noexec|nosuid|nodev|private|rprivate|"
+                "slave|rslave")
+# What names nothing but the size of a tmpfs, its owner and what may be done in it.
+TMPFS_OPTION = "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime"
+LOG_OPTIONS = "max-size max-file max-buffer-size mode compress tag labels labels-regex env env-regex".split()
 LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
                "docker": ("json-file", "local", "journald", "syslog", "none")}
-# The capabilities that every container has by itself, on each engine.
-CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID",
-                "SETPCAP", "SETUID",
-                "SYS_CHROOT")
-
-
-def is_tmpfs_option(option):
-    """Whether an option of a tmpfs names nothing but its size, its owner and what may be done in it."""
-    return bool(re.fullmatch(
-        "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime", option))
+# {key: what a service may ask for by it where policy.privileged is deny}; the capabilities are those that
+# every container has by itself, on each engine.
+HARMLESS = {
+    "privileged": "(?!)", "oom_score_adj": "[^-].*", "pid": "private|service:.*",
+    "ipc": "private|shareable|none|service:.*", "userns_mode": "(?!host).*", "devices": "(?!)",
+    "group_add": "(?!keep-groups).*", "security_opt": "no-new-privileges([:=]true)?",
+    "cap_add": "(?i)(CAP_)?(CHOWN|DAC_OVERRIDE|FOWNER|FSETID|KILL|NET_BIND_SERVICE|SETFCAP|SETGID|SETPCAP|"
+               "SETUID|SYS_CHROOT)"}
 
 
 def deny(place, why):
@@ -5546,36 +5515,30 @@ def deny(place, why):
 
 
 def check_policy(where, service, policy):
-    """Raises ComponentError POLICY_DENIED for what the settings of a service, as they were read, may not ask
-    for."""
+    """Raises ComponentError POLICY_DENIED for what the settings of a service may not ask for."""
     if service.network_mode == "host" and policy.host_network != "allow":
         deny(f"{where}.network_mode", "the host's network is denied by policy.host_network")
     if policy.privileged == "allow":
         return
-    harmless = {"privileged": lambda item: False, "oom_score_adj": lambda item: not item.startswith("-"),
-                "pid": lambda item: item != "host", "ipc": lambda item: item != "host",
-                "userns_mode": lambda item: item != "host",
-                "cap_add": lambda item: re.sub("^CAP_", "", item.upper()) in CAPABILITIES,
-                "devices": lambda item: any(is_device(item, pattern) for pattern in policy.devices),
-                "security_opt": re.compile("no-new-privileges([:=]true)?").fullmatch,
-                "group_add": lambda item: item != "keep-groups"}
-    for key, is_harmless in harmless.items():
+    for key, pattern in HARMLESS.items():
         for item in service[key] if isinstance(service[key], list) else filter(None, [service[key]]):
-            if not is_harmless(item):
+            allowed = key == "devices" and any(is_device(item, entry) for entry in policy.devices)
+            if not allowed and not re.fullmatch(pattern, str(item), re.S):
                 deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by policy.privileged")
 
 
 def is_device(item, pattern):
-    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a device file that an entry of policy.devices
-    names; * is no slash."""
+    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a file that an entry of policy.devices names.
+
+    In that * stands for anything but a slash.
+    """
     path = item.split(":")[0]
-    return ".." not in path.split("/") and bool(re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"),
-        path))
+    names = re.escape(pattern).replace(r"\*", "[^/]*")
+    return ".." not in path.split("/") and bool(re.fullmatch(names, path))
 
 
 def check_logging(where, logging, engine):
-    """Raises ComponentError for a log driver, or an option of it, that the engine does not have or that leads
-    elsewhere."""
+    """Raises ComponentError for a log driver, or an option of it, that the engine lacks or that leads out."""
     driver = logging.driver or LOG_DRIVERS[engine][0]
     options = logging.options or {}
     if driver not in LOG_DRIVERS[engine]:
@@ -5588,34 +5551,32 @@ def check_logging(where, logging, engine):
         raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
 
 
-def check_mounts(where, mounts, policy, folder):
-    """Raises ComponentError for mounts of what is not there, or of what policy.host_paths does not allow."""
-    roots = [folder.resolve(path) for path in ["", *policy.host_paths]]
-    for mount in mounts:
-        for option in mount.options:
-            if not (is_tmpfs_option(option) if mount.kind == "tmpfs" else option in MOUNT_OPTIONS):
-                deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
-        if mount.kind != "bind":
-            continue
-        source = make_printable(mount.source, 200)
-        found = mount.found
-        if mount.source.startswith("~"):
-            deny(where, f"{source} is in a home folder; name the path itself")
-        if found.socket:
-            deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
-        if not any(is_below(found.real, root) for root in roots):
-            real = make_printable(found.real, 200)
-            deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
-        if not found.kind:
-            owner = "the package" if found.own else "this device"
-            raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
+def check_mount(where, mount, policy, folder):
+    """Raises ComponentError for a mount of what is not there, or of what policy.host_paths does not allow."""
+    known = TMPFS_OPTION if mount.kind == "tmpfs" else MOUNT_OPTION
+    for option in mount.options:
+        if not re.fullmatch(known, option):
+            deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
+    if mount.kind != "bind":
+        return
+    source = make_printable(mount.source, 200)
+    found = mount.found
+    if mount.source.startswith("~"):
+        deny(where, f"{source} is in a home folder; name the path itself")
+    if found.socket:
+        deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
+    if not any(is_below(found.real, folder.resolve(root)) for root in ["", *policy.host_paths]):
+        real = make_printable(found.real, 200)
+        deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
+    if not found.kind:
+        owner = "the package" if found.own else "this device"
+        raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
 
 
 def check_ways(services):
-    """Raises ComponentError where a service can write to a folder on the way to what another one, or itself,
-    mounts.
+    """Raises ComponentError where a service can write to a folder above what it or another one mounts.
 
-    It could put a link there that the engine follows when it starts that one.
+    It could put a link there, which the engine would follow at the next start.
     """
     mounts = [(service.name, mount) for service in services for mount in service.mounts]
     mounts = [(name, mount) for name, mount in mounts if mount.kind == "bind" and not mount.found.own]
@@ -5637,11 +5598,10 @@ def is_below(path, root):
 # A whole file
 
 def make_project(document, workload, policy, engine, folder=None):
-    """A compose file's value to a Project; raises ComponentError.
+    """A compose file's value to a Project; raises ComponentError.  folder: the package as a Folder.
 
     All that parameters mean is settled here, so that none ever reaches a tool's own environment (C-180,
-    D-18). Everything is read once, into records, and policy is held against these. folder: the package as a
-    Folder.
+    D-18).  Everything is read once, into records, and policy is held against these.
     """
     services = document.get("services") if isinstance(document, dict) else None
     if not services or not isinstance(services, dict):
@@ -5649,27 +5609,23 @@ def make_project(document, workload, policy, engine, folder=None):
     folder = folder or Folder(workload.folder)
     notes = []
     variables = make_file_variables(workload, folder)
-    document = interpolate_all(document, variables)
-    document["services"] = find_wanted(document["services"], notes)
-    check_keys(document)
-    document = read_value(document, FILE_FORM, "")
+    document = dict(document, services=find_wanted(services, notes))
+    document = read_value(document, FILE_FORM, variables=variables)
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
-                      make_networks(document, workload), make_contents(document, variables, folder))
+                      make_networks(document, workload), make_contents(document, variables, folder),
+                      find_aliases(document.services, notes))
     services = {name: make_service(name, service, reading) for name, service in document.services.items()}
     check_ways(services.values())
-    add_aliases(services, document.services, notes)
     order = make_hashes(order_services(services))
     return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
 
 
 def make_file_variables(workload, folder):
-    """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own.
-
-    """
-    variables = Variables(workload.parameters)
+    """The Variables of a file: its own defaults in `.env`, two that are compose's own, the parameters."""
+    variables = Variables(dict(workload.parameters))
     if folder.look(".env").kind:
-        variables.update(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
-    variables.update({"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project}, **workload.parameters)
+        variables.maps.append(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
+    variables.maps.insert(1, {"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project})
     return variables
 
 
@@ -5679,9 +5635,9 @@ def find_wanted(services, notes):
     What an image was built from is left out where it is named, and noted.
     """
     started = {}
-    for name, service in services.items():
+    for name, service in make_names(services, "services").items():
         where = f"services.{name}"
-        # it becomes part of the name of a file
+        # It becomes part of the name of a file.
         if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}", name):
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
         if not isinstance(service, dict):
@@ -5696,19 +5652,17 @@ def find_wanted(services, notes):
 
 
 def make_service(name, service, reading):
-    """A Service from its settings, held against the policy; without a hash, which comes when all are known.
-
-    """
+    """A Service from its settings, held against the policy.  Its hash comes when all are known."""
     where = f"services.{name}"
+    if not service.image:
+        raise make_fault(f"{where}.image: expected the name of an image")
     mounts = make_mounts(service, reading, where)
     check_policy(where, service, reading.policy)
     check_logging(f"{where}.logging", service.logging, reading.engine)
-    check_mounts(f"{where}.volumes", mounts, reading.policy, reading.folder)
-    ports = make_ports(service.ports, f"{where}.ports")
-    count = sum(1 + make_span(port.published or port.target)[1] for port in ports)
-    reading.variables.spend(64 * count, f"{where}.ports")           # what one of them takes of the memory
-    arguments = make_options(service, reading.workload, where) + make_arguments("--publish",
-        list(map(make_publish, ports)))
+    ports = list(dict.fromkeys(service.ports))      # one that is listed twice is one
+    held = find_ports(ports, reading.variables, f"{where}.ports")
+    arguments = make_service_options(service, reading.workload)
+    arguments += make_arguments("--publish", [port.argument for port in ports])
     command = service.command or []
     if service.entrypoint is not None:
         arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
@@ -5719,35 +5673,10 @@ def make_service(name, service, reading):
     arguments += checks + list(map(make_mount_argument, mounts))
     if sum(map(len, arguments + command)) > 64 * 1024:
         raise make_fault(f"{where}: its settings, labels and command together have more than 64 KiB")
-    if not service.image:
-        raise make_fault(f"{where}.image: expected the name of an image")
     return Service(name, service.image, arguments, command, make_environment(service, reading, where),
-                   make_files(service, reading, where), make_attachments(service, reading, where),
-                   make_dependencies(service),
-                   health, service.pull_policy or "missing", "", find_ports(ports), mounts,
+                   make_files(service, reading, where), make_attachments(name, service, reading, where),
+                   make_dependencies(service), health, service.pull_policy or "missing", "", held, mounts,
                    find_shared(service))
-
-
-def add_aliases(services, wanted, notes):
-    """Changes services to be found by their container_name, and by what others link them as."""
-    taken, added = {}, {}
-    for name, service in wanted.items():
-        names = [(name, service.container_name)]
-        for link in service.links or ():
-            owner, _, alias = link.partition(":")
-            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
-        for owner, alias in names:
-            other = alias if alias in services else taken.setdefault(alias, owner)
-            if not alias or owner not in services:
-                continue
-            if other != owner:
-                notes.append(f"services.{name}: the name {alias} also leads to service {other}")
-            added.setdefault(owner, []).append(alias)
-    for owner, aliases in added.items():
-        services[owner] = services[owner]._replace(networks=[
-            item if item.aliases is None else item._replace(
-                aliases=list(dict.fromkeys(item.aliases + aliases)))
-            for item in services[owner].networks])
 
 
 def order_services(services):
@@ -5755,35 +5684,33 @@ def order_services(services):
 
     Raises ComponentError for a circle or an unknown name.
     """
-    order = []
-    done = set()
-    for root in services:
-        todo = [root]
-        path = []
-        while todo:
-            name = todo[-1]
-            if name in done or path[-1:] == [name]:
-                if name not in done:
-                    done.add(path.pop())
-                    order.append(services[name])
-                todo.pop()
-                continue
-            path.append(name)
-            for other, (_, required) in reversed(list(services[name].depends_on.items())):
-                if other in path:
-                    circle = path[path.index(other):] + [other]
-                    raise make_fault(f"depends_on goes in a circle: {' -> '.join(circle)}")
-                if other in services:
-                    todo.append(other)
-                elif required:
-                    raise make_fault(f"services.{name}.depends_on: there is no service"
-                                     f" {make_printable(other, 60)!r} that is started")
-    return order
+    order = {}
+    todo = list(services)[::-1]
+    path = []
+    while todo:
+        name = todo[-1]
+        if name in order or path[-1:] == [name]:    # all that it depends on has been added
+            order.setdefault(todo.pop(), services[name])
+            path = [other for other in path if other != name]
+            continue
+        path.append(name)
+        for other, (_, required) in reversed(list(services[name].depends_on.items())):
+            if other in path:
+                circle = path[path.index(other):] + [other]
+                raise make_fault(f"depends_on goes in a circle: {' -> '.join(circle)}")
+            if other in services:
+                todo.append(other)
+            elif required:
+                raise make_fault(f"services.{name}.depends_on: there is no service"
+                                 f" {make_printable(other, 60)!r} that is started")
+    return list(order.values())
 
 
 def make_hashes(order):
-    """The services with a hash of all that makes their containers: who shares another's namespace is made
-    anew with it."""
+    """The services, each with a hash of all that makes its container.
+
+    A service that shares another's namespace is made anew with it.
+    """
     final = {}
     for service in order:
         contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
@@ -5796,15 +5723,16 @@ def make_hashes(order):
 
 
 def make_labels(workload, service, digest):
-    """The labels by which containers are found again, and those by which compose finds them."""
+    """The labels by which containers are found again, and those by which compose finds them.
+
+    None is left out for being empty: an image has labels of its own.
+    """
     theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
               "oneoff": "False"}
-    return dict({LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
-                 LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
-                 LABEL_DEVICE: workload.device_id,
-                 # all of them, whether empty or not: an image has labels of its own
-                 LABEL_OWNER: workload.owner},
-                **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
+    return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
+            LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
+            LABEL_DEVICE: workload.device_id, LABEL_OWNER: workload.owner,
+            **{f"com.docker.compose.{key}": text for key, text in theirs.items()}}
 
 
 # ----------------------------------------------------------------------------------------------------------
