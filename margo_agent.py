@@ -3475,11 +3475,14 @@ Job = define("Job", "workload project folder known deadline current runs volumes
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
     " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
     " volume}} as it was.")
-Shown = define("Shown", "state code restarts health volumes",
-    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of volumes in it.",
-    0, 0, "", {})
-Network = define("Network", "labels internal subnets gateways",
-    "A network as `network inspect` shows it; the last two are sets of texts.")
+Shown = define("Shown", "state code restarts health volumes check",
+    "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
+    " where there is a check, {path: name} of volumes in it, its Check or None.", 0, 0, "", {}, None)
+Check = define("Check", "interval retries start",
+    "A health check, wherever it was said: seconds between two, misses that count, seconds of grace.")
+# How docker shows a container, in podman's form.
+DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
+               '"Status":{{json .Status}},"Labels":{%s}}')
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
@@ -3508,30 +3511,34 @@ def is_ours(claim, deployment_id, owner, container_id=None):
     return known or container_id in claim.ids or owner == claim.owner != ""
 
 
-def judge_startup(services, facts, healthy):
-    """Where a start stands: ((service, failure) or None, {service: what is waited for}, {finished services}).
+def judge_startup(names, facts, complete=False):
+    """Where a start stands: ((service, code, failure) or None, {service: what is waited for}, {finished}).
 
-    facts: {service: Shown} of those that have a container; healthy: services whose health check has passed
-    (C-163 to C-165).
+    names: of services; facts: {service: Shown} of those that have a container; complete: all of them have to
+    end (C-163 to C-165).
     """
     waiting = {}
     finished = set()
-    for service in services:
-        seen = facts.get(service.name)
+    for name in names:
+        seen = facts.get(name)
         if seen is None:
-            words = f"the container of service {service.name} is gone: somebody removed it"
-            return (service.name, words), {}, finished
+            words = f"the container of service {name} is gone: somebody removed it"
+            return (name, "INSTALL_FAILED", words), {}, finished
         ended = seen.state in ("exited", "stopped", "dead")
         if seen.restarts or ended and seen.code != 0:
             code = f" with code {seen.code}" if ended else ""
             again = f" ({seen.restarts} restarts)" if seen.restarts else ""
-            return (service.name, f"service {service.name} exited{code}{again}"), {}, finished
+            return (name, "INSTALL_FAILED", f"service {name} exited{code}{again}"), {}, finished
         if ended:
-            finished.add(service.name)
+            finished.add(name)
         elif seen.state != "running":
-            waiting[service.name] = f"{service.name} is {seen.state}"
-        elif service.health and service.name not in healthy:
-            waiting[service.name] = f"{service.name} is not healthy yet"
+            waiting[name] = f"{name} is {seen.state}"
+        elif seen.health == "unhealthy":
+            return (name, "UNHEALTHY", f"service {name} is unhealthy"), {}, finished
+        elif seen.health not in ("", "healthy"):
+            waiting[name] = f"{name} is not healthy yet"
+        elif complete:
+            waiting[name] = f"{name} has not ended"
     return None, waiting, finished
 
 
@@ -3596,55 +3603,26 @@ def order_leaving(services, leaving):
     return [items for _, items in groups if items]
 
 
-def parse_network(item):
-    """An element of what `network inspect` prints, in either engine's spelling, to (name, Network)."""
-    facts = {key.lower(): value for key, value in item.items()}
-    ranges = facts.get("subnets") or (facts.get("ipam") or {}).get("Config") or ()
-    ranges = [{key.lower(): value for key, value in part.items()} for part in ranges]
-    subnets = {make_range(part["subnet"]) for part in ranges if part.get("subnet")}
-    gateways = {part["gateway"] for part in ranges if part.get("gateway")}
-    return facts["name"], Network(facts.get("labels") or {}, facts.get("internal", False), subnets, gateways)
-
-
-def make_range(text):
-    """A subnet as every engine spells it; what is none stays as it is."""
-    import ipaddress
-    try:
-        return str(ipaddress.ip_network(text, strict=False))
-    except ValueError:
-        return text
-
-
-def is_same_network(network, arguments):
+def is_same_network(labels, internal, arguments):
     """Whether a network that is there is what these create arguments make.
 
-    One from before there was a mark is judged by what it is.
+    One that an agent made before there was such a mark may be, unless it is open and should not be.
     """
-    if LABEL_HASH in network.labels:
-        return f"--label={LABEL_HASH}={network.labels[LABEL_HASH]}" in arguments
-    given = {}
-    for name, _, value in (argument.partition("=") for argument in arguments):
-        given.setdefault(name, set()).add(value)
-    labels = {f"{key}={value}" for key, value in network.labels.items()} ^ given.get("--label", set())
-    subnets = {make_range(text) for text in given.get("--subnet", ())}
-    return (network.internal == ("--internal" in given) and subnets <= network.subnets
-            and given.get("--gateway", set()) <= network.gateways
-            and all(text.startswith("org.margo.") for text in labels))
+    if LABEL_HASH in labels:
+        return f"--label={LABEL_HASH}={labels[LABEL_HASH]}" in arguments
+    return internal == ("--internal" in arguments)
 
 
 def plan_networks(wanted, there, project):
     """What becomes of networks: ({name: create arguments} to be made, [names] to go before, and last).
 
-    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One
-    of somebody else stays as it is.  One that is no longer wanted goes first where a new one may be after its
-    addresses.
+    wanted: as in a Project; there: {name: (labels, whether it is internal)} of those and of all others of
+    this compose project.  One of somebody else stays as it is.  One that is no longer wanted goes first where
+    a new one may be after its addresses.
     """
-    ours = {name for name, network in there.items() if network.labels.get(LABEL_PROJECT) == project}
-    new = {}
-    for name, arguments in wanted.items():
-        changed = name in ours and arguments is not None and not is_same_network(there[name], arguments)
-        if arguments is not None and (changed or name not in there):
-            new[name] = arguments
+    ours = {name for name, (labels, _) in there.items() if labels.get(LABEL_PROJECT) == project}
+    new = {name: arguments for name, arguments in wanted.items() if arguments is not None and (
+        name not in there or name in ours and not is_same_network(*there[name], arguments))}
     changed = sorted(ours.intersection(new))
     dropped = sorted(ours - set(wanted))
     ranged = any(argument.startswith("--subnet=") for arguments in new.values() for argument in arguments)
@@ -3723,9 +3701,11 @@ HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/li
                   "/usr/lib/podman")
 
 
-def find_containers(deployment_id, containers):
-    """The containers of one deployment."""
-    return [container for container in containers if container.deployment_id.lower() == deployment_id.lower()]
+def find_containers(deployment_id, containers, component=None, kind=None):
+    """The containers of one deployment; of one component and one deployment type, where they are given."""
+    wanted = deployment_id.lower(), component, kind
+    return [item for item in containers
+            if wanted == (item.deployment_id.lower(), component and item.component, kind and item.type)]
 
 
 class ComposeDriver:
@@ -3762,11 +3742,9 @@ class ComposeDriver:
         records: of the deployments that are known to need this driver; a leftover is looked for all the same
         (P-11).
         """
-        labels = (LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER)
-        facts = [".ID", ".Names", *(f'(.Label "{name}")' for name in labels), ".State", ".Status"]
         form = "json"
         if self.engine != "podman":
-            form = "[" + ",".join(f"{{{{json {fact}}}}}" for fact in facts) + "]"
+            form = DOCKER_FORM % ",".join(f'"{name}":{{{{json (.Label "{name}")}}}}' for name in LABELS)
         options = ["--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"]
         output = self.run(["ps"] + options, 20 if self.remote else 60)
         if output.code:
@@ -3806,7 +3784,7 @@ class ComposeDriver:
         items = {"network": project.networks, "volume": project.volumes,
                  "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            for name, labels, found_id in self.inspect_names(kind, list(wanted)):
+            for name, labels, facts in self.inspect_names(kind, list(wanted)):
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3815,20 +3793,27 @@ class ComposeDriver:
                                      f" {make_printable(made_for, 60)}; what is shared has a name of its own",
                                      "POLICY_DENIED")
                 if wanted[name] is not None and owner and not is_ours(
-                        self.claim(), workload.deployment_id, owner, found_id):
+                        self.claim(), workload.deployment_id, owner, facts.get("id")):
                     words = "remove it there" if kind == "container" else advice
                     raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent,"
                                          f" {make_printable(owner, 300)}: {words}")
 
-    def inspect_names(self, kind, names):
-        """[(name, labels, id)] of the containers, networks or volumes of these names that there are."""
-        output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
+    def inspect_names(self, kind, names, there=()):
+        """[(name, labels, facts)] of the containers, networks or volumes of these names that there are.
+
+        facts: as the engine shows it, its words in lower case.  there: what has to be shown, because it is
+        there (D-16).
+        """
+        output = self.run([kind, "inspect"] + names, 60) if names else Output(0, b"", "")
         found = []
-        for item in self.parse(output or b"[]", list):
-            name = (item.get("Name") or item.get("name", "")).lstrip("/")
-            labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
+        for item in parse_answer(output.stdout or b"[]", self.engine, list):
+            facts = {key.lower(): value for key, value in item.items()}
+            name = facts["name"].lstrip("/")
+            labels = facts.get("labels") or facts.get("config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
-                found.append((name, labels, item.get("Id")))
+                found.append((name, labels, facts))
+        if not {name for name, _, _ in found}.issuperset(there):
+            raise CommandError(f"{self.engine} {kind} inspect failed: {output.stderr[-500:]}")
         return found
 
     @staticmethod
@@ -3843,10 +3828,9 @@ class ComposeDriver:
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
         try:
-            value = parse_json(run_command(argv, 60, env=self.environ).stdout, argv[0])
-        except (CommandError, ValueError):
+            return parse_answer(run_command(argv, 60, env=self.environ).stdout, argv[0], dict)
+        except CommandError:
             return {}
-        return value if isinstance(value, dict) else {}
 
     def list_lacks(self):
         """What podman's own helpers lack here, in words.
@@ -4037,8 +4021,7 @@ class ComposeDriver:
 
     def look_up(self, workload):
         """[Container] of one component as it is now."""
-        return [container for container in self.observe() if container.component == workload.component
-                and container.deployment_id.lower() == workload.deployment_id.lower()]
+        return find_containers(workload.deployment_id, self.observe(), workload.component)
 
     def carry_out(self, job, arguments, more=None):
         """The Output of a command that has to succeed; its words may hold values of parameters."""
@@ -4061,7 +4044,7 @@ class ComposeDriver:
         changes = plan_services(services, present, job.known, set(new))
         self.ask_external(job.project, changes.making)
         leaving = [container for group in changes.leaving for container in group]
-        first, inside = self.look_inside(first, job.project.networks, leaving)
+        first = self.ask_free(first, job.project.networks, leaving)
         if not first:
             self.create_shared(job, "network", new)
         self.create_shared(job, "volume", job.project.volumes)
@@ -4072,18 +4055,19 @@ class ComposeDriver:
         try:
             self.halt(job, changes.leaving)
             if first:
-                self.remove_containers(inside, job.deadline)
+                self.remove_containers(leaving, job.deadline)
+                leaving = []
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
                 self.create_shared(job, "network", new)
-                leaving = [container for container in leaving if container not in inside]
                 self.create_all(job, [item for item in changes.making if item.name in late], leaving, names)
             self.hand_names_over(job, leaving, names)
             for service in services:
                 self.await_dependencies(service, job)
                 if service.name not in changes.idle:
                     self.start(service, job, service.name in changes.kept)
-            finished = self.await_startup(services, job) if job.workload.wait else set()
+            names = [service.name for service in services]
+            finished = self.await_startup(names, job) if job.workload.wait else set()
         except MargoError:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
                 self.run(["rm", "--force"] + [container.id for container in leaving], 60)
@@ -4096,37 +4080,35 @@ class ComposeDriver:
         return finished
 
     def look_at_networks(self, job):
-        """{name: Network} of those that the project names, as far as they are there and were made for it."""
+        """{name: (labels, whether it is internal)} of networks that the project names or that were made for
+        it, as far as they are there.
+        """
         mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
         names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        shown = self.run(["network", "inspect"] + sorted(set(names).union(job.project.networks)), 60)
-        networks = self.parse(shown.stdout.strip() or b"[]", lambda items: dict(map(parse_network, items)))
-        if not networks.keys() >= set(names):       # what is there is never taken for missing (D-16)
-            raise CommandError(f"{self.engine} network inspect failed: {shown.stderr[-500:]}")
-        for name, network in networks.items():
-            if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
-                networks[name] = network._replace(labels={})        # it stays as it is
-        return networks
+        there = {}
+        for name, labels, facts in self.inspect_names(
+                "network", sorted({*names, *job.project.networks}), names):
+            ours = is_ours(self.claim(), job.workload.deployment_id, labels.get(LABEL_OWNER, ""))
+            there[name] = labels if ours else {}, facts.get("internal", False)
+        return there
 
-    def look_inside(self, names, wanted, leaving):
-        """(those of these networks that can be removed, [Container] in them).
+    def ask_free(self, names, wanted, leaving):
+        """Those of these networks that nobody uses once these containers have left.
 
-        Raises ComponentError for one that has to be removed, and in which there is another container.
+        Raises ComponentError for a wanted one that somebody else uses.
         """
-        free, inside = [], []
-        ours = {container.id: container for container in leaving}
+        free = []
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
             ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
-            strange = [container_id for container_id in ids if container_id not in ours]
+            strange = [item for item in ids if item not in {container.id for container in leaving}]
             if strange and name in wanted:
                 words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
                 raise ComponentError(
                     "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
             if not strange:
                 free.append(name)
-                inside += [ours[container_id] for container_id in ids if ours[container_id] not in inside]
-        return free, inside
+        return free
 
     def create_shared(self, job, kind, items):
         """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
@@ -4158,13 +4140,10 @@ class ComposeDriver:
 
     def create_all(self, job, services, leaving, names):
         """Makes the containers of services beside those that leave, under another name if one has theirs."""
-        held = {container.name: container for container in leaving}
+        held = {container.name for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
-            if name in held:
-                name += "-new"
-            if name in held:                        # an update was cut off, and another one follows
-                self.rename(job, held[name].id, f"{name}-old-{held[name].id[:12]}")
+            name += f"-new-{os.urandom(4).hex()}" if name in held else ""
             names[service.name] = name
             job.current[service.name] = self.create(service, job, name)
 
@@ -4213,7 +4192,7 @@ class ComposeDriver:
         project = job.workload.project
         shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
         text = b"" if shown.code else shown.stdout.strip()
-        declared = self.parse(text or b"null", lambda value: list(value or ()))
+        declared = parse_answer(text or b"null", self.engine, lambda value: list(value or ()))
         volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
         labels = make_arguments("--label", make_shared_labels(job.workload))
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
@@ -4248,7 +4227,7 @@ class ComposeDriver:
     def look_at_names(self, options):
         """{name: id} of all that podman lists, whoever it belongs to."""
         text = self.run(["ps", "--all", "--format=json"] + options, 60).stdout.strip()
-        return self.parse(text or b"[]", lambda items: {
+        return parse_answer(text or b"[]", self.engine, lambda items: {
             (item["Names"] or [""])[0]: item["Id"] for item in items or ()})
 
     def renew_image(self, service, marks):
@@ -4324,19 +4303,12 @@ class ComposeDriver:
             arguments.append(f"--volume={path}:{target}:ro")
         return arguments
 
-    def parse(self, data, read):
-        """What `read` makes of JSON that the engine printed; CommandError where that is of another form."""
-        try:
-            return read(parse_json(data, self.engine))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            words = f"{type(error).__name__}: {error}"
-            raise CommandError(f"{self.engine} answered in an unknown form ({words})") from None
-
     def inspect(self, ids):
         """{id: Shown} of those containers that can be looked at; CommandError where none answers."""
         ids = list(ids)
         output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
-        seen = self.parse(output.stdout.strip() or b"[]", lambda items: dict(map(parse_seen, items)))
+        seen = parse_answer(output.stdout.strip() or b"[]", self.engine,
+                            lambda items: dict(map(parse_seen, items)))
         if seen or not ids:                         # without those that are gone
             return seen
         if len(ids) < 2:
@@ -4348,76 +4320,66 @@ class ComposeDriver:
 
     def await_dependencies(self, service, job):
         """Waits until what a service depends on is as its condition says."""
-        by_name = {item.name: item for item in job.project.services}
         for condition in ("service_healthy", "service_completed_successfully"):
-            names = [name for name, (wanted, _) in service.depends_on.items() if wanted == condition]
-            others = [by_name[name] for name in names if name in by_name]
-            if others:
-                self.await_startup(others, job, settle=0, complete=condition.endswith("successfully"))
+            names = [name for name, (wanted, _) in service.depends_on.items()
+                     if wanted == condition and name in job.current]
+            if names:
+                self.await_startup(names, job, settle=0, complete=condition.endswith("successfully"))
 
-    def await_startup(self, services, job, settle=None, complete=False):
-        """Waits until all services run, are healthy, and stay so for runtime.settle.
+    def await_startup(self, names, job, settle=None, complete=False):
+        """Waits until all these services run, are healthy, and stay so for runtime.settle.
 
         Returns the set of those that finished with exit code 0.  Raises ComponentError at once for one that
         failed (C-164), or when the time is over.  Earlier restarts of what ran before are forgiven.
         complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
-        ids = {service.name: job.current.get(service.name, "") for service in services}
-        healthy = set()
-        misses, calm, before = {}, None, None
-        start = time.monotonic()
+        checks, before, calm = {}, None, None
         secrets = job.workload.parameters.values()
         while True:
-            seen = self.inspect(filter(None, ids.values()))
+            seen = self.inspect([job.current[name] for name in names])
             before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
-            fresh = {key: item._replace(restarts=item.restarts - before.get(key, 0))
-                     for key, item in seen.items()}
-            facts = {name: fresh[key] for name, key in ids.items() if key in fresh}
-            checked = [item for item in services if item.health]
-            running = [item for item in checked if item.name in facts and facts[item.name].state == "running"]
-            self.check_health(running, ids, facts, healthy, misses, start)
-            failure, waiting, finished = judge_startup(services, facts, healthy)
-            unwell = [item.name for item in checked if misses.get(item.name, (0, 0))[0] >= item.health[1]]
-            if failure or unwell:
-                name, words = failure or (unwell[0], f"service {unwell[0]} is unhealthy")
-                code = "INSTALL_FAILED" if failure else "UNHEALTHY"
-                raise ComponentError(code, words + self.tail_log(ids[name], secrets))
-            if complete:
-                left = [item.name for item in services if item.name not in finished]
-                waiting = {name: f"{name} has not ended" for name in left}
+            facts = {}
+            for name in names:
+                key = job.current[name]
+                if key in seen:
+                    restarts = seen[key].restarts - before.get(key, 0)
+                    health = self.ask_health(key, seen[key], checks)
+                    facts[name] = seen[key]._replace(restarts=restarts, health=health)
+            failure, waiting, finished = judge_startup(names, facts, complete)
+            if failure:
+                name, code, words = failure
+                raise ComponentError(code, words + self.tail_log(job.current[name], secrets))
             now = time.monotonic()
             calm = None if waiting else calm or now
-            restless = any(not item.health and item.name not in finished for item in services)
+            restless = any(not facts[name].health for name in names if name not in finished)
             if not waiting and (not restless or now - calm >= settle or now > job.deadline):
                 return finished
             if now > job.deadline:
                 words = f"not up in time: {', '.join(waiting.values())}"
-                log_end = self.tail_log(ids[next(iter(waiting))], secrets)
+                log_end = self.tail_log(job.current[next(iter(waiting))], secrets)
                 raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
-    def check_health(self, services, ids, facts, healthy, misses, start):
-        """Runs the health checks that podman may have nobody to run.
+    def ask_health(self, container_id, seen, checks):
+        """The health of a container in the engine's word, "" where nobody checks it.
 
-        A miss counts once an interval, after the start period.
+        podman may have nobody to run a check: it is run here.  A miss counts once an interval, after the
+        start period.  checks: {container: (word, misses, when the last one counted)}, which is kept up.
         """
-        for service in services:
-            if self.engine != "podman":
-                passed = facts[service.name].health == "healthy"
-                lost = facts[service.name].health == "unhealthy"
-            else:
-                passed = self.run(["healthcheck", "run", ids[service.name]], 120).code == 0
-                lost = False
-            interval, retries, grace = service.health
-            count, last = misses.get(service.name, (0, start + grace))
-            if passed:
-                healthy.add(service.name)
-                misses.pop(service.name, None)
-            elif lost:
-                misses[service.name] = retries, last
-            elif time.monotonic() - last >= interval:
-                misses[service.name] = count + 1, time.monotonic()
+        if self.engine != "podman" or not seen.check or seen.state != "running":
+            return seen.health
+        now = time.monotonic()
+        word, misses, last = checks.get(container_id, ("starting", 0, now + seen.check.start))
+        if self.run(["healthcheck", "run", container_id], 120).code == 0:
+            word, misses = "healthy", 0
+        elif now - last >= seen.check.interval:
+            misses += 1
+            last = now
+        if misses >= seen.check.retries:
+            word = "unhealthy"
+        checks[container_id] = word, misses, last
+        return word
 
     def tend(self, containers, chance):
         """Runs one health check a cycle, of a container by chance, where podman has no systemd that does.
@@ -4502,20 +4464,16 @@ class ComposeDriver:
         Needs no compose file.  Raises ComponentError REMOVE_FAILED unless the engine says that nothing is
         left (P-11, D-21).
         """
-        def ours(items):
-            wanted = deployment_id.lower(), component
-            return [item for item in items if (item.deployment_id.lower(), item.component) == wanted]
-
         project = make_project_name(component, deployment_id)
-        self.remove_containers(ours(containers)[::-1], deadline)
+        there = find_containers(deployment_id, containers, component, "compose")
+        self.remove_containers(there[::-1], deadline)
         arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]
         output = self.run(arguments, 60, "REMOVE_FAILED")
         for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
             if is_ours(self.claim(), deployment_id, labels.get(LABEL_OWNER, "")):
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
-        left = ours(self.observe())
-        if left:
-            raise ComponentError("REMOVE_FAILED", f"container {left[0].name} is still there")
+        for container in find_containers(deployment_id, self.observe(), component):
+            raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
 
 
 def part_containers(containers, claim):
@@ -4539,8 +4497,19 @@ def parse_seen(item):
     health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
     mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
-    restarts = item.get("RestartCount", 0)
-    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), restarts, health, volumes)
+    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0), health,
+                             volumes, parse_check(item["Config"].get("Healthcheck") or {}))
+
+
+def parse_check(item):
+    """The health check of a container, or an image, as `inspect` prints it to a Check; None: there is none.
+
+    Its times are nanoseconds; zero is not said.
+    """
+    if (item.get("Test") or ["NONE"])[0] == "NONE":
+        return None
+    interval = item.get("Interval", 0) / 1e9 or 30.0
+    return Check(interval, item.get("Retries") or 3, item.get("StartPeriod", 0) / 1e9)
 
 
 def find_started(status, now):
@@ -4554,32 +4523,23 @@ def parse_containers(data, engine, now=0):
 
     Raises CommandError for what is not of the expected form.
     """
-    containers = []
-    try:
-        if engine == "podman":
-            items = parse_json(data or b"[]", "podman ps")
-            if items is not None and not isinstance(items, list):
-                raise TypeError("no list")
-            for item in items or ():
-                labels = item.get("Labels") or {}
-                get = labels.get
-                state, health = find_health(item["State"].lower(), item.get("Status"))
-                containers.append(Container(
-                    item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], get(LABEL_COMPONENT, ""),
-                    get(LABEL_SERVICE, ""), get(LABEL_HASH, ""), state, "compose", get(LABEL_DEVICE, ""),
-                    item.get("StartedAt", 0), health, get(LABEL_OWNER, "")))
-        else:
-            for line in data.splitlines():
-                *marks, device_id, owner, state, status = parse_json(line, "docker ps")
-                state, health = find_health(state, status)
-                started = find_started(status, now)
-                facts = {"device_id": device_id, "started": started, "health": health, "owner": owner}
-                containers.append(Container(*marks, state=state, type="compose", **facts))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CommandError(
-            f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
-    return [container for container in containers           # other labels are somebody else's
-            if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]
+    def read(items):
+        if not isinstance(items, (list, type(None))):
+            raise TypeError("no list")
+        found = []
+        for item in items or ():
+            labels = item["Labels"]
+            marks = [labels[LABEL_DEPLOYMENT], *(labels.get(name, "") for name in LABELS[1:])]
+            state, health = find_health(item["State"].lower(), item.get("Status"))
+            started = item.get("StartedAt") or find_started(item.get("Status"), now)
+            found.append(Container(item["Id"], item["Names"][0], *marks[:4], state, "compose", marks[4],
+                                   started, health, marks[5]))
+        return found
+
+    if engine != "podman":                          # which prints one a line
+        data = b"[" + b",".join(data.splitlines()) + b"]"
+    return [container for container in parse_answer(data or b"[]", engine + " ps", read)
+            if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]    # others are somebody else's
 
 
 DRIVERS["compose"] = make_compose_driver
@@ -4644,12 +4604,12 @@ Workload = define("Workload",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of"
     " runtime.environment, the child device it is for, the owner to label it with.", "", "")
 Service = define(
-    "Service", "name image arguments command environment files networks depends_on health pull hash ports"
+    "Service", "name image arguments command environment files networks depends_on pull hash ports"
                " mounts shares",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
     " [Attachment];"
-    " depends_on: {service: (condition, required)}; health: Health, or None where the file says nothing of"
-    " it; hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that"
+    " depends_on: {service: (condition, required)}; hash: of all that makes its container what it is;"
+    " ports: [[address or \"\", port, protocol]] that"
     " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
@@ -4660,8 +4620,6 @@ Mount = define("Mount", "kind source target options found",
 Port = define("Port", "address published target protocol",
     "An item of `ports`: address of the host or \"\", its port or ports or \"\", those of the container,"
     " tcp, udp or sctp.")
-Health = define("Health", "interval retries start",
-    "A health check as the agent waits for it: seconds, misses, seconds of grace.")
 Attachment = define("Attachment", "network aliases options",
     "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
     " mode, None, None.", None)
@@ -4675,6 +4633,7 @@ LABEL_DEPLOYMENT, LABEL_COMPONENT = "org.margo.deployment", "org.margo.component
 LABEL_SERVICE = "org.margo.service"
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
+LABELS = LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -5366,10 +5325,10 @@ def find_ports(ports):
 
 
 def make_health(check, engine):
-    """`healthcheck` to (arguments, Health or None)."""
+    """`healthcheck` as arguments."""
     import shlex
     if check.disable or check.test == []:
-        return ["--no-healthcheck"], None
+        return ["--no-healthcheck"]
     test = check.test
     if isinstance(test, list) and engine == "podman" and (len(test) > 1 or not re.search(r"\s", test[0])):
         # a list of one would be for a shell
@@ -5379,12 +5338,7 @@ def make_health(check, engine):
     arguments = make_arguments("--health-cmd", test)
     for key in ("interval", "timeout", "retries", "start_period"):
         arguments += make_arguments(f"--health-{key.replace('_', '-')}", check[key])
-    if not arguments:
-        return [], None
-    # an engine takes zero as not said
-    interval = to_seconds(check.interval or "0s", "interval") or 30.0
-    start = to_seconds(check.start_period or "0s", "start_period")
-    return arguments, Health(interval, check.retries or 3, start)
+    return arguments
 
 
 def make_mount(item, where):
@@ -5774,17 +5728,15 @@ def make_service(name, service, reading):
         command = service.entrypoint[1:] + command
     if reading.engine == "podman":
         arguments = list(map(make_single, arguments))
-    checks, health = make_health(service.healthcheck, reading.engine)
-    arguments += checks + list(map(make_mount_argument, mounts))
+    arguments += make_health(service.healthcheck, reading.engine) + list(map(make_mount_argument, mounts))
     if sum(map(len, arguments + command)) > 64 * 1024:
         raise make_fault(f"{where}: its settings, labels and command together have more than 64 KiB")
     if not service.image:
         raise make_fault(f"{where}.image: expected the name of an image")
     return Service(name, service.image, arguments, command, make_environment(service, reading, where),
                    make_files(service, reading, where), make_attachments(service, reading, where),
-                   make_dependencies(service),
-                   health, service.pull_policy or "missing", "", find_ports(ports), mounts,
-                   find_shared(service))
+                   make_dependencies(service), service.pull_policy or "missing", "", find_ports(ports),
+                   mounts, find_shared(service))
 
 
 def add_aliases(services, wanted, notes):
@@ -6400,10 +6352,17 @@ SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS",
                  "LISTEN_FDNAMES")
 
 
-def list_folders(environ):
-    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them.
+def parse_answer(data, program, read):
+    """What `read` makes of the JSON that a program printed; CommandError where that is of another form."""
+    try:
+        return read(parse_json(data, program))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        words = f"{type(error).__name__}: {error}"
+        raise CommandError(f"{program} answered in an unknown form ({words})") from None
 
-    """
+
+def list_folders(environ):
+    """The folders in which helper programs are looked for: those on PATH, then the system's own."""
     folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
     return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
 
@@ -6454,17 +6413,6 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
         kill_group(process)
     return Output(process.returncode, stdout,
                   make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
-
-
-def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
-
-    Returns what held before.
-    """
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
-    return soft
 
 
 def serve_pipes(process, data, timeout, limit):
@@ -9686,6 +9634,17 @@ def check_git_settings(config):
 CHECKS.append(check_git_settings)
 
 
+def limit_files(size):
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
+
+    Returns what held before.
+    """
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
+    return soft
+
+
 class GitSource:
     """The desired state as a folder of documents on a branch, and a branch of one's own as the sink of
     reports.
@@ -11212,21 +11171,20 @@ def parse_releases(data, records, owner=""):
     names = {make_release_name(component["name"], record["deploymentId"]):
              (record["deploymentId"], component["name"])
              for record in records for component in record["components"]}
-    containers = []
-    try:
-        for item in parse_json(data, "helm list") or ():
+    def read(items):
+        found = []
+        for item in items or ():
             match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
             if not match and item["name"] not in names:
                 continue                            # somebody else's, whatever its labels say
             deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
             state = "running" if item["status"] == "deployed" else item["status"]
-            containers.append(Container(
+            found.append(Container(
                 f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
                 str(item["revision"]), state, "helm", owner=owner))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(
-            f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
-    return containers
+        return found
+
+    return parse_answer(data, "helm list", read)
 
 
 def list_texts(value):
@@ -11440,7 +11398,7 @@ class HelmDriver:
         `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never
         taken for "not installed" (D-16).
         """
-        present = self.find(release.deployment_id, release.component, containers)
+        present = find_containers(release.deployment_id, containers, release.component, "helm")
         facts = known.get("release")
         if (facts and facts.get("content") == release.content
                 and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]):
@@ -11461,19 +11419,9 @@ class HelmDriver:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
             words = mask(output.stderr, list_texts(release.values))
             raise ComponentError(code, f"helm upgrade failed: {words[-1500:]}")
-        try:
-            revision = str(parse_json(output.stdout, "helm upgrade")["version"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ComponentError(
-                "INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
-        return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
-
-    @staticmethod
-    def find(deployment_id, component, containers):
-        """The releases of a component."""
-        wanted = deployment_id.lower(), component, "helm"
-        return [item for item in containers
-                if (item.deployment_id.lower(), item.component, item.type) == wanted]
+        revision = parse_answer(output.stdout, "helm upgrade", lambda answer: answer["version"])
+        return {"release": {"hash": str(revision), "finished": False, "image": "",
+                            "content": release.content}}
 
     def repair(self, container, namespace, facts, deadline):
         """Takes away what would stop an upgrade, or what it would not see: a release in another
@@ -11508,10 +11456,10 @@ class HelmDriver:
 
         Raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21).
         """
-        ours = self.find(deployment_id, component, containers)
+        ours = find_containers(deployment_id, containers, component, "helm")
         words = [self.uninstall(container, deadline).stderr for container in ours]
         record = {"deploymentId": deployment_id, "components": [{"name": component}]}
-        if ours and self.find(deployment_id, component, self.observe([record])):
+        if ours and find_containers(deployment_id, self.observe([record]), component):
             raise ComponentError(
                 "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
