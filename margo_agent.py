@@ -3423,8 +3423,7 @@ def observe_devices(devices, records):
 
 
 def ask_others(answering, known=None):
-    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices
-    has shown.
+    """Workloads of other owners, as the last look has shown them: [{owner, deploymentId, name, type}].
 
     answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not
     asked again.
@@ -3456,8 +3455,9 @@ def observe_all(drivers, record):
 
 
 def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell
-    of it.
+    """The deployment types whose drivers have to tell of a deployment.
+
+    That is what it is, was when it ran last, and will be.
     """
     kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
     return kinds | ({target.deployment.type} if target and target.deployment else set())
@@ -3467,10 +3467,10 @@ def find_kinds(record, target=None):
 # 13. Compose driver
 # ----------------------------------------------------------------------------------------------------------
 
-Changes = define("Changes", "kept idle making late leaving",
+Changes = define("Changes", "kept idle making leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those that need"
-    " no start, [Service] to be made, names of those that can only be made after what leaves has left, and"
-    " [[Container]] that leave, those that stop together in one list, whoever depends on others first.")
+    " no start, [Service] to be made, and [[Container]] that leave, those that stop together in one list,"
+    " whoever depends on others first.")
 Job = define("Job", "workload project folder known deadline current runs volumes",
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
     " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
@@ -3488,9 +3488,7 @@ AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
 
 def make_claim(owner, state):
-    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
-    state.
-    """
+    """The Claim of an agent to what runs: by its state, and by the owner that it is now ("": not known)."""
     records = state["deployments"]
     services = [component["services"] for record in records.values() for component in record["components"]]
     for record in records.values():
@@ -3567,7 +3565,6 @@ def plan_services(services, present, known, networks):
     """
     kept, making = {}, []
     idle = set()
-    late = set()
     for service in services:
         facts = known.get(service.name)
         mine = [item for item in present if item.service == service.name]
@@ -3580,9 +3577,8 @@ def plan_services(services, present, known, networks):
                 idle.add(service.name)
         else:
             making.append(service)
-            late.update([service.name] if joined or late.intersection(service.shares) else [])
     leaving = [item for item in present if item not in kept.values()]
-    return Changes(kept, idle, making, late, order_leaving(services, leaving))
+    return Changes(kept, idle, making, order_leaving(services, leaving))
 
 
 def order_leaving(services, leaving):
@@ -3715,8 +3711,8 @@ class ComposeDriver:
     """
 
     def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
-        self.engine, self.config, self.environ = engine, config, environ
-        self.claim = claim
+        self.engine, self.config, self.claim = engine, config, claim
+        self.environ = os.environ if environ is None else environ
         self.strangers = []                         # [Container] not ours that the last look has shown
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
@@ -3728,19 +3724,17 @@ class ComposeDriver:
 
         With `code` a failure raises ComponentError of that code.
         """
-        environ = self.environ
-        if more:
-            environ = dict(os.environ if environ is None else environ, **more)
+        environ = dict(self.environ, **(more or {}))
         output = run_command([self.engine] + arguments, max(1.0, timeout), env=environ)
         if code and output.code:
             raise ComponentError(code, f"{self.engine} {arguments[0]} failed: {output.stderr[-1500:]}")
         return output
 
     def observe(self, records=()):
-        """Every container of ours in any state, by one query; CommandError where the engine does not answer.
+        """Every container of ours in any state, by one query.
 
         records: of the deployments that are known to need this driver; a leftover is looked for all the same
-        (P-11).
+        (P-11).  Raises CommandError where the engine does not answer.
         """
         form = "json"
         if self.engine != "podman":
@@ -3759,10 +3753,10 @@ class ComposeDriver:
         return self.strangers
 
     def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies what a component needs, touching nothing that runs: (for `apply`, its facts).
+        """Fetches and verifies what a component needs, and touches nothing that runs.
 
-        fetched: a list to which digests of packages and names of new images are added, also where it then
-        fails.
+        Returns (what `apply` takes, facts of the package).  fetched: a list to which digests of packages and
+        names of new images are added, also where it fails afterwards.
         """
         data, package = obtain_package(component, known, self.config, store, "compose")
         fetched.append(package["digest"])
@@ -3840,9 +3834,8 @@ class ComposeDriver:
         if self.engine != "podman" or self.remote or self.ask(
                 ["podman", "info", "--format=json"]).get("host", {}).get("networkBackend") != "netavark":
             return [], []
-        environ = self.environ or os.environ
-        everywhere = {"PATH": os.pathsep.join([*HELPER_FOLDERS, *list_folders(environ)])}
-        wanted = environ.get("NETAVARK_FW")
+        everywhere = {"PATH": os.pathsep.join([*HELPER_FOLDERS, *list_folders(self.environ)])}
+        wanted = self.environ.get("NETAVARK_FW")
         backend = find_program("netavark", everywhere)
         if backend and not wanted:
             wanted = self.ask([backend, "version"]).get("default_fw_driver", "iptables")
@@ -3891,13 +3884,12 @@ class ComposeDriver:
             raise ComponentError(error.code, mask(error.message, workload.parameters.values())) from None
         for note in project.notes:
             log("warning", f"compose.yaml: {note}", component=workload.component)
-        environ = os.environ if self.environ is None else self.environ
         for service in project.services:
             where = f"services.{service.name}"
             if self.remote and (service.files or any(mount.found for mount in service.mounts)):
                 raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
                                  " a child device does not see")
-            taken = [name for name in find_handed(service.environment) if name in environ]
+            taken = [name for name in find_handed(service.environment) if name in self.environ]
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
                                  " its value has one line here, of at most 60000 bytes", "PARAMETER_INVALID")
@@ -3955,13 +3947,12 @@ class ComposeDriver:
         uses its own folder.
         """
         folder = os.path.join(self.config.state_dir, "tmp")
-        environ = self.environ
-        if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
-            return environ
+        if self.environ.get("TMPDIR") != folder or not os.path.isdir(folder):
+            return self.environ
         empty_folder(folder)
         if not root or get_space(folder)[0] >= get_space(root)[0]:
-            return environ
-        return {key: value for key, value in environ.items() if key != "TMPDIR"}
+            return self.environ
+        return {key: value for key, value in self.environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says.
@@ -4036,7 +4027,8 @@ class ComposeDriver:
 
         Returns the finished services.  So what cannot be made touches nothing, and ports, addresses and
         volumes change hands with one outage (P-20).  What was replaced is removed last, because it is the
-        quickest way back.
+        quickest way back.  Where a network has to go first, all that leaves goes with it, and the new is made
+        after that.
         """
         services = job.project.services
         project = job.workload.project
@@ -4045,13 +4037,10 @@ class ComposeDriver:
         self.ask_external(job.project, changes.making)
         leaving = [container for group in changes.leaving for container in group]
         first = self.ask_free(first, job.project.networks, leaving)
-        if not first:
-            self.create_shared(job, "network", new)
-        self.create_shared(job, "volume", job.project.volumes)
         job.current.update({name: container.id for name, container in changes.kept.items()})
         names = {name: container.name for name, container in changes.kept.items()}
-        late = changes.late if first else ()
-        self.create_all(job, [item for item in changes.making if item.name not in late], leaving, names)
+        if not first:
+            self.create_all(job, new, changes.making, leaving, names)
         try:
             self.halt(job, changes.leaving)
             if first:
@@ -4059,8 +4048,7 @@ class ComposeDriver:
                 leaving = []
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
-                self.create_shared(job, "network", new)
-                self.create_all(job, [item for item in changes.making if item.name in late], leaving, names)
+                self.create_all(job, new, changes.making, leaving, names)
             self.hand_names_over(job, leaving, names)
             for service in services:
                 self.await_dependencies(service, job)
@@ -4080,8 +4068,9 @@ class ComposeDriver:
         return finished
 
     def look_at_networks(self, job):
-        """{name: (labels, whether it is internal)} of networks that the project names or that were made for
-        it, as far as they are there.
+        """The networks that are there of those that the project names or that were made for it.
+
+        {name: (labels, whether it is internal)}; one of somebody else is shown without labels.
         """
         mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
         names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
@@ -4138,8 +4127,13 @@ class ComposeDriver:
                 volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
         return volumes
 
-    def create_all(self, job, services, leaving, names):
-        """Makes the containers of services beside those that leave, under another name if one has theirs."""
+    def create_all(self, job, networks, services, leaving, names):
+        """Makes networks, volumes and containers.
+
+        A container whose name one has that leaves gets another name for now.
+        """
+        self.create_shared(job, "network", networks)
+        self.create_shared(job, "volume", job.project.volumes)
         held = {container.name for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
@@ -4213,22 +4207,15 @@ class ComposeDriver:
         return options
 
     def free_name(self, name):
-        """Frees a name that storage alone holds, as podman killed in `create` leaves it; whether it was so.
-
-        What `ps` shows is a container, and stays.
-        """
-        if self.engine != "podman" or name in self.look_at_names([]):
+        """Frees a name that storage alone holds, as podman killed in `create` leaves it; whether it was so."""
+        if self.engine != "podman":
             return False
-        held = self.look_at_names(["--external"]).get(name)
+        output = self.run(["ps", "--all", "--external", "--format=json"], 60)
+        held = parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: [
+            item["Id"] for item in items or () if item["State"] == "storage" and name in item["Names"]])
         if held:
             log("warning", "a name is freed that the engine's storage held for no container", container=name)
-        return bool(held) and self.run(["rm", "--force", held], 60).code == 0
-
-    def look_at_names(self, options):
-        """{name: id} of all that podman lists, whoever it belongs to."""
-        text = self.run(["ps", "--all", "--format=json"] + options, 60).stdout.strip()
-        return parse_answer(text or b"[]", self.engine, lambda items: {
-            (item["Names"] or [""])[0]: item["Id"] for item in items or ()})
+        return bool(held) and self.run(["rm", "--force"] + held, 60).code == 0
 
     def renew_image(self, service, marks):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
@@ -4263,7 +4250,7 @@ class ComposeDriver:
             again = [item for item in job.project.services if service.name in (item.name, *item.shares)]
             for item in reversed(again):
                 self.carry_out(job, ["rm", "--force", job.current[item.name]])
-            self.create_all(job, again, [], {})
+            self.create_all(job, {}, again, [], {})
             self.carry_out(job, ["start", job.current[service.name]])
 
     def halt(self, job, groups):
@@ -4412,10 +4399,9 @@ class ComposeDriver:
         return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
 
     def stop(self, ids, deadline):
-        """Stops containers within their own grace period, and kills them where there is less time than that.
+        """Stops containers within their own grace period, or kills them once the time is over.
 
-        Returns the deadline.
-        One that is not there any more is passed over.
+        Returns the deadline for what follows.  One that is not there any more is passed over.
         """
         patience = ["--ignore"] if self.engine == "podman" else []
         try:
@@ -4434,16 +4420,13 @@ class ComposeDriver:
         active = [container.id for container in containers if container.state not in AT_REST]
         if active:
             deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
-        if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
-            return
-        for _ in ids:                               # one whose network another one shares goes after that one
-            left = [name for name in ids
-                    if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
-            if not left:
+        for _ in containers:                        # one whose network another one shares goes after that one
+            output = self.run(["rm", "--force"] + ids, deadline - time.monotonic())
+            if not output.code:
                 return
-        left = [container.id for container in self.observe() if container.id in left]   # others removed some
-        if left:
-            self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
+            ids = [container.id for container in self.observe() if container.id in ids]
+        if ids:
+            raise ComponentError("REMOVE_FAILED", f"{self.engine} rm failed: {output.stderr[-1500:]}")
 
     def bring_back(self, before, deadline):
         """Undoes a start: what has been made since goes, and what ran runs again.
@@ -5885,8 +5868,9 @@ def load_credentials(host, settings):
 
 
 class Registry:
-    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never
-    leave their host).
+    """One registry host as configured: where it is, whom it trusts, what it is told.
+
+    Credentials never leave their host (C-169).
     """
 
     def __init__(self, host, config):
@@ -5898,11 +5882,9 @@ class Registry:
         self.context = None
 
     def get(self, name, path, accept, limit):
-        """GET below /v2/<name>/, with authentication where asked for and redirects followed.
+        """GET below /v2/<name>/, with a login where one is asked for: a Response with status 200.
 
-        A Response with status 200.
-
-        Raises ComponentError: PULL_UNAUTHORIZED, PULL_FAILED.
+        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
         url = f"{self.scheme}://{self.host}/v2/{name}/{path}"
         for attempt in range(2):
@@ -5915,10 +5897,7 @@ class Registry:
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
-        """A Response with status 200 and at most `limit` bytes.
-
-        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
-        """
+        """The Response, if its status is 200 and it has at most `limit` bytes; else raises ComponentError."""
         where = f"{url}: HTTP {response.status}"
         if find_verdict(response.status) == "denied":
             raise ComponentError("PULL_UNAUTHORIZED",
@@ -6003,12 +5982,10 @@ class Registry:
 
 
 def obtain_package(component, known, config, store, kind):
-    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept.
+    """The package of a component, verified and kept: (bytes, its facts {reference, digest}).
 
-    Raises ComponentError.
-
-    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network
-    or not (P-1).
+    known: its facts of an earlier time, or None; the same revision again is taken from the disk, network or
+    not (P-1).  kind: compose or helm.  Raises ComponentError.
     """
     reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
     data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
@@ -6029,10 +6006,9 @@ FETCHERS = {"oci": fetch_component}
 
 
 def fetch_package(reference, config, store, kind="compose"):
-    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified,
-    kept by its digest.
+    """A Compose Archive or a chart from its registry's mirror, or from the registry: (digest, bytes).
 
-    Raises ComponentError; what is in the store already is not fetched again.
+    It is verified and kept; what is in the store already is not fetched again.  Raises ComponentError.
     """
     mirror = (config.registries.get(reference.host) or {}).get("mirror")
     try:
@@ -6076,9 +6052,7 @@ def fetch_from_registry(reference, registry, config, store, kind):
 
 
 def check_space(folder, need, what):
-    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched
-    (P-4).
-    """
+    """Raises ComponentError DISK_FULL where `need` bytes more would fill a disk (P-4)."""
     free, margin = get_space(folder)
     if free < need + margin:
         raise ComponentError(
@@ -6144,13 +6118,12 @@ COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-c
 
 
 def check_archive(data, max_unpacked, relaxed=False):
-    """A Compose Archive's bytes to its tar bytes and [Entry].
-
-    Raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
+    """A Compose Archive's bytes to its tar bytes and [Entry] (C-156 to C-162).
 
     Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
     a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
-    need be no top-level folder, and the compose file may have its other names (protocol 6.5).
+    need be no top-level folder, and the compose file may have its other names (protocol 6.5).  Raises
+    ComponentError ARCHIVE_INVALID.
     """
     entries = {}
     tops = set()
@@ -6181,11 +6154,9 @@ def check_archive(data, max_unpacked, relaxed=False):
 
 
 def add_entry(member, entries, tops, top=""):
-    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder.
+    """Checks one tar entry by itself and adds it to `entries`, by its path below the top-level folder.
 
-    Raises ValueError.
-
-    top: the folder that an archive without one is taken to lie in.
+    top: the folder that an archive without one is taken to lie in.  Raises ValueError.
     """
     name = member.name[2:] if member.name.startswith("./") else member.name
     if name in ("", ".") and member.isdir():
@@ -6236,9 +6207,7 @@ def is_storable(path):
 
 
 def check_tree(entries):
-    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of
-    others, and for too many folders.
-    """
+    """Raises ValueError where a parent is no folder, a link leads out, or there are too many folders."""
     folders = set()
     for path, entry in entries.items():
         parent = path.rpartition("/")[0]
@@ -6254,10 +6223,7 @@ def check_tree(entries):
 
 
 def resolve_link(path, entries, hops):
-    """The path in the archive that `path` stands for once links are followed.
-
-    Raises ValueError where that is outside.
-    """
+    """The path that a path of the archive leads to once links are followed; ValueError: to the outside."""
     resolved = []
     todo = path.split("/")[::-1]
     while todo:
@@ -6294,10 +6260,8 @@ def load_sameness(path, entry, plain):
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     """Unpacks a verified archive to `parent`/<digest> and returns that folder.
 
-    One that is there already stays if it still is what the archive holds.
-
-    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay
-    for who uses them.
+    One that is there already stays if it still is what the archive holds.  It is made beside and renamed, so
+    that half of it is never taken for the whole.  Other versions stay for who uses them.
     """
     folder = os.path.join(parent, digest.split(":")[1][:16])
     plain, entries = check_archive(data, max_unpacked, relaxed)
@@ -6368,8 +6332,9 @@ def list_folders(environ):
 
 
 def get_command_environment(environ):
-    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR
-    that is no folder.
+    """The environment of a helper program.
+
+    It has a whole PATH, nothing that systemd tells this process alone, and no TMPDIR that is no folder.
     """
     found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
     if not os.path.isdir(found.get("TMPDIR", "/")):
@@ -6416,12 +6381,10 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
 
 
 def serve_pipes(process, data, timeout, limit):
-    """Writes `data` to stdin, reads stdout and stderr until the process has ended.
-
-    Raises subprocess.TimeoutExpired, CommandError.
+    """Writes `data` to stdin and reads until the process has ended: (stdout, stderr).
 
     A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
-    process itself has ended.
+    process itself has ended.  Raises subprocess.TimeoutExpired, CommandError.
     """
     import select
     import subprocess
@@ -11164,7 +11127,7 @@ def make_owner_value(owner):
 
 
 def parse_releases(data, records, owner=""):
-    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.
+    """The list of releases to [Container]; a release's revision is the hash by which drift is seen.
 
     Raises CommandError.
     """
@@ -11196,12 +11159,10 @@ def list_texts(value):
 
 
 def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None):
-    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with.
+    """The HelmDriver of the configuration; None where there is no helm, or no cluster to use it with.
 
-    Told without starting anything.
-
-    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for
-    make_compose_driver.
+    Nothing is started to tell.  child: (device id, connection) of a child device, whose connection may name
+    its cluster; claim: as for make_compose_driver.
     """
     environ = os.environ if environ is None else environ
     setting = config.runtime.helm
@@ -11225,9 +11186,7 @@ def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None
 def make_values(deployment, component):
     """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183).
 
-    Raises ComponentError PARAMETER_INVALID.
-
-    A later parameter for the same place wins.
+    A later parameter for the same place wins.  Raises ComponentError PARAMETER_INVALID.
     """
     values = {}
     for parameter, pointer in find_parameters(deployment, component):
@@ -11243,8 +11202,9 @@ def make_values(deployment, component):
 
 
 def parse_value_path(pointer):
-    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises
-    ValueError.
+    """A dotted pointer to names and indices, as `helm --set` reads it: `a.b[0].c` and `a\\.b`.
+
+    Raises ValueError.
     """
     path, position = [], 0
     token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
@@ -11263,10 +11223,7 @@ def parse_value_path(pointer):
 
 
 def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists.
-
-    Raises ValueError where another stands in the way.
-    """
+    """Puts a value at a path of names and indices; raises ValueError where another one is in the way."""
     place = values
     for step, following in zip(path, path[1:] + [None]):
         if isinstance(step, int):
@@ -11286,12 +11243,10 @@ def set_value(values, path, value):
 
 
 def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters.
+    """`<component>-<deploymentId>` as Helm takes names: at most 53 characters.
 
-    A long component is cut, with a hash of the whole.
-
-    The id always stands at the end, because a list of releases shows nothing else by which one could tell
-    whose it is.
+    A long component is cut, with a hash of the whole.  The id always stands at the end, because a list of
+    releases shows nothing else by which one could tell whose it is.
     """
     whole = f"{component}-{deployment_id}".lower()
     if len(whole) <= 53:
@@ -11314,10 +11269,15 @@ class HelmDriver:
         """The Output of one helm command."""
         return run_command([self.helm] + arguments, timeout, env=self.environ)
 
-    def observe(self, records=()):
-        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.
+    def carry_out(self, arguments, deadline):
+        """The Output of one helm command that is to be done by then."""
+        seconds = max(1, int(deadline - time.monotonic()))
+        return self.run(arguments + [f"--timeout={seconds}s"], seconds + 30)
 
-        Raises CommandError.
+    def observe(self, records=()):
+        """Every release of ours in any state; raises CommandError.
+
+        Where no deployment is known to need Helm, nothing is asked.
         """
         found = []
         claim = self.claim()
@@ -11367,8 +11327,9 @@ class HelmDriver:
         return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release,
-        package facts).
+        """Fetches and verifies the chart and makes the values, and touches nothing that runs.
+
+        Returns (a Release, facts of the package).
         """
         values = make_values(deployment, component.name)
         _, package = obtain_package(component, known, self.config, store, "helm")
@@ -11393,10 +11354,8 @@ class HelmDriver:
     def apply(self, release, containers, known, deadline):
         """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.
 
-        Safe to repeat.
-
-        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never
-        taken for "not installed" (D-16).
+        Safe to repeat.  `upgrade --install` asks the cluster itself what is there, so that trouble on the way
+        is never taken for "not installed" (D-16).
         """
         present = find_containers(release.deployment_id, containers, release.component, "helm")
         facts = known.get("release")
@@ -11405,7 +11364,6 @@ class HelmDriver:
             return {"release": facts}
         for container in present:
             self.repair(container, release.namespace, facts, deadline)
-        seconds = max(1, int(deadline - time.monotonic()))
         owner = self.claim().owner
         labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}"
         if owner:
@@ -11413,8 +11371,8 @@ class HelmDriver:
         arguments = [
             "upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}",
             "--create-namespace", f"--values={release.values_file}", f"--labels={labels}", "--reset-values",
-            "--history-max=5", f"--timeout={seconds}s", "--output=json"]
-        output = self.run(arguments + ["--wait"] * bool(release.wait), seconds + 30)
+            "--history-max=5", "--output=json"]
+        output = self.carry_out(arguments + ["--wait"] * bool(release.wait), deadline)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
             words = mask(output.stderr, list_texts(release.values))
@@ -11424,28 +11382,24 @@ class HelmDriver:
                             "content": release.content}}
 
     def repair(self, container, namespace, facts, deadline):
-        """Takes away what would stop an upgrade, or what it would not see: a release in another
-        namespace, one that a power cut left half done, and what a failed upgrade left in the cluster
-        (helm compares with the version that was deployed, not with that one).
+        """Takes away what would stop an upgrade, or what it would not see.
 
-        facts: of the revision that was made here last; to that one it goes back, for the one before the
-        newest may be what has failed.
+        That is a release in another namespace, one that a power cut left half done, and what a failed upgrade
+        left in the cluster: helm compares with the version that was deployed, not with that one.  facts: of
+        the revision that was made here last; to that one it goes back, for the one before the newest may be
+        what has failed.
         """
         there = container.id.partition("/")[0]
-        seconds = max(1, int(deadline - time.monotonic()))
         if there != namespace or container.state in ("pending-install", "uninstalling"):
             self.uninstall(container, deadline)
         elif container.state != "running":
             revision = [facts["hash"]] if facts else []
-            arguments = ["rollback", container.name] + revision
-            self.run(arguments + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
+            self.carry_out(["rollback", container.name, *revision, f"--namespace={there}"], deadline)
 
     def uninstall(self, container, deadline):
         """Uninstalls a release; whether it worked is told by the list alone."""
-        seconds = max(1, int(deadline - time.monotonic()))
         namespace = container.id.partition("/")[0]
-        return self.run(["uninstall", container.name, f"--namespace={namespace}", "--wait",
-                         f"--timeout={seconds}s"], seconds + 30)
+        return self.carry_out(["uninstall", container.name, f"--namespace={namespace}", "--wait"], deadline)
 
     def bring_back(self, before, deadline):
         """Leaves the releases as they are: the cluster keeps the pods of the revision before."""

@@ -82,7 +82,7 @@ class Engine:
         options, _ = split(arguments)
         found = list(self.select(options))
         if ("--external", "") in options:               # what storage alone holds
-            found += [(key, {"id": item, "labels": {}, "state": "external", "code": 0}) for key, item in self.held["external"].items()]
+            found += [(key, {"id": item, "labels": {}, "state": "storage", "code": 0}) for key, item in self.held["external"].items()]
         if ("--format", "{{.ID}}") in options:
             self.say("\n".join(container["id"] for _, container in found))
         else:
