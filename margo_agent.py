@@ -4207,7 +4207,7 @@ class ComposeDriver:
         return options
 
     def free_name(self, name):
-        """Frees a name that storage alone holds, as podman killed in `create` leaves it; whether it was so."""
+        """Frees a name that storage alone holds, as a killed `podman create` leaves it; whether it was so."""
         if self.engine != "podman":
             return False
         output = self.run(["ps", "--all", "--external", "--format=json"], 60)
