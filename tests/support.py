@@ -75,6 +75,12 @@ def find_layer(version):
     return path if os.path.exists(path) else None
 
 
+def find_prism():
+    """prism, an npm package that mocks an interface by its OpenAPI document; None where it or node is not there."""
+    path = os.path.join(PARTS, "node_modules", "@stoplight", "prism-cli", "dist", "index.js")
+    return path if os.path.exists(path) and shutil.which("node") else None
+
+
 CHECKS = {
     "helm3": lambda: find_layer("3"),
     "helm4": lambda: find_layer("4"),
@@ -86,6 +92,7 @@ CHECKS = {
     "netavark": find_netavark,
     "docker-registry": lambda: shutil.which("docker-registry"),
     "skopeo": lambda: shutil.which("skopeo"),
+    "prism": find_prism,
     "strace": lambda: shutil.which("strace"),
     "git": lambda: shutil.which("git"),
     "sshd": find_sshd,
