@@ -81,6 +81,11 @@ def find_prism():
     return path if os.path.exists(path) and shutil.which("node") else None
 
 
+def find_margot():
+    """margot, a publisher of Margo applications, in an environment of its own: it needs a newer Python than these tests."""
+    return shutil.which("margot", path=os.path.join(PARTS, "publisher", "bin")) or shutil.which("margot")
+
+
 CHECKS = {
     "helm3": lambda: find_layer("3"),
     "helm4": lambda: find_layer("4"),
@@ -93,6 +98,7 @@ CHECKS = {
     "docker-registry": lambda: shutil.which("docker-registry"),
     "skopeo": lambda: shutil.which("skopeo"),
     "prism": find_prism,
+    "margot": find_margot,
     "strace": lambda: shutil.which("strace"),
     "git": lambda: shutil.which("git"),
     "sshd": find_sshd,
