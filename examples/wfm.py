@@ -1077,6 +1077,7 @@ class SignedWfm(Wfm):
     """The interface of the first preview release, in either dialect: onboarding, client ids, a signature on every request."""
 
     CLIENT = r"/api/v1/clients/([^/]+)"
+    SPELLING = ("certificate", "clientId")          # of the members that onboarding has
     ROUTES = (
         (r"/api/v1/onboarding", {"POST": "onboard"}),
         (r"/api/v1/clients/[^/]+/deployments", {"GET": "get_manifest"}),
@@ -1173,7 +1174,7 @@ class SignedWfm(Wfm):
         """Gives a client its id: the same one each time, as it follows from the key."""
         body, found = read_document(request), Inspection()
         check_heading(found, body, "onboarding.margo.org/v1alpha1", "OnboardingRequest")
-        text = found.member(body, "", "certificate", "string")
+        text = found.member(body, "", self.SPELLING[0], "string")
         found.close("The onboarding request was understood but not accepted.")
         try:
             certificate = decode_certificate(text)
@@ -1191,7 +1192,7 @@ class SignedWfm(Wfm):
         self.keys.pop(client, None)
         write_json(os.path.join(self.state, "onboarded.json"), self.onboarded)
         self.log(client, "onboarded")
-        return Reply(201, {"Content-Type": "application/json"}, make_json({"clientId": client}))
+        return Reply(201, {"Content-Type": "application/json"}, make_json({self.SPELLING[1]: client}))
 
     def put_capabilities(self, request, device_id=None):
         """POST the first time, PUT afterwards; dialect a has one document for the whole client."""

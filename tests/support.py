@@ -384,9 +384,10 @@ class Example(Service):
 
 
 class Wfm(Example):
-    """examples/wfm.py with its folders; `url` and `registry` (host:port) are where it listens; profile: mtls, signed-a or signed-b."""
+    """examples/wfm.py with its folders; `url` and `registry` (host:port) are where it listens; profile: mtls, signed-a or signed-b;
+    stand_in: a kind of tests/stand_ins.py that takes its place."""
 
-    def __init__(self, test, pki, *options, folder=None, profile="mtls"):
+    def __init__(self, test, pki, *options, folder=None, profile="mtls", stand_in=None):
         self.folder = folder or make_folder(test)
         self.state = self.path("state")
         for name in ("deployments", "packages", "state"):
@@ -395,7 +396,8 @@ class Wfm(Example):
         own = "site" if self.dialect else "wfm"
         if self.dialect:
             options += ("--profile", name, "--dialect", self.dialect, "--root-ca", pki.path("site-ca.pem"))
-        argv = start("examples/wfm.py") + ["--listen", "127.0.0.1:0", "--certificate", pki.path(f"{own}.pem"), "--key",
+        program = start("tests/stand_ins.py") + [stand_in] if stand_in else start("examples/wfm.py")
+        argv = program + ["--listen", "127.0.0.1:0", "--certificate", pki.path(f"{own}.pem"), "--key",
                 pki.path(f"{own}.key"), "--trust-bundle", pki.path("bundle.json"), "--deployments", self.path("deployments"), "--state",
                 self.path("state"), "--registry", "127.0.0.1:0", "--packages", self.path("packages"), "--site-certificate", pki.path("site.pem"),
                 "--site-key", pki.path("site.key"), "--log-requests"]
