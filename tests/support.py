@@ -97,6 +97,7 @@ CHECKS = {
     "netavark": find_netavark,
     "docker-registry": lambda: shutil.which("docker-registry"),
     "skopeo": lambda: shutil.which("skopeo"),
+    "chromium": lambda: shutil.which("chromium"),
     "prism": find_prism,
     "margot": find_margot,
     "strace": lambda: shutil.which("strace"),
