@@ -96,6 +96,8 @@ CHECKS = {
     "podman-compose": lambda: shutil.which("podman-compose") or shutil.which("podman-compose", path=os.path.dirname(sys.executable)),
     "dockerd": lambda: find_dockerd() and shutil.which("docker") and os.geteuid() == 0 and os.path.exists("/bin/busybox"),
     "netavark": find_netavark,
+    "dpkg-deb": lambda: shutil.which("dpkg-deb"),
+    "lintian": lambda: shutil.which("lintian"),
     "docker-registry": lambda: shutil.which("docker-registry"),
     "skopeo": lambda: shutil.which("skopeo"),
     "chromium": lambda: shutil.which("chromium"),
