@@ -18,7 +18,6 @@ from tests import support
 README = os.path.join(support.ROOT, "README.md")
 PAGES = [README, os.path.join(support.ROOT, "tests", "README.md")] + sorted(glob.glob(os.path.join(support.EXAMPLES, "*", "README.md")))
 LIMIT = 14000                       # bytes
-COMING = ("examples/packaging/README.md",)          # its page comes with its files
 
 
 def read(path=README):
@@ -55,7 +54,7 @@ class Pages(unittest.TestCase):
         for page in PAGES:
             for target in re.findall(r"\]\(([^)#]+)", read(page)):
                 path = os.path.normpath(os.path.join(os.path.dirname(page), target))
-                if not target.startswith("https:") and os.path.relpath(path, support.ROOT) not in COMING:
+                if not target.startswith("https:"):
                     self.assertTrue(os.path.exists(path), f"{page}: {target}")
 
     def test_every_folder_of_examples_has_a_page_and_the_readme_leads_to_it(self):
