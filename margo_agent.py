@@ -1993,93 +1993,95 @@ REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
                     r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
                     r"(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
 
-def optional(read):
-    """A reader that takes nothing (null, or no such member), too."""
-    return lambda value, base: None if value is None else read(value, base)
+# What the documents have to look like, see check_shape.  Members that are not named here are checked where
+# they are used, or nowhere (C-116).
+ARTIFACT = {"digest": DIGEST_PATTERN, "url": r"(?s).*"}             # no other algorithm (C-107)
+MANIFEST = {
+    "deployments": [dict(ARTIFACT, deploymentId=UUID_PATTERN)],
+    "bundle?": dict(ARTIFACT, mediaType=re.escape(BUNDLE_TYPE)),
+}
+CONSTRAINTS = {                                                     # protocol 3.2
+    "capacityRequirements?": {
+        "cpu?": {"cores": float, "architectures?": list},
+        "memory?": "[0-9]{1,40}(Mi|Gi|Ki)",
+        "storage?": "[0-9]{1,40}(Mi|Gi|Ki|Ti|Pi|Ei)",
+    },
+    "eligibilityRules?": list,
+}
+DEPLOYMENT = {
+    "id": UUID_PATTERN,
+    "metadata": {
+        "name": NAME_PATTERN,
+        "namespace": NAME_PATTERN,
+        "deviceId?": DEVICE_ID_PATTERN + r"(/\*)?",
+    },
+    "spec": {
+        "applicationId": "[-a-z0-9]{1,200}",
+        "deploymentProfile": {"components": list, "deviceConstraints?": CONSTRAINTS},
+        "parameters?": dict,
+    },
+}
+COMPONENT = {"name": COMPONENT_PATTERN, "properties": {"timeout?": r"\d{1,6}m\d{1,6}s"}}
+PARAMETER = {"targets": [{"pointer": r"(?s).*", "components": list}]}
 
 
 def parse_manifest(data, base_url):
     """A state manifest's bytes to a Manifest; raises Refused naming the field (protocol 3.1)."""
     try:
         value = parse_json(data, "the state manifest")
-        if not isinstance(value, dict):
-            raise ValueError("the state manifest is not an object")
+        check_shape(value, MANIFEST, "")
         version = parse_version(value.get("manifestVersion"))
-        items = check_member(value, "deployments", "", read_items)
-        if len(items) > MAX_DEPLOYMENTS:
+        bundle = value.get("bundle")
+        if len(value["deployments"]) > MAX_DEPLOYMENTS:
             raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
-        entries = []
-        seen = set()
-        for index, item in enumerate(items):
-            where = f"deployments[{index}]."
-            entry = parse_manifest_entry(item, where, base_url)
-            if entry.deployment_id.lower() in seen:
-                raise ValueError(f"{where}deploymentId: {entry.deployment_id} occurs twice")
-            seen.add(entry.deployment_id.lower())
-            entries.append(entry)
-        digest, size = parse_manifest_bundle(value, entries, base_url)
+        if "bundle" not in value:
+            raise ValueError("bundle: missing (it is null where there are no deployments)")
+        if (bundle is None) != (not value["deployments"]):                          # C-114
+            raise ValueError("bundle: is null if and only if there are no deployments")
+        entries = {}
+        for index, item in enumerate(value["deployments"]):
+            name = item["deploymentId"]
+            where = f"deployments[{index}]"
+            check_url(item["url"], f"/deployments/{name}/{item['digest']}", base_url, where)
+            if name.lower() in entries:
+                raise ValueError(f"{where}.deploymentId: {name} occurs twice")
+            entries[name.lower()] = ManifestEntry(name, item["digest"], parse_advice(item))
+        if bundle:
+            check_url(bundle["url"], f"/bundles/{bundle['digest']}", base_url, "bundle")
     except ValueError as error:
         raise Refused(f"state manifest refused: {error}") from None
-    return Manifest(version, digest, size, entries)
+    bundle = bundle or {}
+    return Manifest(version, bundle.get("digest"), parse_advice(bundle), list(entries.values()))
 
 
 def parse_version(value):
     """manifestVersion in full precision; raises ValueError (D-5)."""
-    # beyond, a float does not tell which number was written
+    # from 2^53 on a float does not tell which number was written
     if isinstance(value, float) and value.is_integer() and value < 2 ** 53:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
-        raise ValueError(
-            f"manifestVersion: found {make_printable(repr(value), 40)},"
-            " expected a whole number from 1 to 2^64-1"
-        )
+        found = make_printable(repr(value), 40)
+        raise ValueError(f"manifestVersion: found {found}, expected a whole number from 1 to 2^64-1")
     return value
 
 
-def parse_manifest_entry(item, where, base_url):
-    """One element of `deployments`; raises ValueError."""
-    if not isinstance(item, dict):
-        raise ValueError(f"{where[:-1]}: expected an object")
-    deployment_id = check_member(item, "deploymentId", where, UUID_PATTERN)
-    # another algorithm makes the manifest invalid (C-107)
-    digest = check_member(item, "digest", where, DIGEST_PATTERN)
-    check_artifact_url(item, where, base_url, f"/deployments/{deployment_id}/{digest}")
-    return ManifestEntry(deployment_id, digest, parse_advice(item))
-
-
-def parse_manifest_bundle(value, entries, base_url):
-    """(digest, size) of the bundle, (None, None) where nothing should run; raises ValueError (C-114)."""
-    if "bundle" not in value:
-        raise ValueError("bundle: missing (it is null where there are no deployments)")
-    bundle = check_member(value, "bundle", "", optional(read_dict))
-    if (bundle is None) != (not entries):
-        raise ValueError("bundle: is null if and only if there are no deployments")
-    if bundle is None:
-        return None, None
-    check_member(bundle, "mediaType", "bundle.", checked(BUNDLE_TYPE, lambda item: item == BUNDLE_TYPE))
-    digest = check_member(bundle, "digest", "bundle.", DIGEST_PATTERN)
-    check_artifact_url(bundle, "bundle.", base_url, f"/bundles/{digest}")
-    return digest, parse_advice(bundle)
-
-
 def parse_advice(item):
-    """sizeBytes where it is usable; it decides what is cheaper to fetch and nothing else (C-110)."""
+    """sizeBytes where it is usable.  It decides what is cheaper to fetch and nothing else (C-110)."""
     size = item.get("sizeBytes")
     return int(size) if is_number(size) and 0 <= size < 2 ** 53 else None
 
 
-def check_artifact_url(item, where, base_url, path):
-    """The `url` is only held against what id and digest say.
+def check_url(url, path, base_url, where):
+    """Raises ValueError for the `url` of other content than id and digest name.
 
     Nothing is ever fetched from it (C-058, protocol 2.1).
     """
     from urllib.parse import unquote, urljoin
-    url = check_member(item, "url", where, r"(?s).*")
     absolute = urljoin(base_url, url)
     if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
-        raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
+        raise ValueError(f"{where}.url: {make_printable(url, 120)!r} is of another origin than the WFM")
     if not unquote(absolute).lower().endswith(path.lower()) or ".." in unquote(url).split("/"):
-        raise ValueError(f"{where}url: {make_printable(url, 200)!r} does not end with {path}")
+        raise ValueError(f"{where}.url: {make_printable(url, 200)!r} does not end with {path}")
 
 
 def check_version(manifest, digest, accepted):
@@ -2089,9 +2091,9 @@ def check_version(manifest, digest, accepted):
     """
     if accepted is None or manifest.version > accepted["version"]:
         return True
-    if manifest.version == accepted["version"] and digest == accepted["digest"]:
-        return False
     same = manifest.version == accepted["version"]
+    if same and digest == accepted["digest"]:
+        return False
     relation = "the same version with other content" if same else "an older version"
     raise Refused(
         f"security: state manifest refused: version {manifest.version} is {relation}"
@@ -2100,16 +2102,12 @@ def check_version(manifest, digest, accepted):
     )
 
 
-# How documents of one generation differ; other generations add what reads them to DIALECTS. Such a function
-# takes the document (a mapping) and returns None, or (the document in rc.3's form, its Dialect); it may raise
-# ValueError.
-Dialect = define(
-    "Dialect",
-    "parse_package prefix addressed",
-    "What reads the package of a component (see parse_package), what stands before the pointers of a compose"
-    " component's parameters,"
-    " and whether metadata.deviceId has to be there.",
-)
+Dialect = define("Dialect", "parse_package prefix addressed",
+    "How documents of one generation differ: what reads the package of a component (see parse_package), a"
+    " pattern of what stands before the pointers of a compose component's parameters, and whether"
+    " metadata.deviceId has to be there.")
+# What reads other generations: functions of a document (a mapping) to None, or to (the document in rc.3's
+# form, its Dialect).  They may raise ValueError.
 DIALECTS = []
 
 
@@ -2131,106 +2129,74 @@ def parse_package(properties, where, kind, schemes="oci"):
 
     Raises ValueError (C-153).
     """
-    repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
-    return repository, check_member(properties, "revision", where, REVISION_PATTERN), None
+    check_shape(properties, {"repository": schemes + r"://[^\s]+", "revision": REVISION_PATTERN}, where)
+    return properties["repository"], properties["revision"], None
 
 
 def parse_deployment(data, deployment_id):
     """An ApplicationDeployment's bytes to a Deployment.
 
-    Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
-
-    Unknown members and extensions are ignored wherever they stand (C-116); what is used is checked.
+    Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.  Unknown members and extensions are ignored
+    wherever they stand (C-116); what is used is checked.
     """
     try:
         value, dialect = parse_document(load_yaml(data))
-        own_id = check_member(value, "id", "", UUID_PATTERN)
-        if own_id.lower() != deployment_id.lower():
-            raise ValueError(f"id: found {own_id}, but the manifest names it {deployment_id}")      # C-115
-        metadata = check_member(value, "metadata", "", read_dict)
-        spec = check_member(value, "spec", "", read_dict)
-        check_member(spec, "applicationId", "spec.", r"[-a-z0-9]{1,200}")
-        profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
-        where = "spec.deploymentProfile."
-        constraints = check_member(profile, "deviceConstraints", where, optional(read_dict))
-        check_constraints(constraints or {}, f"{where}deviceConstraints.")
+        check_shape(value, DEPLOYMENT, "")
+        if value["id"].lower() != deployment_id.lower():                            # C-115
+            raise ValueError(f"id: found {value['id']}, but the manifest names it {deployment_id}")
+        metadata = value["metadata"]
+        spec = value["spec"]
+        profile = spec["deploymentProfile"]
+        if dialect.addressed:
+            check_shape(metadata, {"deviceId": ".*"}, "metadata")
+        where = "spec.deploymentProfile"
         kind = profile.get("type")
         if kind not in ("compose", "helm"):
-            raise ComponentError(
-                "UNSUPPORTED_TYPE",
-                f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs",
-            )
-        items = check_member(profile, "components", where, read_items)
-        if not items:
-            raise ValueError(f"{where}components: expected a list of at least one component")
-        components = [parse_component(item, f"{where}components[{index}].", kind, dialect)
-                      for index, item in enumerate(items)]
+            found = make_printable(str(kind), 40)
+            raise ComponentError("UNSUPPORTED_TYPE", f"{where}.type: {found!r} is not a type this agent runs")
+        components = [parse_component(item, f"{where}.components[{index}]", kind, dialect)
+                      for index, item in enumerate(profile["components"])]
         names = {component.name for component in components}
-        if len(names) != len(components):
-            raise ValueError(f"{where}components: a name occurs twice")
+        if not components or len(names) < len(components):
+            raise ValueError(f"{where}.components: {'a name occurs twice' if names else 'none'}")
         parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "")
         check_targets(parameters, names)
-        device_id = ""
-        if dialect.addressed or "deviceId" in metadata:
-            device_id = check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?")
-        return Deployment(
-            deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
-            check_member(metadata, "namespace", "metadata.", NAME_PATTERN), device_id, kind, components,
-            parameters, constraints,
-            {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
+    extensions = {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)}
+    return Deployment(deployment_id, metadata["name"], metadata["namespace"], metadata.get("deviceId") or "",
+                      kind, components, parameters, profile.get("deviceConstraints"), extensions)
 
 
 def make_outline(data, deployment_id):
-    """Of a document that is refused, what its status needs: a Deployment that holds the names only.
+    """What the status of a refused document needs: a Deployment that holds the names only.
 
     None where there are none.
     """
     try:
         value = parse_document(load_yaml(data))[0]
         holders = [value["metadata"], *value["spec"]["deploymentProfile"]["components"]]
-        name, *components = [make_printable(check_member(holder, "name", "", ".+")) for holder in holders]
+        name, *components = [make_printable(holder["name"]) for holder in holders if holder["name"]]
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return Deployment(deployment_id, name, "", "", "",
                       [Component(item, "", "", True, 0) for item in components], [], None)
 
 
-def check_constraints(constraints, where):
-    """Raises ValueError for deviceConstraints that cannot be read (protocol 3.2)."""
-    capacity = check_member(constraints, "capacityRequirements", where, optional(read_dict)) or {}
-    check_member(constraints, "eligibilityRules", where, optional(read_items))
-    where += "capacityRequirements."
-    for key, units in (("memory", "Mi|Gi|Ki"), ("storage", "Mi|Gi|Ki|Ti|Pi|Ei")):
-        check_member(capacity, key, where, optional(text_of(f"[0-9]{{1,40}}({units})")))
-    if capacity.get("cpu") is not None:
-        cpu = capacity["cpu"] if isinstance(capacity["cpu"], dict) else {}
-        check_member(
-            cpu,
-            "cores",
-            f"{where}cpu.",
-            checked("a number", lambda item: get_kind(item) == "number" and item >= 0),
-        )
-        check_member(cpu, "architectures", f"{where}cpu.", optional(read_items))
-
-
 def parse_component(item, where, kind, dialect):
     """One element of `components` of a deployment of type `kind`; raises ValueError."""
-    if not isinstance(item, dict):
-        raise ValueError(f"{where[:-1]}: expected a mapping")
-    name = check_member(item, "name", where, COMPONENT_PATTERN)
-    properties = check_member(item, "properties", where, read_dict)
-    where += "properties."
+    check_shape(item, COMPONENT, where)
+    properties = item["properties"]
+    where += ".properties"
     repository, revision, key_location = dialect.parse_package(properties, where, kind)
-    wait = properties.get("wait", True)
-    wait = wait.lower() if isinstance(wait, str) else wait
-    wait = check_member({"wait": wait}, "wait", where, read_flag)
+    wait = str(properties.get("wait", True)).lower()
+    check_shape(wait, "true|false", f"{where}.wait")
     timeout = COMPONENT_TIMEOUT
-    if properties.get("timeout") is not None:
-        minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
+    if properties.get("timeout"):
+        minutes, seconds = properties["timeout"][:-1].split("m")
         timeout = min(60 * int(minutes) + int(seconds), MAX_TIMEOUT)
-    return Component(name, repository, revision, wait, timeout, find_extensions(item), key_location)
+    return Component(item["name"], repository, revision, wait == "true", timeout, find_extensions(item),
+                     key_location)
 
 
 def find_extensions(value):
@@ -2250,31 +2216,23 @@ def find_extensions(value):
 
 
 def parse_parameters(spec, prefix=""):
-    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers.
+    """spec.parameters to a list of Parameter; raises ValueError.
 
-    Raises ValueError.
+    prefix: a pattern of what older generations put before pointers; it is taken away.
     """
     parameters = []
-    for name, item in (check_member(spec, "parameters", "spec.", optional(read_dict)) or {}).items():
+    for name, item in (spec.get("parameters") or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
-        item = item if isinstance(item, dict) else {}
-        targets = check_member(item, "targets", f"{where}.", read_items)
+        check_shape(item, PARAMETER, where)
         value = item.get("value")
         if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
         if value is None and "valueFrom" in item:
-            raise ComponentError(
-                "PARAMETER_INVALID",
-                f"{where}: valueFrom is a draft that this agent does not follow, and there is"
-                " no value to fall back on",
-            )
-        reached = []
-        for target in targets:
-            target = target if isinstance(target, dict) else {}
-            pointer = check_member(target, "pointer", f"{where}.targets: ", r"(?s).*")
-            pointer = pointer[len(prefix):] if pointer.startswith(prefix) else pointer
-            reached.append((pointer, check_member(target, "components", f"{where}.targets: ", read_items)))
-        parameters.append(Parameter(str(name), value, reached))
+            words = "valueFrom is a draft that this agent does not follow, and there is no `value` besides"
+            raise ComponentError("PARAMETER_INVALID", f"{where}: {words}")
+        targets = [(re.sub(f"^{prefix}", "", target["pointer"]), target["components"])
+                   for target in item["targets"]]
+        parameters.append(Parameter(str(name), value, targets))
     return parameters
 
 
@@ -2296,33 +2254,30 @@ def check_targets(parameters, names):
 def parse_bundle(data, entries, max_unpacked):
     """A bundle's bytes to {digest: bytes}.
 
-    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
-
-    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name
-    of its own.
+    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).  They are known by
+    their digests: names are not specified, and nothing reaches the disk under a name of the bundle's.
     """
     wanted = {entry.digest for entry in entries}
     documents = {}
     try:
         plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
+        for member in members:
+            name = make_printable(member.name, 100)
+            if member.isdir() and member.name in (".", "./"):
+                continue
+            if not member.isfile() or member.issparse():
+                raise ValueError(f"{name} is not a regular file")
+            content = plain[member.offset_data:member.offset_data + member.size]
+            digest = sha256_digest(content)
+            if digest not in wanted:
+                raise ValueError(f"{name} has digest {digest}, which the manifest does not name")
+            documents[digest] = content
+        missing = wanted - set(documents)
+        if missing:
+            words = f"documents of the manifest are not in it, such as {min(missing)}"
+            raise ValueError(f"{len(missing)} {words}")
     except ValueError as error:
         raise Refused(f"bundle refused: {error}") from None
-    for member in members:
-        name = make_printable(member.name, 100)
-        if member.isdir() and member.name in (".", "./"):
-            continue
-        if not member.isfile() or member.issparse():
-            raise Refused(f"bundle refused: {name} is not a regular file")
-        content = plain[member.offset_data:member.offset_data + member.size]
-        digest = sha256_digest(content)
-        if digest not in wanted:
-            raise Refused(f"bundle refused: {name} has digest {digest}, which the manifest does not name")
-        documents[digest] = content
-    missing = wanted - set(documents)
-    if missing:
-        raise Refused(
-            f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}"
-        )
     return documents
 
 
@@ -2980,11 +2935,11 @@ def run_csr(path, form="PEM"):
 # ----------------------------------------------------------------------------------------------------------
 
 def check_eligibility(constraints, capabilities):
-    """Raises ComponentError INSUFFICIENT_CAPACITY or NOT_ELIGIBLE where a device does not meet
-    `deviceConstraints` (protocol 8).
+    """Raises ComponentError where a device does not meet `deviceConstraints` (protocol 8).
 
-    capabilities: the document reported for the device; its totals count, not what is free.  Capacity comes
-    first, rules only if it holds (C-202); one rule that matches is enough, no rules are no condition (C-204).
+    INSUFFICIENT_CAPACITY comes first, NOT_ELIGIBLE only if capacity holds (C-202).  One rule that matches is
+    enough, no rules are no condition (C-204).  capabilities: the document reported for the device; its totals
+    count, not what is free.
     """
     if not constraints:
         return
@@ -2995,10 +2950,8 @@ def check_eligibility(constraints, capabilities):
         raise ComponentError("INSUFFICIENT_CAPACITY", lack)
     reasons = [find_mismatch(rule, properties, labels) for rule in constraints.get("eligibilityRules") or ()]
     if reasons and all(reasons):
-        raise ComponentError(
-            "NOT_ELIGIBLE",
-            "; ".join(f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)),
-        )
+        words = [f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)]
+        raise ComponentError("NOT_ELIGIBLE", "; ".join(words))
 
 
 def find_lack(required, properties):
@@ -3006,11 +2959,9 @@ def find_lack(required, properties):
     cpu = required.get("cpu")
     if cpu:
         wanted = cpu.get("architectures")
-        entries = properties.get("cpus") or ()
-        cores = [entry.get("cores", 0) for entry in entries if not wanted
-                 or entry.get("architecture") in wanted]
         # one entry must do: cores are never summed (C-203)
-        most = max(cores, default=0)
+        most = max((entry.get("cores", 0) for entry in properties.get("cpus") or ()
+                    if not wanted or entry.get("architecture") in wanted), default=0)
         if most < cpu["cores"]:
             kinds = " or ".join(map(str, wanted or ["any architecture"]))
             return f"cpu: {cpu['cores']} cores of {kinds} are needed, there are {most}"
@@ -3021,42 +2972,33 @@ def find_lack(required, properties):
 
 
 def find_mismatch(rule, properties, labels):
-    """Why an eligibility rule does not match, in words, or "": all its selectors and all their expressions
-    have to (C-204).
-    """
-    # label keys are exact, property keys are pointers (C-205)
-    def look_up(key):
-        return key in labels, labels.get(key)
+    """Why an eligibility rule does not match, in words, or "".
 
-    rule = rule if isinstance(rule, dict) else {"propertySelector": ""}
-    for name, look in (("propertySelector", lambda key: find_pointer(properties, key)),
-                       ("labelSelector", look_up)):
-        if rule.get(name) is None:
-            continue
-        try:
-            expressions = get_expressions(rule, name)
-        except ValueError as error:
-            return str(error)
-        for expression in expressions:
-            try:
-                reason = "" if is_match(expression, look) else "is false"
-            # an expression that breaks the rules is false (C-212)
-            except ValueError as error:
-                reason = f"is false, because {error}"
-            if reason:
-                expression = expression if isinstance(expression, dict) else {}
-                words = [str(expression[key]) for key in ("key", "operator", "values") if key in expression]
-                return f"{name} {make_printable(' '.join(words), 200)} {reason}"
+    All its selectors have to match, each with all its expressions (C-204).
+    """
+    # property keys are pointers, label keys are exact (C-205)
+    looks = {"propertySelector": lambda key: find_pointer(properties, key),
+             "labelSelector": lambda key: (key in labels, labels.get(key))}
+    words = "is false"
+    try:
+        check_shape(rule, dict, "the rule")
+        for name, look in looks.items():
+            for expression in get_expressions(rule, name) if rule.get(name) is not None else ():
+                shown = make_printable(" ".join(map(str, expression.values())), 200)
+                words = f"{name} {shown} is false"
+                if not is_match(expression, look):
+                    return words
+    except ValueError as error:                     # what breaks the rules is false (C-212)
+        return f"{words}, because {error}"
     return ""
 
 
 def get_expressions(holder, name):
     """The matchExpressions of a selector; raises ValueError where there are none."""
-    selector = holder.get(name)
-    expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
-    if not isinstance(expressions, list) or not expressions:
-        raise ValueError(f"{name} has no matchExpressions")
-    return expressions
+    check_shape(holder, {name: {"matchExpressions": [{"key": "(?s).*", "operator": "(?s).*"}]}}, "")
+    if not holder[name]["matchExpressions"]:
+        raise ValueError(f"{name}.matchExpressions: none")
+    return holder[name]["matchExpressions"]
 
 
 def find_pointer(value, pointer):
@@ -3064,7 +3006,7 @@ def find_pointer(value, pointer):
 
     Raises ValueError for what is no pointer.
     """
-    if not isinstance(pointer, str) or not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
+    if not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
         raise ValueError("the key is no JSON Pointer")
     for part in pointer[1:].split("/"):
         part = part.replace("~1", "/").replace("~0", "~")
@@ -3082,31 +3024,28 @@ def is_match(expression, look):
 
     Raises ValueError for one that breaks the rules.
     """
-    if not isinstance(expression, dict) or not isinstance(expression.get("key"), str):
-        raise ValueError("it has no key")
-    operator = expression.get("operator")
+    operator = expression["operator"]
     values = expression.get("values")
-    if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):
-        # C-208 to C-211
+    if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):   # C-208 to C-211
         raise ValueError(f"{operator} takes {'no ' if 'values' in expression else ''}values")
     present, value = look(expression["key"])
     if operator in ("Exists", "DoesNotExist"):
         return present == (operator == "Exists")
     if operator in ("ContainsAll", "ContainsAny"):
-        return is_contained(get_expressions(expression, "itemSelector"), value,
-                            all if operator == "ContainsAll" else any)
+        combine = all if operator == "ContainsAll" else any
+        return is_contained(get_expressions(expression, "itemSelector"), value, combine)
     if operator in ("Gt", "Lt"):
         limit = parse_limit(values)
         return get_kind(value) == "number" and (value > limit if operator == "Gt" else value < limit)
     if operator not in ("In", "NotIn"):
-        raise ValueError(f"{make_printable(str(operator), 40)} is no operator")
-    kinds = {get_kind(item) for item in values} if isinstance(values, list) else set()
-    if len(kinds) != 1 or None in kinds or ("boolean" in kinds and len(values) > 1):
+        raise ValueError(f"{make_printable(operator, 40)} is no operator")
+    check_shape(values, list, "values")
+    kinds = set(map(get_kind, values))
+    if kinds not in ({"text"}, {"number"}) and (kinds != {"boolean"} or len(values) > 1):
         raise ValueError("values must be texts, or numbers, or one boolean")
     items = value if isinstance(value, list) else [value]
-    others = (None, "boolean") if isinstance(value, list) else (None,)
     # another type is false for both (C-206)
-    if not present or not items or any(get_kind(item) in others for item in items):
+    if not items or None in map(get_kind, items) or items is value and "boolean" in map(get_kind, items):
         return False
     found = any(get_kind(item) in kinds and item in values for item in items)
     return found == (operator == "In")
@@ -3115,7 +3054,7 @@ def is_match(expression, look):
 def parse_limit(values):
     """The one number that Gt and Lt compare with; raises ValueError (C-210)."""
     limit = values[0] if isinstance(values, list) and len(values) == 1 else None
-    if get_kind(limit) == "text" and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", limit):
+    if isinstance(limit, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", limit):
         return float(limit)
     if get_kind(limit) != "number":
         raise ValueError("values must be one number")
@@ -3123,8 +3062,9 @@ def parse_limit(values):
 
 
 def is_contained(expressions, value, combine):
-    """Whether one object of an array meets all, or any, of a selector's expressions, their keys relative to
-    it (C-211).
+    """Whether one object of an array meets all, or any, of a selector's expressions.
+
+    Their keys are relative to it (C-211).
     """
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         return False
@@ -3137,25 +3077,54 @@ def is_contained(expressions, value, combine):
 # 11. Capabilities
 # ----------------------------------------------------------------------------------------------------------
 
-VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy",
-                      "bond", "vlan", "vxlan", "flannel")
+# What shows equipment: its kind, a folder of /sys, a pattern of the names in it; and of some a file or folder
+# below such a name, and a pattern that is found in the file, or among the names in that folder.
+PERIPHERAL_SIGNS = (
+    ("gpu", "class/drm", "card[0-9]+"),
+    ("display", "class/drm", ".*", "status", "^connected"),
+    ("camera", "class/video4linux", ".*"),
+    ("microphone", "class/sound", "pcmC[0-9]+D[0-9]+c"),
+    ("speaker", "class/sound", "pcmC[0-9]+D[0-9]+p"),
+)
+# Of a network interface the first row that fits.  What comes and goes with containers is of no kind, so that
+# the document does not change with them.
+INTERFACE_SIGNS = (
+    ("wifi", "class/net", ".*", "wireless", "."),
+    ("wifi", "class/net", ".*", "phy80211", "."),
+    ("cellular", "class/net", "wwan.*"),
+    ("cellular", "class/net", ".*", "uevent", "DEVTYPE=wwan"),
+    ("canbus", "class/net", ".*", "type", "^280$"),
+    ("", "class/net", "(lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
+    ("", "class/net", ".*", "bridge", "."),
+    ("ethernet", "class/net", ".*", "type", "^1$"),
+    ("bluetooth", "class/bluetooth", ".*"),
+    ("usb", "bus/usb/devices", ".*"),
+    ("rs232", "class/tty", "ttyS.*", "type", "^(?!0$)."),
+)
 
 
 def read_fact(*path):
-    """The text of a small file of /proc or /sys, "" where there is none."""
+    """The text of a small file of /proc or /sys, the names in a folder, "" where there is neither."""
+    path = os.path.join(*path)
     try:
-        with open(os.path.join(*path), "rb") as file:
+        if os.path.isdir(path):
+            return "\n".join(sorted(os.listdir(path)))
+        with open(path, "rb") as file:
             return file.read(65536).decode("utf-8", "replace").strip("\0 \t\r\n")
     except OSError:
         return ""
 
 
-def list_names(*path):
-    """The names in a folder of /sys, [] where there is none."""
-    try:
-        return sorted(os.listdir(os.path.join(*path)))
-    except OSError:
-        return []
+def read_signs(root, signs):
+    """{path in /sys: kind}, each by the first of some signs that fits."""
+    found = {}
+    for kind, folder, names, *inner in signs:
+        folder = os.path.join(root, "sys", folder)
+        for name in read_fact(folder).splitlines():
+            path = os.path.join(folder, name)
+            if re.fullmatch(names, name) and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
+                found.setdefault(path, kind)
+    return found
 
 
 def detect_properties(state_dir, root="/"):
@@ -3169,13 +3138,15 @@ def detect_properties(state_dir, root="/"):
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
     return {
-        "vendor": detect_text(root, "sys_vendor", None) or "unknown",
+        "vendor": detect_text(root, "sys_vendor", "") or "unknown",
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
-        "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown", "cpus": [cpu],
+        "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
+        "cpus": [cpu],
         "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
         "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
         "peripherals": detect_peripherals(root),
-        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
+        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))],
+    }
 
 
 # What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
@@ -3189,16 +3160,13 @@ COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890")
 
 
 def is_placeholder(text):
-    """Whether the firmware's text is none of this one device."""
+    """Whether the firmware's text says nothing of this one device."""
     counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
     return counts or bool(re.fullmatch(PLACEHOLDER, text))
 
 
 def detect_text(root, dmi, tree):
-    """One fact from the firmware: DMI on a PC, the device tree elsewhere.
-
-    Placeholders count as nothing.
-    """
+    """One text of the firmware, "" for a placeholder: from DMI on a PC, from the device tree elsewhere."""
     text = read_fact(root, "sys/class/dmi/id", dmi)
     if not text and tree:
         text = read_fact(root, "proc/device-tree", tree)
@@ -3206,50 +3174,20 @@ def detect_text(root, dmi, tree):
 
 
 def detect_interfaces(root):
-    """The kinds of interface there are.
-
-    What comes and goes with containers is left out, so that the document does not change with them.
-    """
-    kinds = set()
-    for name in list_names(root, "sys/class/net"):
-        folder = os.path.join(root, "sys/class/net", name)
-        if os.path.isdir(os.path.join(folder, "wireless")) or os.path.isdir(os.path.join(folder, "phy80211")):
-            kinds.add("wifi")
-        elif name.startswith("wwan") or "DEVTYPE=wwan" in read_fact(folder, "uevent"):
-            kinds.add("cellular")
-        elif read_fact(folder, "type") == "280":
-            kinds.add("canbus")
-        elif (
-            read_fact(folder, "type") == "1"
-            and not name.startswith(VIRTUAL_INTERFACES)
-            and not os.path.isdir(os.path.join(folder, "bridge"))
-        ):
-            kinds.add("ethernet")
-    for kind, path in (("bluetooth", "sys/class/bluetooth"), ("usb", "sys/bus/usb/devices")):
-        if list_names(root, path):
-            kinds.add(kind)
-    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0")
-           for name in list_names(root, "sys/class/tty")):
-        kinds.add("rs232")
-    return kinds
+    """The kinds of interface there are."""
+    return set(filter(None, read_signs(root, INTERFACE_SIGNS).values()))
 
 
 def detect_peripherals(root):
     """Graphics, displays, cameras and sound as /sys shows them."""
     found = []
-    cards = list_names(root, "sys/class/drm")
-    if any(re.fullmatch(r"card[0-9]+", name) for name in cards):
-        found.append({"type": "gpu"})
-    if any(read_fact(root, "sys/class/drm", name, "status") == "connected" for name in cards):
-        found.append({"type": "display"})
-    cameras = {read_fact(root, "sys/class/video4linux", name, "name")
-               for name in list_names(root, "sys/class/video4linux")}
-    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {}))
-              for model in sorted(cameras)]
-    sound = list_names(root, "sys/class/sound")
-    for kind, end in (("microphone", "c"), ("speaker", "p")):
-        if any(re.fullmatch(rf"pcmC[0-9]+D[0-9]+{end}", name) for name in sound):
-            found.append({"type": kind})
+    for path, kind in read_signs(root, PERIPHERAL_SIGNS).items():
+        item = {"type": kind}
+        model = read_fact(path, "name") if kind == "camera" else ""
+        if model:
+            item["model"] = make_printable(model, 120)
+        if item not in found:
+            found.append(item)
     return found
 
 
@@ -3270,16 +3208,8 @@ def get_device_id(device, root="/"):
     return name
 
 
-HOSTING_PROPERTIES = (
-    "cpus",
-    "memory",
-    "storage",
-    "peripherals",
-    "interfaces",
-    "otelCollector",
-    "supportedRuntimes",
-    "supportedDeploymentTypes",
-)
+HOSTING_PROPERTIES = ("cpus memory storage peripherals interfaces otelCollector supportedRuntimes"
+                      " supportedDeploymentTypes").split()
 
 
 def make_capabilities(detected, device, device_id, deployment_types):
@@ -6148,8 +6078,12 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         if "manifests" in value:
             raise ValueError("an index of several images, where one Compose Archive is expected")
         layer = find_layer(value, kind)
-        digest = check_member(layer, "digest", "the layer's ", DIGEST_PATTERN)
-        size = check_member(layer, "size", "the layer's ", checked("a number of bytes", is_size))
+        digest = layer.get("digest")
+        size = layer.get("size")
+        check_shape(digest, DIGEST_PATTERN, "the layer's digest")
+        if not is_size(size):
+            found = make_printable(str(size), 80)
+            raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
         if size > max_artifact:
             raise ValueError(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
     except ValueError as error:
@@ -7537,12 +7471,6 @@ def checked(expected, test):
     return read
 
 
-# Readers of documents, by the kit of the configuration; text is taken for text only where it is written as
-# such.
-read_dict = checked("a mapping", lambda item: isinstance(item, dict))
-read_items = checked("a list", lambda item: isinstance(item, list))
-
-
 def list_of(read_item, expected):
     """A reader of a list of what another reader takes; `expected` is said where it is none."""
     def read(value, base):
@@ -8010,23 +7938,30 @@ def load_config(path, environ=None):
         raise ConfigError(f"configuration {path}: {error.message}") from None
 
 
-def check_member(value, key, where, read):
-    """value[key] as a reader (or text of a pattern) takes it.
+def check_shape(value, shape, where):
+    """Raises ValueError unless a value out of a document has a shape; what does not is named by its place.
 
-    Raises ValueError of what was found and what is expected.
+    shape: a pattern of text, `dict`, `list`, `float` for a number that is not negative, [shape] for a list of
+    such, or {member: shape}, where `?` after a member's name says that it may be missing or null.
     """
-    read = text_of(read) if isinstance(read, str) else read
-    try:
-        return read(value.get(key), "")
-    except ValueError as error:
-        found = make_printable(str(value.get(key)), 80)
-        raise ValueError(f"{where}{key}: found {found!r}, expected {error}") from None
-
-
-def text_of(pattern):
-    """A reader of text of one form."""
-    return checked(f"text of the form {pattern}",
-                   lambda item: isinstance(item, str) and bool(re.fullmatch(pattern, item, re.ASCII)))
+    kind = shape if isinstance(shape, type) else type(shape)
+    expected = {dict: "a mapping", list: "a list", float: "a number"}.get(kind, f"text of the form {shape}")
+    fits = isinstance(value, kind)
+    if kind is float:
+        fits = get_kind(value) == "number" and value >= 0
+    if kind is str:
+        fits = fits and re.fullmatch(shape, value, re.ASCII)
+    if not fits:
+        found = make_printable(str(value), 80)
+        raise ValueError(f"{where or 'the document'}: found {found!r}, expected {expected}")
+    if isinstance(shape, list):
+        for index, item in enumerate(value):
+            check_shape(item, shape[0], f"{where}[{index}]")
+    if isinstance(shape, dict):
+        for name, inner in shape.items():
+            key = name.rstrip("?")
+            if key == name or value.get(key) is not None:
+                check_shape(value.get(key), inner, f"{where}.{key}" if where else key)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -9503,6 +9438,7 @@ PROFILES["signed"] = Signed
 # ----------------------------------------------------------------------------------------------------------
 
 PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
+OLDER = {"kind": "ApplicationDeployment", "metadata": dict, "spec": {"deploymentProfile": dict}}
 
 
 def convert_older(value):
@@ -9515,11 +9451,10 @@ def convert_older(value):
     """
     if "apiVersion" not in value and "kind" not in value:
         return None
-    check_member(value, "kind", "", checked("ApplicationDeployment",
-                                            lambda item: item == "ApplicationDeployment"))
-    metadata = check_member(value, "metadata", "", read_dict)
-    spec = check_member(value, "spec", "", read_dict)
-    profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
+    check_shape(value, OLDER, "")
+    metadata = value["metadata"]
+    spec = value["spec"]
+    profile = spec["deploymentProfile"]
     notes = metadata.get("annotations")
     notes = notes if isinstance(notes, dict) else {}
     own_id = next((holder["id"] for holder in (value, notes, metadata) if "id" in holder), None)
@@ -9528,7 +9463,7 @@ def convert_older(value):
     kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
     metadata = {"name": application, "namespace": "default", **metadata}
     spec = dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind))
-    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, "ENV.", False)
+    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, r"ENV\.", False)
 
 
 def parse_older_package(properties, where, kind):
@@ -9537,11 +9472,9 @@ def parse_older_package(properties, where, kind):
     """
     if "packageLocation" not in properties or "repository" in properties:
         return parse_package(properties, where, kind, "(oci|https)" if kind == "helm" else "oci")
-    url = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN)
-    key = None
-    if properties.get("keyLocation"):
-        key = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
-    return url, "", key
+    shape = {"packageLocation": PACKAGE_URL_PATTERN, "keyLocation?": f"|{PACKAGE_URL_PATTERN}"}
+    check_shape(properties, shape, where)
+    return properties["packageLocation"], "", properties.get("keyLocation") or None
 
 
 def fetch_older(component, config, store, kind):
@@ -10178,7 +10111,8 @@ def parse_files(files):
             if not is_deployment(value):
                 ignored.append(name)
                 continue
-            deployment_id = check_member(parse_document(value)[0], "id", "", UUID_PATTERN)
+            deployment_id = parse_document(value)[0].get("id")
+            check_shape(deployment_id, UUID_PATTERN, "id")
         except ValueError as error:                 # a YAMLError is one
             raise Refused(f"{shown}: {error}") from None
         if deployment_id.lower() in seen:
