@@ -1754,6 +1754,7 @@ class HttpSource:
     """
 
     root = "/api/v1"
+    status_path = "/deployments/{}/status"
 
     def __init__(self, config):
         self.config, self.url = config, config.wfm.url
@@ -1838,9 +1839,17 @@ class HttpSource:
         check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
         return response.body
 
+    def put_capabilities(self, device_id, document):
+        """Reports what a device can do; repeating it is harmless (C-080)."""
+        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
+
+    def delete_capabilities(self, device_id):
+        """Deregisters a device; one that the WFM does not know is deregistered already."""
+        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+
     def post_status(self, deployment_id, document):
         """Reports a deployment's status."""
-        self.send("POST", f"/deployments/{deployment_id}/status", SUCCESS, document=document)
+        self.send("POST", self.status_path.format(deployment_id), SUCCESS, document=document)
 
 
 class MtlsSource(HttpSource):
@@ -1867,14 +1876,6 @@ class MtlsSource(HttpSource):
         for judge in self.judges:
             judge(leaf, now)
         self.chain = chain
-
-    def put_capabilities(self, device_id, document):
-        """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
-
-    def delete_capabilities(self, device_id):
-        """Deregisters a device; one that the WFM does not know is deregistered already."""
-        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
 
 
 class Profile:
@@ -5898,7 +5899,7 @@ class Registry:
         Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
         where = f"{url}: HTTP {response.status}"
-        if find_verdict(response.status) == "denied":
+        if find_verdict(response.status) is Untrusted:
             raise ComponentError("PULL_UNAUTHORIZED",
                                  f"{where}; set registries.{self.host}.username and password_file")
         if response.status != 200:
@@ -6733,66 +6734,61 @@ def ask_looseness(key, path):
 
 
 def parse_problem(body):
-    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only
-    explains one).
-    """
+    """A Problem, also of the plain `error` object of older servers; None where the body is neither."""
+    from collections import defaultdict
     try:
         value = parse_json(body, "problem")
+        check_shape(value, dict, "")
     except ValueError:
         return None
-    if not isinstance(value, dict):
-        return None
-
-    def text(key):
-        return make_printable(value[key]) if isinstance(value.get(key), str) else ""
-
-    kind = text("type")
+    texts = defaultdict(str, {key: make_printable(item) for key, item in value.items()
+                              if isinstance(item, str)})
+    kind = texts["type"]
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
     wait = value.get("retryAfterSeconds")
     wait = float(wait) if is_number(wait) and 0 <= wait < 1e15 else None
-    errors = value["errors"] if isinstance(value.get("errors"), list) else []
-    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
-              if isinstance(item, dict)]
-    title = text("title") or text("error")
-    detail = text("detail") or text("message")
-    return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
+    errors = value.get("errors")
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}")
+              for item in (errors if isinstance(errors, list) else ()) if isinstance(item, dict)]
+    return Problem(kind, texts["title"] or texts["error"], texts["detail"] or texts["message"],
+                   value.get("retryable"), wait, texts["backoffStrategy"], errors)
 
 
 def find_verdict(status):
-    """What an HTTP status that is no success means: `denied`, `later` (to be asked again) or `refused`."""
+    """The kind of fault that an HTTP status means."""
     if status in (401, 403):
-        return "denied"
-    return "later" if status in (408, 429) or status >= 500 else "refused"
+        return Untrusted
+    return Unreachable if status in (408, 429) or status >= 500 else Refused
 
 
 def check_response(response, where, accepted, now):
-    """Returns the response if its status is one of `accepted`, else raises what it means to a client
-    (protocol 10).
+    """Returns the response if its status is one of `accepted`, else raises what it means (protocol 10).
 
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).
-    Denied: Untrusted.  What says of itself that it can be retried, or is `later`: Unreachable.  Else Refused;
-    its `code` is the type, or `HTTP <status>`.
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  What
+    says of itself whether it can be retried is believed (C-057).  The code of Refused is the type, or
+    `HTTP <status>`.
     """
     if response.status in accepted:
         return response
     problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
-    verdict = find_verdict(response.status)
     known = problem.type in REFUSALS
-    kind = "" if known or problem.type in DENIALS + ("about:blank",) else problem.type
-    words = "; ".join(part for part in [kind, problem.title, problem.detail] + problem.errors[:5] if part)
+    denied = problem.type in DENIALS
+    verdict = find_verdict(response.status)
+    name = "" if known or denied or problem.type == "about:blank" else problem.type
+    words = "; ".join(filter(None, [name, problem.title, problem.detail] + problem.errors[:5]))
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     facts = {"status": response.status, "strategy": problem.strategy,
              "retry_after": limit_wait(problem.retry_after, now) if wait is None else wait}
-    if verdict == "denied" and not known or problem.type in DENIALS:
+    if denied or verdict is Untrusted and not known:
         raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
     retryable = problem.retryable
     if not isinstance(retryable, bool):
-        retryable = verdict == "later" and problem.strategy != "none"
+        retryable = verdict is Unreachable and problem.strategy != "none"
     if retryable:
         raise Unreachable(message, **facts)
-    if 300 <= response.status < 400 and response.status != 304:
+    if response.status in (301, 302, 303, 307, 308):
         message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
                     " to the final one")
     raise Refused(message, problem.type if known else f"HTTP {response.status}", **facts)
@@ -9085,18 +9081,33 @@ Signer = define("Signer", "leaf key algorithm label components keyid alg",
 
 # What a public key is, by the object identifiers in it, and what it may sign by, the default first (C-065).
 KEY_ALGORITHMS = {
-    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",
-                                        ), "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
+    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",),
+    "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
     "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"),
-    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"), "2b6570": ("ed25519",)}
+    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"),
+    "2b6570": ("ed25519",),
+}
 # openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
+PSS = "-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:"
 SIGNING = {
-    "ecdsa-p256-sha256": (["-sha256"], 32), "ecdsa-p384-sha384": (["-sha384"],
-                                                                  48), "rsa-v1_5-sha256": (["-sha256"], 0),
-    "rsa-pss-sha256": (["-sha256", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:32"], 0),
-    "rsa-pss-sha512": (["-sha512", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:64"], 0),
-    "ed25519": (None, 0)}
+    "ecdsa-p256-sha256": ("-sha256", 32),
+    "ecdsa-p384-sha384": ("-sha384", 48),
+    "rsa-v1_5-sha256": ("-sha256", 0),
+    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0),
+    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0),
+    "ed25519": ("", 0),
+}
 ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
+
+Speech = define("Speech", "flat silent certificate client_id status",
+    "How servers of one wfm.dialect speak: whether they take capabilities for each device, flat, or one"
+    " document with roles and resources; the members that a status of rc.3 must not have; what onboarding"
+    " calls the certificate and the client id; the path of a deployment's status.")
+SPEECHES = {
+    "a": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "certificate", "clientId",
+                "/deployments/{}/status"),
+    "b": Speech(True, ("adoptedManifestVersion",), "certificate", "clientId", "/deployments/{}/status"),
+}
 
 
 def read_components(value, base):
@@ -9111,12 +9122,14 @@ def read_components(value, base):
     return names
 
 
-SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
+SCHEMA["wfm"]["dialect"] = (choice(*SPEECHES), "a")
 SCHEMA["identity"]["algorithm"] = choice(*SIGNING)
 SCHEMA["identity"]["signature"] = {
-    "label": (read_word, "sig1"), "components": (read_components,
-                                                 ["@method", "@target-uri", "@authority", "content-digest"]),
-    "keyid": read_word, "alg": read_word}
+    "label": (read_word, "sig1"),
+    "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"]),
+    "keyid": read_word,
+    "alg": read_word,
+}
 
 
 def choose_algorithm(spki, wanted):
@@ -9187,11 +9200,11 @@ def run_signature(data, signer):
     """
     arguments, size = SIGNING[signer.algorithm]
     try:
-        if arguments is None:                       # Ed25519 takes a file that it can measure
+        if arguments:
+            found = run_openssl(["dgst", *arguments.split(), "-sign", signer.key], data)
+        else:                                       # Ed25519 takes a file that it can measure
             with lend_file(data) as file:
                 found = run_openssl(["pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", file.name])
-        else:
-            found = run_openssl(["dgst"] + arguments + ["-sign", signer.key], data)
         if not found:
             raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
@@ -9204,10 +9217,13 @@ def run_signature(data, signer):
 
 def parse_ca(text):
     """Certificates in base64 of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
-    data = text.encode("ascii")
-    if b"-----BEGIN" not in data:
-        data = parse_base64(text)
-    anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
+    if "-----BEGIN" not in text:
+        text = parse_base64(text)
+        if b"-----BEGIN" not in text:
+            parse_certificate(text)
+            return [text]
+        text = text.decode("ascii")
+    anchors = parse_pem(text)
     for anchor in anchors:
         parse_certificate(anchor)
     if not anchors:
@@ -9230,8 +9246,9 @@ def fetch_ca(config, path):
     check_response(response, where, (200,), time.time())
     try:
         value = parse_json(response.body, "the answer")
-        anchors = parse_ca(value["certificate"] if isinstance(value, dict) else "")
-    except (ValueError, KeyError, AttributeError) as error:
+        check_shape(value, {"certificate": "(?s).*"}, "")
+        anchors = parse_ca(value["certificate"])
+    except ValueError as error:
         raise Untrusted(f"{where}: no usable certificate ({error})") from None
     pem = make_pem(anchors).encode()
     if read_file(path, MAX_CERTIFICATES) not in (None, pem):
@@ -9257,6 +9274,8 @@ class SignedSource(HttpSource):
         host = urlsplit(self.url).netloc
         self.url = self.url.replace(host, re.sub(":443$", "", host.lower()), 1)             # as it is signed
         self.signer, self.state, self.peer = signer, state, "the one that identity.ca vouches for"
+        self.speech = SPEECHES[config.wfm.dialect]
+        self.status_path = self.speech.status
         self.context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
 
     def adopt(self, client_id):
@@ -9282,8 +9301,7 @@ class SignedSource(HttpSource):
             theirs = parse_date(response.headers.get("Date"))
             offset = "unknown" if theirs is None else f"{time.time() - theirs:+.0f} s"
             log("error", "the WFM does not accept a signature", method=method, target=url,
-                algorithm=signer.algorithm,
-                base=base.decode("latin-1"), clockOffset=offset)
+                algorithm=signer.algorithm, base=base.decode("latin-1"), clockOffset=offset)
         elif response.status == 404 and url.endswith("/deployments"):
             log("error", "the WFM does not know this client any more; `unenroll`, then `enroll`, begin anew",
                 client=self.client_id)
@@ -9295,10 +9313,10 @@ class SignedSource(HttpSource):
         Raises Untrusted, Unreachable (protocol 2.7, C-068).
         """
         document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest",
-                    "certificate": make_base64(self.signer.leaf.der)}
+                    self.speech.certificate: make_base64(self.signer.leaf.der)}
         try:
             answer = self.send("POST", "/onboarding", (200, 201), document=document)
-            client_id = parse_client_id(parse_json(answer.body, "the answer"))
+            client_id = parse_client_id(parse_json(answer.body, "the answer"), self.speech.client_id)
         except (Untrusted, Refused, ValueError) as error:
             reason = getattr(error, "message", error)
             raise Untrusted(f"onboarding refused: {reason};"
@@ -9307,15 +9325,15 @@ class SignedSource(HttpSource):
         return client_id
 
     def put_capabilities(self, device_id, document):
-        """Reports what a device can do: by POST the first time, by PUT afterwards, by the other where the WFM
-        wants that.
+        """Reports what a device can do.
+
+        By POST the first time, by PUT afterwards, by the other one where the WFM wants that.
         """
-        dialect = self.config.wfm.dialect
+        path = f"/capabilities/{device_id}" if self.speech.flat else "/capabilities"
         methods = ["POST", "PUT"]
-        path = f"/capabilities/{device_id}" if dialect == "b" else "/capabilities"  # a knows no child devices
         if device_id in (self.state["enrollment"] or {}).get("devices", {}):
-            methods = ["PUT", "POST"]
-        document = make_older_capabilities(document, dialect)
+            methods.reverse()
+        document = make_older_capabilities(document, self.config.wfm.dialect)
         try:
             self.send(methods[0], path, SUCCESS, document=document)
         except Refused as error:
@@ -9324,65 +9342,54 @@ class SignedSource(HttpSource):
             self.send(methods[1], path, SUCCESS, document=document)
 
     def delete_capabilities(self, device_id):
-        """Deregisters a device; dialect a has nothing of the kind."""
-        if self.config.wfm.dialect == "b":
-            self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+        """Deregisters a device, where the dialect has a way to."""
+        if self.speech.flat:
+            super().delete_capabilities(device_id)
 
     def post_status(self, deployment_id, document):
         """Reports a deployment's status with that generation's fields."""
         super().post_status(deployment_id, make_older_status(document, self.config.wfm.dialect))
 
 
-def parse_client_id(value):
-    """The client id in the answer to an onboarding; raises ValueError."""
-    found = value.get("clientId") if isinstance(value, dict) else None
-    good = isinstance(found, str) and re.fullmatch(r"[^/\\]{1,200}", found) and found.isprintable()
-    if not good or found in (".", ".."):
-        raise ValueError(f"clientId {make_printable(str(found), 100)!r} cannot be one segment of a path")
-    return found
+def parse_client_id(value, name):
+    """The client id in the answer to an onboarding, one segment of a path; raises ValueError."""
+    check_shape(value, {name: r"(?!\.\.?$)[^/\\]{1,200}"}, "")
+    if not value[name].isprintable():
+        raise ValueError(f"{name}: found {make_printable(value[name])!r}, expected printable text")
+    return value[name]
 
 
 def make_older_capabilities(document, dialect):
-    """Capabilities of rc.3 as the first preview release has them (protocol 3.5).
-
-    Dialect b is flat, a has roles and resources; neither has labels.
-    """
-    properties = dict(document["properties"])
-    hosting = {key: properties.pop(key) for key in HOSTING_PROPERTIES if key in properties}
-    cpus = hosting.pop("cpus", None)
-    types = hosting.get("supportedDeploymentTypes", ())
+    """Capabilities of rc.3 as the first preview release has them, without labels (protocol 3.5)."""
     heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
-    if dialect == "b":
+    properties = dict(document["properties"])
+    cpus = properties.pop("cpus", None)
+    if SPEECHES[dialect].flat:
         extensions = {key: value for key, value in document.items() if key not in ("properties", "labels")}
-        properties.update(hosting)
         if cpus:
             properties["cpu"] = cpus
         return dict(extensions, properties=properties, **heading)
+    hosting = {key: properties.pop(key) for key in HOSTING_PROPERTIES if key in properties}
+    types = hosting.get("supportedDeploymentTypes", ())
     properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
-    if hosting:
-        names = ("memory", "storage", "peripherals", "interfaces")
-        properties["resources"] = {key: hosting[key] for key in names if key in hosting}
-        if cpus:
-            properties["resources"]["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])  # never summed (C-203)
+    names = ("memory", "storage", "peripherals", "interfaces")
+    resources = {key: hosting[key] for key in names if key in hosting}
+    if cpus:
+        resources["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])                  # never summed (C-203)
+    if resources:
+        properties["resources"] = resources
     return dict(heading, properties=properties)
 
 
 def make_older_status(document, dialect):
-    """A status of rc.3 as the first preview release has it (protocol 3.6): no manifest version.
-
-    Dialect a also has neither deviceId nor the source of an error.
-    """
-    without = ("adoptedManifestVersion", "deviceId",
-               "source") if dialect == "a" else ("adoptedManifestVersion",)
+    """A status of rc.3 as the first preview release has it (protocol 3.6)."""
+    import json
 
     def strip(value):
-        if isinstance(value, list):
-            return [strip(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        return {key: strip(item) for key, item in value.items() if key not in without}
+        return {key: item for key, item in value.items() if key not in SPEECHES[dialect].silent}
 
-    return dict(strip(document), apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
+    stripped = json.loads(make_json(document), object_hook=strip)
+    return dict(stripped, apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
 
 
 class Signed(Profile):
@@ -9392,7 +9399,7 @@ class Signed(Profile):
 
     @staticmethod
     def takes_children(config):
-        return config.wfm.dialect == "b"
+        return SPEECHES[config.wfm.dialect].flat
 
     def connect(self, keep=True):
         """See Profile.  keep: onboards where that is due, and stores the client id before anything else."""
@@ -10676,7 +10683,7 @@ def judge_est_response(response, operation, now):
         words = problem.detail or problem.title
         wait = limit_wait(problem.retry_after, now) if wait is None else wait
     message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
-    if find_verdict(response.status) == "later":
+    if find_verdict(response.status) is Unreachable:
         raise Unreachable(message, retry_after=wait)
     raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
 
