@@ -197,8 +197,9 @@ Certificate = define("Certificate",
     " {OID: (critical, value, raw)}.")
 ManifestEntry = define("ManifestEntry", "deployment_id digest size",
     "One line of a state manifest; `size` is advice, never a check (C-110).")
-Manifest = define("Manifest", "version bundle_digest bundle_size entries",
-    "A state manifest that holds to every structural rule of protocol 3.1.")
+Manifest = define("Manifest", "version bundle_digest bundle_size entries foreign",
+    "A state manifest that holds to every structural rule of protocol 3.1; `foreign`: a `url` in it that is of"
+    " another origin than the WFM, or \"\".", "")
 Desired = define("Desired", "version etag digest entries documents",
     "A verified desired state: ETag as sent, digest of the manifest, {digest: bytes} of new documents.")
 Component = define("Component", "name repository revision wait timeout extensions key_location",
@@ -1747,10 +1748,8 @@ def is_bundle_cheaper(manifest, missing):
 class HttpSource:
     """Base of the sources over HTTP.
 
-    A subclass gives `ask` (how to send a request) and `root` (the path prefix).
-
-    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in
-    the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
+    A subclass gives `ask` (how to send a request) and `root` (the path prefix).  A source takes every
+    document in the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
     """
 
     root = "/api/v1"
@@ -1774,21 +1773,19 @@ class HttpSource:
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
         headers = {"Accept": MANIFEST_TYPE}
-        accepted = (200,)  # C-100
+        accepted = (200,)                                                           # C-100
         if etag:
-            headers["If-None-Match"] = etag                                             # C-101
+            headers["If-None-Match"] = etag                                         # C-101
             accepted = (200, 304)
         return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
 
     def fetch_desired(self, accepted, load_artifact):
         """None where nothing changed, else a Desired whose every byte is verified.
 
-        Raises what `send` raises, and Refused.
-
         accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
-        hand.
+        hand.  Raises what `send` raises, and Refused.
         """
-        incomplete = bool(accepted and accepted.get("incomplete"))  # a document was lost here (D-9)
+        incomplete = bool(accepted and accepted.get("incomplete"))                  # one was lost here (D-9)
         response = self.fetch_manifest(accepted.get("etag") if accepted and not incomplete else None)
         if response.status == 304:                                                  # C-102
             return None
@@ -1798,46 +1795,61 @@ class HttpSource:
         if not check_version(manifest, digest, accepted) and not incomplete:
             accepted["etag"] = etag  # the last one (C-101), so that the next poll may be answered by 304
             return None
+        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
+        documents = self.fetch_documents(manifest, known)
         if etag and etag != f'"{digest}"':                                          # C-118
             log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
                 digest=digest)
-        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
-        documents = self.fetch_documents(manifest, known)
+        if manifest.foreign:
+            log("warning", "the manifest names addresses of another origin than wfm.url; nothing is fetched there",
+                url=manifest.foreign)
         return Desired(manifest.version, etag, digest, manifest.entries, documents)
 
     def fetch_documents(self, manifest, known):
-        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106)."""
+        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106).
+
+        They come by the cheaper of two roads.  Where that one is refused, or leads to other bytes than the
+        manifest names, they come by the other one; the state is refused where neither leads to them.
+        """
         missing = [entry for entry in manifest.entries if entry.digest not in known]
-        policy = self.config.policy
+        roads = [self.fetch_one_by_one, self.fetch_bundle]
         if is_bundle_cheaper(manifest, missing):
-            try:
-                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,),
-                                     limit=policy.max_artifact)
-            except Refused as error:
-                if error.code not in ("invalid-bundle", "HTTP 404"):
-                    raise
-                log("info", "the bundle cannot be had, documents are fetched one by one",
-                    reason=error.message)
-            else:
-                check_digest(response.body, manifest.bundle_digest, "bundle")
-                documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
-                return {entry.digest: documents[entry.digest] for entry in missing}
-        documents, left = {}, policy.max_unpacked
+            roads.reverse()
+        try:
+            return roads[0](manifest, missing)
+        except Refused as error:
+            first = error.message
+        log("info", "documents are fetched the other way", reason=first)
+        try:
+            return roads[1](manifest, missing)
+        except Refused as error:
+            error.message += f"; and before: {first}"
+            raise
+
+    def fetch_bundle(self, manifest, missing):
+        """{digest: bytes} of the missing documents out of the manifest's bundle."""
+        policy = self.config.policy
+        path = f"/bundles/{manifest.bundle_digest}"
+        response = self.send("GET", path, (200,), limit=policy.max_artifact)
+        check_digest(response.body, manifest.bundle_digest, "bundle")
+        documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
+        return {entry.digest: documents[entry.digest] for entry in missing}
+
+    def fetch_one_by_one(self, manifest, missing):
+        """{digest: bytes} of the missing documents, each by a request of its own."""
+        documents = {}
+        left = self.config.policy.max_unpacked
         for entry in missing:
-            documents[entry.digest] = self.fetch_document(entry)
-            left -= len(documents[entry.digest])
+            path = f"/deployments/{entry.deployment_id}/{entry.digest}"
+            response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE},
+                                 limit=self.config.policy.max_document)
+            check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
+            documents[entry.digest] = response.body
+            left -= len(response.body)
             if left < 0:
                 raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
                               " together")
         return documents
-
-    def fetch_document(self, entry):
-        """One ApplicationDeployment's bytes, verified."""
-        path = f"/deployments/{entry.deployment_id}/{entry.digest}"
-        limit = self.config.policy.max_document
-        response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=limit)
-        check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
-        return response.body
 
     def put_capabilities(self, device_id, document):
         """Reports what a device can do; repeating it is harmless (C-080)."""
@@ -1879,14 +1891,15 @@ class MtlsSource(HttpSource):
 
 
 class Profile:
-    """How one word of wfm.profile is served; PROFILES has the class of each.  Beside what is here a class has
+    """How one word of wfm.profile is served; PROFILES has the class of each.
 
-    connect(keep=True): the source of the desired state, and the sink of reports; keep: it
-    stores what it learns.
-    describe(now): what `status` says of the own identity, {id, notAfter, warning}; never raises.
-    check(now): what `doctor` says of it, (ok or warn, words).
-    identify(): who the client is for as long as it serves one WFM, without state or network. All but
-    `describe` raise Untrusted, connect also Unreachable.
+    Beside what is here a class has
+    connect(keep=True): the source of the desired state, and the sink of reports.  keep: it stores what it
+    learns.  Raises Untrusted and Unreachable.
+    describe(now): what `status` says of the own identity, {id, notAfter, warning}.  It never raises.
+    check(now): what `doctor` says of it, (ok or warn, words).  Raises Untrusted.
+    identify(): who the client is for as long as it serves one WFM, without state or network.  Raises
+    Untrusted.
     """
 
     settings = ()                                   # what the configuration has to say for it
@@ -1975,9 +1988,7 @@ class Mtls(Profile):
 
 
 def make_owner(identity, device_id):
-    """What an agent's workloads are labelled with: its identity as a client, without any login, and the
-    device id.
-    """
+    """What an agent's workloads are labelled with: its identity as a client, no login, and its device id."""
     return re.sub(r"(?<=//)[^/]*@", "", identity) + "#" + device_id
 
 
@@ -1997,10 +2008,8 @@ REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
 # What the documents have to look like, see check_shape.  Members that are not named here are checked where
 # they are used, or nowhere (C-116).
 ARTIFACT = {"digest": DIGEST_PATTERN, "url": r"(?s).*"}             # no other algorithm (C-107)
-MANIFEST = {
-    "deployments": [dict(ARTIFACT, deploymentId=UUID_PATTERN)],
-    "bundle?": dict(ARTIFACT, mediaType=re.escape(BUNDLE_TYPE)),
-}
+MANIFEST = {"deployments": [dict(ARTIFACT, deploymentId=UUID_PATTERN)], "bundle?": dict}
+BUNDLE = dict(ARTIFACT, mediaType=re.escape(BUNDLE_TYPE))
 CONSTRAINTS = {                                                     # protocol 3.2
     "capacityRequirements?": {
         "cpu?": {"cores": float, "architectures?": list},
@@ -2040,19 +2049,24 @@ def parse_manifest(data, base_url):
         if (bundle is None) != (not value["deployments"]):                          # C-114
             raise ValueError("bundle: is null if and only if there are no deployments")
         entries = {}
+        foreign = ""
         for index, item in enumerate(value["deployments"]):
             name = item["deploymentId"]
             where = f"deployments[{index}]"
-            check_url(item["url"], f"/deployments/{name}/{item['digest']}", base_url, where)
+            path = f"/deployments/{name}/{item['digest']}"
+            foreign = check_url(item["url"], path, base_url, where) or foreign
             if name.lower() in entries:
                 raise ValueError(f"{where}.deploymentId: {name} occurs twice")
             entries[name.lower()] = ManifestEntry(name, item["digest"], parse_advice(item))
-        if bundle:
-            check_url(bundle["url"], f"/bundles/{bundle['digest']}", base_url, "bundle")
+        if bundle is not None:
+            check_shape(bundle, BUNDLE, "bundle")
+            path = f"/bundles/{bundle['digest']}"
+            foreign = check_url(bundle["url"], path, base_url, "bundle") or foreign
     except ValueError as error:
         raise Refused(f"state manifest refused: {error}") from None
     bundle = bundle or {}
-    return Manifest(version, bundle.get("digest"), parse_advice(bundle), list(entries.values()))
+    return Manifest(version, bundle.get("digest"), parse_advice(bundle), list(entries.values()),
+                    foreign)
 
 
 def parse_version(value):
@@ -2073,16 +2087,22 @@ def parse_advice(item):
 
 
 def check_url(url, path, base_url, where):
-    """Raises ValueError for the `url` of other content than id and digest name.
+    """Returns a `url` that is of another origin than the WFM, "" for others; nothing is ever fetched from it.
 
-    Nothing is ever fetched from it (C-058, protocol 2.1).
+    Raises ValueError for one of the WFM's own that leads to other content than id and digest name (C-058,
+    protocol 2.1).
     """
     from urllib.parse import unquote, urljoin
-    absolute = urljoin(base_url, url)
-    if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
-        raise ValueError(f"{where}.url: {make_printable(url, 120)!r} is of another origin than the WFM")
+    shown = make_printable(url, 200)
+    try:
+        absolute = urljoin(base_url, url)
+        if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
+            return shown
+    except ValueError as error:
+        raise ValueError(f"{where}.url: {shown!r}: {error}") from None
     if not unquote(absolute).lower().endswith(path.lower()) or ".." in unquote(url).split("/"):
-        raise ValueError(f"{where}.url: {make_printable(url, 200)!r} does not end with {path}")
+        raise ValueError(f"{where}.url: {shown!r} does not end with {path}")
+    return ""
 
 
 def check_version(manifest, digest, accepted):

@@ -87,15 +87,15 @@ class Manifest(unittest.TestCase):
             ("deployments[0].digest", make_manifest(deployments=entry(digest=" " + digest(b"document")))),
             ("occurs twice", make_manifest(deployments=entry() + entry(deploymentId=HELLO.upper()))),
             ("deployments[0].url", make_manifest(deployments=entry(url=7))),
-            ("another origin", make_manifest(deployments=entry(url="https://evil.example/x"))),
-            ("another origin", make_manifest(deployments=entry(url=f"http://wfm.example:8443/api/v1/deployments/{HELLO}/x"))),
+            ("deployments[0].url", make_manifest(deployments=entry(url="https://[evil.example/x"))),
+            ("deployments[0].url", make_manifest(deployments=entry(url="https://evil.example:none/x"))),
             ("does not end with", make_manifest(deployments=entry(url=f"/api/v1/deployments/{HELLO}/{digest(b'other')}"))),
             ("does not end with", make_manifest(deployments=entry(url=f"/../api/v1/deployments/{HELLO}/{digest(b'document')}"))),
             ("bundle: missing", make_manifest(bundle="dropped")), ("if and only if", make_manifest(bundle=None)),
             ("if and only if", make_manifest(deployments=[])), ("bundle", make_manifest(bundle=[])),
             ("bundle.mediaType", make_manifest(bundle=bundle(mediaType="application/gzip"))),
             ("bundle.digest", make_manifest(bundle=bundle(digest=sha512))),
-            ("bundle.url", make_manifest(bundle=bundle(url="https://wfm.example/api/v1/bundles/" + digest(b"bundle")))))
+            ("bundle.url", make_manifest(bundle=bundle(url="/api/v1/bundles/" + digest(b"document")))))
         for expected, manifest in table:
             with self.subTest(expected=expected, manifest=manifest):
                 with self.assertRaises(margo_agent.Refused) as caught:
@@ -115,6 +115,18 @@ class Manifest(unittest.TestCase):
         """C-110: a wrong or odd size never refuses anything."""
         for size, known in ((None, None), ("many", None), (-1, None), (True, None), (1e9, 10 ** 9), (5, 5)):
             self.assertEqual(parse(make_manifest(deployments=entry(sizeBytes=size))).entries[0].size, known)
+
+    def test_urls_of_another_origin_are_told_and_refuse_nothing(self):
+        """C-058: a WFM behind a proxy names itself otherwise; what is never fetched does no harm."""
+        document, known = digest(b"document"), (HELLO, digest(b"bundle"))
+        for url in ("https://evil.example/x", f"http://wfm.example:8443/api/v1/deployments/{HELLO}/{document}", "ftp://x/y",
+                    f"https://wfm.example/margo/api/v1/deployments/{HELLO}/{document}", "//[::1]:99/", "urn:x\x1b"):
+            with self.subTest(url):
+                manifest = parse(make_manifest(deployments=entry(url=url)))
+                self.assertEqual(((manifest.entries[0].deployment_id, manifest.bundle_digest), manifest.foreign),
+                                 (known, url.replace("\x1b", "\\x1b")))
+        self.assertEqual(parse(make_manifest(bundle=bundle(url="https://wfm.example/b"))).foreign, "https://wfm.example/b")
+        self.assertEqual(parse(make_manifest()).foreign, "")
 
     def test_urls_may_be_absolute_relative_or_escaped(self):
         document = digest(b"document")
