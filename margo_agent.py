@@ -198,8 +198,8 @@ Certificate = define("Certificate",
 ManifestEntry = define("ManifestEntry", "deployment_id digest size",
     "One line of a state manifest; `size` is advice, never a check (C-110).")
 Manifest = define("Manifest", "version bundle_digest bundle_size entries foreign",
-    "A state manifest that holds to every structural rule of protocol 3.1; `foreign`: a `url` in it that is of"
-    " another origin than the WFM, or \"\".", "")
+    "A state manifest that holds to every structural rule of protocol 3.1; `foreign`: a `url` in it that is"
+    " of another origin than the WFM, or \"\".", "")
 Desired = define("Desired", "version etag digest entries documents",
     "A verified desired state: ETag as sent, digest of the manifest, {digest: bytes} of new documents.")
 Component = define("Component", "name repository revision wait timeout extensions key_location",
@@ -515,7 +515,7 @@ class Agent:
         """The capabilities document of a device as it is; a child is what the configuration says of it."""
         detected = {"peripherals": [], "interfaces": []}
         if not device.silence:
-            detected = detect_properties(self.config.state_dir)
+            detected = detect_properties(self.config.state_dir, hostname=self.config.device.hostname)
         return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
 
     def report_capabilities(self, always=False):
@@ -585,7 +585,8 @@ class Agent:
             if data is None:
                 words = "its document is missing from the state directory; the next poll brings it anew"
                 raise ComponentError("INTERNAL", words)
-            return target._replace(deployment=parse_deployment(data, target.deployment_id))
+            values = self.config.device.parameter_values
+            return target._replace(deployment=parse_deployment(data, target.deployment_id, values))
         except ComponentError as error:
             return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
 
@@ -1320,7 +1321,8 @@ class Installation:
             data = self.tools.store.load_artifact(before["digest"])
             if data is None:
                 raise ComponentError("INTERNAL", "its document is not in the state directory any more")
-            deployment = parse_deployment(data, self.record["deploymentId"])
+            values = self.tools.config.device.parameter_values
+            deployment = parse_deployment(data, self.record["deploymentId"], values)
             list(self.run(Revision(deployment, before["packages"], before["services"]), rollback=True))
         except (ComponentError, CommandError, MemoryError) as error:
             words = to_fault(error).message
@@ -1370,7 +1372,8 @@ def apply_give_up(action, record, tools):
              if (container.component, container.service) == action.culprit]
     try:                                            # without its document nobody knows what to mask
         data = tools.store.load_artifact(record["adopted"]["digest"]) or b""
-        deployment = parse_deployment(data, record["deploymentId"])
+        values = tools.config.device.parameter_values
+        deployment = parse_deployment(data, record["deploymentId"], values)
         secrets = make_variables(deployment, component).values()
         words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
     except MargoError:
@@ -1801,7 +1804,7 @@ class HttpSource:
             log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
                 digest=digest)
         if manifest.foreign:
-            log("warning", "the manifest names addresses of another origin than wfm.url; nothing is fetched there",
+            log("warning", "the manifest names addresses of another origin than wfm.url; nothing is asked there",
                 url=manifest.foreign)
         return Desired(manifest.version, etag, digest, manifest.entries, documents)
 
@@ -1923,6 +1926,10 @@ class Profile:
     def takes_children(config):
         """Whether the protocol knows the child devices of a gateway."""
         return False
+
+    def translate(self, document):
+        """A capabilities document of rc.3 as this profile sends it."""
+        return document
 
 
 class Mtls(Profile):
@@ -2154,11 +2161,11 @@ def parse_package(properties, where, kind, schemes="oci"):
     return properties["repository"], properties["revision"], None
 
 
-def parse_deployment(data, deployment_id):
+def parse_deployment(data, deployment_id, values={}):
     """An ApplicationDeployment's bytes to a Deployment.
 
-    Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.  Unknown members and extensions are ignored
-    wherever they stand (C-116); what is used is checked.
+    values: see parse_parameters.  Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.  Unknown
+    members and extensions are ignored wherever they stand (C-116); what is used is checked.
     """
     try:
         value, dialect = parse_document(load_yaml(data))
@@ -2180,7 +2187,7 @@ def parse_deployment(data, deployment_id):
         names = {component.name for component in components}
         if not components or len(names) < len(components):
             raise ValueError(f"{where}.components: {'a name occurs twice' if names else 'none'}")
-        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "")
+        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "", values)
         check_targets(parameters, names)
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
@@ -2236,21 +2243,30 @@ def find_extensions(value):
     return found
 
 
-def parse_parameters(spec, prefix=""):
+def find_value(item, values):
+    """The value of a parameter: a draft lets a document name one that the device has, before its own."""
+    try:
+        return values[item["valueFrom"]["device"]["key"]]
+    except (KeyError, TypeError):
+        return item.get("value")
+
+
+def parse_parameters(spec, prefix, values):
     """spec.parameters to a list of Parameter; raises ValueError.
 
-    prefix: a pattern of what older generations put before pointers; it is taken away.
+    prefix: a pattern of what older generations put before pointers; it is taken away.  values: what the
+    device has for parameters that ask for it.
     """
     parameters = []
     for name, item in (spec.get("parameters") or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
         check_shape(item, PARAMETER, where)
-        value = item.get("value")
+        value = find_value(item, values)
         if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
         if value is None and "valueFrom" in item:
-            words = "valueFrom is a draft that this agent does not follow, and there is no `value` besides"
-            raise ComponentError("PARAMETER_INVALID", f"{where}: {words}")
+            words = "this device has no such value (see device.parameter_values), and there is no other"
+            raise ComponentError("PARAMETER_INVALID", f"{where}.valueFrom: {words}")
         targets = [(re.sub(f"^{prefix}", "", target["pointer"]), target["components"])
                    for target in item["targets"]]
         parameters.append(Parameter(str(name), value, targets))
@@ -3148,17 +3164,19 @@ def read_signs(root, signs):
     return found
 
 
-def detect_properties(state_dir, root="/"):
+def detect_properties(state_dir, root="/", hostname=False):
     """What the running system says of itself, in rc.3's property names.
 
-    Values that the device keeps from one poll to the next.
+    Values that the device keeps from one poll to the next.  hostname: whether its name is told, too (draft).
     """
     cpu = {"cores": len(os.sched_getaffinity(0))}
     if os.uname().machine in ARCHITECTURES:
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
+    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)
     return {
+        **({"hostname": name.group()} if hostname and name else {}),
         "vendor": detect_text(root, "sys_vendor", "") or "unknown",
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
         "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
@@ -6771,8 +6789,9 @@ def parse_problem(body):
     errors = value.get("errors")
     errors = [make_printable(f"{item.get('field')}: {item.get('message')}")
               for item in (errors if isinstance(errors, list) else ()) if isinstance(item, dict)]
-    return Problem(kind, texts["title"] or texts["error"], texts["detail"] or texts["message"],
-                   value.get("retryable"), wait, texts["backoffStrategy"], errors)
+    title = texts["title"] or texts["error"] or texts["Error"]
+    detail = texts["detail"] or texts["message"]
+    return Problem(kind, title, detail, value.get("retryable"), wait, texts["backoffStrategy"], errors)
 
 
 def find_verdict(status):
@@ -7773,7 +7792,10 @@ SCHEMA = {
         "pins": (read_pins, []),
         "refresh": (read_duration, "1h"),
     },
-    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),
+    "device": dict(DEVICE_SCHEMA,
+                   children=(checked("a list", lambda value: isinstance(value, list)), []),
+                   hostname=(read_flag, False),
+                   parameter_values=(read_labels, {})),
     "poll": {
         "interval": (read_duration, "60s"),
         "jitter": (read_share, "10%"),
@@ -9127,6 +9149,9 @@ SPEECHES = {
     "a": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "certificate", "clientId",
                 "/deployments/{}/status"),
     "b": Speech(True, ("adoptedManifestVersion",), "certificate", "clientId", "/deployments/{}/status"),
+    # as the open WFM of December 2025 has a
+    "a-2025": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "public_certificate",
+                     "client_id", "/deployment/{}/status"),
 }
 
 
@@ -9143,6 +9168,7 @@ def read_components(value, base):
 
 
 SCHEMA["wfm"]["dialect"] = (choice(*SPEECHES), "a")
+SCHEMA["wfm"]["reported_id"] = (choice("device", "client"), "device")
 SCHEMA["identity"]["algorithm"] = choice(*SIGNING)
 SCHEMA["identity"]["signature"] = {
     "label": (read_word, "sig1"),
@@ -9236,9 +9262,10 @@ def run_signature(data, signer):
 
 
 def parse_ca(text):
-    """Certificates in base64 of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
+    """Certificates in base64 or base64url of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
     if "-----BEGIN" not in text:
-        text = parse_base64(text)
+        text = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"})      # of base64url, too
+        text = parse_base64(text + "=" * (-len(text) % 4))
         if b"-----BEGIN" not in text:
             parse_certificate(text)
             return [text]
@@ -9349,11 +9376,11 @@ class SignedSource(HttpSource):
 
         By POST the first time, by PUT afterwards, by the other one where the WFM wants that.
         """
-        path = f"/capabilities/{device_id}" if self.speech.flat else "/capabilities"
+        document = load_sent(document, self.config, self.state)
+        path = f"/capabilities/{document['properties']['id']}" if self.speech.flat else "/capabilities"
         methods = ["POST", "PUT"]
         if device_id in (self.state["enrollment"] or {}).get("devices", {}):
             methods.reverse()
-        document = make_older_capabilities(document, self.config.wfm.dialect)
         try:
             self.send(methods[0], path, SUCCESS, document=document)
         except Refused as error:
@@ -9364,11 +9391,26 @@ class SignedSource(HttpSource):
     def delete_capabilities(self, device_id):
         """Deregisters a device, where the dialect has a way to."""
         if self.speech.flat:
-            super().delete_capabilities(device_id)
+            super().delete_capabilities(load_name(device_id, self.config, self.state))
 
     def post_status(self, deployment_id, document):
         """Reports a deployment's status with that generation's fields."""
+        document = dict(document, deviceId=load_name(document["deviceId"], self.config, self.state))
         super().post_status(deployment_id, make_older_status(document, self.config.wfm.dialect))
+
+
+def load_name(device_id, config, state):
+    """What the WFM calls a device: its id, or what wfm.reported_id makes of it by the client id."""
+    if config.wfm.reported_id == "device" or not state["client"]:
+        return device_id
+    return state["client"]["id"] + device_id[len(get_device_id(config.device)):]
+
+
+def load_sent(document, config, state):
+    """Capabilities of rc.3 as they are sent: in the dialect, with the WFM's name for the device."""
+    sent = make_older_capabilities(document, config.wfm.dialect)
+    sent["properties"]["id"] = load_name(sent["properties"]["id"], config, state)
+    return sent
 
 
 def parse_client_id(value, name):
@@ -9452,6 +9494,9 @@ class Signed(Profile):
             raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
         return judge_own(signer.leaf, f"signs by {signer.algorithm}", self.config, now)
 
+    def translate(self, document):
+        return load_sent(document, self.config, self.state)
+
     def identify(self):
         """The own key, at this WFM."""
         return f"{self.config.wfm.url}#{sha256_digest(load_signer(self.config).leaf.spki)}"
@@ -9465,16 +9510,20 @@ PROFILES["signed"] = Signed
 # ----------------------------------------------------------------------------------------------------------
 
 PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
-OLDER = {"kind": "ApplicationDeployment", "metadata": dict, "spec": {"deploymentProfile": dict}}
+OLDER = {
+    "kind?": "ApplicationDeployment(Manifest)?",
+    "metadata": {"annotations?": dict},
+    "spec": {"deploymentProfile": dict},
+}
 
 
 def convert_older(value):
     """An ApplicationDeployment of an older generation (protocol 0 and 3.3) in rc.3's form, see DIALECTS.
 
-    Raises ValueError.
-
-    They are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a
-    namespace is `default`; without `metadata.deviceId` it is for the device that was given it.
+    Raises ValueError.  Such documents carry `apiVersion` or `kind`.  Servers put ids in different places, and
+    need not say what application it is: nothing here is done by that.  A name that is not given is the
+    application's or else the id, a namespace is `default`, and without `metadata.deviceId` the document is
+    for the device that was given it.
     """
     if "apiVersion" not in value and "kind" not in value:
         return None
@@ -9482,20 +9531,25 @@ def convert_older(value):
     metadata = value["metadata"]
     spec = value["spec"]
     profile = spec["deploymentProfile"]
-    notes = metadata.get("annotations")
-    notes = notes if isinstance(notes, dict) else {}
-    own_id = next((holder["id"] for holder in (value, notes, metadata) if "id" in holder), None)
-    key = "applicationId"
-    application = next((holder[key] for holder in (spec, notes, metadata) if key in holder), None)
+    notes = metadata.get("annotations") or {}
+
+    def find(key, *holders):
+        return next((holder[key] for holder in holders if holder.get(key) is not None), None)
+
+    own_id = find("id", value, notes, metadata)
+    if own_id is None and re.fullmatch(UUID_PATTERN, str(metadata.get("name"))):
+        own_id = metadata["name"]
+    application = find("applicationId", spec, notes, metadata)
     kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
-    metadata = {"name": application, "namespace": "default", **metadata}
-    spec = dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind))
+    metadata = {"name": application or str(own_id).lower(), "namespace": "default", **metadata}
+    spec = dict(spec, applicationId=application or "none", deploymentProfile=dict(profile, type=kind))
     return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, r"ENV\.", False)
 
 
 def parse_older_package(properties, where, kind):
-    """parse_package of older generations, which name a package by its URL, too, and a chart by that of its
-    repository (6.5).
+    """parse_package of older generations: a package may be named by its URL, and a chart by its repository's.
+
+    See protocol 6.5.
     """
     if "packageLocation" not in properties or "repository" in properties:
         return parse_package(properties, where, kind, "(oci|https)" if kind == "helm" else "oci")
@@ -9507,26 +9561,48 @@ def parse_older_package(properties, where, kind):
 def fetch_older(component, config, store, kind):
     """The package of a component of an older generation: (digest, bytes), kept by its digest.
 
-    Raises ComponentError.
-
-    Nothing vouches for its content but TLS, an index's digest and, where the document names a key, a
-    signature.
+    Raises ComponentError.  Nothing vouches for its content but TLS, an index's digest and, where the document
+    names a key, a signature.
     """
     url = component.repository
     if config.wfm.profile == "mtls":
-        raise ComponentError(
-            "INVALID_DEPLOYMENT",
-            f"{make_printable(url)}: this generation takes packages from OCI registries only",
-        )
+        words = f"{make_printable(url)}: this generation takes packages from OCI registries only"
+        raise ComponentError("INVALID_DEPLOYMENT", words)
     if kind == "helm":
         data = fetch_chart(url, component.revision, config)
     else:
         data = fetch_file(url, config)
         if component.key_location:
             run_signature_check(data, url, fetch_file(component.key_location, config), config)
+        if data[:2] != b"\x1f\x8b":
+            data = pack_compose(data, url, config.policy.max_document)
     digest = sha256_digest(data)
     store.save_artifact(digest, data)
     return digest, data
+
+
+def pack_compose(data, url, limit):
+    """A bare compose file as the package that it stands for: a tar+gzip, the same bytes each time.
+
+    Raises ComponentError for what is neither the one nor the other.
+    """
+    import io
+    import tarfile
+    import zlib
+    try:
+        if len(data) > limit:
+            raise ValueError(f"its {len(data)} bytes are more than policy.max_document")
+        check_shape(load_yaml(data), {"services": dict}, "")
+    except ValueError as error:                     # a YAMLError is one
+        words = f"neither a tar+gzip nor a compose file: {error}"
+        raise ComponentError("ARCHIVE_INVALID", f"{make_printable(url)}: {words}") from None
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        member = tarfile.TarInfo("compose.yaml")
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress(tar.getvalue()) + packer.flush()
 
 
 def fetch_chart(repository, revision, config):
@@ -12197,7 +12273,8 @@ def command_history(config, options):
 def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
     agent = Agent(config)
-    documents = [agent.make_capabilities(device) for device in agent.devices]
+    profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
+    documents = [profile.translate(agent.make_capabilities(device)) for device in agent.devices]
     print_json(documents if documents[1:] else documents[0])
 
 

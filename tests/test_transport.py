@@ -593,6 +593,11 @@ class Problems(unittest.TestCase):
         problem = self.parse({"error": "Invalid certificate", "message": "expired"})
         self.assertEqual((problem.title, problem.detail), ("Invalid certificate", "expired"))
 
+    def test_an_error_with_a_capital_is_read(self):
+        """C-054, F7: what the open WFM of the signed generation says."""
+        self.assertEqual(self.parse({"Error": "device ID mismatch"}).title, "device ID mismatch")
+        self.assertEqual(self.parse({"Error": {"code": 7}}).title, "")
+
     def test_types_are_names_cut_to_their_last_part_for_margos_own(self):
         """C-053, C-054: both catalogues; what is not Margo's is left as it is."""
         for kind, name in (
