@@ -1771,6 +1771,10 @@ class HttpSource:
             headers["Content-Type"] = JSON_TYPE
         now = time.time()
         response = self.ask(method, self.url + path, headers, body, limit)
+        coding = response.headers.get("Content-Encoding")
+        if coding not in (None, "identity"):
+            log("info", "an answer is coded, which was not asked for; it is taken as it came", coding=coding,
+                request=f"{method} {path}")
         return check_response(response, f"{method} {path}", accepted, now)
 
     def fetch_manifest(self, etag):
@@ -1804,7 +1808,7 @@ class HttpSource:
             log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
                 digest=digest)
         if manifest.foreign:
-            log("warning", "the manifest names addresses of another origin than wfm.url; nothing is asked there",
+            log("warning", "addresses in the manifest are of another origin than wfm.url; none is used",
                 url=manifest.foreign)
         return Desired(manifest.version, etag, digest, manifest.entries, documents)
 

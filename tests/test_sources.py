@@ -74,6 +74,33 @@ class Poll(SourceCase):
         self.assertEqual(log, "")
         self.assertEqual(self.snapshot(), before)
 
+    def test_an_etag_that_never_brings_a_304_costs_no_writes_and_no_words(self):
+        """F-14, P-16: a weak one that a proxy makes anew, or none at all: all of the manifest comes each time, and nothing else happens."""
+        self.publish()
+        self.device.cycle()
+        before = self.snapshot()
+        for number in range(3):
+            for etag in (f'W/"{number}"', ""):
+                self.wfm.fault({"method": "GET", "path": MANIFEST[1], "status": 200, "headers": {"ETag": etag} if etag else {}, "body": self.manifest()})
+                self.assertEqual(self.device.cycle(0), "")
+        self.assertEqual(self.snapshot(), before)
+
+    def manifest(self):
+        """The manifest as the WFM gives it out."""
+        config = margo_agent.load_config(self.device.config_file)
+        source = margo_agent.MtlsSource(config, margo_agent.load_identity(config), margo_agent.load_trust_bundle(config, margo_agent.Store(config.state_dir)))
+        return source.fetch_manifest(None).body.decode()
+
+    def test_a_coding_that_nobody_asked_for_is_named(self):
+        """F-10: a proxy that packs what it hands on is told of by name; what runs stays."""
+        self.publish()
+        self.device.cycle()
+        self.publish(parameters={"GREETING": "x"})
+        for coding in ("gzip", "br", "deflate"):
+            self.wfm.fault({"method": "GET", "path": MANIFEST[1], "headers": {"Content-Encoding": coding}, "corrupt": True})
+            self.assertIn(f"coding={coding}", self.device.cycle(4))
+        self.assertEqual([container["env"] for container in self.engine.containers().values()], [[]])
+
     def snapshot(self):
         """{path: (inode, size, mtime)} of the state directory."""
         found = {}
