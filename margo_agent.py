@@ -3235,8 +3235,9 @@ def detect_peripherals(root):
 
 
 def get_device_id(device, root="/"):
-    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved
-    characters (C-086).
+    """The device's id: configured, or the hardware's serial number, or the machine id.
+
+    Its characters are those that need no escape in a URL (C-086).
     """
     if device.id:
         return device.id
@@ -3256,10 +3257,10 @@ HOSTING_PROPERTIES = ("cpus memory storage peripherals interfaces otelCollector 
 
 
 def make_capabilities(detected, device, device_id, deployment_types):
-    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says
-    (C-085).
+    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5).
 
-    A device on which nothing runs workloads says nothing of hosting (C-084).
+    What the operator says counts more than what was detected (C-085).  A device on which nothing runs
+    workloads says nothing of hosting (C-084).
     """
     properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types),
                       otelCollector=True)
@@ -3278,10 +3279,10 @@ def make_capabilities(detected, device, device_id, deployment_types):
 
 
 def report_devices(documents, source, store, state, always):
-    """PUTs what changed of {device id: capabilities document}, a gateway's own first.
+    """PUTs each of {device id: capabilities document} that changed, a gateway's own first.
 
-    DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and
-    saves state["enrollment"].
+    Those of a device that has gone are DELETEd (C-081, C-082, C-220, C-223).  always: all are sent.  Changes
+    and saves state["enrollment"].
     """
     for device_id in documents:
         report_device(device_id, documents, source, store, state, always)
@@ -3301,7 +3302,7 @@ def report_devices(documents, source, store, state, always):
 def report_device(device_id, documents, source, store, state, always, again=True):
     """PUTs one device's capabilities.
 
-    A WFM that does not know a child's gateway is told of that first (protocol 2.2).
+    A WFM that does not know the gateway of a child is told of the gateway first (protocol 2.2).
     """
     enrolled = state["enrollment"]
     own_id = next(iter(documents))
@@ -6521,11 +6522,10 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
 
 
 def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
-    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the
-    system's store.
+    """An SSLContext that trusts the anchors (DER), or those of a PEM file, or without both the system's.
 
-    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides
-    (C-006).
+    Python's default loaders are not used: they would let any web certificate through where a trust bundle
+    decides (C-006).
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -6556,7 +6556,6 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     or what check_peer raises.
     """
     import http.client
-    import ssl
     import urllib.error
     import urllib.request
     where = f"{method} {url}"
@@ -6565,17 +6564,16 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     try:
         with make_opener(context, check_peer).open(message, timeout=timeout) as response:
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
-    except urllib.error.URLError as error:
-        raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
-        raise make_network_error(where, error) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise make_network_error(where, reason) from None
 
 
 class Paced(io.RawIOBase):
-    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four
-    time-outs.
+    """What a socket reads, with an end to its patience.
 
-    So neither the words between the pieces may drip, or never end.
+    The head has four time-outs to come, and so has each piece of the body with all that stands before it: a
+    server may be slow, but it may neither drip nor go on for ever.
     """
 
     def __init__(self, connection):
@@ -6646,9 +6644,7 @@ def open_connection(address, timeout, source=None):
 
 
 def make_opener(context, check_peer):
-    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no
-    other schemes.
-    """
+    """The agent's own opener: it follows no redirect, keeps no cookie, and takes every status for an answer."""
     import http.client
     import urllib.request
 
@@ -9267,14 +9263,11 @@ def run_signature(data, signer):
 
 def parse_ca(text):
     """Certificates in base64 or base64url of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
-    if "-----BEGIN" not in text:
-        text = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"})      # of base64url, too
-        text = parse_base64(text + "=" * (-len(text) % 4))
-        if b"-----BEGIN" not in text:
-            parse_certificate(text)
-            return [text]
-        text = text.decode("ascii")
-    anchors = parse_pem(text)
+    data = text.encode("ascii")
+    if b"-----BEGIN" not in data:
+        plain = "".join(text.split()).replace("-", "+").replace("_", "/")
+        data = parse_base64(plain + "=" * (-len(plain) % 4))
+    anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
     for anchor in anchors:
         parse_certificate(anchor)
     if not anchors:
@@ -9428,23 +9421,22 @@ def parse_client_id(value, name):
 def make_older_capabilities(document, dialect):
     """Capabilities of rc.3 as the first preview release has them, without labels (protocol 3.5)."""
     heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
-    properties = dict(document["properties"])
-    cpus = properties.pop("cpus", None)
+    properties = document["properties"]
+    cpus = properties.get("cpus")
     if SPEECHES[dialect].flat:
-        extensions = {key: value for key, value in document.items() if key not in ("properties", "labels")}
-        if cpus:
-            properties["cpu"] = cpus
-        return dict(extensions, properties=properties, **heading)
-    hosting = {key: properties.pop(key) for key in HOSTING_PROPERTIES if key in properties}
-    types = hosting.get("supportedDeploymentTypes", ())
-    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+        sent = {key: value for key, value in document.items() if key != "labels"}
+        properties = {"cpu" if key == "cpus" else key: value for key, value in properties.items()}
+        return dict(sent, properties=properties, **heading)
+    sent = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
     names = ("memory", "storage", "peripherals", "interfaces")
-    resources = {key: hosting[key] for key in names if key in hosting}
+    resources = {key: properties[key] for key in names if key in properties}
     if cpus:
         resources["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])                  # never summed (C-203)
     if resources:
-        properties["resources"] = resources
-    return dict(heading, properties=properties)
+        sent["resources"] = resources
+    types = properties.get("supportedDeploymentTypes", ())
+    sent.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+    return dict(heading, properties=sent)
 
 
 def make_older_status(document, dialect):
@@ -9590,7 +9582,6 @@ def pack_compose(data, url, limit):
 
     Raises ComponentError for what is neither the one nor the other.
     """
-    import io
     import tarfile
     import zlib
     try:
@@ -9600,13 +9591,11 @@ def pack_compose(data, url, limit):
     except ValueError as error:                     # a YAMLError is one
         words = f"neither a tar+gzip nor a compose file: {error}"
         raise ComponentError("ARCHIVE_INVALID", f"{make_printable(url)}: {words}") from None
-    tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode="w") as archive:
-        member = tarfile.TarInfo("compose.yaml")
-        member.size = len(data)
-        archive.addfile(member, io.BytesIO(data))
+    member = tarfile.TarInfo("compose.yaml")
+    member.size = len(data)
     packer = zlib.compressobj(wbits=31)
-    return packer.compress(tar.getvalue()) + packer.flush()
+    tar = member.tobuf() + data + bytes(-len(data) % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE)
+    return packer.compress(tar) + packer.flush()
 
 
 def fetch_chart(repository, revision, config):
