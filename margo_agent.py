@@ -19,17 +19,17 @@ else may change.
 How to read it: from top to bottom, as a newspaper: what the agent does, then how, then with what.  To follow
 one poll, read 1 to 6; `Agent.cycle` is where it begins.  A section uses only 1, 2 and sections below it;
 optional ones and the command line, which stand at the end, use all of it, and nobody names what is in them.
-   1 Constants and errors          12 Drivers                       23 Signed (optional)
-   2 Records                       13 Compose driver                24 Older documents (optional)
-   3 Agent                         14 Compose file                  25 Git (optional)
-   4 Plan                          15 Packages                      26 Enrollment (optional)
-   5 Apply                         16 Commands                      27 Revocation (optional)
-   6 Deployment status             17 Transport                     28 Helm (optional)
-   7 Desired-state source          18 Store                         29 Gateway (optional)
-   8 Desired state                 19 Configuration                 30 Hooks (optional)
-   9 Identity and trust            20 X.509                         31 Doctor (optional)
-  10 Eligibility                   21 YAML                          32 Command line
-  11 Capabilities                  22 Small encodings
+   1 Constants and errors         12 Capabilities                   23 Small encodings
+   2 Records                      13 Compose driver                 24 Signed (optional)
+   3 Agent                        14 Compose file                   25 Older documents (optional)
+   4 Plan                         15 Packages                       26 Git (optional)
+   5 Apply                        16 Commands                       27 Enrollment (optional)
+   6 Deployment status            17 Transport                      28 Revocation (optional)
+   7 Devices                      18 Store                          29 Helm (optional)
+   8 Desired-state source         19 Patience                       30 Gateway (optional)
+   9 Desired state                20 Configuration                  31 Hooks (optional)
+  10 Identity and trust           21 X.509                          32 Doctor (optional)
+  11 Eligibility                  22 YAML                           33 Command line
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
 (tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps
 out; "F-nn" and "K-nn" are what fleets and compose files met.
@@ -52,13 +52,14 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 # ----------------------------------------------------------------------------------------------------------
 
 # What optional rooms add where they are defined; nothing outside names anything in them.
-# See also SCHEMA, CHECKS, STEPS, EXAMINE and COMPANIONS.
+# See also SCHEMA, CHECKS, STEPS, DEVICES, ASSIGN, LISTENERS and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
 COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
                                     # each with what follows it; its operand)}
-DRIVERS = {}                        # {deployment type: function of (config, child, others, claim) to its
-                                    # driver, or to None}
+DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
+                                    # None}
+EXAMINE = {}                        # {what `doctor` checks: function of the Agent to (ok or warn, words)}
 TRACES = []                         # names in the state directory that `unenroll` removes
 
 KIB = 1024
@@ -185,9 +186,14 @@ class Forbidden(ComponentError):
 # ----------------------------------------------------------------------------------------------------------
 
 def define(name, fields, meaning, *defaults):
-    """A record type: a named tuple of `fields`, documented by `meaning`; `defaults`: of the last fields."""
+    """A record type: a named tuple of `fields`, documented by `meaning`; `defaults`: of the last fields.
+
+    One with a deployment's id has a `key`, too: the id in lower case, by which the state knows it.
+    """
     record = namedtuple(name, fields, defaults=defaults)
     record.__doc__ = meaning
+    if "deployment_id" in record._fields:           # ids are told apart without regard to case
+        record.key = property(lambda self: self.deployment_id.lower())
     return record
 
 
@@ -227,7 +233,7 @@ Container = define("Container",
     "", 0, "", "")
 Claim = define("Claim", "owner owners deployments ids images",
     "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of:"
-    " ids of deployments in lower case and of containers, see is_ours; and the state's `pulled`.", ())
+    " keys of deployments and ids of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
     "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on;"
     " culprit: (component, service) that is repaired in vain.", None, "", None)
@@ -237,91 +243,21 @@ Clock = define("Clock", "now boot uptime",
 Device = define("Device", "device_id settings drivers silence",
     "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}; of"
     " another one than this: the ComponentError that the WFM is told where it does not answer.", None)
-Seen = define("Seen", "containers silent",
-    "What a device shows now: [Container], and {deployment type: CommandError} of what does not answer.")
+Seen = define("Seen", "containers drivers silent",
+    "What a device shows now: [Container], {deployment type: driver} of what answers, and {deployment type:"
+    " CommandError} of what does not.")
 Share = define("Share", "device targets records unseen",
-    "What a device has to care for: its Device, [Target] that should run there, {id in lower case: record}"
-    " of what is at home there, {id in lower case: CommandError} of what cannot be seen now.")
+    "What a device has to care for: its Device, [Target] that should run there, {key: record} of what is at"
+    " home there, {key: CommandError} of what cannot be seen now.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds to the next one.")
 
-
-def claim_nothing():
-    """The Claim of nobody."""
-    return Claim("", (), (), ())
+NOBODY = Claim("", (), (), ())
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 3. Agent
 # ----------------------------------------------------------------------------------------------------------
-
-def make_clock_fault(now, stored):
-    """What is wrong with a clock that stands before the last write of the state, in words."""
-    return (f"the clock of this device says {make_time(now)}, and its state was written at"
-            f" {make_time(stored)}: set the clock")
-
-
-def load_own_device(config, device_id, claim):
-    """[Device]: this one.  claim: as for make_compose_driver."""
-    others = [f"{device_id}/{child.id}" for child in config.device.children]
-    return [Device(device_id, config.device, make_drivers(config, others=others, claim=claim))]
-
-
-def assign_here(targets, records, devices, silent, offers):
-    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol
-    9).
-    """
-    device = devices[0]
-    own_id, found = device.device_id, []
-    for target in targets:
-        error = target.error
-        if target.deployment and not error:
-            wanted = target.deployment.device_id or own_id
-            error = find_reason(target.deployment, device, offers)
-            if wanted != own_id:
-                words = f"metadata.deviceId is {wanted}, this device is {own_id}"
-                error = ComponentError("WRONG_DEVICE", words)
-        found.append(target._replace(error=error, device_id=own_id))
-    return [make_share(device, found, records, silent[own_id])]
-
-
-def find_reason(deployment, device, offers):
-    """The ComponentError for which a deployment cannot run on a device, or None.
-
-    offers: {device id: capabilities document}.
-    """
-    try:
-        if deployment.type not in device.drivers:
-            words = f"nothing on {device.device_id} runs {deployment.type} components"
-            hint = "" if device.silence else f"; see runtime.{deployment.type}"
-            raise ComponentError("UNSUPPORTED_TYPE", words + hint)
-        if deployment.constraints:
-            check_eligibility(deployment.constraints, offers[device.device_id])
-    except ComponentError as error:
-        return error
-    return None
-
-
-# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words)}.
-EXAMINE = {}
-# What makes the devices that the agent serves, this one first: functions of (Settings, own device id,
-# claim).
-DEVICES = [load_own_device]
-# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
-ASSIGN = [assign_here]
-
-
-class Work:
-    """One action under way: its device, its generator, what it takes and holds there, and what has to be
-    cleared before.
-    """
-
-    def __init__(self, action, device, steps, tools):
-        self.action, self.device, self.steps, self.tools = action, device, steps, tools
-        self.takes = self.holds = frozenset()
-        self.before = []
-        self.begun = False
-
 
 class Agent:
     """The client of one WFM.  `Agent(config).cycle()` is all that a supervisor of your own needs to call.
@@ -333,19 +269,13 @@ class Agent:
         self.config, self.stopping = config, stopping
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
-        self.owner = None                           # what its workloads are labelled with, once known
-        self.devices = []
-        for load in DEVICES:
-            self.devices += load(config, self.device_id, self.make_claim)
-        self.answering = {}                         # {device id: {type: driver}} that answered the last look
+        self.devices = load_devices(config, self.device_id)
         self.state = None                           # what state.json holds, while a cycle has it
         self.source = None                          # connected when the WFM is first needed
-        self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.profile = None                         # how wfm.profile is served, for the state at hand
+        self.answering = {}                         # {device id: {type: driver}} that answered the last look
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
         self.starting = 0                           # seconds until the first contact since the device started
-        self.changed = False                        # whether this cycle had something to do
-        self.faults = []                            # what went wrong in this cycle
 
     def cycle(self):
         """One cycle: every step in turn.  Returns an Outcome.
@@ -372,11 +302,14 @@ class Agent:
         except MargoError:
             self.store.unlock()
             raise
-        self.owner, self.faults, self.answering = None, [], {}
-        self.silent = self.changed = False
+        self.faults = []                            # what went wrong in this cycle
+        self.answering = {}
+        self.silent = False                         # whether the WFM is not spoken to any more in this cycle
+        self.changed = False                        # whether this cycle had something to do
         return self
 
     def __exit__(self, *_):
+        self.store.save_memo()
         self.store.unlock()
         self.source = self.profile = None
 
@@ -392,65 +325,50 @@ class Agent:
             self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
         return self.profile
 
-    def make_claim(self):
+    def obtain_claim(self):
         """The Claim by which drivers tell what is this agent's.
 
         An identity that cannot be read now counts as the one before.
         """
         owners = self.state["owners"]
-        if self.owner is None:
-            try:
-                self.owner = make_owner(self.get_profile().identify(), self.device_id)
-                if self.owner != (owners or [""])[-1]:
-                    before = [owner for owner in owners if owner != self.owner]
-                    self.state["owners"] = before[1 - HISTORY:] + [self.owner]
-            except Untrusted:
-                self.owner = (owners or [""])[-1]
-        return make_claim(self.owner, self.state)
+        try:
+            owner = make_owner(self.get_profile().identify(), self.device_id)
+        except Untrusted:
+            owner = (owners or [""])[-1]
+        if owner not in ("", *owners[-1:]):
+            before = [other for other in owners if other != owner]
+            self.state["owners"] = before[1 - HISTORY:] + [owner]
+        return make_claim(owner, self.state)
 
     def check_patience(self, spread=True):
         """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now.
 
-        spread: or where a whole fleet may just be starting.
+        spread: also where a whole fleet may just be starting.
         """
         clock = get_clock()
         if self.is_downtime():
             raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
         left = find_wait(self.state["patience"], clock)
         why = "the WFM or a back-off asks"
-        if not left and spread and clock.boot and clock.uptime < START_WINDOW:
-            left = self.spread_start(clock)
+        if not left and spread:
+            known = self.state["accepted"]
+            left = self.starting = load_start(self.store, self.config.poll, known, clock, get_random())
             why = "a fleet that has just started does not arrive at once"
-            self.starting = max(0, left)
-        if left > 0:
+        if left:
             raise Silence(f"waiting until {make_time(clock.now + left)}: {why}", retry_after=left)
-
-    def spread_start(self, clock):
-        """Seconds until the first contact since this boot.
-
-        It is 0 where that cannot be remembered, because each run would wait anew.
-        """
-        memo = self.store.load_memo()
-        if memo.get("boot") != clock.boot:
-            start = make_start(clock.uptime, self.config.poll, self.state["accepted"], get_random())
-            memo = dict(memo, boot=clock.boot, start=start)
-            if not self.store.save_memo(memo):
-                return 0
-        return memo["start"] - clock.uptime
 
     def is_downtime(self):
         """Whether the operator wants no communication now."""
         return is_within(self.config.poll.downtime, time.localtime())
 
     def note_fault(self, error, began):
-        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks
-        to the WFM.
+        """Logs what went wrong, and keeps what follows from it: a back-off, and silence for this cycle.
 
         One time-out a cycle is enough, and without an SVID there is nothing to speak with.
         """
         self.faults.append(error)
-        self.silent = self.silent or isinstance(error, (Unreachable, Untrusted)) or bool(
-            isinstance(error, Refused) and error.retry_after)
+        final = isinstance(error, (Unreachable, Untrusted))
+        self.silent = self.silent or final or isinstance(error, Refused) and bool(error.retry_after)
         if isinstance(error, Silence):
             log("debug", error.message)
             return
@@ -460,13 +378,9 @@ class Agent:
             error.message += f"; {make_clock_fault(time.time(), stored)}"
         long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
         log("error", error.message, code=error.code, **long)
-        if isinstance(error, (Unreachable, Refused, Untrusted)):
-            before = self.state["patience"]
-            delay = error.retry_after or 0
-            if isinstance(error, Unreachable):
-                failures = before.get("failures", 0) + 1
-                delay = make_backoff(failures, error.retry_after, error.strategy, get_random())
-            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=began))
+        if final or isinstance(error, Refused):
+            clock = get_clock()._replace(now=began)
+            self.state["patience"] = make_patience(self.state["patience"], error, clock, get_random())
 
     def exchange(self):
         """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
@@ -476,9 +390,9 @@ class Agent:
         if self.silent:
             return
         self.check_patience()
-        source = self.connect()
-        fault = desired = None
+        self.connect()
         self.report_capabilities()
+        fault = desired = None
         try:
             self.flush_outbox()
         except MargoError as error:
@@ -486,7 +400,7 @@ class Agent:
                 raise
             fault = error
         if not self.config.poll.window or is_within(self.config.poll.window, time.localtime()):
-            desired = self.fetch_desired(source)
+            desired = self.fetch_desired()
             self.state["patience"] = self.state["patience"] if fault else {}
         if desired:
             self.accept(desired)
@@ -494,21 +408,27 @@ class Agent:
         if fault:
             raise fault
 
-    def fetch_desired(self, source):
-        """The Desired that a source has, None where nothing changed.
+    def fetch_desired(self):
+        """The Desired that the source has; None where nothing changed.
 
         An ETag that alone is new is kept in memory: two servers behind one name may differ in it (P-16).
         """
-        accepted = dict(self.state["accepted"] or {})
-        digest, etag = self.store.load_memo().get("etag") or ("", "")
-        if accepted and digest == accepted["digest"]:
-            accepted["etag"] = etag
-        before = accepted.get("etag")
-        desired = source.fetch_desired(accepted or None, self.store.load_artifact)
-        if not desired and accepted.get("etag") != before:
-            memo = dict(self.store.load_memo(), etag=[accepted["digest"], accepted["etag"]])
-            self.store.save_memo(memo)
+        accepted = self.state["accepted"]
+        if not accepted:
+            return self.source.fetch_desired(None, self.store.load_artifact)
+        memo = self.store.load_memo()
+        digest, etag = memo.get("etag") or ("", "")
+        etag = etag if digest == accepted["digest"] else accepted["etag"]
+        asked = dict(accepted, etag=etag, incomplete=self.lacks_document(accepted))
+        desired = self.source.fetch_desired(asked, self.store.load_artifact)
+        if not desired and asked["etag"] != etag:
+            memo["etag"] = [accepted["digest"], asked["etag"]]
         return desired
+
+    def lacks_document(self, accepted):
+        """Whether a document that deciding takes was lost here, so that it has to be fetched again (D-9)."""
+        return any(self.is_needed(target) and self.store.load_artifact(target.digest) is None
+                   for target in list_targets(accepted))
 
     def make_capabilities(self, device):
         """The capabilities document of a device as it is; a child is what the configuration says of it."""
@@ -528,29 +448,26 @@ class Agent:
         """
         self.check_removals(desired)
         state = self.state
-        at = make_time(time.time())
+        records = state["deployments"]
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
+        at = make_time(time.time())
         state["waiting"] = None
-        state["history"] = make_history(state, desired.entries, desired.version, at)
-        entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
-        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest,
-                             "acceptedAt": at, "deployments": entries}
-        for entry in desired.entries:
-            record = state["deployments"].get(entry.deployment_id.lower())
-            same = record and record["adopted"]["digest"] == entry.digest
-            if same and record["state"] not in ("removing", "removed"):
-                record["adopted"]["version"] = desired.version      # the new manifest defines it, too (E-113)
+        state["history"] = make_history(state, desired, at)
+        state["accepted"] = make_accepted(desired, at)
+        new = []
+        for target in list_targets(state["accepted"]):
+            record = records.get(target.key)
+            if not record:
+                new.append(read_target(target, self.store.load_artifact))
+            elif record["adopted"]["digest"] == target.digest and record["state"] not in GOING:
+                record["adopted"]["version"] = target.version       # the new manifest defines it, too (E-113)
                 enqueue_status(state, record, self.device_id)
-        new = [item for item in entries if item["deploymentId"].lower() not in state["deployments"]]
-        targets = self.make_targets(dict(state["accepted"], deployments=new), self.store.load_artifact)
-        targets = [target for share in self.assign(targets, {}) for target in share.targets]
-        for target in [target for target in targets if not target.error]:
-            # Received, not started (protocol 5.1); what may run anywhere is at home here until it is placed.
-            home = target.device_id if target.deployment.device_id == target.device_id else self.device_id
-            record = begin_record(make_record(target, home), target)
-            state["deployments"][target.deployment_id.lower()] = record
-            enqueue_status(state, record, self.device_id)
+        for share in self.assign(new, {}):
+            for target in share.targets:
+                if not target.error:                # received, not started (protocol 5.1)
+                    records[target.key] = make_pending(target, self.device_id)
+                    enqueue_status(state, records[target.key], self.device_id)
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
@@ -559,34 +476,17 @@ class Agent:
         confirmed it (contract, Guard).
         """
         limit = self.config.policy.max_removals
-        wanted = {entry.deployment_id.lower() for entry in desired.entries}
-        gone = [key for key in self.state["deployments"] if key not in wanted]
+        gone = self.state["deployments"].keys() - {entry.key for entry in desired.entries}
         if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
             self.state["waiting"] = desired.digest
             raise Waiting(f"version {desired.version} would remove {len(gone)} deployments,"
                           f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
-    def make_targets(self, accepted, load_document):
-        """[Target] of an accepted desired state; documents are read only where deciding takes them."""
-        targets = []
-        known = {device.device_id for device in self.devices}
-        for item in accepted["deployments"]:
-            target = Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
-            record = self.state["deployments"].get(target.deployment_id.lower())
-            needed = needs_document(target, record) or record["deviceId"] not in known
-            targets.append(self.read_target(target, load_document) if needed else target)
-        return targets
-
-    def read_target(self, target, load_document):
-        """The target with its Deployment, or with the ComponentError for which there is none."""
-        data = load_document(target.digest)
-        try:
-            if data is None:
-                words = "its document is missing from the state directory; the next poll brings it anew"
-                raise ComponentError("INTERNAL", words)
-            return target._replace(deployment=parse_deployment(data, target.deployment_id))
-        except ComponentError as error:
-            return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
+    def is_needed(self, target):
+        """Whether deciding on a target takes its document."""
+        record = self.state["deployments"].get(target.key)
+        known = [device.device_id for device in self.devices]
+        return needs_document(target, record) or record["deviceId"] not in known
 
     def assign(self, targets, silent):
         """[Share] of each device.
@@ -603,50 +503,47 @@ class Agent:
         """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all
         devices show now.
 
-        Documents of what is not as it should be are read, and decided upon again: its device may have to be
-        another one.
+        The documents of what is not as it should be are read, and it is decided again: another device may
+        have to run it.
         """
-        targets = self.make_targets(accepted, load_document)
+        records = self.state["deployments"]
+        targets = [read_target(target, load_document) if self.is_needed(target) else target
+                   for target in list_targets(accepted)]
         new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
-        seen = observe_devices(self.devices, [*self.state["deployments"].values(), *new])
+        seen = observe_devices(self.devices, [*records.values(), *new], self.obtain_claim())
+        self.answering = {device_id: sight.drivers for device_id, sight in seen.items()}
         silent = {device_id: sight.silent for device_id, sight in seen.items()}
         containers = {device_id: sight.containers for device_id, sight in seen.items()}
-        for device in self.devices:
-            answers = set(device.drivers) - set(silent[device.device_id])
-            self.answering[device.device_id] = {kind: device.drivers[kind] for kind in sorted(answers)}
-        settle = self.config.runtime.settle
         mark = make_mark(self.config.runtime.environment)
         while True:
             shares = self.assign(targets, silent)
-            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), settle, mark)
-            unread = {action.deployment_id for action in actions
-                      if action.verb in ("install", "update") and not action.target.deployment}
+            actions = make_actions(shares, records, containers, get_clock(), self.config.runtime.settle, mark)
+            unread = {action.key for action in actions
+                      if action.verb in CHANGES and not action.target.deployment}
             if not unread:
                 return actions, seen
-            targets = [self.read_target(target, load_document) if target.deployment_id in unread else target
+            targets = [read_target(target, load_document) if target.key in unread else target
                        for target in targets]
 
-    def reconcile(self):
+    def reconcile(self, accepted=None):
         """Makes what runs match what was accepted.
 
-        What does not answer has not nothing: nothing is done blindfold, and CommandError says so (D-16).
+        An engine that does not answer is not an empty one: what runs there is left alone, and CommandError
+        says so (D-16).
         """
-        accepted = self.state["accepted"]
+        accepted = accepted or self.state["accepted"]
         if not accepted:
             return                                  # what runs is left alone until a WFM says what should
         actions, seen = self.decide(accepted, self.store.load_artifact)
-        refused = [action.target.digest for action in actions if action.verb == "refuse"]
-        if None in map(self.store.load_artifact, refused):
-            accepted["incomplete"] = True           # a document was lost: the next poll asks for it
         if any(action.verb != "keep" for action in actions):
             self.prune()                            # before anything is pulled, too (P-5)
-        troubles = self.carry_out(actions, seen)
+        troubles = self.carry_out(actions, seen, accepted["version"])
         for device in self.devices:
+            sight = seen[device.device_id]
             name = f"child device {device.device_id}: " if device.silence else ""
-            troubles += [name + fault.message for fault in seen[device.device_id].silent.values()]
-            if not self.changed:
-                for driver in self.answering[device.device_id].values():
-                    driver.tend(seen[device.device_id].containers, get_random())
+            troubles += [name + fault.message for fault in sight.silent.values()]
+            for driver in () if self.changed else sight.drivers.values():
+                driver.tend(sight.containers, get_random())
         if self.changed:
             self.prune()
         if troubles:
@@ -655,40 +552,38 @@ class Agent:
     def prune(self):
         """Housekeeping with everything that answers; see the function of this name."""
         if self.config.runtime.prune:
-            drivers = [self.answering[device.device_id].values() for device in self.devices]
-            prune(self.state, self.store, dict(zip(map(make_prefix, self.devices), drivers)))
+            drivers = {make_prefix(device): self.answering[device.device_id].values()
+                       for device in self.devices}
+            prune(self.state, self.store, drivers)
 
-    def carry_out(self, actions, seen):
+    def carry_out(self, actions, seen, version):
         """Carries out a plan: group by group, and in a group whatever is ready whose turn it is.
 
         Returns in words what went wrong and fails no deployment: a leftover that cannot be removed.
         """
-        troubles, cleared = [], {}
-        for action in actions:
-            if action.verb == "clear":
-                cleared.setdefault(action.deployment_id.lower(), []).append(action)
-        for group in make_groups(actions, self.state["deployments"]):
-            ready, stopped = {}, False
+        records = self.state["deployments"]
+        troubles = []
+        for group in make_groups(actions, records):
+            ready = {}
             for action in group:
                 self.check_stopping()
-                work = self.begin(action, seen)
-                if action.verb in ("install", "update"):
-                    others = cleared.get(action.deployment_id.lower(), ())
-                    work.before = [self.begin(other, seen) for other in others]
-                try:
-                    if self.advance(work):
-                        ready[action.deployment_id.lower()] = work
-                except (CommandError, ComponentError) as error:
-                    troubles.append(error.message)
+                step = self.begin(action, seen, version, troubles)
+                if action.verb in CHANGES:
+                    step.before = [self.begin(other, seen, version, troubles) for other in actions
+                                   if other.verb == "clear" and other.key == action.key]
+                if self.advance(step):
+                    ready[action.key] = step
+            stopped = False
             while ready:
                 if not stopped:                     # what was stopped for another one starts again first
                     self.check_stopping()
-                waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
-                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items()
-                        if key not in ready}
-                key, verb, words = find_turn(waiting, held)
-                stopped = stopped or verb == "stop"
-                if not self.take_turn(ready[key], verb, words, troubles):
+                waiting = {key: (step.takes, step.holds) for key, step in ready.items()}
+                held = {key: find_held_ports(records[key]) for key in records.keys() - ready}
+                key, *turn = find_turn(waiting, held)
+                if turn[0] == "stop":
+                    ready[key].holds = set()
+                    stopped = True
+                if not self.advance(ready[key], turn):
                     ready.pop(key)
         return troubles
 
@@ -697,84 +592,59 @@ class Agent:
         if self.stopping():
             raise Interrupted("ended before everything was done; the next run goes on from here")
 
-    def begin(self, action, seen):
-        """The Work on an action, before its first step."""
-        key = action.deployment_id.lower()
-        device = next(device for device in self.devices if device.device_id == action.device_id)
-        record = self.state["deployments"].get(key)
+    def begin(self, action, seen, version, troubles):
+        """The Step of an action, before anything of it is done."""
+        record = self.state["deployments"].get(action.key)
+        home = record and record["deviceId"]
         holds = find_held_ports(record) if record else set()
-        if record and record["deviceId"] not in seen and action.verb != "keep":
+        if record and home not in seen and action.verb != "keep":
             log("warning", "its device is no longer configured; what runs there is forgotten",
-                deployment=action.deployment_id, device=record["deviceId"])
-        if not record or action.verb != "clear" and action.target and record["deviceId"] != device.device_id:
+                deployment=action.deployment_id, device=home)
+        moves = home != action.device_id and action.target and action.verb != "clear"
+        if not record or moves:
             target = action.target or Target(action.deployment_id, "", 0, None, None)
-            record = make_record(target, device.device_id)      # new here; elsewhere it is cleared
-        device_id = device.device_id
-        containers = seen[device_id].containers
-        tools = Tools(self.config, self.store, self.answering[device_id], containers, device_id,
-                      self.state["accepted"]["version"], [], get_clock, get_random)
+            record = make_record(target, action.device_id)
+        sight = seen[action.device_id]
         verb = action.verb
         if self.is_downtime():
-            verb, record = hold_quiet(action, record, containers, get_clock())
-        work = Work(action, device, EXECUTE[verb](action, record, tools), tools)
-        work.holds = holds
-        return work
+            verb, record = hold_quiet(action, record, sight.containers, get_clock())
+        return Step(action, verb, record, holds, sight, self.config, self.store, version, troubles)
 
-    def take_turn(self, work, verb, words, troubles):
-        """Carries on with a step that is ready, as find_turn says; whether it is still to be done.
-
-        What moves is removed from where it was before it starts.
-        """
-        fault = ComponentError("PORT_IN_USE", words) if verb == "fail" else None
-        moves = bool(work.before)
-        while work.before and not fault:
-            try:
-                self.advance(work.before.pop())
-            except (CommandError, ComponentError) as error:
-                if isinstance(error, Forbidden):
-                    fault = error
-                else:
-                    troubles.append(error.message)
-        if verb == "stop" and not fault:
-            work.holds = set()
-            return moves or self.advance(work, True)
-        return self.advance(work, False, fault)
-
-    def advance(self, work, answer=None, fault=None):
+    def advance(self, step, turn=None):
         """Carries on with a step until it is ready to change something, or done; whether it is ready.
 
-        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer,
-        fault: what its claim is answered by.
+        Every change of a record is durable, and told where the WFM can be told, before the next one.  turn:
+        the verb and the words of find_turn, for a step that was ready.
         """
-        action, item = work.action, None
+        action = step.action
         try:
-            item = work.steps.throw(fault) if fault else work.steps.send(answer)
+            item = step.course.send(turn)
             while not isinstance(item, Ready):
-                if not work.begun:
+                if not step.begun:
                     word = PRINTED.get(action.verb, action.verb)
                     log("error" if word == "refuse" else "info", word, deployment=action.deployment_id,
                         reason=action.reason)
-                work.begun = self.changed = True
+                step.begun = self.changed = True
                 if item:
-                    self.keep(work, item)
-                item = next(work.steps)
+                    self.keep(step, item)
+                item = next(step.course)
         except StopIteration:
-            record = self.state["deployments"].get(action.deployment_id.lower())
-            if work.begun and record and action.verb != "clear":
+            record = self.state["deployments"].get(action.key)
+            if step.begun and record and action.verb != "clear":
                 log("info", record["state"], deployment=action.deployment_id, name=record["name"])
             return False
-        work.takes = item.takes
+        step.takes = item.takes
         return True
 
-    def keep(self, work, record):
+    def keep(self, step, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
-        fetched = work.tools.fetched
-        prefix = make_prefix(work.device)
-        images = [prefix + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
-        self.state["pulled"] = sorted(set(self.state["pulled"]).union(images))
+        device = next(item for item in self.devices if item.device_id == step.action.device_id)
+        images = {make_prefix(device) + name for name in step.fetched
+                  if not re.fullmatch(DIGEST_PATTERN, name)}
+        self.state["pulled"] = sorted(images.union(self.state["pulled"]))
         if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
-            record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
-        self.state["deployments"][record["deploymentId"].lower()] = record
+            record = dict(record, fetched=sorted({*record["fetched"], *step.fetched}))
+        self.state["deployments"][step.action.key] = record
         enqueue_status(self.state, record, self.device_id)
         self.store.save_state(self.state)
         self.flush_outbox(quiet=True)
@@ -782,31 +652,29 @@ class Agent:
     def flush_outbox(self, quiet=False):
         """Sends every waiting status, oldest first.
 
-        One that the WFM refuses for good is dropped, and `status` says so.
-
-        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of
-        applying; trouble on the wire then only means that it is sent later.
+        One that the WFM refuses for good is dropped, and `status` says so.  One that fails goes to the end,
+        so that it does not hold up the others.  quiet: in the middle of applying; trouble on the wire then
+        only means that it is sent later.
         """
-        for key in list(self.state["outbox"]):
+        outbox = self.state["outbox"]
+        for key, status in list(outbox.items()):
             if self.silent or not self.source:
                 return
-            status = self.state["outbox"][key]
             refused = None
             try:
                 self.source.post_status(status["deploymentId"], status)
             except (Refused, Unreachable, Untrusted) as error:
                 if not isinstance(error, Refused) or error.status < 400:
-                    self.state["outbox"][key] = self.state["outbox"].pop(key)
+                    outbox[key] = outbox.pop(key)
                     if not quiet:
                         raise
                     self.note_fault(error, time.time())
                     log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
                     return
-                refused = {"state": status["status"]["state"], "at": make_time(time.time()),
-                           "reason": error.message}
+                refused = error.message
                 log("error", "the WFM refuses a status for good; it is dropped", deployment=key,
-                    reason=error.message)
-            acknowledge_status(self.state, key, refused)
+                    reason=refused)
+            acknowledge_status(self.state, key, refused, make_time(time.time()))
 
     def conclude(self, began):
         """The Outcome of a cycle, kept where `status` finds it.
@@ -817,14 +685,13 @@ class Agent:
         fault = max(self.faults, key=lambda fault: fault.exit, default=None)
         failed = any(record["state"] == "failed" for record in state["deployments"].values())
         result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"]))
-        if state["history"] and state["accepted"]:
-            newest = state["history"][-1]
-            newest["outcome"] = make_outcome(state)
-            if isinstance(fault, Refused):
-                newest["refused"] = fault.message
-            elif not fault:
-                newest.pop("refused", None)
-        last = {"at": make_time(began), "result": result, "detail": fault.message if fault else ""}
+        detail = fault.message if fault else ""
+        note_outcome(state, fault)
+        memo = self.store.load_memo()
+        memo["lastPoll"] = last = {"at": make_time(began), "result": result, "detail": detail}
+        if self.answering:
+            known = None if self.changed else memo.get("others")
+            memo["others"] = ask_others(self.answering, known)[:MAX_NAMED]
         try:
             if make_state_data(state) != self.store.saved:
                 state["lastPoll"] = last
@@ -832,13 +699,7 @@ class Agent:
         except StorageError as error:
             log("error", error.message, code=error.code)
             code = max(code, error.exit)
-        memo = self.store.load_memo()
-        others = memo.get("others")
-        if self.answering:
-            others = ask_others(self.answering, None if self.changed else others)[:MAX_NAMED]
-        self.store.save_memo(dict(memo, lastPoll=last, others=others or []))
-        delay = make_delay(self.config, state, fault, get_clock(), get_random())
-        return Outcome(code, result, last["detail"], delay)
+        return Outcome(code, result, detail, make_delay(self.config, state, fault, get_clock(), get_random()))
 
 
 # What a cycle does, in order: functions of the Agent.  A MargoError ends that step alone.
@@ -849,7 +710,7 @@ def judge_cycle(fault, changed, failed, waiting):
     """(word of `lastPoll.result`, exit code) of a cycle.
 
     fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
-    deployment has failed. waiting: whether a status waits in the outbox.  The operator's own silence is no
+    deployment has failed.  waiting: whether a status waits in the outbox.  The operator's own silence is no
     fault.
     """
     silence = isinstance(fault, Silence) and not fault.exit
@@ -865,48 +726,44 @@ def judge_cycle(fault, changed, failed, waiting):
     return "applied" if changed else "unchanged", code
 
 
-def make_prefix(device):
-    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
-    return device.device_id + " " if device.silence else ""
-
-
-def make_others_words(others):
-    """Each workload of another owner, in words."""
-    return [
-        f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}"
-        for item in others
-    ]
-
-
 # ----------------------------------------------------------------------------------------------------------
 # 4. Plan
 # ----------------------------------------------------------------------------------------------------------
 
+CHANGES = ("install", "update")     # the verbs that make a version run
+GOING = ("removing", "removed")     # the states of what is not wanted any more
 # What `plan` calls a verb, where not by its own name.
 PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}
 
 
-def needs_document(entry, record):
-    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that
+def list_targets(accepted):
+    """[Target] of an accepted desired state; their documents are not read yet."""
+    return [Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
+            for item in accepted["deployments"]]
+
+
+def read_target(target, load_document):
+    """The target with its Deployment, or with the ComponentError for which there is none.
+
+    load_document: digest to bytes, or to None.
+    """
+    data = load_document(target.digest)
+    try:
+        if data is None:
+            words = "its document is missing from the state directory; the next poll brings it anew"
+            raise ComponentError("INTERNAL", words)
+        return target._replace(deployment=parse_deployment(data, target.deployment_id))
+    except ComponentError as error:
+        return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
+
+
+def needs_document(target, record):
+    """Whether deciding on a target takes its document: not for one that is installed, or failed, in just that
     revision.
     """
-    if record is None or record["adopted"]["digest"] != entry.digest or record["refused"]:
+    if record is None or record["adopted"]["digest"] != target.digest or record["refused"]:
         return True
     return record["state"] not in ("installed", "failed")
-
-
-def make_share(device, targets, records, silent):
-    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be
-    seen now.
-
-    silent: {deployment type: CommandError} of what does not answer there.
-    """
-    wanted = {target.deployment_id.lower(): target for target in targets}
-    unseen = {}
-    for key in {**records, **wanted}:
-        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
-            unseen[key] = silent[kind]
-    return Share(device, targets, records, unseen)
 
 
 def make_actions(shares, records, containers, clock, settle=0, mark=""):
@@ -915,51 +772,47 @@ def make_actions(shares, records, containers, clock, settle=0, mark=""):
     records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a
     device where it is not at home any more is cleared once it runs where it belongs, or when it is about to.
     """
-    homes = {target.deployment_id.lower(): "" if target.error else target.device_id
+    homes = {target.key: "" if target.error else target.device_id
              for share in shares for target in share.targets}
     actions, strays = [], []
-    placed = set()              # what runs where it belongs, or is about to
+    placed = {key for share in shares for key in share.records if records[key]["state"] == "installed"}
     for share in shares:
-        device_id = share.device.device_id
-        placed.update(key for key, record in share.records.items() if record["state"] == "installed")
-        there = containers[device_id]
+        there = containers[share.device.device_id]
         for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
-            action = hold_back(action, share)._replace(device_id=device_id)
-            key = action.deployment_id.lower()
-            record = records.get(key)
-            if action.verb == "remove" and (key in homes or record and key not in share.records):
+            action = hold_back(action, share)._replace(device_id=share.device.device_id)
+            record = records.get(action.key)
+            elsewhere = action.key in homes or record and action.key not in share.records
+            if action.verb == "remove" and elsewhere:
                 strays.append(action._replace(verb="clear"))
                 continue
-            if action.verb == "install" and record and record["running"] and record["deviceId"] != device_id:
-                action = action._replace(reason=f"moves here from {record['deviceId']}")
-            if action.verb in ("install", "update"):
-                placed.add(key)
+            if action.verb in CHANGES:
+                placed.add(action.key)
+                if record and record["running"] and record["deviceId"] != action.device_id:
+                    action = action._replace(reason=f"moves here from {record['deviceId']}")
             actions.append(action)
     for stray in strays:
-        key = stray.deployment_id.lower()
-        if key not in homes:
+        home = homes.get(stray.key)
+        if home is None:
             actions.append(stray)
-        elif homes[key] and key in placed:
-            actions.append(stray._replace(reason=f"belongs on {homes[key]}"))
+        elif home and stray.key in placed:
+            actions.append(stray._replace(reason=f"belongs on {home}"))
     return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
 
 
 def hold_back(action, share):
     """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
 
-    It waits where this device itself does not answer; what the WFM is told of another one is the device's
-    `silence`.
+    It waits where this device itself does not answer; of another one the WFM is told the device's `silence`.
     """
-    key = action.deployment_id.lower()
     silence = share.device.silence
-    fault = share.unseen.get(key)
+    fault = share.unseen.get(action.key)
     if not fault or action.verb in ("keep", "refuse"):
         return action
     if not silence:
         return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
     target = action.target
     if not target:
-        adopted = share.records[key]["adopted"]
+        adopted = share.records[action.key]["adopted"]
         target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
     reason = f"{silence.code}: {silence.message}"
     return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
@@ -971,22 +824,22 @@ def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=())
 
     targets: [Target], deployment and error both None where needs_document said so.  records: those of the
     state's `deployments` that are at home here.  containers: [Container] as observed.  clock: a Clock.
-    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: ids in lower case of
-    deployments of which not everything could be observed (then nothing is taken for drift).
+    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: keys of deployments of
+    which not everything could be observed (then nothing is taken for drift).
     """
-    wanted = {target.deployment_id.lower() for target in targets}
+    wanted = {target.key for target in targets}
     seen = {}
     for container in containers:
-        seen.setdefault(container.deployment_id.lower(), []).append(container)
-    orphans = {key: items[-1].deployment_id for key, items in seen.items()}
-    orphans.update((key, record["deploymentId"]) for key, record in records.items()
-                   if record["state"] != "removed")
-    plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans)
+        seen.setdefault(container.key, []).append(container)
+    unwanted = {key: items[-1].deployment_id for key, items in seen.items()}
+    unwanted.update((key, record["deploymentId"]) for key, record in records.items()
+                    if record["state"] != "removed")
+    plan = [Action(unwanted[key], "remove", "not in the desired state") for key in sorted(unwanted)
             if key not in wanted]
     for target in targets:
-        key = target.deployment_id.lower()
-        there = None if key in unseen else seen.get(key, [])
-        plan.append(make_action(target, records.get(key), there, clock, settle, mark)._replace(target=target))
+        there = None if target.key in unseen else seen.get(target.key, [])
+        action = make_action(target, records.get(target.key), there, clock, settle, mark)
+        plan.append(action._replace(target=target))
     return plan
 
 
@@ -996,9 +849,10 @@ def make_action(target, record, containers, clock, settle, mark):
         return Action(target.deployment_id, verb, reason, culprit=culprit)
 
     same = record and record["adopted"]["digest"] == target.digest
+    state = record and record["state"]
     retry = find_wait(record["retry"], clock) if record else 0
     pause = find_wait(record["repair"], clock) if record else 0
-    if same and record["state"] == "failed" and record["fallback"] and not pause and (target.error or retry):
+    if same and state == "failed" and record["fallback"] and not pause and (target.error or retry):
         words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
         if words:
             return act("restore", f"drift: {words}; the version before is brought back")
@@ -1011,15 +865,15 @@ def make_action(target, record, containers, clock, settle, mark):
         return act(change, "another revision")
     if record["refused"]:
         return act(change, "was refused before, and can be carried out now")
-    if record["state"] == "failed" and retry:
+    if state == "failed" and retry:
         due = make_time(clock.now + retry)
         return act("keep", f"failed ({record['error']['code']}); next attempt at {due}")
-    if record["state"] == "failed":
+    if state == "failed":
         return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
-    if record["state"] in ("pending", "removed") and not record["running"]:
+    if state in ("pending", "removed") and not record["running"]:
         return act("install", "new")
-    if record["state"] != "installed":
-        return act(change, f"was interrupted while {record['state']}")
+    if state != "installed":
+        return act(change, f"was interrupted while {state}")
     services = {item["name"]: item["services"] for item in record["components"]}
     culprit, words = find_drift(services, containers, clock.now, settle)
     if words and pause:
@@ -1032,7 +886,8 @@ def make_action(target, record, containers, clock, settle, mark):
 
 def hold_quiet(action, record, containers, clock):
     """(verb, record) of an action in downtime: nothing is fetched (protocol 10), the version before runs."""
-    if action.verb not in ("install", "update") or is_at_hand(record, action.target):
+    versions = filter(None, (record["running"], record["previous"]))
+    if action.verb not in CHANGES or action.target.digest in [version["digest"] for version in versions]:
         return action.verb, record
     record = begin_record(record, action.target)
     there = find_containers(record["deploymentId"], containers)
@@ -1081,26 +936,24 @@ def judge_containers(found, facts, now, settle):
 
 
 def make_groups(actions, records):
-    """Actions in the order in which they are carried out, as [[Action]].
+    """[[Action]] in the order in which they are carried out; a group is made ready before any of it is done.
 
-    Those of one group are made ready before any is done.
-
-    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group,
+    What frees comes before what takes: removals and repairs, then the updates of what runs, as one group,
     because one may take what another gives up; last what is new.  What is cleared because it moves is left to
-    the step that it moves by.
+    the step by which it moves.
     """
-    moving = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
+    moving = {action.key for action in actions if action.verb in CHANGES}
     first, updates, new = [], [], []
     for action in actions:
-        record = records.get(action.deployment_id.lower())
-        if action.verb not in ("install", "update"):
-            first += [] if action.verb == "clear" and action.deployment_id.lower() in moving else [[action]]
-        elif not record or not record["running"]:
+        record = records.get(action.key)
+        running = record and record["running"]
+        if action.verb in CHANGES and not running:
             new.append([action])
-        elif record["running"]["digest"] == action.target.digest and record["deviceId"] == action.device_id:
-            first.append([action])
-        else:
+        elif action.verb in CHANGES and (running["digest"], record["deviceId"]) != (
+                action.target.digest, action.device_id):
             updates.append(action)
+        elif action.verb != "clear" or action.key not in moving:
+            first.append([action])
     return first + [updates] + new
 
 
@@ -1108,12 +961,10 @@ def find_held_ports(record):
     """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold,
     as far as known.
     """
-    services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
-    if record["fallback"]:
-        services = record["running"]["services"].values()       # the version before runs still
-    facts = [facts for item in services for facts in item.values()]
-    running = [item for item in facts if not item["finished"]]
-    return {(record["deviceId"], *port) for item in running for port in item.get("ports", ())}
+    if record["state"] == "removed":
+        return set()
+    running = [facts for facts in list_facts(record) if not facts["finished"]]
+    return {(record["deviceId"], *port) for facts in running for port in facts.get("ports", ())}
 
 
 def find_clash(takes, holds):
@@ -1130,27 +981,25 @@ def find_clash(takes, holds):
 
 
 def find_turn(waiting, held):
-    """Which of the deployments that are ready to be changed goes on now, and how: (id, verb, words).
+    """Which of the deployments that are ready to be changed goes on now, and how: (key, verb, words).
 
-    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs:
+    waiting: {key: (ports it takes, ports it holds)}, in order.  held: {key: ports} of all others.  The verbs:
     `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
     ports first, because each waits for another one.
     """
+    rivals = {**{key: (ports, ports) for key, ports in held.items()}, **waiting}
     blocking = []
     for key, (takes, _) in waiting.items():
-        rivals = [(other, ports, ports) for other, ports in held.items()]
-        rivals += [(other, holds, keeps) for other, (keeps, holds) in waiting.items() if other != key]
-        blocked = False
-        for other, holds, keeps in rivals:
+        found = [other for other in rivals if other != key and find_clash(takes, rivals[other][1])]
+        for other in found:
+            keeps, holds = rivals[other]
             port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
             if port:
                 where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
                 return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
-            if find_clash(takes, holds):
-                blocking.append(other)
-                blocked = True
-        if not blocked:
+        if not found:
             return key, "go", ""
+        blocking += found
     return blocking[0], "stop", ""
 
 
@@ -1158,10 +1007,6 @@ def find_turn(waiting, held):
 # 5. Apply
 # ----------------------------------------------------------------------------------------------------------
 
-Tools = define("Tools", "config store drivers containers device_id version fetched clock jitter",
-    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device,"
-    " [Container] there, the device's id, the accepted version, a list"
-    " for what is fetched (digests, images), functions for a Clock and for a number in [0, 1).")
 Change = define("Change", "event name record deployment rollback kind",
     "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
     " back to the version before; kind: the deployment type of what is removed.", None)
@@ -1170,9 +1015,48 @@ Revision = define("Revision", "deployment packages services",
     " {service: facts}}.")
 Ready = define("Ready", "takes",
     "What a step says once all that can fail or say no has been done, and nothing is touched: the host's"
-    " ports that it will take, as find_held_ports has them.")
-# Functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise Forbidden.
+    " ports that it will take, as find_held_ports has them.  It is answered by the verb and the words of"
+    " find_turn.")
+# Functions (before or after, Change, Step, error or None) of optional rooms; `before` may raise Forbidden.
 LISTENERS = []
+
+
+class Step:
+    """One action under way.
+
+    action, record      the Action, and the record that it begins with
+    takes, holds        ports of the host that it will take, and that it holds, see find_held_ports
+    sight               what its device shows: Seen
+    config, store       Settings and Store
+    version             the accepted version
+    troubles            a list for what goes wrong and fails no deployment, in words
+    course              the generator that carries it out, see EXECUTE
+    before              Steps that clear what moves here, where it was
+    fetched             digests of packages and names of images that it has fetched
+    begun               whether it has changed something
+    """
+
+    def __init__(self, action, verb, record, holds, sight, config, store, version, troubles):
+        self.action, self.record, self.holds, self.sight = action, record, holds, sight
+        self.config, self.store, self.version, self.troubles = config, store, version, troubles
+        self.course = EXECUTE[verb](self)
+        self.before, self.fetched = [], []
+        self.takes, self.begun = set(), False
+
+    def get_driver(self, kind):
+        """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
+        if kind not in self.sight.drivers:
+            words = f"nothing on this device runs {kind} components; see runtime.{kind}"
+            raise ComponentError("UNSUPPORTED_TYPE", words)
+        return self.sight.drivers[kind]
+
+    def look(self, record):
+        """Looks anew at what there is of a deployment; raises CommandError."""
+        self.sight = self.sight._replace(containers=observe_all(self.sight.drivers, record))
+
+    def fail(self, record, name, error, refused=False):
+        """The record after a ComponentError of the component `name`, or of all (None)."""
+        return fail_record(record, name, error, get_clock(), get_random(), refused)
 
 
 class Notices:
@@ -1180,8 +1064,8 @@ class Notices:
     came of each.
     """
 
-    def __init__(self, tools):
-        self.tools, self.agreed = tools, []
+    def __init__(self, step):
+        self.step, self.agreed = step, []
 
     def __enter__(self):
         return self
@@ -1189,14 +1073,21 @@ class Notices:
     def ask(self, change):
         """Raises ComponentError where a listener forbids the change."""
         for listener in LISTENERS:
-            listener("before", change, self.tools, None)
+            listener("before", change, self.step, None)
         self.agreed.append(change)
 
     def tell(self, change, error=None):
         """The change has been made, or nothing comes of it."""
         self.agreed.remove(change)
         for listener in LISTENERS:
-            listener("after", change, self.tools, error)
+            listener("after", change, self.step, error)
+
+    def remove(self, change):
+        """Removes all of one component; raises ComponentError, CommandError."""
+        deadline = time.monotonic() + COMPONENT_TIMEOUT
+        driver = self.step.get_driver(change.kind)
+        driver.remove(change.record["deploymentId"], change.name, self.step.sight.containers, deadline)
+        self.tell(change)
 
     def __exit__(self, kind, error, _):
         for change in self.agreed[:] if isinstance(error, MargoError) else ():
@@ -1208,50 +1099,44 @@ class Installation:
     was touched.
     """
 
-    def __init__(self, record, tools):
-        self.record, self.tools = record, tools
+    def __init__(self, record, step):
+        self.record, self.step = record, step
         self.name, self.touched, self.services = None, False, {}
 
     def run(self, revision, rollback=False):
         """Makes a version run, and nothing else of its deployment.
 
-        Yields the record at each change, for the caller to make durable before the next step, and Ready
-        before anything is touched.
-
-        All that can fail or say no comes before that: everything is fetched and verified, and every listener
-        agrees (D-11, P-20). One that is answered by True has to free its ports first, and is made again.
-        rollback: it is the version before that is brought back, in one go.
+        All that can fail or say no comes first: everything is fetched and verified, and every listener agrees
+        (D-11, P-20).  Then it yields Ready, and after that the record at each change, which the caller makes
+        durable before the next one.  rollback: the version before is brought back, in one go.
         """
-        tools, deployment = self.tools, revision.deployment
-        containers = observe_all(tools.drivers, self.record) if rollback else tools.containers
-        prepared = []
+        step, deployment = self.step, revision.deployment
+        if rollback:
+            step.look(self.record)
+        prepared, changes = [], []
         for component in deployment.components:
             self.name = component.name
-            driver = get_driver(deployment.type, tools)
-            prepared.append(driver.prepare(deployment, component, revision.packages.get(self.name),
-                                           tools.store, tools.fetched))
-        changes = []
-        for name in [component.name for component in deployment.components]:
-            event = "update" if rollback or revision.packages.get(name) else "install"
-            changes.append(Change(event, name, self.record, deployment, rollback))
-        dropped = find_dropped(self.record, deployment, containers, rollback)
-        with Notices(tools) as notices:
+            driver = step.get_driver(deployment.type)
+            known = revision.packages.get(self.name)
+            prepared.append(driver.prepare(deployment, component, known, step.store, step.fetched))
+            event = "update" if rollback or known else "install"
+            changes.append(Change(event, self.name, self.record, deployment, rollback))
+        dropped = find_dropped(self.record, deployment, step.sight.containers, rollback)
+        with Notices(step) as notices:
             for change in changes + dropped:
                 self.name = None if change.kind else change.name
                 notices.ask(change)
             self.name = None
-            ports = [port for workload, _ in prepared for port in driver.list_ports(workload)]
-            takes = {(tools.device_id, *port) for port in ports}
-            while not rollback and (yield Ready(takes)):
-                self.free_ports()
-                containers = observe_all(tools.drivers, self.record)
+            if not rollback:
+                yield from self.take_turn([port for item, _ in prepared for port in driver.list_ports(item)])
             for component, change, (workload, package) in zip(deployment.components, changes, prepared):
                 self.name = component.name
                 if not rollback:
                     self.record = set_component(self.record, self.name, "installing")
                     yield self.record
                 self.touched = True
-                services = driver.apply(workload, containers, revision.services.get(self.name, {}),
+                known = revision.services.get(self.name, {})
+                services = driver.apply(workload, step.sight.containers, known,
                                         time.monotonic() + component.timeout)
                 self.services[self.name] = services
                 notices.tell(change)
@@ -1261,48 +1146,61 @@ class Installation:
                     yield self.record
             self.name = None
             for change in dropped:
-                remove_component(change, containers, notices)
+                notices.remove(change)
 
-    def free_ports(self):
-        """Stops what holds a port of the host, so that another deployment can take it."""
-        self.touched = True
-        running = self.record["running"] or {}
-        services = [item["services"] for item in self.record["components"]]
-        if "services" in running:
-            services = running["services"].values()
-        facts = [facts for item in services for facts in item.values()]
-        ids = [item["id"] for item in facts if item.get("ports")]
-        if ids:
-            get_driver(running["type"], self.tools).stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
+    def take_turn(self, ports):
+        """Waits until the host's ports are free; what moves is then removed from where it was.
+
+        Frees its own ports first where it is told to, because somebody waits for them.
+        """
+        step = self.step
+        verb = "stop"
+        while verb == "stop":
+            verb, words = yield Ready({(step.action.device_id, *port) for port in ports})
+            if verb == "fail":
+                raise ComponentError("PORT_IN_USE", words)
+            while step.before:
+                other = step.before.pop()
+                try:
+                    clear(other)
+                except (CommandError, ComponentError) as error:
+                    if isinstance(error, Forbidden):
+                        raise
+                    step.troubles.append(error.message)
+            ids = [facts["id"] for facts in list_facts(self.record) if facts.get("ports")]
+            if verb == "stop" and ids:
+                self.touched = True
+                driver = step.get_driver(self.record["running"]["type"])
+                driver.stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
+                step.look(self.record)
 
     def fail(self, error, deployment):
         """The record after a failure, with the version before running again where runtime.on_failure says so
         (P-8).
         """
-        tools, name, words = self.tools, self.name, error.message
+        name, words = self.name, error.message
         code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
         code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
         log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
             reason=words)
         begun = self.record["state"] != "pending"               # else it has only freed its ports
-        if self.touched and begun and tools.config.runtime.on_failure != "rollback":
+        if self.touched and begun and self.step.config.runtime.on_failure != "rollback":
             self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
         elif self.touched and self.record["fallback"]:
             words = f"{words}; {self.go_back()}"
         elif self.touched and not self.record["running"]:
             words = f"{words}; {self.take_back(deployment)}"
-        error = ComponentError(code, words, retry_after=error.retry_after)
-        return fail_record(self.record, name, error, tools.clock(), tools.jitter())
+        return self.step.fail(self.record, name, ComponentError(code, words, retry_after=error.retry_after))
 
     def take_back(self, deployment):
         """Removes what a first installation has begun, so that nothing crashes on and on.
 
         What ran before it, of a state that was lost, runs again.  Returns what came of it, in words.
         """
-        before = find_containers(deployment.deployment_id, self.tools.containers)
+        before = find_containers(deployment.deployment_id, self.step.sight.containers)
         try:
             if before and self.record.get("found"):
-                driver = get_driver(before[0].type, self.tools)
+                driver = self.step.get_driver(before[0].type)
                 return driver.bring_back(before, time.monotonic() + COMPONENT_TIMEOUT)
             list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
         except (ComponentError, CommandError, MemoryError) as error:
@@ -1316,7 +1214,7 @@ class Installation:
         before = self.record["running"]
         self.services = {}
         try:
-            data = self.tools.store.load_artifact(before["digest"])
+            data = self.step.store.load_artifact(before["digest"])
             if data is None:
                 raise ComponentError("INTERNAL", "its document is not in the state directory any more")
             deployment = parse_deployment(data, self.record["deploymentId"])
@@ -1331,145 +1229,140 @@ class Installation:
         return "the version before runs again"
 
 
-def apply_install(action, record, tools):
+def apply_install(step):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
-    target = action.target
+    target, record = step.action.target, step.record
     revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
                         {item["name"]: item["services"] for item in record["components"]})
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
-        record = count_repair(record, tools.clock())
+        record = count_repair(record, get_clock())
     if record["state"] == "pending" and not running and not record["retry"]:
-        record = dict(record, found=bool(find_containers(target.deployment_id, tools.containers)))
-    job = Installation(begin_record(record, target), tools)
+        record = dict(record, found=bool(find_containers(target.deployment_id, step.sight.containers)))
+    job = Installation(begin_record(record, target), step)
     yield job.record
     try:
         yield from job.run(revision)
-        yield finish_record(job.record, make_mark(tools.config.runtime.environment))
+        yield finish_record(job.record, make_mark(step.config.runtime.environment))
     except (ComponentError, CommandError, MemoryError) as error:
         yield job.fail(to_fault(error), target.deployment)
 
 
-def apply_restore(action, record, tools):
+def apply_restore(step):
     """Mends the version before while another one waits for its next attempt; its error stays (P-1, P-12)."""
+    record = step.record
     yield record
-    job = Installation(count_repair(record, tools.clock()), tools)
+    job = Installation(count_repair(record, get_clock()), step)
     job.go_back()
     components = [dict(new, state=old["state"], error=old["error"])
                   for new, old in zip(job.record["components"], record["components"])]
     yield dict(job.record, state=record["state"], error=record["error"], components=components)
 
 
-def apply_give_up(action, record, tools):
+def apply_give_up(step):
     """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last
     (P-6, P-7).
     """
-    component, _ = action.culprit
-    there = [container.id for container in find_containers(record["deploymentId"], tools.containers)
-             if (container.component, container.service) == action.culprit]
+    record, culprit = step.record, step.action.culprit
+    there = [container.id for container in find_containers(record["deploymentId"], step.sight.containers)
+             if (container.component, container.service) == culprit]
     try:                                            # without its document nobody knows what to mask
-        data = tools.store.load_artifact(record["adopted"]["digest"]) or b""
+        data = step.store.load_artifact(record["adopted"]["digest"]) or b""
         deployment = parse_deployment(data, record["deploymentId"])
-        secrets = make_variables(deployment, component).values()
-        words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
+        secrets = make_variables(deployment, culprit[0]).values()
+        words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
     except MargoError:
         words = ""
-    error = ComponentError("UNSTABLE", action.reason + words)
-    failed = fail_record(record, component, error, tools.clock(), 0)
+    failed = step.fail(record, culprit[0], ComponentError("UNSTABLE", step.action.reason + words))
     yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
 
 
-def apply_refusal(action, record, tools):
+def apply_refusal(step):
     """Fails a deployment that cannot be what is wanted; what was said already is not said again."""
-    target, error = action.target, action.target.error
+    record, target = step.record, step.action.target
     same = record["refused"] and record["adopted"]["digest"] == target.digest
-    if not same or record["error"]["message"] != error.message:
-        record = begin_record(record, target)
-        yield fail_record(record, None, error, tools.clock(), tools.jitter(), refused=True)
+    if not same or record["error"]["message"] != target.error.message:
+        yield step.fail(begin_record(record, target), None, target.error, refused=True)
 
 
-def apply_nothing(action, record, tools):
+def apply_nothing(step):
     """Does nothing."""
     yield from ()
 
 
-def apply_removal(action, record, tools):
+def apply_removal(step):
     """Removes all of a deployment, last component first, once every listener agrees.
 
     Only an empty engine counts as removed (D-21).
     """
-    adopted = dict(record["adopted"], version=tools.version)
-    there = find_components(record["deploymentId"], tools.containers)
+    record = step.record
+    there = find_components(record["deploymentId"], step.sight.containers)
     if there and not record["components"]:          # the state was lost; they are still reported (C-131)
         found = [dict(BLANK, name=name) for name in sorted({name for name, _ in there})]
         record = dict(record, type=there[0][1], components=found)
+    adopted = dict(record["adopted"], version=step.version)
     record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
     yield record
-    deployment = load_deployment(record, tools.store)
+    deployment = load_deployment(record, step.store)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
-    here = record["deviceId"] == tools.device_id                # else its device is forgotten
+    here = record["deviceId"] == step.action.device_id          # else its device is forgotten
     held = {component["name"] for component in record["components"] if here and component["services"]}
-    unknown = [found for found in there if found not in known]
-    changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
+    changes = [Change("removal", name, record, deployment, False, kind)
+               for name, kind in [item for item in there if item not in known] + known
+               if kind in step.sight.drivers or name in held]
     name = None
     try:
-        with Notices(tools) as notices:
+        with Notices(step) as notices:
             for change in changes:
                 name = change.name if change.name in names else None
-                if change.kind in tools.drivers:
-                    notices.ask(change)
-                elif change.name in held:
-                    get_driver(change.kind, tools)              # it may run still
+                step.get_driver(change.kind)        # it may run still
+                notices.ask(change)
             for change in changes:
                 name = change.name if change.name in names else None
-                if change.kind in tools.drivers:
-                    remove_component(change, tools.containers, notices)
-                if (change.name, change.kind) in known:
-                    record = set_component(record, change.name, "removed")
+                notices.remove(change)
+                if name and change.kind == record["type"]:
+                    record = set_component(record, name, "removed")
                     if record["state"] != "removed":            # said below, once nothing is left
                         yield record
     except MargoError as error:
         log("error", "removal failed", deployment=record["deploymentId"], component=name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        yield fail_record(record, name, ComponentError(code, error.message), tools.clock(), tools.jitter())
+        yield step.fail(record, name, ComponentError(code, error.message))
         return
-    remove_folder(tools.store.path("deployments", record["deploymentId"].lower()))
-    yield dict(record, state="removed", running=None, previous=None)
+    remove_folder(step.store.path("deployments", step.action.key))
+    yield dict(set_component(record, None, "removed"), state="removed", running=None, previous=None)
 
 
-def apply_clearing(action, record, tools):
-    """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
-    yield None
+def clear(step):
+    """Removes what a deployment has on a device where it is not at home; raises ComponentError, CommandError.
+
+    """
+    record = dict(step.record, deviceId=step.action.device_id)
     nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
-    with Notices(tools) as notices:
-        dropped = find_dropped(dict(record, deviceId=tools.device_id), nothing, tools.containers)
+    with Notices(step) as notices:
+        dropped = find_dropped(record, nothing, step.sight.containers)
         for change in dropped:
             notices.ask(change)
         for change in dropped:
-            remove_component(change, tools.containers, notices)
+            notices.remove(change)
 
 
-# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the
-# record at each change, and perhaps Ready; one that yields nothing has nothing to do.
+def apply_clearing(step):
+    """Clears a device of what belongs elsewhere; where that cannot be done, no deployment fails."""
+    yield None
+    try:
+        clear(step)
+    except (CommandError, ComponentError) as error:
+        step.troubles.append(error.message)
+
+
+# Each verb of a plan: a generator of a Step that carries it out.  It yields None or the record at each
+# change, and perhaps Ready; one that yields nothing has nothing to do.
 EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
            "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
            "refuse": apply_refusal, "keep": apply_nothing}
-
-
-def is_at_hand(record, target):
-    """Whether all that a target takes was on the device before."""
-    versions = filter(None, (record["running"], record["previous"]))
-    return target.digest in [version["digest"] for version in versions]
-
-
-def get_driver(kind, tools):
-    """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
-    if kind not in tools.drivers:
-        words = f"nothing on this device runs {kind} components; see runtime.{kind}"
-        raise ComponentError("UNSUPPORTED_TYPE", words)
-    return tools.drivers[kind]
 
 
 def find_components(deployment_id, containers):
@@ -1485,14 +1378,6 @@ def find_dropped(record, deployment, containers, rollback=False):
             if (name, kind) not in wanted]
 
 
-def remove_component(change, containers, notices):
-    """Removes all of one component."""
-    deadline = time.monotonic() + COMPONENT_TIMEOUT
-    driver = notices.tools.drivers[change.kind]
-    driver.remove(change.record["deploymentId"], change.name, containers, deadline)
-    notices.tell(change)
-
-
 def load_deployment(record, store):
     """The Deployment that a record tells of, as far as the state directory still has its document."""
     digest = (record["running"] or record["adopted"])["digest"]
@@ -1500,22 +1385,6 @@ def load_deployment(record, store):
         return parse_deployment(digest and store.load_artifact(digest) or b"", record["deploymentId"])
     except MargoError:
         return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
-
-
-def prune(state, store, drivers):
-    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked
-    packages, images that the agent pulled; nothing else on the device.
-
-    Changes state["pulled"].  drivers: {prefix of an entry of `pulled`: [driver that answers]}.
-    """
-    digests, images = find_needed(state)
-    store.prune_artifacts(digests)
-    for entry in state["pulled"]:
-        device_id, space, name = entry.rpartition(" ")
-        there = drivers.get(device_id + space, ())
-        if name not in images and any(driver.remove_image(name) for driver in there):
-            log("info", "image pruned", image=entry)
-            state["pulled"] = [other for other in state["pulled"] if other != entry]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1546,6 +1415,23 @@ def make_record(target, device_id):
 BLANK = {"services": {}, "package": None}           # of a component of which nothing else is known
 
 
+def make_pending(target, own_id):
+    """The record of a target that was received and is not begun (protocol 5.1).
+
+    What may run on any child is at home on this device, `own_id`, until it is placed.
+    """
+    home = target.device_id if target.deployment.device_id == target.device_id else own_id
+    return begin_record(make_record(target, home), target)
+
+
+def list_facts(record):
+    """[facts] of each service of the version that runs, as far as known."""
+    services = [component["services"] for component in record["components"]]
+    if record["fallback"]:
+        services = record["running"]["services"].values()       # the version before runs still
+    return [facts for items in services for facts in items.values()]
+
+
 def begin_record(record, target):
     """The record as work on the target's revision begins: all components pending, its version adopted (E-112,
     E-114).
@@ -1568,17 +1454,6 @@ def begin_record(record, target):
                 fallback=bool(running and running["digest"] != target.digest))
 
 
-def count_repair(record, clock):
-    """The record as a repair of what was installed begins: some are free, then the pauses after them grow
-    (P-7).
-    """
-    last = record["repair"]
-    recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
-    repairs = last["failures"] if last and recent else 0
-    pause = grow(RETRY_FIRST, repairs + 2 - REPAIRS, RETRY_CAP) if repairs + 1 >= REPAIRS else 0
-    return dict(record, repair=make_wait({"failures": repairs}, pause, clock))
-
-
 def set_component(record, name, state, error=None, **facts):
     """The record with one component changed (None: all of them), its overall state following (C-133)."""
     components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
@@ -1593,8 +1468,6 @@ def fail_record(record, component, error, clock, jitter, refused=False):
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
-    asked = min(error.retry_after or 0, 2 * RETRY_CAP)
-    delay = grow(RETRY_FIRST, record["retry"].get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
     source = error.source or component or record["name"]
     told = {"code": error.code, "source": source, "message": error.message}
     if component:
@@ -1604,7 +1477,7 @@ def fail_record(record, component, error, clock, jitter, refused=False):
         components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
                       for item in record["components"]]
         record = dict(record, components=components)
-    retry = make_wait(record["retry"], max(delay, asked), clock)
+    retry = make_retry(record["retry"], error.retry_after, clock, jitter)
     return dict(record, state="failed", error=told, refused=refused, retry=retry)
 
 
@@ -1623,17 +1496,39 @@ def finish_record(record, mark=""):
                 found=False)
 
 
-def make_history(state, entries, version, at):
+def make_accepted(desired, at=""):
+    """What the state keeps of a Desired; at: when it was accepted."""
+    deployments = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
+    return {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": at,
+            "deployments": deployments}
+
+
+def make_history(state, desired, at):
     """The history with one more accepted desired state: what it adds, changes and removes against the one
     before.
     """
     before = (state["accepted"] or {}).get("deployments", ())
     old = {item["deploymentId"].lower(): item["digest"] for item in before}
-    new = {entry.deployment_id.lower(): entry.digest for entry in entries}
+    new = {entry.key: entry.digest for entry in desired.entries}
     changed = sorted(key for key in new if key in old and new[key] != old[key])
     return state["history"][1 - HISTORY:] + [{
-        "version": version, "at": at, "added": sorted(set(new) - set(old)),
+        "version": desired.version, "at": at, "added": sorted(set(new) - set(old)),
         "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
+
+
+def note_outcome(state, fault):
+    """Notes in the history how the newest accepted desired state stands, and the Refused that came after it.
+
+    fault: the worst of the cycle, or None.
+    """
+    if not state["history"] or not state["accepted"]:
+        return
+    newest = state["history"][-1]
+    newest["outcome"] = make_outcome(state)
+    if isinstance(fault, Refused):
+        newest["refused"] = fault.message
+    elif not fault:
+        newest.pop("refused", None)
 
 
 def make_outcome(state):
@@ -1644,25 +1539,6 @@ def make_outcome(state):
     installed = [record for record in records if record["state"] == "installed"]
     done = len(installed) == len(records) == len(state["accepted"]["deployments"])
     return "; ".join(failed) or ("applied" if done else "pending")
-
-
-def find_needed(state):
-    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each
-    deployment need (P-5).
-    """
-    digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
-    images = set()
-    for record in state["deployments"].values():
-        digests.update([record["adopted"]["digest"], *record["fetched"]])
-        images.update(record["fetched"])
-        packages = [item["package"] for item in record["components"]]
-        images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
-        for version in filter(None, (record["running"], record["previous"])):
-            digests.add(version["digest"])
-            packages += version["packages"].values()
-            images.update(version["images"])
-        digests.update(package["digest"] for package in packages if package)
-    return digests, images
 
 
 def make_overall_state(states):
@@ -1699,15 +1575,16 @@ def enqueue_status(state, record, device_id):
         state["outbox"][key] = status
 
 
-def acknowledge_status(state, key, refused=None):
-    """The WFM has this status (or will never take it; `refused` says why): out of the outbox.
+def acknowledge_status(state, key, refused="", at=""):
+    """The WFM has this status, or will never take it: `refused` says why, `at` when it said so.
 
     A removed deployment is forgotten with its last report.
     """
     status = state["outbox"].pop(key)
     state["dropped"].pop(key, None)
     if refused:
-        state["dropped"] = dict(list(state["dropped"].items())[1 - HISTORY:], **{key: refused})
+        dropped = {"state": status["status"]["state"], "at": at, "reason": refused}
+        state["dropped"] = dict(list(state["dropped"].items())[1 - HISTORY:], **{key: dropped})
     state["reported"][key] = sha256_digest(make_json(status))
     if status["status"]["state"] == "removed":
         state["reported"].pop(key)
@@ -1721,7 +1598,224 @@ def make_mark(environment):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 7. Desired-state source
+# 7. Devices
+# ----------------------------------------------------------------------------------------------------------
+
+def load_own_device(config, own_id):
+    """[Device]: this one."""
+    others = [f"{own_id}/{child.id}" for child in config.device.children]
+    return [Device(own_id, config.device, make_drivers(config, others=others))]
+
+
+def assign_here(targets, records, devices, silent, offers):
+    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol
+    9).
+    """
+    device = devices[0]
+    own_id, found = device.device_id, []
+    for target in targets:
+        error = target.error
+        if target.deployment and not error:
+            wanted = target.deployment.device_id or own_id
+            error = find_reason(target.deployment, device, offers)
+            if wanted != own_id:
+                words = f"metadata.deviceId is {wanted}, this device is {own_id}"
+                error = ComponentError("WRONG_DEVICE", words)
+        found.append(target._replace(error=error, device_id=own_id))
+    return [make_share(device, found, records, silent[own_id])]
+
+
+# What makes the devices that the agent serves, this one first: functions of (Settings, own device id).
+DEVICES = [load_own_device]
+# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
+ASSIGN = [assign_here]
+
+
+def load_devices(config, own_id):
+    """[Device] that the agent serves, this one first."""
+    return [device for load in DEVICES for device in load(config, own_id)]
+
+
+def find_reason(deployment, device, offers):
+    """The ComponentError for which a deployment cannot run on a device, or None.
+
+    offers: {device id: capabilities document}.
+    """
+    try:
+        if deployment.type not in device.drivers:
+            words = f"nothing on {device.device_id} runs {deployment.type} components"
+            hint = "" if device.silence else f"; see runtime.{deployment.type}"
+            raise ComponentError("UNSUPPORTED_TYPE", words + hint)
+        if deployment.constraints:
+            check_eligibility(deployment.constraints, offers[device.device_id])
+    except ComponentError as error:
+        return error
+    return None
+
+
+def make_share(device, targets, records, silent):
+    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be
+    seen now.
+
+    silent: {deployment type: CommandError} of what does not answer there.
+    """
+    wanted = {target.key: target for target in targets}
+    unseen = {}
+    for key in {**records, **wanted}:
+        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
+            unseen[key] = silent[kind]
+    return Share(device, targets, records, unseen)
+
+
+def make_drivers(config, child=None, others=()):
+    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
+
+    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image
+    and, where it holds ports of the host, stop; no other section knows what it drives.
+    """
+    drivers = {kind: make(config, child, others) for kind, make in DRIVERS.items()}
+    return {kind: driver for kind, driver in drivers.items() if driver}
+
+
+def find_nothing():
+    """The look at a child device that cannot be reached from here."""
+    raise CommandError("the engine's command that its connection needs is not installed here")
+
+
+def list_looks(drivers, records, claim=None):
+    """{deployment type: function that looks} of what has to be asked on one device.
+
+    claim: by what a workload is ours; None: as it was told last.
+
+    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a
+    deployment needs one.
+    """
+    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
+    return {kind: lambda kind=kind: drivers[kind].observe(known[kind], claim)
+            for kind in drivers if kind == "compose" or known[kind]}
+
+
+def try_look(function):
+    """What it returns, or the CommandError that it raises."""
+    try:
+        return function()
+    except CommandError as error:
+        return error
+
+
+def observe_devices(devices, records, claim):
+    """{device id: Seen}: all engines are asked at once, and each is waited for up to its own limit.
+
+    records: those of all deployments that are there, or will be.  claim: by what a workload is ours.
+    """
+    looks = []
+    seen = {device.device_id: Seen([], dict(device.drivers), {}) for device in devices}
+    for device in devices:
+        found = list_looks(device.drivers, records, claim)
+        if device.silence and not device.drivers:
+            found = dict.fromkeys(("compose", "helm"), find_nothing)
+        looks += [(device.device_id, kind, function) for kind, function in found.items()]
+    functions = [function for _, _, function in looks]
+    if len(looks) < 2:
+        answers = list(map(try_look, functions))
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(LOOKS) as pool:
+            answers = list(pool.map(try_look, functions))
+    for (device_id, kind, _), answer in zip(looks, answers):
+        if isinstance(answer, CommandError):
+            seen[device_id].silent[kind] = answer
+            seen[device_id].drivers.pop(kind, None)
+        else:
+            seen[device_id].containers.extend(answer)
+    return seen
+
+
+def ask_others(answering, known=None):
+    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices
+    has shown.
+
+    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not
+    asked again.
+    """
+    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
+    for device_id, drivers in answering.items():
+        for kind, driver in drivers.items():
+            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
+            if isinstance(found, CommandError):
+                log("warning", "workloads of other owners cannot be named", device=device_id,
+                    reason=found.message)
+                continue
+            for item in found:
+                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
+                                   "deploymentId": item.deployment_id}
+    return list(others.values())
+
+
+def observe_all(drivers, record):
+    """Every container of ours on one device, as far as a deployment may have some there.
+
+    Raises CommandError where something does not answer.
+    """
+    return [container for function in list_looks(drivers, [record]).values() for container in function()]
+
+
+def find_kinds(record, target=None):
+    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell
+    of it.
+    """
+    kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
+    return kinds | ({target.deployment.type} if target and target.deployment else set())
+
+
+def make_others_words(others):
+    """Each workload of another owner, in words."""
+    return [f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}"
+            for item in others]
+
+
+def make_prefix(device):
+    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
+    return device.device_id + " " if device.silence else ""
+
+
+def prune(state, store, drivers):
+    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked
+    packages, images that the agent pulled; nothing else on the device.
+
+    Changes state["pulled"].  drivers: {prefix of an entry of `pulled`: [driver that answers]}.
+    """
+    digests, images = find_needed(state)
+    store.prune_artifacts(digests)
+    for entry in state["pulled"]:
+        device_id, space, name = entry.rpartition(" ")
+        there = drivers.get(device_id + space, ())
+        if name not in images and any(driver.remove_image(name) for driver in there):
+            log("info", "image pruned", image=entry)
+            state["pulled"] = [other for other in state["pulled"] if other != entry]
+
+
+def find_needed(state):
+    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each
+    deployment need (P-5).
+    """
+    digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
+    images = set()
+    for record in state["deployments"].values():
+        digests.update([record["adopted"]["digest"], *record["fetched"]])
+        images.update(record["fetched"])
+        packages = [item["package"] for item in record["components"]]
+        images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
+        for version in filter(None, (record["running"], record["previous"])):
+            digests.add(version["digest"])
+            packages += version["packages"].values()
+            images.update(version["images"])
+        digests.update(package["digest"] for package in packages if package)
+    return digests, images
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 8. Desired-state source
 # ----------------------------------------------------------------------------------------------------------
 
 def check_digest(data, digest, what):
@@ -1941,7 +2035,7 @@ class Mtls(Profile):
         check_own(identity.leaf, config, now)
         warn_of_expiry(identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-        judge_own_chain(config, identity, bundle, store, state, keep)
+        judge_own_chain(config, identity, bundle, store, state)
         return self.open_source(identity, bundle, keep)
 
     def open_source(self, identity, bundle, keep):
@@ -1984,7 +2078,7 @@ PROFILES["mtls"] = Mtls
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 8. Desired state
+# 9. Desired state
 # ----------------------------------------------------------------------------------------------------------
 
 NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
@@ -2327,7 +2421,7 @@ def parse_bundle(data, entries, max_unpacked):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 9. Identity and trust
+# 10. Identity and trust
 # ----------------------------------------------------------------------------------------------------------
 
 EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
@@ -2468,7 +2562,7 @@ def warn_of_expiry(leaf, store, now):
         log("warning", "the own certificate expires soon; have it renewed",
             notAfter=make_time(leaf.not_after),
             days=int((leaf.not_after - now) // 86400))
-        store.save_memo(dict(memo, warnedAt=now))
+        memo["warnedAt"] = now
 
 
 def describe_own(config, load, known_id, now):
@@ -2588,7 +2682,7 @@ def run_own_handshake(certificate_file, key_file, anchors):
             raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
-def judge_own_chain(config, identity, bundle, store, state, keep):
+def judge_own_chain(config, identity, bundle, store, state):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
     A chain that did once is used on after the bundle has changed, since the WFM decides; `strays` in the
@@ -2611,8 +2705,7 @@ def judge_own_chain(config, identity, bundle, store, state, keep):
         return
     state["identity"] = leaf
     state["trust"].pop("strays", None)
-    if keep:
-        store.save_memo(dict(memo, checked=mark))
+    memo["checked"] = mark
 
 
 # Trust bundle and discovery.
@@ -2819,8 +2912,7 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
         if companion.wanted(config) and (found or name not in trust):
             trust[name] = found.parts[name] if found else None
     answer = fetch_bundle(config, url, trust if held else {}, now)
-    if keep:
-        store.save_memo(dict(store.load_memo(), trust=now))
+    store.load_memo()["trust"] = now
     if answer is None:
         return held
     data, etag = answer
@@ -2976,7 +3068,7 @@ def run_csr(path, form="PEM"):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 10. Eligibility
+# 11. Eligibility
 # ----------------------------------------------------------------------------------------------------------
 
 def check_eligibility(constraints, capabilities):
@@ -3134,7 +3226,7 @@ def is_contained(expressions, value, combine):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 11. Capabilities
+# 12. Capabilities
 # ----------------------------------------------------------------------------------------------------------
 
 VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy",
@@ -3352,115 +3444,6 @@ def report_device(device_id, documents, source, store, state, always, again=True
     # What was refused is noted, too: it is not sent again unchanged.
     state["enrollment"] = {"id": source.client_id, "devices": dict(devices, **{device_id: digest})}
     store.save_state(state)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 12. Drivers
-# ----------------------------------------------------------------------------------------------------------
-
-def make_drivers(config, child=None, others=(), claim=claim_nothing):
-    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
-
-    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image
-    and, where it holds ports of the host, stop; no other section knows what it drives.
-    """
-    drivers = {kind: make(config, child, others, claim) for kind, make in DRIVERS.items()}
-    return {kind: driver for kind, driver in drivers.items() if driver}
-
-
-def find_nothing():
-    """The look at a child device that cannot be reached from here."""
-    raise CommandError("the engine's command that its connection needs is not installed here")
-
-
-def list_looks(drivers, records):
-    """{deployment type: function that looks} of what has to be asked on one device.
-
-    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a
-    deployment needs one.
-    """
-    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
-    return {
-        kind: lambda kind=kind: drivers[kind].observe(known[kind])
-        for kind in drivers
-        if kind == "compose" or known[kind]
-    }
-
-
-def try_look(function):
-    """What it returns, or the CommandError that it raises."""
-    try:
-        return function()
-    except CommandError as error:
-        return error
-
-
-def observe_devices(devices, records):
-    """{device id: Seen}: all engines are asked at once, and each is waited for up to its own limit.
-
-    records: those of all deployments that are there, or will be.
-    """
-    looks = []
-    seen = {device.device_id: Seen([], {}) for device in devices}
-    for device in devices:
-        found = list_looks(device.drivers, records)
-        if device.silence and not device.drivers:
-            found = dict.fromkeys(("compose", "helm"), find_nothing)
-        looks += [(device.device_id, kind, function) for kind, function in found.items()]
-    functions = [function for _, _, function in looks]
-    if len(looks) < 2:
-        answers = list(map(try_look, functions))
-    else:
-        from concurrent.futures import ThreadPoolExecutor
-        with ThreadPoolExecutor(LOOKS) as pool:
-            answers = list(pool.map(try_look, functions))
-    for (device_id, kind, _), answer in zip(looks, answers):
-        if isinstance(answer, CommandError):
-            seen[device_id].silent[kind] = answer
-        else:
-            seen[device_id].containers.extend(answer)
-    return seen
-
-
-def ask_others(answering, known=None):
-    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices
-    has shown.
-
-    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not
-    asked again.
-    """
-    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-    for device_id, drivers in answering.items():
-        for kind, driver in drivers.items():
-            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
-            if isinstance(found, CommandError):
-                log(
-                    "warning",
-                    "workloads of other owners cannot be named",
-                    device=device_id,
-                    reason=found.message,
-                )
-                continue
-            for item in found:
-                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
-                                   "deploymentId": item.deployment_id}
-    return list(others.values())
-
-
-def observe_all(drivers, record):
-    """Every container of ours on one device, as far as a deployment may have some there.
-
-    Raises CommandError where something does not answer.
-    """
-    return [container for function in list_looks(drivers, [record]).values() for container in function()]
-
-
-def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell
-    of it.
-    """
-    kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
-    return kinds | ({target.deployment.type} if target and target.deployment else set())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3699,11 +3682,11 @@ def make_child_environment(environ, connection):
     return dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
 
 
-def make_compose_driver(config, child=None, others=(), claim=claim_nothing, environ=None):
+def make_compose_driver(config, child=None, others=(), environ=None):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
     child: (device id, connection) of a child device, whose connection says which engine it has; others: ids
-    of all other devices; claim: a function for the Claim that holds now.
+    of all other devices.
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
@@ -3711,11 +3694,11 @@ def make_compose_driver(config, child=None, others=(), claim=claim_nothing, envi
         kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
         engine = kinds and find_engine(max(kinds), environ)
-        return ComposeDriver(engine, config, environ, child, ["", *others], claim) if engine else None
+        return ComposeDriver(engine, config, environ, child, ["", *others]) if engine else None
     engine = find_engine(config.runtime.engine, environ)
     if config.runtime.compose == "off" or engine is None:
         return None
-    return ComposeDriver(engine, config, environ, others=others, claim=claim)
+    return ComposeDriver(engine, config, environ, others=others)
 
 
 # Where podman looks for its own helpers, beside PATH.
@@ -3734,9 +3717,9 @@ class ComposeDriver:
     Containers are found by their labels, by one query for all, and judged by what the engine shows of them.
     """
 
-    def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
+    def __init__(self, engine, config, environ=None, child=("", {}), others=()):
         self.engine, self.config, self.environ = engine, config, environ
-        self.claim = claim
+        self.claim = NOBODY                         # by what a container is ours, as of the last look
         self.strangers = []                         # [Container] not ours that the last look has shown
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
@@ -3756,12 +3739,13 @@ class ComposeDriver:
             raise ComponentError(code, f"{self.engine} {arguments[0]} failed: {output.stderr[-1500:]}")
         return output
 
-    def observe(self, records=()):
+    def observe(self, records=(), claim=None):
         """Every container of ours in any state, by one query; CommandError where the engine does not answer.
 
         records: of the deployments that are known to need this driver; a leftover is looked for all the same
-        (P-11).
+        (P-11).  claim: by what one is ours; None: as it was told last.
         """
+        self.claim = claim or self.claim
         labels = (LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER)
         facts = [".ID", ".Names", *(f'(.Label "{name}")' for name in labels), ".State", ".Status"]
         form = "json"
@@ -3773,7 +3757,7 @@ class ComposeDriver:
             words = f"{self.engine} ps: {output.stderr[-500:]}"
             raise CommandError(f"the container engine does not answer ({words})")
         found = parse_containers(output.stdout, self.engine, time.time())
-        ours, self.strangers = part_containers(found, self.claim())
+        ours, self.strangers = part_containers(found, self.claim)
         return [container for container in ours if container.device_id not in self.others]
 
     def ask_strangers(self):
@@ -3793,7 +3777,7 @@ class ComposeDriver:
                                 self.config.policy.max_unpacked, relaxed=not component.revision)
         workload = Workload(own_id, name, make_project_name(name, own_id), folder,
                             make_variables(deployment, name), self.config.runtime.environment, component.wait,
-                            self.device_id, self.claim().owner)
+                            self.device_id, self.claim.owner)
         again = bool(known) and known["digest"] == package["digest"]
         prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
         self.ask_names(*prepared)
@@ -3815,7 +3799,7 @@ class ComposeDriver:
                                      f" {make_printable(made_for, 60)}; what is shared has a name of its own",
                                      "POLICY_DENIED")
                 if wanted[name] is not None and owner and not is_ours(
-                        self.claim(), workload.deployment_id, owner, found_id):
+                        self.claim, workload.deployment_id, owner, found_id):
                     words = "remove it there" if kind == "container" else advice
                     raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent,"
                                          f" {make_printable(owner, 300)}: {words}")
@@ -3836,9 +3820,9 @@ class ComposeDriver:
         """[[address or "", port, protocol]] of the host that what was prepared will hold."""
         return [port for service in prepared[1].services for port in service.ports]
 
-    def check(self):
+    def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        return f"{self.engine} answers, {len(self.observe())} containers of ours"
+        return f"{self.engine} answers, {len(self.observe((), claim))} containers of ours"
 
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
@@ -4104,7 +4088,7 @@ class ComposeDriver:
         if not networks.keys() >= set(names):       # what is there is never taken for missing (D-16)
             raise CommandError(f"{self.engine} network inspect failed: {shown.stderr[-500:]}")
         for name, network in networks.items():
-            if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
+            if not is_ours(self.claim, job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
                 networks[name] = network._replace(labels={})        # it stays as it is
         return networks
 
@@ -4257,7 +4241,7 @@ class ComposeDriver:
         Its registry has to have it.
         """
         platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
-        if f"{self.device_id} {service.image}".strip() not in self.claim().images:
+        if f"{self.device_id} {service.image}".strip() not in self.claim.images:
             return
         probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
         if not probe.code:
@@ -4511,7 +4495,7 @@ class ComposeDriver:
         arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]
         output = self.run(arguments, 60, "REMOVE_FAILED")
         for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
-            if is_ours(self.claim(), deployment_id, labels.get(LABEL_OWNER, "")):
+            if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")):
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
         left = ours(self.observe())
         if left:
@@ -7151,7 +7135,8 @@ class Store:
         # bytes of state.json as they lie on the disk, and of what its copy is kept for
         self.saved = self.core = None
         self.locked = None
-        self.memo = None                            # as load_memo read it; right as long as the lock is held
+        self.memo = None                            # what load_memo has read, and save_memo will write
+        self.noted = b""                            # the bytes of that as they lie there
 
     def path(self, *names):
         """A path below the state directory."""
@@ -7305,30 +7290,37 @@ class Store:
         folder = os.environ.get("RUNTIME_DIRECTORY", "/run/margo-agent").split(":")[0]
         return os.path.join(folder, sha256_digest(os.path.abspath(self.folder).encode())[7:23] + ".json")
 
-    def save_memo(self, memo):
-        """Notes the last contact; whether that could be written."""
+    def load_memo(self):
+        """What was noted in memory last, or {}: a dictionary to be changed, see save_memo.
+
+        It is read once, and anew where the lock is taken.
+        """
+        if self.memo is None:
+            try:
+                self.noted = read_file(self.memo_path(), MAX_ANSWER) or b"{}"
+                memo = parse_json(self.noted, self.memo_path())
+            except (StorageError, ValueError):
+                memo = {}                           # it is a note, not a state
+            self.memo = memo if isinstance(memo, dict) else {}
+        return self.memo
+
+    def save_memo(self):
+        """Notes what was changed of it; whether that could be written."""
+        data = make_json(self.load_memo())
+        if data == self.noted:
+            return True
         path = self.memo_path()
         try:
             create_folder(os.path.dirname(path), 0o755)
             with open(path + ".tmp", "wb") as file:
                 os.fchmod(file.fileno(), 0o600)
-                file.write(make_json(memo))
+                file.write(data)
             os.replace(path + ".tmp", path)
-            self.memo = memo
+            self.noted = data
             return True
         except OSError as error:
             log("debug", "the last contact cannot be noted", path=path, reason=error.strerror)
             return False
-
-    def load_memo(self):
-        """What save_memo noted last, or {}; read once, until the lock is taken again."""
-        if self.memo is None:
-            try:
-                memo = parse_json(read_file(self.memo_path(), MAX_ANSWER) or b"{}", self.memo_path())
-            except (StorageError, ValueError):
-                memo = {}                           # it is a note, not a state
-            self.memo = memo if isinstance(memo, dict) else {}
-        return dict(self.memo)
 
 
 ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
@@ -7469,7 +7461,173 @@ def load_part(path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 19. Configuration
+# 19. Patience
+# ----------------------------------------------------------------------------------------------------------
+
+def grow(first, times, cap):
+    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each
+    further one, at most `cap`.
+    """
+    return min(cap, first * 2 ** min(max(times - 1, 0), 30))
+
+
+def make_wait(record, delay, clock):
+    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay,
+    boot, uptime}.
+
+    record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
+    """
+    return {"failures": record.get("failures", 0) + 1, "at": clock.now, "delay": delay,
+            "boot": clock.boot, "uptime": clock.uptime}
+
+
+def find_wait(record, clock):
+    """Seconds still to wait by a record of make_wait, or by {}.
+
+    They are counted by the clock that nobody sets where this is the same boot, else by the wall clock: where
+    that has jumped, no wait gets longer than it was (P-2).
+    """
+    same = bool(clock.boot) and record.get("boot") == clock.boot
+    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
+    delay = record.get("delay", 0)
+    return delay - passed if 0 <= passed < delay else 0
+
+
+def make_retry(record, asked, clock, jitter):
+    """The record of one more failure of a deployment; asked: seconds that somebody wants to be left alone."""
+    delay = grow(RETRY_FIRST, record.get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
+    return make_wait(record, max(delay, min(asked or 0, 2 * RETRY_CAP)), clock)
+
+
+def count_repair(record, clock):
+    """The record as a repair of what was installed begins: some are free, then the pauses after them grow
+    (P-7).
+    """
+    last = record["repair"]
+    recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
+    repairs = last["failures"] if last and recent else 0
+    pause = grow(RETRY_FIRST, repairs + 2 - REPAIRS, RETRY_CAP) if repairs + 1 >= REPAIRS else 0
+    return dict(record, repair=make_wait({"failures": repairs}, pause, clock))
+
+
+def make_patience(record, error, clock, jitter):
+    """The record of one more fault at the WFM: how long it is left alone."""
+    delay = error.retry_after or 0
+    if isinstance(error, Unreachable):
+        failures = record.get("failures", 0) + 1
+        delay = make_backoff(failures, error.retry_after, error.strategy, jitter)
+    return make_wait(record, delay, clock)
+
+
+def make_backoff(failures, asked, strategy, jitter):
+    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
+    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
+    """
+    asked = asked or 0
+    if asked and strategy in ("fixed", "none"):
+        return asked
+    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
+
+
+def make_start(uptime, poll, known, jitter):
+    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
+    arrives spread over one interval (P-19), and two minutes at most, because a device may be switched on for
+    less than its interval (F-27).  One that never had a desired state asks at once.
+    """
+    spread = jitter * min(poll.interval, START_SPREAD)
+    return uptime + spread if known and poll.jitter and uptime < START_WINDOW else 0
+
+
+def load_start(store, poll, known, clock, jitter):
+    """Seconds until the first contact since this boot; 0 where they cannot be noted: each run would wait
+    anew.
+
+    known: whether there is a desired state.
+    """
+    if not clock.boot or clock.uptime >= START_WINDOW:
+        return 0
+    memo = store.load_memo()
+    if memo.get("boot") != clock.boot:
+        memo.update(boot=clock.boot, start=make_start(clock.uptime, poll, known, jitter))
+        if not store.save_memo():
+            return 0
+    return max(0, memo["start"] - clock.uptime)
+
+
+def make_delay(config, state, fault, clock, jitter):
+    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
+    an attempt is due.
+    """
+    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
+    patience = state["patience"]
+    if isinstance(fault, (Refused, Untrusted)):
+        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
+        return max(interval, patience.get("delay", 0), slower)
+    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
+    if left:
+        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
+    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
+                if record["state"] == "failed" and not record["refused"]]
+    return max(1.0, min([interval] + attempts))
+
+
+def limit_wait(seconds, now):
+    """What somebody asks to wait, None or seconds from `now` (Unix seconds): a day at most.
+
+    A number as large as the clock's is a moment (Unix seconds, or milliseconds), not a duration.
+    """
+    if seconds is None:
+        return None
+    if seconds >= 1e12:
+        seconds /= 1000
+    if seconds >= 1e9:
+        seconds -= now
+    return max(0.0, min(seconds, MAX_WAIT))
+
+
+def parse_retry_after(text, now):
+    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
+    unreadable (C-056).
+    """
+    text = text or ""
+    if re.fullmatch(r"[0-9]+", text.strip()):
+        return limit_wait(float(text.strip()), now)  # float strips less than strip does
+    moment = parse_date(text)
+    return None if moment is None else limit_wait(max(0.0, moment - now), now)
+
+
+def is_within(windows, local):
+    """Whether the device-local `local` (struct_time) lies in one of the windows."""
+    now = 60 * local.tm_hour + local.tm_min
+    stamp = time.strftime(MINUTE, local)
+    for days, start, end in windows:
+        if days is None:
+            inside = start <= stamp < end
+        elif start < end:
+            inside = local.tm_wday in days and start <= now < end
+        else:
+            inside = local.tm_wday in days and now >= start or (local.tm_wday - 1) % 7 in days and now < end
+        if inside:
+            return True
+    return False
+
+
+def is_within_whole(windows, start, end):
+    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of
+    device-local time.
+    """
+    moments = range(int(start), int(max(start, end)) + 1, 60)
+    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
+
+
+def make_clock_fault(now, stored):
+    """What is wrong with a clock that stands before the last write of the state, in words."""
+    return (f"the clock of this device says {make_time(now)}, and its state was written at"
+            f" {make_time(stored)}: set the clock")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 20. Configuration
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_duration(text):
@@ -7770,30 +7928,6 @@ def parse_window(text):
 read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window)
 
 
-def is_within(windows, local):
-    """Whether the device-local `local` (struct_time) lies in one of the windows."""
-    now = 60 * local.tm_hour + local.tm_min
-    stamp = time.strftime(MINUTE, local)
-    for days, start, end in windows:
-        if days is None:
-            inside = start <= stamp < end
-        elif start < end:
-            inside = local.tm_wday in days and start <= now < end
-        else:
-            inside = local.tm_wday in days and now >= start or (local.tm_wday - 1) % 7 in days and now < end
-        if inside:
-            return True
-    return False
-
-
-def is_within_whole(windows, start, end):
-    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of
-    device-local time.
-    """
-    moments = range(int(start), int(max(start, end)) + 1, 60)
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
-
-
 # What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is
 # reached by one of them.
 CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman",
@@ -8030,7 +8164,7 @@ def text_of(pattern):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 20. X.509
+# 21. X.509
 # ----------------------------------------------------------------------------------------------------------
 
 # DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
@@ -8173,7 +8307,7 @@ def make_pem(ders):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 21. YAML
+# 22. YAML
 # ----------------------------------------------------------------------------------------------------------
 
 # YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
@@ -8907,7 +9041,7 @@ def measure_depth(value):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 22. Small encodings
+# 23. Small encodings
 # ----------------------------------------------------------------------------------------------------------
 
 def sha256_digest(data):
@@ -8984,71 +9118,6 @@ def parse_base64(text):
     return base64.b64decode("".join(text.split()), validate=True)
 
 
-def grow(first, times, cap):
-    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each
-    further one, at most `cap`.
-    """
-    return min(cap, first * 2 ** min(max(times - 1, 0), 30))
-
-
-def make_wait(record, delay, clock):
-    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay,
-    boot, uptime}.
-
-    record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
-    """
-    return {"failures": record.get("failures", 0) + 1, "at": clock.now, "delay": delay,
-            "boot": clock.boot, "uptime": clock.uptime}
-
-
-def find_wait(record, clock):
-    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this
-    is the same boot.
-
-    Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
-    """
-    same = bool(clock.boot) and record.get("boot") == clock.boot
-    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
-    delay = record.get("delay", 0)
-    return delay - passed if 0 <= passed < delay else 0
-
-
-def make_backoff(failures, asked, strategy, jitter):
-    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
-    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
-    """
-    asked = asked or 0
-    if asked and strategy in ("fixed", "none"):
-        return asked
-    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
-
-
-def make_start(uptime, poll, known, jitter):
-    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
-    arrives spread over one interval (P-19), and two minutes at most, because a device may be switched on for
-    less than its interval (F-27).  One that never had a desired state asks at once.
-    """
-    spread = jitter * min(poll.interval, START_SPREAD)
-    return uptime + spread if known and poll.jitter and uptime < START_WINDOW else 0
-
-
-def make_delay(config, state, fault, clock, jitter):
-    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
-    an attempt is due.
-    """
-    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
-    patience = state["patience"]
-    if isinstance(fault, (Refused, Untrusted)):
-        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
-        return max(interval, patience.get("delay", 0), slower)
-    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
-    if left:
-        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
-    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
-                if record["state"] == "failed" and not record["refused"]]
-    return max(1.0, min([interval] + attempts))
-
-
 def parse_date(text):
     """A date of HTTP, in any of its forms, to Unix seconds; None where there is none or it is unreadable."""
     from datetime import timezone
@@ -9058,31 +9127,6 @@ def parse_date(text):
         return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
-
-
-def limit_wait(seconds, now):
-    """What somebody asks to wait, None or seconds from `now` (Unix seconds): a day at most.
-
-    A number as large as the clock's is a moment (Unix seconds, or milliseconds), not a duration.
-    """
-    if seconds is None:
-        return None
-    if seconds >= 1e12:
-        seconds /= 1000
-    if seconds >= 1e9:
-        seconds -= now
-    return max(0.0, min(seconds, MAX_WAIT))
-
-
-def parse_retry_after(text, now):
-    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
-    unreadable (C-056).
-    """
-    text = text or ""
-    if re.fullmatch(r"[0-9]+", text.strip()):
-        return limit_wait(float(text.strip()), now)  # float strips less than strip does
-    moment = parse_date(text)
-    return None if moment is None else limit_wait(max(0.0, moment - now), now)
 
 
 def unpack_gzip(data, max_unpacked):
@@ -9141,7 +9185,7 @@ def unpack_tar(data, max_unpacked, max_entries):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 23. Signed (optional)
+# 24. Signed (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 Signer = define("Signer", "leaf key algorithm label components keyid alg",
@@ -9499,7 +9543,7 @@ PROFILES["signed"] = Signed
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 24. Older documents (optional)
+# 25. Older documents (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
@@ -9641,7 +9685,7 @@ FETCHERS["https"] = fetch_older
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 25. Git (optional)
+# 26. Git (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
@@ -10295,7 +10339,7 @@ TRACES.append("git")                # its credential, too
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 26. Enrollment (optional)
+# 27. Enrollment (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 # Enrollment and renewal over EST (RFC 7030), by the draft "MIAF Enrollment, Renewal, and Revocation Profile".
@@ -10861,7 +10905,7 @@ EXAMINE["renewal"] = examine_renewal
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 27. Revocation (optional)
+# 28. Revocation (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 # Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
@@ -11184,7 +11228,7 @@ EXAMINE["lists"] = examine_lists
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 28. Helm (optional)
+# 29. Helm (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def read_helm(value, base):
@@ -11237,13 +11281,12 @@ def list_texts(value):
     return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
 
 
-def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None):
+def make_helm_driver(config, child=None, _=(), environ=None):
     """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with.
 
     Told without starting anything.
 
-    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for
-    make_compose_driver.
+    child: (device id, connection) of a child device, whose connection may name its cluster.
     """
     environ = os.environ if environ is None else environ
     setting = config.runtime.helm
@@ -11261,7 +11304,7 @@ def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None
     # they would steer it behind our back
     environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}
     environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
-    return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
+    return HelmDriver("helm" if setting == "auto" else setting, config, environ)
 
 
 def make_values(deployment, component):
@@ -11349,20 +11392,21 @@ class HelmDriver:
     Archives, so helm needs no access to registries.
     """
 
-    def __init__(self, helm, config, environ, claim=claim_nothing):
-        self.helm, self.config, self.environ, self.claim = helm, config, environ, claim
+    def __init__(self, helm, config, environ):
+        self.helm, self.config, self.environ = helm, config, environ
+        self.claim = NOBODY                         # by what a release is ours, as of the last look
 
     def run(self, arguments, timeout):
         """The Output of one helm command."""
         return run_command([self.helm] + arguments, timeout, env=self.environ)
 
-    def observe(self, records=()):
+    def observe(self, records=(), claim=None):
         """Every release of ours in any state; [] without asking where no deployment is known to need Helm.
 
         Raises CommandError.
         """
         found = []
-        claim = self.claim()
+        claim = self.claim = claim or self.claim
         wanted = {make_release_name(component["name"], record["deploymentId"])
                   for record in records for component in record["components"]}
         for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
@@ -11385,7 +11429,7 @@ class HelmDriver:
 
     def make_foreign(self):
         """The selector of releases that carry no owner of this agent's, or none at all."""
-        claim = self.claim()
+        claim = self.claim
         owners = sorted(map(make_owner_value, {claim.owner, *claim.owners}))
         return f"{LABEL_OWNER} notin ({','.join(owners)})"
 
@@ -11448,7 +11492,7 @@ class HelmDriver:
         for container in present:
             self.repair(container, release.namespace, facts, deadline)
         seconds = max(1, int(deadline - time.monotonic()))
-        owner = self.claim().owner
+        owner = self.claim.owner
         labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}"
         if owner:
             labels += f",{LABEL_OWNER}={make_owner_value(owner)}"
@@ -11537,17 +11581,17 @@ SCHEMA["runtime"].update(helm=(read_helm, "auto"), kubeconfig=read_path)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 29. Gateway (optional)
+# 30. Gateway (optional)
 # ----------------------------------------------------------------------------------------------------------
 
-def load_child_devices(config, own_id, claim):
-    """[Device] of each child of a see-thru gateway (protocol 9).  claim: as for make_compose_driver."""
+def load_child_devices(config, own_id):
+    """[Device] of each child of a see-thru gateway (protocol 9)."""
     devices = []
     ids = [f"{own_id}/{child.id}" for child in config.device.children]
     for device_id, child in zip(ids, config.device.children):
         others = [other for other in ids if other != device_id]
         silence = ComponentError("102", f"child device {device_id} does not answer", source=own_id)
-        drivers = make_drivers(config, (device_id, child.connection), others, claim)
+        drivers = make_drivers(config, (device_id, child.connection), others)
         devices.append(Device(device_id, child, drivers, silence))
     return devices
 
@@ -11555,7 +11599,7 @@ def load_child_devices(config, own_id, claim):
 def assign(targets, records, devices, silent, offers):
     """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
 
-    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent:
+    targets: [Target].  records: {key: record}.  devices: [Device], the gateway first.  silent:
     {device id: {deployment type: CommandError}} of what does not answer.  offers: {device id: capabilities
     document}, where a rule asks for one.
     """
@@ -11566,7 +11610,7 @@ def assign(targets, records, devices, silent, offers):
     homes = dict(before)
     found = []
     for target in targets:
-        key = target.deployment_id.lower()
+        key = target.key
         error = target.error
         if target.deployment and not error:
             others = [home for other, home in homes.items() if other != key]
@@ -11626,7 +11670,7 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
 def examine_children(agent):
     """Whether every child device answers."""
     children = agent.devices[1:]
-    seen = observe_devices(children, [])
+    seen = observe_devices(children, [], agent.obtain_claim())
     words = [f"{device_id} does not answer ({fault.message}); see its connection in device.children"
              for device_id, sight in seen.items() for fault in list(sight.silent.values())[:1]]
     if words:
@@ -11640,10 +11684,10 @@ ASSIGN.append(assign)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 30. Hooks (optional)
+# 31. Hooks (optional)
 # ----------------------------------------------------------------------------------------------------------
 
-def run_hooks(moment, change, tools, error):
+def run_hooks(moment, change, step, error):
     """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the
     facts as JSON on stdin.
 
@@ -11653,11 +11697,11 @@ def run_hooks(moment, change, tools, error):
     """
     facts = {}
     event = f"{moment}-{change.event}"
-    for path in tools.config.hooks.run:
+    for path in step.config.hooks.run:
         facts = facts or make_facts(change, event, error)
         environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
         try:
-            output = run_command([path, event], tools.config.hooks.timeout, env=environ,
+            output = run_command([path, event], step.config.hooks.timeout, env=environ,
                                  data=make_json(facts))
             words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
         except CommandError as fault:
@@ -11705,7 +11749,7 @@ EXAMINE.update(hooks=examine_hooks)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 31. Doctor (optional)
+# 32. Doctor (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
@@ -11786,7 +11830,8 @@ def examine_engine(agent):
             "warn",
             "nothing here runs Compose applications; install podman or docker, or see runtime.compose",
         )
-    words = [driver.check() for driver in drivers.values()]
+    claim = agent.obtain_claim()
+    words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
     return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
 
@@ -11815,7 +11860,8 @@ def examine_registries(agent):
 
 def examine_connection(agent):
     """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
-    desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
+    agent.connect(keep=False)
+    desired = agent.fetch_desired()
     return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; " + (
         f"version {desired.version} is there to be accepted" if desired else "nothing new")
 
@@ -11824,7 +11870,7 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 32. Command line
+# 33. Command line
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
@@ -12054,7 +12100,7 @@ def command_enroll(config, options):
     exchange = STEPS.index(Agent.exchange)
     reconcile = STEPS.index(Agent.reconcile)
     with Agent(config) as agent:
-        agent.store.save_memo({})                   # the trust bundle is asked for whatever its age
+        agent.store.load_memo().clear()             # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
         agent.asked = True
         try:
@@ -12096,7 +12142,7 @@ def command_unenroll(config, options):
         agent.store.save_state(agent.state)
         for name in TRACES:
             remove_folder(agent.store.path(name))
-        agent.store.save_memo({})
+        agent.store.load_memo().clear()
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
 
 
@@ -12104,9 +12150,8 @@ def purge(agent):
     """Removes every workload and reports it; True where something could not be removed."""
     if agent.state["enrollment"]:
         agent.connect()
-    accepted = agent.state["accepted"] or {"etag": None, "digest": "", "version": 0}
-    agent.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
-    agent.reconcile()
+    version = (agent.state["accepted"] or {}).get("version", 0)
+    agent.reconcile({"version": version, "deployments": []})
     try:
         agent.flush_outbox()                        # also what a purge that was cut off has left to be told
     except Untrusted as error:
@@ -12124,11 +12169,10 @@ def command_plan(config, options):
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
     else:
         agent.check_patience(spread=False)
-        desired = agent.connect(keep=False).fetch_desired(accepted, agent.store.load_artifact)
+        agent.connect(keep=False)
+        desired = agent.fetch_desired()
     if desired:
-        entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
-        accepted = {"version": desired.version, "deployments": entries}
-        documents = desired.documents
+        accepted, documents = make_accepted(desired), desired.documents
         try:
             agent.check_removals(desired)
         except Waiting as error:

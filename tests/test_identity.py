@@ -1028,7 +1028,8 @@ class RemoteProcess(RemoteCase):
         """C-040, P-16: a 304 counts as a refresh, is kept in memory and writes nothing."""
         self.cycle()
         before = read(self.store.path("state.json"))
-        self.store.save_memo(dict(self.store.load_memo(), trust=time.time() - 3601))
+        self.store.load_memo().update(trust=time.time() - 3601)
+        self.store.save_memo()
         self.asked()
         self.cycle()
         self.cycle()
