@@ -19,17 +19,18 @@ else may change.
 How to read it: from top to bottom, as a newspaper: what the agent does, then how, then with what.  To follow
 one poll, read 1 to 6; `Agent.cycle` is where it begins.  A section uses only 1, 2 and sections below it;
 optional ones and the command line, which stand at the end, use all of it, and nobody names what is in them.
-   1 Constants and errors         12 Capabilities                   23 Small encodings
-   2 Records                      13 Compose driver                 24 Signed (optional)
-   3 Agent                        14 Compose file                   25 Older documents (optional)
-   4 Plan                         15 Packages                       26 Git (optional)
-   5 Apply                        16 Commands                       27 Enrollment (optional)
-   6 Deployment status            17 Transport                      28 Revocation (optional)
-   7 Devices                      18 Store                          29 Helm (optional)
-   8 Desired-state source         19 Patience                       30 Gateway (optional)
-   9 Desired state                20 Configuration                  31 Hooks (optional)
-  10 Identity and trust           21 X.509                          32 Doctor (optional)
-  11 Eligibility                  22 YAML                           33 Command line
+   1 Constants and errors         13 Capabilities                   25 Signed (optional)
+   2 Records                      14 Compose driver                 26 Older documents (optional)
+   3 Agent                        15 Compose file                   27 Git (optional)
+   4 Plan                         16 Packages                       28 Enrollment (optional)
+   5 Apply                        17 Commands                       29 Revocation (optional)
+   6 Deployment status            18 Transport                      30 Helm (optional)
+   7 Devices                      19 Store                          31 Gateway (optional)
+   8 Turns                        20 Patience                       32 Hooks (optional)
+   9 Desired-state source         21 Configuration                  33 Doctor (optional)
+  10 Desired state                22 X.509                          34 Command line
+  11 Identity and trust           23 YAML
+  12 Eligibility                  24 Small encodings
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
 (tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps
 out; "F-nn" and "K-nn" are what fleets and compose files met.
@@ -94,6 +95,8 @@ DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
 # Most severe first (C-133).
 STATES = ("failed", "removing", "installing", "pending", "removed", "installed")
+GOING = ("removing", "removed")     # those of what is not wanted any more
+CHANGES = ("install", "update")     # verbs of a plan that make a version run
 
 RETRY_FIRST, RETRY_CAP = 30, 3600   # seconds between attempts at a failed deployment
 REPAIRS = 5                         # repairs within RETRY_CAP before pauses between them grow, too
@@ -127,6 +130,7 @@ class MargoError(Exception):
 
     exit = 70
     code = "INTERNAL"
+    result = "failed"                   # the word of `lastPoll.result`
     status, retry_after, strategy = 0, None, ""
 
     def __init__(self, message, code=None, **facts):
@@ -136,20 +140,25 @@ class MargoError(Exception):
         vars(self).update(facts)
 
 
-def define_fault(name, exit, code, meaning, base=MargoError):
-    """A kind of MargoError: its exit code, its stable text and its meaning, which is its docstring."""
-    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning})
+def define_fault(name, exit, code, meaning, base=MargoError, result="failed"):
+    """A kind of MargoError: its exit code, stable text, meaning (its docstring) and word for `lastPoll`."""
+    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning, "result": result})
 
 
 ConfigError = define_fault("ConfigError", 2, "CONFIGURATION", "The command line or configuration is wrong.")
-Unreachable = define_fault("Unreachable", 3, "UNREACHABLE", "The WFM cannot be reached or asks for patience.")
-Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable)
-Waiting = define_fault("Waiting", 3, "REMOVALS_UNCONFIRMED", "So much is removed only once it is confirmed.")
+Unreachable = define_fault("Unreachable", 3, "UNREACHABLE", "The WFM cannot be reached or asks for patience.",
+                           result="unreachable")
+Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable,
+                       "unreachable")
+Waiting = define_fault("Waiting", 3, "REMOVALS_UNCONFIRMED", "So much is removed only once it is confirmed.",
+                       result="refused")
 Interrupted = define_fault("Interrupted", 3, "INTERRUPTED", "The process was asked to end before its time.")
 StorageError = define_fault("StorageError", 3, "STORAGE", "The state directory cannot be read or written.")
 NoMemory = define_fault("NoMemory", 3, "MEMORY", "The device has not enough memory for a step.")
-Refused = define_fault("Refused", 4, "REFUSED", "The desired state is refused as a whole; what runs stays.")
-Untrusted = define_fault("Untrusted", 5, "UNTRUSTED", "Own identity or the peer's cannot be trusted.")
+Refused = define_fault("Refused", 4, "REFUSED", "The desired state is refused as a whole; what runs stays.",
+                       result="refused")
+Untrusted = define_fault("Untrusted", 5, "UNTRUSTED", "Own identity or the peer's cannot be trusted.",
+                         result="untrusted")
 Locked = define_fault("Locked", 6, "LOCKED", "Another instance works on the same state directory.")
 CommandError = define_fault("CommandError", 1, "COMMAND", "A helper program could not be run to its end.")
 CommandMissing = define_fault("CommandMissing", 1, "COMMAND", "The program is missing.", CommandError)
@@ -325,37 +334,16 @@ class Agent:
             self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
         return self.profile
 
-    def obtain_claim(self):
-        """The Claim by which drivers tell what is this agent's.
-
-        An identity that cannot be read now counts as the one before.
-        """
-        owners = self.state["owners"]
-        try:
-            owner = make_owner(self.get_profile().identify(), self.device_id)
-        except Untrusted:
-            owner = (owners or [""])[-1]
-        if owner not in ("", *owners[-1:]):
-            before = [other for other in owners if other != owner]
-            self.state["owners"] = before[1 - HISTORY:] + [owner]
-        return make_claim(owner, self.state)
-
     def check_patience(self, spread=True):
-        """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now.
-
-        spread: also where a whole fleet may just be starting.
-        """
+        """Raises Silence where nobody is to be asked now; spread: or where a fleet may just be starting."""
         clock = get_clock()
-        if self.is_downtime():
-            raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
-        left = find_wait(self.state["patience"], clock)
-        why = "the WFM or a back-off asks"
-        if not left and spread:
+        self.starting = 0
+        if spread and not find_wait(self.state["patience"], clock):
             known = self.state["accepted"]
-            left = self.starting = load_start(self.store, self.config.poll, known, clock, get_random())
-            why = "a fleet that has just started does not arrive at once"
-        if left:
-            raise Silence(f"waiting until {make_time(clock.now + left)}: {why}", retry_after=left)
+            self.starting = load_start(self.store, self.config.poll, known, clock, get_random())
+        silence = find_silence(self.state["patience"], self.is_downtime(), self.starting, clock)
+        if silence:
+            raise silence
 
     def is_downtime(self):
         """Whether the operator wants no communication now."""
@@ -419,33 +407,21 @@ class Agent:
         memo = self.store.load_memo()
         digest, etag = memo.get("etag") or ("", "")
         etag = etag if digest == accepted["digest"] else accepted["etag"]
-        asked = dict(accepted, etag=etag, incomplete=self.lacks_document(accepted))
+        needed = [target.digest for target in list_targets(accepted) if self.is_needed(target)]
+        lost = None in map(self.store.load_artifact, needed)        # it is fetched again (D-9)
+        asked = dict(accepted, etag=etag, incomplete=lost)
         desired = self.source.fetch_desired(asked, self.store.load_artifact)
         if not desired and asked["etag"] != etag:
             memo["etag"] = [accepted["digest"], asked["etag"]]
         return desired
 
-    def lacks_document(self, accepted):
-        """Whether a document that deciding takes was lost here, so that it has to be fetched again (D-9)."""
-        return any(self.is_needed(target) and self.store.load_artifact(target.digest) is None
-                   for target in list_targets(accepted))
-
-    def make_capabilities(self, device):
-        """The capabilities document of a device as it is; a child is what the configuration says of it."""
-        detected = {"peripherals": [], "interfaces": []}
-        if not device.silence:
-            detected = detect_properties(self.config.state_dir)
-        return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
-
     def report_capabilities(self, always=False):
-        """PUTs the capabilities of all devices before anything else, and again where they changed."""
-        documents = {device.device_id: self.make_capabilities(device) for device in self.devices}
+        """PUTs the capabilities of all devices, before anything else and where they changed."""
+        documents = load_capabilities(self.devices, self.config.state_dir)
         report_devices(documents, self.source, self.store, self.state, always)
 
     def accept(self, desired):
-        """Makes a verified desired state the accepted one: first its documents, then the state, all durable
-        (C-111).
-        """
+        """Makes a verified desired state the accepted one, durable: first its documents, then it (C-111)."""
         self.check_removals(desired)
         state = self.state
         records = state["deployments"]
@@ -462,19 +438,17 @@ class Agent:
                 new.append(read_target(target, self.store.load_artifact))
             elif record["adopted"]["digest"] == target.digest and record["state"] not in GOING:
                 record["adopted"]["version"] = target.version       # the new manifest defines it, too (E-113)
-                enqueue_status(state, record, self.device_id)
+                enqueue_status(state, record)
         for share in self.assign(new, {}):
             for target in share.targets:
                 if not target.error:                # received, not started (protocol 5.1)
                     records[target.key] = make_pending(target, self.device_id)
-                    enqueue_status(state, records[target.key], self.device_id)
+                    enqueue_status(state, records[target.key])
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
     def check_removals(self, desired):
-        """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has
-        confirmed it (contract, Guard).
-        """
+        """Raises Waiting where a manifest removes more than is allowed and no second poll confirmed it."""
         limit = self.config.policy.max_removals
         gone = self.state["deployments"].keys() - {entry.key for entry in desired.entries}
         if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
@@ -495,13 +469,12 @@ class Agent:
         """
         offers = {}
         if any(target.deployment and target.deployment.constraints for target in targets):
-            offers = {device.device_id: self.make_capabilities(device) for device in self.devices}
+            offers = load_capabilities(self.devices, self.config.state_dir)
         silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
         return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
 
     def decide(self, accepted, load_document):
-        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all
-        devices show now.
+        """([Action], {device id: Seen}): what to do so that what was accepted runs, and what is there now.
 
         The documents of what is not as it should be are read, and it is decided again: another device may
         have to run it.
@@ -510,7 +483,8 @@ class Agent:
         targets = [read_target(target, load_document) if self.is_needed(target) else target
                    for target in list_targets(accepted)]
         new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
-        seen = observe_devices(self.devices, [*records.values(), *new], self.obtain_claim())
+        claim = obtain_claim(self.get_profile(), self.device_id)
+        seen = observe_devices(self.devices, [*records.values(), *new], claim)
         self.answering = {device_id: sight.drivers for device_id, sight in seen.items()}
         silent = {device_id: sight.silent for device_id, sight in seen.items()}
         containers = {device_id: sight.containers for device_id, sight in seen.items()}
@@ -550,17 +524,12 @@ class Agent:
             raise CommandError(f"{'; '.join(dict.fromkeys(troubles))}; what runs there is left as it is")
 
     def prune(self):
-        """Housekeeping with everything that answers; see the function of this name."""
+        """Housekeeping on everything that answers, where it is wished."""
         if self.config.runtime.prune:
-            drivers = {make_prefix(device): self.answering[device.device_id].values()
-                       for device in self.devices}
-            prune(self.state, self.store, drivers)
+            prune(self.state, self.store, self.devices, self.answering)
 
     def carry_out(self, actions, seen, version):
-        """Carries out a plan: group by group, and in a group whatever is ready whose turn it is.
-
-        Returns in words what went wrong and fails no deployment: a leftover that cannot be removed.
-        """
+        """Carries out a plan, group by group; returns what went wrong and fails no deployment, in words."""
         records = self.state["deployments"]
         troubles = []
         for group in make_groups(actions, records):
@@ -645,7 +614,7 @@ class Agent:
         if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
             record = dict(record, fetched=sorted({*record["fetched"], *step.fetched}))
         self.state["deployments"][step.action.key] = record
-        enqueue_status(self.state, record, self.device_id)
+        enqueue_status(self.state, record)
         self.store.save_state(self.state)
         self.flush_outbox(quiet=True)
 
@@ -677,10 +646,7 @@ class Agent:
             acknowledge_status(self.state, key, refused, make_time(time.time()))
 
     def conclude(self, began):
-        """The Outcome of a cycle, kept where `status` finds it.
-
-        The disk is written only if something changed.
-        """
+        """The Outcome of a cycle, kept where `status` finds it; writes the disk only if something changed."""
         state = self.state
         fault = max(self.faults, key=lambda fault: fault.exit, default=None)
         failed = any(record["state"] == "failed" for record in state["deployments"].values())
@@ -707,20 +673,15 @@ STEPS = [Agent.exchange, Agent.reconcile, Agent.flush_outbox]
 
 
 def judge_cycle(fault, changed, failed, waiting):
-    """(word of `lastPoll.result`, exit code) of a cycle.
+    """(word of `lastPoll.result`, exit code) of a cycle; the operator's own silence is no fault.
 
     fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
-    deployment has failed.  waiting: whether a status waits in the outbox.  The operator's own silence is no
-    fault.
+    deployment has failed.  waiting: whether a status waits in the outbox.
     """
-    silence = isinstance(fault, Silence) and not fault.exit
-    code = 0 if silence or not fault else fault.exit
-    code = max(code, 1 if failed else 0, 3 if waiting and not silence else 0)
-    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"),
-             (MargoError, "failed"))
-    for kind, word in words if not silence else ():
-        if isinstance(fault, kind):
-            return word, code
+    silence = bool(fault) and not fault.exit
+    code = max(fault.exit if fault else 0, 1 if failed else 0, 3 if waiting and not silence else 0)
+    if fault and not silence:
+        return fault.result, code
     if failed:
         return "failed", code
     return "applied" if changed else "unchanged", code
@@ -730,37 +691,12 @@ def judge_cycle(fault, changed, failed, waiting):
 # 4. Plan
 # ----------------------------------------------------------------------------------------------------------
 
-CHANGES = ("install", "update")     # the verbs that make a version run
-GOING = ("removing", "removed")     # the states of what is not wanted any more
 # What `plan` calls a verb, where not by its own name.
 PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}
 
 
-def list_targets(accepted):
-    """[Target] of an accepted desired state; their documents are not read yet."""
-    return [Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
-            for item in accepted["deployments"]]
-
-
-def read_target(target, load_document):
-    """The target with its Deployment, or with the ComponentError for which there is none.
-
-    load_document: digest to bytes, or to None.
-    """
-    data = load_document(target.digest)
-    try:
-        if data is None:
-            words = "its document is missing from the state directory; the next poll brings it anew"
-            raise ComponentError("INTERNAL", words)
-        return target._replace(deployment=parse_deployment(data, target.deployment_id))
-    except ComponentError as error:
-        return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
-
-
 def needs_document(target, record):
-    """Whether deciding on a target takes its document: not for one that is installed, or failed, in just that
-    revision.
-    """
+    """Whether deciding on a target takes its document: not where just that is installed, or has failed."""
     if record is None or record["adopted"]["digest"] != target.digest or record["refused"]:
         return True
     return record["state"] not in ("installed", "failed")
@@ -775,9 +711,10 @@ def make_actions(shares, records, containers, clock, settle=0, mark=""):
     homes = {target.key: "" if target.error else target.device_id
              for share in shares for target in share.targets}
     actions, strays = [], []
-    placed = {key for share in shares for key in share.records if records[key]["state"] == "installed"}
+    placed = set()              # what runs where it belongs, or is about to
     for share in shares:
         there = containers[share.device.device_id]
+        placed.update(key for key, record in share.records.items() if record["state"] == "installed")
         for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
             action = hold_back(action, share)._replace(device_id=share.device.device_id)
             record = records.get(action.key)
@@ -799,28 +736,8 @@ def make_actions(shares, records, containers, clock, settle=0, mark=""):
     return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
 
 
-def hold_back(action, share):
-    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
-
-    It waits where this device itself does not answer; of another one the WFM is told the device's `silence`.
-    """
-    silence = share.device.silence
-    fault = share.unseen.get(action.key)
-    if not fault or action.verb in ("keep", "refuse"):
-        return action
-    if not silence:
-        return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
-    target = action.target
-    if not target:
-        adopted = share.records[action.key]["adopted"]
-        target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
-    reason = f"{silence.code}: {silence.message}"
-    return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
-
-
 def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
-    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own
-    order.
+    """[Action] for one device: removals first, to free what they hold, then the manifest's own order.
 
     targets: [Target], deployment and error both None where needs_document said so.  records: those of the
     state's `deployments` that are at home here.  containers: [Container] as observed.  clock: a Clock.
@@ -897,8 +814,7 @@ def hold_quiet(action, record, containers, clock):
 
 
 def find_drift(services, containers, now, settle):
-    """((component, service), words) for what differs between what was installed and its containers, or ("",
-    "") (P-12, D-23).
+    """((component, service), words) for what differs from what was installed, or ("", "") (P-12, D-23).
 
     services: {component: {service: facts}}; containers: those of this deployment, or None.
     """
@@ -935,74 +851,6 @@ def judge_containers(found, facts, now, settle):
     return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
 
 
-def make_groups(actions, records):
-    """[[Action]] in the order in which they are carried out; a group is made ready before any of it is done.
-
-    What frees comes before what takes: removals and repairs, then the updates of what runs, as one group,
-    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
-    the step by which it moves.
-    """
-    moving = {action.key for action in actions if action.verb in CHANGES}
-    first, updates, new = [], [], []
-    for action in actions:
-        record = records.get(action.key)
-        running = record and record["running"]
-        if action.verb in CHANGES and not running:
-            new.append([action])
-        elif action.verb in CHANGES and (running["digest"], record["deviceId"]) != (
-                action.target.digest, action.device_id):
-            updates.append(action)
-        elif action.verb != "clear" or action.key not in moving:
-            first.append([action])
-    return first + [updates] + new
-
-
-def find_held_ports(record):
-    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold,
-    as far as known.
-    """
-    if record["state"] == "removed":
-        return set()
-    running = [facts for facts in list_facts(record) if not facts["finished"]]
-    return {(record["deviceId"], *port) for facts in running for port in facts.get("ports", ())}
-
-
-def find_clash(takes, holds):
-    """A port among those of `takes` that one of `holds` keeps from being taken, or None.
-
-    The address "" is every one.
-    """
-    for port in sorted(takes):
-        for device_id, address, *rest in holds:
-            meets = address == port[1] or "" in (address, port[1])
-            if meets and (device_id, *rest) == (port[0], *port[2:]):
-                return port
-    return None
-
-
-def find_turn(waiting, held):
-    """Which of the deployments that are ready to be changed goes on now, and how: (key, verb, words).
-
-    waiting: {key: (ports it takes, ports it holds)}, in order.  held: {key: ports} of all others.  The verbs:
-    `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
-    ports first, because each waits for another one.
-    """
-    rivals = {**{key: (ports, ports) for key, ports in held.items()}, **waiting}
-    blocking = []
-    for key, (takes, _) in waiting.items():
-        found = [other for other in rivals if other != key and find_clash(takes, rivals[other][1])]
-        for other in found:
-            keeps, holds = rivals[other]
-            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
-            if port:
-                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
-                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
-        if not found:
-            return key, "go", ""
-        blocking += found
-    return blocking[0], "stop", ""
-
-
 # ----------------------------------------------------------------------------------------------------------
 # 5. Apply
 # ----------------------------------------------------------------------------------------------------------
@@ -1010,9 +858,6 @@ def find_turn(waiting, held):
 Change = define("Change", "event name record deployment rollback kind",
     "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
     " back to the version before; kind: the deployment type of what is removed.", None)
-Revision = define("Revision", "deployment packages services",
-    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component:"
-    " {service: facts}}.")
 Ready = define("Ready", "takes",
     "What a step says once all that can fail or say no has been done, and nothing is touched: the host's"
     " ports that it will take, as find_held_ports has them.  It is answered by the verb and the words of"
@@ -1041,7 +886,8 @@ class Step:
         self.config, self.store, self.version, self.troubles = config, store, version, troubles
         self.course = EXECUTE[verb](self)
         self.before, self.fetched = [], []
-        self.takes, self.begun = set(), False
+        self.takes = set()
+        self.begun = False
 
     def get_driver(self, kind):
         """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
@@ -1060,9 +906,7 @@ class Step:
 
 
 class Notices:
-    """The changes of one step: every listener agrees to all of them before the first is made, and hears what
-    came of each.
-    """
+    """The changes of one step: listeners agree to all before the first is made, and hear of each."""
 
     def __init__(self, step):
         self.step, self.agreed = step, []
@@ -1095,29 +939,28 @@ class Notices:
 
 
 class Installation:
-    """A deployment on its way to a version: the record so far, the component at work, and whether anything
-    was touched.
-    """
+    """A deployment on its way to a version: its record so far, and whether anything was touched."""
 
     def __init__(self, record, step):
         self.record, self.step = record, step
         self.name, self.touched, self.services = None, False, {}
 
-    def run(self, revision, rollback=False):
+    def run(self, deployment, packages, services, rollback=False):
         """Makes a version run, and nothing else of its deployment.
 
         All that can fail or say no comes first: everything is fetched and verified, and every listener agrees
         (D-11, P-20).  Then it yields Ready, and after that the record at each change, which the caller makes
-        durable before the next one.  rollback: the version before is brought back, in one go.
+        durable before the next one.  packages, services: what is known of the version, {component: package}
+        and {component: {service: facts}}.  rollback: the version before is brought back, in one go.
         """
-        step, deployment = self.step, revision.deployment
+        step = self.step
         if rollback:
             step.look(self.record)
         prepared, changes = [], []
         for component in deployment.components:
             self.name = component.name
             driver = step.get_driver(deployment.type)
-            known = revision.packages.get(self.name)
+            known = packages.get(self.name)
             prepared.append(driver.prepare(deployment, component, known, step.store, step.fetched))
             event = "update" if rollback or known else "install"
             changes.append(Change(event, self.name, self.record, deployment, rollback))
@@ -1135,13 +978,12 @@ class Installation:
                     self.record = set_component(self.record, self.name, "installing")
                     yield self.record
                 self.touched = True
-                known = revision.services.get(self.name, {})
-                services = driver.apply(workload, step.sight.containers, known,
-                                        time.monotonic() + component.timeout)
-                self.services[self.name] = services
+                deadline = time.monotonic() + component.timeout
+                known = services.get(self.name, {})
+                self.services[self.name] = driver.apply(workload, step.sight.containers, known, deadline)
                 notices.tell(change)
-                facts = {"services": services, "package": package}
-                self.record = set_component(self.record, self.name, "installed", **facts)
+                self.record = set_component(self.record, self.name, "installed", package=package,
+                                            services=self.services[self.name])
                 if not rollback and self.record["state"] != "installed":    # said once nothing else is left
                     yield self.record
             self.name = None
@@ -1149,9 +991,9 @@ class Installation:
                 notices.remove(change)
 
     def take_turn(self, ports):
-        """Waits until the host's ports are free; what moves is then removed from where it was.
+        """Waits for its turn, and frees its own ports first where others wait for them.
 
-        Frees its own ports first where it is told to, because somebody waits for them.
+        What moves is then removed from where it was.
         """
         step = self.step
         verb = "stop"
@@ -1175,9 +1017,7 @@ class Installation:
                 step.look(self.record)
 
     def fail(self, error, deployment):
-        """The record after a failure, with the version before running again where runtime.on_failure says so
-        (P-8).
-        """
+        """The record after a failure; as runtime.on_failure says, the version before runs again (P-8)."""
         name, words = self.name, error.message
         code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
         code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
@@ -1202,7 +1042,7 @@ class Installation:
             if before and self.record.get("found"):
                 driver = self.step.get_driver(before[0].type)
                 return driver.bring_back(before, time.monotonic() + COMPONENT_TIMEOUT)
-            list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
+            list(self.run(deployment._replace(components=[]), {}, {}, rollback=True))
         except (ComponentError, CommandError, MemoryError) as error:
             return f"taking it back failed too: {to_fault(error).message}"
         components = [dict(item, state="pending", services={}) for item in self.record["components"]]
@@ -1218,7 +1058,7 @@ class Installation:
             if data is None:
                 raise ComponentError("INTERNAL", "its document is not in the state directory any more")
             deployment = parse_deployment(data, self.record["deploymentId"])
-            list(self.run(Revision(deployment, before["packages"], before["services"]), rollback=True))
+            list(self.run(deployment, before["packages"], before["services"], rollback=True))
         except (ComponentError, CommandError, MemoryError) as error:
             words = to_fault(error).message
             log("error", "roll-back failed", deployment=self.record["deploymentId"], reason=words)
@@ -1232,8 +1072,8 @@ class Installation:
 def apply_install(step):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
     target, record = step.action.target, step.record
-    revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
-                        {item["name"]: item["services"] for item in record["components"]})
+    packages, services = ({item["name"]: item[part] for item in record["components"]}
+                          for part in ("package", "services"))
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, get_clock())
@@ -1242,7 +1082,7 @@ def apply_install(step):
     job = Installation(begin_record(record, target), step)
     yield job.record
     try:
-        yield from job.run(revision)
+        yield from job.run(target.deployment, packages, services)
         yield finish_record(job.record, make_mark(step.config.runtime.environment))
     except (ComponentError, CommandError, MemoryError) as error:
         yield job.fail(to_fault(error), target.deployment)
@@ -1260,9 +1100,7 @@ def apply_restore(step):
 
 
 def apply_give_up(step):
-    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last
-    (P-6, P-7).
-    """
+    """Fails a deployment that was repaired in vain too often, and says how its log ends (P-6, P-7)."""
     record, culprit = step.record, step.action.culprit
     there = [container.id for container in find_containers(record["deploymentId"], step.sight.containers)
              if (container.component, container.service) == culprit]
@@ -1291,10 +1129,7 @@ def apply_nothing(step):
 
 
 def apply_removal(step):
-    """Removes all of a deployment, last component first, once every listener agrees.
-
-    Only an empty engine counts as removed (D-21).
-    """
+    """Removes all of a deployment, last component first; only an empty engine counts as removed (D-21)."""
     record = step.record
     there = find_components(record["deploymentId"], step.sight.containers)
     if there and not record["components"]:          # the state was lost; they are still reported (C-131)
@@ -1336,9 +1171,7 @@ def apply_removal(step):
 
 
 def clear(step):
-    """Removes what a deployment has on a device where it is not at home; raises ComponentError, CommandError.
-
-    """
+    """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
     record = dict(step.record, deviceId=step.action.device_id)
     nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
     with Notices(step) as notices:
@@ -1416,7 +1249,7 @@ BLANK = {"services": {}, "package": None}           # of a component of which no
 
 
 def make_pending(target, own_id):
-    """The record of a target that was received and is not begun (protocol 5.1).
+    """The record of what was received and is not begun (protocol 5.1).
 
     What may run on any child is at home on this device, `own_id`, until it is placed.
     """
@@ -1424,17 +1257,8 @@ def make_pending(target, own_id):
     return begin_record(make_record(target, home), target)
 
 
-def list_facts(record):
-    """[facts] of each service of the version that runs, as far as known."""
-    services = [component["services"] for component in record["components"]]
-    if record["fallback"]:
-        services = record["running"]["services"].values()       # the version before runs still
-    return [facts for items in services for facts in items.values()]
-
-
 def begin_record(record, target):
-    """The record as work on the target's revision begins: all components pending, its version adopted (E-112,
-    E-114).
+    """The record as work on a revision begins: all components pending, its version adopted (E-112, E-114).
 
     What an earlier revision left (services, packages) stays known until the new one has replaced it.
     """
@@ -1463,8 +1287,7 @@ def set_component(record, name, state, error=None, **facts):
 
 
 def fail_record(record, component, error, clock, jitter, refused=False):
-    """The record after a ComponentError: the component failed, what comes later stays pending, the next
-    attempt is due later with each failure.
+    """The record after a ComponentError: the component failed, and what comes after it stays pending.
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
@@ -1482,10 +1305,7 @@ def fail_record(record, component, error, clock, jitter, refused=False):
 
 
 def finish_record(record, mark=""):
-    """The record once all of the revision that was worked on is installed.
-
-    mark: make_mark of its environment.
-    """
+    """The record once all of its revision is installed.  mark: make_mark of its environment."""
     images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
     packages = {item["name"]: item["package"] for item in record["components"]}
     running = {"digest": record["adopted"]["digest"], "packages": packages, "images": sorted(images),
@@ -1496,60 +1316,13 @@ def finish_record(record, mark=""):
                 found=False)
 
 
-def make_accepted(desired, at=""):
-    """What the state keeps of a Desired; at: when it was accepted."""
-    deployments = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
-    return {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": at,
-            "deployments": deployments}
-
-
-def make_history(state, desired, at):
-    """The history with one more accepted desired state: what it adds, changes and removes against the one
-    before.
-    """
-    before = (state["accepted"] or {}).get("deployments", ())
-    old = {item["deploymentId"].lower(): item["digest"] for item in before}
-    new = {entry.key: entry.digest for entry in desired.entries}
-    changed = sorted(key for key in new if key in old and new[key] != old[key])
-    return state["history"][1 - HISTORY:] + [{
-        "version": desired.version, "at": at, "added": sorted(set(new) - set(old)),
-        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
-
-
-def note_outcome(state, fault):
-    """Notes in the history how the newest accepted desired state stands, and the Refused that came after it.
-
-    fault: the worst of the cycle, or None.
-    """
-    if not state["history"] or not state["accepted"]:
-        return
-    newest = state["history"][-1]
-    newest["outcome"] = make_outcome(state)
-    if isinstance(fault, Refused):
-        newest["refused"] = fault.message
-    elif not fault:
-        newest.pop("refused", None)
-
-
-def make_outcome(state):
-    """How the newest accepted desired state stands: applied, pending, or which deployments failed and why."""
-    records = state["deployments"].values()
-    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
-              if record["state"] == "failed"]
-    installed = [record for record in records if record["state"] == "installed"]
-    done = len(installed) == len(records) == len(state["accepted"]["deployments"])
-    return "; ".join(failed) or ("applied" if done else "pending")
-
-
 def make_overall_state(states):
     """The most severe of some component states (C-133)."""
     return min(states, key=STATES.index)
 
 
-def make_status(record, device_id):
-    """A DeploymentStatusManifest (protocol 3.6): one entry a component, `error` only where there is one
-    (C-131 to C-137).
-    """
+def make_status(record):
+    """A DeploymentStatusManifest (protocol 3.6), with `error` only where there is one (C-131 to C-137)."""
     status = {"state": record["state"]}
     if record["state"] == "failed" and record["error"]:
         status["error"] = record["error"]
@@ -1559,17 +1332,15 @@ def make_status(record, device_id):
         if component["error"]:
             entry["error"] = component["error"]
         components.append(entry)
-    return {"deploymentId": record["deploymentId"], "deviceId": record.get("deviceId") or device_id,
+    return {"deploymentId": record["deploymentId"], "deviceId": record["deviceId"],
             "adoptedManifestVersion": record["adopted"]["version"], "status": status,
             "components": components}
 
 
-def enqueue_status(state, record, device_id):
-    """Puts a record's status into the outbox, in place of an older one, unless the WFM has acknowledged the
-    very same (C-139).
-    """
+def enqueue_status(state, record):
+    """Puts a record's status into the outbox, in place of an older one, unless the WFM has it (C-139)."""
     key = record["deploymentId"].lower()
-    status = make_status(record, device_id)
+    status = make_status(record)
     state["outbox"].pop(key, None)
     if state["reported"].get(key) != sha256_digest(make_json(status)):
         state["outbox"][key] = status
@@ -1592,11 +1363,6 @@ def acknowledge_status(state, key, refused="", at=""):
             state["deployments"].pop(key)
 
 
-def make_mark(environment):
-    """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
-    return sha256_digest(make_json(environment))[7:23] if environment else ""
-
-
 # ----------------------------------------------------------------------------------------------------------
 # 7. Devices
 # ----------------------------------------------------------------------------------------------------------
@@ -1608,9 +1374,7 @@ def load_own_device(config, own_id):
 
 
 def assign_here(targets, records, devices, silent, offers):
-    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol
-    9).
-    """
+    """[Share] of the one device there is; what is meant for another one is WRONG_DEVICE (protocol 9)."""
     device = devices[0]
     own_id, found = device.device_id, []
     for target in targets:
@@ -1654,8 +1418,7 @@ def find_reason(deployment, device, offers):
 
 
 def make_share(device, targets, records, silent):
-    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be
-    seen now.
+    """The Share of a device, from what should run there and what is at home there.
 
     silent: {deployment type: CommandError} of what does not answer there.
     """
@@ -1665,6 +1428,25 @@ def make_share(device, targets, records, silent):
         for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
             unseen[key] = silent[kind]
     return Share(device, targets, records, unseen)
+
+
+def hold_back(action, share):
+    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
+
+    It waits where this device itself does not answer; of another one the WFM is told the device's `silence`.
+    """
+    silence = share.device.silence
+    fault = share.unseen.get(action.key)
+    if not fault or action.verb in ("keep", "refuse"):
+        return action
+    if not silence:
+        return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
+    target = action.target
+    if not target:
+        adopted = share.records[action.key]["adopted"]
+        target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
+    reason = f"{silence.code}: {silence.message}"
+    return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
 
 
 def make_drivers(config, child=None, others=()):
@@ -1677,6 +1459,22 @@ def make_drivers(config, child=None, others=()):
     return {kind: driver for kind, driver in drivers.items() if driver}
 
 
+def obtain_claim(profile, device_id):
+    """The Claim by which drivers tell what is this agent's; notes a new owner in the state.
+
+    An identity that cannot be read now counts as the one before.
+    """
+    owners = profile.state["owners"]
+    try:
+        owner = make_owner(profile.identify(), device_id)
+    except Untrusted:
+        owner = (owners or [""])[-1]
+    if owner not in ("", *owners[-1:]):
+        before = [other for other in owners if other != owner]
+        profile.state["owners"] = before[1 - HISTORY:] + [owner]
+    return make_claim(owner, profile.state)
+
+
 def find_nothing():
     """The look at a child device that cannot be reached from here."""
     raise CommandError("the engine's command that its connection needs is not installed here")
@@ -1685,10 +1483,8 @@ def find_nothing():
 def list_looks(drivers, records, claim=None):
     """{deployment type: function that looks} of what has to be asked on one device.
 
-    claim: by what a workload is ours; None: as it was told last.
-
-    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a
-    deployment needs one.
+    That is an engine in any case, because there may be leftovers (P-11), and a cluster where a deployment
+    needs one.  claim: by what a workload is ours; None: as it was told last.
     """
     known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
     return {kind: lambda kind=kind: drivers[kind].observe(known[kind], claim)
@@ -1732,11 +1528,9 @@ def observe_devices(devices, records, claim):
 
 
 def ask_others(answering, known=None):
-    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices
-    has shown.
+    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look has shown.
 
-    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not
-    asked again.
+    answering: {device id: {type: driver}}.  known: an earlier list; then clusters are not asked again.
     """
     others = {item["name"]: item for item in known or () if item["type"] == "helm"}
     for device_id, drivers in answering.items():
@@ -1761,9 +1555,7 @@ def observe_all(drivers, record):
 
 
 def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell
-    of it.
-    """
+    """The deployment types that a deployment is, was when it ran last, and will be: all are asked for it."""
     kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
     return kinds | ({target.deployment.type} if target and target.deployment else set())
 
@@ -1774,19 +1566,25 @@ def make_others_words(others):
             for item in others]
 
 
+def make_mark(environment):
+    """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
+    return sha256_digest(make_json(environment))[7:23] if environment else ""
+
+
 def make_prefix(device):
     """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
     return device.device_id + " " if device.silence else ""
 
 
-def prune(state, store, drivers):
-    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked
-    packages, images that the agent pulled; nothing else on the device.
+def prune(state, store, devices, answering):
+    """Removes what neither the current nor the previous version of any deployment needs.
 
-    Changes state["pulled"].  drivers: {prefix of an entry of `pulled`: [driver that answers]}.
+    That are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
+    Changes state["pulled"].  answering: {device id: {type: driver}} of what answers.
     """
     digests, images = find_needed(state)
     store.prune_artifacts(digests)
+    drivers = {make_prefix(device): answering[device.device_id].values() for device in devices}
     for entry in state["pulled"]:
         device_id, space, name = entry.rpartition(" ")
         there = drivers.get(device_id + space, ())
@@ -1796,9 +1594,7 @@ def prune(state, store, drivers):
 
 
 def find_needed(state):
-    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each
-    deployment need (P-5).
-    """
+    """({artifact digest}, {image}) that the desired state and the last two versions of all need (P-5)."""
     digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
     images = set()
     for record in state["deployments"].values():
@@ -1815,7 +1611,82 @@ def find_needed(state):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 8. Desired-state source
+# 8. Turns
+# ----------------------------------------------------------------------------------------------------------
+
+def list_facts(record):
+    """[facts] of each service of the version that runs, as far as known."""
+    services = [component["services"] for component in record["components"]]
+    if record["fallback"]:
+        services = record["running"]["services"].values()       # the version before runs still
+    return [facts for items in services for facts in items.values()]
+
+
+def make_groups(actions, records):
+    """[[Action]] in the order in which they are carried out; a group is made ready before any of it is done.
+
+    What frees comes before what takes: removals and repairs, then the updates of what runs, as one group,
+    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
+    the step by which it moves.
+    """
+    moving = {action.key for action in actions if action.verb in CHANGES}
+    first, updates, new = [], [], []
+    for action in actions:
+        record = records.get(action.key)
+        running = record and record["running"]
+        if action.verb in CHANGES and not running:
+            new.append([action])
+        elif action.verb in CHANGES and (running["digest"], record["deviceId"]) != (
+                action.target.digest, action.device_id):
+            updates.append(action)
+        elif action.verb != "clear" or action.key not in moving:
+            first.append([action])
+    return first + [updates] + new
+
+
+def find_held_ports(record):
+    """{(device id, address or "", port, protocol)} of the host's ports that a deployment is known to hold."""
+    if record["state"] == "removed":
+        return set()
+    running = [facts for facts in list_facts(record) if not facts["finished"]]
+    return {(record["deviceId"], *port) for facts in running for port in facts.get("ports", ())}
+
+
+def find_clash(takes, holds):
+    """A port of `takes` that is one of `holds`, or None.  The address "" is every one."""
+    for port in sorted(takes):
+        for device_id, address, *rest in holds:
+            meets = address == port[1] or "" in (address, port[1])
+            if meets and (device_id, *rest) == (port[0], *port[2:]):
+                return port
+    return None
+
+
+def find_turn(waiting, held):
+    """Which of the deployments that are ready to be changed goes on now, and how: (key, verb, words).
+
+    waiting: {key: (ports it takes, ports it holds)}, in order.  held: {key: ports} of all others.  The verbs:
+    `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
+    ports first, because each waits for another one.
+    """
+    rivals = {**{key: (ports, ports) for key, ports in held.items()}, **waiting}
+    blocking = []
+    for key, (takes, _) in waiting.items():
+        found = [other for other in rivals if other != key and find_clash(takes, rivals[other][1])]
+        for other in found:
+            keeps, holds = rivals[other]
+            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
+            if port:
+                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
+                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
+        if not found:
+            return key, "go", ""
+        blocking += found
+    return blocking[0], "stop", ""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 9. Desired-state source
 # ----------------------------------------------------------------------------------------------------------
 
 def check_digest(data, digest, what):
@@ -2078,7 +1949,7 @@ PROFILES["mtls"] = Mtls
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 9. Desired state
+# 10. Desired state
 # ----------------------------------------------------------------------------------------------------------
 
 NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
@@ -2420,8 +2291,26 @@ def parse_bundle(data, entries, max_unpacked):
     return documents
 
 
+def list_targets(accepted):
+    """[Target] of an accepted desired state; their documents are not read yet."""
+    return [Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
+            for item in accepted["deployments"]]
+
+
+def read_target(target, load_document):
+    """The target with its Deployment, or with why there is none.  load_document: digest to bytes or None."""
+    data = load_document(target.digest)
+    try:
+        if data is None:
+            words = "its document is missing from the state directory; the next poll brings it anew"
+            raise ComponentError("INTERNAL", words)
+        return target._replace(deployment=parse_deployment(data, target.deployment_id))
+    except ComponentError as error:
+        return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
+
+
 # ----------------------------------------------------------------------------------------------------------
-# 10. Identity and trust
+# 11. Identity and trust
 # ----------------------------------------------------------------------------------------------------------
 
 EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
@@ -3068,7 +2957,7 @@ def run_csr(path, form="PEM"):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 11. Eligibility
+# 12. Eligibility
 # ----------------------------------------------------------------------------------------------------------
 
 def check_eligibility(constraints, capabilities):
@@ -3226,7 +3115,7 @@ def is_contained(expressions, value, combine):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 12. Capabilities
+# 13. Capabilities
 # ----------------------------------------------------------------------------------------------------------
 
 VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy",
@@ -3396,6 +3285,17 @@ def make_capabilities(detected, device, device_id, deployment_types):
     return document
 
 
+def load_capabilities(devices, state_dir):
+    """{device id: capabilities document} as they are now; a child is what the configuration says of it."""
+    documents = {}
+    for device in devices:
+        nothing = {"peripherals": [], "interfaces": []}
+        detected = nothing if device.silence else detect_properties(state_dir)
+        documents[device.device_id] = make_capabilities(detected, device.settings, device.device_id,
+                                                        sorted(device.drivers))
+    return documents
+
+
 def report_devices(documents, source, store, state, always):
     """PUTs what changed of {device id: capabilities document}, a gateway's own first.
 
@@ -3447,7 +3347,7 @@ def report_device(device_id, documents, source, store, state, always, again=True
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 13. Compose driver
+# 14. Compose driver
 # ----------------------------------------------------------------------------------------------------------
 
 Changes = define("Changes", "kept idle making late leaving",
@@ -4570,7 +4470,7 @@ DRIVERS["compose"] = make_compose_driver
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 14. Compose file
+# 15. Compose file
 # ----------------------------------------------------------------------------------------------------------
 
 def find_parameters(deployment, component):
@@ -5851,7 +5751,7 @@ def make_labels(workload, service, digest):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 15. Packages
+# 16. Packages
 # ----------------------------------------------------------------------------------------------------------
 
 COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
@@ -6364,7 +6264,7 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 16. Commands
+# 17. Commands
 # ----------------------------------------------------------------------------------------------------------
 
 Output = define("Output", "code stdout stderr",
@@ -6517,7 +6417,7 @@ def kill_group(process):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 17. Transport
+# 18. Transport
 # ----------------------------------------------------------------------------------------------------------
 
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
@@ -6849,7 +6749,7 @@ def check_response(response, where, accepted, now):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 18. Store
+# 19. Store
 # ----------------------------------------------------------------------------------------------------------
 
 class Log:
@@ -7049,6 +6949,51 @@ def make_state():
         "schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {},
         "dropped": {}, "reported": {}, "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [],
         "patience": {}, "waiting": None, "owners": [], "pulled": [], "history": [], "lastPoll": None}
+
+
+def make_accepted(desired, at=""):
+    """What the state keeps of a Desired; at: when it was accepted."""
+    deployments = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
+    return {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": at,
+            "deployments": deployments}
+
+
+def make_history(state, desired, at):
+    """The history with one more accepted desired state: what it adds, changes and removes against the one
+    before.
+    """
+    before = (state["accepted"] or {}).get("deployments", ())
+    old = {item["deploymentId"].lower(): item["digest"] for item in before}
+    new = {entry.key: entry.digest for entry in desired.entries}
+    changed = sorted(key for key in new if key in old and new[key] != old[key])
+    return state["history"][1 - HISTORY:] + [{
+        "version": desired.version, "at": at, "added": sorted(set(new) - set(old)),
+        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
+
+
+def note_outcome(state, fault):
+    """Notes in the history how the newest accepted desired state stands, and the Refused that came after it.
+
+    fault: the worst of the cycle, or None.
+    """
+    if not state["history"] or not state["accepted"]:
+        return
+    newest = state["history"][-1]
+    newest["outcome"] = make_outcome(state)
+    if isinstance(fault, Refused):
+        newest["refused"] = fault.message
+    elif not fault:
+        newest.pop("refused", None)
+
+
+def make_outcome(state):
+    """How the newest accepted desired state stands: applied, pending, or which deployments failed and why."""
+    records = state["deployments"].values()
+    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
+              if record["state"] == "failed"]
+    installed = [record for record in records if record["state"] == "installed"]
+    done = len(installed) == len(records) == len(state["accepted"]["deployments"])
+    return "; ".join(failed) or ("applied" if done else "pending")
 
 
 def make_state_data(state):
@@ -7461,7 +7406,7 @@ def load_part(path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 19. Patience
+# 20. Patience
 # ----------------------------------------------------------------------------------------------------------
 
 def grow(first, times, cap):
@@ -7539,8 +7484,7 @@ def make_start(uptime, poll, known, jitter):
 
 
 def load_start(store, poll, known, clock, jitter):
-    """Seconds until the first contact since this boot; 0 where they cannot be noted: each run would wait
-    anew.
+    """Seconds until the first contact since this boot; 0 where they cannot be noted: each run would wait.
 
     known: whether there is a desired state.
     """
@@ -7552,6 +7496,21 @@ def load_start(store, poll, known, clock, jitter):
         if not store.save_memo():
             return 0
     return max(0, memo["start"] - clock.uptime)
+
+
+def find_silence(patience, downtime, starting, clock):
+    """The Silence for which nobody is asked now, or None.
+
+    patience: a record of make_wait.  downtime: whether it is the operator's.  starting: seconds until the
+    first contact since the device started.
+    """
+    if downtime:
+        return Silence("downtime: no request is made", exit=0)
+    left = find_wait(patience, clock)
+    why = "the WFM or a back-off asks" if left else "a fleet that has just started does not arrive at once"
+    left = left or starting
+    words = f"waiting until {make_time(clock.now + left)}: {why}"
+    return Silence(words, retry_after=left) if left else None
 
 
 def make_delay(config, state, fault, clock, jitter):
@@ -7627,7 +7586,7 @@ def make_clock_fault(now, stored):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 20. Configuration
+# 21. Configuration
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_duration(text):
@@ -8164,7 +8123,7 @@ def text_of(pattern):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 21. X.509
+# 22. X.509
 # ----------------------------------------------------------------------------------------------------------
 
 # DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
@@ -8307,7 +8266,7 @@ def make_pem(ders):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 22. YAML
+# 23. YAML
 # ----------------------------------------------------------------------------------------------------------
 
 # YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
@@ -9041,7 +9000,7 @@ def measure_depth(value):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 23. Small encodings
+# 24. Small encodings
 # ----------------------------------------------------------------------------------------------------------
 
 def sha256_digest(data):
@@ -9185,7 +9144,7 @@ def unpack_tar(data, max_unpacked, max_entries):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 24. Signed (optional)
+# 25. Signed (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 Signer = define("Signer", "leaf key algorithm label components keyid alg",
@@ -9543,7 +9502,7 @@ PROFILES["signed"] = Signed
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 25. Older documents (optional)
+# 26. Older documents (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
@@ -9685,7 +9644,7 @@ FETCHERS["https"] = fetch_older
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 26. Git (optional)
+# 27. Git (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
@@ -10339,7 +10298,7 @@ TRACES.append("git")                # its credential, too
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 27. Enrollment (optional)
+# 28. Enrollment (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 # Enrollment and renewal over EST (RFC 7030), by the draft "MIAF Enrollment, Renewal, and Revocation Profile".
@@ -10905,7 +10864,7 @@ EXAMINE["renewal"] = examine_renewal
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 28. Revocation (optional)
+# 29. Revocation (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 # Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
@@ -11228,7 +11187,7 @@ EXAMINE["lists"] = examine_lists
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 29. Helm (optional)
+# 30. Helm (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def read_helm(value, base):
@@ -11581,7 +11540,7 @@ SCHEMA["runtime"].update(helm=(read_helm, "auto"), kubeconfig=read_path)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 30. Gateway (optional)
+# 31. Gateway (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def load_child_devices(config, own_id):
@@ -11670,7 +11629,7 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
 def examine_children(agent):
     """Whether every child device answers."""
     children = agent.devices[1:]
-    seen = observe_devices(children, [], agent.obtain_claim())
+    seen = observe_devices(children, [], obtain_claim(agent.get_profile(), agent.device_id))
     words = [f"{device_id} does not answer ({fault.message}); see its connection in device.children"
              for device_id, sight in seen.items() for fault in list(sight.silent.values())[:1]]
     if words:
@@ -11684,7 +11643,7 @@ ASSIGN.append(assign)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 31. Hooks (optional)
+# 32. Hooks (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def run_hooks(moment, change, step, error):
@@ -11749,7 +11708,7 @@ EXAMINE.update(hooks=examine_hooks)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 32. Doctor (optional)
+# 33. Doctor (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
@@ -11830,7 +11789,7 @@ def examine_engine(agent):
             "warn",
             "nothing here runs Compose applications; install podman or docker, or see runtime.compose",
         )
-    claim = agent.obtain_claim()
+    claim = obtain_claim(agent.get_profile(), agent.device_id)
     words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
     return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
@@ -11870,7 +11829,7 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 33. Command line
+# 34. Command line
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
@@ -12172,7 +12131,8 @@ def command_plan(config, options):
         agent.connect(keep=False)
         desired = agent.fetch_desired()
     if desired:
-        accepted, documents = make_accepted(desired), desired.documents
+        accepted = make_accepted(desired)
+        documents = desired.documents
         try:
             agent.check_removals(desired)
         except Waiting as error:
@@ -12280,7 +12240,7 @@ def command_history(config, options):
 def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
     agent = Agent(config)
-    documents = [agent.make_capabilities(device) for device in agent.devices]
+    documents = list(load_capabilities(agent.devices, config.state_dir).values())
     print_json(documents if documents[1:] else documents[0])
 
 

@@ -14,7 +14,7 @@ import warnings
 from tests import gauge, support
 
 VOCABULARY = ("Constants and errors", "Records")                # what every section may use
-PURE = ("Records", "Compose file", "YAML", "Small encodings", "X.509", "Desired state", "Eligibility", "Plan", "Deployment status")
+PURE = ("Records", "Compose file", "YAML", "Small encodings", "X.509", "Desired state", "Eligibility", "Plan", "Deployment status", "Turns")
 DOOR = "Command line"
 WORLD = {"os", "random", "socket", "subprocess", "logging", "shutil", "fcntl", "select", "signal", "tempfile", "ssl", "urllib.request", "http.client"}
 LONGEST = 60                        # lines of one function

@@ -14,7 +14,7 @@ def make_record(*names, **changes):
 
 
 def status(record):
-    return margo_agent.make_status(record, DEVICE)
+    return margo_agent.make_status(record)
 
 
 CLOCK = margo_agent.Clock(1000, "", 0)
@@ -99,34 +99,34 @@ class Outbox(unittest.TestCase):
 
     def test_a_newer_status_replaces_an_older_one_and_goes_to_the_end(self):
         """C-139: one a deployment, the newest, in a true order."""
-        margo_agent.enqueue_status(self.state, self.record, DEVICE)
-        margo_agent.enqueue_status(self.state, dict(make_record("web"), deploymentId="b"), DEVICE)
-        margo_agent.enqueue_status(self.state, margo_agent.set_component(self.record, "web", "installed"), DEVICE)
+        margo_agent.enqueue_status(self.state, self.record)
+        margo_agent.enqueue_status(self.state, dict(make_record("web"), deploymentId="b"))
+        margo_agent.enqueue_status(self.state, margo_agent.set_component(self.record, "web", "installed"))
         self.assertEqual(list(self.state["outbox"]), ["b", HELLO])
         self.assertEqual(self.state["outbox"][HELLO]["status"]["state"], "installed")
 
     def test_what_the_wfm_has_acknowledged_is_not_sent_again(self):
         """P-19: status only on change."""
-        margo_agent.enqueue_status(self.state, self.record, DEVICE)
+        margo_agent.enqueue_status(self.state, self.record)
         margo_agent.acknowledge_status(self.state, HELLO)
         self.assertEqual(self.state["outbox"], {})
-        margo_agent.enqueue_status(self.state, self.record, DEVICE)
+        margo_agent.enqueue_status(self.state, self.record)
         self.assertEqual(self.state["outbox"], {})
-        margo_agent.enqueue_status(self.state, margo_agent.set_component(self.record, "web", "installing"), DEVICE)
+        margo_agent.enqueue_status(self.state, margo_agent.set_component(self.record, "web", "installing"))
         self.assertEqual(list(self.state["outbox"]), [HELLO])
 
     def test_going_back_to_what_was_acknowledged_withdraws_what_was_not(self):
-        margo_agent.enqueue_status(self.state, self.record, DEVICE)
+        margo_agent.enqueue_status(self.state, self.record)
         margo_agent.acknowledge_status(self.state, HELLO)
-        margo_agent.enqueue_status(self.state, margo_agent.set_component(self.record, "web", "installing"), DEVICE)
-        margo_agent.enqueue_status(self.state, self.record, DEVICE)
+        margo_agent.enqueue_status(self.state, margo_agent.set_component(self.record, "web", "installing"))
+        margo_agent.enqueue_status(self.state, self.record)
         self.assertEqual(self.state["outbox"], {})
 
     def test_a_removed_deployment_is_forgotten_with_its_last_report_and_not_before(self):
         """D-21, D-26"""
         record = margo_agent.set_component(self.record, "web", "removed")
         self.state["deployments"][HELLO] = record
-        margo_agent.enqueue_status(self.state, record, DEVICE)
+        margo_agent.enqueue_status(self.state, record)
         self.assertIn(HELLO, self.state["deployments"])
         margo_agent.acknowledge_status(self.state, HELLO)
         self.assertEqual((self.state["deployments"], self.state["reported"], self.state["outbox"]), ({}, {}, {}))
