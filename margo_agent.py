@@ -105,6 +105,7 @@ MAX_NAMED = 100                     # workloads of other owners that `status` na
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900  # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                     # seconds for the current step once the process is asked to end
 STOP_LIMIT = 90                     # seconds until a cycle that was asked to end is killed by its parent
+MAX_SHIFT = 3 * 3600                # seconds by which a clock may be put forward, at most
 CYCLE_RETRY = 60                    # seconds to the next cycle after one that said nothing
 HUNG = 1800                         # seconds without a move after which a cycle is killed
 MAX_WAIT = 86400.0                  # seconds that anybody can ask this device to wait
@@ -358,7 +359,7 @@ class Agent:
         final = isinstance(error, (Unreachable, Untrusted))
         self.silent = self.silent or final or isinstance(error, Refused) and bool(error.retry_after)
         if isinstance(error, Silence):
-            log("debug", error.message)
+            log_wait(error.message)
             return
         stored = self.store.find_time()
         if isinstance(error, Untrusted) and time.time() < stored:   # no verdict on certificates is one (P-2)
@@ -373,28 +374,23 @@ class Agent:
     def exchange(self):
         """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
 
-        A WFM that answers, and does not take a status, is polled all the same (P-9).
+        A WFM that does not take a report is polled all the same (P-9).
         """
         if self.silent:
             return
         self.check_patience()
         self.connect()
         self.report_capabilities()
-        fault = desired = None
-        try:
-            self.flush_outbox()
-        except MargoError as error:
-            if not error.status:
-                raise
-            fault = error
-        if not self.config.poll.window or is_within(self.config.poll.window, time.localtime()):
-            desired = self.fetch_desired()
-            self.state["patience"] = self.state["patience"] if fault else {}
+        self.flush_outbox()
+        window = self.config.poll.window
+        if window and not is_within(window, time.localtime()):
+            log_wait("outside poll.window: the WFM is not asked for anything new")
+            return
+        desired = self.fetch_desired()
+        self.state["patience"] = {}
         if desired:
             self.accept(desired)
             self.changed = True
-        if fault:
-            raise fault
 
     def fetch_desired(self):
         """The Desired that the source has; None where nothing changed.
@@ -418,7 +414,7 @@ class Agent:
     def report_capabilities(self, always=False):
         """PUTs the capabilities of all devices, before anything else and where they changed."""
         documents = load_capabilities(self.devices, self.config.state_dir)
-        report_devices(documents, self.source, self.store, self.state, always)
+        report_devices(documents, self.source, self.state, always)
 
     def accept(self, desired):
         """Makes a verified desired state the accepted one, durable: first its documents, then it (C-111)."""
@@ -526,7 +522,7 @@ class Agent:
     def prune(self):
         """Housekeeping on everything that answers, where it is wished."""
         if self.config.runtime.prune:
-            prune(self.state, self.store, self.devices, self.answering)
+            prune(self.state, self.store, self.device_id, self.answering)
 
     def carry_out(self, actions, seen, version):
         """Carries out a plan, group by group; returns what went wrong and fails no deployment, in words."""
@@ -577,7 +573,8 @@ class Agent:
         verb = action.verb
         if self.is_downtime():
             verb, record = hold_quiet(action, record, sight.containers, get_clock())
-        return Step(action, verb, record, holds, sight, self.config, self.store, version, troubles)
+        return Step(verb, action=action, record=record, holds=holds, sight=sight, config=self.config,
+                    store=self.store, version=version, troubles=troubles)
 
     def advance(self, step, turn=None):
         """Carries on with a step until it is ready to change something, or done; whether it is ready.
@@ -607,50 +604,49 @@ class Agent:
 
     def keep(self, step, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
-        device = next(item for item in self.devices if item.device_id == step.action.device_id)
-        images = {make_prefix(device) + name for name in step.fetched
-                  if not re.fullmatch(DIGEST_PATTERN, name)}
+        prefix = make_prefix(step.action.device_id, self.device_id)
+        images = {prefix + name for name in step.fetched if not re.fullmatch(DIGEST_PATTERN, name)}
         self.state["pulled"] = sorted(images.union(self.state["pulled"]))
         if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
             record = dict(record, fetched=sorted({*record["fetched"], *step.fetched}))
         self.state["deployments"][step.action.key] = record
         enqueue_status(self.state, record)
         self.store.save_state(self.state)
-        self.flush_outbox(quiet=True)
+        self.silent = not self.flush_outbox() or self.silent    # one time-out is enough
 
-    def flush_outbox(self, quiet=False):
-        """Sends every waiting status, oldest first.
+    def flush_outbox(self):
+        """Sends every waiting status that is due, oldest first; whether the WFM could be reached.
 
-        One that the WFM refuses for good is dropped, and `status` says so.  One that fails goes to the end,
-        so that it does not hold up the others.  quiet: in the middle of applying; trouble on the wire then
-        only means that it is sent later.
+        One that it does not take waits by a back-off of its own, and holds up nothing else (P-9).
         """
-        outbox = self.state["outbox"]
-        for key, status in list(outbox.items()):
+        state = self.state
+        for key, status in list(state["outbox"].items()):
+            clock = get_clock()
             if self.silent or not self.source:
-                return
-            refused = None
+                return True
+            if find_wait(state["waits"].get(key, {}), clock):
+                continue
             try:
                 self.source.post_status(status["deploymentId"], status)
+                acknowledge_status(state, key)
             except (Refused, Unreachable, Untrusted) as error:
-                if not isinstance(error, Refused) or error.status < 400:
-                    outbox[key] = outbox.pop(key)
-                    if not quiet:
-                        raise
-                    self.note_fault(error, time.time())
-                    log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
-                    return
-                refused = error.message
-                log("error", "the WFM refuses a status for good; it is dropped", deployment=key,
-                    reason=refused)
-            acknowledge_status(self.state, key, refused, make_time(time.time()))
+                words = put_off_status(state, key, error, clock, get_random())
+                if key in state["outbox"]:
+                    self.faults.append(error)
+                    log("warning", words, deployment=key, reason=error.message)
+                else:
+                    log("error", f"{words}; it is dropped", deployment=key, reason=error.message)
+                answered = bool(error.status) or isinstance(error, Refused)
+                if error.retry_after or not answered:
+                    return answered                 # the others come next time
+        return True
 
     def conclude(self, began):
         """The Outcome of a cycle, kept where `status` finds it; writes the disk only if something changed."""
         state = self.state
         fault = max(self.faults, key=lambda fault: fault.exit, default=None)
         failed = any(record["state"] == "failed" for record in state["deployments"].values())
-        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"]))
+        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"] or state["waits"]))
         detail = fault.message if fault else ""
         note_outcome(state, fault)
         memo = self.store.load_memo()
@@ -676,7 +672,7 @@ def judge_cycle(fault, changed, failed, waiting):
     """(word of `lastPoll.result`, exit code) of a cycle; the operator's own silence is no fault.
 
     fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
-    deployment has failed.  waiting: whether a status waits in the outbox.
+    deployment has failed.  waiting: whether a report waits to be taken.
     """
     silence = bool(fault) and not fault.exit
     code = max(fault.exit if fault else 0, 1 if failed else 0, 3 if waiting and not silence else 0)
@@ -881,9 +877,8 @@ class Step:
     begun               whether it has changed something
     """
 
-    def __init__(self, action, verb, record, holds, sight, config, store, version, troubles):
-        self.action, self.record, self.holds, self.sight = action, record, holds, sight
-        self.config, self.store, self.version, self.troubles = config, store, version, troubles
+    def __init__(self, verb, **facts):
+        vars(self).update(facts)
         self.course = EXECUTE[verb](self)
         self.before, self.fetched = [], []
         self.takes = set()
@@ -1026,43 +1021,40 @@ class Installation:
         begun = self.record["state"] != "pending"               # else it has only freed its ports
         if self.touched and begun and self.step.config.runtime.on_failure != "rollback":
             self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
-        elif self.touched and self.record["fallback"]:
-            words = f"{words}; {self.go_back()}"
-        elif self.touched and not self.record["running"]:
-            words = f"{words}; {self.take_back(deployment)}"
+        elif self.touched and (self.record["fallback"] or not self.record["running"]):
+            words = f"{words}; {self.undo(deployment)}"
         return self.step.fail(self.record, name, ComponentError(code, words, retry_after=error.retry_after))
 
-    def take_back(self, deployment):
-        """Removes what a first installation has begun, so that nothing crashes on and on.
+    def undo(self, deployment=None):
+        """Brings the version before back, or else removes what a first installation has begun.
 
-        What ran before it, of a state that was lost, runs again.  Returns what came of it, in words.
+        Returns what came of it, in words.
+        """
+        try:
+            return self.go_back() if self.record["running"] else self.take_back(deployment)
+        except (ComponentError, CommandError, MemoryError) as error:
+            words = f"going back failed too: {to_fault(error).message}"
+            log("error", words, deployment=self.record["deploymentId"])
+            return words
+
+    def take_back(self, deployment):
+        """Removes what was begun, so that nothing crashes on and on; what ran before it, of a state that was
+        lost, runs again.
         """
         before = find_containers(deployment.deployment_id, self.step.sight.containers)
-        try:
-            if before and self.record.get("found"):
-                driver = self.step.get_driver(before[0].type)
-                return driver.bring_back(before, time.monotonic() + COMPONENT_TIMEOUT)
-            list(self.run(deployment._replace(components=[]), {}, {}, rollback=True))
-        except (ComponentError, CommandError, MemoryError) as error:
-            return f"taking it back failed too: {to_fault(error).message}"
-        components = [dict(item, state="pending", services={}) for item in self.record["components"]]
-        self.record = dict(self.record, components=components)
+        if before and self.record.get("found"):
+            driver = self.step.get_driver(before[0].type)
+            return driver.bring_back(before, time.monotonic() + COMPONENT_TIMEOUT)
+        list(self.run(deployment._replace(components=[]), {}, {}, rollback=True))
+        self.record = set_component(self.record, None, "pending", services={})
         return "it is taken back until the next attempt"
 
     def go_back(self):
-        """Brings the version before back after an update that failed; what came of it, in words."""
+        """Makes the version before run."""
         before = self.record["running"]
         self.services = {}
-        try:
-            data = self.step.store.load_artifact(before["digest"])
-            if data is None:
-                raise ComponentError("INTERNAL", "its document is not in the state directory any more")
-            deployment = parse_deployment(data, self.record["deploymentId"])
-            list(self.run(deployment, before["packages"], before["services"], rollback=True))
-        except (ComponentError, CommandError, MemoryError) as error:
-            words = to_fault(error).message
-            log("error", "roll-back failed", deployment=self.record["deploymentId"], reason=words)
-            return f"bringing the version before back failed too: {words}"
+        deployment = load_deployment(self.record["deploymentId"], before["digest"], self.step.store)
+        list(self.run(deployment, before["packages"], before["services"], rollback=True))
         log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
             digest=before["digest"])
         self.record = dict(self.record, running=dict(before, services=self.services))
@@ -1093,7 +1085,7 @@ def apply_restore(step):
     record = step.record
     yield record
     job = Installation(count_repair(record, get_clock()), step)
-    job.go_back()
+    job.undo()
     components = [dict(new, state=old["state"], error=old["error"])
                   for new, old in zip(job.record["components"], record["components"])]
     yield dict(job.record, state=record["state"], error=record["error"], components=components)
@@ -1105,8 +1097,7 @@ def apply_give_up(step):
     there = [container.id for container in find_containers(record["deploymentId"], step.sight.containers)
              if (container.component, container.service) == culprit]
     try:                                            # without its document nobody knows what to mask
-        data = step.store.load_artifact(record["adopted"]["digest"]) or b""
-        deployment = parse_deployment(data, record["deploymentId"])
+        deployment = load_deployment(record["deploymentId"], record["adopted"]["digest"], step.store)
         secrets = make_variables(deployment, culprit[0]).values()
         words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
     except MargoError:
@@ -1138,7 +1129,11 @@ def apply_removal(step):
     adopted = dict(record["adopted"], version=step.version)
     record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
     yield record
-    deployment = load_deployment(record, step.store)
+    try:                                            # listeners are told of it
+        digest = (record["running"] or record["adopted"])["digest"]
+        deployment = load_deployment(record["deploymentId"], digest, step.store)
+    except ComponentError:
+        deployment = make_nothing(record)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
     here = record["deviceId"] == step.action.device_id          # else its device is forgotten
@@ -1173,9 +1168,8 @@ def apply_removal(step):
 def clear(step):
     """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
     record = dict(step.record, deviceId=step.action.device_id)
-    nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
     with Notices(step) as notices:
-        dropped = find_dropped(record, nothing, step.sight.containers)
+        dropped = find_dropped(record, make_nothing(record), step.sight.containers)
         for change in dropped:
             notices.ask(change)
         for change in dropped:
@@ -1198,6 +1192,11 @@ EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_r
            "refuse": apply_refusal, "keep": apply_nothing}
 
 
+def make_nothing(record):
+    """The Deployment of which nothing but its record is known."""
+    return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
+
+
 def find_components(deployment_id, containers):
     """[(component, type)] of a deployment that there is something of; asks the engine, not the memory."""
     return sorted({(item.component, item.type) for item in find_containers(deployment_id, containers)})
@@ -1211,13 +1210,13 @@ def find_dropped(record, deployment, containers, rollback=False):
             if (name, kind) not in wanted]
 
 
-def load_deployment(record, store):
-    """The Deployment that a record tells of, as far as the state directory still has its document."""
-    digest = (record["running"] or record["adopted"])["digest"]
-    try:
-        return parse_deployment(digest and store.load_artifact(digest) or b"", record["deploymentId"])
-    except MargoError:
-        return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
+def load_deployment(deployment_id, digest, store):
+    """The Deployment of a revision; raises ComponentError where its document is lost, or none."""
+    load = store.load_artifact if digest else {}.get            # there is none of what was never known
+    target = read_target(Target(deployment_id, digest, 0, None, None), load)
+    if target.error:
+        raise target.error
+    return target.deployment
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1344,6 +1343,24 @@ def enqueue_status(state, record):
     state["outbox"].pop(key, None)
     if state["reported"].get(key) != sha256_digest(make_json(status)):
         state["outbox"][key] = status
+    else:
+        state["waits"].pop(key, None)
+
+
+def put_off_status(state, key, error, clock, jitter):
+    """What becomes of a status that the WFM has not taken, in words: it waits longer each time.
+
+    One that it refuses for good (400 and above) is dropped; and so is a `removed` that it has answered by
+    faults for a day: it may not know the deployment.
+    """
+    wait = make_hold(state["waits"].get(key, {}), error, clock, jitter)
+    removed = state["outbox"][key]["status"]["state"] == "removed"
+    final = isinstance(error, Refused) and error.status >= 400
+    if final or removed and 0 < wait["since"] <= clock.now - MAX_WAIT:
+        acknowledge_status(state, key, error.message, make_time(clock.now))
+        return "the WFM refuses a status for good" if final else "the WFM has not taken a `removed` for a day"
+    state["waits"][key] = wait
+    return "a status cannot be sent now and waits in the outbox"
 
 
 def acknowledge_status(state, key, refused="", at=""):
@@ -1352,6 +1369,7 @@ def acknowledge_status(state, key, refused="", at=""):
     A removed deployment is forgotten with its last report.
     """
     status = state["outbox"].pop(key)
+    state["waits"].pop(key, None)
     state["dropped"].pop(key, None)
     if refused:
         dropped = {"state": status["status"]["state"], "at": at, "reason": refused}
@@ -1571,12 +1589,12 @@ def make_mark(environment):
     return sha256_digest(make_json(environment))[7:23] if environment else ""
 
 
-def make_prefix(device):
+def make_prefix(device_id, own_id):
     """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
-    return device.device_id + " " if device.silence else ""
+    return "" if device_id == own_id else device_id + " "
 
 
-def prune(state, store, devices, answering):
+def prune(state, store, own_id, answering):
     """Removes what neither the current nor the previous version of any deployment needs.
 
     That are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
@@ -1584,7 +1602,7 @@ def prune(state, store, devices, answering):
     """
     digests, images = find_needed(state)
     store.prune_artifacts(digests)
-    drivers = {make_prefix(device): answering[device.device_id].values() for device in devices}
+    drivers = {make_prefix(device_id, own_id): found.values() for device_id, found in answering.items()}
     for entry in state["pulled"]:
         device_id, space, name = entry.rpartition(" ")
         there = drivers.get(device_id + space, ())
@@ -1811,9 +1829,10 @@ class HttpSource:
 class MtlsSource(HttpSource):
     """Management Interface 1.0.0-rc.3: mutual TLS; the SVID is all that says who asks (C-020)."""
 
-    def __init__(self, config, identity, bundle):
+    def __init__(self, config, identity, bundle, memo):
         super().__init__(config)
         self.identity = identity
+        self.memo = memo                            # the Store's, see load_memo
         self.client_id = identity.spiffe_id.text
         self.peer = identity.wfm_spiffe_id.text
         self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
@@ -1835,11 +1854,32 @@ class MtlsSource(HttpSource):
 
     def put_capabilities(self, device_id, document):
         """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
+        self.send_of("PUT", device_id, document)
 
     def delete_capabilities(self, device_id):
         """Deregisters a device; one that the WFM does not know is deregistered already."""
-        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+        try:
+            self.send_of("DELETE", device_id)
+        except Refused as error:
+            if error.status != 404:
+                raise
+
+    def send_of(self, method, device_id, document=None):
+        """One request about a device.
+
+        The specification leaves open how a child's id, `gateway/child`, stands in a path.  Where the WFM
+        knows nothing at one form, the other one is tried, and what worked is noted.
+        """
+        forms = [device_id, device_id.replace("/", "%2F")]
+        if self.memo.get("escaped"):
+            forms.reverse()
+        try:
+            self.send(method, f"/capabilities/{forms[0]}", SUCCESS, document=document)
+        except Refused as error:
+            if error.code != "HTTP 404" or forms[0] == forms[1]:
+                raise
+            self.send(method, f"/capabilities/{forms[1]}", SUCCESS, document=document)
+            self.memo["escaped"] = forms[0] == device_id
 
 
 class Profile:
@@ -1911,7 +1951,7 @@ class Mtls(Profile):
 
     def open_source(self, identity, bundle, keep):
         """The MtlsSource of an Identity, with what companions have to say."""
-        source = MtlsSource(self.config, identity, bundle)
+        source = MtlsSource(self.config, identity, bundle, self.store.load_memo())
         for companion in COMPANIONS.values():
             if companion.judge:
                 source.judges.append(companion.judge(self.config, self.store, self.state, source, keep))
@@ -3296,54 +3336,63 @@ def load_capabilities(devices, state_dir):
     return documents
 
 
-def report_devices(documents, source, store, state, always):
+def report_devices(documents, source, state, always):
     """PUTs what changed of {device id: capabilities document}, a gateway's own first.
 
-    DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and
-    saves state["enrollment"].
+    DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent, and every
+    fault is raised.  Changes state["enrollment"].  What the WFM does not take waits by a back-off
+    of its own, and holds up nothing else.
     """
-    for device_id in documents:
-        report_device(device_id, documents, source, store, state, always)
-    devices = state["enrollment"]["devices"]
-    for device_id in sorted(set(devices) - set(documents), reverse=True):
+    known = (state["enrollment"] or {}).get("devices", {})
+    for device_id in [*documents, *sorted(set(known) - set(documents), reverse=True)]:
+        key = f"capabilities {device_id}"
+        wait = state["waits"].get(key, {})
+        clock = get_clock()
+        if find_wait(wait, clock) and not always:
+            continue
         try:
-            source.delete_capabilities(device_id)
-            log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
-        except Refused as error:
-            log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
-            if error.status < 400:
-                continue                            # nobody judged that: it is asked for again
-        devices.pop(device_id)
-        store.save_state(state)
+            report_device(device_id, documents, source, state, always)
+            state["waits"].pop(key, None)
+        except (Refused, Unreachable, Untrusted) as error:
+            answered = error.status or isinstance(error, Refused)
+            if always or not state["enrollment"] or not answered:
+                raise
+            log("error", "the WFM does not take the capabilities", device=device_id, reason=error.message)
+            state["waits"][key] = make_hold(wait, error, clock, get_random())
 
 
-def report_device(device_id, documents, source, store, state, always, again=True):
-    """PUTs one device's capabilities.
+def report_device(device_id, documents, source, state, always, again=True):
+    """PUTs one device's capabilities, or DELETEs those of one that has gone; raises what is no verdict.
 
     A WFM that does not know a child's gateway is told of that first (protocol 2.2).
     """
-    enrolled = state["enrollment"]
     own_id = next(iter(documents))
-    digest = sha256_digest(make_json(documents[device_id]))
-    devices = enrolled["devices"] if enrolled else {}
+    devices = dict((state["enrollment"] or {}).get("devices", {}))
+    digest = device_id in documents and sha256_digest(make_json(documents[device_id]))
     if devices.get(device_id) == digest and not always:
         return
     try:
-        source.put_capabilities(device_id, documents[device_id])
-        log("info", "capabilities reported", device=device_id)
+        if digest:
+            source.put_capabilities(device_id, documents[device_id])
+            log("info", "capabilities reported", device=device_id)
+        else:
+            source.delete_capabilities(device_id)
+            log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
     except Refused as error:
-        if not enrolled:
-            raise
-        if again and device_id != own_id and error.code in ("gateway-not-found", "HTTP 404"):
-            report_device(own_id, documents, source, store, state, True)
-            report_device(device_id, documents, source, store, state, True, again=False)
+        if again and digest and device_id != own_id and error.code in ("gateway-not-found", "HTTP 404"):
+            report_device(own_id, documents, source, state, True)
+            report_device(device_id, documents, source, state, True, again=False)
             return
+        judged = error.code in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422")
+        if not state["enrollment"] or not judged and (digest or error.status < 400):
+            raise                                   # no verdict on the document: it is sent again (C-082)
         log("error", "the WFM refuses the capabilities", device=device_id, reason=error.message)
-        if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
-            return                                  # no verdict on the document: it is sent again (C-082)
     # What was refused is noted, too: it is not sent again unchanged.
-    state["enrollment"] = {"id": source.client_id, "devices": dict(devices, **{device_id: digest})}
-    store.save_state(state)
+    if digest:
+        devices[device_id] = digest
+    else:
+        devices.pop(device_id)
+    state["enrollment"] = {"id": source.client_id, "devices": devices}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6787,6 +6836,11 @@ class Log:
 log = Log()
 
 
+def log_wait(words):
+    """Says why nothing is asked now, to a person at a terminal: a log would have it at each poll."""
+    log("info" if sys.stderr.isatty() else "debug", words)
+
+
 def write_file(path, data, mode=0o600, temporary=None):
     """The one door for writing: the file holds either its old bytes or all of `data`, whatever happens
     (D-34).
@@ -6938,6 +6992,8 @@ def make_state():
                 revocations in crls/
     drafts      the drafts in use, as the log was told
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
+    waits       {id in lower case, or `capabilities` and a device id: back-off}: of reports that the WFM has
+                not taken, see make_hold
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
     owners      [text]: what this agent has called itself on the engine, newest last (see make_owner)
     pulled      [image, after a child device's id and a space where it is there]: what it pulled and may prune
@@ -6948,7 +7004,8 @@ def make_state():
     return {
         "schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {},
         "dropped": {}, "reported": {}, "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [],
-        "patience": {}, "waiting": None, "owners": [], "pulled": [], "history": [], "lastPoll": None}
+        "patience": {}, "waits": {}, "waiting": None, "owners": [], "pulled": [], "history": [],
+        "lastPoll": None}
 
 
 def make_accepted(desired, at=""):
@@ -7464,6 +7521,12 @@ def make_patience(record, error, clock, jitter):
     return make_wait(record, delay, clock)
 
 
+def make_hold(record, error, clock, jitter):
+    """The record of one more report that was not taken; since: when the WFM first answered one by a fault."""
+    delay = make_backoff(record.get("failures", 0) + 1, error.retry_after, error.strategy, jitter)
+    return dict(make_wait(record, delay, clock), since=record.get("since") or error.status and clock.now)
+
+
 def make_backoff(failures, asked, strategy, jitter):
     """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
     what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
@@ -7513,13 +7576,21 @@ def find_silence(patience, downtime, starting, clock):
     return Silence(words, retry_after=left) if left else None
 
 
+def make_spread(device_id, spread):
+    """Seconds that a run of this device waits of the `spread` over which a fleet's runs begin.
+
+    They are the same at each run, so that what cron starts at an interval speaks at that interval (P-19).
+    """
+    return int(sha256_digest(device_id.encode())[7:15], 16) / 2 ** 32 * spread
+
+
 def make_delay(config, state, fault, clock, jitter):
     """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
     an attempt is due.
     """
     interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
     patience = state["patience"]
-    if isinstance(fault, (Refused, Untrusted)):
+    if isinstance(fault, (Refused, Untrusted)) and patience:
         slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
         return max(interval, patience.get("delay", 0), slower)
     left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
@@ -7527,6 +7598,7 @@ def make_delay(config, state, fault, clock, jitter):
         return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
     attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
                 if record["state"] == "failed" and not record["refused"]]
+    attempts += [max(CYCLE_RETRY, find_wait(record, clock)) for record in state["waits"].values()]
     return max(1.0, min([interval] + attempts))
 
 
@@ -7555,8 +7627,8 @@ def parse_retry_after(text, now):
     return None if moment is None else limit_wait(max(0.0, moment - now), now)
 
 
-def is_within(windows, local):
-    """Whether the device-local `local` (struct_time) lies in one of the windows."""
+def covers(windows, local):
+    """Whether one of the windows holds a device-local minute (struct_time)."""
     now = 60 * local.tm_hour + local.tm_min
     stamp = time.strftime(MINUTE, local)
     for days, start, end in windows:
@@ -7571,10 +7643,26 @@ def is_within(windows, local):
     return False
 
 
-def is_within_whole(windows, start, end):
-    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of
-    device-local time.
+def is_within(windows, local):
+    """Whether a device-local moment (struct_time) lies in one of the windows.
+
+    What a clock that is put forward leaves out of a window is made up for right after that (F-25).
     """
+    if covers(windows, local):
+        return True
+    now = int(time.mktime(local))
+    before = time.localtime(now - MAX_SHIFT).tm_gmtoff
+    if not windows or before >= (local.tm_gmtoff or before):
+        return False
+    change = now - now % 60
+    while time.localtime(change - 60).tm_gmtoff == local.tm_gmtoff:
+        change -= 60
+    skipped = [time.gmtime(change + second) for second in range(before, local.tm_gmtoff, 60)]
+    return sum(covers(windows, minute) for minute in skipped) > (now - change) // 60
+
+
+def is_within_whole(windows, start, end):
+    """Whether all the time between two moments (Unix seconds, by the minute) lies in windows."""
     moments = range(int(start), int(max(start, end)) + 1, 60)
     return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
 
@@ -11833,9 +11921,18 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
-    """`run --once`: one cycle; `run`: one after the other, each in a process of its own."""
+    """`run --once`: one cycle; `run`: one after the other, each in a process of its own.
+
+    --spread: the cycle begins at the device's own moment within that time, for fleets that cron starts.
+    """
+    try:
+        spread = read_duration(options.get("--spread", "1"), "") if "--spread" in options else 0
+    except ValueError as error:
+        raise ConfigError(f"--spread: found {options['--spread']!r}, expected {error}") from None
     if "--once" not in options:
-        return start_watch(options)
+        if spread:
+            raise ConfigError("--spread: belongs to run --once; a daemon has poll.jitter")
+        return start_watch(config, options)
     import signal
     asked = []
 
@@ -11850,19 +11947,36 @@ def command_run(config, options):
         signal.signal(number, stop)
     descriptor = os.environ.pop("MARGO_DELAY_FD", None)
     agent = Agent(config, lambda: bool(asked))
-    outcome = agent.cycle()
-    end = time.monotonic() + agent.starting
-    if agent.starting and not descriptor:           # workloads are up; nobody else waits for this run's turn
+
+    def wait(seconds):
+        end = time.monotonic() + seconds
         while time.monotonic() < end and not asked:
             time.sleep(0.2)
+
+    if spread:
+        seconds = make_spread(agent.device_id, spread)
+        log_wait(f"waiting {seconds:.0f} s: --spread has a fleet's runs begin one after the other")
+        wait(seconds)
+    outcome = agent.cycle()
+    if agent.starting and not descriptor:           # workloads are up; nobody else waits for this run's turn
+        wait(agent.starting)
         outcome = agent.cycle()
     log("debug", "cycle done", result=outcome.result, code=outcome.code)
     if descriptor:
-        os.write(int(descriptor), f"{outcome.delay:.3f}".encode())
+        words = make_life_sign(agent.state, outcome)
+        os.write(int(descriptor), f"{outcome.delay:.3f} {words}".encode("utf-8", "replace"))
     return outcome.code
 
 
-def start_watch(options):
+def make_life_sign(state, outcome):
+    """How a cycle went, for `systemctl status`."""
+    states = [record["state"] for record in state["deployments"].values()]
+    words = f"{outcome.result}, {states.count('installed')} of {len(states)} deployments installed"
+    detail = outcome.detail and f"; {make_printable(outcome.detail, 200)}"
+    return f"{words}{detail}; next cycle in {outcome.delay:.0f} s"
+
+
+def start_watch(config, options):
     """Turns this process into the parent of the daemon: a bare interpreter that holds `watch` and nothing
     else of this file.
 
@@ -11872,11 +11986,15 @@ def start_watch(options):
     import marshal
     parts = {
         part.__name__: part.__code__
-        for part in (notify, complain, start_cycle, read_answer, count_wakes, end_cycle, watch)
+        for part in (notify, write_line, start_cycle, read_answer, count_wakes, end_cycle, watch)
     }
+    last = "the daemon has ended" if log.level in ("debug", "info") else ""
+    arguments = make_child(options), CYCLE_RETRY, HUNG, STOP_LIMIT, last
     program = (f"import marshal\nfor name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               "    globals()[name] = type(lambda: None)(code, globals())\n"
-               f"raise SystemExit(watch({make_child(options)!r}, {CYCLE_RETRY}, {HUNG}, {STOP_LIMIT}))\n")
+               f"    globals()[name] = type(lambda: None)(code, globals())\nLINE = {LINES[log.form]!r}\n"
+               f"raise SystemExit(watch(*{arguments!r}))\n")
+    log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
+        wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
     reader, writer = os.pipe()
     os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
@@ -11899,8 +12017,13 @@ def make_child(options):
     return start + options["arguments"] + ["--once"]
 
 
-# The daemon's parent: these functions run in an interpreter that has nothing else of this file, so they
-# import what they need.
+# The daemon's parent: these functions run in an interpreter that has nothing else of this file but LINE, so
+# they import what they need.
+
+# How a line of the log is written, by its form.
+LINES = {"text": "%s %-7s %s\n", "json": '{"time":"%s","level":"%s","message":"%s"}\n'}
+LINE = LINES["text"]
+
 
 def notify(address, text):
     """Tells systemd something, where it listens."""
@@ -11917,12 +12040,13 @@ def notify(address, text):
         pass                                        # nobody listens any more: no reason to end
 
 
-def complain(text):
+def write_line(level, text):
     """Writes one line as the log does."""
     import os
     import time
+    line = LINE % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), level, text)
     try:
-        os.write(2, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} error   {text}\n".encode())
+        os.write(2, line.encode() if text else b"")
     except OSError:
         pass                                        # nobody listens any more
 
@@ -11941,7 +12065,8 @@ def start_cycle(child, signals):
             os.set_inheritable(writer, True)
             os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
         except OSError as error:
-            complain(f"{child[0]} cannot be started ({error.strerror}); is Python still where it was?")
+            words = f"{child[0]} cannot be started ({error.strerror}); is Python still where it was?"
+            write_line("error", words)
         finally:
             os._exit(127)
     os.close(writer)
@@ -11952,7 +12077,7 @@ def read_answer(reader):
     """What a cycle that has ended said by its pipe; closes it."""
     import os
     try:
-        return os.read(reader, 64)
+        return os.read(reader, 1024)
     except BlockingIOError:
         return b""
     finally:
@@ -11983,21 +12108,20 @@ def end_cycle(pid, limit):
     os.kill(pid, signal.SIGTERM)
     while not os.waitpid(pid, os.WNOHANG)[0]:
         if time.monotonic() > end:
-            complain(f"the cycle did not end within {limit} s, and is killed")
+            write_line("error", f"the cycle did not end within {limit} s, and is killed")
             os.kill(pid, signal.SIGKILL)
             return 1
         signal.sigtimedwait({signal.SIGCHLD}, 0.5)
     return 0
 
 
-def watch(child, fallback, hung, limit):
-    """Runs `child` (an argument list) over and over; returns the exit code.
+def watch(child, fallback, hung, limit, last):
+    """Runs `child` (an argument list) over and over; returns the exit code.  last: how its log ends.
 
-    A child says by a pipe how long to wait, else `fallback` seconds count.  SIGTERM and SIGINT end it
-    after the current step, SIGHUP starts a cycle at once (each reads the configuration anew).  systemd's
-    watchdog is fed while cycles can be started and move: one that the kernel has not seen wake for `hung`
-    seconds waits for what will never come, because each of its own waits is shorter, and is killed.  Five
-    in a row that cannot be started end the daemon.
+    A child says by a pipe how long to wait, else `fallback` seconds count, and how it went.  SIGTERM and
+    SIGINT end it after the current step, SIGHUP starts a cycle at once.  systemd's watchdog is fed while
+    cycles can be started and move: one that the kernel has not seen wake for `hung` seconds, longer than it
+    ever waits itself, is killed.  Five in a row that cannot be started end the daemon.
     """
     import os
     import signal
@@ -12015,7 +12139,7 @@ def watch(child, fallback, hung, limit):
                 pid, reader = start_cycle(child, signals)
                 due, moved = None, now
             except OSError as error:
-                complain(f"no cycle can be started ({error.strerror})")
+                write_line("error", f"no cycle can be started ({error.strerror})")
                 failures += 1
                 due = now + fallback
         wait = hung / 4 if pid else max(0.0, due - now)
@@ -12023,12 +12147,16 @@ def watch(child, fallback, hung, limit):
         now = time.monotonic()
         if number in (signal.SIGTERM, signal.SIGINT):
             notify(address, "STOPPING=1")
-            return end_cycle(pid, limit) if pid else 0
+            code = end_cycle(pid, limit) if pid else 0
+            write_line("info", last)
+            return code
         if number == signal.SIGHUP:
             due = 0.0
         ended, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
         if ended:
-            answer = read_answer(reader)
+            answer, _, words = read_answer(reader).partition(b" ")
+            if words:
+                notify(address, "STATUS=" + words.decode("utf-8", "replace"))
             if status == 2 << 8 and not proven:     # a configuration that never worked
                 return 2
             # Python itself failed, or is not there
@@ -12036,14 +12164,14 @@ def watch(child, fallback, hung, limit):
             pid, proven = 0, True
             due = now + float(answer or fallback) if due is None else due
         if failures >= 5:
-            complain("five cycles in a row could not be started; this process ends, so that its supervisor"
-                     " learns of it")
+            write_line("error", "five cycles in a row could not be started; this process ends, so that its"
+                       " supervisor learns of it")
             return 1
         before = seen
         seen = count_wakes(pid) if pid else None
         moved = moved if pid and seen == before else now
         if now - moved > hung:
-            complain(f"the cycle has not moved for {hung} s, and is killed")
+            write_line("error", f"the cycle has not moved for {hung} s, and is killed")
             os.kill(pid, signal.SIGKILL)
         elif not failures:
             notify(address, "WATCHDOG=1")
@@ -12111,10 +12239,7 @@ def purge(agent):
         agent.connect()
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
-    try:
-        agent.flush_outbox()                        # also what a purge that was cut off has left to be told
-    except Untrusted as error:
-        log("warning", "the WFM does not take the last reports", reason=error.message)
+    agent.flush_outbox()                            # also what a purge that was cut off has left to be told
     return any(record["state"] != "removed" for record in agent.state["deployments"].values())
 
 
@@ -12277,7 +12402,7 @@ def command_retry(config, options):
         for record in records:
             record.update(retry={}, repair={})
         if not wanted:
-            agent.state["patience"] = {}
+            agent.state.update(patience={}, waits={})
             agent.state["est"].update(delay=0)
         agent.store.save_state(agent.state)
         if wanted and not records:
@@ -12299,7 +12424,7 @@ def print_json(value):
 
 COMMANDS.update({
     "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": ""}, ""),
+    "run": (command_run, {"--once": "", "--spread": "TIME"}, ""),
     "plan": (command_plan, {"--json": ""}, ""),
     "status": (command_status, {"--json": ""}, ""),
     "history": (command_history, {"--json": ""}, ""),

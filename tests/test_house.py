@@ -34,7 +34,7 @@ GAUGE = {
 LYING = """
 Agent.check_patience Agent.is_downtime Agent.make_capabilities ComposeDriver.check_health
 ComposeDriver.check_space ComposeDriver.make_access MtlsSource.check_peer Store.find_time
-check_space find_engine find_program is_within_whole make_child make_compose_driver make_drivers
+check_space find_engine find_program is_within is_within_whole make_child make_compose_driver make_drivers
 make_git_environment make_helm_driver make_opener
 """.split()
 
