@@ -79,6 +79,7 @@ CHECKS = {
     "helm3": lambda: find_layer("3"),
     "helm4": lambda: find_layer("4"),
     "openssl": lambda: shutil.which("openssl"),
+    "systemd": lambda: shutil.which("systemd-analyze") and os.path.exists("/sbin/init") and CHECKS["podman"](),
     "podman": lambda: shutil.which("podman") and os.geteuid() == 0 and os.path.exists("/bin/busybox"),
     "docker-compose": find_compose,
     "podman-compose": lambda: shutil.which("podman-compose") or shutil.which("podman-compose", path=os.path.dirname(sys.executable)),
