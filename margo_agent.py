@@ -7777,7 +7777,7 @@ SCHEMA = {
     "device": dict(DEVICE_SCHEMA,
                    children=(checked("a list", lambda value: isinstance(value, list)), [],
                              "devices behind this gateway, see README"),
-                   hostname=(read_flag, False, "whether capabilities tell the name of the host, as a draft has it"),
+                   hostname=(read_flag, False, "whether the host's name is told, a draft"),
                    parameter_values=(read_labels, {}, "values for parameters with `valueFrom`, a draft")),
     "poll": {
         "interval": (read_duration, "60s", "time between polls of `run`"),
