@@ -145,16 +145,16 @@ class MargoError(Exception):
         vars(self).update(facts)
 
 
-def define_fault(name, exit, code, meaning, base=MargoError, result="failed"):
+def define_fault(name, exit, code, meaning, base=MargoError, result=""):
     """A kind of MargoError: its exit code, stable text, meaning (its docstring) and word for `lastPoll`."""
-    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning, "result": result})
+    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning,
+                                "result": result or base.result})
 
 
 ConfigError = define_fault("ConfigError", 2, "CONFIGURATION", "The command line or configuration is wrong.")
 Unreachable = define_fault("Unreachable", 3, "UNREACHABLE", "The WFM cannot be reached or asks for patience.",
                            result="unreachable")
-Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable,
-                       "unreachable")
+Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable)
 Waiting = define_fault("Waiting", 3, "REMOVALS_UNCONFIRMED", "So much is removed only once it is confirmed.",
                        result="refused")
 Interrupted = define_fault("Interrupted", 3, "INTERRUPTED", "The process was asked to end before its time.")
@@ -189,6 +189,9 @@ class ComponentError(MargoError):
 
     def __init__(self, code, message, **facts):
         super().__init__(message[:MAX_MESSAGE] + ("..." if len(message) > MAX_MESSAGE else ""), code, **facts)
+
+
+TROUBLE = (ComponentError, CommandError, MemoryError)       # what fails one deployment and not the cycle
 
 
 class Forbidden(ComponentError):
@@ -294,10 +297,9 @@ class Agent:
         self.starting = 0                           # seconds until the first contact since the device started
 
     def cycle(self):
-        """One cycle: every step in turn.  Returns an Outcome.
+        """One cycle: every step in turn.  Returns an Outcome, which tells what went wrong.
 
-        Raises Locked where another instance works, StorageError where the state cannot be read; all other
-        faults are in the Outcome.
+        Raises Locked where another instance works, StorageError where the state cannot be read.
         """
         with self:
             began = time.time()
@@ -378,10 +380,7 @@ class Agent:
             self.state["patience"] = make_patience(self.state["patience"], error, clock, get_random())
 
     def exchange(self):
-        """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
-
-        A WFM that does not take a report is polled all the same (P-9).
-        """
+        """Speaks with the WFM.  One that does not take what is reported is polled all the same (P-9)."""
         if self.silent:
             return
         self.check_patience()
@@ -407,14 +406,13 @@ class Agent:
         if not accepted:
             return self.source.fetch_desired(None, self.store.load_artifact)
         memo = self.store.load_memo()
-        digest, etag = memo.get("etag") or ("", "")
-        etag = etag if digest == accepted["digest"] else accepted["etag"]
+        etag = memo.get("etags", {}).get(accepted["digest"], accepted["etag"])
         needed = [target.digest for target in list_targets(accepted) if self.is_needed(target)]
         lost = None in map(self.store.load_artifact, needed)        # it is fetched again (D-9)
         asked = dict(accepted, etag=etag, incomplete=lost)
         desired = self.source.fetch_desired(asked, self.store.load_artifact)
         if not desired and asked["etag"] != etag:
-            memo["etag"] = [accepted["digest"], asked["etag"]]
+            memo["etags"] = {accepted["digest"]: asked["etag"]}
         return desired
 
     def report_capabilities(self, always=False):
@@ -504,8 +502,7 @@ class Agent:
     def reconcile(self, accepted=None):
         """Makes what runs match what was accepted.
 
-        An engine that does not answer is not an empty one: what runs there is left alone, and CommandError
-        says so (D-16).
+        An engine that does not answer is not an empty one: it is left alone, and CommandError says so (D-16).
         """
         accepted = accepted or self.state["accepted"]
         if not accepted:
@@ -618,13 +615,10 @@ class Agent:
         self.state["deployments"][step.action.key] = record
         enqueue_status(self.state, record)
         self.store.save_state(self.state)
-        self.silent = not self.flush_outbox() or self.silent    # one time-out is enough
+        self.silent |= not self.flush_outbox()      # one time-out is enough
 
     def flush_outbox(self):
-        """Sends every waiting status that is due, oldest first; whether the WFM could be reached.
-
-        One that it does not take waits by a back-off of its own, and holds up nothing else (P-9).
-        """
+        """Sends every status that waits and is due, oldest first; whether the WFM could be reached."""
         state = self.state
         for key, status in list(state["outbox"].items()):
             clock = get_clock()
@@ -642,7 +636,7 @@ class Agent:
                     log("warning", words, deployment=key, reason=error.message)
                 else:
                     log("error", f"{words}; it is dropped", deployment=key, reason=error.message)
-                answered = bool(error.status) or isinstance(error, Refused)
+                answered = error.status or isinstance(error, Refused)
                 if error.retry_after or not answered:
                     return answered                 # the others come next time
         return True
@@ -681,7 +675,7 @@ def judge_cycle(fault, changed, failed, waiting):
     deployment has failed.  waiting: whether a report waits to be taken.
     """
     silence = bool(fault) and not fault.exit
-    code = max(fault.exit if fault else 0, 1 if failed else 0, 3 if waiting and not silence else 0)
+    code = max(fault.exit if fault else 0, int(failed), 3 if waiting and not silence else 0)
     if fault and not silence:
         return fault.result, code
     if failed:
@@ -793,8 +787,7 @@ def make_action(target, record, containers, clock, settle, mark):
         return act("install", "new")
     if state != "installed":
         return act(change, f"was interrupted while {state}")
-    services = {item["name"]: item["services"] for item in record["components"]}
-    culprit, words = find_drift(services, containers, clock.now, settle)
+    culprit, words = find_drift(list_parts(record, "services"), containers, clock.now, settle)
     if words and pause:
         words += f" although it was repaired {record['repair']['failures']} times"
         return act("give_up", f"{words}; next attempt at {make_time(clock.now + pause)}", culprit)
@@ -897,6 +890,14 @@ class Step:
             raise ComponentError("UNSUPPORTED_TYPE", words)
         return self.sight.drivers[kind]
 
+    def load_deployment(self, digest):
+        """The Deployment of a revision; raises ComponentError where its document is lost, or none."""
+        target = Target(self.action.deployment_id, digest, 0, None, None)
+        target = read_target(target, self.store.load_artifact, self.config)
+        if target.error:
+            raise target.error
+        return target.deployment
+
     def look(self, record):
         """Looks anew at what there is of a deployment; raises CommandError."""
         self.sight = self.sight._replace(containers=observe_all(self.sight.drivers, record))
@@ -992,10 +993,7 @@ class Installation:
                 notices.remove(change)
 
     def take_turn(self, ports):
-        """Waits for its turn, and frees its own ports first where others wait for them.
-
-        What moves is then removed from where it was.
-        """
+        """Waits for its turn, after freeing its ports where others wait for them; then clears what moves."""
         step = self.step
         verb = "stop"
         while verb == "stop":
@@ -1003,9 +1001,8 @@ class Installation:
             if verb == "fail":
                 raise ComponentError("PORT_IN_USE", words)
             while step.before:
-                other = step.before.pop()
                 try:
-                    clear(other)
+                    clear(step.before.pop())
                 except (CommandError, ComponentError) as error:
                     if isinstance(error, Forbidden):
                         raise
@@ -1032,21 +1029,16 @@ class Installation:
         return self.step.fail(self.record, name, ComponentError(code, words, retry_after=error.retry_after))
 
     def undo(self, deployment=None):
-        """Brings the version before back, or else removes what a first installation has begun.
-
-        Returns what came of it, in words.
-        """
+        """Brings the version before back, or removes what was begun; what came of it, in words."""
         try:
             return self.go_back() if self.record["running"] else self.take_back(deployment)
-        except (ComponentError, CommandError, MemoryError) as error:
+        except TROUBLE as error:
             words = f"going back failed too: {to_fault(error).message}"
             log("error", words, deployment=self.record["deploymentId"])
             return words
 
     def take_back(self, deployment):
-        """Removes what was begun, so that nothing crashes on and on; what ran before it, of a state that was
-        lost, runs again.
-        """
+        """Leaves nothing that crashes on and on; what ran before it, of a lost state, runs again."""
         before = find_containers(deployment.deployment_id, self.step.sight.containers)
         if before and self.record.get("found"):
             driver = self.step.get_driver(before[0].type)
@@ -1059,8 +1051,7 @@ class Installation:
         """Makes the version before run."""
         before = self.record["running"]
         self.services = {}
-        deployment = load_deployment(self.record["deploymentId"], before["digest"], self.step.store,
-                                     self.step.config)
+        deployment = self.step.load_deployment(before["digest"])
         list(self.run(deployment, before["packages"], before["services"], rollback=True))
         log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
             digest=before["digest"])
@@ -1071,8 +1062,7 @@ class Installation:
 def apply_install(step):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
     target, record = step.action.target, step.record
-    packages, services = ({item["name"]: item[part] for item in record["components"]}
-                          for part in ("package", "services"))
+    known = list_parts(record, "package"), list_parts(record, "services")
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
         record = count_repair(record, get_clock())
@@ -1081,9 +1071,9 @@ def apply_install(step):
     job = Installation(begin_record(record, target), step)
     yield job.record
     try:
-        yield from job.run(target.deployment, packages, services)
+        yield from job.run(target.deployment, *known)
         yield finish_record(job.record, make_mark(step.config.runtime.environment))
-    except (ComponentError, CommandError, MemoryError) as error:
+    except TROUBLE as error:
         yield job.fail(to_fault(error), target.deployment)
 
 
@@ -1105,7 +1095,7 @@ def apply_give_up(step):
              if (container.component, container.service) == culprit]
     try:                                            # without its document nobody knows what to mask
         digest = record["adopted"]["digest"]
-        deployment = load_deployment(record["deploymentId"], digest, step.store, step.config)
+        deployment = step.load_deployment(digest)
         secrets = make_variables(deployment, culprit[0]).values()
         words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
     except MargoError:
@@ -1139,8 +1129,8 @@ def apply_removal(step):
     yield record
     try:                                            # listeners are told of it
         digest = (record["running"] or record["adopted"])["digest"]
-        deployment = load_deployment(record["deploymentId"], digest, step.store, step.config)
-    except ComponentError:
+        deployment = step.load_deployment(digest)
+    except (ComponentError, StorageError):
         deployment = make_nothing(record)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
@@ -1153,13 +1143,13 @@ def apply_removal(step):
     try:
         with Notices(step) as notices:
             for change in changes:
-                name = change.name if change.name in names else None
+                name = change.name
                 step.get_driver(change.kind)        # it may run still
                 notices.ask(change)
             for change in changes:
-                name = change.name if change.name in names else None
+                name = change.name
                 notices.remove(change)
-                if name and change.kind == record["type"]:
+                if (name, change.kind) in known:
                     record = set_component(record, name, "removed")
                     if record["state"] != "removed":            # said below, once nothing is left
                         yield record
@@ -1167,7 +1157,7 @@ def apply_removal(step):
         log("error", "removal failed", deployment=record["deploymentId"], component=name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        yield step.fail(record, name, ComponentError(code, error.message))
+        yield step.fail(record, name if name in names else None, ComponentError(code, error.message))
         return
     remove_folder(step.store.path("deployments", step.action.key))
     yield dict(set_component(record, None, "removed"), state="removed", running=None, previous=None)
@@ -1216,15 +1206,6 @@ def find_dropped(record, deployment, containers, rollback=False):
     there = find_components(deployment.deployment_id, containers)
     return [Change("removal", name, record, deployment, rollback, kind) for name, kind in there
             if (name, kind) not in wanted]
-
-
-def load_deployment(deployment_id, digest, store, config):
-    """The Deployment of a revision; raises ComponentError where its document is lost, or none."""
-    load = store.load_artifact if digest else {}.get            # there is none of what was never known
-    target = read_target(Target(deployment_id, digest, 0, None, None), load, config)
-    if target.error:
-        raise target.error
-    return target.deployment
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1280,7 +1261,7 @@ def begin_record(record, target):
     if before != target.digest:
         record.update(retry={}, repair={}, fetched=[])
         if running and running["digest"] == before:             # from here on it is the version before
-            running = dict(running, services={name: component["services"] for name, component in old.items()})
+            running = dict(running, services=list_parts(record, "services"))
     return dict(record, adopted={"digest": target.digest, "version": target.version}, running=running,
                 fallback=bool(running and running["digest"] != target.digest))
 
@@ -1314,9 +1295,8 @@ def fail_record(record, component, error, clock, jitter, refused=False):
 def finish_record(record, mark=""):
     """The record once all of its revision is installed.  mark: make_mark of its environment."""
     images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
-    packages = {item["name"]: item["package"] for item in record["components"]}
-    running = {"digest": record["adopted"]["digest"], "packages": packages, "images": sorted(images),
-               "mark": mark, "type": record["type"]}
+    running = {"digest": record["adopted"]["digest"], "packages": list_parts(record, "package"),
+               "images": sorted(images), "mark": mark, "type": record["type"]}
     before = record["running"]
     previous = before if before and before["digest"] != running["digest"] else record["previous"]
     return dict(record, running=running, previous=previous, retry={}, fetched=[], fallback=False,
@@ -1356,10 +1336,10 @@ def enqueue_status(state, record):
 
 
 def put_off_status(state, key, error, clock, jitter):
-    """What becomes of a status that the WFM has not taken, in words: it waits longer each time.
+    """What becomes of a status that the WFM has not taken, in words: it waits longer each time (P-9).
 
-    One that it refuses for good (400 and above) is dropped; and so is a `removed` that it has answered by
-    faults for a day: it may not know the deployment.
+    It is dropped where it is refused for good (400 and above), or is a `removed` that was answered by faults
+    for a day: the WFM may not know the deployment.
     """
     wait = make_hold(state["waits"].get(key, {}), error, clock, jitter)
     removed = state["outbox"][key]["status"]["state"] == "removed"
@@ -1491,11 +1471,12 @@ def obtain_claim(profile, device_id):
     An identity that cannot be read now counts as the one before.
     """
     owners = profile.state["owners"]
+    last = owner = (owners or [""])[-1]
     try:
         owner = make_owner(profile.identify(), device_id)
     except Untrusted:
-        owner = (owners or [""])[-1]
-    if owner not in ("", *owners[-1:]):
+        pass
+    if owner != last:
         before = [other for other in owners if other != owner]
         profile.state["owners"] = before[1 - HISTORY:] + [owner]
     return make_claim(owner, profile.state)
@@ -1627,7 +1608,7 @@ def find_needed(state):
     for record in state["deployments"].values():
         digests.update([record["adopted"]["digest"], *record["fetched"]])
         images.update(record["fetched"])
-        packages = [item["package"] for item in record["components"]]
+        packages = [*list_parts(record, "package").values()]
         images.update(facts["image"] for item in record["components"] for facts in item["services"].values())
         for version in filter(None, (record["running"], record["previous"])):
             digests.add(version["digest"])
@@ -1641,12 +1622,17 @@ def find_needed(state):
 # 8. Turns
 # ----------------------------------------------------------------------------------------------------------
 
+def list_parts(record, part):
+    """{component: a part of it} of a deployment's record."""
+    return {item["name"]: item[part] for item in record["components"]}
+
+
 def list_facts(record):
     """[facts] of each service of the version that runs, as far as known."""
-    services = [component["services"] for component in record["components"]]
+    services = list_parts(record, "services")
     if record["fallback"]:
-        services = record["running"]["services"].values()       # the version before runs still
-    return [facts for items in services for facts in items.values()]
+        services = record["running"]["services"]    # the version before runs still
+    return [facts for items in services.values() for facts in items.values()]
 
 
 def make_groups(actions, records):
@@ -3273,7 +3259,11 @@ def report_devices(documents, source, state, always):
     of its own, and holds up nothing else.
     """
     known = (state["enrollment"] or {}).get("devices", {})
-    for device_id in [*documents, *sorted(set(known) - set(documents), reverse=True)]:
+    devices = [*documents, *sorted(set(known) - set(documents), reverse=True)]
+    for key in list(state["waits"]):                # also of a device that has gone before it was known
+        if key.partition(" ")[2] not in ["", *devices]:
+            del state["waits"][key]
+    for device_id in devices:
         key = f"capabilities {device_id}"
         wait = state["waits"].get(key, {})
         clock = get_clock()
@@ -3283,8 +3273,7 @@ def report_devices(documents, source, state, always):
             report_device(device_id, documents, source, state, always)
             state["waits"].pop(key, None)
         except (Refused, Unreachable, Untrusted) as error:
-            answered = error.status or isinstance(error, Refused)
-            if always or not state["enrollment"] or not answered:
+            if always or not state["enrollment"] or not (error.status or isinstance(error, Refused)):
                 raise
             log("error", "the WFM does not take the capabilities", device=device_id, reason=error.message)
             state["waits"][key] = make_hold(wait, error, clock, get_random())
@@ -7276,11 +7265,9 @@ def count_repair(record, clock):
 
 def make_patience(record, error, clock, jitter):
     """The record of one more fault at the WFM: how long it is left alone."""
-    delay = error.retry_after or 0
     if isinstance(error, Unreachable):
-        failures = record.get("failures", 0) + 1
-        delay = make_backoff(failures, error.retry_after, error.strategy, jitter)
-    return make_wait(record, delay, clock)
+        return make_hold(record, error, clock, jitter)
+    return make_wait(record, error.retry_after or 0, clock)
 
 
 def make_hold(record, error, clock, jitter):
@@ -7334,8 +7321,8 @@ def find_silence(patience, downtime, starting, clock):
     left = find_wait(patience, clock)
     why = "the WFM or a back-off asks" if left else "a fleet that has just started does not arrive at once"
     left = left or starting
-    words = f"waiting until {make_time(clock.now + left)}: {why}"
-    return Silence(words, retry_after=left) if left else None
+    until = make_time(clock.now + left)
+    return Silence(f"waiting until {until}: {why}", retry_after=left) if left else None
 
 
 def make_spread(device_id, spread):
@@ -7344,6 +7331,14 @@ def make_spread(device_id, spread):
     They are the same at each run, so that what cron starts at an interval speaks at that interval (P-19).
     """
     return int(sha256_digest(device_id.encode())[7:15], 16) / 2 ** 32 * spread
+
+
+def list_waits(state, clock):
+    """[{until, reason}] of what is held back: requests to the WFM, and reports that it has not taken."""
+    found = {"the WFM or a back-off asks to wait": state["patience"]}
+    found.update((f"{key} is not reported again", record) for key, record in state["waits"].items())
+    return [{"until": make_time(clock.now + find_wait(record, clock)), "reason": reason}
+            for reason, record in found.items() if find_wait(record, clock)]
 
 
 def make_delay(config, state, fault, clock, jitter):
@@ -7414,7 +7409,7 @@ def is_within(windows, local):
         return True
     now = int(time.mktime(local))
     before = time.localtime(now - MAX_SHIFT).tm_gmtoff
-    if not windows or before >= (local.tm_gmtoff or before):
+    if before >= local.tm_gmtoff:
         return False
     change = now - now % 60
     while time.localtime(change - 60).tm_gmtoff == local.tm_gmtoff:
@@ -11258,8 +11253,8 @@ def assign(targets, records, devices, silent, offers):
             answers = {child: target.deployment.type not in silent[child] for child in children}
             reasons = {name: find_reason(target.deployment, device, offers) for name, device in known.items()}
             try:
-                held = before.get(key)
-                homes[key] = find_place(target.deployment, held, own_id, answers, reasons.get, loads)
+                homes[key] = find_place(target.deployment, before.get(key), own_id, answers, reasons.get,
+                                        loads)
                 error = reasons[homes[key]]
             except ComponentError as fault:
                 error = fault
@@ -11436,11 +11431,9 @@ def examine_storage(agent):
 
 
 def examine_wait(agent):
-    """Whether the WFM, or a back-off, keeps the next run from asking."""
-    clock = get_clock()
-    left = find_wait(agent.state["patience"], clock)
-    return "warn", left and (f"until {make_time(clock.now + left)} the WFM or a back-off asks to wait;"
-                             " `retry` ends that")
+    """Whether a back-off keeps the next run from asking, reporting or trying again."""
+    waits = [f"until {item['until']} {item['reason']}" for item in list_waits(agent.state, get_clock())]
+    return "warn", waits and f"{'; '.join(waits)}; `retry` ends that"
 
 
 def examine_labels(agent):
@@ -11571,7 +11564,7 @@ def make_details(record, deployment, containers, clock):
     known = {item.name: f"{item.repository} {item.revision}" for item in components}
     for part in report["components"]:
         part["revision"] = known.get(part["name"], "")
-    services = {item["name"]: item["services"] for item in record["components"]}
+    services = list_parts(record, "services")
     shown = []
     for container in containers:
         facts = services.get(container.component, {}).get(container.service, {})
@@ -11703,7 +11696,7 @@ def command_run(config, options):
     --spread: the cycle begins at the device's own moment within that time, for fleets that cron starts.
     """
     try:
-        spread = read_duration(options.get("--spread", "1"), "") if "--spread" in options else 0
+        spread = "--spread" in options and read_duration(options["--spread"], "")
     except ValueError as error:
         raise ConfigError(f"--spread: found {options['--spread']!r}, expected {error}") from None
     if "--once" not in options:
@@ -12089,6 +12082,8 @@ def command_status(config, options):
         # Only a document that cannot be read leaves a deployment without components.
         for part in deployment["components"] or [dict(deployment, name="")]:
             print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
+    for item in document["waits"]:
+        print_row("waits", f"until {item['until']} {item['reason']}")
     for words in make_others_words(document["others"]):
         print_row("other", f"{words}; it is left alone")
 
@@ -12119,23 +12114,24 @@ def status(config):
     config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
     """
     store = Store(config.state_dir)
-    return make_status_report(config, store.load_state(), store.load_memo(), time.time())
+    return make_status_report(config, store.load_state(), store.load_memo(), get_clock())
 
 
-def make_status_report(config, state, memo, now):
+def make_status_report(config, state, memo, clock):
     """The object of `status --json` (contract)."""
     accepted = state["accepted"] or {}
     return {
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
-        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(now),
+        "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(clock.now),
         "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
         "outbox": len(state["outbox"]),
         "deployments": [make_deployment_report(record) for _, record in sorted(state["deployments"].items())],
         "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
         "others": memo.get("others", []),
+        "waits": list_waits(state, clock),
     }
 
 
