@@ -3338,8 +3338,7 @@ def observe_devices(devices, records):
 
 
 def ask_others(answering, known=None):
-    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices
-    has shown.
+    """Workloads of other owners, as the last look has shown them: [{owner, deploymentId, name, type}].
 
     answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not
     asked again.
@@ -3371,8 +3370,9 @@ def observe_all(drivers, record):
 
 
 def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell
-    of it.
+    """The deployment types whose drivers have to tell of a deployment.
+
+    That is what it is, was when it ran last, and will be.
     """
     kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
     return kinds | ({target.deployment.type} if target and target.deployment else set())
@@ -3382,27 +3382,28 @@ def find_kinds(record, target=None):
 # 13. Compose driver
 # ----------------------------------------------------------------------------------------------------------
 
-Changes = define("Changes", "kept idle making late leaving",
+Changes = define("Changes", "kept idle making leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those that need"
-    " no start, [Service] to be made, names of those that can only be made after what leaves has left, and"
-    " [[Container]] that leave, those that stop together in one list, whoever depends on others first.")
+    " no start, [Service] to be made, and [[Container]] that leave, those that stop together in one list,"
+    " whoever depends on others first.")
 Job = define("Job", "workload project folder known deadline current runs volumes",
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
     " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
     " volume}} as it was.")
-Shown = define("Shown", "state code restarts health volumes",
-    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of volumes in it.",
-    0, 0, "", {})
-Network = define("Network", "labels internal subnets gateways",
-    "A network as `network inspect` shows it; the last two are sets of texts.")
+Shown = define("Shown", "state code restarts health volumes check",
+    "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
+    " where there is a check, {path: name} of volumes in it, its Check or None.", 0, 0, "", {}, None)
+Check = define("Check", "interval retries start",
+    "A health check, wherever it was said: seconds between two, misses that count, seconds of grace.")
+# How docker shows a container, in podman's form.
+DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
+               '"Status":{{json .Status}},"Labels":{%s}}')
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
 
 def make_claim(owner, state):
-    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
-    state.
-    """
+    """The Claim of an agent to what runs: by its state, and by the owner that it is now ("": not known)."""
     records = state["deployments"]
     services = [component["services"] for record in records.values() for component in record["components"]]
     for record in records.values():
@@ -3423,30 +3424,34 @@ def is_ours(claim, deployment_id, owner, container_id=None):
     return known or container_id in claim.ids or owner == claim.owner != ""
 
 
-def judge_startup(services, facts, healthy):
-    """Where a start stands: ((service, failure) or None, {service: what is waited for}, {finished services}).
+def judge_startup(names, facts, complete=False):
+    """Where a start stands: ((service, code, failure) or None, {service: what is waited for}, {finished}).
 
-    facts: {service: Shown} of those that have a container; healthy: services whose health check has passed
-    (C-163 to C-165).
+    names: of services; facts: {service: Shown} of those that have a container; complete: all of them have to
+    end (C-163 to C-165).
     """
     waiting = {}
     finished = set()
-    for service in services:
-        seen = facts.get(service.name)
+    for name in names:
+        seen = facts.get(name)
         if seen is None:
-            words = f"the container of service {service.name} is gone: somebody removed it"
-            return (service.name, words), {}, finished
+            words = f"the container of service {name} is gone: somebody removed it"
+            return (name, "INSTALL_FAILED", words), {}, finished
         ended = seen.state in ("exited", "stopped", "dead")
         if seen.restarts or ended and seen.code != 0:
             code = f" with code {seen.code}" if ended else ""
             again = f" ({seen.restarts} restarts)" if seen.restarts else ""
-            return (service.name, f"service {service.name} exited{code}{again}"), {}, finished
+            return (name, "INSTALL_FAILED", f"service {name} exited{code}{again}"), {}, finished
         if ended:
-            finished.add(service.name)
+            finished.add(name)
         elif seen.state != "running":
-            waiting[service.name] = f"{service.name} is {seen.state}"
-        elif service.health and service.name not in healthy:
-            waiting[service.name] = f"{service.name} is not healthy yet"
+            waiting[name] = f"{name} is {seen.state}"
+        elif seen.health == "unhealthy":
+            return (name, "UNHEALTHY", f"service {name} is unhealthy"), {}, finished
+        elif seen.health not in ("", "healthy"):
+            waiting[name] = f"{name} is not healthy yet"
+        elif complete:
+            waiting[name] = f"{name} has not ended"
     return None, waiting, finished
 
 
@@ -3475,7 +3480,6 @@ def plan_services(services, present, known, networks):
     """
     kept, making = {}, []
     idle = set()
-    late = set()
     for service in services:
         facts = known.get(service.name)
         mine = [item for item in present if item.service == service.name]
@@ -3488,9 +3492,8 @@ def plan_services(services, present, known, networks):
                 idle.add(service.name)
         else:
             making.append(service)
-            late.update([service.name] if joined or late.intersection(service.shares) else [])
     leaving = [item for item in present if item not in kept.values()]
-    return Changes(kept, idle, making, late, order_leaving(services, leaving))
+    return Changes(kept, idle, making, order_leaving(services, leaving))
 
 
 def order_leaving(services, leaving):
@@ -3511,55 +3514,26 @@ def order_leaving(services, leaving):
     return [items for _, items in groups if items]
 
 
-def parse_network(item):
-    """An element of what `network inspect` prints, in either engine's spelling, to (name, Network)."""
-    facts = {key.lower(): value for key, value in item.items()}
-    ranges = facts.get("subnets") or (facts.get("ipam") or {}).get("Config") or ()
-    ranges = [{key.lower(): value for key, value in part.items()} for part in ranges]
-    subnets = {make_range(part["subnet"]) for part in ranges if part.get("subnet")}
-    gateways = {part["gateway"] for part in ranges if part.get("gateway")}
-    return facts["name"], Network(facts.get("labels") or {}, facts.get("internal", False), subnets, gateways)
-
-
-def make_range(text):
-    """A subnet as every engine spells it; what is none stays as it is."""
-    import ipaddress
-    try:
-        return str(ipaddress.ip_network(text, strict=False))
-    except ValueError:
-        return text
-
-
-def is_same_network(network, arguments):
+def is_same_network(labels, internal, arguments):
     """Whether a network that is there is what these create arguments make.
 
-    One from before there was a mark is judged by what it is.
+    One that an agent made before there was such a mark may be, unless it is open and should not be.
     """
-    if LABEL_HASH in network.labels:
-        return f"--label={LABEL_HASH}={network.labels[LABEL_HASH]}" in arguments
-    given = {}
-    for name, _, value in (argument.partition("=") for argument in arguments):
-        given.setdefault(name, set()).add(value)
-    labels = {f"{key}={value}" for key, value in network.labels.items()} ^ given.get("--label", set())
-    subnets = {make_range(text) for text in given.get("--subnet", ())}
-    return (network.internal == ("--internal" in given) and subnets <= network.subnets
-            and given.get("--gateway", set()) <= network.gateways
-            and all(text.startswith("org.margo.") for text in labels))
+    if LABEL_HASH in labels:
+        return f"--label={LABEL_HASH}={labels[LABEL_HASH]}" in arguments
+    return internal == ("--internal" in arguments)
 
 
 def plan_networks(wanted, there, project):
     """What becomes of networks: ({name: create arguments} to be made, [names] to go before, and last).
 
-    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One
-    of somebody else stays as it is.  One that is no longer wanted goes first where a new one may be after its
-    addresses.
+    wanted: as in a Project; there: {name: (labels, whether it is internal)} of those and of all others of
+    this compose project.  One of somebody else stays as it is.  One that is no longer wanted goes first where
+    a new one may be after its addresses.
     """
-    ours = {name for name, network in there.items() if network.labels.get(LABEL_PROJECT) == project}
-    new = {}
-    for name, arguments in wanted.items():
-        changed = name in ours and arguments is not None and not is_same_network(there[name], arguments)
-        if arguments is not None and (changed or name not in there):
-            new[name] = arguments
+    ours = {name for name, (labels, _) in there.items() if labels.get(LABEL_PROJECT) == project}
+    new = {name: arguments for name, arguments in wanted.items() if arguments is not None and (
+        name not in there or name in ours and not is_same_network(*there[name], arguments))}
     changed = sorted(ours.intersection(new))
     dropped = sorted(ours - set(wanted))
     ranged = any(argument.startswith("--subnet=") for arguments in new.values() for argument in arguments)
@@ -3638,9 +3612,11 @@ HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/li
                   "/usr/lib/podman")
 
 
-def find_containers(deployment_id, containers):
-    """The containers of one deployment."""
-    return [container for container in containers if container.deployment_id.lower() == deployment_id.lower()]
+def find_containers(deployment_id, containers, component=None, kind=None):
+    """The containers of one deployment; of one component and one deployment type, where they are given."""
+    wanted = deployment_id.lower(), component, kind
+    return [item for item in containers
+            if wanted == (item.deployment_id.lower(), component and item.component, kind and item.type)]
 
 
 class ComposeDriver:
@@ -3650,8 +3626,8 @@ class ComposeDriver:
     """
 
     def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
-        self.engine, self.config, self.environ = engine, config, environ
-        self.claim = claim
+        self.engine, self.config, self.claim = engine, config, claim
+        self.environ = os.environ if environ is None else environ
         self.strangers = []                         # [Container] not ours that the last look has shown
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
@@ -3663,25 +3639,21 @@ class ComposeDriver:
 
         With `code` a failure raises ComponentError of that code.
         """
-        environ = self.environ
-        if more:
-            environ = dict(os.environ if environ is None else environ, **more)
+        environ = dict(self.environ, **(more or {}))
         output = run_command([self.engine] + arguments, max(1.0, timeout), env=environ)
         if code and output.code:
             raise ComponentError(code, f"{self.engine} {arguments[0]} failed: {output.stderr[-1500:]}")
         return output
 
     def observe(self, records=()):
-        """Every container of ours in any state, by one query; CommandError where the engine does not answer.
+        """Every container of ours in any state, by one query.
 
         records: of the deployments that are known to need this driver; a leftover is looked for all the same
-        (P-11).
+        (P-11).  Raises CommandError where the engine does not answer.
         """
-        labels = (LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER)
-        facts = [".ID", ".Names", *(f'(.Label "{name}")' for name in labels), ".State", ".Status"]
         form = "json"
         if self.engine != "podman":
-            form = "[" + ",".join(f"{{{{json {fact}}}}}" for fact in facts) + "]"
+            form = DOCKER_FORM % ",".join(f'"{name}":{{{{json (.Label "{name}")}}}}' for name in LABELS)
         options = ["--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"]
         output = self.run(["ps"] + options, 20 if self.remote else 60)
         if output.code:
@@ -3696,10 +3668,10 @@ class ComposeDriver:
         return self.strangers
 
     def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies what a component needs, touching nothing that runs: (for `apply`, its facts).
+        """Fetches and verifies what a component needs, and touches nothing that runs.
 
-        fetched: a list to which digests of packages and names of new images are added, also where it then
-        fails.
+        Returns (what `apply` takes, facts of the package).  fetched: a list to which digests of packages and
+        names of new images are added, also where it fails afterwards.
         """
         data, package = obtain_package(component, known, self.config, store, "compose")
         fetched.append(package["digest"])
@@ -3721,7 +3693,7 @@ class ComposeDriver:
         items = {"network": project.networks, "volume": project.volumes,
                  "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            for name, labels, found_id in self.inspect_names(kind, list(wanted)):
+            for name, labels, facts in self.inspect_names(kind, list(wanted)):
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3730,20 +3702,27 @@ class ComposeDriver:
                                      f" {make_printable(made_for, 60)}; what is shared has a name of its own",
                                      "POLICY_DENIED")
                 if wanted[name] is not None and owner and not is_ours(
-                        self.claim(), workload.deployment_id, owner, found_id):
+                        self.claim(), workload.deployment_id, owner, facts.get("id")):
                     words = "remove it there" if kind == "container" else advice
                     raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent,"
                                          f" {make_printable(owner, 300)}: {words}")
 
-    def inspect_names(self, kind, names):
-        """[(name, labels, id)] of the containers, networks or volumes of these names that there are."""
-        output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
+    def inspect_names(self, kind, names, there=()):
+        """[(name, labels, facts)] of the containers, networks or volumes of these names that there are.
+
+        facts: as the engine shows it, its words in lower case.  there: what has to be shown, because it is
+        there (D-16).
+        """
+        output = self.run([kind, "inspect"] + names, 60) if names else Output(0, b"", "")
         found = []
-        for item in self.parse(output or b"[]", list):
-            name = (item.get("Name") or item.get("name", "")).lstrip("/")
-            labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
+        for item in parse_answer(output.stdout or b"[]", self.engine, list):
+            facts = {key.lower(): value for key, value in item.items()}
+            name = facts["name"].lstrip("/")
+            labels = facts.get("labels") or facts.get("config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
-                found.append((name, labels, item.get("Id")))
+                found.append((name, labels, facts))
+        if not {name for name, _, _ in found}.issuperset(there):
+            raise CommandError(f"{self.engine} {kind} inspect failed: {output.stderr[-500:]}")
         return found
 
     @staticmethod
@@ -3758,10 +3737,9 @@ class ComposeDriver:
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
         try:
-            value = parse_json(run_command(argv, 60, env=self.environ).stdout, argv[0])
-        except (CommandError, ValueError):
+            return parse_answer(run_command(argv, 60, env=self.environ).stdout, argv[0], dict)
+        except CommandError:
             return {}
-        return value if isinstance(value, dict) else {}
 
     def list_lacks(self):
         """What podman's own helpers lack here, in words.
@@ -3771,9 +3749,8 @@ class ComposeDriver:
         if self.engine != "podman" or self.remote or self.ask(
                 ["podman", "info", "--format=json"]).get("host", {}).get("networkBackend") != "netavark":
             return [], []
-        environ = self.environ or os.environ
-        everywhere = {"PATH": os.pathsep.join([*HELPER_FOLDERS, *list_folders(environ)])}
-        wanted = environ.get("NETAVARK_FW")
+        everywhere = {"PATH": os.pathsep.join([*HELPER_FOLDERS, *list_folders(self.environ)])}
+        wanted = self.environ.get("NETAVARK_FW")
         backend = find_program("netavark", everywhere)
         if backend and not wanted:
             wanted = self.ask([backend, "version"]).get("default_fw_driver", "iptables")
@@ -3822,13 +3799,12 @@ class ComposeDriver:
             raise ComponentError(error.code, mask(error.message, workload.parameters.values())) from None
         for note in project.notes:
             log("warning", f"compose.yaml: {note}", component=workload.component)
-        environ = os.environ if self.environ is None else self.environ
         for service in project.services:
             where = f"services.{service.name}"
             if self.remote and (service.files or any(mount.found for mount in service.mounts)):
                 raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
                                  " a child device does not see")
-            taken = [name for name in find_handed(service.environment) if name in environ]
+            taken = [name for name in find_handed(service.environment) if name in self.environ]
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
                                  " its value has one line here, of at most 60000 bytes", "PARAMETER_INVALID")
@@ -3886,13 +3862,12 @@ class ComposeDriver:
         uses its own folder.
         """
         folder = os.path.join(self.config.state_dir, "tmp")
-        environ = self.environ
-        if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
-            return environ
+        if self.environ.get("TMPDIR") != folder or not os.path.isdir(folder):
+            return self.environ
         empty_folder(folder)
         if not root or get_space(folder)[0] >= get_space(root)[0]:
-            return environ
-        return {key: value for key, value in environ.items() if key != "TMPDIR"}
+            return self.environ
+        return {key: value for key, value in self.environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says.
@@ -3952,8 +3927,7 @@ class ComposeDriver:
 
     def look_up(self, workload):
         """[Container] of one component as it is now."""
-        return [container for container in self.observe() if container.component == workload.component
-                and container.deployment_id.lower() == workload.deployment_id.lower()]
+        return find_containers(workload.deployment_id, self.observe(), workload.component)
 
     def carry_out(self, job, arguments, more=None):
         """The Output of a command that has to succeed; its words may hold values of parameters."""
@@ -3968,7 +3942,8 @@ class ComposeDriver:
 
         Returns the finished services.  So what cannot be made touches nothing, and ports, addresses and
         volumes change hands with one outage (P-20).  What was replaced is removed last, because it is the
-        quickest way back.
+        quickest way back.  Where a network has to go first, all that leaves goes with it, and the new is made
+        after that.
         """
         services = job.project.services
         project = job.workload.project
@@ -3976,29 +3951,26 @@ class ComposeDriver:
         changes = plan_services(services, present, job.known, set(new))
         self.ask_external(job.project, changes.making)
         leaving = [container for group in changes.leaving for container in group]
-        first, inside = self.look_inside(first, job.project.networks, leaving)
-        if not first:
-            self.create_shared(job, "network", new)
-        self.create_shared(job, "volume", job.project.volumes)
+        first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
         names = {name: container.name for name, container in changes.kept.items()}
-        late = changes.late if first else ()
-        self.create_all(job, [item for item in changes.making if item.name not in late], leaving, names)
+        if not first:
+            self.create_all(job, new, changes.making, leaving, names)
         try:
             self.halt(job, changes.leaving)
             if first:
-                self.remove_containers(inside, job.deadline)
+                self.remove_containers(leaving, job.deadline)
+                leaving = []
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
-                self.create_shared(job, "network", new)
-                leaving = [container for container in leaving if container not in inside]
-                self.create_all(job, [item for item in changes.making if item.name in late], leaving, names)
+                self.create_all(job, new, changes.making, leaving, names)
             self.hand_names_over(job, leaving, names)
             for service in services:
                 self.await_dependencies(service, job)
                 if service.name not in changes.idle:
                     self.start(service, job, service.name in changes.kept)
-            finished = self.await_startup(services, job) if job.workload.wait else set()
+            names = [service.name for service in services]
+            finished = self.await_startup(names, job) if job.workload.wait else set()
         except MargoError:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
                 self.run(["rm", "--force"] + [container.id for container in leaving], 60)
@@ -4011,37 +3983,36 @@ class ComposeDriver:
         return finished
 
     def look_at_networks(self, job):
-        """{name: Network} of those that the project names, as far as they are there and were made for it."""
+        """The networks that are there of those that the project names or that were made for it.
+
+        {name: (labels, whether it is internal)}; one of somebody else is shown without labels.
+        """
         mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
         names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        shown = self.run(["network", "inspect"] + sorted(set(names).union(job.project.networks)), 60)
-        networks = self.parse(shown.stdout.strip() or b"[]", lambda items: dict(map(parse_network, items)))
-        if not networks.keys() >= set(names):       # what is there is never taken for missing (D-16)
-            raise CommandError(f"{self.engine} network inspect failed: {shown.stderr[-500:]}")
-        for name, network in networks.items():
-            if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
-                networks[name] = network._replace(labels={})        # it stays as it is
-        return networks
+        there = {}
+        for name, labels, facts in self.inspect_names(
+                "network", sorted({*names, *job.project.networks}), names):
+            ours = is_ours(self.claim(), job.workload.deployment_id, labels.get(LABEL_OWNER, ""))
+            there[name] = labels if ours else {}, facts.get("internal", False)
+        return there
 
-    def look_inside(self, names, wanted, leaving):
-        """(those of these networks that can be removed, [Container] in them).
+    def ask_free(self, names, wanted, leaving):
+        """Those of these networks that nobody uses once these containers have left.
 
-        Raises ComponentError for one that has to be removed, and in which there is another container.
+        Raises ComponentError for a wanted one that somebody else uses.
         """
-        free, inside = [], []
-        ours = {container.id: container for container in leaving}
+        free = []
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
             ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
-            strange = [container_id for container_id in ids if container_id not in ours]
+            strange = [item for item in ids if item not in {container.id for container in leaving}]
             if strange and name in wanted:
                 words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
                 raise ComponentError(
                     "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
             if not strange:
                 free.append(name)
-                inside += [ours[container_id] for container_id in ids if ours[container_id] not in inside]
-        return free, inside
+        return free
 
     def create_shared(self, job, kind, items):
         """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
@@ -4071,15 +4042,17 @@ class ComposeDriver:
                 volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
         return volumes
 
-    def create_all(self, job, services, leaving, names):
-        """Makes the containers of services beside those that leave, under another name if one has theirs."""
-        held = {container.name: container for container in leaving}
+    def create_all(self, job, networks, services, leaving, names):
+        """Makes networks, volumes and containers.
+
+        A container whose name one has that leaves gets another name for now.
+        """
+        self.create_shared(job, "network", networks)
+        self.create_shared(job, "volume", job.project.volumes)
+        held = {container.name for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
-            if name in held:
-                name += "-new"
-            if name in held:                        # an update was cut off, and another one follows
-                self.rename(job, held[name].id, f"{name}-old-{held[name].id[:12]}")
+            name += f"-new-{os.urandom(4).hex()}" if name in held else ""
             names[service.name] = name
             job.current[service.name] = self.create(service, job, name)
 
@@ -4128,7 +4101,7 @@ class ComposeDriver:
         project = job.workload.project
         shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
         text = b"" if shown.code else shown.stdout.strip()
-        declared = self.parse(text or b"null", lambda value: list(value or ()))
+        declared = parse_answer(text or b"null", self.engine, lambda value: list(value or ()))
         volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
         labels = make_arguments("--label", make_shared_labels(job.workload))
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
@@ -4149,22 +4122,15 @@ class ComposeDriver:
         return options
 
     def free_name(self, name):
-        """Frees a name that storage alone holds, as podman killed in `create` leaves it; whether it was so.
-
-        What `ps` shows is a container, and stays.
-        """
-        if self.engine != "podman" or name in self.look_at_names([]):
+        """Frees a name that storage alone holds, as a killed `podman create` leaves it; whether it was so."""
+        if self.engine != "podman":
             return False
-        held = self.look_at_names(["--external"]).get(name)
+        output = self.run(["ps", "--all", "--external", "--format=json"], 60)
+        held = parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: [
+            item["Id"] for item in items or () if item["State"] == "storage" and name in item["Names"]])
         if held:
             log("warning", "a name is freed that the engine's storage held for no container", container=name)
-        return bool(held) and self.run(["rm", "--force", held], 60).code == 0
-
-    def look_at_names(self, options):
-        """{name: id} of all that podman lists, whoever it belongs to."""
-        text = self.run(["ps", "--all", "--format=json"] + options, 60).stdout.strip()
-        return self.parse(text or b"[]", lambda items: {
-            (item["Names"] or [""])[0]: item["Id"] for item in items or ()})
+        return bool(held) and self.run(["rm", "--force"] + held, 60).code == 0
 
     def renew_image(self, service, marks):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
@@ -4199,7 +4165,7 @@ class ComposeDriver:
             again = [item for item in job.project.services if service.name in (item.name, *item.shares)]
             for item in reversed(again):
                 self.carry_out(job, ["rm", "--force", job.current[item.name]])
-            self.create_all(job, again, [], {})
+            self.create_all(job, {}, again, [], {})
             self.carry_out(job, ["start", job.current[service.name]])
 
     def halt(self, job, groups):
@@ -4239,19 +4205,12 @@ class ComposeDriver:
             arguments.append(f"--volume={path}:{target}:ro")
         return arguments
 
-    def parse(self, data, read):
-        """What `read` makes of JSON that the engine printed; CommandError where that is of another form."""
-        try:
-            return read(parse_json(data, self.engine))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            words = f"{type(error).__name__}: {error}"
-            raise CommandError(f"{self.engine} answered in an unknown form ({words})") from None
-
     def inspect(self, ids):
         """{id: Shown} of those containers that can be looked at; CommandError where none answers."""
         ids = list(ids)
         output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
-        seen = self.parse(output.stdout.strip() or b"[]", lambda items: dict(map(parse_seen, items)))
+        seen = parse_answer(output.stdout.strip() or b"[]", self.engine,
+                            lambda items: dict(map(parse_seen, items)))
         if seen or not ids:                         # without those that are gone
             return seen
         if len(ids) < 2:
@@ -4263,76 +4222,66 @@ class ComposeDriver:
 
     def await_dependencies(self, service, job):
         """Waits until what a service depends on is as its condition says."""
-        by_name = {item.name: item for item in job.project.services}
         for condition in ("service_healthy", "service_completed_successfully"):
-            names = [name for name, (wanted, _) in service.depends_on.items() if wanted == condition]
-            others = [by_name[name] for name in names if name in by_name]
-            if others:
-                self.await_startup(others, job, settle=0, complete=condition.endswith("successfully"))
+            names = [name for name, (wanted, _) in service.depends_on.items()
+                     if wanted == condition and name in job.current]
+            if names:
+                self.await_startup(names, job, settle=0, complete=condition.endswith("successfully"))
 
-    def await_startup(self, services, job, settle=None, complete=False):
-        """Waits until all services run, are healthy, and stay so for runtime.settle.
+    def await_startup(self, names, job, settle=None, complete=False):
+        """Waits until all these services run, are healthy, and stay so for runtime.settle.
 
         Returns the set of those that finished with exit code 0.  Raises ComponentError at once for one that
         failed (C-164), or when the time is over.  Earlier restarts of what ran before are forgiven.
         complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
-        ids = {service.name: job.current.get(service.name, "") for service in services}
-        healthy = set()
-        misses, calm, before = {}, None, None
-        start = time.monotonic()
+        checks, before, calm = {}, None, None
         secrets = job.workload.parameters.values()
         while True:
-            seen = self.inspect(filter(None, ids.values()))
+            seen = self.inspect([job.current[name] for name in names])
             before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
-            fresh = {key: item._replace(restarts=item.restarts - before.get(key, 0))
-                     for key, item in seen.items()}
-            facts = {name: fresh[key] for name, key in ids.items() if key in fresh}
-            checked = [item for item in services if item.health]
-            running = [item for item in checked if item.name in facts and facts[item.name].state == "running"]
-            self.check_health(running, ids, facts, healthy, misses, start)
-            failure, waiting, finished = judge_startup(services, facts, healthy)
-            unwell = [item.name for item in checked if misses.get(item.name, (0, 0))[0] >= item.health[1]]
-            if failure or unwell:
-                name, words = failure or (unwell[0], f"service {unwell[0]} is unhealthy")
-                code = "INSTALL_FAILED" if failure else "UNHEALTHY"
-                raise ComponentError(code, words + self.tail_log(ids[name], secrets))
-            if complete:
-                left = [item.name for item in services if item.name not in finished]
-                waiting = {name: f"{name} has not ended" for name in left}
+            facts = {}
+            for name in names:
+                key = job.current[name]
+                if key in seen:
+                    restarts = seen[key].restarts - before.get(key, 0)
+                    health = self.ask_health(key, seen[key], checks)
+                    facts[name] = seen[key]._replace(restarts=restarts, health=health)
+            failure, waiting, finished = judge_startup(names, facts, complete)
+            if failure:
+                name, code, words = failure
+                raise ComponentError(code, words + self.tail_log(job.current[name], secrets))
             now = time.monotonic()
             calm = None if waiting else calm or now
-            restless = any(not item.health and item.name not in finished for item in services)
+            restless = any(not facts[name].health for name in names if name not in finished)
             if not waiting and (not restless or now - calm >= settle or now > job.deadline):
                 return finished
             if now > job.deadline:
                 words = f"not up in time: {', '.join(waiting.values())}"
-                log_end = self.tail_log(ids[next(iter(waiting))], secrets)
+                log_end = self.tail_log(job.current[next(iter(waiting))], secrets)
                 raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
-    def check_health(self, services, ids, facts, healthy, misses, start):
-        """Runs the health checks that podman may have nobody to run.
+    def ask_health(self, container_id, seen, checks):
+        """The health of a container in the engine's word, "" where nobody checks it.
 
-        A miss counts once an interval, after the start period.
+        podman may have nobody to run a check: it is run here.  A miss counts once an interval, after the
+        start period.  checks: {container: (word, misses, when the last one counted)}, which is kept up.
         """
-        for service in services:
-            if self.engine != "podman":
-                passed = facts[service.name].health == "healthy"
-                lost = facts[service.name].health == "unhealthy"
-            else:
-                passed = self.run(["healthcheck", "run", ids[service.name]], 120).code == 0
-                lost = False
-            interval, retries, grace = service.health
-            count, last = misses.get(service.name, (0, start + grace))
-            if passed:
-                healthy.add(service.name)
-                misses.pop(service.name, None)
-            elif lost:
-                misses[service.name] = retries, last
-            elif time.monotonic() - last >= interval:
-                misses[service.name] = count + 1, time.monotonic()
+        if self.engine != "podman" or not seen.check or seen.state != "running":
+            return seen.health
+        now = time.monotonic()
+        word, misses, last = checks.get(container_id, ("starting", 0, now + seen.check.start))
+        if self.run(["healthcheck", "run", container_id], 120).code == 0:
+            word, misses = "healthy", 0
+        elif now - last >= seen.check.interval:
+            misses += 1
+            last = now
+        if misses >= seen.check.retries:
+            word = "unhealthy"
+        checks[container_id] = word, misses, last
+        return word
 
     def tend(self, containers, chance):
         """Runs one health check a cycle, of a container by chance, where podman has no systemd that does.
@@ -4365,10 +4314,9 @@ class ComposeDriver:
         return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
 
     def stop(self, ids, deadline):
-        """Stops containers within their own grace period, and kills them where there is less time than that.
+        """Stops containers within their own grace period, or kills them once the time is over.
 
-        Returns the deadline.
-        One that is not there any more is passed over.
+        Returns the deadline for what follows.  One that is not there any more is passed over.
         """
         patience = ["--ignore"] if self.engine == "podman" else []
         try:
@@ -4387,16 +4335,13 @@ class ComposeDriver:
         active = [container.id for container in containers if container.state not in AT_REST]
         if active:
             deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
-        if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
-            return
-        for _ in ids:                               # one whose network another one shares goes after that one
-            left = [name for name in ids
-                    if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
-            if not left:
+        for _ in containers:                        # one whose network another one shares goes after that one
+            output = self.run(["rm", "--force"] + ids, deadline - time.monotonic())
+            if not output.code:
                 return
-        left = [container.id for container in self.observe() if container.id in left]   # others removed some
-        if left:
-            self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
+            ids = [container.id for container in self.observe() if container.id in ids]
+        if ids:
+            raise ComponentError("REMOVE_FAILED", f"{self.engine} rm failed: {output.stderr[-1500:]}")
 
     def bring_back(self, before, deadline):
         """Undoes a start: what has been made since goes, and what ran runs again.
@@ -4417,20 +4362,16 @@ class ComposeDriver:
         Needs no compose file.  Raises ComponentError REMOVE_FAILED unless the engine says that nothing is
         left (P-11, D-21).
         """
-        def ours(items):
-            wanted = deployment_id.lower(), component
-            return [item for item in items if (item.deployment_id.lower(), item.component) == wanted]
-
         project = make_project_name(component, deployment_id)
-        self.remove_containers(ours(containers)[::-1], deadline)
+        there = find_containers(deployment_id, containers, component, "compose")
+        self.remove_containers(there[::-1], deadline)
         arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]
         output = self.run(arguments, 60, "REMOVE_FAILED")
         for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
             if is_ours(self.claim(), deployment_id, labels.get(LABEL_OWNER, "")):
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
-        left = ours(self.observe())
-        if left:
-            raise ComponentError("REMOVE_FAILED", f"container {left[0].name} is still there")
+        for container in find_containers(deployment_id, self.observe(), component):
+            raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
 
 
 def part_containers(containers, claim):
@@ -4454,8 +4395,19 @@ def parse_seen(item):
     health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
     mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
-    restarts = item.get("RestartCount", 0)
-    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), restarts, health, volumes)
+    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0), health,
+                             volumes, parse_check(item["Config"].get("Healthcheck") or {}))
+
+
+def parse_check(item):
+    """The health check of a container, or an image, as `inspect` prints it to a Check; None: there is none.
+
+    Its times are nanoseconds; zero is not said.
+    """
+    if (item.get("Test") or ["NONE"])[0] == "NONE":
+        return None
+    interval = item.get("Interval", 0) / 1e9 or 30.0
+    return Check(interval, item.get("Retries") or 3, item.get("StartPeriod", 0) / 1e9)
 
 
 def find_started(status, now):
@@ -4469,32 +4421,23 @@ def parse_containers(data, engine, now=0):
 
     Raises CommandError for what is not of the expected form.
     """
-    containers = []
-    try:
-        if engine == "podman":
-            items = parse_json(data or b"[]", "podman ps")
-            if items is not None and not isinstance(items, list):
-                raise TypeError("no list")
-            for item in items or ():
-                labels = item.get("Labels") or {}
-                get = labels.get
-                state, health = find_health(item["State"].lower(), item.get("Status"))
-                containers.append(Container(
-                    item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], get(LABEL_COMPONENT, ""),
-                    get(LABEL_SERVICE, ""), get(LABEL_HASH, ""), state, "compose", get(LABEL_DEVICE, ""),
-                    item.get("StartedAt", 0), health, get(LABEL_OWNER, "")))
-        else:
-            for line in data.splitlines():
-                *marks, device_id, owner, state, status = parse_json(line, "docker ps")
-                state, health = find_health(state, status)
-                started = find_started(status, now)
-                facts = {"device_id": device_id, "started": started, "health": health, "owner": owner}
-                containers.append(Container(*marks, state=state, type="compose", **facts))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CommandError(
-            f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
-    return [container for container in containers           # other labels are somebody else's
-            if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]
+    def read(items):
+        if not isinstance(items, (list, type(None))):
+            raise TypeError("no list")
+        found = []
+        for item in items or ():
+            labels = item["Labels"]
+            marks = [labels[LABEL_DEPLOYMENT], *(labels.get(name, "") for name in LABELS[1:])]
+            state, health = find_health(item["State"].lower(), item.get("Status"))
+            started = item.get("StartedAt") or find_started(item.get("Status"), now)
+            found.append(Container(item["Id"], item["Names"][0], *marks[:4], state, "compose", marks[4],
+                                   started, health, marks[5]))
+        return found
+
+    if engine != "podman":                          # which prints one a line
+        data = b"[" + b",".join(data.splitlines()) + b"]"
+    return [container for container in parse_answer(data or b"[]", engine + " ps", read)
+            if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]    # others are somebody else's
 
 
 DRIVERS["compose"] = make_compose_driver
@@ -4556,13 +4499,12 @@ Workload = define("Workload",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of"
     " runtime.environment, the child device it is for, the owner to label it with.", "", "")
 Service = define(
-    "Service", "name image arguments command environment files networks depends_on health pull hash ports"
+    "Service", "name image arguments command environment files networks depends_on pull hash ports"
                " mounts shares",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
-    " [Attachment]; depends_on: {service: (condition, required)}; health: Health, or None where the file says"
-    " nothing of it; hash: of all that makes its container what it is; ports: [[address or \"\", port,"
-    " protocol]] that it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.",
-    (), (), ())
+    " [Attachment]; depends_on: {service: (condition, required)}; hash: of all that makes its container what"
+    " it is; ports: [[address or \"\", port, protocol]] that it holds of the host; mounts: [Mount]; shares:"
+    " services whose namespaces it shares.", (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
     " what is external), and what of the file has no effect, in words.", ())
@@ -4572,8 +4514,6 @@ Mount = define("Mount", "kind source target options found",
 Port = define("Port", "argument address numbers protocol",
     "An item of `ports` as the engine takes it, and what it holds of the host: an address or \"\", a range of"
     " ports, tcp, udp or sctp.")
-Health = define("Health", "interval retries start",
-    "A health check as the agent waits for it: seconds, misses, seconds of grace.")
 Attachment = define("Attachment", "network aliases options",
     "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
     " mode, None, None.", None)
@@ -4587,6 +4527,7 @@ LABEL_DEPLOYMENT, LABEL_COMPONENT = "org.margo.deployment", "org.margo.component
 LABEL_SERVICE = "org.margo.service"
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
+LABELS = LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -5283,11 +5224,11 @@ def find_ports(ports, variables, where):
 
 
 def make_health(check, engine):
-    """`healthcheck` to (arguments, Health or None)."""
+    """`healthcheck` as arguments."""
     import shlex
     kind, *words = check.test or [None]
     if check.disable or kind == "NONE":
-        return ["--no-healthcheck"], None
+        return ["--no-healthcheck"]
     test = words[0] if words else None
     if kind == "CMD" and engine == "podman" and len(words) > 1:
         test = make_json(words).decode()
@@ -5296,11 +5237,7 @@ def make_health(check, engine):
     elif kind == "CMD":
         test = " ".join(map(shlex.quote, words))
     keys = ("test", "interval", "timeout", "retries", "start_period")
-    arguments = make_options(dict(check, test=test), keys)
-    # An engine takes zero as not said.
-    health = Health(parse_period(check.interval or "0s") or 30.0, check.retries or 3,
-                    parse_period(check.start_period or "0s"))
-    return arguments, health if arguments else None
+    return make_options(dict(check, test=test), keys)
 
 
 def make_mounts(service, reading, where):
@@ -5643,13 +5580,12 @@ def make_service(name, service, reading):
         command = service.entrypoint[1:] + command
     if reading.engine == "podman":
         arguments = list(map(make_single, arguments))
-    checks, health = make_health(service.healthcheck, reading.engine)
-    arguments += checks + list(map(make_mount_argument, mounts))
+    arguments += make_health(service.healthcheck, reading.engine) + list(map(make_mount_argument, mounts))
     if sum(map(len, arguments + command)) > 64 * 1024:
         raise make_fault(f"{where}: its settings, labels and command together have more than 64 KiB")
     return Service(name, service.image, arguments, command, make_environment(service, reading, where),
                    make_files(service, reading, where), make_attachments(name, service, reading, where),
-                   make_dependencies(service), health, service.pull_policy or "missing", "", held, mounts,
+                   make_dependencies(service), service.pull_policy or "missing", "", held, mounts,
                    find_shared(service))
 
 
@@ -5776,8 +5712,9 @@ def load_credentials(host, settings):
 
 
 class Registry:
-    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never
-    leave their host).
+    """One registry host as configured: where it is, whom it trusts, what it is told.
+
+    Credentials never leave their host (C-169).
     """
 
     def __init__(self, host, config):
@@ -5789,11 +5726,9 @@ class Registry:
         self.context = None
 
     def get(self, name, path, accept, limit):
-        """GET below /v2/<name>/, with authentication where asked for and redirects followed.
+        """GET below /v2/<name>/, with a login where one is asked for: a Response with status 200.
 
-        A Response with status 200.
-
-        Raises ComponentError: PULL_UNAUTHORIZED, PULL_FAILED.
+        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
         url = f"{self.scheme}://{self.host}/v2/{name}/{path}"
         for attempt in range(2):
@@ -5806,10 +5741,7 @@ class Registry:
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
-        """A Response with status 200 and at most `limit` bytes.
-
-        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
-        """
+        """The Response, if its status is 200 and it has at most `limit` bytes; else raises ComponentError."""
         where = f"{url}: HTTP {response.status}"
         if find_verdict(response.status) is Untrusted:
             raise ComponentError("PULL_UNAUTHORIZED",
@@ -5894,12 +5826,10 @@ class Registry:
 
 
 def obtain_package(component, known, config, store, kind):
-    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept.
+    """The package of a component, verified and kept: (bytes, its facts {reference, digest}).
 
-    Raises ComponentError.
-
-    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network
-    or not (P-1).
+    known: its facts of an earlier time, or None; the same revision again is taken from the disk, network or
+    not (P-1).  kind: compose or helm.  Raises ComponentError.
     """
     reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
     data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
@@ -5920,10 +5850,9 @@ FETCHERS = {"oci": fetch_component}
 
 
 def fetch_package(reference, config, store, kind="compose"):
-    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified,
-    kept by its digest.
+    """A Compose Archive or a chart from its registry's mirror, or from the registry: (digest, bytes).
 
-    Raises ComponentError; what is in the store already is not fetched again.
+    It is verified and kept; what is in the store already is not fetched again.  Raises ComponentError.
     """
     mirror = (config.registries.get(reference.host) or {}).get("mirror")
     try:
@@ -5967,9 +5896,7 @@ def fetch_from_registry(reference, registry, config, store, kind):
 
 
 def check_space(folder, need, what):
-    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched
-    (P-4).
-    """
+    """Raises ComponentError DISK_FULL where `need` bytes more would fill a disk (P-4)."""
     free, margin = get_space(folder)
     if free < need + margin:
         raise ComponentError(
@@ -6039,13 +5966,12 @@ COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-c
 
 
 def check_archive(data, max_unpacked, relaxed=False):
-    """A Compose Archive's bytes to its tar bytes and [Entry].
-
-    Raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
+    """A Compose Archive's bytes to its tar bytes and [Entry] (C-156 to C-162).
 
     Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
     a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
-    need be no top-level folder, and the compose file may have its other names (protocol 6.5).
+    need be no top-level folder, and the compose file may have its other names (protocol 6.5).  Raises
+    ComponentError ARCHIVE_INVALID.
     """
     entries = {}
     tops = set()
@@ -6076,11 +6002,9 @@ def check_archive(data, max_unpacked, relaxed=False):
 
 
 def add_entry(member, entries, tops, top=""):
-    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder.
+    """Checks one tar entry by itself and adds it to `entries`, by its path below the top-level folder.
 
-    Raises ValueError.
-
-    top: the folder that an archive without one is taken to lie in.
+    top: the folder that an archive without one is taken to lie in.  Raises ValueError.
     """
     name = member.name[2:] if member.name.startswith("./") else member.name
     if name in ("", ".") and member.isdir():
@@ -6131,9 +6055,7 @@ def is_storable(path):
 
 
 def check_tree(entries):
-    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of
-    others, and for too many folders.
-    """
+    """Raises ValueError where a parent is no folder, a link leads out, or there are too many folders."""
     folders = set()
     for path, entry in entries.items():
         parent = path.rpartition("/")[0]
@@ -6149,10 +6071,7 @@ def check_tree(entries):
 
 
 def resolve_link(path, entries, hops):
-    """The path in the archive that `path` stands for once links are followed.
-
-    Raises ValueError where that is outside.
-    """
+    """The path that a path of the archive leads to once links are followed; ValueError: to the outside."""
     resolved = []
     todo = path.split("/")[::-1]
     while todo:
@@ -6189,10 +6108,8 @@ def load_sameness(path, entry, plain):
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     """Unpacks a verified archive to `parent`/<digest> and returns that folder.
 
-    One that is there already stays if it still is what the archive holds.
-
-    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay
-    for who uses them.
+    One that is there already stays if it still is what the archive holds.  It is made beside and renamed, so
+    that half of it is never taken for the whole.  Other versions stay for who uses them.
     """
     folder = os.path.join(parent, digest.split(":")[1][:16])
     plain, entries = check_archive(data, max_unpacked, relaxed)
@@ -6247,17 +6164,25 @@ SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS",
                  "LISTEN_FDNAMES")
 
 
-def list_folders(environ):
-    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them.
+def parse_answer(data, program, read):
+    """What `read` makes of the JSON that a program printed; CommandError where that is of another form."""
+    try:
+        return read(parse_json(data, program))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        words = f"{type(error).__name__}: {error}"
+        raise CommandError(f"{program} answered in an unknown form ({words})") from None
 
-    """
+
+def list_folders(environ):
+    """The folders in which helper programs are looked for: those on PATH, then the system's own."""
     folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
     return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
 
 
 def get_command_environment(environ):
-    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR
-    that is no folder.
+    """The environment of a helper program.
+
+    It has a whole PATH, nothing that systemd tells this process alone, and no TMPDIR that is no folder.
     """
     found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
     if not os.path.isdir(found.get("TMPDIR", "/")):
@@ -6303,24 +6228,11 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
                   make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
 
 
-def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
-
-    Returns what held before.
-    """
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
-    return soft
-
-
 def serve_pipes(process, data, timeout, limit):
-    """Writes `data` to stdin, reads stdout and stderr until the process has ended.
-
-    Raises subprocess.TimeoutExpired, CommandError.
+    """Writes `data` to stdin and reads until the process has ended: (stdout, stderr).
 
     A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
-    process itself has ended.
+    process itself has ended.  Raises subprocess.TimeoutExpired, CommandError.
     """
     import select
     import subprocess
@@ -9462,6 +9374,17 @@ def check_git_settings(config):
 CHECKS.append(check_git_settings)
 
 
+def limit_files(size):
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
+
+    Returns what held before.
+    """
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
+    return soft
+
+
 class GitSource:
     """The desired state as a folder of documents on a branch, and a branch of one's own as the sink of
     reports.
@@ -10874,28 +10797,27 @@ def make_owner_value(owner):
 
 
 def parse_releases(data, records, owner=""):
-    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.
+    """The list of releases to [Container]; a release's revision is the hash by which drift is seen.
 
     Raises CommandError.
     """
     names = {make_release_name(component["name"], record["deploymentId"]):
              (record["deploymentId"], component["name"])
              for record in records for component in record["components"]}
-    containers = []
-    try:
-        for item in parse_json(data, "helm list") or ():
+    def read(items):
+        found = []
+        for item in items or ():
             match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
             if not match and item["name"] not in names:
                 continue                            # somebody else's, whatever its labels say
             deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
             state = "running" if item["status"] == "deployed" else item["status"]
-            containers.append(Container(
+            found.append(Container(
                 f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
                 str(item["revision"]), state, "helm", owner=owner))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(
-            f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
-    return containers
+        return found
+
+    return parse_answer(data, "helm list", read)
 
 
 def list_texts(value):
@@ -10907,12 +10829,10 @@ def list_texts(value):
 
 
 def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None):
-    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with.
+    """The HelmDriver of the configuration; None where there is no helm, or no cluster to use it with.
 
-    Told without starting anything.
-
-    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for
-    make_compose_driver.
+    Nothing is started to tell.  child: (device id, connection) of a child device, whose connection may name
+    its cluster; claim: as for make_compose_driver.
     """
     environ = os.environ if environ is None else environ
     setting = config.runtime.helm
@@ -10936,9 +10856,7 @@ def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None
 def make_values(deployment, component):
     """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183).
 
-    Raises ComponentError PARAMETER_INVALID.
-
-    A later parameter for the same place wins.
+    A later parameter for the same place wins.  Raises ComponentError PARAMETER_INVALID.
     """
     values = {}
     for parameter, pointer in find_parameters(deployment, component):
@@ -10954,8 +10872,9 @@ def make_values(deployment, component):
 
 
 def parse_value_path(pointer):
-    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises
-    ValueError.
+    """A dotted pointer to names and indices, as `helm --set` reads it: `a.b[0].c` and `a\\.b`.
+
+    Raises ValueError.
     """
     path, position = [], 0
     token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
@@ -10974,10 +10893,7 @@ def parse_value_path(pointer):
 
 
 def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists.
-
-    Raises ValueError where another stands in the way.
-    """
+    """Puts a value at a path of names and indices; raises ValueError where another one is in the way."""
     place = values
     for step, following in zip(path, path[1:] + [None]):
         if isinstance(step, int):
@@ -10997,12 +10913,10 @@ def set_value(values, path, value):
 
 
 def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters.
+    """`<component>-<deploymentId>` as Helm takes names: at most 53 characters.
 
-    A long component is cut, with a hash of the whole.
-
-    The id always stands at the end, because a list of releases shows nothing else by which one could tell
-    whose it is.
+    A long component is cut, with a hash of the whole.  The id always stands at the end, because a list of
+    releases shows nothing else by which one could tell whose it is.
     """
     whole = f"{component}-{deployment_id}".lower()
     if len(whole) <= 53:
@@ -11025,10 +10939,15 @@ class HelmDriver:
         """The Output of one helm command."""
         return run_command([self.helm] + arguments, timeout, env=self.environ)
 
-    def observe(self, records=()):
-        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.
+    def carry_out(self, arguments, deadline):
+        """The Output of one helm command that is to be done by then."""
+        seconds = max(1, int(deadline - time.monotonic()))
+        return self.run(arguments + [f"--timeout={seconds}s"], seconds + 30)
 
-        Raises CommandError.
+    def observe(self, records=()):
+        """Every release of ours in any state; raises CommandError.
+
+        Where no deployment is known to need Helm, nothing is asked.
         """
         found = []
         claim = self.claim()
@@ -11078,8 +10997,9 @@ class HelmDriver:
         return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release,
-        package facts).
+        """Fetches and verifies the chart and makes the values, and touches nothing that runs.
+
+        Returns (a Release, facts of the package).
         """
         values = make_values(deployment, component.name)
         _, package = obtain_package(component, known, self.config, store, "helm")
@@ -11104,19 +11024,16 @@ class HelmDriver:
     def apply(self, release, containers, known, deadline):
         """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.
 
-        Safe to repeat.
-
-        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never
-        taken for "not installed" (D-16).
+        Safe to repeat.  `upgrade --install` asks the cluster itself what is there, so that trouble on the way
+        is never taken for "not installed" (D-16).
         """
-        present = self.find(release.deployment_id, release.component, containers)
+        present = find_containers(release.deployment_id, containers, release.component, "helm")
         facts = known.get("release")
         if (facts and facts.get("content") == release.content
                 and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]):
             return {"release": facts}
         for container in present:
             self.repair(container, release.namespace, facts, deadline)
-        seconds = max(1, int(deadline - time.monotonic()))
         owner = self.claim().owner
         labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}"
         if owner:
@@ -11124,49 +11041,35 @@ class HelmDriver:
         arguments = [
             "upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}",
             "--create-namespace", f"--values={release.values_file}", f"--labels={labels}", "--reset-values",
-            "--history-max=5", f"--timeout={seconds}s", "--output=json"]
-        output = self.run(arguments + ["--wait"] * bool(release.wait), seconds + 30)
+            "--history-max=5", "--output=json"]
+        output = self.carry_out(arguments + ["--wait"] * bool(release.wait), deadline)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
             words = mask(output.stderr, list_texts(release.values))
             raise ComponentError(code, f"helm upgrade failed: {words[-1500:]}")
-        try:
-            revision = str(parse_json(output.stdout, "helm upgrade")["version"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ComponentError(
-                "INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
-        return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
-
-    @staticmethod
-    def find(deployment_id, component, containers):
-        """The releases of a component."""
-        wanted = deployment_id.lower(), component, "helm"
-        return [item for item in containers
-                if (item.deployment_id.lower(), item.component, item.type) == wanted]
+        revision = parse_answer(output.stdout, "helm upgrade", lambda answer: answer["version"])
+        return {"release": {"hash": str(revision), "finished": False, "image": "",
+                            "content": release.content}}
 
     def repair(self, container, namespace, facts, deadline):
-        """Takes away what would stop an upgrade, or what it would not see: a release in another
-        namespace, one that a power cut left half done, and what a failed upgrade left in the cluster
-        (helm compares with the version that was deployed, not with that one).
+        """Takes away what would stop an upgrade, or what it would not see.
 
-        facts: of the revision that was made here last; to that one it goes back, for the one before the
-        newest may be what has failed.
+        That is a release in another namespace, one that a power cut left half done, and what a failed upgrade
+        left in the cluster: helm compares with the version that was deployed, not with that one.  facts: of
+        the revision that was made here last; to that one it goes back, for the one before the newest may be
+        what has failed.
         """
         there = container.id.partition("/")[0]
-        seconds = max(1, int(deadline - time.monotonic()))
         if there != namespace or container.state in ("pending-install", "uninstalling"):
             self.uninstall(container, deadline)
         elif container.state != "running":
             revision = [facts["hash"]] if facts else []
-            arguments = ["rollback", container.name] + revision
-            self.run(arguments + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
+            self.carry_out(["rollback", container.name, *revision, f"--namespace={there}"], deadline)
 
     def uninstall(self, container, deadline):
         """Uninstalls a release; whether it worked is told by the list alone."""
-        seconds = max(1, int(deadline - time.monotonic()))
         namespace = container.id.partition("/")[0]
-        return self.run(["uninstall", container.name, f"--namespace={namespace}", "--wait",
-                         f"--timeout={seconds}s"], seconds + 30)
+        return self.carry_out(["uninstall", container.name, f"--namespace={namespace}", "--wait"], deadline)
 
     def bring_back(self, before, deadline):
         """Leaves the releases as they are: the cluster keeps the pods of the revision before."""
@@ -11177,10 +11080,10 @@ class HelmDriver:
 
         Raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21).
         """
-        ours = self.find(deployment_id, component, containers)
+        ours = find_containers(deployment_id, containers, component, "helm")
         words = [self.uninstall(container, deadline).stderr for container in ours]
         record = {"deploymentId": deployment_id, "components": [{"name": component}]}
-        if ours and self.find(deployment_id, component, self.observe([record])):
+        if ours and find_containers(deployment_id, self.observe([record]), component):
             raise ComponentError(
                 "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
