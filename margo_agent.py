@@ -3063,24 +3063,24 @@ def is_contained(expressions, value, combine):
 # below such a name, and a pattern that is found in the file, or among the names in that folder.
 PERIPHERAL_SIGNS = (
     ("gpu", "class/drm", "card[0-9]+"),
-    ("display", "class/drm", ".*", "status", "^connected"),
-    ("camera", "class/video4linux", ".*"),
+    ("display", "class/drm", ".+", "status", "^connected"),
+    ("camera", "class/video4linux", ".+"),
     ("microphone", "class/sound", "pcmC[0-9]+D[0-9]+c"),
     ("speaker", "class/sound", "pcmC[0-9]+D[0-9]+p"),
 )
 # Of a network interface the first row that fits.  What comes and goes with containers is of no kind, so that
 # the document does not change with them.
 INTERFACE_SIGNS = (
-    ("wifi", "class/net", ".*", "wireless", "."),
-    ("wifi", "class/net", ".*", "phy80211", "."),
+    ("wifi", "class/net", ".+", "wireless", "."),
+    ("wifi", "class/net", ".+", "phy80211", "."),
     ("cellular", "class/net", "wwan.*"),
-    ("cellular", "class/net", ".*", "uevent", "DEVTYPE=wwan"),
-    ("canbus", "class/net", ".*", "type", "^280$"),
-    ("", "class/net", "(lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
-    ("", "class/net", ".*", "bridge", "."),
-    ("ethernet", "class/net", ".*", "type", "^1$"),
-    ("bluetooth", "class/bluetooth", ".*"),
-    ("usb", "bus/usb/devices", ".*"),
+    ("cellular", "class/net", ".+", "uevent", "DEVTYPE=wwan"),
+    ("canbus", "class/net", ".+", "type", "^280$"),
+    ("", "class/net", "(?:lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
+    ("", "class/net", ".+", "bridge", "."),
+    ("ethernet", "class/net", ".+", "type", "^1$"),
+    ("bluetooth", "class/bluetooth", ".+"),
+    ("usb", "bus/usb/devices", ".+"),
     ("rs232", "class/tty", "ttyS.*", "type", "^(?!0$)."),
 )
 
@@ -3101,11 +3101,11 @@ def read_signs(root, signs):
     """{path in /sys: kind}, each by the first of some signs that fits."""
     found = {}
     for kind, folder, names, *inner in signs:
-        folder = os.path.join(root, "sys", folder)
-        for name in read_fact(folder).splitlines():
-            path = os.path.join(folder, name)
-            if re.fullmatch(names, name) and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
-                found.setdefault(path, kind)
+        folder = f"{root}/sys/{folder}/"
+        for name in re.findall(f"(?m)^{names}$", read_fact(folder)):
+            path = folder + name
+            if path not in found and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
+                found[path] = kind
     return found
 
 
