@@ -9180,14 +9180,11 @@ def convert_older(value):
     spec = value["spec"]
     profile = spec["deploymentProfile"]
     notes = metadata.get("annotations") or {}
-
-    def find(key, *holders):
-        return next((holder[key] for holder in holders if holder.get(key) is not None), None)
-
-    own_id = find("id", value, notes, metadata)
-    if own_id is None and re.fullmatch(UUID_PATTERN, str(metadata.get("name"))):
-        own_id = metadata["name"]
-    application = find("applicationId", spec, notes, metadata)
+    ids = [holder.get("id") for holder in (value, notes, metadata)]
+    places = [item for item in ids + [metadata.get("name")] if re.fullmatch(UUID_PATTERN, str(item))]
+    own_id = next(filter(None, places + ids), None)
+    applications = [holder.get("applicationId") for holder in (spec, notes, metadata)]
+    application = next(filter(None, applications), None)
     kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
     metadata = {"name": application or str(own_id).lower(), "namespace": "default", **metadata}
     spec = dict(spec, applicationId=application or "none", deploymentProfile=dict(profile, type=kind))
