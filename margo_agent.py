@@ -1744,10 +1744,10 @@ class HttpSource:
     def __init__(self, config):
         self.config, self.url = config, config.wfm.url
 
-    def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
+    def send(self, method, path, accepted, headers=(), document=None, limit=MAX_ANSWER):
         """One request to the WFM; raises what check_response raises."""
         body = None
-        headers = dict(headers or {})
+        headers = dict(headers)
         path = self.root + path
         if document is not None:
             body = make_json(document)
@@ -1762,12 +1762,11 @@ class HttpSource:
 
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
-        headers = {"Accept": MANIFEST_TYPE}
-        accepted = (200,)                                                           # C-100
+        headers = {"Accept": MANIFEST_TYPE}                                         # C-100
         if etag:
             headers["If-None-Match"] = etag                                         # C-101
-            accepted = (200, 304)
-        return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
+        return self.send("GET", "/deployments", (200, 304) if etag else (200,), headers,
+                         limit=self.config.policy.max_document)
 
     def fetch_desired(self, accepted, load_artifact):
         """None where nothing changed, else a Desired whose every byte is verified.
@@ -3148,9 +3147,7 @@ def detect_properties(state_dir, root="/", hostname=False):
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
-    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)
-    return {
-        **({"hostname": name.group()} if hostname and name else {}),
+    found = {
         "vendor": detect_text(root, "sys_vendor", "") or "unknown",
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
         "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
@@ -3160,6 +3157,10 @@ def detect_properties(state_dir, root="/", hostname=False):
         "peripherals": detect_peripherals(root),
         "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))],
     }
+    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)      # RFC 1123
+    if hostname and name:
+        found["hostname"] = name.group()
+    return found
 
 
 # What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
