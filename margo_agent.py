@@ -1735,10 +1735,10 @@ class HttpSource:
     def __init__(self, config):
         self.config, self.url = config, config.wfm.url
 
-    def send(self, method, path, accepted, headers=None, document=None, limit=MAX_ANSWER):
+    def send(self, method, path, accepted, headers=(), document=None, limit=MAX_ANSWER):
         """One request to the WFM; raises what check_response raises."""
         body = None
-        headers = dict(headers or {})
+        headers = dict(headers)
         path = self.root + path
         if document is not None:
             body = make_json(document)
@@ -1753,12 +1753,11 @@ class HttpSource:
 
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
-        headers = {"Accept": MANIFEST_TYPE}
-        accepted = (200,)                                                           # C-100
+        headers = {"Accept": MANIFEST_TYPE}                                         # C-100
         if etag:
             headers["If-None-Match"] = etag                                         # C-101
-            accepted = (200, 304)
-        return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
+        return self.send("GET", "/deployments", (200, 304) if etag else (200,), headers,
+                         limit=self.config.policy.max_document)
 
     def fetch_desired(self, accepted, load_artifact):
         """None where nothing changed, else a Desired whose every byte is verified.
@@ -3083,24 +3082,24 @@ def is_contained(expressions, value, combine):
 # below such a name, and a pattern that is found in the file, or among the names in that folder.
 PERIPHERAL_SIGNS = (
     ("gpu", "class/drm", "card[0-9]+"),
-    ("display", "class/drm", ".*", "status", "^connected"),
-    ("camera", "class/video4linux", ".*"),
+    ("display", "class/drm", ".+", "status", "^connected"),
+    ("camera", "class/video4linux", ".+"),
     ("microphone", "class/sound", "pcmC[0-9]+D[0-9]+c"),
     ("speaker", "class/sound", "pcmC[0-9]+D[0-9]+p"),
 )
 # Of a network interface the first row that fits.  What comes and goes with containers is of no kind, so that
 # the document does not change with them.
 INTERFACE_SIGNS = (
-    ("wifi", "class/net", ".*", "wireless", "."),
-    ("wifi", "class/net", ".*", "phy80211", "."),
+    ("wifi", "class/net", ".+", "wireless", "."),
+    ("wifi", "class/net", ".+", "phy80211", "."),
     ("cellular", "class/net", "wwan.*"),
-    ("cellular", "class/net", ".*", "uevent", "DEVTYPE=wwan"),
-    ("canbus", "class/net", ".*", "type", "^280$"),
-    ("", "class/net", "(lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
-    ("", "class/net", ".*", "bridge", "."),
-    ("ethernet", "class/net", ".*", "type", "^1$"),
-    ("bluetooth", "class/bluetooth", ".*"),
-    ("usb", "bus/usb/devices", ".*"),
+    ("cellular", "class/net", ".+", "uevent", "DEVTYPE=wwan"),
+    ("canbus", "class/net", ".+", "type", "^280$"),
+    ("", "class/net", "(?:lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
+    ("", "class/net", ".+", "bridge", "."),
+    ("ethernet", "class/net", ".+", "type", "^1$"),
+    ("bluetooth", "class/bluetooth", ".+"),
+    ("usb", "bus/usb/devices", ".+"),
     ("rs232", "class/tty", "ttyS.*", "type", "^(?!0$)."),
 )
 
@@ -3121,11 +3120,11 @@ def read_signs(root, signs):
     """{path in /sys: kind}, each by the first of some signs that fits."""
     found = {}
     for kind, folder, names, *inner in signs:
-        folder = os.path.join(root, "sys", folder)
-        for name in read_fact(folder).splitlines():
-            path = os.path.join(folder, name)
-            if re.fullmatch(names, name) and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
-                found.setdefault(path, kind)
+        folder = f"{root}/sys/{folder}/"
+        for name in re.findall(f"(?m)^{names}$", read_fact(folder)):
+            path = folder + name
+            if path not in found and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
+                found[path] = kind
     return found
 
 
@@ -3139,9 +3138,7 @@ def detect_properties(state_dir, root="/", hostname=False):
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
-    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)
-    return {
-        **({"hostname": name.group()} if hostname and name else {}),
+    found = {
         "vendor": detect_text(root, "sys_vendor", "") or "unknown",
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
         "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
@@ -3151,6 +3148,10 @@ def detect_properties(state_dir, root="/", hostname=False):
         "peripherals": detect_peripherals(root),
         "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))],
     }
+    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)      # RFC 1123
+    if hostname and name:
+        found["hostname"] = name.group()
+    return found
 
 
 # What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
@@ -9285,14 +9286,11 @@ def convert_older(value):
     spec = value["spec"]
     profile = spec["deploymentProfile"]
     notes = metadata.get("annotations") or {}
-
-    def find(key, *holders):
-        return next((holder[key] for holder in holders if holder.get(key) is not None), None)
-
-    own_id = find("id", value, notes, metadata)
-    if own_id is None and re.fullmatch(UUID_PATTERN, str(metadata.get("name"))):
-        own_id = metadata["name"]
-    application = find("applicationId", spec, notes, metadata)
+    ids = [holder.get("id") for holder in (value, notes, metadata)]
+    places = [item for item in ids + [metadata.get("name")] if re.fullmatch(UUID_PATTERN, str(item))]
+    own_id = next(filter(None, places + ids), None)
+    applications = [holder.get("applicationId") for holder in (spec, notes, metadata)]
+    application = next(filter(None, applications), None)
     kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
     metadata = {"name": application or str(own_id).lower(), "namespace": "default", **metadata}
     spec = dict(spec, applicationId=application or "none", deploymentProfile=dict(profile, type=kind))
