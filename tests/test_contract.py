@@ -5,6 +5,7 @@ example servers.  It shows each request to prism (npm) and keeps it for openapi-
 What no schema knows is refused as a strict WFM would: with a 404 that is of no Margo type.
 """
 import collections
+import functools
 import http.client
 import http.server
 import json
@@ -169,6 +170,12 @@ class Validator:
         return [explain(error) for error in self.contract.iter_response_errors(self.request(exchange), answer)]
 
 
+@functools.lru_cache(maxsize=None)
+def find_validator(name):
+    """The Validator of a document, made once: that takes a second."""
+    return Validator(name)
+
+
 def explain(error):
     """An error of openapi-core with what lies behind it."""
     behind = [str(item) for item in getattr(error.__cause__, "schema_errors", ())]
@@ -177,7 +184,7 @@ def explain(error):
 
 def find_invalid(exchanges, name):
     """What either validator finds wrong: one line for each request."""
-    validator = Validator(name)
+    validator = find_validator(name)
     found = []
     for exchange in exchanges:
         faults = validator.find_errors(exchange)
@@ -262,9 +269,9 @@ class Life(ContractCase):
                     if exchange.method == "POST" and HELLO in exchange.path]
         self.assertEqual(sorted(set(receipts)), [2, 3, 4, 5, 6])        # of HELLO: its two revisions, and what came after
 
-        validator = Validator("workload-management")                    # the example WFM is held to the same
+        validator = find_validator("workload-management")                    # the example WFM is held to the same
         faults = [fault for exchange in self.front.exchanges for fault in validator.find_answer_errors(exchange)]
-        validator = Validator("trust-bundle")
+        validator = find_validator("trust-bundle")
         faults += [fault for exchange in self.mis_front.exchanges for fault in validator.find_answer_errors(exchange)]
         self.assertEqual(faults, [])
 
@@ -307,7 +314,7 @@ class Broken(ContractCase):
             headers.setdefault("Content-Type", "application/json")
         verdict = self.prisms["workload-management"].judge(method, "/api/v1/" + path, headers, body)
         exchange = Exchange(method, "/api/v1/" + path, headers, body, verdict, 0, [], b"")
-        return Validator("workload-management").find_errors(exchange), verdict
+        return find_validator("workload-management").find_errors(exchange), verdict
 
     def test_what_is_wrong_is_found_by_both(self):
         """A validator that lets everything pass proves nothing."""
