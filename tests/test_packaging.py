@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import unittest
 import zipfile
 
@@ -124,6 +125,64 @@ class Zipapp(support.DeviceCase):
         self.assertEqual(len(self.engine.containers()), 1)
         script = f"import sys; sys.path.insert(0, {path!r}); import margo_agent; print(margo_agent.__file__)"
         self.assertRegex(run(sys.executable, "-I", "-S", "-c", script).stdout, r"margo-agent\.pyz/margo_agent\.pyc$")
+
+
+PROCD = """
+procd_open_instance() { :; }
+procd_close_instance() { :; }
+procd_set_param() { echo "$@"; }
+procd_send_signal() { echo "signal $*"; }
+mkdir() { :; }
+"""
+
+
+class OpenWrt(support.DeviceCase):
+    """Its package and its init script, without an OpenWrt: procd's part is done by the test."""
+
+    def setUp(self):
+        super().setUp()
+        folder = support.make_folder(self)
+        run("sh", os.path.join(PACKAGING, "openwrt.sh"), folder, support.AGENT, env=dict(os.environ, PYTHON=sys.executable))
+        (self.package,) = [os.path.join(folder, name) for name in os.listdir(folder)]
+        self.root = os.path.join(folder, "root")
+        with tarfile.open(self.package) as package:
+            self.assertEqual(sorted(package.getnames()), [".", "./control.tar.gz", "./data.tar.gz", "./debian-binary"])
+            for name in ("data", "control"):
+                with tarfile.open(fileobj=package.extractfile(f"./{name}.tar.gz")) as inner:
+                    self.assertEqual({(entry.uid, entry.gid) for entry in inner}, {(0, 0)})
+                    inner.extractall(os.path.join(folder, "root" if name == "data" else name))
+        with open(os.path.join(folder, "control", "control")) as file:
+            self.control = dict(re.findall(r"^([A-Za-z-]+): (.*)$", file.read(), re.M))
+
+    def ask_init(self, function):
+        """{parameter: its values} that a function of the init script tells procd."""
+        script = f"{PROCD}\n. {self.root}/etc/init.d/margo-agent\n{function}\n"
+        return {line.split()[0]: line.split()[1:] for line in run("sh", "-euc", script).stdout.splitlines()}
+
+    def test_the_daemon_runs_from_bytecode_as_procd_starts_it(self):
+        told = self.ask_init("start_service")
+        program, *arguments = told["command"]
+        self.assertEqual((program, arguments), ("/usr/bin/margo-agent", ["-c", "/etc/margo/agent.yaml", "run"]))
+        self.assertEqual((told["stdout"], told["stderr"], told["respawn"]), (["1"], ["1"], ["3600", "30", "0"]))
+        with open(self.root + program) as file:
+            line = file.read().splitlines()[1].replace("/usr/lib", f"{self.root}/usr/lib").replace("python3", sys.executable)
+        self.assertEqual(os.listdir(os.path.join(self.root, "usr/lib/margo")), ["margo_agent.pyc"])
+        self.wfm.publish(support.make_deployment(registry=self.wfm.registry))
+        self.device.set("poll.interval", "5s")
+        words = [word.replace("/etc/margo/agent.yaml", self.device.config_file) for word in arguments]
+        process = subprocess.Popen(["sh", "-c", line, "sh"] + words, env=self.device.env, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(support.end, process)
+        support.wait_for(lambda: "installed" in self.wfm.statuses(), what="the installation")
+        process.terminate()
+        self.assertEqual(process.wait(30), 0, process.stdout.read())
+
+    def test_its_control_file_names_the_agents_version_and_pythons(self):
+        version = run(sys.executable, support.AGENT, "version").stdout.split()[1]
+        self.assertEqual((self.control["Version"], self.control["Architecture"]), (f"{version}-r1", "all"))
+        self.assertTrue(self.control["Description"].endswith("Python %d.%d" % sys.version_info[:2]))
+        self.assertEqual(self.ask_init("reload_service"), {"signal": ["margo-agent", "*", "HUP"]})
 
 
 class Container(support.EngineCase):
