@@ -276,6 +276,41 @@ class Life(ContractCase):
         self.assertEqual(faults, [])
 
 
+class Children(ContractCase):
+    """A see-thru gateway; the interface has one segment for a device id, so a child's id goes as gateway%2Fchild there."""
+
+    def setUp(self):
+        super().setUp()
+        child = support.FakeEngine(self)
+        self.device.set("device.children", [
+            {"id": name, "vendor": "Example Industries", "modelNumber": "C-1", "serialNumber": name,
+             "properties": {"cpus": [{"cores": 2, "architecture": "arm64"}], "memory": "512Mi", "storage": "8Gi"},
+             "connection": {"CONTAINER_HOST": f"unix:///{name}", "FAKE_PODMAN": child.folder}} for name in ("press", "saw")])
+
+    def test_children_are_reported_and_withdrawn_validly_once_the_form_is_known(self):
+        """The literal form is tried first, once: this server answers 404, of no type of Margo's."""
+        self.publish(device=f"{DEVICE}/press")
+        self.device.cycle()
+        self.publish(OTHERS[0], device=f"{DEVICE}/nobody")                      # 101
+        self.device.cycle(1)
+        self.wfm.withdraw()
+        self.wfm.withdraw(OTHERS[0])
+        self.device.settings["device"]["children"].pop()
+        self.device.save()
+        self.device.cycle()
+        self.assertEqual(self.device.run("unenroll").returncode, 0)
+        reports = [exchange for exchange in self.front.exchanges if "/capabilities/" in exchange.path]
+        literal = [exchange for exchange in reports if exchange.path.count("/") > 4]
+        self.assertEqual([(exchange.method, exchange.status) for exchange in literal], [("PUT", 404)])
+        rest = [exchange for exchange in self.front.exchanges if exchange not in literal]
+        self.assertEqual(find_invalid(rest, "workload-management"), [])
+        sent = [(exchange.method, exchange.path.rpartition("/")[2]) for exchange in reports if exchange not in literal]
+        press, saw = f"{DEVICE}%2Fpress", f"{DEVICE}%2Fsaw"
+        self.assertEqual(sent, [("PUT", DEVICE), ("PUT", press), ("PUT", saw), ("DELETE", saw), ("DELETE", press), ("DELETE", DEVICE)])
+        self.assertEqual({json.loads(exchange.body.decode())["deviceId"] for exchange in rest if exchange.method == "POST"},
+                         {DEVICE, f"{DEVICE}/press"})
+
+
 GOOD = {"properties": {"id": DEVICE, "vendor": "v", "modelNumber": "m", "serialNumber": "s"}}
 REPORT = {"deploymentId": HELLO, "adoptedManifestVersion": 1, "status": {"state": "installed"},
           "components": [{"name": "web", "state": "installed"}]}
