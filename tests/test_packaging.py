@@ -95,19 +95,15 @@ class Cron(unittest.TestCase):
         self.variables = dict(line.split("=", 1) for line in lines if re.match("[A-Z]+=", line))
         (self.line,) = [line for line in lines if line.startswith("*")]
 
-    def test_every_device_waits_its_own_time_below_a_minute(self):
-        """The wait comes from the machine id alone."""
-        command = self.line.split("root ", 1)[1].replace(r"\%", "%")
-        self.assertNotRegex(self.line, r"[^\\]%")                               # cron takes a bare % for a line break
-        folder, waits = support.make_folder(self), set()
-        for number in range(40):
-            identity = support.write(os.path.join(folder, "machine-id"), f"{number:032x}\n")
-            script = command.replace("/etc/machine-id", identity).split(";")[0].replace("sleep", "echo")
-            said = {run(self.variables["SHELL"], "-c", script, env={"PATH": self.variables["PATH"]}).stdout for _ in range(2)}
-            self.assertEqual(len(said), 1)
-            waits.add(int(said.pop()))
-        self.assertGreater(len(waits), 15)
-        self.assertLess(max(waits), 50)
+    def test_it_is_a_line_that_cron_and_the_agent_understand(self):
+        self.assertNotIn("%", self.line)                                        # cron takes it for a line break
+        words = self.line.split(" && exec python3 -m margo_agent ")
+        self.assertEqual(words[0], "* * * * * root cd /usr/local/lib/margo")
+        self.assertEqual(words[1], "-q run --once --spread 50s")
+        done = subprocess.run([sys.executable, support.AGENT, "-c", "/nowhere/agent.yaml"] + words[1].split(),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        self.assertEqual(done.returncode, 2)                                    # for the file that is not there
+        self.assertIn("/nowhere/agent.yaml", done.stderr)
 
     def test_the_path_has_what_podman_needs(self):
         self.assertTrue({"/usr/sbin", "/sbin", "/usr/bin"} <= set(self.variables["PATH"].split(":")))

@@ -39,7 +39,7 @@ for unit in "$here/../margo-agent.service" "$here/margo-agent-poll.service" "$he
         > "$root/lib/systemd/system/$(basename "$unit")"
 done
 cp "$here/../agent.yaml" "$here/margo-agent.cron" "$doc/examples/"
-sed -i 's,cd /usr/local/lib/margo && exec python3 -m margo_agent,exec margo-agent,; s, *python3 -m keeps.*,,' "$doc/examples/margo-agent.cron"
+sed -i 's,cd /usr/local/lib/margo && exec python3 -m margo_agent,exec margo-agent,; /python3 -m keeps/d' "$doc/examples/margo-agent.cron"
 cat > "$doc/copyright" <<END
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 Upstream-Name: margo-agent
