@@ -1,6 +1,7 @@
 """examples/packaging: each way to pack and start the agent, tried as its README says."""
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import tarfile
 import unittest
 import zipfile
 
+import margo_agent
 from tests import support
 
 PACKAGING = os.path.join(support.EXAMPLES, "packaging")
@@ -38,6 +40,7 @@ class DebianPackage(unittest.TestCase):
         support.require("lintian")
         done = run("lintian", "--no-cfg", "--allow-root", "--fail-on", "error", self.build())
         self.assertNotRegex(done.stdout, "(?m)^E:")
+        self.assertNotIn("manual-page", done.stdout)
 
     def test_it_is_the_same_each_time_it_is_built(self):
         paths = [self.build("one"), self.build("two")]
@@ -61,6 +64,40 @@ class DebianPackage(unittest.TestCase):
         for name in ("margo-agent.service", "margo-agent-poll.service"):
             with open(os.path.join(root, "lib/systemd/system", name)) as file:
                 self.assertRegex(file.read(), r"(?m)^ExecStart=/usr/bin/margo-agent -c /etc/margo/agent.yaml run")
+
+
+class Manual(unittest.TestCase):
+    """Both are made of the agent's table of commands."""
+
+    def make(self, what):
+        text = run(sys.executable, os.path.join(PACKAGING, "manual.py"), what, support.AGENT).stdout
+        return support.write(os.path.join(support.make_folder(self), "margo-agent.8"), text)
+
+    def test_the_manual_page_has_every_command_and_no_mistake(self):
+        support.require("man")
+        page = self.make("man")
+        done = subprocess.run(["man", "--warnings", "-E", "UTF-8", "-l", page], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True, env=dict(os.environ, LC_ALL="C.UTF-8", MANWIDTH="100", MANPAGER="cat"))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        for name, (_, options, _) in margo_agent.COMMANDS.items():
+            self.assertRegex(done.stdout, f"(?m)^       {name}\\b.*" + ".*".join(re.escape(option) for option in options))
+        self.assertNotIn("margo_agent.py", done.stdout)
+        self.assertRegex(done.stdout, r"(?m)^       70 ")
+
+    def complete(self, script, *words):
+        """What bash offers for the last of some words."""
+        ask = (f". {script}; COMP_WORDS=({' '.join(shlex.quote(word) for word in words)}); "
+               f"COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 )); _margo_agent; echo \"${{COMPREPLY[*]}}\"")
+        return run("bash", "-uec", ask, cwd=os.path.dirname(script)).stdout.split()
+
+    def test_bash_offers_commands_their_options_and_files(self):
+        support.require("bash")
+        script = self.make("bash")
+        self.assertEqual(set(self.complete(script, "margo-agent", "c")), {name for name in margo_agent.COMMANDS if name[0] == "c"})
+        self.assertIn("--once", self.complete(script, "margo-agent", "-c", "x", "run", "--o"))
+        self.assertEqual(self.complete(script, "margo-agent", "-c", "margo"), ["margo-agent.8"])
+        self.assertEqual(self.complete(script, "margo-agent", "--log-format", "j"), ["json"])
+        self.assertTrue(set(margo_agent.COMMANDS) <= set(self.complete(script, "margo-agent", "-q", "")))
 
 
 class InASystem(unittest.TestCase):
