@@ -3,7 +3,9 @@
 """Prints a manual page or a completion for bash, made of the agent's own table of commands.
 
     python3 examples/packaging/manual.py man [AGENT] > margo-agent.8
-    python3 examples/packaging/manual.py bash [AGENT] > margo-agent         # /usr/share/bash-completion/completions/
+    python3 examples/packaging/manual.py bash [AGENT] > margo-agent
+
+The second belongs into /usr/share/bash-completion/completions.
 
 AGENT is a margo_agent.py, such as one of examples/firmware/strip.py: what it lacks is not in its manual.
 """
@@ -22,8 +24,8 @@ margo-agent \- Margo workload fleet client for small devices
 .I COMMAND
 .RI [ argument ...]
 .SH DESCRIPTION
-The agent asks a Margo Workload Fleet Manager what this device should run, verifies it, has a container engine run it, and reports
-what came of it.
+The agent asks a Margo Workload Fleet Manager what this device should run, verifies it, has a container engine run it,
+and reports what came of it.
 It never listens: every connection starts at the device.
 .B run
 does so for ever,
@@ -82,7 +84,9 @@ def load_agent(path):
 
 def quote(text):
     """Text for troff: nothing in it is an instruction."""
-    text = text.replace("margo_agent.py", "margo-agent").replace("\\", r"\e").replace("-", r"\-").replace("'", r"\(aq").replace("`", r"\(ga")
+    text = text.replace("margo_agent.py", "margo-agent")
+    for character, spelt in (("\\", r"\e"), ("-", r"\-"), ("'", r"\(aq"), ("`", r"\(ga")):
+        text = text.replace(character, spelt)
     return re.sub(r"(?m)^\.", r"\&.", text)
 
 
@@ -97,11 +101,13 @@ def make_page(agent):
     for name, (function, options, operands) in agent.COMMANDS.items():
         paragraphs = [" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n")]
         head = " ".join(filter(None, [name, operands, make_options(options)]))
-        commands.append(".TP\n.B " + quote(head) + "\n" + "\n.IP\n".join(quote(part) for part in paragraphs if part))
+        meaning = "\n.IP\n".join(quote(part) for part in paragraphs if part)
+        commands.append(f".TP\n.B {quote(head)}\n{meaning}")
     found = re.search(r"Exit codes\.\s+(.*?)\.\n", agent.__doc__ or "", re.S)
     codes = [item.split(None, 1) for item in " ".join(found.group(1).split()).split(", ")] if found else []
-    return PAGE.format(version=agent.__version__, options=quote(make_options(agent.GLOBAL_OPTIONS)), commands="\n".join(commands),
-                       codes="\n".join(f".TP\n.B {code}\n{quote(words)}" for code, words in codes))
+    meanings = "\n".join(f".TP\n.B {code}\n{quote(words)}" for code, words in codes)
+    return PAGE.format(version=agent.__version__, options=quote(make_options(agent.GLOBAL_OPTIONS)),
+                       commands="\n".join(commands), codes=meanings)
 
 
 def make_completion(agent):
@@ -111,7 +117,8 @@ def make_completion(agent):
     for _, options, _ in rows.values():
         every.update(options)
     more = ["--help"] if "--help" in globals_ else []
-    cases = [f"        {name}) known='{' '.join(list(options) + more)}' ;;" for name, (_, options, _) in rows.items()]
+    offered = {name: " ".join(list(options) + more) for name, (_, options, _) in rows.items()}
+    cases = [f"        {name}) known='{words}' ;;" for name, words in offered.items()]
     return COMPLETION.format(
         valued="|".join(sorted(name for name, value in globals_.items() if value)),
         files="|".join(sorted(name for name, value in every.items() if value == "FILE")),
