@@ -7,14 +7,16 @@ it so.  It proves the device's identity by an X.509-SVID, reports what the devic
 state, verifies it, compares it with what runs, drives container commands to close the gap, and reports how
 that went.  It never listens; every connection starts here.
 
-Commands.   enroll | run [--once] | plan | status | history | capabilities | csr | doctor | retry [ID] |
-            unenroll [--purge] | version
-Exit codes. 0 as desired, 1 a deployment failed, 2 usage or configuration, 3 unreachable or to be reported
-            later, 4 desired state refused, 5 identity or trust, 6 another instance runs, 70 a bug.
-Files.      The configuration (-c, $MARGO_CONFIG, /etc/margo/agent.yaml) and one state directory; see README.
+Usage.      margo_agent.py [-c FILE] [-v|-q] [--log-format text|json] COMMAND
+            (or --config, --verbose, --quiet; `COMMAND --help` explains one)
+Files.      The configuration (-c FILE, else $MARGO_CONFIG, else
+            /etc/margo/agent.yaml) and one state directory.
+Exit codes. 0 as desired, 1 a deployment failed, 2 usage or configuration,
+            3 unreachable or to be reported later, 4 desired state refused,
+            5 identity or trust, 6 another instance runs, 70 a bug.
 
-Stable for embedding: main, Agent, load_config, load_yaml, YAMLError, MargoError, PROFILES, __version__.  All
-else may change.
+Stable for embedding: what __all__ names, `Agent.cycle` with the fields of the Outcome that it returns, and
+log.level and log.callback(level, message, fields).  All else may change.
 
 How to read it: from top to bottom, as a newspaper: what the agent does, then how, then with what.  To follow
 one poll, read 1 to 6; `Agent.cycle` is where it begins.  A section uses only 1, 2 and sections below it;
@@ -28,8 +30,8 @@ optional ones and the command line, which stand at the end, use all of it, and n
    7 Devices                      19 Store                          31 Gateway (optional)
    8 Turns                        20 Patience                       32 Hooks (optional)
    9 Desired-state source         21 Configuration                  33 Doctor (optional)
-  10 Desired state                22 X.509                          34 Command line
-  11 Identity and trust           23 YAML
+  10 Desired state                22 X.509                          34 Commands for people (optional)
+  11 Identity and trust           23 YAML                           35 Command line
   12 Eligibility                  24 Small encodings
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
 (tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps
@@ -45,7 +47,9 @@ import time
 from collections import ChainMap, namedtuple
 
 __version__ = "0.1.0"
-__all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError", "PROFILES", "__version__"]
+__all__ = ["main", "Agent", "load_config", "load_yaml", "status", "log", "PROFILES", "__version__",
+           "MargoError", "ConfigError", "Unreachable", "StorageError", "Refused", "Untrusted", "Locked",
+           "YAMLError"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -57,7 +61,7 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 PROFILES = {}                       # {wfm.profile: its Profile class}
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
 COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
-                                    # each with what follows it; its operand)}
+                                    # each with what follows it; its operands)}; its docstring is its help
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
                                     # None}
 EXAMINE = {}                        # {what `doctor` checks: function of the Agent to (ok or warn, words)}
@@ -1568,12 +1572,13 @@ def ask_others(answering, known=None):
     return list(others.values())
 
 
-def observe_all(drivers, record):
+def observe_all(drivers, record, claim=None):
     """Every container of ours on one device, as far as a deployment may have some there.
 
-    Raises CommandError where something does not answer.
+    claim: as for list_looks.  Raises CommandError where something does not answer.
     """
-    return [container for function in list_looks(drivers, [record]).values() for container in function()]
+    looks = list_looks(drivers, [record], claim)
+    return [container for function in looks.values() for container in function()]
 
 
 def find_kinds(record, target=None):
@@ -6571,13 +6576,16 @@ class Log:
     LEVELS = ("debug", "info", "warning", "error")
 
     def __init__(self):
-        self.level, self.form = "info", "text"
+        self.level, self.form, self.callback = "info", "text", None
 
     def __call__(self, level, message, **fields):
         """Writes one event; `fields` are facts for machines and never hold a secret or a parameter's value.
 
         """
         if self.LEVELS.index(level) < self.LEVELS.index(self.level):
+            return
+        if self.callback:                           # set by whoever embeds the agent
+            self.callback(level, message, fields)
             return
         if self.form == "json":
             import json
@@ -7769,8 +7777,8 @@ SCHEMA = {
     "device": dict(DEVICE_SCHEMA,
                    children=(checked("a list", lambda value: isinstance(value, list)), [],
                              "devices behind this gateway, see README"),
-                   hostname=(read_flag, False, "draft: whether capabilities tell the name of the host"),
-                   parameter_values=(read_labels, {}, "draft: values for parameters with `valueFrom`")),
+                   hostname=(read_flag, False, "whether the host's name is told, a draft"),
+                   parameter_values=(read_labels, {}, "values for parameters with `valueFrom`, a draft")),
     "poll": {
         "interval": (read_duration, "60s", "time between polls of `run`"),
         "jitter": (read_share, "10%", "by how much each interval may differ, so that fleets spread out"),
@@ -11387,8 +11395,11 @@ EXAMINE.update(hooks=examine_hooks)
 # ----------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
-    """Checks everything that a run needs: one line a check, ok, warn or FAIL with the mend; changes
-    nothing.
+    """Checks everything that a run needs, and changes nothing.
+
+    Each check is a line: ok, warn, or FAIL, with what to do about it.
+
+    Example: margo_agent.py doctor --json
     """
     agent = Agent(config)
     failed = False
@@ -11408,7 +11419,7 @@ def command_doctor(config, options):
 
 
 def examine_storage(agent):
-    """Whether the state can be read and written, and is not about to fill its disk."""
+    """Whether the state can be read and written, and has room to grow."""
     agent.state = agent.store.load_state()
     folder = agent.store.folder
     while not os.path.exists(folder):
@@ -11428,25 +11439,20 @@ def examine_wait(agent):
     """Whether the WFM, or a back-off, keeps the next run from asking."""
     clock = get_clock()
     left = find_wait(agent.state["patience"], clock)
-    words = f"until {make_time(clock.now + left)} the WFM or a back-off asks to wait; `retry` ends that"
-    return "warn", words if left else ""
+    return "warn", left and (f"until {make_time(clock.now + left)} the WFM or a back-off asks to wait;"
+                             " `retry` ends that")
 
 
 def examine_labels(agent):
-    """Whether every label is called so that no other's has its name.
-
-    Margo recommends a domain before it (C-088).
-    """
+    """Whether every label has a name that nobody else uses: with a domain before it (C-088)."""
     names = {name for device in agent.devices for name in device.settings.labels}
     bare = sorted(name for name in names if not re.match(r"[^/.]+(\.[^/.]+)+/.", name))
-    if not bare:
-        return "ok", ""
-    return "warn", (f"device.labels {', '.join(bare)}: put a domain of yours before it, such as"
-                    " example.com/zone")
+    return "warn", bare and (f"device.labels {', '.join(bare)}: put a domain of yours before it, such as"
+                             " example.com/zone")
 
 
 def examine_clock(agent):
-    """Whether the clock can be right: certificates are judged by it."""
+    """Whether the clock can be right, by which certificates are judged."""
     now = time.time()
     stored = agent.store.find_time()
     if now < stored:
@@ -11471,20 +11477,14 @@ def examine_engine(agent):
 
 
 def examine_others(agent):
-    """Whether workloads of another owner run here: they are left alone, and may hold what this agent's need.
-
-    """
+    """Whether workloads of another owner run here: they are left alone, but may hold a port or a name."""
     others = ask_others({device.device_id: device.drivers for device in agent.devices})
     words = "; ".join(make_others_words(others))
-    return (
-        ("warn", f"{len(others)} workloads are not this agent's and are left alone: {words}")
-        if others
-        else ("ok", "")
-    )
+    return "warn", others and f"{len(others)} workloads are not this agent's and are left alone: {words}"
 
 
 def examine_registries(agent):
-    """Whether the files are there that registries name."""
+    """Whether the files are there that `registries` names."""
     for host, entry in agent.config.registries.items():
         for key in ("ca", "password_file"):
             if entry[key] and read_file(entry[key], MAX_CERTIFICATES) is None:
@@ -11504,7 +11504,197 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 34. Command line
+# 34. Commands for people (optional)
+# ----------------------------------------------------------------------------------------------------------
+
+def look_at(config, word):
+    """What there is of a deployment that somebody names: (Store, record, drivers of its device, a look).
+
+    The look is a function that returns its containers, or raises CommandError.  Raises ConfigError,
+    StorageError.
+    """
+    agent = Agent(config)
+    agent.state = agent.store.load_state()
+    record = find_record(agent.state, word)
+    drivers = [device.drivers for device in agent.devices if device.device_id == record["deviceId"]]
+    drivers = drivers[0] if drivers else {}
+    claim = obtain_claim(agent.get_profile(), agent.device_id)
+    return agent.store, record, drivers, lambda: find_containers(
+        record["deploymentId"], observe_all(drivers, record, claim))
+
+
+def command_describe(config, options):
+    """Prints what the device knows, without network; of one deployment everything there is to know.
+
+    NAME is the name of a deployment, its id, or the beginning of its id.
+
+    Example: margo_agent.py status hello
+    """
+    if not options["operands"]:
+        return command_status(config, options)
+    store, record, _, look = look_at(config, options["operands"][0])
+    seen = try_look(look)
+    trouble = isinstance(seen, CommandError)
+    containers = [] if trouble else seen
+    adopted = record["adopted"]
+    target = Target(record["deploymentId"], adopted["digest"], adopted["version"], None, None)
+    deployment = read_target(target, store.load_artifact, config).deployment
+    report = make_details(record, deployment, containers, get_clock())
+    if "--json" in options:
+        return print_json(report)
+    print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
+    print_row("document", f"{report['digest']}, of manifest version {report['version']}")
+    for part in report["components"]:
+        words = f"{part['name']}  {part['revision']}"
+        print_row(f"  {part['state']}", words + make_error_words(part["error"]))
+    for item in report["containers"]:
+        since = f" since {item['since']}" if item["since"] else ""
+        ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
+        print_row(item["state"], f"{item['name']}{since}  {item['image']}{ports}")
+    if trouble:
+        print_row("containers", seen.message)
+    if report["attempts"]:
+        print_row("attempts", f"{report['attempts']} failed; the next one is due"
+                  f" {report['nextAttempt'] or 'with the next run'}, `retry {report['name']}` tries at once")
+    if report["before"]:
+        runs = "runs in its place" if record["fallback"] else "is kept to go back to"
+        print_row("before", f"the version of document {report['before']} {runs}")
+
+
+def make_details(record, deployment, containers, clock):
+    """What `status NAME` tells: what `status` does, and revisions, containers, attempts, the way back.
+
+    deployment: the Deployment that is worked on, or None.  containers: as its engine shows them.
+    """
+    report = make_deployment_report(record)
+    components = deployment.components if deployment else ()
+    known = {item.name: f"{item.repository} {item.revision}" for item in components}
+    for part in report["components"]:
+        part["revision"] = known.get(part["name"], "")
+    services = {item["name"]: item["services"] for item in record["components"]}
+    shown = []
+    for container in containers:
+        facts = services.get(container.component, {}).get(container.service, {})
+        ports = [f"{address}:{port}/{kind}".lstrip(":") for address, port, kind in facts.get("ports", ())]
+        since = make_time(container.started) if container.started else None
+        shown.append({"name": container.name, "component": container.component, "ports": ports,
+                      "service": container.service, "state": container.state, "since": since,
+                      "image": facts.get("image", "")})
+    left = find_wait(record["retry"], clock)
+    before = record["running"] if record["fallback"] else record["previous"]
+    return dict(report, version=record["adopted"]["version"], containers=shown,
+                attempts=record["retry"].get("failures", 0), before=(before or {}).get("digest"),
+                nextAttempt=make_time(clock.now + left) if left else None)
+
+
+def command_logs(config, options):
+    """Shows what the containers of a deployment, or of one service of it, have written.
+
+    NAME is the name of a deployment, its id, or the beginning of its id.  `--tail N` shows the last N lines
+    of each container, `-f` goes on with what comes.
+
+    Example: margo_agent.py logs hello --tail 50
+    """
+    name, *services = options["operands"]
+    _, record, drivers, look = look_at(config, name)
+    found = [container for container in look() if container.service in services or not services]
+    driver = drivers.get(found[0].type) if found else None
+    if not hasattr(driver, "engine"):
+        where = make_printable(f"service {services[0]} of {name}" if services else name)
+        raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
+    if found[1:] and driver.engine == "docker":
+        names = ", ".join(sorted(container.service for container in found))
+        raise ConfigError(f"docker shows one container at a time; name one of the services {names}")
+    flags = [f"--tail={options['--tail']}"] if "--tail" in options else []
+    flags += ["--follow"] * ("-f" in options) + ["--names"] * bool(found[1:])
+    argv = [driver.engine, "logs", *flags, *(container.id for container in found)]
+    os.execvpe(argv[0], argv, get_command_environment(driver.environ))
+
+
+def command_config(config, options):
+    """Prints the configuration that is in force: what the file says, and the default of all else.
+
+    What may be a secret is masked.  `--check` only says whether the file can be used.  `--example` prints a
+    file to start from, with every setting and what it is for.
+
+    Example: margo_agent.py config --example > agent.yaml
+    """
+    if "--check" in options:
+        print(f"{options['-c']} can be used")       # else it has been said why not
+    elif "--example" in options:
+        print("\n".join(make_example(SCHEMA, EXAMPLE)))
+    else:
+        document = expand_environment(load_yaml(read_file(options["-c"], MIB)), os.environ, "", [])
+        print("\n".join(make_listing(SCHEMA, document or {})))
+
+
+# What an example of a configuration sets, by names of examples/pki.sh; all else is commented out.
+EXAMPLE = {"wfm": {"url": "https://localhost:8443"},
+           "identity": {"certificate": "client.pem", "key": "client.key", "trust_bundle": "bundle.json"}}
+PARTS = {"registries": ("registry.example:5000:", REGISTRY_SCHEMA), "children": ("-", CHILD_SCHEMA)}
+
+
+def make_listing(schema, document, indent=""):
+    """The lines of a configuration that leaves nothing out: what the file does not say is marked."""
+    lines = []
+    for key, entry in schema.items():
+        value = document.get(key)
+        if isinstance(entry, dict):
+            lines += [f"{indent}{key}:", *make_listing(entry, value or {}, indent + "  ")]
+            continue
+        reader, default, meaning = entry
+        note = "  # default" if value is None else ""
+        if not meaning:                             # no setting any more
+            continue
+        if reader is read_environment and value:    # it may hold what nobody should see
+            value = dict.fromkeys(value, "...")
+        lines.append(f"{indent}{key}: {make_yaml(default if value is None else value)}{note}")
+    return lines
+
+
+def make_example(schema, chosen, indent=""):
+    """The lines of a configuration to start from: what is not `chosen` is commented out, with its default."""
+    lines = []
+    for key, entry in schema.items():
+        if isinstance(entry, dict):
+            lines += ["", f"{indent}{key}:", *make_example(entry, chosen.get(key, {}), indent + "  ")]
+            continue
+        reader, default, meaning = entry
+        if not meaning:
+            continue
+        try:
+            reader(object(), "")
+        except ValueError as error:                 # of what it would take
+            meaning += f" ({str(error).partition(':')[0]})"
+        value = make_yaml(chosen.get(key, default))
+        lines += [f"{indent}# {meaning}", f"{indent}{'' if key in chosen else '# '}{key}: {value}".rstrip()]
+        if key in PARTS:
+            name, schema = PARTS[key]
+            lines += [f"{indent}# {line}" for line in [f"  {name}", *make_example(schema, {}, "    ")]]
+    return lines
+
+
+def make_yaml(value):
+    """A value as YAML on one line; None is nothing."""
+    if value is None:
+        return ""
+    text = make_json(value).decode()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return scalar_text(value)
+    try:
+        return value if isinstance(value, str) and load_yaml(value) == value else text
+    except YAMLError:
+        return text
+
+
+COMMANDS.update(
+    status=(command_describe, {"--json": ""}, "[NAME]"),
+    logs=(command_logs, {"--tail": "N", "-f": ""}, "NAME [SERVICE]"),
+    config=(command_config, {"--check": "", "--example": ""}, ""))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 35. Command line
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
@@ -11519,12 +11709,12 @@ def command_run(config, options):
     if "--once" not in options:
         if spread:
             raise ConfigError("--spread: belongs to run --once; a daemon has poll.jitter")
-        return start_watch(config, options)
+        return start_watch(config, options["arguments"])
     import signal
     asked = []
 
     def stop(number, _):
-        # the current step takes too long: what it has started is ended, the next run goes on
+        # The current step takes too long: what it has started is ended, and the next run goes on.
         if number == signal.SIGALRM:
             raise Interrupted(f"ended in the middle of a step, {STOP_GRACE} s after it was asked to")
         asked.append(True)
@@ -11549,6 +11739,8 @@ def command_run(config, options):
         wait(agent.starting)
         outcome = agent.cycle()
     log("debug", "cycle done", result=outcome.result, code=outcome.code)
+    if "--json" in options:
+        print_json(outcome._asdict())
     if descriptor:
         words = make_life_sign(agent.state, outcome)
         os.write(int(descriptor), f"{outcome.delay:.3f} {words}".encode("utf-8", "replace"))
@@ -11563,12 +11755,11 @@ def make_life_sign(state, outcome):
     return f"{words}{detail}; next cycle in {outcome.delay:.0f} s"
 
 
-def start_watch(config, options):
-    """Turns this process into the parent of the daemon: a bare interpreter that holds `watch` and nothing
-    else of this file.
+def start_watch(config, arguments):
+    """Turns this process into the parent of the daemon: a bare interpreter that runs `watch`.
 
-    The program goes in by a pipe, so that neither this file's compiled code nor a compiler's memory stays
-    behind; it is the compiled form, which is there where this file's source is not.
+    The program is read from a pipe, in compiled form.  So neither this file nor a compiler stays in memory,
+    and it works where only the compiled file is installed.
     """
     import marshal
     parts = {
@@ -11576,8 +11767,9 @@ def start_watch(config, options):
         for part in (notify, write_line, start_cycle, read_answer, count_wakes, end_cycle, watch)
     }
     last = "the daemon has ended" if log.level in ("debug", "info") else ""
-    arguments = make_child(options), CYCLE_RETRY, HUNG, STOP_LIMIT, last
-    program = (f"import marshal\nfor name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
+    arguments = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
+    program = ("import marshal, os, time\n"
+               f"for name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
                f"    globals()[name] = type(lambda: None)(code, globals())\nLINE = {LINES[log.form]!r}\n"
                f"raise SystemExit(watch(*{arguments!r}))\n")
     log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
@@ -11589,23 +11781,22 @@ def start_watch(config, options):
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-", "margo-agent"])
 
 
-def make_child(options):
-    """The command line of one cycle: this very file, as a module where it can be, because then its
-    compiled form is kept.
+def make_child(arguments):
+    """The command line of one cycle.
+
+    This file is run as a module where its name allows that, because Python then keeps its compiled form.
     """
-    path = os.path.abspath(__file__)
-    folder, name = os.path.split(path)
-    stem, suffix = os.path.splitext(name)
-    start = [sys.executable, "-I", "-S", path]
-    if suffix in (".py", ".pyc") and "." not in stem:
-        code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); from importlib import import_module; "
-                f"sys.exit(import_module({stem!r}).main(sys.argv[1:]))")
-        start = [sys.executable, "-I", "-S", "-c", code, folder]
-    return start + options["arguments"] + ["--once"]
+    start = [os.path.abspath(__file__)]
+    folder, name = os.path.split(start[0])
+    stem, _, suffix = name.partition(".")
+    if suffix in ("py", "pyc"):
+        code = f"import sys; sys.path.insert(0, {folder!r}); sys.exit(__import__({stem!r}).main())"
+        start = ["-c", code]
+    return [sys.executable, "-I", "-S", *start, *arguments, "--once"]
 
 
-# The daemon's parent: these functions run in an interpreter that has nothing else of this file but LINE, so
-# they import what they need.
+# The daemon's parent: these functions run in an interpreter that has nothing else of this file but `os`,
+# `time` and LINE.  What more they need they import.
 
 # How a line of the log is written, by its form.
 LINES = {"text": "%s %-7s %s\n", "json": '{"time":"%s","level":"%s","message":"%s"}\n'}
@@ -11613,24 +11804,22 @@ LINE = LINES["text"]
 
 
 def notify(address, text):
-    """Tells systemd something, where it listens."""
+    """Sends systemd a message, where it listens."""
     if not address:
         return
     import socket
     try:
-        # who does not read does not keep us
+        # This must not block when nobody reads.
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         with socket.socket(socket.AF_UNIX, kind) as peer:
             peer.connect("\0" + address[1:] if address.startswith("@") else address)
             peer.send(text.encode())
     except OSError:
-        pass                                        # nobody listens any more: no reason to end
+        pass                                        # nobody listens any more
 
 
 def write_line(level, text):
     """Writes one line as the log does."""
-    import os
-    import time
     line = LINE % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), level, text)
     try:
         os.write(2, line.encode() if text else b"")
@@ -11639,11 +11828,13 @@ def write_line(level, text):
 
 
 def start_cycle(child, signals):
-    """(process id, pipe by which it says how long to wait) of a new cycle; raises OSError."""
-    import os
+    """Starts a cycle: (its process id, the pipe by which it says how long to wait after it).
+
+    Raises OSError.
+    """
     import signal
     reader, writer = os.pipe()
-    os.set_blocking(reader, False)                  # whoever else keeps the other end open cannot stop us
+    os.set_blocking(reader, False)                  # a helper may keep the other end open
     pid = os.fork()
     if not pid:
         try:
@@ -11661,8 +11852,7 @@ def start_cycle(child, signals):
 
 
 def read_answer(reader):
-    """What a cycle that has ended said by its pipe; closes it."""
-    import os
+    """What a cycle that has ended has said in its pipe, which is closed."""
     try:
         return os.read(reader, 1024)
     except BlockingIOError:
@@ -11672,11 +11862,10 @@ def read_answer(reader):
 
 
 def count_wakes(pid):
-    """How often the kernel has let a process go on after a wait.
+    """How often a process has woken from a wait, as the kernel counts it.
 
-    Where that cannot be told, another number each time.
+    Where there is no process (0), or the kernel does not tell, the number is another one each time.
     """
-    import time
     try:
         with open(f"/proc/{pid}/status") as file:
             return int(file.read().partition("voluntary_ctxt_switches:")[2].split()[0])
@@ -11685,12 +11874,11 @@ def count_wakes(pid):
 
 
 def end_cycle(pid, limit):
-    """Asks a cycle to end after its current step, and kills it after `limit` seconds; the daemon's exit code.
+    """Asks a cycle to end after its current step, and kills it after `limit` seconds.
 
+    Returns the daemon's exit code.
     """
-    import os
     import signal
-    import time
     end = time.monotonic() + limit
     os.kill(pid, signal.SIGTERM)
     while not os.waitpid(pid, os.WNOHANG)[0]:
@@ -11703,28 +11891,28 @@ def end_cycle(pid, limit):
 
 
 def watch(child, fallback, hung, limit, last):
-    """Runs `child` (an argument list) over and over; returns the exit code.  last: how its log ends.
+    """Runs cycles one after the other; returns the daemon's exit code.
 
-    A child says by a pipe how long to wait, else `fallback` seconds count, and how it went.  SIGTERM and
-    SIGINT end it after the current step, SIGHUP starts a cycle at once.  systemd's watchdog is fed while
-    cycles can be started and move: one that the kernel has not seen wake for `hung` seconds, longer than it
-    ever waits itself, is killed.  Five in a row that cannot be started end the daemon.
+    child: the command line of a cycle, which says in a pipe how long to wait after it, else `fallback`, and
+    how it went.  last: how the log ends.  SIGTERM and SIGINT end the daemon after the current step, SIGHUP
+    starts a cycle at once; each reads the configuration anew.
+
+    A cycle that has not woken from a wait for `hung` seconds hangs, because its own waits are shorter: it is
+    killed.  systemd's watchdog is fed while cycles can be started and move; five in a row that cannot end it.
     """
-    import os
     import signal
-    import time
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     address = os.environ.get("NOTIFY_SOCKET", "")
     beat = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6 or 3600.0
     notify(address, "READY=1")
-    pid, due, moved, seen, proven, failures = 0, 0.0, 0.0, None, False, 0
+    pid = due = moved = seen = proven = failures = 0
     while True:
         now = time.monotonic()
         if not pid and now >= due:
             try:
                 pid, reader = start_cycle(child, signals)
-                due, moved = None, now
+                due = None
             except OSError as error:
                 write_line("error", f"no cycle can be started ({error.strerror})")
                 failures += 1
@@ -11738,15 +11926,15 @@ def watch(child, fallback, hung, limit, last):
             write_line("info", last)
             return code
         if number == signal.SIGHUP:
-            due = 0.0
+            due = 0
         ended, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
         if ended:
             answer, _, words = read_answer(reader).partition(b" ")
             if words:
                 notify(address, "STATUS=" + words.decode("utf-8", "replace"))
-            if status == 2 << 8 and not proven:     # a configuration that never worked
+            if status == 2 << 8 and not proven:     # the configuration has never worked
                 return 2
-            # Python itself failed, or is not there
+            # Python itself failed, or has gone.
             failures = failures + 1 if not answer and status in (1 << 8, 127 << 8) else 0
             pid, proven = 0, True
             due = now + float(answer or fallback) if due is None else due
@@ -11754,9 +11942,9 @@ def watch(child, fallback, hung, limit, last):
             write_line("error", "five cycles in a row could not be started; this process ends, so that its"
                        " supervisor learns of it")
             return 1
-        before = seen
-        seen = count_wakes(pid) if pid else None
-        moved = moved if pid and seen == before else now
+        wakes = count_wakes(pid)
+        if wakes != seen:
+            seen, moved = wakes, now
         if now - moved > hung:
             write_line("error", f"the cycle has not moved for {hung} s, and is killed")
             os.kill(pid, signal.SIGKILL)
@@ -11765,41 +11953,40 @@ def watch(child, fallback, hung, limit, last):
 
 
 def command_enroll(config, options):
-    """Establishes trust and reports capabilities; safe to repeat.  --fetch-ca: first gets the WFM's root
-    CA (profile signed).
+    """Makes this device known to the WFM: checks its identity and reports its capabilities.
+
+    It may be repeated at any time.  `--fetch-ca FILE` first downloads the WFM's root CA (profile signed).
     """
     for name, (_, act) in OPTIONS["enroll"].items():
         if name in options:
             act(config, options[name])
-    exchange = STEPS.index(Agent.exchange)
-    reconcile = STEPS.index(Agent.reconcile)
     with Agent(config) as agent:
         agent.store.load_memo().clear()             # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
         agent.asked = True
         try:
-            for step in STEPS[:exchange]:
-                step(agent)
-            source = agent.connect()
-            agent.report_capabilities(always=True)
-            for step in STEPS[exchange + 1:reconcile]:
-                step(agent)
+            for step in STEPS[:STEPS.index(Agent.reconcile)]:
+                if step is Agent.exchange:
+                    source = agent.connect()
+                    agent.report_capabilities(always=True)
+                else:
+                    step(agent)
         finally:
-            # also what was learnt of the trust bundle before it failed
-            agent.store.save_state(agent.state)
+            agent.store.save_state(agent.state)     # also what was learnt of the trust bundle
         print(f"enrolled: {source.client_id} with {config.wfm.url} as device {agent.device_id}")
 
 
 def command_unenroll(config, options):
-    """Deregisters at the WFM and forgets the relationship; --purge first removes the workloads."""
+    """Deregisters this device at the WFM and forgets what was agreed.
+
+    Workloads are left running.  `--purge` removes them first, but never their volumes.
+    """
     with Agent(config) as agent:
-        state, failed = agent.state, False
+        state = agent.state
         if not any(state[part] for part in ("enrollment", "client", "deployments", "trust")):
             print("not enrolled")
             return
-        if "--purge" in options:
-            failed = purge(agent)
-        if failed:
+        if "--purge" in options and purge(agent):
             raise StorageError("not everything could be removed; nothing was forgotten, run unenroll --purge"
                                " again")
         if state["enrollment"]:
@@ -11821,123 +12008,139 @@ def command_unenroll(config, options):
 
 
 def purge(agent):
-    """Removes every workload and reports it; True where something could not be removed."""
+    """Removes every workload and reports that; whether something could not be removed."""
     if agent.state["enrollment"]:
         agent.connect()
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
-    agent.flush_outbox()                            # also what a purge that was cut off has left to be told
+    try:
+        agent.flush_outbox()                        # also what an earlier purge could not report
+    except Untrusted as error:
+        log("warning", "the WFM does not take the last reports", reason=error.message)
     return any(record["state"] != "removed" for record in agent.state["deployments"].values())
 
 
 def command_plan(config, options):
-    """Polls and prints what `run --once` would do; changes nothing, neither here nor at the WFM."""
+    """Shows what `run --once` would do, and changes nothing: neither here nor at the WFM."""
     agent = Agent(config)
     agent.state = agent.store.load_state()
-    accepted = agent.state["accepted"]
-    documents, desired = {}, None
-    if agent.is_downtime():
-        log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
-    else:
-        agent.check_patience(spread=False)
-        agent.connect(keep=False)
-        desired = agent.fetch_desired()
-    if desired:
-        accepted = make_accepted(desired)
-        documents = desired.documents
-        try:
-            agent.check_removals(desired)
-        except Waiting as error:
-            log("warning", error.message)
-
+    accepted, documents = fetch_accepted(agent)
     actions, seen = [], {}
     if accepted:
         load = agent.store.load_artifact
         actions, seen = agent.decide(accepted, lambda digest: documents.get(digest) or load(digest))
     others = ask_others(agent.answering)
-    changed = {action.deployment_id for action in actions if action.verb in ("install", "update")}
-    # else it is part of a move
-    actions = [action._replace(verb=PRINTED.get(action.verb, action.verb)) for action in actions
-               if action.verb != "clear" or action.deployment_id not in changed]
+    # What clears the way for an installation elsewhere is part of it.
+    moved = {action.deployment_id for action in actions if action.verb in ("install", "update")}
+    items = [{"deploymentId": action.deployment_id, "action": PRINTED.get(action.verb, action.verb),
+              "reason": action.reason, "deviceId": action.device_id}
+             for action in actions if action.verb != "clear" or action.deployment_id not in moved]
+    version = accepted["version"] if accepted else None
     if "--json" in options:
-        items = [{"deploymentId": action.deployment_id, "action": action.verb, "reason": action.reason,
-                  "deviceId": action.device_id} for action in actions]
-        print_json({"version": accepted["version"] if accepted else None, "actions": items, "others": others})
+        print_json({"version": version, "actions": items, "others": others})
     else:
-        print(f"desired state: version {accepted['version'] if accepted else 'none'}")
-        for action in actions:
-            where = f"on {action.device_id}: " if len(agent.devices) > 1 else ""
-            print(f"{action.verb:8}{action.deployment_id}  {where}{make_printable(action.reason)}")
+        print(f"desired state: version {version or 'none'}")
+        for item in items:
+            where = f"on {item['deviceId']}: " if len(agent.devices) > 1 else ""
+            print(f"{item['action']:8}{item['deploymentId']}  {where}{make_printable(item['reason'])}")
         for words in make_others_words(others):
             print(f"other   {words}; it is left alone")
     for fault in seen[agent.device_id].silent.values() if seen else ():
         raise fault
 
 
+def fetch_accepted(agent):
+    """What the next run would accept, or has accepted before: (its part of the state, its new documents)."""
+    accepted = agent.state["accepted"]
+    if agent.is_downtime():
+        log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
+        return accepted, {}
+    agent.check_patience(spread=False)
+    agent.connect(keep=False)
+    desired = agent.fetch_desired()
+    if not desired:
+        return accepted, {}
+    try:
+        agent.check_removals(desired)
+    except Waiting as error:
+        log("warning", error.message)
+    return make_accepted(desired), desired.documents
+
+
 def command_status(config, options):
-    """Prints what the device knows, without network."""
-    store = Store(config.state_dir)
-    document = make_status_report(config, store.load_state(), store.load_memo(), time.time())
+    """Prints what the device knows, without asking anybody."""
+    document = status(config)
     if "--json" in options:
         return print_json(document)
-    identity = document["identity"]
-    desired = document["desiredState"]
-    last = document["lastPoll"]
-    print(f"profile    {document['profile']}, {'enrolled' if document['enrolled'] else 'not enrolled'}")
+    identity, desired, last = (document[name] for name in ("identity", "desiredState", "lastPoll"))
     until = f", valid until {identity['notAfter']}" if identity["notAfter"] else ""
     warning = identity["warning"] and f"  ! {identity['warning']}"
-    print(f"identity   {identity['id'] or 'none yet'}{until}{warning}")
+    print_row("profile", f"{document['profile']}, {'' if document['enrolled'] else 'not '}enrolled")
+    print_row("identity", (identity["id"] or "none yet") + until + warning)
     version = f"version {desired['version']}, accepted {desired['acceptedAt']}"
-    print(f"desired    {version if desired['version'] else 'none accepted yet'}")
-    poll = f"{last['at']} {last['result']} {make_printable(last['detail'])}".rstrip()
-    print(f"last poll  {poll if last['at'] else 'never'}")
-    print(f"outbox     {document['outbox']}")
+    print_row("desired", version if desired["version"] else "none accepted yet")
+    print_row("last poll", f"{last['at']} {last['result']} {last['detail']}" if last["at"] else "never")
+    print_row("outbox", str(document["outbox"]))
     for item in document["dropped"]:
-        reason = make_printable(item["reason"])
-        print(f"dropped    {item['deploymentId']} {item['state']} at {item['at']}: {reason}")
+        print_row("dropped", f"{item['deploymentId']} {item['state']} at {item['at']}: {item['reason']}")
     for deployment in document["deployments"]:
         where = f"  on {deployment['deviceId']}" if config.device.children else ""
-        print(f"{deployment['state']:10} {deployment['deploymentId']}  {deployment['name']}{where}")
-        for component in deployment["components"]:
-            error = component["error"]
-            reason = f"  {error['code']}: {make_printable(error['message'])}" if error["code"] else ""
-            print(f"  {component['state']:8} {component['name']}{reason}")
-        if deployment["error"]["code"] and not any(c["error"]["code"] for c in deployment["components"]):
-            print(f"  {deployment['error']['code']}: {make_printable(deployment['error']['message'])}")
+        print_row(deployment["state"], f"{deployment['deploymentId']}  {deployment['name']}{where}")
+        # Only a document that cannot be read leaves a deployment without components.
+        for part in deployment["components"] or [dict(deployment, name="")]:
+            print_row(f"  {part['state']}", part["name"] + make_error_words(part["error"]))
     for words in make_others_words(document["others"]):
-        print(f"other      {words}; it is left alone")
+        print_row("other", f"{words}; it is left alone")
+
+
+def make_error_words(error):
+    """What follows the name of something that may have failed."""
+    return f"  {error['code']}: {error['message']}" if error["code"] else ""
+
+
+def print_row(name, words):
+    """Prints a line of a table of two columns."""
+    print(f"{name:10} {make_printable(words.strip(), MAX_MESSAGE)}")
+
+
+def make_deployment_report(record):
+    """What `status` tells of a deployment."""
+    def tell(item, *keys):
+        error = item["error"] or {"code": "", "source": "", "message": ""}
+        return dict({key: item[key] for key in keys}, error=error)
+
+    return dict(tell(record, "deploymentId", "name", "state", "deviceId"), digest=record["adopted"]["digest"],
+                components=[tell(item, "name", "state") for item in record["components"]])
+
+
+def status(config):
+    """What the device knows, as the object that `status --json` prints; raises StorageError.
+
+    config: what load_config returns.  Nobody is asked, neither the WFM nor the engine.
+    """
+    store = Store(config.state_dir)
+    return make_status_report(config, store.load_state(), store.load_memo(), time.time())
 
 
 def make_status_report(config, state, memo, now):
     """The object of `status --json` (contract)."""
-    no_error = {"code": "", "source": "", "message": ""}
-    accepted = state["accepted"] or {"version": None, "etag": None, "acceptedAt": None}
-    deployments = [{
-        "deploymentId": record["deploymentId"],
-        "name": record["name"],
-        "state": record["state"],
-        "digest": record["adopted"]["digest"],
-        "deviceId": record["deviceId"],
-        "error": record["error"] or no_error,
-        "components": [{"name": component["name"], "state": component["state"],
-                        "error": component["error"] or no_error} for component in record["components"]],
-    } for _, record in sorted(state["deployments"].items())]
+    accepted = state["accepted"] or {}
     return {
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
         "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(now),
-        "desiredState": {key: accepted[key] for key in ("version", "etag", "acceptedAt")},
+        "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
         "outbox": len(state["outbox"]),
-        "deployments": deployments,
+        "deployments": [make_deployment_report(record) for _, record in sorted(state["deployments"].items())],
         "dropped": [dict(refused, deploymentId=key) for key, refused in state["dropped"].items()],
         "others": memo.get("others", []),
     }
 
 
 def command_history(config, options):
-    """Prints the last accepted desired states, newest first: when, version, what changed, outcome."""
+    """Prints the last accepted desired states, newest first: when, version, what changed, what came of it."""
     history = Store(config.state_dir).load_state()["history"][::-1]
     if "--json" in options:
         return print_json({"history": history})
@@ -11962,7 +12165,7 @@ def command_csr(config, options):
     if not config.identity.key:
         raise ConfigError("identity.key: not set; it says where the key is kept")
     if config.identity.get("enrollment") == "est":
-        # an enrollment under way makes the key itself; the lock goes with this process
+        # An enrollment under way makes the key itself.  The lock goes with this process.
         store = Store(config.state_dir)
         store.create()
         store.lock()
@@ -11980,108 +12183,158 @@ def command_csr(config, options):
 
 
 def command_retry(config, options):
-    """Clears the back-off of failed deployments; without an ID also what the WFM or an identity service has
-    asked to wait.  The next run tries again.
+    """Lets the next run try failed deployments at once.
+
+    Without a name it tries all of them, and no longer waits as the WFM or an identity service has asked.
     """
     with Agent(config) as agent:
-        wanted = (options["operand"] or "").lower()
-        records = [record for key, record in agent.state["deployments"].items()
-                   if record["state"] == "failed" and wanted in ("", key)]
-        for record in records:
+        state = agent.state
+        records = list(state["deployments"].values())
+        if options["operands"]:
+            records = [find_record(state, options["operands"][0])]
+        failed = [record for record in records if record["state"] == "failed"]
+        if options["operands"] and not failed:
+            raise ConfigError(f"{options['operands'][0]} is no failed deployment; `status` lists them")
+        for record in failed:
             record.update(retry={}, repair={})
-        if not wanted:
-            agent.state.update(patience={}, waits={})
-            agent.state["est"].update(delay=0)
-        agent.store.save_state(agent.state)
-        if wanted and not records:
-            raise ConfigError(f"{options['operand']} is no failed deployment; `status` lists them")
-        print(f"{len(records)} failed deployments will be tried again by the next run")
+        if not options["operands"]:
+            state.update(patience={}, waits={})
+            state["est"].update(delay=0)
+        agent.store.save_state(state)
+        if "--json" in options:
+            return print_json({"retried": [record["deploymentId"] for record in failed]})
+        print(f"{len(failed)} failed deployment{'s'[:len(failed) != 1]} will be tried again by the next run")
+
+
+def find_record(state, word):
+    """The record of a deployment by its id, the beginning of its id, or its name; raises ConfigError."""
+    records = state["deployments"]
+    found = [key for key in records if key.startswith(word.lower()) or records[key]["name"] == word]
+    if len(found) != 1:
+        fault = "may be several deployments" if found else "is no deployment of this device"
+        raise ConfigError(f"{make_printable(word)} {fault}; `status` lists their ids and names")
+    return records[found[0]]
 
 
 def command_version(config, options):
     """Prints the version and the supported profiles."""
+    if "--json" in options:
+        return print_json({"version": __version__, "profiles": list(PROFILES)})
     print(f"margo_agent {__version__} (profiles: {', '.join(PROFILES)})")
 
 
 def print_json(value):
-    """One JSON document on stdout, for people and programs alike."""
+    """Prints one JSON document, for people and programs alike."""
     import json
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
     print(json.dumps(value, indent=2, ensure_ascii=encoding != "utf8"))
 
 
-COMMANDS.update({
+JSON = {"--json": ""}
+for name, row in {
     "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": "", "--spread": "TIME"}, ""),
-    "plan": (command_plan, {"--json": ""}, ""),
-    "status": (command_status, {"--json": ""}, ""),
-    "history": (command_history, {"--json": ""}, ""),
-    "capabilities": (command_capabilities, {"--json": ""}, ""),
+    "run": (command_run, {"--once": "", "--spread": "TIME", **JSON}, ""),
+    "plan": (command_plan, JSON, ""),
+    "status": (command_status, JSON, ""),
+    "history": (command_history, JSON, ""),
+    "capabilities": (command_capabilities, JSON, ""),
     "csr": (command_csr, {"--out": "FILE"}, ""),
-    "retry": (command_retry, {}, "[ID]"),
+    "retry": (command_retry, JSON, "[NAME]"),
     "unenroll": (command_unenroll, {"--purge": ""}, ""),
-    "version": (command_version, {}, "")})
-GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json"}
-USAGE = "usage: margo_agent.py [-c FILE] [-v|-q] [--log-format text|json] COMMAND\n"
+    "version": (command_version, JSON, ""),
+}.items():
+    COMMANDS.setdefault(name, row)                  # an optional room may know more of a command
+GLOBAL_OPTIONS = {"-c": "FILE", "-v": "", "-q": "", "--log-format": "text|json", "--help": ""}
+SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help", "help": "--help",
+             "--version": "version"}
 
 
 def parse_arguments(arguments):
-    """The command line to a dictionary: `command`, `operand`, each option given; raises ConfigError."""
-    options = {"command": None, "operand": None, "arguments": list(arguments)}
+    """The command line as a dictionary: `command`, `operands`, `arguments` as given, and each option.
+
+    Raises ConfigError.
+    """
+    options = {"command": None, "operands": [], "arguments": list(arguments)}
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
-        known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
-        name, equals, value = word.partition("=")
-        if name in known and known[name] and (equals or rest):
-            options[name] = value if equals else rest.pop(0)
-        elif word in known and not known[word]:
-            options[word] = True
-        elif word.startswith("-"):
-            fault = "unknown option"
-            if name in known:
-                fault = "needs a value" if known[name] else "takes no value"
-            raise ConfigError(f"{make_printable(word)}: {fault}; this command knows {' '.join(known)}")
-        elif options["command"] is None:
-            if word not in COMMANDS:
-                raise ConfigError(f"{make_printable(word)}: unknown command; one of {', '.join(COMMANDS)}")
-            options["command"] = word
-        elif COMMANDS[options["command"]][2] and options["operand"] is None:
-            options["operand"] = word
+        word = word if options["command"] else SPELLINGS.get(word, word)
+        if word.startswith("-"):
+            parse_option(word, rest, options)
+        elif options["command"]:
+            options["operands"].append(word)
         else:
-            raise ConfigError(f"{make_printable(word)}: {options['command']} takes no such operand")
+            options["command"] = check_word(word, "command", COMMANDS)
     if options.get("--log-format", "text") not in ("text", "json"):
         raise ConfigError("--log-format: text or json")
     return options
 
 
-def print_help():
-    """The commands, one line each, from their own docstrings."""
-    print(USAGE)
-    for name, (function, known, operand) in COMMANDS.items():
-        words = "".join(f"[{option} {value}".rstrip() + "]" for option, value in known.items()) or operand
-        meaning = " ".join((function.__doc__ or "").split())
-        print(f"  {name:13} {words:17} {meaning}".rstrip())
-    print("\nconfiguration: -c FILE, else $MARGO_CONFIG, else /etc/margo/agent.yaml")
-    # python -OO keeps no docstrings
-    print("".join((__doc__ or "").partition("Exit codes")[1:]).partition("Files.")[0])
+def parse_option(word, rest, options):
+    """Adds an option to `options`, with its value, which may be the first word of the `rest`."""
+    known = dict(GLOBAL_OPTIONS, **(COMMANDS[options["command"]][1] if options["command"] else {}))
+    name, _, value = word.partition("=")
+    if not word.startswith("--"):                   # -cFILE, -vq
+        name = word[:2]
+        value = word[2:].lstrip("=")
+    name = check_word(SPELLINGS.get(name, name), "option", known)
+    if known[name]:
+        if not value and not rest:
+            raise ConfigError(f"{name}: needs a value, {known[name]}")
+        options[name] = value or rest.pop(0)
+        return
+    options[name] = True
+    if value and word.startswith("--"):
+        raise ConfigError(f"{make_printable(word)}: takes no value")
+    rest[:0] = [f"-{value}"] * bool(value)
+
+
+def check_word(word, kind, known):
+    """The word, where it is known; else raises ConfigError that names the nearest one."""
+    if word in known:
+        return word
+    import difflib
+    near = difflib.get_close_matches(word, list(known), 1)
+    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+    raise ConfigError(f"{make_printable(word)}: unknown {kind}; {hint}")
+
+
+def print_help(command=None):
+    """Prints the usage of all commands, with the first sentence on each, or everything on one."""
+    import textwrap
+    if not command:                                 # Python's option -OO keeps no docstrings
+        print((__doc__ or "\n\n\n\n").split("\n\n")[2] + "\n")
+    for name in [command] if command else COMMANDS:
+        function, known, operands = COMMANDS[name]
+        words = f" {name} {operands}".rstrip()
+        words += "".join(f" [{option} {value}".rstrip() + "]" for option, value in known.items())
+        first, _, more = (function.__doc__ or "").partition("\n\n")
+        print(textwrap.fill(f"{words:27} {first}", 79, subsequent_indent=" " * 28))
+        if command:
+            print("\n" + textwrap.dedent(more))
 
 
 def run_main(arguments):
     """Reads command line and configuration and runs the command; returns its exit code or raises."""
-    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
-        print_help()
-        return 0 if arguments else 2
-    if arguments == ["--version"]:
-        arguments = ["version"]
     options = parse_arguments(arguments)
+    command = options["command"]
     log.form = options.get("--log-format", "text")
-    if options["command"] is None:
+    if not arguments or "--help" in options:
+        print_help(command)
+        return 0 if arguments else 2
+    if not command:
         raise ConfigError("no command; one of " + ", ".join(COMMANDS))
-    function = COMMANDS[options["command"]][0]
-    if function is command_version:
+    function, _, operands = COMMANDS[command]
+    operands = operands.split()
+    given = options["operands"]
+    for extra in given[len(operands):]:
+        raise ConfigError(f"{make_printable(extra)}: {command} takes no such operand")
+    if not given and operands and operands[0].isalpha():
+        raise ConfigError(f"{command}: needs {operands[0]}")
+    if function is command_version or "--example" in options:
         return function(None, options) or 0
-    config = load_config(options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml")
+    options["-c"] = options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml"
+    config = load_config(options["-c"])
     log.level = "error" if "-q" in options else config.log.level
     if "-v" in options:
         log.level = "debug"
@@ -12089,8 +12342,10 @@ def run_main(arguments):
 
 
 def prepare_streams():
-    """Standard streams that are there and take any text: a closed one (`>&-`) leads nowhere, and no file
-    of ours takes its place; what the locale's encoding lacks is escaped.
+    """Makes the standard streams take any text.
+
+    A closed one (`>&-`) leads nowhere, so that no file of ours takes its place.  What the locale's encoding
+    lacks is escaped.
     """
     spare = 0
     while spare < 3:
@@ -12104,41 +12359,43 @@ def prepare_streams():
 
 
 def main(arguments=None):
-    """The command line: a list of arguments (default: those of the process) to an exit code.
+    """The command line: takes a list of arguments (default: those of the process), returns an exit code.
 
-    Never raises for what went wrong.
+    It never raises for what went wrong.
     """
     try:
         prepare_streams()
         code = run_main(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
-    except (MargoError, MemoryError) as error:
-        error = to_fault(error)
-        log("error", error.message, code=error.code)
-        return error.exit
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0                                    # the reader of our output has seen enough
     except KeyboardInterrupt:
         return 130
-    except Exception as error:          # a bug: one line for the operator, the rest for whoever mends it
-        import errno
-        # `idna` needs unicodedata
-        if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):
-            log.form = "text"                       # the other form needs a module itself
-            log("error", f"this Python lacks a part of its standard library ({error}); install it (see"
-                " README, Small devices)", code=ConfigError.code)
-            return ConfigError.exit
-        import traceback
-        if getattr(error, "errno", 0) == errno.ENOSPC:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            log("error", f"the output cannot be written ({error.strerror})", code=StorageError.code)
-            return StorageError.exit
-        log("error", f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints",
-            code="INTERNAL")
-        log("debug", traceback.format_exc())
-        return 70
+    except Exception as error:
+        return tell_fault(to_fault(error))
+
+
+def tell_fault(error):
+    """Logs what ended a command, and returns the exit code for it."""
+    import errno
+    # `idna` needs unicodedata
+    if isinstance(error, ImportError) or str(error).startswith("unknown encoding"):
+        log.form = "text"                           # the other form needs a module itself
+        error = ConfigError(f"this Python lacks a part of its standard library ({error}); install it (see"
+                            " README, Small devices)")
+    elif getattr(error, "errno", 0) == errno.ENOSPC:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        error = StorageError(f"the output cannot be written ({error.strerror})")
+    if isinstance(error, MargoError):
+        log("error", error.message, code=error.code)
+        return error.exit
+    import traceback
+    log("error", f"bug: {type(error).__name__}: {error}; run again with -v and report what it prints",
+        code=MargoError.code)
+    log("debug", traceback.format_exc())
+    return MargoError.exit
 
 
 if __name__ == "__main__":
