@@ -234,10 +234,10 @@ class ContractCase(support.SharedCase):
 
 
 class Life(ContractCase):
-    """Every request is one that the interface knows."""
+    """C-050: every request is one that the interface knows."""
 
     def test_a_whole_life_is_valid_for_both(self):
-        """Capabilities, every state, read receipts, single documents and a bundle, leaving."""
+        """C-080, C-100, C-101, C-130, C-134, C-136: capabilities, every state, receipts, documents, a bundle, leaving."""
         self.device.cycle()                                             # nothing should run
         self.publish(parameters={"GREETING": "one"})
         self.device.cycle()

@@ -80,7 +80,7 @@ class Suite(Life, unittest.TestCase):
         support.write(os.path.join(self.wfm.state, "fixture.json"), json.dumps({"negativeFixture": fixture}))
 
     def test_what_it_does_wrong_on_purpose_changes_nothing(self):
-        """Its negative cases; a wrong size is nobody's business."""
+        """Its negative cases (C-105, C-106, C-107); a wrong size is nobody's business (C-110)."""
         self.wfm.publish(Life.make(self, "one"))
         self.device.cycle()
         self.wfm.publish(Life.make(self, "two"))

@@ -219,7 +219,7 @@ class OpenWrt(support.DeviceCase):
 
 
 class Container(support.EngineCase):
-    """The agent in a container, which drives the engine that it runs on by its socket."""
+    """C-233: the agent in a container, which drives the engine that it runs on by its socket."""
 
     def make_base(self):
         """An image with this machine's own Python, podman, openssl and a shell, instead of a Debian from elsewhere."""
