@@ -131,6 +131,28 @@ class Open2026(Life, unittest.TestCase):
 
     kind = "open-2026"
 
+    def test_what_it_never_heard_of_is_removed_and_holds_up_no_poll(self):
+        """After a move from another WFM: the report of the removal is answered by 500, for ever."""
+        self.wfm.publish(self.make("one"))
+        self.device.cycle()
+        self.assertEqual(self.device.run("unenroll").returncode, 0)
+        self.wfm.stop()
+        folder = support.make_folder(self)
+        self.wfm = support.Wfm(self, self.pki, "--lenient", "--prefix", PREFIX, folder=folder, stand_in=self.kind)
+        self.device.set("wfm.url", self.wfm.url + PREFIX)
+        for _ in range(3):
+            self.device.cycle(3)
+            self.assertEqual(self.engine.containers(), {})
+        self.assertEqual(len([item for item in self.wfm.requests() if item[:2] == ("GET", f"{PREFIX}/api/v1/deployments")]), 3)
+        self.assertEqual({status for method, _, status in self.wfm.requests() if method == "POST"}, {500})
+        self.wfm.add_package(support.make_compose())
+        other = HELLO[:-1] + "1"
+        self.wfm.publish(support.make_deployment(other, registry=self.wfm.registry), other)
+        self.device.settings["registries"] = {self.wfm.registry: {"ca": self.pki.path("site-ca.pem")}}
+        self.device.save()
+        self.device.cycle(3)
+        self.assertEqual(self.wfm.statuses(other)[-1], "installed")
+
 
 if __name__ == "__main__":
     unittest.main()
