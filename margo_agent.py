@@ -6427,12 +6427,13 @@ def get_temporary(state_dir, environ):
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", files=()):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
-    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads.  A non-zero exit
-    code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
+    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads, `files` are
+    descriptors that it gets, too.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout,
+    CommandError.
     """
     import subprocess
     try:
@@ -6440,7 +6441,7 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
                                    stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE,
                                    env=get_command_environment(os.environ if env is None else env), cwd=cwd,
-                                   start_new_session=True)
+                                   start_new_session=True, pass_fds=files)
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
         raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
@@ -6454,17 +6455,6 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
         kill_group(process)
     return Output(process.returncode, stdout,
                   make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
-
-
-def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
-
-    Returns what held before.
-    """
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
-    return soft
 
 
 def serve_pipes(process, data, timeout, limit):
@@ -7269,30 +7259,26 @@ class Store:
         except OSError as error:
             raise StorageError(f"{self.path('artifacts')} cannot be pruned ({error.strerror})") from None
         short = {digest.split(":")[1][:16] for digest in digests}
-        for folder, folders, _ in os.walk(self.path("deployments")):
-            # of a component, which may have such a name itself
-            inside = os.path.dirname(os.path.dirname(folder)) == self.path("deployments")
-            needed = self.load_needed(folder, short) if inside else set()
-            form = r"[0-9a-f]{16}|content-[0-9a-f]{32}(\.new)?"
-            for name in [
-                name for name in folders if name.endswith(".tmp") or inside and re.fullmatch(form, name)
-            ]:
-                folders.remove(name)
-                if name not in short | needed:
-                    remove_folder(os.path.join(folder, name))
+        form = re.compile(r"[0-9a-f]{16}(\.content)?|content-[0-9a-f]{32}(\.new)?")
+        top = self.path("deployments")
+        for folder, folders, files in os.walk(top):
+            # of a component; what is below is the applications'
+            inside = os.path.dirname(os.path.dirname(folder)) == top
+            needed = self.load_needed(folder, files, short) if inside else ()
+            for name in folders + files:
+                if name.endswith(".tmp") or inside and form.fullmatch(name) and name not in needed:
+                    path = os.path.join(folder, name)
+                    if not remove_file(path):
+                        remove_folder(path)
+            folders[:] = [] if inside else [name for name in folders if not name.endswith(".tmp")]
 
-    def load_needed(self, folder, short):
-        """The folders of a component from which containers of these packages mount files (see Folder.keep).
-
-        Other notes go.
+    def load_needed(self, folder, files, short):
+        """The names in a component's folder that stay: these packages, the notes of what their containers
+        mount, and that itself (see Folder.keep).
         """
-        needed = set()
-        for name in [name for name in os.listdir(folder) if re.fullmatch(r"[0-9a-f]{16}\.content", name)]:
-            if name[:16] in short:
-                needed.update((read_file(os.path.join(folder, name), MIB) or b"").decode().split())
-            else:
-                remove_file(os.path.join(folder, name))
-        return needed
+        notes = [name for name in files if name[:16] in short and name[16:] == ".content"]
+        texts = [read_file(os.path.join(folder, name), MIB) or b"" for name in notes]
+        return short.union(notes, b" ".join(texts).decode().split())
 
     def memo_path(self):
         """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes
@@ -7536,10 +7522,12 @@ read_dict = checked("a mapping", lambda item: isinstance(item, dict))
 read_items = checked("a list", lambda item: isinstance(item, list))
 
 
-def list_of(read_item, expected):
-    """A reader of a list of what another reader takes; `expected` is said where it is none."""
+def list_of(read_item, expected, least=0):
+    """A reader of a list of what another reader takes, at least so many; `expected` is said where it is none.
+
+    """
     def read(value, base):
-        if not isinstance(value, list):
+        if not isinstance(value, list) or len(value) < least:
             raise ValueError(expected)
         return [read_item(item, base) for item in value]
     return read
@@ -7548,6 +7536,15 @@ def list_of(read_item, expected):
 def is_number(value):
     """Whether a value is a number that JSON can write; a boolean is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def get_kind(value):
+    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, str):
+        return "text"
+    return "number" if is_number(value) else None
 
 
 def is_mapping(value):
@@ -7561,10 +7558,6 @@ def is_uri(key):
 
 
 HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
-GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
-# A repository's address as git takes it, which is never an option or a helper to git, or holds a password.
-GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
-               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
 PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
 DURATION = (
     "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
@@ -7578,10 +7571,6 @@ read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
 read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
 read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
                        lambda text: text.rstrip("/"))
-read_address = scalar(
-    "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
-    rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
-    lambda text: text.rstrip("/") if text.startswith("https:") else text)
 read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
 read_devices = list_of(
     scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev"
@@ -7638,44 +7627,34 @@ def read_compose(value, base):
     return choice("auto", "builtin", "off")(value, base)
 
 
-def is_words(value, words):
-    """Whether a value is a list of at least one of some words."""
-    return isinstance(value, list) and bool(value) and all(item in words for item in value)
+def equipment_of(words):
+    """A reader of a list of {type: one of some words, all else: text}."""
+    kinds = words.split()
+    words = f"a list with the types {words}"
+    return list_of(checked(words, lambda item: is_mapping(item) and item.get("type") in kinds
+                           and {"text"}.issuperset(map(get_kind, item.values()))), words)
 
 
-def is_equipment(value, kinds):
-    """Whether a value is a list of {type: one of `kinds`, all else: text}."""
-    return isinstance(value, list) and all(
-        isinstance(item, dict) and item.get("type") in kinds
-        and all(isinstance(text, str) for text in item.values())
-        for item in value)
-
-
-def is_cpus(value):
-    """Whether a value is a list of at least one {cores: number, architecture: text}."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(item, dict) and is_number(item.get("cores")) and item["cores"] > 0
-        and item.get("architecture", "arm") in ("amd64", "arm64", "arm") for item in value)
+def is_cpu(item):
+    """Whether a value is {cores: number, architecture: text}."""
+    return (isinstance(item, dict) and is_number(item.get("cores")) and item["cores"] > 0
+            and item.get("architecture", "arm") in ("amd64", "arm64", "arm"))
 
 
 # Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
-PERIPHERALS, INTERFACES = (
-    "gpu display camera microphone speaker",
-    "ethernet wifi cellular bluetooth usb canbus rs232",
-)
+CPUS = "a list of {cores: number, architecture: amd64, arm64 or arm}"
 PROPERTIES = {
     "vendor": read_name, "modelNumber": read_name, "serialNumber": read_name,
     "memory": scalar("a size such as 512Mi", "[0-9]{1,18}[KMG]i"),
     "storage": scalar("a size such as 512Mi", "[0-9]{1,18}[KMGTPE]i"),
-    "cpus": checked("a list of {cores: number, architecture: amd64, arm64 or arm}", is_cpus),
-    "peripherals": checked(f"a list with the types {PERIPHERALS}",
-                           lambda item: is_equipment(item, PERIPHERALS.split())),
-    "interfaces": checked(f"a list with the types {INTERFACES}",
-                          lambda item: is_equipment(item, INTERFACES.split())),
+    "cpus": list_of(checked(CPUS, is_cpu), CPUS, 1),
+    "peripherals": equipment_of("gpu display camera microphone speaker"),
+    "interfaces": equipment_of("ethernet wifi cellular bluetooth usb canbus rs232"),
     "otelCollector": checked("true, as Margo demands it where workloads run", lambda item: item is True),
-    "supportedRuntimes": checked("a list of oci, custom", lambda item: is_words(item, ("oci", "custom"))),
-    "supportedDeploymentTypes": checked("a list of helm, compose, custom",
-                                        lambda item: is_words(item, ("helm", "compose", "custom")))}
+    "supportedRuntimes": list_of(choice("oci", "custom"), "a list of oci, custom", 1),
+    "supportedDeploymentTypes": list_of(choice("helm", "compose", "custom"),
+                                        "a list of helm, compose, custom", 1),
+}
 
 
 def read_properties(value, base):
@@ -7705,18 +7684,11 @@ def read_environment(value, base):
     return {name: read_text(item, base) for name, item in value.items()}
 
 
-def get_kind(value):
-    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
-    kinds = ((bool, "boolean"), ((int, float), "number"), (str, "text"))
-    return next((kind for types, kind in kinds if isinstance(value, types)), None)
-
-
 def is_label(value):
     """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
-    if not isinstance(value, list):
-        return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
-    kinds = set(map(get_kind, value))
-    return kinds == {"text"} or kinds == {"number"} and all(map(is_number, value))
+    if isinstance(value, list):
+        return set(map(get_kind, value)) in (set(), {"text"}, {"number"})
+    return get_kind(value) is not None
 
 
 read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
@@ -7817,7 +7789,7 @@ SCHEMA = {
     "wfm": {
         "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls",
                     "generation of Margo's protocol that the WFM speaks"),
-        "url": (read_address, None, "root URL of the WFM, or address of the repository"),
+        "url": (read_root_url, None, "root URL of the WFM"),
         "timeout": (read_duration, "30s", "limit of connecting, and of each wait for data"),
         "min_tls": (choice("1.2", "1.3"), "1.3", "oldest TLS version that is accepted"),
     },
@@ -9525,6 +9497,18 @@ BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"   
                   r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
 
 
+GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
+# A repository's address that git never takes for an option or a helper, and that holds no password.
+GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
+               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
+read_address = scalar("an absolute https URL, or for profile git also ssh, file, or host:path", GIT_ADDRESS)
+
+
+def read_url_or_address(value, base):
+    """The root URL of a WFM, or a repository's address; which one is needed, the profile says."""
+    return (read_root_url if str(value).startswith("https:") else read_address)(value, base)
+
+
 def parse_folder(text):
     """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
     parts = text.strip("/").split("/")
@@ -9535,6 +9519,7 @@ def parse_folder(text):
 
 read_branch = scalar("the name of a branch", BRANCH_PATTERN)
 read_folder = scalar("a folder inside the repository", make=parse_folder)
+SCHEMA["wfm"]["url"] = (read_url_or_address, None, "root URL of the WFM, or address of the repository")
 SCHEMA["wfm"]["status_url"] = (read_root_url, None, "root URL of a WFM to report to; without it a branch is")
 SCHEMA["git"] = {
     "branch": (read_branch, "main", "branch of the desired state"),
@@ -9583,6 +9568,7 @@ class GitSource:
         self.branch = f"refs/heads/{config.git.branch}"
         self.repository = os.path.join(home, "repository")
         self.env = make_git_environment(config, home, os.environ)
+        self.secret = save_secret(header) if header else None
         self.heads, self.reporter = {}, None
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
@@ -9595,8 +9581,12 @@ class GitSource:
             folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
         before = os.umask(0o077)                    # what git writes is below the state directory
         try:
-            command_line = ["git", f"--git-dir={folder}", command, *arguments]
-            output = run_command(command_line, timeout, env or self.env, self.home, **options)
+            files = [self.secret.fileno()] if self.secret else []
+            command_line = ["git", f"--git-dir={folder}"]
+            for number in files:
+                command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
+            output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
+                                 files=files, **options)
         except CommandMissing as error:
             raise ConfigError(error.message) from None
         finally:
@@ -9886,6 +9876,17 @@ class GitSource:
         return made.stdout.decode().strip()
 
 
+def limit_files(size):
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
+
+    Returns what held before.
+    """
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
+    return soft
+
+
 def ask_ssh(address, timeout):
     """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
     import socket
@@ -9949,14 +9950,13 @@ GIT_CONFIG = """\
 """
 
 
-def make_git_config(config, home, header):
-    """The configuration that git finds in its home, as bytes, with the credential, which nobody else sees."""
+def make_git_config(config, home):
+    """The configuration that git finds in its home, as bytes."""
     settings = {
         "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
         "http.sslVersion": f"tlsv{config.wfm.min_tls}",
         "http.sslCAInfo": config.identity.ca,
         "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
-        "http.extraHeader": header and f"Authorization: {header}",
         "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
     }
     text = GIT_CONFIG
@@ -9969,6 +9969,18 @@ def make_git_config(config, home, header):
         for place in (folder, folder + "/.git"):
             text += f"[safe]\n\tdirectory = {quote_for_git(place)}\n"
     return text.encode()
+
+
+def save_secret(header):
+    """A file without a name from which git reads its credential; it goes with this process.
+
+    So the credential is in no folder, environment or command line.
+    """
+    import tempfile
+    file = tempfile.TemporaryFile()
+    file.write(f"[http]\n\textraHeader = {quote_for_git('Authorization: ' + header)}\n".encode())
+    file.flush()
+    return file
 
 
 def quote_for_git(value):
@@ -10160,7 +10172,7 @@ class Git(Profile):
             home = temporary.name
         create_folder(os.path.join(home, "none"))
         path = os.path.join(home, ".gitconfig")
-        content = make_git_config(config, home, header)
+        content = make_git_config(config, home)
         if read_file(path, MAX_ANSWER) != content:
             write_file(path, content)
         wfm = Settings(config, wfm=Settings(config.wfm, url=config.wfm.status_url))
@@ -10194,7 +10206,7 @@ class Git(Profile):
 
 
 PROFILES["git"] = Git
-TRACES.append("git")                # its credential, too
+TRACES.append("git")
 
 
 # ----------------------------------------------------------------------------------------------------------
