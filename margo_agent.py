@@ -41,7 +41,7 @@ import os
 import re
 import sys
 import time
-from collections import namedtuple
+from collections import ChainMap, namedtuple
 
 __version__ = "0.1.0"
 __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError", "PROFILES", "__version__"]
@@ -192,9 +192,10 @@ def define(name, fields, meaning, *defaults):
 
 
 Certificate = define("Certificate",
-    "der subject issuer serial not_before not_after spki uris is_ca key_usage extensions",
-    "An X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None, and"
-    " {OID: (critical, value, raw)}.")
+    "der subject issuer serial not_before not_after spki uris is_ca key_usage key issuer_key alt_names",
+    "An X.509 certificate: bytes, raw names, int, Unix seconds, public key, URI SANs, CA flag, keyUsage bits"
+    " or None, identifiers of its own key and of its issuer's or None, subjectAltName as it stands.",
+    None, None, b"")
 ManifestEntry = define("ManifestEntry", "deployment_id digest size",
     "One line of a state manifest; `size` is advice, never a check (C-110).")
 Manifest = define("Manifest", "version bundle_digest bundle_size entries",
@@ -1850,7 +1851,7 @@ class MtlsSource(HttpSource):
         super().__init__(config)
         self.identity = identity
         self.client_id = identity.spiffe_id.text
-        self.peer = identity.wfm_spiffe_id.text
+        self.peer = identity.wfm_id
         self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
         self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
         self.chain = []                             # what the WFM presented last (DER), leaf first
@@ -1939,7 +1940,7 @@ class Mtls(Profile):
         identity = self.identity = load_identity(config)
         check_enrollment(state, client_id or identity.spiffe_id.text)
         check_own(identity.leaf, config, now)
-        warn_of_expiry(identity.leaf, store, now)
+        warn_of_own(config, identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
         judge_own_chain(config, identity, bundle, store, state, keep)
         return self.open_source(identity, bundle, keep)
@@ -2341,8 +2342,9 @@ KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that a
 
 SpiffeId = define("SpiffeId", "text trust_domain path",
                   "A SPIFFE ID, its trust domain and its path (with leading slash).")
-Identity = define("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file",
-    "The own SVID: SPIFFE ID, the WFM's that follows from it (C-009), the leaf Certificate, the two files.")
+Identity = define("Identity", "spiffe_id wfm_id leaf certificate_file key_file",
+    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate,"
+    " the two files.")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
 Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
@@ -2369,23 +2371,18 @@ def parse_spiffe_id(text):
 
 
 def check_leaf(certificate):
-    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011).
-
-    """
+    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError (C-011)."""
     if len(certificate.uris) != 1:
         raise ValueError(f"subjectAltName holds {len(certificate.uris)} URIs, an X.509-SVID has exactly one")
     if certificate.is_ca:
         raise ValueError("basicConstraints says CA, an X.509-SVID is a leaf")
-    if certificate.key_usage is not None and certificate.key_usage & {KEY_CERT_SIGN, CRL_SIGN}:
+    if {KEY_CERT_SIGN, CRL_SIGN} & (certificate.key_usage or set()):
         raise ValueError("keyUsage allows keyCertSign or cRLSign, an X.509-SVID may not")
     return parse_spiffe_id(certificate.uris[0])
 
 
 def check_validity(certificate, now):
-    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds).
-
-    The clock may be at fault.
-    """
+    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds), or for a wrong clock."""
     clock = f"the clock of this device says {make_time(now)}"
     if now < certificate.not_before:
         raise ValueError(f"not valid before {make_time(certificate.not_before)}, and {clock}; set the clock")
@@ -2393,33 +2390,25 @@ def check_validity(certificate, now):
         raise ValueError(f"expired at {make_time(certificate.not_after)} ({clock}); have it renewed")
 
 
-def parse_identity(chain, certificate_file, key_file):
-    """The own Identity from the DER chain of identity.certificate; raises ValueError."""
-    if not chain:
-        raise ValueError("it holds no certificate in PEM")
-    return make_identity(parse_certificate(chain[0]), certificate_file, key_file)
-
-
-def make_identity(leaf, certificate_file, key_file):
-    """The own Identity from its leaf Certificate; raises ValueError."""
+def make_identity(leaf, certificate_file="", key_file=""):
+    """The own Identity from its leaf Certificate and two paths; raises ValueError."""
     spiffe_id = check_leaf(leaf)
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
         raise ValueError(f"{spiffe_id.text} is not a WFM client's id"
                          " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
-    wfm = SpiffeId(f"spiffe://{spiffe_id.trust_domain}{match.group(1)}", spiffe_id.trust_domain,
-                   match.group(1))
-    return Identity(spiffe_id, wfm, leaf, certificate_file, key_file)
+    wfm_id = f"spiffe://{spiffe_id.trust_domain}{match.group(1)}"
+    return Identity(spiffe_id, wfm_id, leaf, certificate_file, key_file)
 
 
 def load_identity(config):
     """The own SVID, from its files alone; raises Untrusted."""
     settings = config.identity
-    return load_own(config, lambda chain: parse_identity(chain, settings.certificate, settings.key))
+    return load_own(config, lambda leaf: make_identity(leaf, settings.certificate, settings.key))
 
 
-def load_own(config, parse):
-    """What `parse` makes of the DER chain in identity.certificate.
+def load_own(config, make):
+    """What `make` makes of the leaf Certificate in identity.certificate.
 
     Raises Untrusted: which file, and what is wrong with it.
     """
@@ -2431,10 +2420,11 @@ def load_own(config, parse):
             if config.identity.get("enrollment") == "est":
                 way = "`margo_agent.py enroll` obtains one"
             raise ValueError(f"there is no such file; {way}")
-        return parse(parse_pem(data.decode("ascii")))
-    except StorageError as error:
-        raise Untrusted(f"identity.certificate: {error.message}") from None
-    except ValueError as error:
+        chain = parse_pem(data.decode("ascii"))
+        if not chain:
+            raise ValueError("it holds no certificate in PEM")
+        return make(parse_certificate(chain[0]))
+    except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
 
 
@@ -2447,57 +2437,53 @@ def check_own(leaf, config, now):
 
 
 def check_enrollment(state, client_id):
-    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM at a time
-    (C-052).
-    """
+    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM (C-052)."""
     if state["enrollment"] and state["enrollment"]["id"] != client_id:
         raise Untrusted(f"the own identity is {client_id}, but this device is enrolled as"
-                        f" {state['enrollment']['id']};"
-                        " unenroll first")
+                        f" {state['enrollment']['id']}; unenroll first")
 
 
-def is_expiring(leaf, now, share=EXPIRY_WARNING):
-    """Whether less than a share of a certificate's lifetime is left."""
-    return leaf.not_after - now < share * (leaf.not_after - leaf.not_before)
+def find_expiry(leaf, now, share=EXPIRY_WARNING):
+    """What to say of a certificate's end, "" while more than a share of its lifetime is left."""
+    left = leaf.not_after - now
+    if left < 0:
+        return "expired"
+    if left < share * (leaf.not_after - leaf.not_before):
+        return f"expires in {left // 86400:.0f} days, at {make_time(leaf.not_after)}; have it renewed"
+    return ""
 
 
-def warn_of_expiry(leaf, store, now):
-    """Foresees the end of the own certificate: one line a day."""
+def warn_of_own(config, leaf, store, now):
+    """Warns once a day of an own certificate that ends soon, and of a key that others can read."""
     memo = store.load_memo()
-    if is_expiring(leaf, now) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        log("warning", "the own certificate expires soon; have it renewed",
-            notAfter=make_time(leaf.not_after),
-            days=int((leaf.not_after - now) // 86400))
+    expiry = find_expiry(leaf, now)
+    words = [f"the own certificate {expiry}"] if expiry else []
+    words += filter(None, [ask_looseness("identity.key", config.identity.key)])
+    if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        for line in words:
+            log("warning", line)
         store.save_memo(dict(memo, warnedAt=now))
 
 
 def describe_own(config, load, known_id, now):
     """{id, notAfter, warning} of the own certificate, as `status` shows it; never raises.
 
-    load: load_identity, or what another profile has in its place.  known_id: the id of a client whose
-    certificate has none.
+    load: load_identity, or what another profile has in its place.  known_id: the client's id where its
+    certificate names none.
     """
     try:
         own = load(config)
     except Untrusted as error:
         return {"id": known_id, "notAfter": "", "warning": error.message}
-    days = int((own.leaf.not_after - now) // 86400)
-    warning = ""
-    if days < 0:
-        warning = "expired"
-    elif is_expiring(own.leaf, now):
-        warning = f"expires in {days} days; have it renewed"
     name = own.spiffe_id.text if isinstance(own, Identity) else known_id
-    return {"id": name, "notAfter": make_time(own.leaf.not_after), "warning": warning}
+    return {"id": name, "notAfter": make_time(own.leaf.not_after), "warning": find_expiry(own.leaf, now)}
 
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    loose = ask_looseness("identity.key", config.identity.key)
-    if loose:
-        return "warn", loose
-    words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
-    return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
+    expiry = find_expiry(leaf, now, EXPIRY_ADVICE)
+    fault = ask_looseness("identity.key", config.identity.key) or expiry and f"{words}, {expiry}"
+    return ("warn", fault) if fault else ("ok", f"{words}, {(leaf.not_after - now) // 86400:.0f} days left")
 
 
 def note_draft(store, state, what):
@@ -2522,29 +2508,22 @@ def check_wfm(der, identity, now):
         check_validity(leaf, now)
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
-    ours = identity.wfm_spiffe_id
-    if peer.trust_domain != ours.trust_domain:
-        raise Untrusted(f"the peer is of trust domain {peer.trust_domain},"
-                        f" this client of {ours.trust_domain}")
-    if peer.text != ours.text:
-        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {ours.text}")
+    if peer.text != identity.wfm_id:
+        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {identity.wfm_id}")
     return leaf
 
 
 def load_wfm_context(identity, anchors, min_tls):
-    """The SSLContext towards the WFM: own SVID chain (C-004), the given anchors (DER) and nothing else
-    (C-006).
-    """
+    """The SSLContext towards the WFM: the own chain (C-004), the anchors (DER) and no others (C-006)."""
     context = make_tls_context(anchors, min_tls=min_tls)
     load_key_pair(context, identity.certificate_file, identity.key_file)
     return context
 
 
 def load_key_pair(context, certificate_file, key_file, where="identity"):
-    """Lets an SSLContext present a chain; raises Untrusted.
+    """Lets an SSLContext present a chain.
 
-    An operator replaces two files one after the other (E-010).  Between the two this raises; the next run
-    finds a pair.
+    Raises Untrusted, also while an operator has replaced only one of the two files (E-010).
     """
     asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
     try:
@@ -2591,8 +2570,8 @@ def run_own_handshake(certificate_file, key_file, anchors):
 def judge_own_chain(config, identity, bundle, store, state, keep):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
-    A chain that did once is used on after the bundle has changed, since the WFM decides; `strays` in the
-    state's trust then names it.  The handshake is made once for each pair of chain and bundle.
+    A chain that once did is used on after the bundle has changed, because the WFM decides; `strays` in the
+    state's trust then names its leaf.  The handshake is made once for each pair of leaf and bundle.
     """
     mark = sha256_digest(identity.leaf.der + b"".join(bundle.anchors))
     memo = store.load_memo()
@@ -2602,8 +2581,8 @@ def judge_own_chain(config, identity, bundle, store, state, keep):
     try:
         run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
     except ValueError as error:
-        message = f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
-        message += f" bundle ({error})"
+        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+                   f" bundle ({error})")
         if state["identity"] != leaf:
             raise Untrusted(message) from None
         log("error", f"{message} any more; have it issued anew")
@@ -2618,10 +2597,7 @@ def judge_own_chain(config, identity, bundle, store, state, keep):
 # Trust bundle and discovery.
 
 def parse_trust_bundle(data):
-    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle.
-
-    Raises ValueError (C-034, C-036, C-037).
-    """
+    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034 to C-037)."""
     value = {}
     if b"-----BEGIN CERTIFICATE-----" in data:
         anchors = parse_pem(data.decode("ascii"))
@@ -2630,10 +2606,10 @@ def parse_trust_bundle(data):
         if not isinstance(value, dict) or not isinstance(value.get("keys"), list):
             raise ValueError("a trust bundle is a JWK Set with `keys`, or PEM")
         anchors = parse_jwks(value["keys"])
-    for anchor in anchors:
-        parse_certificate(anchor)
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid)")
+    for anchor in anchors:
+        parse_certificate(anchor)
     numbers = [value.get(name) for name in ("spiffe_sequence", "spiffe_refresh_hint")]
     good = [item if type(item) is int and 0 <= item <= MAX_VERSION else None for item in numbers]
     return TrustBundle(anchors, *good)
@@ -2654,34 +2630,32 @@ def parse_jwks(keys):
 
 
 def check_sequence(bundle, trust, trust_domain):
-    """Returns a TrustBundle; raises ValueError where its sequence went back (C-043)."""
+    """Raises ValueError where the sequence of a TrustBundle went back (C-043)."""
     known = trust.get("sequence") if trust.get("trustDomain") == trust_domain else None
     if known is not None and bundle.sequence is not None and bundle.sequence < known:
         raise ValueError(f"spiffe_sequence went back from {known} to {bundle.sequence} (a security event, or"
-                         " a rebuilt"
-                         " identity service: then unenroll and enroll again)")
-    return bundle
+                         " a rebuilt identity service: then unenroll and enroll again)")
 
 
 def parse_discovery(data, document_url, trust_domain, public, held=None):
     """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
-    trust_domain: of the own SVID, None where there is none yet.  public: whether the document was
-    authenticated by the system's store; the bundle must then have the same origin.  held: the state's
-    `trust`, as it was before.
+    trust_domain: of the own SVID, None where there is none yet.  public: whether the system's store vouched
+    for the document, which may then name no other origin.  held: the state's `trust`.
     """
     value = parse_json(data, "the discovery document")
-    if not isinstance(value, dict) or not isinstance(value.get("trustDomain"), str):
+    domain = value.get("trustDomain") if isinstance(value, dict) else None
+    if not isinstance(domain, str):
         raise ValueError("the discovery document has no trustDomain")
+    if trust_domain not in (None, domain):
+        raise ValueError(f"it is for trust domain {make_printable(domain, 100)}, the own SVID is of"
+                         f" {trust_domain}")
     uri = parse_discovered("trustBundleUri", read_url, value, document_url, public)
-    if trust_domain and value["trustDomain"] != trust_domain:
-        theirs = make_printable(value["trustDomain"], 100)
-        raise ValueError(f"it is for trust domain {theirs}, the own SVID is of {trust_domain}")
     parts, faults = {}, []
     for name, companion in COMPANIONS.items():
         parts[name], passed = companion.parse(value, document_url, public, (held or {}).get(name))
         faults += passed
-    return Discovery(value["trustDomain"], uri, parts, faults)
+    return Discovery(domain, uri, parts, faults)
 
 
 def parse_discovered(name, reader, members, document_url, public):
@@ -2704,15 +2678,13 @@ def find_origin(url):
 
 
 def fetch_discovery(config, trust_domain, now, held=None):
-    """The Discovery of identity.discovery.
+    """The Discovery of identity.discovery; raises Unreachable, Untrusted, Refused.
 
     None where there is no such document and identity.trust_bundle is a URL (C-046).
-
-    Raises Unreachable, Untrusted, Refused.
     """
     settings = config.identity
-    where = f"identity.discovery {config.identity.discovery}"
-    answer = fetch_from_mis(settings.discovery, config, {"Accept": JSON_TYPE})          # C-045
+    where = f"identity.discovery {settings.discovery}"
+    answer = fetch_from_mis(settings.discovery, config)
     if answer.status == 404 and "://" in (settings.trust_bundle or ""):
         return None
     check_response(answer, where, (200,), now)
@@ -2724,21 +2696,6 @@ def fetch_discovery(config, trust_domain, now, held=None):
     for fault in found.faults:
         log("warning", "part of the discovery document is passed over", reason=fault)
     return found
-
-
-def fetch_bundle(config, url, trust, now):
-    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged.
-
-    Raises Unreachable, Untrusted, Refused.
-    """
-    headers = {"Accept": JSON_TYPE}
-    accepted = (200,)  # C-045
-    if trust.get("etag") and trust.get("source") == url:
-        headers["If-None-Match"] = trust["etag"]
-        accepted = (200, 304)
-    answer = fetch_from_mis(url, config, headers)
-    check_response(answer, f"trust bundle {url}", accepted, now)
-    return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"))
 
 
 def is_remote(settings):
@@ -2765,111 +2722,105 @@ def load_trust_bundle(config, store):
         return None
 
 
-def is_bundle_due(config, state, held, asked, now):
-    """Whether the identity service has to be asked again; asked: when it was last (Unix seconds)."""
+def is_bundle_due(config, state, hint, asked, now):
+    """Whether the identity service has to be asked again.
+
+    hint: seconds after which the bundle at hand asks for it.  asked: when it was done last (Unix seconds).
+    """
     trust = state["trust"]
-    known = [name in trust for name,
-             item in COMPANIONS.items() if item.wanted(config) and config.identity.discovery]
-    if not held or "source" not in trust or not all(known):
+    wanted = [name for name, item in COMPANIONS.items() if config.identity.discovery and item.wanted(config)]
+    if not trust.keys() >= {"source", *wanted}:
         return True
-    periods = [held.refresh_hint or config.identity.refresh]
+    periods = [hint or config.identity.refresh]
     for companion in COMPANIONS.values():
         periods += companion.limits(state) if companion.limits else []
     return not asked <= now < asked + min(periods)
 
 
-def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, since=None):
+def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, anew=False):
     """The current TrustBundle, fetched when due; a new one replaces all anchors at once (C-038 to C-042).
 
-    trust_domain: of the own SVID, None where there is none yet.  keep: store what was fetched.  since: what
-    was fetched before that moment is due.  Where it cannot be fetched or is refused the current one stays;
-    without any: Unreachable or Untrusted.
+    trust_domain: of the own SVID, None where there is none yet.  keep: store what was fetched.  anew: fetch
+    it in any case.  Where it cannot be had or is refused, the one at hand stays in use; where there is none,
+    raises Unreachable or Untrusted.
     """
     held = load_trust_bundle(config, store)
-    trust = state["trust"]
-    remote = is_remote(config.identity)
-    asked = store.load_memo().get("trust") or trust.get("refreshedAt") or 0
-    if remote and asked >= (since or 0) and not is_bundle_due(config, state, held, asked, now):
+    asked = store.load_memo().get("trust") or state["trust"].get("refreshedAt") or 0
+    due = anew or not held or is_bundle_due(config, state, held.refresh_hint, asked, now)
+    if not is_remote(config.identity) or not due:
         return held
     try:
-        if not remote:
-            return check_sequence(held, trust, trust_domain)
         return fetch_trust_bundle(config, store, state, held, trust_domain, now, keep)
     except (ValueError, MargoError) as error:
-        reason = getattr(error, "message", str(error))
-        if held and remote:
+        if held:
             log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use",
-                reason=reason)
+                reason=str(error))
             return held
         if isinstance(error, Unreachable):
             raise
-        raise Untrusted(f"no usable trust bundle: {reason}") from None
+        raise Untrusted(f"no usable trust bundle: {error}") from None
 
 
 def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
-    """The TrustBundle as the identity service has it now; raises ValueError, MargoError."""
+    """The TrustBundle as the identity service has it now; raises ValueError, MargoError.
+
+    held: the one at hand, or None; where nothing is new, nothing is written.
+    """
     trust = state["trust"]
     url = config.identity.trust_bundle
-    found = None
-    if config.identity.discovery:
-        found = fetch_discovery(config, trust_domain, now, trust)
+    found = fetch_discovery(config, trust_domain, now, trust) if config.identity.discovery else None
     if found:
         url, trust_domain = found.bundle_uri, found.trust_domain
     for name, companion in COMPANIONS.items():
         if companion.wanted(config) and (found or name not in trust):
             trust[name] = found.parts[name] if found else None
-    answer = fetch_bundle(config, url, trust if held else {}, now)
+    answer = fetch_from_mis(url, config)
+    check_response(answer, f"trust bundle {url}", (200,), now)
     if keep:
         store.save_memo(dict(store.load_memo(), trust=now))
-    if answer is None:
+    bundle = parse_trust_bundle(answer.body)
+    check_sequence(bundle, trust, trust_domain)
+    if bundle == held and trust.get("source") == url:
         return held
-    data, etag = answer
-    bundle = check_sequence(parse_trust_bundle(data), trust, trust_domain)
     if keep:
-        write_file(store.path("trust-bundle.json"), data)
-    trust.update(source=url, etag=etag, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
+        write_file(store.path("trust-bundle.json"), answer.body)
+    trust.update(source=url, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
     log("info", "new trust bundle", source=url, anchors=len(bundle.anchors), sequence=bundle.sequence)
     return bundle
 
 
 # The Margo Identity Service, known by identity.ca, by pins, or by the system's store.
 
-def is_address(host):
-    """Whether a host is an IP address and not a name."""
-    return bool(re.fullmatch(r"[0-9.]+|.*:.*", host))
-
-
 def obtain_mis_context(config, url):
-    """(SSLContext, check_peer) for the identity service at a URL: by identity.ca or the system's store, by
-    pins, or both.
+    """(SSLContext, check_peer) for the identity service at a URL.
 
-    The trust bundle has no say here (C-030, C-044).  A pin says which key is trusted, not where its
-    certificate is.  So over a first connection, on which nothing is said, the service shows its certificates.
-    Those whose key is pinned become the only anchors of the next connection, and OpenSSL judges as ever
-    (E-005).
+    It is known by identity.ca or the system's store, by pins, or by both; the trust bundle has no say here
+    (C-030, C-044).  A pin names a key, and not where its certificate is.  So over a first connection the
+    service shows its certificates, and nothing is said.  Those whose key is pinned become the only anchors
+    of the next connection, and OpenSSL judges as ever (E-005).
     """
     import ssl
     settings, timeout = config.identity, config.wfm.timeout
     context = make_tls_context(ca_file=settings.ca, min_tls=config.wfm.min_tls)
     if not settings.pins:
         return context, None
-    looking = make_tls_context(ca_file=settings.ca, min_tls=config.wfm.min_tls)
-    looking.check_hostname = False
-    looking.verify_mode = ssl.CERT_NONE             # fetch_chain says nothing
-    seen = fetch_chain(url, looking, timeout) + context.get_ca_certs(binary_form=True)
-    pinned = [der for der in seen if make_pin(der) in settings.pins]
+    if not settings.ca:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    shown = fetch_chain(url, context, timeout)
+    if len(shown) == 1 and sys.version_info < (3, 10):
+        shown += ask_chain(url, timeout)
+    pinned = [der for der in shown + context.get_ca_certs(binary_form=True) if make_pin(der) in settings.pins]
     if not pinned:
         raise Untrusted(f"{url}: it presents no certificate whose key is in identity.pins")
     narrow = make_tls_context(pinned, min_tls=config.wfm.min_tls)
-    narrow.check_hostname = not is_address(find_origin(url)[0])  # an address has no name to check (E-016)
-    if not settings.ca:
-        return narrow, None
-    leaf = fetch_chain(url, narrow, timeout)[0]
+    # an address has no name to check (E-016)
+    narrow.check_hostname = not re.fullmatch(r"[0-9.]+|.*:.*", find_origin(url)[0])
 
     def check_peer(chain):
-        if chain[0] != leaf:
+        if settings.ca and chain[0] != shown[0]:
             raise Untrusted(f"{url}: the certificate that identity.ca vouches for is not the pinned one")
-    return context, check_peer
+    return narrow, check_peer
 
 
 def make_pin(der):
@@ -2882,12 +2833,7 @@ def make_pin(der):
 
 
 def fetch_chain(url, context, timeout):
-    """The certificates of the service at a URL (DER), leaf first.
-
-    The connection ends before anything is said.
-
-    Before Python 3.10 it is openssl that shows what lies above the leaf.
-    """
+    """The certificates of the service at a URL (DER, see get_chain); nothing is said on the connection."""
     found = []
 
     def look(chain):
@@ -2898,20 +2844,24 @@ def fetch_chain(url, context, timeout):
         request("GET", url, {}, None, context, timeout, 0, look)
     except Silence:
         pass
-    if len(found) == 1 and sys.version_info < (3, 10):
-        host, port = find_origin(url)
-        name = ["-noservername"] if is_address(host) else ["-servername", host]
-        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        # it shows the chain, and fails afterwards where it is asked for a certificate of its own
-        command = ["s_client", "-showcerts", "-connect", place] + name
-        output = run_openssl(command, timeout=timeout, strict=False)
-        found.extend(parse_pem(output.decode("ascii", "replace")))
     return found
 
 
-def fetch_from_mis(url, config, headers, limit=MAX_CERTIFICATES):
-    """GET from the Margo Identity Service; only revocation lists, which are signed, may come without TLS."""
+def ask_chain(url, timeout):
+    """The same as openssl shows them, for a Python that shows the leaf alone."""
+    host, port = find_origin(url)
+    # it fails where it is asked for a certificate of its own, after it has shown them
+    command = ["s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
+    return parse_pem(run_openssl(command, timeout=timeout, strict=False).decode("ascii", "replace"))
+
+
+def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
+    """GET from the Margo Identity Service, of JSON unless headers say otherwise (C-045).
+
+    Only revocation lists, which are signed, may come without TLS.
+    """
     context, check_peer = obtain_mis_context(config, url) if url.startswith("https:") else (None, None)
+    headers = headers or {"Accept": JSON_TYPE}
     return request("GET", url, headers, None, context, config.wfm.timeout, limit, check_peer)
 
 
@@ -2929,10 +2879,7 @@ def run_openssl(arguments, data=b"", expected=b"", timeout=60, strict=True):
 
 
 def lend_file(data):
-    """A file that holds `data` until it is closed, in memory where that goes.
-
-    Some things of openssl's want a name.
-    """
+    """A file that holds `data` until it is closed, in memory where that goes; openssl and ssl want a name."""
     import tempfile
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     try:
@@ -2946,9 +2893,9 @@ def lend_file(data):
 
 
 def obtain_key(path, algorithm=None):
-    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did.
+    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did (C-018, E-030).
 
-    Raises CommandError (C-018, E-030).
+    Raises CommandError.
     """
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
@@ -2959,20 +2906,14 @@ def obtain_key(path, algorithm=None):
 
 
 def load_public_key(path):
-    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate.
-
-    Raises CommandError.
-    """
+    """The public key of a private one, as it stands in a certificate (DER); raises CommandError."""
     return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
 
 
 def run_csr(path, form="PEM"):
-    """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035).
-
-    """
-    expected = b"CERTIFICATE REQUEST" if form == "PEM" else b""
-    return run_openssl(["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path],
-                       b"", expected)
+    """A PKCS#10 request for a key; it carries no names, because the issuer decides on them (E-035)."""
+    command = ["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path]
+    return run_openssl(command, expected=b"CERTIFICATE REQUEST" if form == "PEM" else b"")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3423,8 +3364,7 @@ def observe_devices(devices, records):
 
 
 def ask_others(answering, known=None):
-    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices
-    has shown.
+    """Workloads of other owners, as the last look has shown them: [{owner, deploymentId, name, type}].
 
     answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not
     asked again.
@@ -3456,8 +3396,9 @@ def observe_all(drivers, record):
 
 
 def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell
-    of it.
+    """The deployment types whose drivers have to tell of a deployment.
+
+    That is what it is, was when it ran last, and will be.
     """
     kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
     return kinds | ({target.deployment.type} if target and target.deployment else set())
@@ -3467,27 +3408,28 @@ def find_kinds(record, target=None):
 # 13. Compose driver
 # ----------------------------------------------------------------------------------------------------------
 
-Changes = define("Changes", "kept idle making late leaving",
+Changes = define("Changes", "kept idle making leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those that need"
-    " no start, [Service] to be made, names of those that can only be made after what leaves has left, and"
-    " [[Container]] that leave, those that stop together in one list, whoever depends on others first.")
+    " no start, [Service] to be made, and [[Container]] that leave, those that stop together in one list,"
+    " whoever depends on others first.")
 Job = define("Job", "workload project folder known deadline current runs volumes",
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
     " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
     " volume}} as it was.")
-Shown = define("Shown", "state code restarts health volumes",
-    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of volumes in it.",
-    0, 0, "", {})
-Network = define("Network", "labels internal subnets gateways",
-    "A network as `network inspect` shows it; the last two are sets of texts.")
+Shown = define("Shown", "state code restarts health volumes check",
+    "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
+    " where there is a check, {path: name} of volumes in it, its Check or None.", 0, 0, "", {}, None)
+Check = define("Check", "interval retries start",
+    "A health check, wherever it was said: seconds between two, misses that count, seconds of grace.")
+# How docker shows a container, in podman's form.
+DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
+               '"Status":{{json .Status}},"Labels":{%s}}')
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
 
 def make_claim(owner, state):
-    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
-    state.
-    """
+    """The Claim of an agent to what runs: by its state, and by the owner that it is now ("": not known)."""
     records = state["deployments"]
     services = [component["services"] for record in records.values() for component in record["components"]]
     for record in records.values():
@@ -3508,30 +3450,34 @@ def is_ours(claim, deployment_id, owner, container_id=None):
     return known or container_id in claim.ids or owner == claim.owner != ""
 
 
-def judge_startup(services, facts, healthy):
-    """Where a start stands: ((service, failure) or None, {service: what is waited for}, {finished services}).
+def judge_startup(names, facts, complete=False):
+    """Where a start stands: ((service, code, failure) or None, {service: what is waited for}, {finished}).
 
-    facts: {service: Shown} of those that have a container; healthy: services whose health check has passed
-    (C-163 to C-165).
+    names: of services; facts: {service: Shown} of those that have a container; complete: all of them have to
+    end (C-163 to C-165).
     """
     waiting = {}
     finished = set()
-    for service in services:
-        seen = facts.get(service.name)
+    for name in names:
+        seen = facts.get(name)
         if seen is None:
-            words = f"the container of service {service.name} is gone: somebody removed it"
-            return (service.name, words), {}, finished
+            words = f"the container of service {name} is gone: somebody removed it"
+            return (name, "INSTALL_FAILED", words), {}, finished
         ended = seen.state in ("exited", "stopped", "dead")
         if seen.restarts or ended and seen.code != 0:
             code = f" with code {seen.code}" if ended else ""
             again = f" ({seen.restarts} restarts)" if seen.restarts else ""
-            return (service.name, f"service {service.name} exited{code}{again}"), {}, finished
+            return (name, "INSTALL_FAILED", f"service {name} exited{code}{again}"), {}, finished
         if ended:
-            finished.add(service.name)
+            finished.add(name)
         elif seen.state != "running":
-            waiting[service.name] = f"{service.name} is {seen.state}"
-        elif service.health and service.name not in healthy:
-            waiting[service.name] = f"{service.name} is not healthy yet"
+            waiting[name] = f"{name} is {seen.state}"
+        elif seen.health == "unhealthy":
+            return (name, "UNHEALTHY", f"service {name} is unhealthy"), {}, finished
+        elif seen.health not in ("", "healthy"):
+            waiting[name] = f"{name} is not healthy yet"
+        elif complete:
+            waiting[name] = f"{name} has not ended"
     return None, waiting, finished
 
 
@@ -3560,7 +3506,6 @@ def plan_services(services, present, known, networks):
     """
     kept, making = {}, []
     idle = set()
-    late = set()
     for service in services:
         facts = known.get(service.name)
         mine = [item for item in present if item.service == service.name]
@@ -3573,9 +3518,8 @@ def plan_services(services, present, known, networks):
                 idle.add(service.name)
         else:
             making.append(service)
-            late.update([service.name] if joined or late.intersection(service.shares) else [])
     leaving = [item for item in present if item not in kept.values()]
-    return Changes(kept, idle, making, late, order_leaving(services, leaving))
+    return Changes(kept, idle, making, order_leaving(services, leaving))
 
 
 def order_leaving(services, leaving):
@@ -3596,55 +3540,26 @@ def order_leaving(services, leaving):
     return [items for _, items in groups if items]
 
 
-def parse_network(item):
-    """An element of what `network inspect` prints, in either engine's spelling, to (name, Network)."""
-    facts = {key.lower(): value for key, value in item.items()}
-    ranges = facts.get("subnets") or (facts.get("ipam") or {}).get("Config") or ()
-    ranges = [{key.lower(): value for key, value in part.items()} for part in ranges]
-    subnets = {make_range(part["subnet"]) for part in ranges if part.get("subnet")}
-    gateways = {part["gateway"] for part in ranges if part.get("gateway")}
-    return facts["name"], Network(facts.get("labels") or {}, facts.get("internal", False), subnets, gateways)
-
-
-def make_range(text):
-    """A subnet as every engine spells it; what is none stays as it is."""
-    import ipaddress
-    try:
-        return str(ipaddress.ip_network(text, strict=False))
-    except ValueError:
-        return text
-
-
-def is_same_network(network, arguments):
+def is_same_network(labels, internal, arguments):
     """Whether a network that is there is what these create arguments make.
 
-    One from before there was a mark is judged by what it is.
+    One that an agent made before there was such a mark may be, unless it is open and should not be.
     """
-    if LABEL_HASH in network.labels:
-        return f"--label={LABEL_HASH}={network.labels[LABEL_HASH]}" in arguments
-    given = {}
-    for name, _, value in (argument.partition("=") for argument in arguments):
-        given.setdefault(name, set()).add(value)
-    labels = {f"{key}={value}" for key, value in network.labels.items()} ^ given.get("--label", set())
-    subnets = {make_range(text) for text in given.get("--subnet", ())}
-    return (network.internal == ("--internal" in given) and subnets <= network.subnets
-            and given.get("--gateway", set()) <= network.gateways
-            and all(text.startswith("org.margo.") for text in labels))
+    if LABEL_HASH in labels:
+        return f"--label={LABEL_HASH}={labels[LABEL_HASH]}" in arguments
+    return internal == ("--internal" in arguments)
 
 
 def plan_networks(wanted, there, project):
     """What becomes of networks: ({name: create arguments} to be made, [names] to go before, and last).
 
-    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One
-    of somebody else stays as it is.  One that is no longer wanted goes first where a new one may be after its
-    addresses.
+    wanted: as in a Project; there: {name: (labels, whether it is internal)} of those and of all others of
+    this compose project.  One of somebody else stays as it is.  One that is no longer wanted goes first where
+    a new one may be after its addresses.
     """
-    ours = {name for name, network in there.items() if network.labels.get(LABEL_PROJECT) == project}
-    new = {}
-    for name, arguments in wanted.items():
-        changed = name in ours and arguments is not None and not is_same_network(there[name], arguments)
-        if arguments is not None and (changed or name not in there):
-            new[name] = arguments
+    ours = {name for name, (labels, _) in there.items() if labels.get(LABEL_PROJECT) == project}
+    new = {name: arguments for name, arguments in wanted.items() if arguments is not None and (
+        name not in there or name in ours and not is_same_network(*there[name], arguments))}
     changed = sorted(ours.intersection(new))
     dropped = sorted(ours - set(wanted))
     ranged = any(argument.startswith("--subnet=") for arguments in new.values() for argument in arguments)
@@ -3723,9 +3638,11 @@ HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/li
                   "/usr/lib/podman")
 
 
-def find_containers(deployment_id, containers):
-    """The containers of one deployment."""
-    return [container for container in containers if container.deployment_id.lower() == deployment_id.lower()]
+def find_containers(deployment_id, containers, component=None, kind=None):
+    """The containers of one deployment; of one component and one deployment type, where they are given."""
+    wanted = deployment_id.lower(), component, kind
+    return [item for item in containers
+            if wanted == (item.deployment_id.lower(), component and item.component, kind and item.type)]
 
 
 class ComposeDriver:
@@ -3735,8 +3652,8 @@ class ComposeDriver:
     """
 
     def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
-        self.engine, self.config, self.environ = engine, config, environ
-        self.claim = claim
+        self.engine, self.config, self.claim = engine, config, claim
+        self.environ = os.environ if environ is None else environ
         self.strangers = []                         # [Container] not ours that the last look has shown
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
@@ -3748,25 +3665,21 @@ class ComposeDriver:
 
         With `code` a failure raises ComponentError of that code.
         """
-        environ = self.environ
-        if more:
-            environ = dict(os.environ if environ is None else environ, **more)
+        environ = dict(self.environ, **(more or {}))
         output = run_command([self.engine] + arguments, max(1.0, timeout), env=environ)
         if code and output.code:
             raise ComponentError(code, f"{self.engine} {arguments[0]} failed: {output.stderr[-1500:]}")
         return output
 
     def observe(self, records=()):
-        """Every container of ours in any state, by one query; CommandError where the engine does not answer.
+        """Every container of ours in any state, by one query.
 
         records: of the deployments that are known to need this driver; a leftover is looked for all the same
-        (P-11).
+        (P-11).  Raises CommandError where the engine does not answer.
         """
-        labels = (LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER)
-        facts = [".ID", ".Names", *(f'(.Label "{name}")' for name in labels), ".State", ".Status"]
         form = "json"
         if self.engine != "podman":
-            form = "[" + ",".join(f"{{{{json {fact}}}}}" for fact in facts) + "]"
+            form = DOCKER_FORM % ",".join(f'"{name}":{{{{json (.Label "{name}")}}}}' for name in LABELS)
         options = ["--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"]
         output = self.run(["ps"] + options, 20 if self.remote else 60)
         if output.code:
@@ -3781,10 +3694,10 @@ class ComposeDriver:
         return self.strangers
 
     def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies what a component needs, touching nothing that runs: (for `apply`, its facts).
+        """Fetches and verifies what a component needs, and touches nothing that runs.
 
-        fetched: a list to which digests of packages and names of new images are added, also where it then
-        fails.
+        Returns (what `apply` takes, facts of the package).  fetched: a list to which digests of packages and
+        names of new images are added, also where it fails afterwards.
         """
         data, package = obtain_package(component, known, self.config, store, "compose")
         fetched.append(package["digest"])
@@ -3806,7 +3719,7 @@ class ComposeDriver:
         items = {"network": project.networks, "volume": project.volumes,
                  "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            for name, labels, found_id in self.inspect_names(kind, list(wanted)):
+            for name, labels, facts in self.inspect_names(kind, list(wanted)):
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3815,20 +3728,27 @@ class ComposeDriver:
                                      f" {make_printable(made_for, 60)}; what is shared has a name of its own",
                                      "POLICY_DENIED")
                 if wanted[name] is not None and owner and not is_ours(
-                        self.claim(), workload.deployment_id, owner, found_id):
+                        self.claim(), workload.deployment_id, owner, facts.get("id")):
                     words = "remove it there" if kind == "container" else advice
                     raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent,"
                                          f" {make_printable(owner, 300)}: {words}")
 
-    def inspect_names(self, kind, names):
-        """[(name, labels, id)] of the containers, networks or volumes of these names that there are."""
-        output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
+    def inspect_names(self, kind, names, there=()):
+        """[(name, labels, facts)] of the containers, networks or volumes of these names that there are.
+
+        facts: as the engine shows it, its words in lower case.  there: what has to be shown, because it is
+        there (D-16).
+        """
+        output = self.run([kind, "inspect"] + names, 60) if names else Output(0, b"", "")
         found = []
-        for item in self.parse(output or b"[]", list):
-            name = (item.get("Name") or item.get("name", "")).lstrip("/")
-            labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
+        for item in parse_answer(output.stdout or b"[]", self.engine, list):
+            facts = {key.lower(): value for key, value in item.items()}
+            name = facts["name"].lstrip("/")
+            labels = facts.get("labels") or facts.get("config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
-                found.append((name, labels, item.get("Id")))
+                found.append((name, labels, facts))
+        if not {name for name, _, _ in found}.issuperset(there):
+            raise CommandError(f"{self.engine} {kind} inspect failed: {output.stderr[-500:]}")
         return found
 
     @staticmethod
@@ -3843,10 +3763,9 @@ class ComposeDriver:
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
         try:
-            value = parse_json(run_command(argv, 60, env=self.environ).stdout, argv[0])
-        except (CommandError, ValueError):
+            return parse_answer(run_command(argv, 60, env=self.environ).stdout, argv[0], dict)
+        except CommandError:
             return {}
-        return value if isinstance(value, dict) else {}
 
     def list_lacks(self):
         """What podman's own helpers lack here, in words.
@@ -3856,9 +3775,8 @@ class ComposeDriver:
         if self.engine != "podman" or self.remote or self.ask(
                 ["podman", "info", "--format=json"]).get("host", {}).get("networkBackend") != "netavark":
             return [], []
-        environ = self.environ or os.environ
-        everywhere = {"PATH": os.pathsep.join([*HELPER_FOLDERS, *list_folders(environ)])}
-        wanted = environ.get("NETAVARK_FW")
+        everywhere = {"PATH": os.pathsep.join([*HELPER_FOLDERS, *list_folders(self.environ)])}
+        wanted = self.environ.get("NETAVARK_FW")
         backend = find_program("netavark", everywhere)
         if backend and not wanted:
             wanted = self.ask([backend, "version"]).get("default_fw_driver", "iptables")
@@ -3907,13 +3825,12 @@ class ComposeDriver:
             raise ComponentError(error.code, mask(error.message, workload.parameters.values())) from None
         for note in project.notes:
             log("warning", f"compose.yaml: {note}", component=workload.component)
-        environ = os.environ if self.environ is None else self.environ
         for service in project.services:
             where = f"services.{service.name}"
             if self.remote and (service.files or any(mount.found for mount in service.mounts)):
                 raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
                                  " a child device does not see")
-            taken = [name for name in find_handed(service.environment) if name in environ]
+            taken = [name for name in find_handed(service.environment) if name in self.environ]
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
                                  " its value has one line here, of at most 60000 bytes", "PARAMETER_INVALID")
@@ -3971,13 +3888,12 @@ class ComposeDriver:
         uses its own folder.
         """
         folder = os.path.join(self.config.state_dir, "tmp")
-        environ = self.environ
-        if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
-            return environ
+        if self.environ.get("TMPDIR") != folder or not os.path.isdir(folder):
+            return self.environ
         empty_folder(folder)
         if not root or get_space(folder)[0] >= get_space(root)[0]:
-            return environ
-        return {key: value for key, value in environ.items() if key != "TMPDIR"}
+            return self.environ
+        return {key: value for key, value in self.environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says.
@@ -4037,8 +3953,7 @@ class ComposeDriver:
 
     def look_up(self, workload):
         """[Container] of one component as it is now."""
-        return [container for container in self.observe() if container.component == workload.component
-                and container.deployment_id.lower() == workload.deployment_id.lower()]
+        return find_containers(workload.deployment_id, self.observe(), workload.component)
 
     def carry_out(self, job, arguments, more=None):
         """The Output of a command that has to succeed; its words may hold values of parameters."""
@@ -4053,7 +3968,8 @@ class ComposeDriver:
 
         Returns the finished services.  So what cannot be made touches nothing, and ports, addresses and
         volumes change hands with one outage (P-20).  What was replaced is removed last, because it is the
-        quickest way back.
+        quickest way back.  Where a network has to go first, all that leaves goes with it, and the new is made
+        after that.
         """
         services = job.project.services
         project = job.workload.project
@@ -4061,29 +3977,26 @@ class ComposeDriver:
         changes = plan_services(services, present, job.known, set(new))
         self.ask_external(job.project, changes.making)
         leaving = [container for group in changes.leaving for container in group]
-        first, inside = self.look_inside(first, job.project.networks, leaving)
-        if not first:
-            self.create_shared(job, "network", new)
-        self.create_shared(job, "volume", job.project.volumes)
+        first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
         names = {name: container.name for name, container in changes.kept.items()}
-        late = changes.late if first else ()
-        self.create_all(job, [item for item in changes.making if item.name not in late], leaving, names)
+        if not first:
+            self.create_all(job, new, changes.making, leaving, names)
         try:
             self.halt(job, changes.leaving)
             if first:
-                self.remove_containers(inside, job.deadline)
+                self.remove_containers(leaving, job.deadline)
+                leaving = []
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
-                self.create_shared(job, "network", new)
-                leaving = [container for container in leaving if container not in inside]
-                self.create_all(job, [item for item in changes.making if item.name in late], leaving, names)
+                self.create_all(job, new, changes.making, leaving, names)
             self.hand_names_over(job, leaving, names)
             for service in services:
                 self.await_dependencies(service, job)
                 if service.name not in changes.idle:
                     self.start(service, job, service.name in changes.kept)
-            finished = self.await_startup(services, job) if job.workload.wait else set()
+            names = [service.name for service in services]
+            finished = self.await_startup(names, job) if job.workload.wait else set()
         except MargoError:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
                 self.run(["rm", "--force"] + [container.id for container in leaving], 60)
@@ -4096,37 +4009,36 @@ class ComposeDriver:
         return finished
 
     def look_at_networks(self, job):
-        """{name: Network} of those that the project names, as far as they are there and were made for it."""
+        """The networks that are there of those that the project names or that were made for it.
+
+        {name: (labels, whether it is internal)}; one of somebody else is shown without labels.
+        """
         mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
         names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        shown = self.run(["network", "inspect"] + sorted(set(names).union(job.project.networks)), 60)
-        networks = self.parse(shown.stdout.strip() or b"[]", lambda items: dict(map(parse_network, items)))
-        if not networks.keys() >= set(names):       # what is there is never taken for missing (D-16)
-            raise CommandError(f"{self.engine} network inspect failed: {shown.stderr[-500:]}")
-        for name, network in networks.items():
-            if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
-                networks[name] = network._replace(labels={})        # it stays as it is
-        return networks
+        there = {}
+        for name, labels, facts in self.inspect_names(
+                "network", sorted({*names, *job.project.networks}), names):
+            ours = is_ours(self.claim(), job.workload.deployment_id, labels.get(LABEL_OWNER, ""))
+            there[name] = labels if ours else {}, facts.get("internal", False)
+        return there
 
-    def look_inside(self, names, wanted, leaving):
-        """(those of these networks that can be removed, [Container] in them).
+    def ask_free(self, names, wanted, leaving):
+        """Those of these networks that nobody uses once these containers have left.
 
-        Raises ComponentError for one that has to be removed, and in which there is another container.
+        Raises ComponentError for a wanted one that somebody else uses.
         """
-        free, inside = [], []
-        ours = {container.id: container for container in leaving}
+        free = []
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
             ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
-            strange = [container_id for container_id in ids if container_id not in ours]
+            strange = [item for item in ids if item not in {container.id for container in leaving}]
             if strange and name in wanted:
                 words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
                 raise ComponentError(
                     "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
             if not strange:
                 free.append(name)
-                inside += [ours[container_id] for container_id in ids if ours[container_id] not in inside]
-        return free, inside
+        return free
 
     def create_shared(self, job, kind, items):
         """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
@@ -4156,15 +4068,17 @@ class ComposeDriver:
                 volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
         return volumes
 
-    def create_all(self, job, services, leaving, names):
-        """Makes the containers of services beside those that leave, under another name if one has theirs."""
-        held = {container.name: container for container in leaving}
+    def create_all(self, job, networks, services, leaving, names):
+        """Makes networks, volumes and containers.
+
+        A container whose name one has that leaves gets another name for now.
+        """
+        self.create_shared(job, "network", networks)
+        self.create_shared(job, "volume", job.project.volumes)
+        held = {container.name for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
-            if name in held:
-                name += "-new"
-            if name in held:                        # an update was cut off, and another one follows
-                self.rename(job, held[name].id, f"{name}-old-{held[name].id[:12]}")
+            name += f"-new-{os.urandom(4).hex()}" if name in held else ""
             names[service.name] = name
             job.current[service.name] = self.create(service, job, name)
 
@@ -4213,7 +4127,7 @@ class ComposeDriver:
         project = job.workload.project
         shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
         text = b"" if shown.code else shown.stdout.strip()
-        declared = self.parse(text or b"null", lambda value: list(value or ()))
+        declared = parse_answer(text or b"null", self.engine, lambda value: list(value or ()))
         volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
         labels = make_arguments("--label", make_shared_labels(job.workload))
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
@@ -4234,22 +4148,15 @@ class ComposeDriver:
         return options
 
     def free_name(self, name):
-        """Frees a name that storage alone holds, as podman killed in `create` leaves it; whether it was so.
-
-        What `ps` shows is a container, and stays.
-        """
-        if self.engine != "podman" or name in self.look_at_names([]):
+        """Frees a name that storage alone holds, as a killed `podman create` leaves it; whether it was so."""
+        if self.engine != "podman":
             return False
-        held = self.look_at_names(["--external"]).get(name)
+        output = self.run(["ps", "--all", "--external", "--format=json"], 60)
+        held = parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: [
+            item["Id"] for item in items or () if item["State"] == "storage" and name in item["Names"]])
         if held:
             log("warning", "a name is freed that the engine's storage held for no container", container=name)
-        return bool(held) and self.run(["rm", "--force", held], 60).code == 0
-
-    def look_at_names(self, options):
-        """{name: id} of all that podman lists, whoever it belongs to."""
-        text = self.run(["ps", "--all", "--format=json"] + options, 60).stdout.strip()
-        return self.parse(text or b"[]", lambda items: {
-            (item["Names"] or [""])[0]: item["Id"] for item in items or ()})
+        return bool(held) and self.run(["rm", "--force"] + held, 60).code == 0
 
     def renew_image(self, service, marks):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
@@ -4284,7 +4191,7 @@ class ComposeDriver:
             again = [item for item in job.project.services if service.name in (item.name, *item.shares)]
             for item in reversed(again):
                 self.carry_out(job, ["rm", "--force", job.current[item.name]])
-            self.create_all(job, again, [], {})
+            self.create_all(job, {}, again, [], {})
             self.carry_out(job, ["start", job.current[service.name]])
 
     def halt(self, job, groups):
@@ -4324,19 +4231,12 @@ class ComposeDriver:
             arguments.append(f"--volume={path}:{target}:ro")
         return arguments
 
-    def parse(self, data, read):
-        """What `read` makes of JSON that the engine printed; CommandError where that is of another form."""
-        try:
-            return read(parse_json(data, self.engine))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            words = f"{type(error).__name__}: {error}"
-            raise CommandError(f"{self.engine} answered in an unknown form ({words})") from None
-
     def inspect(self, ids):
         """{id: Shown} of those containers that can be looked at; CommandError where none answers."""
         ids = list(ids)
         output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
-        seen = self.parse(output.stdout.strip() or b"[]", lambda items: dict(map(parse_seen, items)))
+        seen = parse_answer(output.stdout.strip() or b"[]", self.engine,
+                            lambda items: dict(map(parse_seen, items)))
         if seen or not ids:                         # without those that are gone
             return seen
         if len(ids) < 2:
@@ -4348,76 +4248,66 @@ class ComposeDriver:
 
     def await_dependencies(self, service, job):
         """Waits until what a service depends on is as its condition says."""
-        by_name = {item.name: item for item in job.project.services}
         for condition in ("service_healthy", "service_completed_successfully"):
-            names = [name for name, (wanted, _) in service.depends_on.items() if wanted == condition]
-            others = [by_name[name] for name in names if name in by_name]
-            if others:
-                self.await_startup(others, job, settle=0, complete=condition.endswith("successfully"))
+            names = [name for name, (wanted, _) in service.depends_on.items()
+                     if wanted == condition and name in job.current]
+            if names:
+                self.await_startup(names, job, settle=0, complete=condition.endswith("successfully"))
 
-    def await_startup(self, services, job, settle=None, complete=False):
-        """Waits until all services run, are healthy, and stay so for runtime.settle.
+    def await_startup(self, names, job, settle=None, complete=False):
+        """Waits until all these services run, are healthy, and stay so for runtime.settle.
 
         Returns the set of those that finished with exit code 0.  Raises ComponentError at once for one that
         failed (C-164), or when the time is over.  Earlier restarts of what ran before are forgiven.
         complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
-        ids = {service.name: job.current.get(service.name, "") for service in services}
-        healthy = set()
-        misses, calm, before = {}, None, None
-        start = time.monotonic()
+        checks, before, calm = {}, None, None
         secrets = job.workload.parameters.values()
         while True:
-            seen = self.inspect(filter(None, ids.values()))
+            seen = self.inspect([job.current[name] for name in names])
             before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
-            fresh = {key: item._replace(restarts=item.restarts - before.get(key, 0))
-                     for key, item in seen.items()}
-            facts = {name: fresh[key] for name, key in ids.items() if key in fresh}
-            checked = [item for item in services if item.health]
-            running = [item for item in checked if item.name in facts and facts[item.name].state == "running"]
-            self.check_health(running, ids, facts, healthy, misses, start)
-            failure, waiting, finished = judge_startup(services, facts, healthy)
-            unwell = [item.name for item in checked if misses.get(item.name, (0, 0))[0] >= item.health[1]]
-            if failure or unwell:
-                name, words = failure or (unwell[0], f"service {unwell[0]} is unhealthy")
-                code = "INSTALL_FAILED" if failure else "UNHEALTHY"
-                raise ComponentError(code, words + self.tail_log(ids[name], secrets))
-            if complete:
-                left = [item.name for item in services if item.name not in finished]
-                waiting = {name: f"{name} has not ended" for name in left}
+            facts = {}
+            for name in names:
+                key = job.current[name]
+                if key in seen:
+                    restarts = seen[key].restarts - before.get(key, 0)
+                    health = self.ask_health(key, seen[key], checks)
+                    facts[name] = seen[key]._replace(restarts=restarts, health=health)
+            failure, waiting, finished = judge_startup(names, facts, complete)
+            if failure:
+                name, code, words = failure
+                raise ComponentError(code, words + self.tail_log(job.current[name], secrets))
             now = time.monotonic()
             calm = None if waiting else calm or now
-            restless = any(not item.health and item.name not in finished for item in services)
+            restless = any(not facts[name].health for name in names if name not in finished)
             if not waiting and (not restless or now - calm >= settle or now > job.deadline):
                 return finished
             if now > job.deadline:
                 words = f"not up in time: {', '.join(waiting.values())}"
-                log_end = self.tail_log(ids[next(iter(waiting))], secrets)
+                log_end = self.tail_log(job.current[next(iter(waiting))], secrets)
                 raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
-    def check_health(self, services, ids, facts, healthy, misses, start):
-        """Runs the health checks that podman may have nobody to run.
+    def ask_health(self, container_id, seen, checks):
+        """The health of a container in the engine's word, "" where nobody checks it.
 
-        A miss counts once an interval, after the start period.
+        podman may have nobody to run a check: it is run here.  A miss counts once an interval, after the
+        start period.  checks: {container: (word, misses, when the last one counted)}, which is kept up.
         """
-        for service in services:
-            if self.engine != "podman":
-                passed = facts[service.name].health == "healthy"
-                lost = facts[service.name].health == "unhealthy"
-            else:
-                passed = self.run(["healthcheck", "run", ids[service.name]], 120).code == 0
-                lost = False
-            interval, retries, grace = service.health
-            count, last = misses.get(service.name, (0, start + grace))
-            if passed:
-                healthy.add(service.name)
-                misses.pop(service.name, None)
-            elif lost:
-                misses[service.name] = retries, last
-            elif time.monotonic() - last >= interval:
-                misses[service.name] = count + 1, time.monotonic()
+        if self.engine != "podman" or not seen.check or seen.state != "running":
+            return seen.health
+        now = time.monotonic()
+        word, misses, last = checks.get(container_id, ("starting", 0, now + seen.check.start))
+        if self.run(["healthcheck", "run", container_id], 120).code == 0:
+            word, misses = "healthy", 0
+        elif now - last >= seen.check.interval:
+            misses += 1
+            last = now
+        if misses >= seen.check.retries:
+            word = "unhealthy"
+        checks[container_id] = word, misses, last
+        return word
 
     def tend(self, containers, chance):
         """Runs one health check a cycle, of a container by chance, where podman has no systemd that does.
@@ -4450,10 +4340,9 @@ class ComposeDriver:
         return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
 
     def stop(self, ids, deadline):
-        """Stops containers within their own grace period, and kills them where there is less time than that.
+        """Stops containers within their own grace period, or kills them once the time is over.
 
-        Returns the deadline.
-        One that is not there any more is passed over.
+        Returns the deadline for what follows.  One that is not there any more is passed over.
         """
         patience = ["--ignore"] if self.engine == "podman" else []
         try:
@@ -4472,16 +4361,13 @@ class ComposeDriver:
         active = [container.id for container in containers if container.state not in AT_REST]
         if active:
             deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
-        if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
-            return
-        for _ in ids:                               # one whose network another one shares goes after that one
-            left = [name for name in ids
-                    if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
-            if not left:
+        for _ in containers:                        # one whose network another one shares goes after that one
+            output = self.run(["rm", "--force"] + ids, deadline - time.monotonic())
+            if not output.code:
                 return
-        left = [container.id for container in self.observe() if container.id in left]   # others removed some
-        if left:
-            self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
+            ids = [container.id for container in self.observe() if container.id in ids]
+        if ids:
+            raise ComponentError("REMOVE_FAILED", f"{self.engine} rm failed: {output.stderr[-1500:]}")
 
     def bring_back(self, before, deadline):
         """Undoes a start: what has been made since goes, and what ran runs again.
@@ -4502,20 +4388,16 @@ class ComposeDriver:
         Needs no compose file.  Raises ComponentError REMOVE_FAILED unless the engine says that nothing is
         left (P-11, D-21).
         """
-        def ours(items):
-            wanted = deployment_id.lower(), component
-            return [item for item in items if (item.deployment_id.lower(), item.component) == wanted]
-
         project = make_project_name(component, deployment_id)
-        self.remove_containers(ours(containers)[::-1], deadline)
+        there = find_containers(deployment_id, containers, component, "compose")
+        self.remove_containers(there[::-1], deadline)
         arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]
         output = self.run(arguments, 60, "REMOVE_FAILED")
         for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
             if is_ours(self.claim(), deployment_id, labels.get(LABEL_OWNER, "")):
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
-        left = ours(self.observe())
-        if left:
-            raise ComponentError("REMOVE_FAILED", f"container {left[0].name} is still there")
+        for container in find_containers(deployment_id, self.observe(), component):
+            raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
 
 
 def part_containers(containers, claim):
@@ -4539,8 +4421,19 @@ def parse_seen(item):
     health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
     mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
-    restarts = item.get("RestartCount", 0)
-    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), restarts, health, volumes)
+    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0), health,
+                             volumes, parse_check(item["Config"].get("Healthcheck") or {}))
+
+
+def parse_check(item):
+    """The health check of a container, or an image, as `inspect` prints it to a Check; None: there is none.
+
+    Its times are nanoseconds; zero is not said.
+    """
+    if (item.get("Test") or ["NONE"])[0] == "NONE":
+        return None
+    interval = item.get("Interval", 0) / 1e9 or 30.0
+    return Check(interval, item.get("Retries") or 3, item.get("StartPeriod", 0) / 1e9)
 
 
 def find_started(status, now):
@@ -4554,32 +4447,23 @@ def parse_containers(data, engine, now=0):
 
     Raises CommandError for what is not of the expected form.
     """
-    containers = []
-    try:
-        if engine == "podman":
-            items = parse_json(data or b"[]", "podman ps")
-            if items is not None and not isinstance(items, list):
-                raise TypeError("no list")
-            for item in items or ():
-                labels = item.get("Labels") or {}
-                get = labels.get
-                state, health = find_health(item["State"].lower(), item.get("Status"))
-                containers.append(Container(
-                    item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], get(LABEL_COMPONENT, ""),
-                    get(LABEL_SERVICE, ""), get(LABEL_HASH, ""), state, "compose", get(LABEL_DEVICE, ""),
-                    item.get("StartedAt", 0), health, get(LABEL_OWNER, "")))
-        else:
-            for line in data.splitlines():
-                *marks, device_id, owner, state, status = parse_json(line, "docker ps")
-                state, health = find_health(state, status)
-                started = find_started(status, now)
-                facts = {"device_id": device_id, "started": started, "health": health, "owner": owner}
-                containers.append(Container(*marks, state=state, type="compose", **facts))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CommandError(
-            f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
-    return [container for container in containers           # other labels are somebody else's
-            if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]
+    def read(items):
+        if not isinstance(items, (list, type(None))):
+            raise TypeError("no list")
+        found = []
+        for item in items or ():
+            labels = item["Labels"]
+            marks = [labels[LABEL_DEPLOYMENT], *(labels.get(name, "") for name in LABELS[1:])]
+            state, health = find_health(item["State"].lower(), item.get("Status"))
+            started = item.get("StartedAt") or find_started(item.get("Status"), now)
+            found.append(Container(item["Id"], item["Names"][0], *marks[:4], state, "compose", marks[4],
+                                   started, health, marks[5]))
+        return found
+
+    if engine != "podman":                          # which prints one a line
+        data = b"[" + b",".join(data.splitlines()) + b"]"
+    return [container for container in parse_answer(data or b"[]", engine + " ps", read)
+            if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]    # others are somebody else's
 
 
 DRIVERS["compose"] = make_compose_driver
@@ -4596,34 +4480,31 @@ def find_parameters(deployment, component):
             if parameter.value is not None and component in names]
 
 
-# What the tools obey themselves: a parameter of such a name would steer the tool instead of the application
-# (D-18, C-184).
+# Names that the tools themselves obey.  A parameter of such a name would steer the tool (D-18, C-184).
 TOOL_VARIABLES = ("COMPOSE_", "DOCKER_", "CONTAINER_", "CONTAINERS_", "PODMAN_")
 
 
 def make_variables(deployment, component):
     """The parameters of one compose component as {NAME: text}; raises ComponentError PARAMETER_INVALID.
 
-    Protocol 7, C-180, C-182.
-
-    A later parameter for the same name wins; a list becomes JSON text.
+    A later parameter for the same name wins; a list becomes JSON text (protocol 7, C-180, C-182).
     """
-    variables = {}
-    for parameter, pointer in find_parameters(deployment, component):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pointer) or pointer.upper().startswith(TOOL_VARIABLES):
-            words = f"parameter {make_printable(parameter.name)}: {make_printable(pointer)!r} is not a name"
-            raise ComponentError(
-                "PARAMETER_INVALID", f"{words} that an environment variable of a container may have")
+    variables, spelling = {}, {}
+    for parameter, name in find_parameters(deployment, component):
         value = parameter.value
-        variables[pointer] = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
-        if "\0" in variables[pointer]:
-            raise ComponentError("PARAMETER_INVALID",
-                                 f"parameter {make_printable(parameter.name)}: holds a NUL character")
-    folded = sorted(variables, key=str.lower)
-    for first, second in zip(folded, folded[1:]):
-        if first.lower() == second.lower():
-            raise ComponentError("PARAMETER_INVALID",
-                                 f"the parameters {first} and {second} differ only in case")
+        text = make_json(value).decode() if isinstance(value, list) else scalar_text(value)
+        first = spelling.setdefault(name.lower(), name)
+        fault = ""
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name.upper().startswith(TOOL_VARIABLES):
+            fault = (f"{make_printable(name)!r} is not a name that an environment variable of a container may"
+                     " have")
+        elif "\0" in text:
+            fault = "holds a NUL character"
+        elif first != name:
+            fault = f"the names {first} and {name} differ only in case"
+        if fault:
+            raise ComponentError("PARAMETER_INVALID", f"parameter {make_printable(parameter.name)}: {fault}")
+        variables[name] = text
     return variables
 
 
@@ -4644,37 +4525,35 @@ Workload = define("Workload",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of"
     " runtime.environment, the child device it is for, the owner to label it with.", "", "")
 Service = define(
-    "Service", "name image arguments command environment files networks depends_on health pull hash ports"
+    "Service", "name image arguments command environment files networks depends_on pull hash ports"
                " mounts shares",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
-    " [Attachment];"
-    " depends_on: {service: (condition, required)}; health: Health, or None where the file says nothing of"
-    " it; hash: of all that makes its container what it is; ports: [[address or \"\", port, protocol]] that"
-    " it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.", (), (), ())
+    " [Attachment]; depends_on: {service: (condition, required)}; hash: of all that makes its container what"
+    " it is; ports: [[address or \"\", port, protocol]] that it holds of the host; mounts: [Mount]; shares:"
+    " services whose namespaces it shares.", (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
     " what is external), and what of the file has no effect, in words.", ())
 Mount = define("Mount", "kind source target options found",
     "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
-    " name), path in the container, engine's options; found: the Source of a bind mount.")
-Port = define("Port", "address published target protocol",
-    "An item of `ports`: address of the host or \"\", its port or ports or \"\", those of the container,"
-    " tcp, udp or sctp.")
-Health = define("Health", "interval retries start",
-    "A health check as the agent waits for it: seconds, misses, seconds of grace.")
+    " name), path in the container, engine's options; found: the Source of a bind mount.", None)
+Port = define("Port", "argument address numbers protocol",
+    "An item of `ports` as the engine takes it, and what it holds of the host: an address or \"\", a range of"
+    " ports, tcp, udp or sctp.")
 Attachment = define("Attachment", "network aliases options",
     "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
     " mode, None, None.", None)
 Content = define("Content", "text mode uid gid",
     "A file of `configs` or `secrets`: what is in it, and who may read it.", 0o644, -1, -1)
-Reading = define("Reading", "workload policy engine folder variables volumes networks contents",
+Reading = define("Reading", "workload policy engine folder variables volumes networks contents aliases",
     "What the services of one file are read with: Variables, {name: (engine's name, create arguments)} of"
-    " volumes and of networks, {section: {name: text}} of configs and secrets.")
+    " volumes and of networks, {section: {name: text}} of configs and secrets, {service: further names}.")
 
 LABEL_DEPLOYMENT, LABEL_COMPONENT = "org.margo.deployment", "org.margo.component"
 LABEL_SERVICE = "org.margo.service"
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
+LABELS = LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -4684,14 +4563,13 @@ def make_fault(text, code="INVALID_DEPLOYMENT"):
 
 # Variables
 
-class Variables(dict):
-    """{NAME: text} for one compose file, and how many characters they and env files may bring into it: it
-    cannot be a bomb."""
+class Variables(ChainMap):
+    """{NAME: text} for one compose file.  `room`: how many characters these may still bring into it."""
 
     room = 8 * MIB
 
     def spend(self, count, where):
-        """Takes characters from the room that is left; raises ComponentError where there is none."""
+        """Takes characters from the room; raises ComponentError where none is left, so nothing is a bomb."""
         self.room -= count
         if self.room < 0:
             raise make_fault(f"{where}: variables, env files and ports bring more than {Variables.room}"
@@ -4701,55 +4579,46 @@ class Variables(dict):
 def interpolate(text, variables, where, depth=0):
     """`$NAME`, `${NAME}`, `${NAME:-default}` with the operators - ? + :- :? :+, and `$$` in one text.
 
-    variables: Variables. An unset name is an empty text, and a `$` that begins none of these stays, as
-    compose has it. Raises ComponentError naming the place.
+    As in compose an unset name is an empty text, and a `$` that begins none of these stays.  Raises
+    ComponentError that names the place.
     """
     if depth > 32:
         raise make_fault(f"{where}: a $ in more than 32 others")
-    pattern = re.compile(r"\$(?:(\$)|\{([A-Za-z_]\w*)(:?[-?+]|\})|([A-Za-z_]\w*)|(\{))", re.A)
+    pattern = re.compile(r"\$(\$|[A-Za-z_]\w*|\{(?:([A-Za-z_]\w*)(:?[-?+]|\}))?)", re.A)
     result, position = [], 0
     match = pattern.search(text)
     while match:
-        dollar, long, operator, short, open_brace = match.groups()
-        if open_brace:
+        short, name, operator = match.groups()
+        if short == "{":
             raise make_fault(f"{where}: a ${{ that is not ${{NAME}}; a $ that is meant is written $$")
         result.append(text[position:match.start()])
         position = match.end()
-        name = long or short
-        value = dollar or variables.get(name, "")
-        if long and operator != "}":
+        name = name or short
+        value = "$" if short == "$" else variables.get(name, "")
+        if operator not in (None, "}"):
             end = find_brace(text, position, variables, where)
-            rest = text[position:end]
-            position = end + 1
             given = name in variables and bool(value or ":" not in operator)
-            value = choose(operator[-1], given, name, value,
-                           lambda: interpolate(rest, variables, where, depth + 1), where)
+            if given == operator.endswith("+"):     # what stands behind the operator counts
+                value = interpolate(text[position:end], variables, where, depth + 1)
+                if operator.endswith("?"):
+                    raise make_fault(f"{where}: {name} is needed: {value}", "PARAMETER_INVALID")
+            position = end + 1
         result.append(value)
         variables.spend(len(value), where)
         match = pattern.search(text, position)
     return "".join(result) + text[position:]
 
 
-def choose(operator, given, name, value, make_rest, where):
-    """What `${NAME` gives with one of the operators - ? +, by whether the name counts as given; make_rest:
-    what stands behind it."""
-    if operator == "+":
-        return make_rest() if given else ""
-    if given:
-        return value
-    if operator == "?":
-        raise make_fault(f"{where}: {name} is needed: {make_rest()}", "PARAMETER_INVALID")
-    return make_rest()
-
-
 def find_brace(text, position, variables, where):
-    """The closing brace of a `${…` whose inside starts at `position`: braces inside are paired, or else only
-    those of a `${`. What is looked through counts as what is brought in: many could look through each other.
+    """The closing brace of a `${…` whose inside starts at `position`.
+
+    Braces inside come in pairs, or else only those of a `${` do.  What is looked through is spent, too:
+    many could look through each other.
     """
-    for opening in ("{", "${"):
+    for opening in (r"\{", r"\$\{"):
         depth = 0
-        for match in re.compile(re.escape(opening) + "|}").finditer(text, position):
-            depth += 1 if match.group() == opening else -1
+        for match in re.compile(opening + "|}").finditer(text, position):
+            depth += 1 if match.group() != "}" else -1
             if depth < 0:
                 variables.spend(match.start() - position, where)
                 return match.start()
@@ -4757,48 +4626,39 @@ def find_brace(text, position, variables, where):
     raise make_fault(f"{where}: a ${{ that is not closed")
 
 
-# Below these keys, keys are names of the application's own; everywhere else x-… keys are extensions, which
-# are dropped unread.
-NAMING = ("services", "networks", "volumes", "configs", "secrets", "environment", "labels", "sysctls",
-          "extra_hosts", "ulimits",
-          "depends_on", "options", "driver_opts")
-
-
-def interpolate_all(value, variables, where="", named=False):
-    """Every text below a value interpolated; keys stay as they are, a number as it was spelt.
-
-    named: they are names.
-    """
+def interpolate_all(value, variables, where=""):
+    """Every text below a value interpolated.  Keys stay as they are; numbers stay numbers."""
     if isinstance(value, dict):
-        result = {}
-        for key, item in value.items():
-            name = to_text(key, f"{where or 'the file'}: a name")
-            if name.startswith("x-") and not named:
-                continue
-            if name in result:
-                raise make_fault(f"{where}: {make_printable(name, 60)} occurs twice")
-            place = f"{where}.{name}" if where else name
-            result[name] = interpolate_all(item, variables, place, not named and name in NAMING)
-        return result
+        return {name: interpolate_all(item, variables, f"{where}.{name}")
+                for name, item in make_names(value, where).items()}
     if isinstance(value, list):
         return [interpolate_all(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
-    return interpolate(value, variables, where) if isinstance(value, str) and "$" in value else value
+    return interpolate(value, variables, where) if isinstance(value, str) else value
 
 
-# a name, and perhaps = or : and a value
+def make_names(value, where):
+    """A mapping with its keys as text; raises ComponentError where two are the same then."""
+    names = {to_text(key, f"{where or 'the file'}: a name"): item for key, item in value.items()}
+    if len(names) < len(value):
+        raise make_fault(f"{where}: a key occurs twice")
+    return names
+
+
+# A name, and perhaps = or : and a value in quotes or without.
 ENV_LINE = (r"(?:export[ \t]+)?([\w.-]+)[ \t]*"
             r"(?:[=:](?:[ \t]*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|\"([^\"\\]*(?:\\.[^\"\\]*)*)\")|"
             r"(?![ \t]*['\"])([^\n]*)))?[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 
 
 def parse_env_file(text, variables, where):
-    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes as compose
-    takes them."""
+    """An env file to {NAME: text}: `NAME=value` or `NAME: value`, `export`, comments, and quotes.
+
+    A value may name the variables, and those of earlier lines.  A name alone takes the variable's value.
+    """
     result = {}
-    known = Variables(variables)
     text = text.replace("\r\n", "\n").lstrip("\ufeff")
     variables.spend(len(text), where)
-    known.room = variables.room
+    variables.maps.append(result)
     for match in re.finditer(rf"\s+|#[^\n]*|{ENV_LINE}|(.)", text, re.S):
         name, single, double, plain, odd = match.groups()
         if odd:
@@ -4808,12 +4668,10 @@ def parse_env_file(text, variables, where):
             result[name] = single.replace("\\'", "'")
         elif double is not None or plain is not None:
             raw = unescape_double(double) if plain is None else re.split(r"\s#", plain, maxsplit=1)[0].strip()
-            result[name] = interpolate(raw, known, f"{where}, {name}")
+            result[name] = interpolate(raw, variables, f"{where}, {name}")
         elif name in variables:
             result[name] = variables[name]
-        if name in result and name not in variables:
-            known[name] = result[name]
-    variables.room = known.room
+    variables.maps.pop()
     return result
 
 
@@ -4823,49 +4681,52 @@ def unescape_double(text):
     return re.sub(r"\\(.)", lambda match: escapes.get(match.group(1), match.group(0)), text, flags=re.S)
 
 
-# Readers of compose values: (value, place) to what is meant; each names the place of what is not that.
+# Readers: each takes a value and its place, and returns what is meant or raises ComponentError of the place.
 
 def to_text(value, where):
     """A scalar as text; a number keeps its spelling."""
     if value is None or isinstance(value, (dict, list)):
         raise make_fault(f"{where}: expected a single value")
     text = scalar_text(value)
-    if "\0" in text:
-        raise make_fault(f"{where}: holds a NUL character")
-    if re.search("[\ud800-\udfff]", text):
-        raise make_fault(f"{where}: holds bytes that are no UTF-8")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise make_fault(f"{where}: holds a NUL character, or bytes that are no UTF-8")
     return text
 
 
-def to_form(pattern, words):
-    """A reader of text of one form: the pattern, and what it is in words."""
+def to_form(pattern, words, make=str):
+    """A reader of text of one form: the pattern, what that is in words, and what is made of the text."""
     def read_form(value, where):
         text = to_text(value, where)
         if not re.fullmatch(pattern, text):
             raise make_fault(f"{where}: {make_printable(text, 60)!r} is not {words}")
-        return text
+        return make(text)
     return read_form
 
 
-to_size = to_form(r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m")
+def parse_period(text):
+    """A duration of compose, such as 1m30s or 500ms, to seconds."""
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
+    return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
+
+
+PERIOD = r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s"
+to_period = to_form(*PERIOD)
+# In whole seconds: an engine would take zero as not said.
+to_grace = to_form(*PERIOD, make=lambda text: str(max(1, round(parse_period(text)))))
+SIZE = r"-1|[0-9]+(\.[0-9]+)?([kmgtKMGT]?[bB]?|[KMGT]i[bB]?)", "a size such as 64m"
+to_size = to_form(*SIZE)
 to_number = to_form(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", "a number")
+to_count = to_form("[0-9]{1,9}", "a whole number", int)
 to_name = to_form(r"[a-zA-Z0-9][\w.-]*", "a name of a container")
 to_one = to_form("1", "supported; only 1 is")
 
 
 def to_flag(value, where):
-    """true or false, also as the text that interpolation leaves, by all words of YAML 1.1."""
+    """true or false, also as text, by all words of YAML 1.1."""
     word = scalar_text(value).lower() if isinstance(value, (bool, str)) else ""
     if word not in ("true", "yes", "on", "y", "false", "no", "off", "n"):
         raise make_fault(f"{where}: expected true or false")
     return word in ("true", "yes", "on", "y")
-
-
-def to_mapping(value, where):
-    """A mapping as it is, {} for nothing."""
-    if value is not None and not isinstance(value, dict):
-        raise make_fault(f"{where}: expected a mapping")
-    return value or {}
 
 
 def to_list(value, where):
@@ -4887,7 +4748,7 @@ def to_values(value, where):
 
 
 def to_labels(value, where):
-    """`labels` as {name: text}; those by which containers are found again are not to be forged."""
+    """`labels` as {name: text}, without those by which containers are found again."""
     labels = to_values(value, where)
     if any(name.startswith(("org.margo.", "com.docker.compose.")) for name in labels):
         raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
@@ -4913,25 +4774,6 @@ def to_words(value, where):
     return ["".join(parts) for parts in words if parts]
 
 
-def to_seconds(value, where):
-    """Compose's durations such as 1m30s or 500ms to seconds."""
-    form = to_form(r"(?=.{1,100}\Z)([0-9]+(\.[0-9]+)?(h|ms|us|m|s))+", "a duration such as 1m30s")
-    text = form(value, where)
-    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "us": 0.000001}
-    return sum(float(number) * units[unit] for number, unit in re.findall("([0-9.]+)([a-z]+)", text))
-
-
-def to_duration(value, where):
-    """A duration as it is written."""
-    to_seconds(value, where)
-    return value
-
-
-def to_count(value, where):
-    """A whole number, zero or more."""
-    return int(to_form("[0-9]{1,9}", "a whole number")(value, where))
-
-
 def to_mode(value, where):
     """The permissions of a file: an octal number, or a plain one as compose takes it."""
     octal = isinstance(value, str) or to_text(value, where).startswith("0")
@@ -4942,21 +4784,16 @@ def to_mode(value, where):
 def to_hosts(value, where):
     """`extra_hosts` as [HOST:ADDRESS]; a name may have several addresses."""
     if isinstance(value, dict):
-        pairs = [(name, item) for name in sorted(value) for item in to_list(value[name], f"{where}.{name}")]
+        pairs = sorted(value.items())
     else:
         pairs = [re.match("([^=:]*)[=:]?(.*)", item, re.S).groups() for item in to_list(value, where)]
-    return [f"{name}:{address.strip('[]')}" for name, address in pairs]
+    return [f"{name}:{text.strip('[]')}" for name, item in pairs for text in to_list(item, f"{where}.{name}")]
 
 
 def to_restart(value, where):
     """`restart`: the engine's own words."""
     form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
     return "no" if value is False else form(value, where)
-
-
-def to_grace(value, where):
-    """`stop_grace_period` in whole seconds; an engine would take zero as not said."""
-    return str(max(1, round(to_seconds(value, where))))
 
 
 def to_external(value, where):
@@ -4966,30 +4803,24 @@ def to_external(value, where):
 
 def to_namespace(*words):
     """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
+    words += ("service:NAME",)
+    form = to_form("|".join(words).replace("NAME", ".+"), f"supported; known are {', '.join(words)}")
+
     def read_namespace(value, where):
-        text = to_text(value, where)
-        if not re.fullmatch("|".join(words + ("service:.+",)), text):
-            code = "POLICY_DENIED" if re.match("container:|ns:", text) else "INVALID_DEPLOYMENT"
-            known = ", ".join(words + ("service:NAME",))
-            raise make_fault(f"{where}: {make_printable(text, 60)!r} is not supported; known are {known}",
-                             code)
-        return text
+        if re.match("container:|ns:", str(value)):
+            deny(where, f"{make_printable(str(value), 60)!r} is not supported: it is not this application's")
+        return form(value, where)
     return read_namespace
 
 
 def to_test(value, where):
-    """`test` of a health check: text for a shell, a list of words for none, [] for no check at all."""
-    if not isinstance(value, list):
-        text = to_text(value, where)
-        return [] if text == "NONE" else text
+    """`test` of a health check as [CMD, word …], [CMD-SHELL, text] or [NONE]."""
     words = to_list(value, where)
-    if words == ["NONE"]:
-        return []
-    if words[:1] == ["CMD-SHELL"] and len(words) == 2:
-        return words[1]
-    if words[:1] != ["CMD"] or len(words) < 2:
+    if not isinstance(value, list) and value != "NONE":
+        words = ["CMD-SHELL"] + words
+    if len(words) < {"NONE": 1, "CMD-SHELL": 2, "CMD": 2}.get(words[0] if words else "", len(words) + 1):
         raise make_fault(f"{where}: expected a text, [CMD, …], [CMD-SHELL, text] or [NONE]")
-    return words[1:]
+    return words
 
 
 # What is no name in a registry: a transport of podman's before the first colon, or a tag before a slash.
@@ -5023,45 +4854,120 @@ def find_registry(image):
     return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
 
 
+# Readers of items that have a long and a short syntax: the long one comes as Settings.
+
+def to_limit(item, where):
+    """One of `ulimits`: SOFT:HARD, or one number for both."""
+    text = f"{item.soft}:{item.hard}" if isinstance(item, Settings) else item
+    return to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")(text, where)
+
+
+def to_source(item, where):
+    """One of the top-level `configs` or `secrets` as (where its text comes from, what it is there)."""
+    keys = ("file", "content", "environment") if isinstance(item, Settings) else ()
+    given = [(key, item[key]) for key in keys if item[key] is not None]
+    if len(given) != 1:
+        raise make_fault(f"{where}: expected one of file, content, environment")
+    return given[0]
+
+
+def make_span(text):
+    """PORT or PORT-PORT as a range, which is empty for what is none."""
+    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
+    first, last = map(int, match.groups(match.group(1))) if match else (0, 0)
+    return range(first, last + 1) if 1 <= first and last <= 65535 else range(0)
+
+
+def to_port(item, where):
+    """An item of `ports` as a Port; in short [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL]."""
+    import ipaddress
+    if isinstance(item, Settings):
+        item = f"{item.host_ip or ''}:{item.published or ''}:{item.target or ''}/{item.protocol or 'tcp'}"
+    text = to_text(item, where)
+    match = re.fullmatch("(?:(?:(.*):)?([0-9-]*):)?([0-9-]+)(?:/(tcp|udp|sctp))?", text, re.I)
+    address, published, target, protocol = match.groups("") if match else [""] * 4
+    published = "" if published == "0" else published               # the engine chooses one
+    inside = make_span(target)
+    outside = make_span(published or target)
+    try:
+        address = address and str(ipaddress.ip_address(re.sub(r"\A\[(.*)\]\Z", r"\1", address)))
+    except ValueError:
+        inside = ()
+    if not inside or not outside or len(inside) not in (1, len(outside)):
+        raise make_fault(f"{where}: {make_printable(text, 60)!r} is not a port")
+    text = f"[{address}]:" if ":" in address else address and f"{address}:"
+    text += f"{published}:{target}" if text or published else target
+    protocol = protocol.lower() or "tcp"
+    held = outside if published and len(inside) == len(outside) else ()         # else the engine chooses one
+    return Port(text if protocol == "tcp" else f"{text}/{protocol}",
+                "" if re.fullmatch("[0.:]+", address) else address, held, protocol)
+
+
+def to_tmpfs(value, where):
+    """`tmpfs`, each PATH[:OPTIONS], as [Mount]."""
+    parts = [text.partition(":") for text in to_list(value, where)]
+    return [Mount("tmpfs", "", target, make_words(options)) for target, _, options in parts]
+
+
+def make_words(text):
+    """The words of a text with commas between them."""
+    return [word for word in text.split(",") if word]
+
+
+def to_mount(item, where):
+    """An item of `volumes` as a Mount; `create_host_path` and `consistency` ask for nothing."""
+    if isinstance(item, Settings):
+        words = [item.read_only, item.volume.nocopy, item.bind.propagation, item.bind.selinux,
+                 item.tmpfs.size, item.tmpfs.mode]
+        if not item.type or item.type == "bind" and not item.source:
+            raise make_fault(f"{where}: expected a type, and the source of a bind mount")
+        return Mount(item.type, item.source or "", item.target or "", list(filter(None, words)))
+    source, colon, rest = to_text(item, where).partition(":")
+    target, _, options = rest.partition(":")
+    if not source or ":" in options:
+        raise make_fault(f"{where}: expected source:target[:options]")
+    if not colon:
+        return Mount("volume", "", source, [])
+    return Mount("bind" if source[0] in "/.~" else "volume", source, target, make_words(options))
+
+
+def to_word(word):
+    """A reader of a flag that is one word to the engine; "" where it is false."""
+    return lambda value, where: word if to_flag(value, where) else ""
+
+
 # The form of a file.  A form is a reader; a dict of known keys and their forms; {None: form} for names of the
-# application's own, {list: form} where a list of such names will do, too; [form]; or (form of the long
-# syntax,
-# reader of the short one).
-
-# Which option of the engine takes a key as it was read.
-SERVICE_OPTIONS = {
-    "user": (to_text, "--user"), "hostname": (to_text, "--hostname"), "working_dir": (to_text, "--workdir"),
-    "stop_signal": (to_text, "--stop-signal"), "stop_grace_period": (to_grace, "--stop-timeout"),
-    "mem_limit": (to_size, "--memory"), "memswap_limit": (to_size, "--memory-swap"),
-    "mem_reservation": (to_size, "--memory-reservation"), "mem_swappiness": (to_number,
-        "--memory-swappiness"),
-    "shm_size": (to_size, "--shm-size"), "oom_score_adj": (to_number, "--oom-score-adj"),
-    "cpus": (to_number, "--cpus"), "cpu_period": (to_number, "--cpu-period"),
-    "cpu_quota": (to_number, "--cpu-quota"),
-    "cpu_shares": (to_number, "--cpu-shares"), "cpuset": (to_text, "--cpuset-cpus"),
-    "pids_limit": (to_number, "--pids-limit"), "platform": (to_text, "--platform"),
-    "mac_address": (to_text, "--mac-address"), "pid": (to_namespace("private", "host"), "--pid"),
-    "ipc": (to_namespace("private", "shareable", "none", "host"), "--ipc"),
-    "userns_mode": (to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
-                            "host, auto, nomap or keep-id"), "--userns"),
-    "init": (to_flag, "--init"), "read_only": (to_flag, "--read-only"),
-    "privileged": (to_flag, "--privileged"),
-    "tty": (to_flag, "--tty"), "stdin_open": (to_flag, "--interactive"), "restart": (to_restart, "--restart"),
-    "cap_add": (to_list, "--cap-add"), "cap_drop": (to_list, "--cap-drop"), "devices": (to_list, "--device"),
-    "security_opt": (to_list, "--security-opt"), "group_add": (to_list, "--group-add"),
-    "dns": (to_list, "--dns"),
-    "dns_opt": (to_list, "--dns-option"), "dns_search": (to_list, "--dns-search"),
-    "extra_hosts": (to_hosts, "--add-host"), "labels": (to_labels, "--label"),
-    "sysctls": (to_values, "--sysctl")}
-
+# application's own, {list: form} where a list of such names will do, too; [form]; or a pair for what has two
+# syntaxes: the form of the long one, and the key that a single value is for, or the reader of what both give.
 
 def make_form(reader, names, **forms):
     """The form of a mapping: names that one reader reads, and others with their forms."""
     return dict(dict.fromkeys(names.split(), reader), **forms)
 
 
-CONTENT_FORM = {None: make_form(to_text, "file content environment name")}
-FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), to_text)]
+# The keys of a service that are options of the engine ...
+SERVICE_OPTIONS = dict(
+    make_form(to_text, "user hostname working_dir stop_signal cpuset platform mac_address"),
+    **make_form(to_size, "mem_limit memswap_limit mem_reservation shm_size"),
+    **make_form(to_number, "mem_swappiness oom_score_adj cpus cpu_period cpu_quota cpu_shares pids_limit"),
+    **make_form(to_flag, "init read_only privileged tty stdin_open"),
+    **make_form(to_list, "cap_add cap_drop devices security_opt group_add dns dns_opt dns_search"),
+    pid=to_namespace("private", "host"), ipc=to_namespace("private", "shareable", "none", "host"),
+    userns_mode=to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
+                        "host, auto, nomap or keep-id"),
+    stop_grace_period=to_grace, restart=to_restart, extra_hosts=to_hosts, labels=to_labels, sysctls=to_values,
+    ulimits={None: (make_form(to_text, "soft hard"), to_limit)})
+# ... and keys whose options have other names.
+RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "memory-swap",
+           "mem_reservation": "memory-reservation", "mem_swappiness": "memory-swappiness",
+           "cpuset": "cpuset-cpus", "stdin_open": "interactive", "devices": "device", "dns_opt": "dns-option",
+           "userns_mode": "userns", "stop_grace_period": "stop-timeout", "extra_hosts": "add-host",
+           "labels": "label", "sysctls": "sysctl", "ulimits": "ulimit", "enable_ipv6": "ipv6",
+           "ipv4_address": "ip", "ipv6_address": "ip6", "test": "health-cmd", "interval": "health-interval",
+           "timeout": "health-timeout", "retries": "health-retries", "start_period": "health-start-period"}
+
+CONTENT_FORM = {None: (make_form(to_text, "file content environment name"), to_source)}
+FILES_FORM = [(make_form(to_text, "source target", mode=to_mode, uid=to_count, gid=to_count), "source")]
 DEPLOY_FORM = {
     "mode": to_form("replicated", "supported; only replicated is"), "replicas": to_one,
     "resources": {"limits": make_form(to_number, "cpus pids", memory=to_size),
@@ -5069,27 +4975,26 @@ DEPLOY_FORM = {
     "restart_policy": make_form(to_text, "delay window", max_attempts=to_count,
                                 condition=to_form("none|on-failure|any", "none, on-failure or any"))}
 MOUNT_FORM = make_form(
-    to_text, "source target consistency", read_only=to_flag, volume={"nocopy": to_flag},
+    to_text, "source target consistency", read_only=to_word("ro"), volume={"nocopy": to_word("nocopy")},
     type=to_form("bind|volume|tmpfs", "supported; known are bind, volume, tmpfs"),
     bind=make_form(to_text, "propagation selinux", create_host_path=to_flag),
-    tmpfs={"size": to_size, "mode": to_mode})
+    tmpfs={"size": to_form(*SIZE, make="size={}".format),
+           "mode": lambda value, where: f"mode={to_mode(value, where):o}"})
 SERVICE_FORM = dict(
-    {key: reader for key, (reader, _) in SERVICE_OPTIONS.items()},
-    image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs, profiles=to_list,
-    expose=to_list,
-    links=to_list, tmpfs=to_list, container_name=to_name, attach=to_flag, scale=to_one, configs=FILES_FORM,
-    secrets=FILES_FORM, deploy=DEPLOY_FORM, volumes=[(MOUNT_FORM, to_text)],
-    env_file=[(make_form(to_text, "path format", required=to_flag), to_text)],
+    SERVICE_OPTIONS, image=to_image, command=to_words, entrypoint=to_words, environment=to_pairs,
+    profiles=to_list, expose=to_list, links=to_list, container_name=to_name, attach=to_flag, scale=to_one,
+    configs=FILES_FORM, secrets=FILES_FORM, deploy=DEPLOY_FORM, tmpfs=to_tmpfs,
+    volumes=[(MOUNT_FORM, to_mount)],
+    env_file=[(make_form(to_text, "path format", required=to_flag), "path")],
     network_mode=to_namespace("none", "host", "bridge"),
     pull_policy=to_form("always|missing|if_not_present|never", "a pull policy that is supported"),
     blkio_config={"weight": to_number}, logging={"driver": to_text, "options": to_values},
-    ulimits={None: (make_form(to_text, "soft hard"), to_text)},
-    ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_text)],
+    ports=[(make_form(to_text, "target published host_ip protocol mode name app_protocol"), to_port)],
     depends_on={list: make_form(to_flag, "required restart", condition=to_form(
         "service_(started|healthy|completed_successfully)", "a condition that is known"))},
     networks={list: make_form(to_text, "ipv4_address ipv6_address mac_address", aliases=to_list,
                               priority=to_count)},
-    healthcheck=make_form(to_duration, "interval timeout start_period start_interval", test=to_test,
+    healthcheck=make_form(to_period, "interval timeout start_period start_interval", test=to_test,
                           retries=to_count, disable=to_flag))
 NETWORK_FORM = make_form(
     to_flag, "internal attachable enable_ipv6", name=to_text, external=to_external, labels=to_labels,
@@ -5117,56 +5022,66 @@ ADVICE = {"build": "nothing is built on a device; name what was built by `image`
           "oom_kill_disable": "set `mem_limit`", "storage_opt": "set it for the engine"}
 
 
-def find_unknown(value, form, where=""):
-    """(place, key, known keys) of each key below a value that its form does not have."""
-    if isinstance(form, tuple):
-        form = form[0]
-    if isinstance(form, list):
-        for index, item in enumerate(value if isinstance(value, list) else [value]):
-            yield from find_unknown(item, form[0], f"{where}[{index}]")
-    elif isinstance(form, dict) and isinstance(value, dict):
+def read_value(value, form, where="", variables=None):
+    """A value by its form: Settings with None for keys that are not there, {name: …}, and what readers give.
+
+    Texts are interpolated; keys never are, and x-… keys of the format are dropped unread.  Raises
+    ComponentError: for all keys that are not supported, or else for the first value that is wrong.
+    """
+    unknown, faults = [], []
+
+    def read(value, form, where):
+        if isinstance(form, list):
+            items = value if isinstance(value, list) or value is None else [value]
+            return [read(item, form[0], f"{where}[{index}]") for index, item in enumerate(items or ())]
+        form, reader = form if isinstance(form, tuple) else (form, form)
+        if isinstance(reader, str) and not isinstance(value, dict):
+            value = {reader: value}
+        try:
+            if isinstance(form, dict) and (form is reader or value is None or isinstance(value, dict)):
+                value = read_keys(value, form, where)
+            elif not faults:                        # after one fault only keys are looked for
+                value = interpolate_all(value, variables, where)
+            return reader(value, where) if callable(reader) and value is not None and not faults else value
+        except ComponentError as error:
+            faults.append(error)
+
+    def read_keys(value, form, where):
+        if isinstance(value, list) and list in form:
+            value = dict.fromkeys(to_list(value, where))
+        if not isinstance({} if value is None else value, dict):
+            raise make_fault(f"{where}: expected a mapping")
+        value = make_names(value or {}, where)
         each = form.get(None) or form.get(list)
-        for key, item in value.items():
+        result = Settings()
+        for key in value if each else {**value, **form}:
             place = f"{where}.{key}" if where else key
             if each or key in form:
-                yield from find_unknown(item, each or form[key], place)
-            else:
-                yield place, key, list(form)
+                result[key] = read(value.get(key), each or form[key], place)
+            elif not key.startswith("x-"):
+                unknown.append((place, key, list(form)))
+        return result
 
-
-def check_keys(document):
-    """Raises ComponentError that names every key of a file that is not supported: none is ever ignored."""
-    import difflib
-    faults = []
-    told = set()
-    for place, key, known in find_unknown(document, FILE_FORM):
-        near = difflib.get_close_matches(key, known, 1, 0.6)
-        advice = ADVICE.get(key) or (f"did you mean {near[0]}?" if near else "")
-        faults.append((make_printable(place, 200), f" ({advice})" if advice and key not in told else ""))
-        told.add(key)
-    if len(faults) == 1:
-        raise make_fault(": this key is not supported".join(faults[0]))
+    result = read(value, form, where)
+    check_keys(unknown)
     if faults:
-        raise make_fault(f"these keys are not supported: {', '.join(map(''.join, faults))}")
+        raise faults[0]
+    return result
 
 
-def read_value(value, form, where):
-    """A value by its form, whole: Settings with None for keys that are not there, {name: …}, lists, and what
-    readers give."""
-    if callable(form):
-        return None if value is None else form(value, where)
-    if isinstance(form, tuple):
-        return read_value(value, form[0], where) if isinstance(value, dict) else form[1](value, where)
-    if isinstance(form, list):
-        items = [] if value is None else value
-        return [read_value(item, form[0], f"{where}[{index}]")
-                for index, item in enumerate(items if isinstance(items, list) else [items])]
-    if isinstance(value, list) and list in form:
-        value = dict.fromkeys(to_list(value, where))
-    value = to_mapping(value, where)
-    each = form.get(None) or form.get(list)
-    return Settings({key: read_value(value.get(key), each or part, f"{where}.{key}" if where else key)
-                     for key, part in (value if each else form).items()})
+def check_keys(unknown):
+    """Raises ComponentError that names every key that is not supported, and what to write instead."""
+    import difflib
+    texts = []
+    told = set()
+    for place, key, known in unknown:
+        near = [f"did you mean {name}?" for name in difflib.get_close_matches(key, known, 1)]
+        advice = "" if key in told else ADVICE.get(key, "".join(near))
+        told.add(key)
+        one = ": this key is not supported" if len(unknown) == 1 else ""
+        texts.append(f"{make_printable(place, 200)}{one}" + (f" ({advice})" if advice else ""))
+    if texts:
+        raise make_fault(("these keys are not supported: " if len(texts) > 1 else "") + ", ".join(texts))
 
 
 # What stands beside `services`
@@ -5177,10 +5092,9 @@ def make_volumes(document, workload):
     for name, value in document.volumes.items():
         where = f"volumes.{name}"
         options = value.driver_opts or {}
-        parts = options.get("o", "").split(",") if options.get("o") else []
-        if options and not (set(options) <= {"type", "device", "o"} and options.get("type") == "tmpfs"
-                            and options.get("device", "tmpfs") == "tmpfs"
-                            and all(map(is_tmpfs_option, parts))):
+        form = {"type": "tmpfs", "device": "tmpfs", "o": f"(({TMPFS_OPTION}),?)*"}
+        harmless = options.get("type") == "tmpfs" and set(options) <= set(form)
+        if options and not (harmless and all(re.fullmatch(form[key], options[key]) for key in options)):
             deny(f"{where}.driver_opts",
                  "only those of a tmpfs are supported; a folder of the host is named where it is mounted")
         volumes[name] = make_shared(name, value, workload, where, make_arguments("--opt", options))
@@ -5195,11 +5109,10 @@ MODES = ("host", "none", "bridge", "private", "default", "nat", "slirp4netns", "
 def make_networks(document, workload):
     """Top-level `networks` as make_volumes has it; `default` is always there."""
     networks = {}
-    for name, value in dict({"default": read_value(None, NETWORK_FORM, "")}, **document.networks).items():
-        arguments = make_arguments("--internal", value.internal) + make_arguments("--ipv6", value.enable_ipv6)
+    for name, value in dict({"default": read_value(None, NETWORK_FORM)}, **document.networks).items():
+        arguments = make_options(value, ("internal", "enable_ipv6"))
         for item in value.ipam.config:
-            for key, option in (("subnet", "--subnet"), ("gateway", "--gateway"), ("ip_range", "--ip-range")):
-                arguments += make_arguments(option, item[key])
+            arguments += make_options(item, ("subnet", "gateway", "ip_range"))
         mark = sha256_digest(make_json(make_arguments("--label", value.labels) + arguments))[7:39]
         networks[name] = make_shared(name, value, workload, f"networks.{name}",
                                      arguments + [f"--label={LABEL_HASH}={mark}"])
@@ -5232,16 +5145,17 @@ def make_shared(name, value, workload, where, arguments):
 def make_contents(document, variables, folder):
     """Top-level `configs` and `secrets` as {section: {name: text}}."""
     contents = {"configs": {}, "secrets": {}}
-    for section, found in contents.items():
-        for name, value in document[section].items():
-            where = f"{section}.{name}"
-            if sum(value[key] is not None for key in ("file", "content", "environment")) != 1:
-                raise make_fault(f"{where}: expected one of file, content, environment")
-            if value.environment is not None and value.environment not in variables:
-                raise make_fault(f"{where}.environment: there is no parameter"
-                                 f" {make_printable(value.environment, 60)!r}", "PARAMETER_INVALID")
-            text = variables.get(value.environment, value.content)
-            found[name] = text if value.file is None else read_inside(folder, value.file, f"{where}.file")
+    for section, texts in contents.items():
+        for name, (kind, text) in document[section].items():
+            where = f"{section}.{name}.{kind}"
+            if kind == "file":
+                text = read_inside(folder, text, where)
+            elif kind == "environment":
+                if text not in variables:
+                    raise make_fault(f"{where}: there is no parameter {make_printable(text, 60)!r}",
+                                     "PARAMETER_INVALID")
+                text = variables[text]
+            texts[name] = text
     return contents
 
 
@@ -5257,12 +5171,33 @@ def read_inside(folder, name, where):
     return data.decode("utf-8", "surrogateescape")
 
 
+def find_aliases(services, notes):
+    """{service: [further names]}: its container_name, and what others link it as.  Adds to `notes`."""
+    taken = {name: name for name in services}
+    aliases = {}
+    for name, service in services.items():
+        names = [(name, service.container_name)]
+        for link in service.links or ():
+            owner, _, alias = link.partition(":")
+            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
+        for owner, alias in names:
+            if alias and owner in services:
+                if taken.setdefault(alias, owner) != owner:
+                    notes.append(f"services.{name}: the name {alias} also leads to service {taken[alias]}")
+                aliases.setdefault(owner, []).append(alias)
+    return aliases
+
+
 # Services
 
-def make_arguments(option, value):
-    """What was read as arguments: a flag, one for each of several, NAME=value for each name, none for None.
+def make_options(settings, keys):
+    """The engine's arguments for what stands at some keys: its options are called like these, or RENAMED."""
+    options = [("--" + RENAMED.get(key, key).replace("_", "-"), settings[key]) for key in keys]
+    return [argument for option, value in options for argument in make_arguments(option, value)]
 
-    """
+
+def make_arguments(option, value):
+    """What was read as arguments: a flag, one for each of a list, NAME=value for each name, none for None."""
     if value is None or isinstance(value, bool):
         return [option] if value else []
     if isinstance(value, dict):
@@ -5283,137 +5218,52 @@ def make_single(argument):
     return '{}="{}"'.format(option, value.replace('"', '""'))
 
 
-def make_options(service, workload, where):
+def make_service_options(service, workload):
     """The arguments of a service that options of the engine take as they are.
 
     A key of its own stands above `deploy`.
     """
-    limits, policy = service.deploy.resources.limits, service.deploy.restart_policy
-    options = {"--cpus": limits.cpus, "--memory": limits.memory, "--pids-limit": limits.pids,
-               "--memory-reservation": service.deploy.resources.reservations.memory,
-               "--blkio-weight": service.blkio_config.weight, "--log-driver": service.logging.driver,
-               "--log-opt": service.logging.options, "--ulimit": {}}
-    if any(item is not None for item in policy.values()):
-        word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
-        attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
-        options["--restart"] = word + attempts
-    for name, item in service.ulimits.items():
-        item = item if isinstance(item, str) else f"{item.soft}:{item.hard}"
-        form = to_form("-?[0-9]+(:-?[0-9]+)?", "a limit, or soft and hard")
-        options["--ulimit"][name] = form(item, f"{where}.ulimits.{name}")
-    options.update((option, service[key]) for key, (_, option) in SERVICE_OPTIONS.items()
-                   if service[key] is not None)
-    for option in ("--pid", "--ipc"):
-        options[option] = make_namespace(options.get(option), workload)
-    return [argument for option, value in sorted(options.items())
-            for argument in make_arguments(option, value)]
+    limits = service.deploy.resources.limits
+    options = {"cpus": limits.cpus, "mem_limit": limits.memory, "pids_limit": limits.pids,
+               "mem_reservation": service.deploy.resources.reservations.memory,
+               "restart": make_restart(service.deploy.restart_policy)}
+    options.update((key, service[key]) for key in SERVICE_OPTIONS if service[key] is not None)
+    options.update(blkio_weight=service.blkio_config.weight, log_driver=service.logging.driver,
+                   log_opt=service.logging.options)
+    for key in ("pid", "ipc"):
+        options[key] = make_namespace(options.get(key), workload)
+    return make_options(options, sorted(options, key=lambda key: RENAMED.get(key, key)))
 
 
-def make_ports(items, where):
-    """`ports` in both syntaxes as [Port]; one that is listed twice is one."""
-    return list(dict.fromkeys(make_port(item, f"{where}[{index}]") for index, item in enumerate(items)))
+def make_restart(policy):
+    """`deploy.restart_policy` in the engine's words; None where it says nothing."""
+    word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
+    attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
+    return word + attempts if any(item is not None for item in policy.values()) else None
 
 
-def make_port(item, where):
-    """One of `ports`: a mapping, or [[ADDRESS:][PORTS]:]PORTS[/PROTOCOL] with ports that exist and ranges
-    that fit each other."""
-    import ipaddress
-    if not isinstance(item, str):
-        host = item.host_ip or ""
-        item = f"{host}:{item.published or ''}:{item.target or ''}/{item.protocol or ''}"
-    body, _, protocol = item.partition("/")
-    body, _, target = body.rpartition(":")
-    address, _, published = body.rpartition(":")
-    address = re.sub(r"\A\[(.*)\]\Z", r"\1", address)
-    published = "" if published == "0" else published               # the engine chooses one
-    try:
-        address = address and str(ipaddress.ip_address(address))
-        fits = make_span(target)[1] in (0, make_span(published or target)[1])
-    except ValueError:
-        fits = False
-    if not fits or protocol.lower() not in ("", "tcp", "udp", "sctp"):
-        raise make_fault(f"{where}: {make_printable(item, 60)!r} is not a port")
-    return Port(address, published, target, protocol.lower() or "tcp")
-
-
-def make_span(text):
-    """PORT or PORT-PORT as (first, how many more); raises ValueError."""
-    match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
-    first, last = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (0, 0)
-    if not 1 <= first <= last <= 65535:
-        raise ValueError(text)
-    return first, last - first
-
-
-def make_publish(port):
-    """A Port as the engine takes it."""
-    address = f"[{port.address}]" if ":" in port.address else port.address
-    text = f"{port.published}:{port.target}"
-    text = f"{address}:{text}" if address else text.lstrip(":")
-    return text if port.protocol == "tcp" else f"{text}/{port.protocol}"
-
-
-def find_ports(ports):
-    """The host's ports that a container with these Ports holds while it runs: [[address or "", port,
-    protocol]]."""
-    held = []
+def find_ports(ports, variables, where):
+    """[[address or "", port, protocol]] of the host that a container with these Ports holds while it runs."""
     for port in ports:
-        first, more = make_span(port.published or port.target)
-        if port.published and more == make_span(port.target)[1]:        # else the engine chooses one
-            address = "" if re.fullmatch("[0.:]+", port.address) else port.address
-            held += [[address, first + number, port.protocol] for number in range(more + 1)]
-    return held
+        variables.spend(64 * len(port.numbers), where)      # what they take of the memory
+    return [[port.address, number, port.protocol] for port in ports for number in port.numbers]
 
 
 def make_health(check, engine):
-    """`healthcheck` to (arguments, Health or None)."""
+    """`healthcheck` as arguments."""
     import shlex
-    if check.disable or check.test == []:
-        return ["--no-healthcheck"], None
-    test = check.test
-    if isinstance(test, list) and engine == "podman" and (len(test) > 1 or not re.search(r"\s", test[0])):
-        # a list of one would be for a shell
-        test = make_json(test).decode() if len(test) > 1 else f"CMD {test[0]}"
-    elif isinstance(test, list):
-        test = " ".join(map(shlex.quote, test))
-    arguments = make_arguments("--health-cmd", test)
-    for key in ("interval", "timeout", "retries", "start_period"):
-        arguments += make_arguments(f"--health-{key.replace('_', '-')}", check[key])
-    if not arguments:
-        return [], None
-    # an engine takes zero as not said
-    interval = to_seconds(check.interval or "0s", "interval") or 30.0
-    start = to_seconds(check.start_period or "0s", "start_period")
-    return arguments, Health(interval, check.retries or 3, start)
-
-
-def make_mount(item, where):
-    """An item of `volumes` in either syntax to a Mount."""
-    if isinstance(item, str):
-        parts = item.split(":")
-        if len(parts) > 3 or not parts[0]:
-            raise make_fault(f"{where}: expected source:target[:options]")
-        kind = "bind" if parts[0][0] in "/.~" and len(parts) > 1 else "volume"
-        options = [option for option in "".join(parts[2:]).split(",") if option]
-        source, target = ["", *parts][-2:] if len(parts) < 3 else parts[:2]
-    else:
-        kind = item.type
-        source = item.source or ""
-        target = item.target or ""
-        options = make_mount_options(item)
-        if not kind or kind == "bind" and not source:
-            raise make_fault(f"{where}: expected a type, and the source of a bind mount")
-    if not target.startswith("/") or ":" in source + target:
-        raise make_fault(f"{where}: expected source:target[:options] with an absolute target")
-    return Mount(kind, source, target, options, None)
-
-
-def make_mount_options(item):
-    """The options of a mount in the long syntax; `create_host_path` and `consistency` ask for nothing."""
-    options = [word for word, wanted in (("ro", item.read_only), ("nocopy", item.volume.nocopy)) if wanted]
-    options += [option for option in (item.bind.propagation, item.bind.selinux) if option]
-    options += [f"size={item.tmpfs.size}"] if item.tmpfs.size else []
-    return options + ([f"mode={item.tmpfs.mode:o}"] if item.tmpfs.mode is not None else [])
+    kind, *words = check.test or [None]
+    if check.disable or kind == "NONE":
+        return ["--no-healthcheck"]
+    test = words[0] if words else None
+    if kind == "CMD" and engine == "podman" and len(words) > 1:
+        test = make_json(words).decode()
+    elif kind == "CMD" and engine == "podman" and not re.search(r"\s", test):
+        test = f"CMD {test}"                        # a list of one would be for a shell
+    elif kind == "CMD":
+        test = " ".join(map(shlex.quote, words))
+    keys = ("test", "interval", "timeout", "retries", "start_period")
+    return make_options(dict(check, test=test), keys)
 
 
 def make_mounts(service, reading, where):
@@ -5423,13 +5273,10 @@ def make_mounts(service, reading, where):
     a link there that the next start would follow out of the package.
     """
     mounts = {}
-    for text in service.tmpfs or ():
-        target, _, options = text.partition(":")
-        mounts[target.rstrip("/")] = make_mount(target, f"{where}.tmpfs")._replace(
-            kind="tmpfs", options=[option for option in options.split(",") if option])
-    for index, item in enumerate(service.volumes):
+    for index, mount in enumerate((service.tmpfs or []) + service.volumes, -len(service.tmpfs or [])):
         place = f"{where}.volumes[{index}]"
-        mount = make_mount(item, place)
+        if not mount.target.startswith("/") or ":" in mount.source + mount.target:
+            raise make_fault(f"{place}: expected source:target[:options] with an absolute target")
         if mount.kind == "bind":
             mount = mount._replace(found=reading.folder.look(mount.source))
             kept = [option for option in mount.options if option not in ("ro", "rw")]
@@ -5439,6 +5286,7 @@ def make_mounts(service, reading, where):
                              " volumes")
         elif mount.source:
             mount = mount._replace(source=reading.volumes[mount.source][0])
+        check_mount(f"{where}.volumes", mount, reading.policy, reading.folder)
         mounts[mount.target.rstrip("/")] = mount
     return list(mounts.values())
 
@@ -5456,21 +5304,21 @@ def make_files(service, reading, where):
     for section, root in (("configs", "/"), ("secrets", "/run/secrets/")):
         for index, item in enumerate(service[section]):
             place = f"{where}.{section}[{index}]"
-            item = read_value({"source": item}, FILES_FORM[0][0], place) if isinstance(item, str) else item
-            if item.source not in reading.contents[section]:
-                shown = make_printable(item.source or "", 60)
-                raise make_fault(f"{place}: {shown!r} is not among the top-level {section}")
-            target = item.target or item.source
+            name = item.source or ""
+            if name not in reading.contents[section]:
+                raise make_fault(f"{place}: {make_printable(name, 60)!r} is not among the top-level"
+                                 f" {section}")
+            target = item.target or name
             target = target if target.startswith("/") else root + target
             if ":" in target:
                 raise make_fault(f"{place}: {make_printable(target, 60)!r} is not a path")
             mode = 0o644 if item.mode is None else item.mode & 0o777
             owner = [-1 if number is None else number for number in (item.uid, item.gid)]
-            files[target] = Content(reading.contents[section][item.source], mode, *owner)
+            files[target] = Content(reading.contents[section][name], mode, *owner)
     return files
 
 
-def make_attachments(service, reading, where):
+def make_attachments(name, service, reading, where):
     """[Attachment]: the first is joined at creation and the others before the start.
 
     Where there is only a network mode, that alone.
@@ -5479,15 +5327,15 @@ def make_attachments(service, reading, where):
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
-    wanted = service.networks or {"default": read_value(None, SERVICE_FORM["networks"][list], "")}
+    wanted = service.networks or read_value(["default"], SERVICE_FORM["networks"])
     joined = []
-    for name, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
-        if name not in reading.networks:
-            raise make_fault(f"{where}.networks: {make_printable(name, 60)!r} is not among the top-level"
+    for network, value in sorted(wanted.items(), key=lambda pair: -(pair[1].priority or 0)):
+        if network not in reading.networks:
+            raise make_fault(f"{where}.networks: {make_printable(network, 60)!r} is not among the top-level"
                              " networks")
-        options = make_arguments("--ip", value.ipv4_address) + make_arguments("--ip6", value.ipv6_address)
-        options += make_arguments("--mac-address", value.mac_address)
-        joined.append(Attachment(reading.networks[name][0], value.aliases or [], options))
+        options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
+        aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
+        joined.append(Attachment(reading.networks[network][0], list(aliases), options))
     return joined
 
 
@@ -5509,23 +5357,21 @@ def find_shared(service):
 
 
 def make_environment(service, reading, where):
-    """What a container's environment is: env files, then `environment`, then runtime.environment of the
-    device (C-185)."""
+    """The environment of a container: env files, then `environment`, then the device's own (C-185).
+
+    In `environment` a name alone takes the parameter of its name.
+    """
     environment = {}
     for item in service.env_file:
-        path = item if isinstance(item, str) else item.path or ""
-        needed = isinstance(item, str) or item.required is not False
+        path = item.path or ""
         found = reading.folder.look(path)
-        if needed or found.kind or not found.own:
+        if item.required is not False or found.kind or not found.own:
             environment.update(parse_env_file(read_inside(reading.folder, path, f"{where}.env_file"),
                                               reading.variables, path))
-    for name, text in (service.environment or {}).items():
-        if text is None:
-            # a pass-through entry takes the parameter of its name (contract, Parameters)
-            text = reading.variables.get(name)
-        if text is not None:
-            environment[name] = text
-    environment.update(reading.workload.environment)
+    given = {name: reading.variables.get(name) if text is None else text
+             for name, text in (service.environment or {}).items()}
+    environment.update({name: text for name, text in given.items() if text is not None},
+                       **reading.workload.environment)
     for name, text in environment.items():
         check_variable(name, to_text(text, f"{where}.environment.{make_printable(name, 60)}"),
                        f"{where}.environment")
@@ -5546,8 +5392,10 @@ OBEYED = (
 
 
 def find_handed(environment):
-    """{name: text} of the variables that no line of an env file holds: the engine takes them from its own
-    environment."""
+    """{name: text} of the variables that no line of an env file holds.
+
+    The engine's command takes them from its own environment.
+    """
     return {name: text for name, text in environment.items()
             if re.search("[\r\n]", text) or len(f"{name}={text}".encode()) > 60000}
 
@@ -5556,18 +5404,19 @@ def check_variable(name, text, where):
     """Raises ComponentError for a variable that no process, or no engine, can be given."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise make_fault(f"{where}: {make_printable(name)!r} is not a variable name")
+    fault = ""
     if len(f"{name}={text}".encode()) >= 128 * 1024:
-        raise make_fault(f"{where}.{name}: a variable has less than 128 KiB; use a file from `configs`",
-                         "PARAMETER_INVALID")
-    if find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
-        raise make_fault(f"{where}.{name}: a variable of this name has one line of at most 60000 bytes; use"
-                         " a file from `configs`", "PARAMETER_INVALID")
+        fault = "a variable has less than 128 KiB"
+    elif find_handed({name: text}) and re.fullmatch(OBEYED, name, re.I):
+        fault = "a variable of this name has one line of at most 60000 bytes"
+    if fault:
+        raise make_fault(f"{where}.{name}: {fault}; use a file from `configs`", "PARAMETER_INVALID")
 
 
 def make_dependencies(service):
     """`depends_on` as {service: (condition, required)}.
 
-    Whose namespace is shared, and what is linked, comes first too.
+    A service whose namespace is shared, and one that is linked, comes first too.
     """
     result = {other: (item.condition or "service_started", item.required is not False)
               for other, item in service.depends_on.items()}
@@ -5580,23 +5429,21 @@ def make_dependencies(service):
 
 # An engine's own further options can name files of the host (podman: `O,upperdir=…`, the log option `path`):
 # only these are taken.
-MOUNT_OPTIONS = ("ro", "rw", "z", "Z", "copy", "nocopy", "cached", "delegated", "consistent", "exec",
-                 "noexec", "nosuid", "nodev",
-                 "private", "rprivate", "slave", "rslave")
-LOG_OPTIONS = ("max-size", "max-file", "max-buffer-size", "mode", "compress", "tag", "labels", "labels-regex",
-               "env", "env-regex")
+MOUNT_OPTION = ("ro|rw|z|Z|copy|nocopy|cached|delegated|consistent|exec|noexec|nosuid|nodev|private|rprivate|"
+                "slave|rslave")
+# What names nothing but the size of a tmpfs, its owner and what may be done in it.
+TMPFS_OPTION = "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime"
+LOG_OPTIONS = "max-size max-file max-buffer-size mode compress tag labels labels-regex env env-regex".split()
 LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
                "docker": ("json-file", "local", "journald", "syslog", "none")}
-# The capabilities that every container has by itself, on each engine.
-CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID",
-                "SETPCAP", "SETUID",
-                "SYS_CHROOT")
-
-
-def is_tmpfs_option(option):
-    """Whether an option of a tmpfs names nothing but its size, its owner and what may be done in it."""
-    return bool(re.fullmatch(
-        "(size|mode|uid|gid|nr_inodes)=[0-9]+[kmgKMG%]?|ro|rw|exec|noexec|nosuid|nodev|noatime", option))
+# {key: what a service may ask for by it where policy.privileged is deny}; the capabilities are those that
+# every container has by itself, on each engine.
+HARMLESS = {
+    "privileged": "(?!)", "oom_score_adj": "[^-].*", "pid": "private|service:.*",
+    "ipc": "private|shareable|none|service:.*", "userns_mode": "(?!host).*", "devices": "(?!)",
+    "group_add": "(?!keep-groups).*", "security_opt": "no-new-privileges([:=]true)?",
+    "cap_add": "(?i)(CAP_)?(CHOWN|DAC_OVERRIDE|FOWNER|FSETID|KILL|NET_BIND_SERVICE|SETFCAP|SETGID|SETPCAP|"
+               "SETUID|SYS_CHROOT)"}
 
 
 def deny(place, why):
@@ -5605,36 +5452,30 @@ def deny(place, why):
 
 
 def check_policy(where, service, policy):
-    """Raises ComponentError POLICY_DENIED for what the settings of a service, as they were read, may not ask
-    for."""
+    """Raises ComponentError POLICY_DENIED for what the settings of a service may not ask for."""
     if service.network_mode == "host" and policy.host_network != "allow":
         deny(f"{where}.network_mode", "the host's network is denied by policy.host_network")
     if policy.privileged == "allow":
         return
-    harmless = {"privileged": lambda item: False, "oom_score_adj": lambda item: not item.startswith("-"),
-                "pid": lambda item: item != "host", "ipc": lambda item: item != "host",
-                "userns_mode": lambda item: item != "host",
-                "cap_add": lambda item: re.sub("^CAP_", "", item.upper()) in CAPABILITIES,
-                "devices": lambda item: any(is_device(item, pattern) for pattern in policy.devices),
-                "security_opt": re.compile("no-new-privileges([:=]true)?").fullmatch,
-                "group_add": lambda item: item != "keep-groups"}
-    for key, is_harmless in harmless.items():
+    for key, pattern in HARMLESS.items():
         for item in service[key] if isinstance(service[key], list) else filter(None, [service[key]]):
-            if not is_harmless(item):
+            allowed = key == "devices" and any(is_device(item, entry) for entry in policy.devices)
+            if not allowed and not re.fullmatch(pattern, str(item), re.S):
                 deny(f"{where}.{key}", f"{make_printable(str(item), 80)!r} is denied by policy.privileged")
 
 
 def is_device(item, pattern):
-    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a device file that an entry of policy.devices
-    names; * is no slash."""
+    """Whether one of `devices`, HOST[:CONTAINER[:RIGHTS]], is a file that an entry of policy.devices names.
+
+    In that * stands for anything but a slash.
+    """
     path = item.split(":")[0]
-    return ".." not in path.split("/") and bool(re.fullmatch(re.escape(pattern).replace(r"\*", "[^/]*"),
-        path))
+    names = re.escape(pattern).replace(r"\*", "[^/]*")
+    return ".." not in path.split("/") and bool(re.fullmatch(names, path))
 
 
 def check_logging(where, logging, engine):
-    """Raises ComponentError for a log driver, or an option of it, that the engine does not have or that leads
-    elsewhere."""
+    """Raises ComponentError for a log driver, or an option of it, that the engine lacks or that leads out."""
     driver = logging.driver or LOG_DRIVERS[engine][0]
     options = logging.options or {}
     if driver not in LOG_DRIVERS[engine]:
@@ -5647,34 +5488,32 @@ def check_logging(where, logging, engine):
         raise make_fault(f"{where}.options.tag: podman takes it for the driver journald alone")
 
 
-def check_mounts(where, mounts, policy, folder):
-    """Raises ComponentError for mounts of what is not there, or of what policy.host_paths does not allow."""
-    roots = [folder.resolve(path) for path in ["", *policy.host_paths]]
-    for mount in mounts:
-        for option in mount.options:
-            if not (is_tmpfs_option(option) if mount.kind == "tmpfs" else option in MOUNT_OPTIONS):
-                deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
-        if mount.kind != "bind":
-            continue
-        source = make_printable(mount.source, 200)
-        found = mount.found
-        if mount.source.startswith("~"):
-            deny(where, f"{source} is in a home folder; name the path itself")
-        if found.socket:
-            deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
-        if not any(is_below(found.real, root) for root in roots):
-            real = make_printable(found.real, 200)
-            deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
-        if not found.kind:
-            owner = "the package" if found.own else "this device"
-            raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
+def check_mount(where, mount, policy, folder):
+    """Raises ComponentError for a mount of what is not there, or of what policy.host_paths does not allow."""
+    known = TMPFS_OPTION if mount.kind == "tmpfs" else MOUNT_OPTION
+    for option in mount.options:
+        if not re.fullmatch(known, option):
+            deny(where, f"the mount option {make_printable(option, 80)!r} is not allowed")
+    if mount.kind != "bind":
+        return
+    source = make_printable(mount.source, 200)
+    found = mount.found
+    if mount.source.startswith("~"):
+        deny(where, f"{source} is in a home folder; name the path itself")
+    if found.socket:
+        deny(where, f"{source} is an engine's socket or leads to one, which is never handed out")
+    if not any(is_below(found.real, folder.resolve(root)) for root in ["", *policy.host_paths]):
+        real = make_printable(found.real, 200)
+        deny(where, f"{source} (in truth {real}) is outside of policy.host_paths")
+    if not found.kind:
+        owner = "the package" if found.own else "this device"
+        raise make_fault(f"{where}: {owner} has no {source}; use a named volume for data")
 
 
 def check_ways(services):
-    """Raises ComponentError where a service can write to a folder on the way to what another one, or itself,
-    mounts.
+    """Raises ComponentError where a service can write to a folder above what it or another one mounts.
 
-    It could put a link there that the engine follows when it starts that one.
+    It could put a link there, which the engine would follow at the next start.
     """
     mounts = [(service.name, mount) for service in services for mount in service.mounts]
     mounts = [(name, mount) for name, mount in mounts if mount.kind == "bind" and not mount.found.own]
@@ -5696,11 +5535,10 @@ def is_below(path, root):
 # A whole file
 
 def make_project(document, workload, policy, engine, folder=None):
-    """A compose file's value to a Project; raises ComponentError.
+    """A compose file's value to a Project; raises ComponentError.  folder: the package as a Folder.
 
     All that parameters mean is settled here, so that none ever reaches a tool's own environment (C-180,
-    D-18). Everything is read once, into records, and policy is held against these. folder: the package as a
-    Folder.
+    D-18).  Everything is read once, into records, and policy is held against these.
     """
     services = document.get("services") if isinstance(document, dict) else None
     if not services or not isinstance(services, dict):
@@ -5708,27 +5546,23 @@ def make_project(document, workload, policy, engine, folder=None):
     folder = folder or Folder(workload.folder)
     notes = []
     variables = make_file_variables(workload, folder)
-    document = interpolate_all(document, variables)
-    document["services"] = find_wanted(document["services"], notes)
-    check_keys(document)
-    document = read_value(document, FILE_FORM, "")
+    document = dict(document, services=find_wanted(services, notes))
+    document = read_value(document, FILE_FORM, variables=variables)
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
-                      make_networks(document, workload), make_contents(document, variables, folder))
+                      make_networks(document, workload), make_contents(document, variables, folder),
+                      find_aliases(document.services, notes))
     services = {name: make_service(name, service, reading) for name, service in document.services.items()}
     check_ways(services.values())
-    add_aliases(services, document.services, notes)
     order = make_hashes(order_services(services))
     return Project(order, dict(reading.networks.values()), dict(reading.volumes.values()), notes)
 
 
 def make_file_variables(workload, folder):
-    """The Variables of a file: its own defaults in `.env`, then the parameters; two names are compose's own.
-
-    """
-    variables = Variables(workload.parameters)
+    """The Variables of a file: its own defaults in `.env`, two that are compose's own, the parameters."""
+    variables = Variables(dict(workload.parameters))
     if folder.look(".env").kind:
-        variables.update(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
-    variables.update({"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project}, **workload.parameters)
+        variables.maps.append(parse_env_file(read_inside(folder, ".env", ".env"), variables, ".env"))
+    variables.maps.insert(1, {"PWD": ".", "COMPOSE_PROJECT_NAME": workload.project})
     return variables
 
 
@@ -5738,9 +5572,9 @@ def find_wanted(services, notes):
     What an image was built from is left out where it is named, and noted.
     """
     started = {}
-    for name, service in services.items():
+    for name, service in make_names(services, "services").items():
         where = f"services.{name}"
-        # it becomes part of the name of a file
+        # It becomes part of the name of a file.
         if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}", name):
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
         if not isinstance(service, dict):
@@ -5755,58 +5589,30 @@ def find_wanted(services, notes):
 
 
 def make_service(name, service, reading):
-    """A Service from its settings, held against the policy; without a hash, which comes when all are known.
-
-    """
+    """A Service from its settings, held against the policy.  Its hash comes when all are known."""
     where = f"services.{name}"
+    if not service.image:
+        raise make_fault(f"{where}.image: expected the name of an image")
     mounts = make_mounts(service, reading, where)
     check_policy(where, service, reading.policy)
     check_logging(f"{where}.logging", service.logging, reading.engine)
-    check_mounts(f"{where}.volumes", mounts, reading.policy, reading.folder)
-    ports = make_ports(service.ports, f"{where}.ports")
-    count = sum(1 + make_span(port.published or port.target)[1] for port in ports)
-    reading.variables.spend(64 * count, f"{where}.ports")           # what one of them takes of the memory
-    arguments = make_options(service, reading.workload, where) + make_arguments("--publish",
-        list(map(make_publish, ports)))
+    ports = list(dict.fromkeys(service.ports))      # one that is listed twice is one
+    held = find_ports(ports, reading.variables, f"{where}.ports")
+    arguments = make_service_options(service, reading.workload)
+    arguments += make_arguments("--publish", [port.argument for port in ports])
     command = service.command or []
     if service.entrypoint is not None:
         arguments.append(f"--entrypoint={''.join(service.entrypoint[:1])}")
         command = service.entrypoint[1:] + command
     if reading.engine == "podman":
         arguments = list(map(make_single, arguments))
-    checks, health = make_health(service.healthcheck, reading.engine)
-    arguments += checks + list(map(make_mount_argument, mounts))
+    arguments += make_health(service.healthcheck, reading.engine) + list(map(make_mount_argument, mounts))
     if sum(map(len, arguments + command)) > 64 * 1024:
         raise make_fault(f"{where}: its settings, labels and command together have more than 64 KiB")
-    if not service.image:
-        raise make_fault(f"{where}.image: expected the name of an image")
     return Service(name, service.image, arguments, command, make_environment(service, reading, where),
-                   make_files(service, reading, where), make_attachments(service, reading, where),
-                   make_dependencies(service),
-                   health, service.pull_policy or "missing", "", find_ports(ports), mounts,
+                   make_files(service, reading, where), make_attachments(name, service, reading, where),
+                   make_dependencies(service), service.pull_policy or "missing", "", held, mounts,
                    find_shared(service))
-
-
-def add_aliases(services, wanted, notes):
-    """Changes services to be found by their container_name, and by what others link them as."""
-    taken, added = {}, {}
-    for name, service in wanted.items():
-        names = [(name, service.container_name)]
-        for link in service.links or ():
-            owner, _, alias = link.partition(":")
-            names.append((owner, alias and to_name(alias, f"services.{name}.links")))
-        for owner, alias in names:
-            other = alias if alias in services else taken.setdefault(alias, owner)
-            if not alias or owner not in services:
-                continue
-            if other != owner:
-                notes.append(f"services.{name}: the name {alias} also leads to service {other}")
-            added.setdefault(owner, []).append(alias)
-    for owner, aliases in added.items():
-        services[owner] = services[owner]._replace(networks=[
-            item if item.aliases is None else item._replace(
-                aliases=list(dict.fromkeys(item.aliases + aliases)))
-            for item in services[owner].networks])
 
 
 def order_services(services):
@@ -5814,35 +5620,33 @@ def order_services(services):
 
     Raises ComponentError for a circle or an unknown name.
     """
-    order = []
-    done = set()
-    for root in services:
-        todo = [root]
-        path = []
-        while todo:
-            name = todo[-1]
-            if name in done or path[-1:] == [name]:
-                if name not in done:
-                    done.add(path.pop())
-                    order.append(services[name])
-                todo.pop()
-                continue
-            path.append(name)
-            for other, (_, required) in reversed(list(services[name].depends_on.items())):
-                if other in path:
-                    circle = path[path.index(other):] + [other]
-                    raise make_fault(f"depends_on goes in a circle: {' -> '.join(circle)}")
-                if other in services:
-                    todo.append(other)
-                elif required:
-                    raise make_fault(f"services.{name}.depends_on: there is no service"
-                                     f" {make_printable(other, 60)!r} that is started")
-    return order
+    order = {}
+    todo = list(services)[::-1]
+    path = []
+    while todo:
+        name = todo[-1]
+        if name in order or path[-1:] == [name]:    # all that it depends on has been added
+            order.setdefault(todo.pop(), services[name])
+            path = [other for other in path if other != name]
+            continue
+        path.append(name)
+        for other, (_, required) in reversed(list(services[name].depends_on.items())):
+            if other in path:
+                circle = path[path.index(other):] + [other]
+                raise make_fault(f"depends_on goes in a circle: {' -> '.join(circle)}")
+            if other in services:
+                todo.append(other)
+            elif required:
+                raise make_fault(f"services.{name}.depends_on: there is no service"
+                                 f" {make_printable(other, 60)!r} that is started")
+    return list(order.values())
 
 
 def make_hashes(order):
-    """The services with a hash of all that makes their containers: who shares another's namespace is made
-    anew with it."""
+    """The services, each with a hash of all that makes its container.
+
+    A service that shares another's namespace is made anew with it.
+    """
     final = {}
     for service in order:
         contents = {path: [sha256_digest(item.text.encode("utf-8", "surrogateescape")), *item[1:]]
@@ -5855,15 +5659,16 @@ def make_hashes(order):
 
 
 def make_labels(workload, service, digest):
-    """The labels by which containers are found again, and those by which compose finds them."""
+    """The labels by which containers are found again, and those by which compose finds them.
+
+    None is left out for being empty: an image has labels of its own.
+    """
     theirs = {"project": workload.project, "service": service, "container-number": "1", "config-hash": digest,
               "oneoff": "False"}
-    return dict({LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
-                 LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
-                 LABEL_DEVICE: workload.device_id,
-                 # all of them, whether empty or not: an image has labels of its own
-                 LABEL_OWNER: workload.owner},
-                **{f"com.docker.compose.{key}": text for key, text in theirs.items()})
+    return {LABEL_DEPLOYMENT: workload.deployment_id, LABEL_COMPONENT: workload.component,
+            LABEL_PROJECT: workload.project, LABEL_SERVICE: service, LABEL_HASH: digest,
+            LABEL_DEVICE: workload.device_id, LABEL_OWNER: workload.owner,
+            **{f"com.docker.compose.{key}": text for key, text in theirs.items()}}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5933,8 +5738,9 @@ def load_credentials(host, settings):
 
 
 class Registry:
-    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never
-    leave their host).
+    """One registry host as configured: where it is, whom it trusts, what it is told.
+
+    Credentials never leave their host (C-169).
     """
 
     def __init__(self, host, config):
@@ -5946,11 +5752,9 @@ class Registry:
         self.context = None
 
     def get(self, name, path, accept, limit):
-        """GET below /v2/<name>/, with authentication where asked for and redirects followed.
+        """GET below /v2/<name>/, with a login where one is asked for: a Response with status 200.
 
-        A Response with status 200.
-
-        Raises ComponentError: PULL_UNAUTHORIZED, PULL_FAILED.
+        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
         url = f"{self.scheme}://{self.host}/v2/{name}/{path}"
         for attempt in range(2):
@@ -5963,10 +5767,7 @@ class Registry:
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
-        """A Response with status 200 and at most `limit` bytes.
-
-        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
-        """
+        """The Response, if its status is 200 and it has at most `limit` bytes; else raises ComponentError."""
         where = f"{url}: HTTP {response.status}"
         if find_verdict(response.status) == "denied":
             raise ComponentError("PULL_UNAUTHORIZED",
@@ -6051,12 +5852,10 @@ class Registry:
 
 
 def obtain_package(component, known, config, store, kind):
-    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept.
+    """The package of a component, verified and kept: (bytes, its facts {reference, digest}).
 
-    Raises ComponentError.
-
-    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network
-    or not (P-1).
+    known: its facts of an earlier time, or None; the same revision again is taken from the disk, network or
+    not (P-1).  kind: compose or helm.  Raises ComponentError.
     """
     reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
     data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
@@ -6077,10 +5876,9 @@ FETCHERS = {"oci": fetch_component}
 
 
 def fetch_package(reference, config, store, kind="compose"):
-    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified,
-    kept by its digest.
+    """A Compose Archive or a chart from its registry's mirror, or from the registry: (digest, bytes).
 
-    Raises ComponentError; what is in the store already is not fetched again.
+    It is verified and kept; what is in the store already is not fetched again.  Raises ComponentError.
     """
     mirror = (config.registries.get(reference.host) or {}).get("mirror")
     try:
@@ -6124,9 +5922,7 @@ def fetch_from_registry(reference, registry, config, store, kind):
 
 
 def check_space(folder, need, what):
-    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched
-    (P-4).
-    """
+    """Raises ComponentError DISK_FULL where `need` bytes more would fill a disk (P-4)."""
     free, margin = get_space(folder)
     if free < need + margin:
         raise ComponentError(
@@ -6192,13 +5988,12 @@ COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-c
 
 
 def check_archive(data, max_unpacked, relaxed=False):
-    """A Compose Archive's bytes to its tar bytes and [Entry].
-
-    Raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
+    """A Compose Archive's bytes to its tar bytes and [Entry] (C-156 to C-162).
 
     Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
     a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
-    need be no top-level folder, and the compose file may have its other names (protocol 6.5).
+    need be no top-level folder, and the compose file may have its other names (protocol 6.5).  Raises
+    ComponentError ARCHIVE_INVALID.
     """
     entries = {}
     tops = set()
@@ -6229,11 +6024,9 @@ def check_archive(data, max_unpacked, relaxed=False):
 
 
 def add_entry(member, entries, tops, top=""):
-    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder.
+    """Checks one tar entry by itself and adds it to `entries`, by its path below the top-level folder.
 
-    Raises ValueError.
-
-    top: the folder that an archive without one is taken to lie in.
+    top: the folder that an archive without one is taken to lie in.  Raises ValueError.
     """
     name = member.name[2:] if member.name.startswith("./") else member.name
     if name in ("", ".") and member.isdir():
@@ -6284,9 +6077,7 @@ def is_storable(path):
 
 
 def check_tree(entries):
-    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of
-    others, and for too many folders.
-    """
+    """Raises ValueError where a parent is no folder, a link leads out, or there are too many folders."""
     folders = set()
     for path, entry in entries.items():
         parent = path.rpartition("/")[0]
@@ -6302,10 +6093,7 @@ def check_tree(entries):
 
 
 def resolve_link(path, entries, hops):
-    """The path in the archive that `path` stands for once links are followed.
-
-    Raises ValueError where that is outside.
-    """
+    """The path that a path of the archive leads to once links are followed; ValueError: to the outside."""
     resolved = []
     todo = path.split("/")[::-1]
     while todo:
@@ -6342,10 +6130,8 @@ def load_sameness(path, entry, plain):
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     """Unpacks a verified archive to `parent`/<digest> and returns that folder.
 
-    One that is there already stays if it still is what the archive holds.
-
-    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay
-    for who uses them.
+    One that is there already stays if it still is what the archive holds.  It is made beside and renamed, so
+    that half of it is never taken for the whole.  Other versions stay for who uses them.
     """
     folder = os.path.join(parent, digest.split(":")[1][:16])
     plain, entries = check_archive(data, max_unpacked, relaxed)
@@ -6400,17 +6186,25 @@ SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS",
                  "LISTEN_FDNAMES")
 
 
-def list_folders(environ):
-    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them.
+def parse_answer(data, program, read):
+    """What `read` makes of the JSON that a program printed; CommandError where that is of another form."""
+    try:
+        return read(parse_json(data, program))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        words = f"{type(error).__name__}: {error}"
+        raise CommandError(f"{program} answered in an unknown form ({words})") from None
 
-    """
+
+def list_folders(environ):
+    """The folders in which helper programs are looked for: those on PATH, then the system's own."""
     folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
     return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
 
 
 def get_command_environment(environ):
-    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR
-    that is no folder.
+    """The environment of a helper program.
+
+    It has a whole PATH, nothing that systemd tells this process alone, and no TMPDIR that is no folder.
     """
     found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
     if not os.path.isdir(found.get("TMPDIR", "/")):
@@ -6458,12 +6252,10 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", f
 
 
 def serve_pipes(process, data, timeout, limit):
-    """Writes `data` to stdin, reads stdout and stderr until the process has ended.
-
-    Raises subprocess.TimeoutExpired, CommandError.
+    """Writes `data` to stdin and reads until the process has ended: (stdout, stderr).
 
     A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
-    process itself has ended.
+    process itself has ended.  Raises subprocess.TimeoutExpired, CommandError.
     """
     import select
     import subprocess
@@ -8006,36 +7798,44 @@ def text_of(pattern):
 # 20. X.509
 # ----------------------------------------------------------------------------------------------------------
 
-# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
-# read.
+# DER: only what a certificate or a revocation list needs.  Bounds are checked at each step, and nothing is
+# used before the whole was read.
 
 OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME = b"\x55\x1d\x13", b"\x55\x1d\x0f", b"\x55\x1d\x11"
 OID_SUBJECT_KEY, OID_ISSUER_KEY = b"\x55\x1d\x0e", b"\x55\x1d\x23"
-OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 KEY_CERT_SIGN, CRL_SIGN = 5, 6                      # bits of keyUsage (RFC 5280, 4.2.1.3)
+MAX_ELEMENTS = 1000                 # beside each other; only the entries of a revocation list are more
 
 
-def parse_der(data):
-    """The elements in DER bytes as [(tag, value bytes, whole element bytes)]; raises ValueError."""
-    elements, position = [], 0
+def walk_der(data):
+    """Each element in DER bytes as (tag, value bytes, whole element bytes); raises ValueError."""
+    position = 0
     while position < len(data):
         start = position
         tag = data[position]
-        position += 1
-        if tag & 0x1F == 0x1F or position >= len(data):
+        position += 2
+        if tag & 0x1F == 0x1F or position > len(data):
             raise ValueError("DER: a long tag or a missing length")
-        length = data[position]
-        position += 1
+        length = data[position - 1]
         if length & 0x80:
             size = length & 0x7F
             if not 1 <= size <= 4 or position + size > len(data):
                 raise ValueError("DER: a bad length")
             length = int.from_bytes(data[position:position + size], "big")
             position += size
-        if position + length > len(data):
-            raise ValueError("DER: a value runs past its end")
+        value = data[position:position + length]
         position += length
-        elements.append((tag, data[position - length:position], data[start:position]))
+        if position > len(data):
+            raise ValueError("DER: a value runs past its end")
+        yield tag, value, data[start:position]
+
+
+def parse_der(data):
+    """The elements in DER bytes, as walk_der gives them, in a list; raises ValueError."""
+    from itertools import islice
+    elements = list(islice(walk_der(data), MAX_ELEMENTS + 1))
+    if len(elements) > MAX_ELEMENTS:
+        raise ValueError(f"DER: more than {MAX_ELEMENTS} elements beside each other")
     return elements
 
 
@@ -8049,88 +7849,81 @@ def make_der(tag, *parts):
 def parse_certificate(der):
     """A DER certificate to a Certificate; raises ValueError (RFC 5280, only the fields in use)."""
     try:
-        outer, = parse_der(der)
-        fields = parse_der(parse_der(outer[1])[0][1])
+        (_, content, _), = parse_der(der)
+        fields = parse_der(parse_der(content)[0][1])
         if fields[0][0] == 0xA0:                    # [0] version
             fields = fields[1:]
         serial, _, issuer, validity, subject, spki = fields[:6]
         not_before, not_after = (parse_der_time(*element[:2]) for element in parse_der(validity[1]))
-        extensions = parse_extensions(next((value for tag, value, _ in fields[6:] if tag == 0xA3), b""))
-        uris, is_ca, usage = read_extensions(extensions)
-    except (IndexError, ValueError, UnicodeDecodeError) as error:
+        extensions = parse_extensions(fields[6:], 0xA3)
+        names = parse_der(open_extension(extensions, OID_SUBJECT_ALT_NAME) or b"")
+        constraints = parse_der(open_extension(extensions, OID_BASIC_CONSTRAINTS) or b"")
+        uris = [name.decode("ascii") for tag, name, _ in names if tag == 0x86]
+        is_ca = any(tag == 0x01 and flag != b"\0" for tag, flag, _ in constraints)
+        usage = open_extension(extensions, OID_KEY_USAGE)
+        if usage is not None:
+            usage = {bit for bit in range(8 * (len(usage) - 1)) if usage[1 + bit // 8] & (0x80 >> bit % 8)}
+        return Certificate(
+            der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2],
+            uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY), find_issuer_key(extensions),
+            extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
+    except (IndexError, ValueError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
-    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after,
-                       spki[2], uris, is_ca, usage,
-                       extensions)
 
 
-def parse_extensions(data):
-    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}.
+def parse_extensions(fields, wanted):
+    """The extensions of a certificate or revocation list, {OID: (critical, value, raw)}.
 
-    Raises ValueError, IndexError.
+    They are in the field with the tag `wanted`.  Raises ValueError, IndexError.
     """
     found = {}
-    for _, extension, raw in parse_der(parse_der(data)[0][1]) if data else ():
-        parts = parse_der(extension)
-        if parts[0][1] in found:
+    data = next((value for tag, value, _ in fields if tag == wanted), b"\x30\0")
+    for _, extension, raw in parse_der(parse_der(data)[0][1]):
+        (_, oid, _), *flags, (_, value, _) = parse_der(extension)
+        if oid in found:
             raise ValueError("an extension occurs twice")
-        found[parts[0][1]] = (len(parts) == 3 and parts[1][1] != b"\0", parts[-1][1], raw)
+        found[oid] = (any(flag != b"\0" for _, flag, _ in flags), value, raw)
     return found
 
 
-def read_extensions(extensions):
-    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None).
+def open_extension(extensions, oid):
+    """What the one element in an extension's value holds, None where there is no such extension."""
+    return parse_der(extensions[oid][1])[0][1] if oid in extensions else None
 
-    Raises ValueError, IndexError.
+
+def find_issuer_key(extensions):
+    """The identifier of the key that signed a certificate or revocation list, or None."""
+    parts = parse_der(open_extension(extensions, OID_ISSUER_KEY) or b"")
+    return next((value for tag, value, _ in parts if tag == 0x80), None)
+
+
+def is_issued(item, name, key):
+    """Whether a Certificate or Crl is issued by whoever has this name and key identifier.
+
+    The identifiers count where both say one.
     """
-    names, constraints, bits = (parse_der(extensions[oid][1])[0][1] if oid in extensions else None
-                                for oid in (OID_SUBJECT_ALT_NAME, OID_BASIC_CONSTRAINTS, OID_KEY_USAGE))
-    uris = [name.decode("ascii") for tag, name, _ in parse_der(names or b"") if tag == 0x86]
-    is_ca = any(tag == 0x01 and flag != b"\x00" for tag, flag, _ in parse_der(constraints or b""))
-    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1))
-                                       if bits[1 + bit // 8] & (0x80 >> bit % 8)}
-    return uris, is_ca, usage
-
-
-def find_key_id(item, oid):
-    """The identifier of the subject's or the issuer's key in a Certificate or Crl, or None."""
-    try:
-        inner = parse_der(item.extensions[oid][1])[0][1]
-        if oid == OID_SUBJECT_KEY:
-            return inner
-        return next(value for tag, value, _ in parse_der(inner) if tag == 0x80)
-    except (KeyError, IndexError, ValueError, StopIteration):
-        return None
-
-
-def is_issuer(candidate, item):
-    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key
-    identifier.
-    """
-    ids = find_key_id(candidate, OID_SUBJECT_KEY), find_key_id(item, OID_ISSUER_KEY)
-    return candidate.subject == item.issuer and (None in ids or ids[0] == ids[1])
+    return item.issuer == name and (None in (key, item.issuer_key) or key == item.issuer_key)
 
 
 def parse_der_time(tag, value):
     """UTCTime or GeneralizedTime to Unix seconds; raises ValueError."""
-    # http.client brings it along; what strptime brings takes 8 ms
-    import datetime
+    import datetime                                 # http.client brings it along; strptime takes 8 ms more
     text = value.decode("ascii")
     if tag == 0x17:
         text = ("19" if text[:2] >= "50" else "20") + text
-    if not re.fullmatch(r"[0-9]{14}Z", text):
+    match = re.fullmatch("([0-9]{4})" + 5 * "([0-9]{2})" + "Z", text)
+    if not match:
         raise ValueError("a time in an unknown form")
-    fields = [int(text[:4])] + [int(text[start:start + 2]) for start in range(4, 14, 2)]
-    return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
+    return int(datetime.datetime(*map(int, match.groups()), tzinfo=datetime.timezone.utc).timestamp())
 
 
 def parse_pem(text, label="CERTIFICATE"):
     """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
 
-    Raises ValueError.
+    A block begins with a line, or right behind the block before.  Raises ValueError.
     """
     found = []
-    for block in text.split(f"-----BEGIN {label}-----")[1:]:
+    for block in re.split(f"(?m)^-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
@@ -9044,11 +8837,8 @@ def choose_algorithm(spki, wanted):
     return wanted or known[0]
 
 
-def make_signer(chain, config):
-    """The Signer of a DER chain and the configuration; raises ValueError."""
-    if not chain:
-        raise ValueError("it holds no certificate in PEM")
-    leaf = parse_certificate(chain[0])
+def make_signer(leaf, config):
+    """The Signer of the own leaf Certificate and the configuration; raises ValueError."""
     wish = config.identity.signature
     algorithm = choose_algorithm(leaf.spki, config.identity.algorithm)
     alg = wish.alg
@@ -9060,7 +8850,7 @@ def make_signer(chain, config):
 
 def load_signer(config):
     """What signs requests for the own certificate; raises Untrusted."""
-    return load_own(config, lambda chain: make_signer(chain, config))
+    return load_own(config, lambda leaf: make_signer(leaf, config))
 
 
 def make_signature_base(method, url, headers, signer, created):
@@ -9312,7 +9102,7 @@ class Signed(Profile):
         now = time.time()
         signer = load_signer(config)
         check_own(signer.leaf, config, now)
-        warn_of_expiry(signer.leaf, self.store, now)
+        warn_of_own(config, signer.leaf, self.store, now)
         source = SignedSource(config, signer, state)
         key = sha256_digest(signer.leaf.spki)
         if not state["client"] or state["client"]["key"] != key:
@@ -9550,6 +9340,17 @@ def check_git_settings(config):
 
 
 CHECKS.append(check_git_settings)
+
+
+def limit_files(size):
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
+
+    Returns what held before.
+    """
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
+    return soft
 
 
 class GitSource:
@@ -10228,8 +10029,7 @@ NotRenewed = define_fault("NotRenewed", 3, "NOT_RENEWED", "The own SVID, still g
 def read_rekey(value, base):
     """A setting that has gone; says what to do instead."""
     raise ValueError("no such setting any more, because a renewal keeps the key; for another key remove"
-                     " identity.key,"
-                     " put a fresh token into identity.est.token_file and run `enroll`")
+                     " identity.key, put a fresh token into identity.est.token_file and run `enroll`")
 
 
 SCHEMA["identity"].update({
@@ -10247,16 +10047,15 @@ SCHEMA["identity"].update({
 def check_est_settings(config):
     """What only enrollment by EST has: [(whether it is wrong, key, words)]."""
     settings, est = config.identity, config.identity.est
-    pair = {bool(est.certificate), bool(est.key)}
-    files = [settings.key, settings.certificate]
     if settings.enrollment != "est":
         return []
+    files = [settings.key, settings.certificate]
     return [
         (config.wfm.profile != "mtls", "identity.enrollment",
          "est gives an SVID, which only wfm.profile mtls uses"),
         (not est.url and not settings.discovery,
          "identity.est.url", "not set, and no identity.discovery either; one of them says where to enroll"),
-        (pair != {not est.token_file},
+        ({bool(est.certificate), bool(est.key)} != {not est.token_file},
          "identity.est", "either token_file, or certificate and key; found both, neither or a half"),
         (all(files) and len(set(map(os.path.normpath, files))) == 1,
          "identity.key", "found the file of identity.certificate, expected one of its own, because a renewal"
@@ -10283,54 +10082,59 @@ COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est"
 def make_renewal_time(leaf):
     """When a certificate is due for renewal, Unix seconds (E-061, E-065).
 
-    Drawn by its own digest, so once and for all, whatever restarts.
+    It is drawn by the certificate's digest, so once and for all, whatever restarts.
     """
     first, last = RENEWAL_WINDOW
     share = first + (last - first) * int(sha256_digest(leaf.der)[7:15], 16) / 16 ** 8
     return leaf.not_before + share * (leaf.not_after - leaf.not_before)
 
 
-def find_est_step(est, leaf, fault, token, clock, asked=False, strays=False):
-    """What is to be done about the own SVID now: "" nothing, "wait", "renew" or "enroll".
+def find_est_step(est, leaf, fault, token, clock, silent=False, asked=False, strays=False):
+    """What is to be done about the own SVID now: "" nothing, "renew" or "enroll".
 
-    est: the state's record.  leaf: the own Certificate, None where there is none.  fault: why it cannot be
-    used, "" where it can.  token: digest of the token that is at hand, "" for the form by certificate, None
-    where there is neither.
-    asked: `enroll` asks for it, which uses a fresh token although the SVID is good (F-35).  strays: the SVID
-    does not lead to the trust bundle any more.  Raises Untrusted where only an operator can help.
+    est: the state's record.  leaf: the own Certificate, or None.  fault: why it cannot be used, "" where it
+    can.  token: digest of the token at hand, "" for the form by certificate, None where there is neither.
+    silent: downtime wants no request.  asked: `enroll` asks, which uses a fresh token although the SVID is
+    good (F-35).  strays: the SVID does not lead to the trust bundle any more.  Raises Untrusted where only an
+    operator can help, Silence where there is no SVID and none is asked for yet.
     """
     now = clock.now
-    stage = est.get("stage")
+    wait = find_wait(est, clock)
     fresh = token if token != est.get("used") else None
-    issued = stage in ("issued", "proving")
+    issued = "answer" in est
+    begun = est.get("token") and not est.get("refused") and (issued or fresh == est["token"])
+    enrolling = fault or begun or asked and fresh
+    if not enrolling and not issued and not strays and now < make_renewal_time(leaf):
+        return ""
     if fault and leaf and now < leaf.not_before:
         raise Untrusted(fault)                      # the clock: a new SVID would not help
     if fault and fresh is None and not issued:
         raise Untrusted(f"{fault}; a fresh enrollment token in identity.est.token_file is needed, or a chain"
-                        " for the request"
-                        " of `margo_agent.py csr`")
-    begun = stage and est.get("token") and not est.get("refused") and (issued or fresh == est["token"])
-    if fault or begun or asked and fresh:
-        return "wait" if find_wait(est, clock) and fresh in (None, est.get("token")) else "enroll"
-    if now < make_renewal_time(leaf) and not strays:
+                        " for the request of `margo_agent.py csr`")
+    if enrolling and fresh not in (None, est.get("token")):
+        wait = 0
+    if fault and wait and est.get("refused"):
+        raise Untrusted(f"{est['refused']}; asked again within an hour, or at once with another token")
+    if fault and (wait or silent):
+        raise Silence("waiting for as long as the identity service, a back-off or downtime asks",
+                      retry_after=wait, exit=3 if wait else 0)
+    if wait or silent:
         return ""
-    return "wait" if find_wait(est, clock) else "renew"
+    return "enroll" if enrolling else "renew"
 
 
 class Enrollment:
     """The own SVID, obtained and renewed over EST.
 
-    What is under way stands in the state's record `est`, which is durable before each next step: with `stage`
-    "asking" the digests of token and key; "issued" the answer as it came; "proving" the chain that was
-    checked.  One rename activates the chain.  So wherever a run ends, the next one goes on from there, with
-    the same key, and never without the old SVID.
+    What is under way stands in the state's record `est`: the digests of `token` and `key` before they are
+    used, then the `answer` as it came.  One rename activates the chain made from it.  So wherever a run ends,
+    the next one goes on from there, with the same key, and never without the old SVID.
     """
 
     def __init__(self, config, store, state, asked):
         self.config, self.store, self.state, self.asked = config, store, state, asked
         self.settings = config.identity
         self.clock = get_clock()
-        self.take_over()
         if asked and self.est.get("failures"):
             self.est["delay"] = 0  # somebody asks for it now; what the service asked for is still waited for
 
@@ -10344,55 +10148,31 @@ class Enrollment:
         self.est.update(members)
         self.store.save_state(self.state)
 
-    def drop(self):
-        """Forgets what was issued, so that the next attempt asks anew."""
-        for name in ("stage", "answer", "chain"):
-            self.est.pop(name, None)
-        if "token" in self.est:
-            self.est["stage"] = "asking"
-
-    def take_over(self):
-        """Goes on from what an older agent left: files beside the state, and a record without stage."""
-        est = self.est
-        paths = [self.store.path(name) for name in ISSUED_FILES]
-        if "key" in est and "stage" not in est:
-            est["stage"] = "asking"
-            if est["key"] == "none yet":
-                del est["key"]
-        answer, chain = (read_file(path, MAX_CERTIFICATES) or b"" for path in paths[:2])
-        if answer:
-            self.keep(stage="issued", answer=make_base64(answer))
-        if b"-----END CERTIFICATE-----" in chain:   # a key may stand beside it, which goes nowhere
-            self.keep(stage="proving", chain=make_pem(parse_pem(chain.decode("ascii", "replace"))))
-        for path in paths:
-            if os.path.exists(path):
-                remove_file(path)
-
     def tend(self):
         """Enrolls or renews where that is due.
 
         Raises Unreachable or Untrusted where there is no SVID to work with, else NotRenewed.
         """
-        chain = self.est.get("chain")
-        if chain and chain.encode() == read_file(self.settings.certificate, MAX_CERTIFICATES):
-            self.finish()                           # a run ended between activation and here
-        if self.est.get("stage") and not os.path.exists(self.settings.key):
-            self.drop()                             # the key that it is for is lost
+        if not os.path.exists(self.settings.key):
+            self.est.pop("answer", None)            # the key that it is for is lost
         leaf, fault = self.load_leaf()
         mark = self.load_mark() if fault or self.asked or "token" in self.est else None
         strays = bool(leaf) and self.state["trust"].get("strays") == sha256_digest(leaf.der)
-        step = find_est_step(self.est, leaf, fault, mark, self.clock, self.asked, strays)
-        if not step or self.has_to_wait(step, leaf, fault):
+        now, downtime = self.clock.now, self.config.poll.downtime
+        # an SVID that would end in downtime is renewed all the same
+        lapses = not fault and is_within_whole(downtime, now, leaf.not_after)
+        silent = is_within_whole(downtime, now, now) and not lapses
+        step = find_est_step(self.est, leaf, fault, mark, self.clock, silent, self.asked, strays)
+        if not step:
             return
         note_draft(self.store, self.state, "enrollment over EST")
         try:
-            self.obtain(leaf, step == "renew", mark)
+            self.obtain(leaf, leaf if step == "renew" else None, mark)
         except (Unreachable, Untrusted, Refused, CommandError) as error:
             self.note_fault(error, None if fault else leaf.not_after)
             if fault:
                 raise
-            words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet:"
-            words += f" {error.message}"
+            words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error}"
             if not self.asked:
                 raise NotRenewed(words) from None
             log("warning", words)
@@ -10400,35 +10180,11 @@ class Enrollment:
         self.state["patience"] = {}                 # what the WFM thought of the old SVID no longer counts
         self.finish()
 
-    def has_to_wait(self, step, leaf, fault):
-        """Whether a step waits although the SVID is good.
-
-        Raises Silence or Untrusted where it waits and there is none.
-
-        A renewal waits for the end of the operator's downtime unless the SVID would expire first.
-        """
-        now, downtime = self.clock.now, self.config.poll.downtime
-        if step == "wait" and fault and self.est.get("refused"):
-            raise Untrusted(f"{self.est['refused']}; asked again within an hour, or at once with another"
-                            " token")
-        silent = is_within_whole(downtime, now, now)
-        if not fault:
-            return step == "wait" or silent and not is_within_whole(downtime, now, leaf.not_after)
-        if step == "wait" or silent:
-            raise Silence("waiting for as long as the identity service, a back-off or downtime asks",
-                          retry_after=find_wait(self.est, self.clock), exit=3 if step == "wait" else 0)
-        return False
-
     def load_leaf(self):
-        """(the own leaf or None, why it cannot be used or ""): lost or strange key, validity, and what
-        companions know.
-        """
-        settings = self.settings
+        """(the own leaf or None, why it cannot be used or "")."""
+        settings, leaf = self.settings, None
         try:
             leaf = load_identity(self.config).leaf
-        except Untrusted as error:
-            return None, error.message
-        try:
             check_own(leaf, self.config, self.clock.now)
             if not os.path.exists(settings.key):
                 raise Untrusted(f"identity.key {settings.key}: the key is lost")
@@ -10454,7 +10210,7 @@ class Enrollment:
     def load_authorization(self):
         """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
         path = self.settings.est.token_file
-        loose = ask_looseness("identity.est.token_file", self.settings.est.token_file)
+        loose = ask_looseness("identity.est.token_file", path)
         user, _, secret = (self.load_token() or b"").partition(b":")
         if not secret or b"\n" in user + secret:
             raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
@@ -10465,27 +10221,27 @@ class Enrollment:
     def note_fault(self, error, end):
         """Keeps the back-off that follows from a fault (E-045, E-062).
 
-        end: expiry of the SVID in use; the delay is capped so that several attempts fit before it.
+        end: when the SVID in use expires, or None; another attempt has to fit before that, whatever the
+        service asks (case 4.14).
         """
-        est = self.est
+        record = self.est
         refused = isinstance(error, Untrusted)
-        delay = EST_CAP if refused else grow(EST_FIRST, est.get("failures", 0) + 1, EST_CAP)
+        asked = error.retry_after or 0
+        delay = EST_CAP if refused else grow(EST_FIRST, record.get("failures", 0) + 1, EST_CAP)
         delay *= 1 - get_random() / 2
-        if end is not None:
-            delay = min(delay, (end - self.clock.now) / 4)
         if isinstance(error, Pending):
             log("info", error.message)
-            delay = EST_FIRST if error.retry_after is None else 0
-        est.update(make_wait(est, max(error.retry_after or 0, delay), self.clock))
-        if isinstance(error, Pending):
-            est["failures"] = 0
-        self.keep(refused=error.message if refused else None)
+            record = {"failures": -1}               # it is none
+            delay = 0 if asked else EST_FIRST
+        if end is not None:
+            left = end - self.clock.now
+            delay = min(delay, left / 4)
+            asked = min(asked, left / 2)
+        wait = make_wait(record, max(asked, delay), self.clock)
+        self.keep(refused=error.message if refused else None, **wait)
 
     def finish(self):
-        """Clears up after an activation, as often as it takes.
-
-        The token is erased, and never sent again (E-044).
-        """
+        """Clears up after an activation: the token is erased, and never sent again (E-044)."""
         used = self.est.get("token") or self.est.get("used")
         token = self.load_token()
         if token and sha256_digest(token) == used and not remove_file(self.settings.est.token_file):
@@ -10494,61 +10250,42 @@ class Enrollment:
         self.state["est"] = {"used": used}
         self.store.save_state(self.state)
 
-    def obtain_bundle(self, leaf, since=None):
-        """The current TrustBundle; discovery says with it where to enroll."""
-        domain = make_identity(leaf, "", "").spiffe_id.trust_domain if leaf else None
-        return obtain_trust_bundle(self.config, self.store, self.state, domain, self.clock.now, since=since)
+    def obtain(self, old, renewed, mark):
+        """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, activation.
 
-    def obtain(self, leaf, renewing, mark):
-        """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, proof,
-        activation.
+        old: the own leaf, whatever its state, or None.  renewed: the same where it is renewed, else None.
         """
-        renewed = leaf if renewing else None
-        bundle = self.obtain_bundle(leaf)
-        if not self.load_chain(renewed):
-            if self.est.get("stage") != "issued":
-                self.post_request(renewed, mark)
-            bundle = self.obtain_bundle(leaf, self.clock.now)           # a rotation may be under way
-            self.keep(stage="proving", chain=self.obtain_chain(renewed, bundle))
-        chain = self.est["chain"]
-        own = parse_identity(parse_pem(chain), "", self.settings.key)
+        domain = make_identity(old).spiffe_id.trust_domain if old else None
+        # a rotation may be under way, and discovery says where to enroll
+        bundle = obtain_trust_bundle(self.config, self.store, self.state, domain, self.clock.now, anew=True)
+        if "answer" not in self.est:
+            self.post_request(renewed, mark)
+        leaf, issued = self.load_answer(renewed)
+        if old and old.der == leaf.der:
+            return                                  # an earlier run ended just after it had activated it
+        chain = self.obtain_chain(leaf, issued, bundle)
+        own = make_identity(leaf, "", self.settings.key)
         if renewed:
             self.prove(chain, own, bundle)
         write_file(self.settings.certificate, chain.encode(), 0o644)
-        log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after),
-            renewal=make_time(make_renewal_time(own.leaf)))
+        log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(leaf.not_after),
+            renewal=make_time(make_renewal_time(leaf)))
 
-    def load_chain(self, renewed):
-        """Whether a chain waits for its proof; one that no longer fits what is here by now is given up."""
-        if self.est.get("stage") != "proving":
-            return False
-        try:
-            found = [parse_certificate(der) for der in parse_pem(self.est["chain"])]
-            leaf = find_issued(found, load_public_key(self.settings.key), renewed, None)
-            if self.clock.now <= leaf.not_after:
-                return True
-            reason = "it has expired"
-        except ValueError as error:
-            reason = str(error)
-        log("warning", "an SVID that was issued and waited for its proof is given up", reason=reason)
-        self.drop()
-        return False
-
-    def find_url(self):
-        """Where to enroll; raises Untrusted where nobody says it."""
+    def find_url(self, operation):
+        """The URL of an EST operation; raises Untrusted where nobody says where to enroll."""
         url = self.settings.est.url or self.state["trust"].get("est")
         if not url:
             raise Untrusted(f"identity.discovery {self.settings.discovery} names no {EST_FIELD}, and"
                             " identity.est.url is not set")
-        return url
+        return f"{url}/{operation}"
 
     def post_request(self, renewed, mark):
         """Asks for an SVID, and makes the answer durable before anything else (E-042, E-043)."""
         import base64
         settings = self.settings
         headers = {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
-        url = f"{self.find_url()}/{'simplereenroll' if renewed else 'simpleenroll'}"
-        # a fresh one: no certificate in the other form (E-034)
+        url = self.find_url("simplereenroll" if renewed else "simpleenroll")
+        # a fresh context: with the token no certificate is presented (E-034)
         context, check_peer = obtain_mis_context(self.config, url)
         if renewed:
             load_key_pair(context, settings.certificate, settings.key)
@@ -10562,45 +10299,46 @@ class Enrollment:
         log("info", "asking for an SVID", url=url)
         response = request("POST", url, headers, base64.encodebytes(body), context, self.config.wfm.timeout,
                            MAX_CERTIFICATES, check_peer)
-        answer = parse_certs_only(judge_est_response(response, url, time.time()))
-        self.keep(stage="issued", answer=make_base64(answer))
+        self.keep(answer=make_base64(judge_est_response(response, url, time.time())))
 
     def begin(self, mark):
-        """The first request (DER); what is asked with which key is durable then.
+        """The first request (DER); the token and the key that go together are durable then.
 
         Raises Untrusted for a token that went with another key before.
         """
         path = self.settings.key
-        if not self.est.get("stage") or self.est.get("token") != mark:
-            self.state["est"] = {"stage": "asking", "token": mark, "used": self.est.get("used")}
+        if self.est.get("token") != mark:
+            self.state["est"] = {"token": mark, "used": self.est.get("used")}
             # first: a new key beside an old certificate is then no broken pair
             self.store.save_state(self.state)
         obtain_key(path)
         key = sha256_digest(load_public_key(path))
-        if self.est.get("key", key) != key:
+        if self.est.get("key", key) not in (key, "none yet"):       # this word is of an older agent
             raise Untrusted("the enrollment token was used with a key that is lost; a fresh token is needed")
         self.keep(key=key)
         return run_csr(path, "DER")
 
-    def obtain_chain(self, renewed, bundle):
-        """The chain (PEM) from the answer, checked whole; raises Untrusted, Unreachable.
+    def load_answer(self, renewed):
+        """(the own leaf, [every Certificate]) of what was issued; raises Untrusted.
 
-        An answer that will never do is dropped, so that the next attempt asks anew; one that only time or a
-        newer bundle can mend is kept.
+        An answer that will never do is dropped, so that the next attempt asks anew.
         """
-        key_file = self.settings.key
-        trust_domain = self.state["trust"].get("trustDomain")
         try:
             issued = load_certificates(parse_base64(self.est["answer"]))
-            leaf = find_issued(issued, load_public_key(key_file), renewed, trust_domain)
+            spki = load_public_key(self.settings.key)
+            leaf = find_issued(issued, spki, renewed, self.state["trust"].get("trustDomain"))
             if time.time() > leaf.not_after:
                 check_validity(leaf, time.time())
+            return leaf, issued
         except ValueError as error:
-            self.drop()
+            del self.est["answer"]
             raise Untrusted(f"the certificate that EST issued is refused: {error}") from None
-        response = fetch_from_mis(f"{self.find_url()}/cacerts", self.config, {"Accept": CERTS_TYPE})  # E-039
+
+    def obtain_chain(self, leaf, issued, bundle):
+        """The chain (PEM) from an issued leaf to the trust bundle; raises Untrusted, Unreachable."""
+        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
         try:
-            found = load_certificates(parse_certs_only(judge_est_response(response, "cacerts", time.time())))
+            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
         except ValueError as error:
             raise Untrusted(f"cacerts: {error}") from None
         ahead = leaf.not_before - time.time()
@@ -10609,14 +10347,12 @@ class Enrollment:
                           " of ours", retry_after=ahead + 1)
         try:
             check_validity(leaf, time.time())
-            return run_paths(leaf, found + issued, key_file, bundle.anchors)
+            return run_paths(leaf, found + issued, self.settings.key, bundle.anchors)
         except ValueError as error:
             raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
 
     def prove(self, chain, own, bundle):
-        """Tries the renewed SVID on a conditional GET; only if the WFM answers does it replace the old one.
-
-        """
+        """Tries the renewed SVID on a conditional GET; it replaces the old one only if the WFM answers."""
         with lend_file(chain.encode()) as file:
             own = own._replace(certificate_file=file.name)
             source = Mtls(self.config, self.store, self.state).open_source(own, bundle, keep=False)
@@ -10624,101 +10360,77 @@ class Enrollment:
 
 
 def run_renewal_csr(leaf, key_file):
-    """A PKCS#10 request (DER) with subject and subjectAltName as they stand in the SVID, byte for byte
-    (E-063).
+    """A PKCS#10 request (DER) that repeats subject and subjectAltName of the SVID byte for byte (E-063).
 
     `openssl req` would encode them again.
     """
     spki = load_public_key(key_file)
-    names = leaf.extensions[OID_SUBJECT_ALT_NAME][2]
     algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))  # ecdsa-with-SHA256
     if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:  # an RSA key
         algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0")
     extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
-    attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, names)))
+    attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, leaf.alt_names)))
     content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
     signature = run_openssl(["dgst", "-sha256", "-sign", key_file], content)
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
 
 
 def judge_est_response(response, operation, now):
-    """The body of a 200 (protocol of the draft, 3.3).
+    """The body of a 200 (the draft's 3.3).
 
-    Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.  A clock that is wrong is
-    told in the log.
+    Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.
     """
-    theirs = parse_date(response.headers.get("Date"))
-    if theirs is not None and abs(theirs - now) > CLOCK_SKEW:
-        log("error", f"the clock of this device says {make_time(now)}, that of the identity service"
-            f" {make_time(theirs)};"
-            " set the one that is wrong", code="CLOCK")
-    wait = parse_retry_after(response.headers.get("Retry-After"), now)
-    if response.status == 200:
-        return response.body
     if response.status == 202:                      # E-037
         raise Pending("the identity service has accepted the request and has not decided yet",
-                      retry_after=wait)
-    problem = parse_problem(response.body)
-    words = make_printable(response.body[:500].decode("utf-8", "replace"))
-    if problem:
-        words = problem.detail or problem.title
-        wait = limit_wait(problem.retry_after, now) if wait is None else wait
-    message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
-    if find_verdict(response.status) == "later":
-        raise Unreachable(message, retry_after=wait)
-    raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
-
-
-def parse_certs_only(body):
-    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038).
-
-    Raises Untrusted.
-    """
-    if body[:1] == b"\x30":
-        return body
+                      retry_after=parse_retry_after(response.headers.get("Retry-After"), now))
     try:
-        data = parse_base64(re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace")))
+        return check_response(response, operation, (200,), now).body
+    except (Refused, Untrusted) as error:
+        words = make_printable(response.body[:500].decode("utf-8", "replace"))
+        refusal = "" if operation == "cacerts" else "enrollment authorization refused: "
+        raise Untrusted(f"{refusal}{operation}: HTTP {response.status} ({words})",
+                        retry_after=error.retry_after) from None
+
+
+def load_certificates(body):
+    """The Certificates of a certs-only answer: base64 with any white space, DER, or PEM (E-038).
+
+    openssl takes it apart, because some servers write BER.  Raises ValueError.
+    """
+    text = re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace"))
+    try:
+        data = body if body[:1] == b"\x30" else parse_base64(text)
     except ValueError:
         data = b""
     if data[:1] != b"\x30":
-        words = make_printable(body[:100].decode("utf-8", "replace"))
-        raise Untrusted(f"EST answered 200 with something else than certificates: {words!r}")
-    return data
-
-
-def load_certificates(data):
-    """The Certificates in CMS SignedData; openssl reads it, because some servers write BER.
-
-    Raises ValueError.
-    """
+        raise ValueError("EST answered 200 with something else than certificates:"
+                         f" {make_printable(text, 100)!r}")
     try:
-        found = parse_pem(run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii",
-                                                                                                "replace"))
+        pem = run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii", "replace")
     except CommandError:
-        found = None
-    if found is None or len(found) > MAX_ISSUED:
-        raise ValueError(f"openssl finds no certs-only message of at most {MAX_ISSUED} certificates in it")
+        raise ValueError("openssl finds no certs-only message in it") from None
+    found = parse_pem(pem)
+    if len(found) > MAX_ISSUED:
+        raise ValueError(f"it holds more than {MAX_ISSUED} certificates")
     return [parse_certificate(der) for der in found]
 
 
 def find_issued(certificates, spki, renewed, trust_domain):
     """The leaf among issued Certificates.
 
-    Raises ValueError unless it is for the own key, of a client, and no other than before.
-
-    spki: the own public key.  renewed: the leaf that it renews, or None.  trust_domain: as the discovery
-    document says, or None.
+    Raises ValueError unless it is for the own public key, of a client, and no other than before.
+    renewed: the leaf that it renews, or None.  trust_domain: as discovery says, or None.
     """
     leaf = next((item for item in certificates if item.spki == spki), None)
     if leaf is None:
         raise ValueError(f"none of the {len(certificates)} certificates issued is for the own key")
-    own = make_identity(leaf, "", "").spiffe_id
-    if trust_domain and own.trust_domain != trust_domain:
+    own = make_identity(leaf).spiffe_id
+    if trust_domain not in (None, own.trust_domain):
         raise ValueError(f"the SVID issued is of trust domain {own.trust_domain}, the discovery document says"
                          f" {trust_domain}")
     if renewed and own.text != renewed.uris[0]:                                                     # E-067
         raise ValueError(f"the SVID issued is {own.text}, the one to be renewed is {renewed.uris[0]}")
-    if renewed and leaf.not_after <= renewed.not_after:
+    if renewed and leaf.der != renewed.der and leaf.not_after <= renewed.not_after:
         raise ValueError("the SVID issued ends no later than the one that it renews")
     return leaf
 
@@ -10727,8 +10439,8 @@ def find_paths(chain, candidates):
     """Every way [Certificate] from a chain upwards, one after the other (E-039); roots are left out."""
     above = []
     if len(chain) < 10:
-        above = [item for item in candidates
-                 if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain]
+        above = [item for item in candidates if is_issued(chain[-1], item.subject, item.key)
+                 and item.subject != item.issuer and item not in chain]
     for item in above:
         yield from find_paths(chain + [item], candidates)
     if not above:
@@ -10776,8 +10488,7 @@ def examine_renewal(agent):
     return "ok", words
 
 
-ISSUED_FILES = ("issued.p7", "issued.pem", "issued.key")        # of an older agent
-TRACES.extend(ISSUED_FILES)
+TRACES.extend(("issued.p7", "issued.pem", "issued.key"))        # of an older agent
 STEPS.insert(0, tend_identity)
 EXAMINE["renewal"] = examine_renewal
 
@@ -10789,13 +10500,14 @@ EXAMINE["renewal"] = examine_renewal
 # Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
 # of the SVIDs that they list, named by the discovery document alone.
 CRL_FIELD = "crlUris"
+OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
 CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
-Crl = define("Crl", "issuer this_update next_update entries number extensions",
-    "What is used of a revocation list: raw name, Unix seconds, raw entries, CRL number, extensions as of a"
-    " Certificate.")
+Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
+    "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
+    " serial numbers that it lists, its own number.")
 
 SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft",
                                     "whether lists of revoked certificates are asked for, or needed (draft)")
@@ -10804,125 +10516,90 @@ SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft",
 def parse_crl(data):
     """A revocation list (DER or PEM) to (DER, Crl).
 
-    Raises ValueError, also for one whose meaning is not understood (E-085).
+    Raises ValueError, also for one of a kind that is not understood (E-085).
     """
     try:
         der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
-        fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
+        (_, content, _), = parse_der(der)
+        fields = parse_der(parse_der(content)[0][1])
         if fields[0][:2] != (0x02, b"\1"):
             raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
-        extensions = parse_extensions(next(value for tag, value, _ in fields[5:] if tag == 0xA0))
-        scope = []
-        if OID_CRL_SCOPE in extensions:
-            scope = parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1])
-        number = int.from_bytes(parse_der(extensions[OID_CRL_NUMBER][1])[0][1], "big")
-        if number >= 2 ** 160:
+        listed = fields[5][1] if fields[5][0] == 0x30 else b""
+        serials = {int.from_bytes(parse_der(entry)[0][1], "big") for _, entry, _ in walk_der(listed)}
+        extensions = parse_extensions(fields[5:], 0xA0)
+        number = parse_der(extensions[OID_CRL_NUMBER][1])[0][1]
+        if len(number) > 21:
             raise ValueError("its number has more than 20 octets")
-    except (IndexError, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
+        kinds = {tag for tag, _, _ in parse_der(open_extension(extensions, OID_CRL_SCOPE) or b"")}
+        crl = Crl(fields[2][2], find_issuer_key(extensions), *times, serials, int.from_bytes(number, "big"))
+    except (IndexError, ValueError, KeyError) as error:
         raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
     known = (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)
     strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical and oid not in known]
     # a name, and only user certificates, concern every leaf
-    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:
-        words = ", ".join(strange) or "scope"
-        raise ValueError(f"a list of a kind that is not understood (critical {words})")
-    entries = fields[5][1] if fields[5][0] == 0x30 else b""
-    return der, Crl(fields[2][2], times[0], times[1], entries, number, extensions)
+    if strange or kinds - {0xA0, 0x81}:
+        raise ValueError(f"a list of a kind that is not understood (critical {strange or 'scope'})")
+    return der, crl
 
 
-def is_listed(crl, serial):
-    """Whether a Crl lists a serial number.
-
-    The walk is made only where its bytes occur at all, since lists can be long.
-    """
-    wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
-    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry,
-                                         _ in parse_der(crl.entries))
-
-
-def is_same_issuer(crl, leaf):
-    """Whether list and leaf have one issuer: by name and, where both say one, by key identifier."""
-    ids = find_key_id(crl, OID_ISSUER_KEY), find_key_id(leaf, OID_ISSUER_KEY)
-    return crl.issuer == leaf.issuer and (None in ids or ids[0] == ids[1])
+def find_lists(leaf, crls):
+    """Those of some Crls that are by the issuer of a leaf."""
+    return [crl for crl in crls if is_issued(leaf, crl.issuer, crl.issuer_key)]
 
 
 def is_revoked(leaf, crls):
     """Whether one of the lists by the leaf's issuer lists it, whatever the list's age (E-083)."""
-    return any(is_listed(crl, leaf.serial) for crl in crls if is_same_issuer(crl, leaf))
+    return any(leaf.serial in crl.serials for crl in find_lists(leaf, crls))
 
 
 def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is.
-
-    Raises Untrusted if it is revoked (E-083).
-    """
-    if is_revoked(leaf, crls):
-        raise Untrusted("the peer's certificate is revoked")
+    """Why the revocation status of a peer's leaf is not known, "" where it is (E-088)."""
+    end = max((crl.next_update for crl in find_lists(leaf, crls)), default=None)
     if not listed and not crls:
         return "the trust domain names no revocation list"
-    ends = [crl.next_update for crl in crls if is_same_issuer(crl, leaf)]
-    if not ends and len(crls) < len(listed):
+    if end is None and len(crls) < len(listed):
         return "a revocation list could not be had yet"
-    if not ends:
+    if end is None:
         return "no revocation list at hand is by its issuer"
-    return "" if now <= max(ends) else f"the revocation list ended at {make_time(max(ends))}"
+    return "" if now <= end else f"the revocation list ended at {make_time(end)}"
 
 
 def find_list_fault(state, now):
     """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
     for url, record in state["crls"].items():
-        end = record["thisUpdate"] + record["validity"] if record.get("digest") else 0
+        if not record.get("digest"):
+            return f"the revocation list {url} could not be had yet"
+        end = record["thisUpdate"] + record["validity"]
         if now > end:
-            return f"the revocation list {url} " + (f"ended at {make_time(end)}" if end else "could not be"
-                                                    " had yet")
+            return f"the revocation list {url} ended at {make_time(end)}"
     return ""
 
 
-def judge_status(leaf, crls, listed, mode, now):
-    """Holds a peer's leaf against the lists (E-087, E-088).
-
-    Raises Untrusted where it is revoked or, by `require`, where that is not known.
-    """
-    fault = find_status_fault(leaf, crls, listed, now)
-    if fault and mode == "require":
-        raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
-                        f" {fault}")
-    if fault:
-        log("warning", "the WFM's revocation status is not known", reason=fault)
-
-
-def load_crl(store, record):
-    """The bytes of one list at hand; None where there is none, or the disk spoilt it."""
-    if not record.get("digest"):
-        return None
-    data = read_file(store.path("crls", record["digest"][7:]), 1024 * MIB)
-    return data if data is not None and sha256_digest(data) == record["digest"] else None
-
-
 def load_crls(store, state):
-    """[Crl] of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
-    found = []
+    """{URL: Crl} of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
+    found = {}
     for url, record in state["crls"].items():
-        data = load_crl(store, record)
-        if data is not None:
-            found.append(parse_crl(data)[1])
-        elif record.get("digest"):
+        digest = record.get("digest")
+        data = read_file(store.path("crls", digest[7:]), 1024 * MIB) if digest else None
+        if data is not None and sha256_digest(data) == digest:
+            found[url] = parse_crl(data)[1]
+        elif digest:
             log("error", "security: a revocation list at hand is lost; an older one could now pass for the"
                 " newest", url=url)
     return found
 
 
-def refresh_crls(config, store, state, issuers, seek):
-    """Fetches each revocation list that is due (E-081, E-082); no fault of it is more than a line in the log.
+def refresh_revocation(config, store, state, source=None):
+    """Fetches the revocation lists that are due (E-081, E-082); a fault of one is a line in the log.
 
-    issuers: the Certificates that may have signed one; seek: a function that gets more of them.
+    source: the MtlsSource, whose chain may hold the issuer of a list, or None.
     """
-    listed = state["trust"].get("crls") or []
     records = state["crls"]
-    before = make_json(records)
     clock = get_clock()
-    jitter = get_random()
+    listed = state["trust"].get("crls") or []
+    if config.identity.revocation == "off" or not (listed or records):
+        return
     create_folder(store.path("crls"))
     for url in listed:
         note_draft(store, state, "revocation lists")
@@ -10930,64 +10607,82 @@ def refresh_crls(config, store, state, issuers, seek):
         if find_wait(record, clock):
             continue
         try:
-            fetch_crl(config, store, url, records, issuers, seek, clock.now)
+            fetch_crl(config, store, state, url, source, clock.now)
             left = record["validity"] - (clock.now - record["thisUpdate"])
-            record.update(make_wait({}, max(1, min(CRL_PERIOD * (1 + jitter), left / 2)), clock), failures=0)
+            delay = max(1, min(CRL_PERIOD * (1 + get_random()), left / 2))
+            record.update(make_wait({"failures": -1}, delay, clock))
         except (MargoError, ValueError) as error:
-            delay = (1 - jitter) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
+            delay = (1 - get_random()) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
             record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
-            reason = getattr(error, "message", str(error))
-            log("warning", "a revocation list cannot be had; what is at hand stays", url=url, reason=reason)
+            log("warning", "a revocation list cannot be had; what is at hand stays", url=url,
+                reason=str(error))
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
-    if make_json(records) != before:
-        store.save_state(state)                     # first what counts, then the old files go
-        keep = {record.get("digest", "")[7:] for record in records.values()}
-        for name in set(os.listdir(store.path("crls"))) - keep:
-            remove_file(store.path("crls", name))
+    store.save_state(state)                         # first what counts, then the old files go
+    keep = {record.get("digest", "")[7:] for record in records.values()}
+    for name in set(os.listdir(store.path("crls"))) - keep:
+        remove_file(store.path("crls", name))
 
 
-def fetch_crl(config, store, url, records, issuers, seek, now):
-    """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError.
+def fetch_crl(config, store, state, url, source, now):
+    """One list from its URL to the disk, once it is verified (E-084 to E-086).
 
+    Raises ValueError, MargoError.
     """
+    records = state["crls"]
     record = records[url]
-    headers = {}
-    if load_crl(store, record) is not None:
-        pairs = ("If-None-Match", "etag"), ("If-Modified-Since", "modified")
-        headers = {name: record[key] for name, key in pairs if record.get(key)}
+    held = url in load_crls(store, state)
+    headers = {"Accept": "*/*"}
+    if held and record.get("etag"):
+        headers["If-None-Match"] = record["etag"]
     response = fetch_from_mis(url, config, headers, config.policy.max_document)
-    if check_response(response, url, (200, 304) if headers else (200,), now).status == 304:
+    if response.status == 304 and held:
         return
+    check_response(response, url, (200,), now)
     der, crl = parse_crl(response.body)
     if crl.this_update > now + CLOCK_SKEW:
         raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")
-    signer = ask_signer(der, crl, issuers) or ask_signer(der, crl, seek())
-    if signer is None:
-        raise ValueError("no issuer that is known, and may sign lists, has signed it")
-    key = sha256_digest(signer.spki)
+    key = sha256_digest(ask_signer(der, crl, load_issuers(config, store, source)).spki)
     # of that issuer, wherever it came from
-    numbers = [item["number"] for item in records.values() if item.get("key") == key]
-    if crl.number < max(numbers, default=0):
-        raise ValueError(f"security: its number went back from {max(numbers)} to {crl.number}")
+    newest = max((item["number"] for item in records.values() if item.get("key") == key), default=0)
+    if crl.number < newest:
+        raise ValueError(f"security: its number went back from {newest} to {crl.number}")
     # a list of another issuer takes nothing from what is held of this one
     if record.get("key") not in (None, key):
         records[f"{url}#{record['key'][7:23]}"] = dict(record)
-    digest = sha256_digest(der)
-    write_file(store.path("crls", digest[7:]), der)             # it counts once the state names it
-    if record.get("key") != key or crl.number > record["number"]:
+    if not held or record["key"] != key or crl.number > record["number"]:
+        digest = sha256_digest(der)
+        write_file(store.path("crls", digest[7:]), der)         # it counts once the state names it
         record.update(digest=digest, number=crl.number, key=key, thisUpdate=crl.this_update,
                       validity=crl.next_update - crl.this_update)
-    record.update(etag=response.headers.get("ETag"), modified=response.headers.get("Last-Modified"))
+    record["etag"] = response.headers.get("ETag")
+
+
+def load_issuers(config, store, source):
+    """The Certificates that may have signed a list: anchors, the own chain and the WFM's (E-084).
+
+    Where the WFM's was not seen yet, it is looked at; before Python 3.10 it shows no issuer.
+    """
+    held = load_trust_bundle(config, store)
+    own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
+    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
+    if source:
+        ders += source.chain or fetch_chain(source.url, source.context, config.wfm.timeout)
+    return [parse_certificate(der) for der in ders]
 
 
 def ask_signer(der, crl, issuers):
-    """The one among issuers that may sign lists and has signed this one, or None; openssl says it."""
+    """The one among issuers that may sign lists and has signed this one; openssl says it.
+
+    Raises ValueError where there is none.
+    """
     with lend_file(der) as file:
         command = ["crl", "-inform", "DER", "-noout", "-verify", "-in", file.name, "-CAfile", "/dev/stdin"]
         for item in issuers:
-            if not is_issuer(item, crl) or item.key_usage is not None and CRL_SIGN not in item.key_usage:
+            if not is_issued(crl, item.subject, item.key):
+                continue
+            if item.key_usage is not None and CRL_SIGN not in item.key_usage:
                 continue
             try:
                 # its exit code says it in no old version
@@ -10997,104 +10692,72 @@ def ask_signer(der, crl, issuers):
                 raise
             except CommandError:
                 pass                                # it is by another one
-    return None
-
-
-def fetch_issuers(source):
-    """The Certificates above the WFM's, seen over a connection on which nothing is said."""
-    chain = fetch_chain(source.url, source.context, source.config.wfm.timeout)
-    if sys.version_info < (3, 10):  # which shows what was presented, and not what was verified
-        chain = chain[:1] + [der for der in chain[1:] if ask_issuer(chain[0], der)]
-    return [parse_certificate(der) for der in chain[1:]]
-
-
-def ask_issuer(der, issuer):
-    """Whether a certificate is signed by the key of another one; openssl says it."""
-    with lend_file(make_pem([der]).encode()) as file:
-        try:
-            run_openssl(["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name],
-                        make_pem([issuer]).encode())
-        except CommandError:
-            return False
-    return True
-
-
-def refresh_revocation(config, store, state, source=None):
-    """Fetches the revocation lists that are due.
-
-    An issuer is sought among anchors, own chain and the WFM's chain (E-084).
-    """
-    if config.identity.revocation == "off" or not (state["trust"].get("crls") or state["crls"]):
-        return
-    held = load_trust_bundle(config, store)
-    own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
-    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
-    chain = source.chain if isinstance(source, MtlsSource) else None
-    issuers = [parse_certificate(der) for der in ders + (chain or [])]
-    blind = chain is not None and len(chain) < 2
-    refresh_crls(config, store, state, issuers, lambda: fetch_issuers(source) if blind else [])
+    raise ValueError("no issuer that is known, and may sign lists, has signed it")
 
 
 def load_judge(config, store, state, source, keep):
-    """A function that holds the WFM's leaf against the lists at hand.
+    """A function (leaf, now) that raises Untrusted for a WFM's leaf by the lists at hand (E-083, E-087).
 
     By `require` they are fetched before anything is said.
     """
-    mode = config.identity.revocation
+    mode, crls, listed = config.identity.revocation, [], ()
     if mode == "require" and keep:
         refresh_revocation(config, store, state, source)
-    crls = load_crls(store, state)
-    listed = state["trust"].get("crls") or ()
+    if mode != "off":
+        crls = list(load_crls(store, state).values())
+        listed = state["trust"].get("crls") or ()
     if is_revoked(source.identity.leaf, crls):
         log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued",
             id=source.client_id)
 
     def judge(leaf, now):
-        if mode == "require" or mode == "soft" and (listed or crls):
-            judge_status(leaf, crls, listed, mode, now)
+        if is_revoked(leaf, crls):
+            raise Untrusted("the peer's certificate is revoked")
+        fault = find_status_fault(leaf, crls, listed, now)
+        if fault and mode == "require":
+            raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
+                            f" {fault}")
+        if fault and (listed or crls):
+            log("warning", "the WFM's revocation status is not known", reason=fault)
     return judge
 
 
 def parse_crl_uris(members, document_url, public, held):
-    """([URL of a list], [words about what was passed over]) from the members of a discovery document (E-080,
-    E-091).
-    """
+    """([URL of a list], [words about what was passed over]) from a discovery document (E-080, E-091)."""
     listed = members.get(CRL_FIELD, [])
-    faults = []
     if not isinstance(listed, list):
-        listed = []
-        faults = [f"{CRL_FIELD} is no list"]
-    good = []
-    for uri in listed:
+        return [], [f"{CRL_FIELD} is no list"]
+    good, faults = [], []
+    for uri in listed[:MAX_LISTS]:
         if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri):
             good.append(uri)
         else:
             faults.append(f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL")
     if held and not good:
         faults.append("it names no revocation lists any more; those at hand count until they end")
-    return good[:MAX_LISTS], faults
+    return good, faults
 
 
 def load_own_flaw(store, state, leaf):
-    """Why the own leaf is of no use to the WFM."""
-    return "the own SVID is revoked; have a new one issued" if is_revoked(leaf,
-                                                                          load_crls(store, state)) else ""
+    """Why the own leaf is of no use to the WFM, "" where it is."""
+    revoked = is_revoked(leaf, load_crls(store, state).values())
+    return "the own SVID is revoked; have a new one issued" if revoked else ""
 
 
 def examine_lists(agent):
     """Whether the revocation lists say something of today."""
     fault = find_list_fault(agent.state, time.time())
-    count = len(agent.state["crls"])
     if fault:
         return "warn", fault
+    count = len(agent.state["crls"])
     return "ok", f"{count} revocation lists (draft)" if count else ""
 
 
 def refresh_after_poll(agent):
     """Fetches revocation lists where there are some and it is time."""
     if not agent.is_downtime():
-        source = None if agent.silent else agent.source
-        refresh_revocation(agent.config, agent.store, agent.state, source)
+        heard = isinstance(agent.source, MtlsSource) and not agent.silent
+        refresh_revocation(agent.config, agent.store, agent.state, agent.source if heard else None)
 
 
 COMPANIONS["crls"] = Companion(
@@ -11128,28 +10791,27 @@ def make_owner_value(owner):
 
 
 def parse_releases(data, records, owner=""):
-    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.
+    """The list of releases to [Container]; a release's revision is the hash by which drift is seen.
 
     Raises CommandError.
     """
     names = {make_release_name(component["name"], record["deploymentId"]):
              (record["deploymentId"], component["name"])
              for record in records for component in record["components"]}
-    containers = []
-    try:
-        for item in parse_json(data, "helm list") or ():
+    def read(items):
+        found = []
+        for item in items or ():
             match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
             if not match and item["name"] not in names:
                 continue                            # somebody else's, whatever its labels say
             deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
             state = "running" if item["status"] == "deployed" else item["status"]
-            containers.append(Container(
+            found.append(Container(
                 f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
                 str(item["revision"]), state, "helm", owner=owner))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(
-            f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
-    return containers
+        return found
+
+    return parse_answer(data, "helm list", read)
 
 
 def list_texts(value):
@@ -11161,12 +10823,10 @@ def list_texts(value):
 
 
 def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None):
-    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with.
+    """The HelmDriver of the configuration; None where there is no helm, or no cluster to use it with.
 
-    Told without starting anything.
-
-    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for
-    make_compose_driver.
+    Nothing is started to tell.  child: (device id, connection) of a child device, whose connection may name
+    its cluster; claim: as for make_compose_driver.
     """
     environ = os.environ if environ is None else environ
     setting = config.runtime.helm
@@ -11190,9 +10850,7 @@ def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None
 def make_values(deployment, component):
     """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183).
 
-    Raises ComponentError PARAMETER_INVALID.
-
-    A later parameter for the same place wins.
+    A later parameter for the same place wins.  Raises ComponentError PARAMETER_INVALID.
     """
     values = {}
     for parameter, pointer in find_parameters(deployment, component):
@@ -11208,8 +10866,9 @@ def make_values(deployment, component):
 
 
 def parse_value_path(pointer):
-    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises
-    ValueError.
+    """A dotted pointer to names and indices, as `helm --set` reads it: `a.b[0].c` and `a\\.b`.
+
+    Raises ValueError.
     """
     path, position = [], 0
     token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
@@ -11228,10 +10887,7 @@ def parse_value_path(pointer):
 
 
 def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists.
-
-    Raises ValueError where another stands in the way.
-    """
+    """Puts a value at a path of names and indices; raises ValueError where another one is in the way."""
     place = values
     for step, following in zip(path, path[1:] + [None]):
         if isinstance(step, int):
@@ -11251,12 +10907,10 @@ def set_value(values, path, value):
 
 
 def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters.
+    """`<component>-<deploymentId>` as Helm takes names: at most 53 characters.
 
-    A long component is cut, with a hash of the whole.
-
-    The id always stands at the end, because a list of releases shows nothing else by which one could tell
-    whose it is.
+    A long component is cut, with a hash of the whole.  The id always stands at the end, because a list of
+    releases shows nothing else by which one could tell whose it is.
     """
     whole = f"{component}-{deployment_id}".lower()
     if len(whole) <= 53:
@@ -11279,10 +10933,15 @@ class HelmDriver:
         """The Output of one helm command."""
         return run_command([self.helm] + arguments, timeout, env=self.environ)
 
-    def observe(self, records=()):
-        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.
+    def carry_out(self, arguments, deadline):
+        """The Output of one helm command that is to be done by then."""
+        seconds = max(1, int(deadline - time.monotonic()))
+        return self.run(arguments + [f"--timeout={seconds}s"], seconds + 30)
 
-        Raises CommandError.
+    def observe(self, records=()):
+        """Every release of ours in any state; raises CommandError.
+
+        Where no deployment is known to need Helm, nothing is asked.
         """
         found = []
         claim = self.claim()
@@ -11332,8 +10991,9 @@ class HelmDriver:
         return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release,
-        package facts).
+        """Fetches and verifies the chart and makes the values, and touches nothing that runs.
+
+        Returns (a Release, facts of the package).
         """
         values = make_values(deployment, component.name)
         _, package = obtain_package(component, known, self.config, store, "helm")
@@ -11358,19 +11018,16 @@ class HelmDriver:
     def apply(self, release, containers, known, deadline):
         """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.
 
-        Safe to repeat.
-
-        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never
-        taken for "not installed" (D-16).
+        Safe to repeat.  `upgrade --install` asks the cluster itself what is there, so that trouble on the way
+        is never taken for "not installed" (D-16).
         """
-        present = self.find(release.deployment_id, release.component, containers)
+        present = find_containers(release.deployment_id, containers, release.component, "helm")
         facts = known.get("release")
         if (facts and facts.get("content") == release.content
                 and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]):
             return {"release": facts}
         for container in present:
             self.repair(container, release.namespace, facts, deadline)
-        seconds = max(1, int(deadline - time.monotonic()))
         owner = self.claim().owner
         labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}"
         if owner:
@@ -11378,49 +11035,35 @@ class HelmDriver:
         arguments = [
             "upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}",
             "--create-namespace", f"--values={release.values_file}", f"--labels={labels}", "--reset-values",
-            "--history-max=5", f"--timeout={seconds}s", "--output=json"]
-        output = self.run(arguments + ["--wait"] * bool(release.wait), seconds + 30)
+            "--history-max=5", "--output=json"]
+        output = self.carry_out(arguments + ["--wait"] * bool(release.wait), deadline)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
             words = mask(output.stderr, list_texts(release.values))
             raise ComponentError(code, f"helm upgrade failed: {words[-1500:]}")
-        try:
-            revision = str(parse_json(output.stdout, "helm upgrade")["version"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ComponentError(
-                "INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
-        return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
-
-    @staticmethod
-    def find(deployment_id, component, containers):
-        """The releases of a component."""
-        wanted = deployment_id.lower(), component, "helm"
-        return [item for item in containers
-                if (item.deployment_id.lower(), item.component, item.type) == wanted]
+        revision = parse_answer(output.stdout, "helm upgrade", lambda answer: answer["version"])
+        return {"release": {"hash": str(revision), "finished": False, "image": "",
+                            "content": release.content}}
 
     def repair(self, container, namespace, facts, deadline):
-        """Takes away what would stop an upgrade, or what it would not see: a release in another
-        namespace, one that a power cut left half done, and what a failed upgrade left in the cluster
-        (helm compares with the version that was deployed, not with that one).
+        """Takes away what would stop an upgrade, or what it would not see.
 
-        facts: of the revision that was made here last; to that one it goes back, for the one before the
-        newest may be what has failed.
+        That is a release in another namespace, one that a power cut left half done, and what a failed upgrade
+        left in the cluster: helm compares with the version that was deployed, not with that one.  facts: of
+        the revision that was made here last; to that one it goes back, for the one before the newest may be
+        what has failed.
         """
         there = container.id.partition("/")[0]
-        seconds = max(1, int(deadline - time.monotonic()))
         if there != namespace or container.state in ("pending-install", "uninstalling"):
             self.uninstall(container, deadline)
         elif container.state != "running":
             revision = [facts["hash"]] if facts else []
-            arguments = ["rollback", container.name] + revision
-            self.run(arguments + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
+            self.carry_out(["rollback", container.name, *revision, f"--namespace={there}"], deadline)
 
     def uninstall(self, container, deadline):
         """Uninstalls a release; whether it worked is told by the list alone."""
-        seconds = max(1, int(deadline - time.monotonic()))
         namespace = container.id.partition("/")[0]
-        return self.run(["uninstall", container.name, f"--namespace={namespace}", "--wait",
-                         f"--timeout={seconds}s"], seconds + 30)
+        return self.carry_out(["uninstall", container.name, f"--namespace={namespace}", "--wait"], deadline)
 
     def bring_back(self, before, deadline):
         """Leaves the releases as they are: the cluster keeps the pods of the revision before."""
@@ -11431,10 +11074,10 @@ class HelmDriver:
 
         Raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21).
         """
-        ours = self.find(deployment_id, component, containers)
+        ours = find_containers(deployment_id, containers, component, "helm")
         words = [self.uninstall(container, deadline).stderr for container in ours]
         record = {"deploymentId": deployment_id, "components": [{"name": component}]}
-        if ours and self.find(deployment_id, component, self.observe([record])):
+        if ours and find_containers(deployment_id, self.observe([record]), component):
             raise ComponentError(
                 "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 

@@ -32,7 +32,7 @@ GAUGE = {
 # Functions named parse_, make_, check_, is_ or find_ that are not pure.  It only gets shorter: such a function is to be split into what
 # looks and what decides, or named for what it does (load_ save_ fetch_ post_ run_ ask_ obtain_).
 LYING = """
-Agent.check_patience Agent.is_downtime Agent.make_capabilities ComposeDriver.check_health
+Agent.check_patience Agent.is_downtime Agent.make_capabilities
 ComposeDriver.check_space ComposeDriver.make_access MtlsSource.check_peer Store.find_time
 check_space find_engine find_program is_within_whole make_child make_compose_driver make_drivers
 make_git_environment make_helm_driver make_opener

@@ -49,7 +49,7 @@ def make_config(algorithm=None, key="EC", ca="site-ca.pem", **signature):
 def make_signer(algorithm=None, key=None, **signature):
     """The Signer of such a configuration."""
     config = make_config(algorithm, key or KINDS[algorithm or "ecdsa-p256-sha256"], **signature)
-    return margo_agent.load_own(config, lambda chain: margo_agent.make_signer(chain, config))
+    return margo_agent.load_own(config, lambda leaf: margo_agent.make_signer(leaf, config))
 
 
 class Base(unittest.TestCase):
