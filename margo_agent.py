@@ -68,6 +68,7 @@ MAX_ANSWER = 256 * KIB              # a problem document, a token, the answer to
 MAX_MESSAGE = 4000                  # characters of what the WFM is told about a fault
 MAX_OUTPUT = 32 * MIB               # what a helper program may print
 MAX_DEPLOYMENTS = 10000             # entries of one state manifest
+MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
 
@@ -198,8 +199,9 @@ Certificate = define("Certificate",
     None, None, b"")
 ManifestEntry = define("ManifestEntry", "deployment_id digest size",
     "One line of a state manifest; `size` is advice, never a check (C-110).")
-Manifest = define("Manifest", "version bundle_digest bundle_size entries",
-    "A state manifest that holds to every structural rule of protocol 3.1.")
+Manifest = define("Manifest", "version bundle_digest bundle_size entries foreign",
+    "A state manifest that holds to every structural rule of protocol 3.1; `foreign`: a `url` in it that is"
+    " of another origin than the WFM, or \"\".", "")
 Desired = define("Desired", "version etag digest entries documents",
     "A verified desired state: ETag as sent, digest of the manifest, {digest: bytes} of new documents.")
 Component = define("Component", "name repository revision wait timeout extensions key_location",
@@ -515,7 +517,7 @@ class Agent:
         """The capabilities document of a device as it is; a child is what the configuration says of it."""
         detected = {"peripherals": [], "interfaces": []}
         if not device.silence:
-            detected = detect_properties(self.config.state_dir)
+            detected = detect_properties(self.config.state_dir, hostname=self.config.device.hostname)
         return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
 
     def report_capabilities(self, always=False):
@@ -585,7 +587,8 @@ class Agent:
             if data is None:
                 words = "its document is missing from the state directory; the next poll brings it anew"
                 raise ComponentError("INTERNAL", words)
-            return target._replace(deployment=parse_deployment(data, target.deployment_id))
+            values = self.config.device.parameter_values
+            return target._replace(deployment=parse_deployment(data, target.deployment_id, values))
         except ComponentError as error:
             return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
 
@@ -1320,7 +1323,8 @@ class Installation:
             data = self.tools.store.load_artifact(before["digest"])
             if data is None:
                 raise ComponentError("INTERNAL", "its document is not in the state directory any more")
-            deployment = parse_deployment(data, self.record["deploymentId"])
+            values = self.tools.config.device.parameter_values
+            deployment = parse_deployment(data, self.record["deploymentId"], values)
             list(self.run(Revision(deployment, before["packages"], before["services"]), rollback=True))
         except (ComponentError, CommandError, MemoryError) as error:
             words = to_fault(error).message
@@ -1370,7 +1374,8 @@ def apply_give_up(action, record, tools):
              if (container.component, container.service) == action.culprit]
     try:                                            # without its document nobody knows what to mask
         data = tools.store.load_artifact(record["adopted"]["digest"]) or b""
-        deployment = parse_deployment(data, record["deploymentId"])
+        values = tools.config.device.parameter_values
+        deployment = parse_deployment(data, record["deploymentId"], values)
         secrets = make_variables(deployment, component).values()
         words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
     except MargoError:
@@ -1748,13 +1753,12 @@ def is_bundle_cheaper(manifest, missing):
 class HttpSource:
     """Base of the sources over HTTP.
 
-    A subclass gives `ask` (how to send a request) and `root` (the path prefix).
-
-    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in
-    the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
+    A subclass gives `ask` (how to send a request) and `root` (the path prefix).  A source takes every
+    document in the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
     """
 
     root = "/api/v1"
+    status_path = "/deployments/{}/status"
 
     def __init__(self, config):
         self.config, self.url = config, config.wfm.url
@@ -1769,26 +1773,28 @@ class HttpSource:
             headers["Content-Type"] = JSON_TYPE
         now = time.time()
         response = self.ask(method, self.url + path, headers, body, limit)
+        coding = response.headers.get("Content-Encoding")
+        if coding not in (None, "identity"):
+            log("info", "an answer is coded, which was not asked for; it is taken as it came", coding=coding,
+                request=f"{method} {path}")
         return check_response(response, f"{method} {path}", accepted, now)
 
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
         headers = {"Accept": MANIFEST_TYPE}
-        accepted = (200,)  # C-100
+        accepted = (200,)                                                           # C-100
         if etag:
-            headers["If-None-Match"] = etag                                             # C-101
+            headers["If-None-Match"] = etag                                         # C-101
             accepted = (200, 304)
         return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
 
     def fetch_desired(self, accepted, load_artifact):
         """None where nothing changed, else a Desired whose every byte is verified.
 
-        Raises what `send` raises, and Refused.
-
         accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
-        hand.
+        hand.  Raises what `send` raises, and Refused.
         """
-        incomplete = bool(accepted and accepted.get("incomplete"))  # a document was lost here (D-9)
+        incomplete = bool(accepted and accepted.get("incomplete"))                  # one was lost here (D-9)
         response = self.fetch_manifest(accepted.get("etag") if accepted and not incomplete else None)
         if response.status == 304:                                                  # C-102
             return None
@@ -1798,50 +1804,73 @@ class HttpSource:
         if not check_version(manifest, digest, accepted) and not incomplete:
             accepted["etag"] = etag  # the last one (C-101), so that the next poll may be answered by 304
             return None
+        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
+        documents = self.fetch_documents(manifest, known)
         if etag and etag != f'"{digest}"':                                          # C-118
             log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
                 digest=digest)
-        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
-        documents = self.fetch_documents(manifest, known)
+        if manifest.foreign:
+            log("warning", "addresses in the manifest are of another origin than wfm.url; none is used",
+                url=manifest.foreign)
         return Desired(manifest.version, etag, digest, manifest.entries, documents)
 
     def fetch_documents(self, manifest, known):
-        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106)."""
+        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106).
+
+        They come by the cheaper of two roads.  Where that one is refused, or leads to other bytes than the
+        manifest names, they come by the other one; the state is refused where neither leads to them.
+        """
         missing = [entry for entry in manifest.entries if entry.digest not in known]
-        policy = self.config.policy
+        roads = [self.fetch_one_by_one, self.fetch_bundle]
         if is_bundle_cheaper(manifest, missing):
-            try:
-                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,),
-                                     limit=policy.max_artifact)
-            except Refused as error:
-                if error.code not in ("invalid-bundle", "HTTP 404"):
-                    raise
-                log("info", "the bundle cannot be had, documents are fetched one by one",
-                    reason=error.message)
-            else:
-                check_digest(response.body, manifest.bundle_digest, "bundle")
-                documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
-                return {entry.digest: documents[entry.digest] for entry in missing}
-        documents, left = {}, policy.max_unpacked
+            roads.reverse()
+        try:
+            return roads[0](manifest, missing)
+        except Refused as error:
+            first = error.message
+        log("info", "documents are fetched the other way", reason=first)
+        try:
+            return roads[1](manifest, missing)
+        except Refused as error:
+            error.message += f"; and before: {first}"
+            raise
+
+    def fetch_bundle(self, manifest, missing):
+        """{digest: bytes} of the missing documents out of the manifest's bundle."""
+        policy = self.config.policy
+        path = f"/bundles/{manifest.bundle_digest}"
+        response = self.send("GET", path, (200,), limit=policy.max_artifact)
+        check_digest(response.body, manifest.bundle_digest, "bundle")
+        documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
+        return {entry.digest: documents[entry.digest] for entry in missing}
+
+    def fetch_one_by_one(self, manifest, missing):
+        """{digest: bytes} of the missing documents, each by a request of its own."""
+        documents = {}
+        left = self.config.policy.max_unpacked
         for entry in missing:
-            documents[entry.digest] = self.fetch_document(entry)
-            left -= len(documents[entry.digest])
+            path = f"/deployments/{entry.deployment_id}/{entry.digest}"
+            response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE},
+                                 limit=self.config.policy.max_document)
+            check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
+            documents[entry.digest] = response.body
+            left -= len(response.body)
             if left < 0:
                 raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
                               " together")
         return documents
 
-    def fetch_document(self, entry):
-        """One ApplicationDeployment's bytes, verified."""
-        path = f"/deployments/{entry.deployment_id}/{entry.digest}"
-        limit = self.config.policy.max_document
-        response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=limit)
-        check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
-        return response.body
+    def put_capabilities(self, device_id, document):
+        """Reports what a device can do; repeating it is harmless (C-080)."""
+        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
+
+    def delete_capabilities(self, device_id):
+        """Deregisters a device; one that the WFM does not know is deregistered already."""
+        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
 
     def post_status(self, deployment_id, document):
         """Reports a deployment's status."""
-        self.send("POST", f"/deployments/{deployment_id}/status", SUCCESS, document=document)
+        self.send("POST", self.status_path.format(deployment_id), SUCCESS, document=document)
 
 
 class MtlsSource(HttpSource):
@@ -1869,24 +1898,17 @@ class MtlsSource(HttpSource):
             judge(leaf, now)
         self.chain = chain
 
-    def put_capabilities(self, device_id, document):
-        """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
-
-    def delete_capabilities(self, device_id):
-        """Deregisters a device; one that the WFM does not know is deregistered already."""
-        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
-
 
 class Profile:
-    """How one word of wfm.profile is served; PROFILES has the class of each.  Beside what is here a class has
+    """How one word of wfm.profile is served; PROFILES has the class of each.
 
-    connect(keep=True): the source of the desired state, and the sink of reports; keep: it
-    stores what it learns.
-    describe(now): what `status` says of the own identity, {id, notAfter, warning}; never raises.
-    check(now): what `doctor` says of it, (ok or warn, words).
-    identify(): who the client is for as long as it serves one WFM, without state or network. All but
-    `describe` raise Untrusted, connect also Unreachable.
+    Beside what is here a class has
+    connect(keep=True): the source of the desired state, and the sink of reports.  keep: it stores what it
+    learns.  Raises Untrusted and Unreachable.
+    describe(now): what `status` says of the own identity, {id, notAfter, warning}.  It never raises.
+    check(now): what `doctor` says of it, (ok or warn, words).  Raises Untrusted.
+    identify(): who the client is for as long as it serves one WFM, without state or network.  Raises
+    Untrusted.
     """
 
     settings = ()                                   # what the configuration has to say for it
@@ -1910,6 +1932,10 @@ class Profile:
     def takes_children(config):
         """Whether the protocol knows the child devices of a gateway."""
         return False
+
+    def translate(self, document):
+        """A capabilities document of rc.3 as this profile sends it."""
+        return document
 
 
 class Mtls(Profile):
@@ -1975,9 +2001,7 @@ class Mtls(Profile):
 
 
 def make_owner(identity, device_id):
-    """What an agent's workloads are labelled with: its identity as a client, without any login, and the
-    device id.
-    """
+    """What an agent's workloads are labelled with: its identity as a client, no login, and its device id."""
     return re.sub(r"(?<=//)[^/]*@", "", identity) + "#" + device_id
 
 
@@ -1994,93 +2018,104 @@ REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
                     r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
                     r"(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
 
-def optional(read):
-    """A reader that takes nothing (null, or no such member), too."""
-    return lambda value, base: None if value is None else read(value, base)
+# What the documents have to look like, see check_shape.  Members that are not named here are checked where
+# they are used, or nowhere (C-116).
+ARTIFACT = {"digest": DIGEST_PATTERN, "url": r"(?s).*"}             # no other algorithm (C-107)
+MANIFEST = {"deployments": [dict(ARTIFACT, deploymentId=UUID_PATTERN)], "bundle?": dict}
+BUNDLE = dict(ARTIFACT, mediaType=re.escape(BUNDLE_TYPE))
+CONSTRAINTS = {                                                     # protocol 3.2
+    "capacityRequirements?": {
+        "cpu?": {"cores": float, "architectures?": list},
+        "memory?": "[0-9]{1,40}(Mi|Gi|Ki)",
+        "storage?": "[0-9]{1,40}(Mi|Gi|Ki|Ti|Pi|Ei)",
+    },
+    "eligibilityRules?": list,
+}
+DEPLOYMENT = {
+    "id": UUID_PATTERN,
+    "metadata": {
+        "name": NAME_PATTERN,
+        "namespace": NAME_PATTERN,
+        "deviceId?": DEVICE_ID_PATTERN + r"(/\*)?",
+    },
+    "spec": {
+        "applicationId": "[-a-z0-9]{1,200}",
+        "deploymentProfile": {"components": list, "deviceConstraints?": CONSTRAINTS},
+        "parameters?": dict,
+    },
+}
+COMPONENT = {"name": COMPONENT_PATTERN, "properties": {"timeout?": r"\d{1,6}m\d{1,6}s"}}
+PARAMETER = {"targets": [{"pointer": r"(?s).*", "components": list}]}
 
 
 def parse_manifest(data, base_url):
     """A state manifest's bytes to a Manifest; raises Refused naming the field (protocol 3.1)."""
     try:
         value = parse_json(data, "the state manifest")
-        if not isinstance(value, dict):
-            raise ValueError("the state manifest is not an object")
+        check_shape(value, MANIFEST, "")
         version = parse_version(value.get("manifestVersion"))
-        items = check_member(value, "deployments", "", read_items)
-        if len(items) > MAX_DEPLOYMENTS:
+        bundle = value.get("bundle")
+        if len(value["deployments"]) > MAX_DEPLOYMENTS:
             raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
-        entries = []
-        seen = set()
-        for index, item in enumerate(items):
-            where = f"deployments[{index}]."
-            entry = parse_manifest_entry(item, where, base_url)
-            if entry.deployment_id.lower() in seen:
-                raise ValueError(f"{where}deploymentId: {entry.deployment_id} occurs twice")
-            seen.add(entry.deployment_id.lower())
-            entries.append(entry)
-        digest, size = parse_manifest_bundle(value, entries, base_url)
+        if "bundle" not in value:
+            raise ValueError("bundle: missing (it is null where there are no deployments)")
+        if (bundle is None) != (not value["deployments"]):                          # C-114
+            raise ValueError("bundle: is null if and only if there are no deployments")
+        entries = {}
+        foreign = ""
+        for index, item in enumerate(value["deployments"]):
+            name = item["deploymentId"]
+            where = f"deployments[{index}]"
+            path = f"/deployments/{name}/{item['digest']}"
+            foreign = check_url(item["url"], path, base_url, where) or foreign
+            if name.lower() in entries:
+                raise ValueError(f"{where}.deploymentId: {name} occurs twice")
+            entries[name.lower()] = ManifestEntry(name, item["digest"], parse_advice(item))
+        if bundle is not None:
+            check_shape(bundle, BUNDLE, "bundle")
+            path = f"/bundles/{bundle['digest']}"
+            foreign = check_url(bundle["url"], path, base_url, "bundle") or foreign
     except ValueError as error:
         raise Refused(f"state manifest refused: {error}") from None
-    return Manifest(version, digest, size, entries)
+    bundle = bundle or {}
+    return Manifest(version, bundle.get("digest"), parse_advice(bundle), list(entries.values()),
+                    foreign)
 
 
 def parse_version(value):
     """manifestVersion in full precision; raises ValueError (D-5)."""
-    # beyond, a float does not tell which number was written
+    # from 2^53 on a float does not tell which number was written
     if isinstance(value, float) and value.is_integer() and value < 2 ** 53:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
-        raise ValueError(
-            f"manifestVersion: found {make_printable(repr(value), 40)},"
-            " expected a whole number from 1 to 2^64-1"
-        )
+        found = make_printable(repr(value), 40)
+        raise ValueError(f"manifestVersion: found {found}, expected a whole number from 1 to 2^64-1")
     return value
 
 
-def parse_manifest_entry(item, where, base_url):
-    """One element of `deployments`; raises ValueError."""
-    if not isinstance(item, dict):
-        raise ValueError(f"{where[:-1]}: expected an object")
-    deployment_id = check_member(item, "deploymentId", where, UUID_PATTERN)
-    # another algorithm makes the manifest invalid (C-107)
-    digest = check_member(item, "digest", where, DIGEST_PATTERN)
-    check_artifact_url(item, where, base_url, f"/deployments/{deployment_id}/{digest}")
-    return ManifestEntry(deployment_id, digest, parse_advice(item))
-
-
-def parse_manifest_bundle(value, entries, base_url):
-    """(digest, size) of the bundle, (None, None) where nothing should run; raises ValueError (C-114)."""
-    if "bundle" not in value:
-        raise ValueError("bundle: missing (it is null where there are no deployments)")
-    bundle = check_member(value, "bundle", "", optional(read_dict))
-    if (bundle is None) != (not entries):
-        raise ValueError("bundle: is null if and only if there are no deployments")
-    if bundle is None:
-        return None, None
-    check_member(bundle, "mediaType", "bundle.", checked(BUNDLE_TYPE, lambda item: item == BUNDLE_TYPE))
-    digest = check_member(bundle, "digest", "bundle.", DIGEST_PATTERN)
-    check_artifact_url(bundle, "bundle.", base_url, f"/bundles/{digest}")
-    return digest, parse_advice(bundle)
-
-
 def parse_advice(item):
-    """sizeBytes where it is usable; it decides what is cheaper to fetch and nothing else (C-110)."""
+    """sizeBytes where it is usable.  It decides what is cheaper to fetch and nothing else (C-110)."""
     size = item.get("sizeBytes")
     return int(size) if is_number(size) and 0 <= size < 2 ** 53 else None
 
 
-def check_artifact_url(item, where, base_url, path):
-    """The `url` is only held against what id and digest say.
+def check_url(url, path, base_url, where):
+    """Returns a `url` that is of another origin than the WFM, "" for others; nothing is ever fetched from it.
 
-    Nothing is ever fetched from it (C-058, protocol 2.1).
+    Raises ValueError for one of the WFM's own that leads to other content than id and digest name (C-058,
+    protocol 2.1).
     """
     from urllib.parse import unquote, urljoin
-    url = check_member(item, "url", where, r"(?s).*")
-    absolute = urljoin(base_url, url)
-    if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
-        raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
+    shown = make_printable(url, 200)
+    try:
+        absolute = urljoin(base_url, url)
+        if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
+            return shown
+    except ValueError as error:
+        raise ValueError(f"{where}.url: {shown!r}: {error}") from None
     if not unquote(absolute).lower().endswith(path.lower()) or ".." in unquote(url).split("/"):
-        raise ValueError(f"{where}url: {make_printable(url, 200)!r} does not end with {path}")
+        raise ValueError(f"{where}.url: {shown!r} does not end with {path}")
+    return ""
 
 
 def check_version(manifest, digest, accepted):
@@ -2090,9 +2125,9 @@ def check_version(manifest, digest, accepted):
     """
     if accepted is None or manifest.version > accepted["version"]:
         return True
-    if manifest.version == accepted["version"] and digest == accepted["digest"]:
-        return False
     same = manifest.version == accepted["version"]
+    if same and digest == accepted["digest"]:
+        return False
     relation = "the same version with other content" if same else "an older version"
     raise Refused(
         f"security: state manifest refused: version {manifest.version} is {relation}"
@@ -2101,16 +2136,12 @@ def check_version(manifest, digest, accepted):
     )
 
 
-# How documents of one generation differ; other generations add what reads them to DIALECTS. Such a function
-# takes the document (a mapping) and returns None, or (the document in rc.3's form, its Dialect); it may raise
-# ValueError.
-Dialect = define(
-    "Dialect",
-    "parse_package prefix addressed",
-    "What reads the package of a component (see parse_package), what stands before the pointers of a compose"
-    " component's parameters,"
-    " and whether metadata.deviceId has to be there.",
-)
+Dialect = define("Dialect", "parse_package prefix addressed",
+    "How documents of one generation differ: what reads the package of a component (see parse_package), a"
+    " pattern of what stands before the pointers of a compose component's parameters, and whether"
+    " metadata.deviceId has to be there.")
+# What reads other generations: functions of a document (a mapping) to None, or to (the document in rc.3's
+# form, its Dialect).  They may raise ValueError.
 DIALECTS = []
 
 
@@ -2132,106 +2163,74 @@ def parse_package(properties, where, kind, schemes="oci"):
 
     Raises ValueError (C-153).
     """
-    repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
-    return repository, check_member(properties, "revision", where, REVISION_PATTERN), None
+    check_shape(properties, {"repository": schemes + r"://[^\s]+", "revision": REVISION_PATTERN}, where)
+    return properties["repository"], properties["revision"], None
 
 
-def parse_deployment(data, deployment_id):
+def parse_deployment(data, deployment_id, values={}):
     """An ApplicationDeployment's bytes to a Deployment.
 
-    Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
-
-    Unknown members and extensions are ignored wherever they stand (C-116); what is used is checked.
+    values: see parse_parameters.  Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.  Unknown
+    members and extensions are ignored wherever they stand (C-116); what is used is checked.
     """
     try:
         value, dialect = parse_document(load_yaml(data))
-        own_id = check_member(value, "id", "", UUID_PATTERN)
-        if own_id.lower() != deployment_id.lower():
-            raise ValueError(f"id: found {own_id}, but the manifest names it {deployment_id}")      # C-115
-        metadata = check_member(value, "metadata", "", read_dict)
-        spec = check_member(value, "spec", "", read_dict)
-        check_member(spec, "applicationId", "spec.", r"[-a-z0-9]{1,200}")
-        profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
-        where = "spec.deploymentProfile."
-        constraints = check_member(profile, "deviceConstraints", where, optional(read_dict))
-        check_constraints(constraints or {}, f"{where}deviceConstraints.")
+        check_shape(value, DEPLOYMENT, "")
+        if value["id"].lower() != deployment_id.lower():                            # C-115
+            raise ValueError(f"id: found {value['id']}, but the manifest names it {deployment_id}")
+        metadata = value["metadata"]
+        spec = value["spec"]
+        profile = spec["deploymentProfile"]
+        if dialect.addressed:
+            check_shape(metadata, {"deviceId": ".*"}, "metadata")
+        where = "spec.deploymentProfile"
         kind = profile.get("type")
         if kind not in ("compose", "helm"):
-            raise ComponentError(
-                "UNSUPPORTED_TYPE",
-                f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs",
-            )
-        items = check_member(profile, "components", where, read_items)
-        if not items:
-            raise ValueError(f"{where}components: expected a list of at least one component")
-        components = [parse_component(item, f"{where}components[{index}].", kind, dialect)
-                      for index, item in enumerate(items)]
+            found = make_printable(str(kind), 40)
+            raise ComponentError("UNSUPPORTED_TYPE", f"{where}.type: {found!r} is not a type this agent runs")
+        components = [parse_component(item, f"{where}.components[{index}]", kind, dialect)
+                      for index, item in enumerate(profile["components"])]
         names = {component.name for component in components}
-        if len(names) != len(components):
-            raise ValueError(f"{where}components: a name occurs twice")
-        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "")
+        if not components or len(names) < len(components):
+            raise ValueError(f"{where}.components: {'a name occurs twice' if names else 'none'}")
+        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "", values)
         check_targets(parameters, names)
-        device_id = ""
-        if dialect.addressed or "deviceId" in metadata:
-            device_id = check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?")
-        return Deployment(
-            deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
-            check_member(metadata, "namespace", "metadata.", NAME_PATTERN), device_id, kind, components,
-            parameters, constraints,
-            {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
+    extensions = {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)}
+    return Deployment(deployment_id, metadata["name"], metadata["namespace"], metadata.get("deviceId") or "",
+                      kind, components, parameters, profile.get("deviceConstraints"), extensions)
 
 
 def make_outline(data, deployment_id):
-    """Of a document that is refused, what its status needs: a Deployment that holds the names only.
+    """What the status of a refused document needs: a Deployment that holds the names only.
 
     None where there are none.
     """
     try:
         value = parse_document(load_yaml(data))[0]
         holders = [value["metadata"], *value["spec"]["deploymentProfile"]["components"]]
-        name, *components = [make_printable(check_member(holder, "name", "", ".+")) for holder in holders]
+        name, *components = [make_printable(holder["name"]) for holder in holders if holder["name"]]
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return Deployment(deployment_id, name, "", "", "",
                       [Component(item, "", "", True, 0) for item in components], [], None)
 
 
-def check_constraints(constraints, where):
-    """Raises ValueError for deviceConstraints that cannot be read (protocol 3.2)."""
-    capacity = check_member(constraints, "capacityRequirements", where, optional(read_dict)) or {}
-    check_member(constraints, "eligibilityRules", where, optional(read_items))
-    where += "capacityRequirements."
-    for key, units in (("memory", "Mi|Gi|Ki"), ("storage", "Mi|Gi|Ki|Ti|Pi|Ei")):
-        check_member(capacity, key, where, optional(text_of(f"[0-9]{{1,40}}({units})")))
-    if capacity.get("cpu") is not None:
-        cpu = capacity["cpu"] if isinstance(capacity["cpu"], dict) else {}
-        check_member(
-            cpu,
-            "cores",
-            f"{where}cpu.",
-            checked("a number", lambda item: get_kind(item) == "number" and item >= 0),
-        )
-        check_member(cpu, "architectures", f"{where}cpu.", optional(read_items))
-
-
 def parse_component(item, where, kind, dialect):
     """One element of `components` of a deployment of type `kind`; raises ValueError."""
-    if not isinstance(item, dict):
-        raise ValueError(f"{where[:-1]}: expected a mapping")
-    name = check_member(item, "name", where, COMPONENT_PATTERN)
-    properties = check_member(item, "properties", where, read_dict)
-    where += "properties."
+    check_shape(item, COMPONENT, where)
+    properties = item["properties"]
+    where += ".properties"
     repository, revision, key_location = dialect.parse_package(properties, where, kind)
-    wait = properties.get("wait", True)
-    wait = wait.lower() if isinstance(wait, str) else wait
-    wait = check_member({"wait": wait}, "wait", where, read_flag)
+    wait = str(properties.get("wait", True)).lower()
+    check_shape(wait, "true|false", f"{where}.wait")
     timeout = COMPONENT_TIMEOUT
-    if properties.get("timeout") is not None:
-        minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
+    if properties.get("timeout"):
+        minutes, seconds = properties["timeout"][:-1].split("m")
         timeout = min(60 * int(minutes) + int(seconds), MAX_TIMEOUT)
-    return Component(name, repository, revision, wait, timeout, find_extensions(item), key_location)
+    return Component(item["name"], repository, revision, wait == "true", timeout, find_extensions(item),
+                     key_location)
 
 
 def find_extensions(value):
@@ -2250,32 +2249,33 @@ def find_extensions(value):
     return found
 
 
-def parse_parameters(spec, prefix=""):
-    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers.
+def find_value(item, values):
+    """The value of a parameter: a draft lets a document name one that the device has, before its own."""
+    try:
+        return values[item["valueFrom"]["device"]["key"]]
+    except (KeyError, TypeError):
+        return item.get("value")
 
-    Raises ValueError.
+
+def parse_parameters(spec, prefix, values):
+    """spec.parameters to a list of Parameter; raises ValueError.
+
+    prefix: a pattern of what older generations put before pointers; it is taken away.  values: what the
+    device has for parameters that ask for it.
     """
     parameters = []
-    for name, item in (check_member(spec, "parameters", "spec.", optional(read_dict)) or {}).items():
+    for name, item in (spec.get("parameters") or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
-        item = item if isinstance(item, dict) else {}
-        targets = check_member(item, "targets", f"{where}.", read_items)
-        value = item.get("value")
+        check_shape(item, PARAMETER, where)
+        value = find_value(item, values)
         if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
         if value is None and "valueFrom" in item:
-            raise ComponentError(
-                "PARAMETER_INVALID",
-                f"{where}: valueFrom is a draft that this agent does not follow, and there is"
-                " no value to fall back on",
-            )
-        reached = []
-        for target in targets:
-            target = target if isinstance(target, dict) else {}
-            pointer = check_member(target, "pointer", f"{where}.targets: ", r"(?s).*")
-            pointer = pointer[len(prefix):] if pointer.startswith(prefix) else pointer
-            reached.append((pointer, check_member(target, "components", f"{where}.targets: ", read_items)))
-        parameters.append(Parameter(str(name), value, reached))
+            words = "this device has no such value (see device.parameter_values), and there is no other"
+            raise ComponentError("PARAMETER_INVALID", f"{where}.valueFrom: {words}")
+        targets = [(re.sub(f"^{prefix}", "", target["pointer"]), target["components"])
+                   for target in item["targets"]]
+        parameters.append(Parameter(str(name), value, targets))
     return parameters
 
 
@@ -2297,33 +2297,30 @@ def check_targets(parameters, names):
 def parse_bundle(data, entries, max_unpacked):
     """A bundle's bytes to {digest: bytes}.
 
-    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
-
-    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name
-    of its own.
+    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).  They are known by
+    their digests: names are not specified, and nothing reaches the disk under a name of the bundle's.
     """
     wanted = {entry.digest for entry in entries}
     documents = {}
     try:
         plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
+        for member in members:
+            name = make_printable(member.name, 100)
+            if member.isdir() and member.name in (".", "./"):
+                continue
+            if not member.isfile() or member.issparse():
+                raise ValueError(f"{name} is not a regular file")
+            content = plain[member.offset_data:member.offset_data + member.size]
+            digest = sha256_digest(content)
+            if digest not in wanted:
+                raise ValueError(f"{name} has digest {digest}, which the manifest does not name")
+            documents[digest] = content
+        missing = wanted - set(documents)
+        if missing:
+            words = f"documents of the manifest are not in it, such as {min(missing)}"
+            raise ValueError(f"{len(missing)} {words}")
     except ValueError as error:
         raise Refused(f"bundle refused: {error}") from None
-    for member in members:
-        name = make_printable(member.name, 100)
-        if member.isdir() and member.name in (".", "./"):
-            continue
-        if not member.isfile() or member.issparse():
-            raise Refused(f"bundle refused: {name} is not a regular file")
-        content = plain[member.offset_data:member.offset_data + member.size]
-        digest = sha256_digest(content)
-        if digest not in wanted:
-            raise Refused(f"bundle refused: {name} has digest {digest}, which the manifest does not name")
-        documents[digest] = content
-    missing = wanted - set(documents)
-    if missing:
-        raise Refused(
-            f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}"
-        )
     return documents
 
 
@@ -2921,11 +2918,11 @@ def run_csr(path, form="PEM"):
 # ----------------------------------------------------------------------------------------------------------
 
 def check_eligibility(constraints, capabilities):
-    """Raises ComponentError INSUFFICIENT_CAPACITY or NOT_ELIGIBLE where a device does not meet
-    `deviceConstraints` (protocol 8).
+    """Raises ComponentError where a device does not meet `deviceConstraints` (protocol 8).
 
-    capabilities: the document reported for the device; its totals count, not what is free.  Capacity comes
-    first, rules only if it holds (C-202); one rule that matches is enough, no rules are no condition (C-204).
+    INSUFFICIENT_CAPACITY comes first, NOT_ELIGIBLE only if capacity holds (C-202).  One rule that matches is
+    enough, no rules are no condition (C-204).  capabilities: the document reported for the device; its totals
+    count, not what is free.
     """
     if not constraints:
         return
@@ -2936,10 +2933,8 @@ def check_eligibility(constraints, capabilities):
         raise ComponentError("INSUFFICIENT_CAPACITY", lack)
     reasons = [find_mismatch(rule, properties, labels) for rule in constraints.get("eligibilityRules") or ()]
     if reasons and all(reasons):
-        raise ComponentError(
-            "NOT_ELIGIBLE",
-            "; ".join(f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)),
-        )
+        words = [f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)]
+        raise ComponentError("NOT_ELIGIBLE", "; ".join(words))
 
 
 def find_lack(required, properties):
@@ -2947,11 +2942,9 @@ def find_lack(required, properties):
     cpu = required.get("cpu")
     if cpu:
         wanted = cpu.get("architectures")
-        entries = properties.get("cpus") or ()
-        cores = [entry.get("cores", 0) for entry in entries if not wanted
-                 or entry.get("architecture") in wanted]
         # one entry must do: cores are never summed (C-203)
-        most = max(cores, default=0)
+        most = max((entry.get("cores", 0) for entry in properties.get("cpus") or ()
+                    if not wanted or entry.get("architecture") in wanted), default=0)
         if most < cpu["cores"]:
             kinds = " or ".join(map(str, wanted or ["any architecture"]))
             return f"cpu: {cpu['cores']} cores of {kinds} are needed, there are {most}"
@@ -2962,42 +2955,33 @@ def find_lack(required, properties):
 
 
 def find_mismatch(rule, properties, labels):
-    """Why an eligibility rule does not match, in words, or "": all its selectors and all their expressions
-    have to (C-204).
-    """
-    # label keys are exact, property keys are pointers (C-205)
-    def look_up(key):
-        return key in labels, labels.get(key)
+    """Why an eligibility rule does not match, in words, or "".
 
-    rule = rule if isinstance(rule, dict) else {"propertySelector": ""}
-    for name, look in (("propertySelector", lambda key: find_pointer(properties, key)),
-                       ("labelSelector", look_up)):
-        if rule.get(name) is None:
-            continue
-        try:
-            expressions = get_expressions(rule, name)
-        except ValueError as error:
-            return str(error)
-        for expression in expressions:
-            try:
-                reason = "" if is_match(expression, look) else "is false"
-            # an expression that breaks the rules is false (C-212)
-            except ValueError as error:
-                reason = f"is false, because {error}"
-            if reason:
-                expression = expression if isinstance(expression, dict) else {}
-                words = [str(expression[key]) for key in ("key", "operator", "values") if key in expression]
-                return f"{name} {make_printable(' '.join(words), 200)} {reason}"
+    All its selectors have to match, each with all its expressions (C-204).
+    """
+    # property keys are pointers, label keys are exact (C-205)
+    looks = {"propertySelector": lambda key: find_pointer(properties, key),
+             "labelSelector": lambda key: (key in labels, labels.get(key))}
+    words = "is false"
+    try:
+        check_shape(rule, dict, "the rule")
+        for name, look in looks.items():
+            for expression in get_expressions(rule, name) if rule.get(name) is not None else ():
+                shown = make_printable(" ".join(map(str, expression.values())), 200)
+                words = f"{name} {shown} is false"
+                if not is_match(expression, look):
+                    return words
+    except ValueError as error:                     # what breaks the rules is false (C-212)
+        return f"{words}, because {error}"
     return ""
 
 
 def get_expressions(holder, name):
     """The matchExpressions of a selector; raises ValueError where there are none."""
-    selector = holder.get(name)
-    expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
-    if not isinstance(expressions, list) or not expressions:
-        raise ValueError(f"{name} has no matchExpressions")
-    return expressions
+    check_shape(holder, {name: {"matchExpressions": [{"key": "(?s).*", "operator": "(?s).*"}]}}, "")
+    if not holder[name]["matchExpressions"]:
+        raise ValueError(f"{name}.matchExpressions: none")
+    return holder[name]["matchExpressions"]
 
 
 def find_pointer(value, pointer):
@@ -3005,7 +2989,7 @@ def find_pointer(value, pointer):
 
     Raises ValueError for what is no pointer.
     """
-    if not isinstance(pointer, str) or not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
+    if not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
         raise ValueError("the key is no JSON Pointer")
     for part in pointer[1:].split("/"):
         part = part.replace("~1", "/").replace("~0", "~")
@@ -3023,31 +3007,28 @@ def is_match(expression, look):
 
     Raises ValueError for one that breaks the rules.
     """
-    if not isinstance(expression, dict) or not isinstance(expression.get("key"), str):
-        raise ValueError("it has no key")
-    operator = expression.get("operator")
+    operator = expression["operator"]
     values = expression.get("values")
-    if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):
-        # C-208 to C-211
+    if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):   # C-208 to C-211
         raise ValueError(f"{operator} takes {'no ' if 'values' in expression else ''}values")
     present, value = look(expression["key"])
     if operator in ("Exists", "DoesNotExist"):
         return present == (operator == "Exists")
     if operator in ("ContainsAll", "ContainsAny"):
-        return is_contained(get_expressions(expression, "itemSelector"), value,
-                            all if operator == "ContainsAll" else any)
+        combine = all if operator == "ContainsAll" else any
+        return is_contained(get_expressions(expression, "itemSelector"), value, combine)
     if operator in ("Gt", "Lt"):
         limit = parse_limit(values)
         return get_kind(value) == "number" and (value > limit if operator == "Gt" else value < limit)
     if operator not in ("In", "NotIn"):
-        raise ValueError(f"{make_printable(str(operator), 40)} is no operator")
-    kinds = {get_kind(item) for item in values} if isinstance(values, list) else set()
-    if len(kinds) != 1 or None in kinds or ("boolean" in kinds and len(values) > 1):
+        raise ValueError(f"{make_printable(operator, 40)} is no operator")
+    check_shape(values, list, "values")
+    kinds = set(map(get_kind, values))
+    if kinds not in ({"text"}, {"number"}) and (kinds != {"boolean"} or len(values) > 1):
         raise ValueError("values must be texts, or numbers, or one boolean")
     items = value if isinstance(value, list) else [value]
-    others = (None, "boolean") if isinstance(value, list) else (None,)
     # another type is false for both (C-206)
-    if not present or not items or any(get_kind(item) in others for item in items):
+    if not items or None in map(get_kind, items) or items is value and "boolean" in map(get_kind, items):
         return False
     found = any(get_kind(item) in kinds and item in values for item in items)
     return found == (operator == "In")
@@ -3056,7 +3037,7 @@ def is_match(expression, look):
 def parse_limit(values):
     """The one number that Gt and Lt compare with; raises ValueError (C-210)."""
     limit = values[0] if isinstance(values, list) and len(values) == 1 else None
-    if get_kind(limit) == "text" and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", limit):
+    if isinstance(limit, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", limit):
         return float(limit)
     if get_kind(limit) != "number":
         raise ValueError("values must be one number")
@@ -3064,8 +3045,9 @@ def parse_limit(values):
 
 
 def is_contained(expressions, value, combine):
-    """Whether one object of an array meets all, or any, of a selector's expressions, their keys relative to
-    it (C-211).
+    """Whether one object of an array meets all, or any, of a selector's expressions.
+
+    Their keys are relative to it (C-211).
     """
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         return False
@@ -3078,45 +3060,78 @@ def is_contained(expressions, value, combine):
 # 11. Capabilities
 # ----------------------------------------------------------------------------------------------------------
 
-VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy",
-                      "bond", "vlan", "vxlan", "flannel")
+# What shows equipment: its kind, a folder of /sys, a pattern of the names in it; and of some a file or folder
+# below such a name, and a pattern that is found in the file, or among the names in that folder.
+PERIPHERAL_SIGNS = (
+    ("gpu", "class/drm", "card[0-9]+"),
+    ("display", "class/drm", ".*", "status", "^connected"),
+    ("camera", "class/video4linux", ".*"),
+    ("microphone", "class/sound", "pcmC[0-9]+D[0-9]+c"),
+    ("speaker", "class/sound", "pcmC[0-9]+D[0-9]+p"),
+)
+# Of a network interface the first row that fits.  What comes and goes with containers is of no kind, so that
+# the document does not change with them.
+INTERFACE_SIGNS = (
+    ("wifi", "class/net", ".*", "wireless", "."),
+    ("wifi", "class/net", ".*", "phy80211", "."),
+    ("cellular", "class/net", "wwan.*"),
+    ("cellular", "class/net", ".*", "uevent", "DEVTYPE=wwan"),
+    ("canbus", "class/net", ".*", "type", "^280$"),
+    ("", "class/net", "(lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
+    ("", "class/net", ".*", "bridge", "."),
+    ("ethernet", "class/net", ".*", "type", "^1$"),
+    ("bluetooth", "class/bluetooth", ".*"),
+    ("usb", "bus/usb/devices", ".*"),
+    ("rs232", "class/tty", "ttyS.*", "type", "^(?!0$)."),
+)
 
 
 def read_fact(*path):
-    """The text of a small file of /proc or /sys, "" where there is none."""
+    """The text of a small file of /proc or /sys, the names in a folder, "" where there is neither."""
+    path = os.path.join(*path)
     try:
-        with open(os.path.join(*path), "rb") as file:
+        if os.path.isdir(path):
+            return "\n".join(sorted(os.listdir(path)))
+        with open(path, "rb") as file:
             return file.read(65536).decode("utf-8", "replace").strip("\0 \t\r\n")
     except OSError:
         return ""
 
 
-def list_names(*path):
-    """The names in a folder of /sys, [] where there is none."""
-    try:
-        return sorted(os.listdir(os.path.join(*path)))
-    except OSError:
-        return []
+def read_signs(root, signs):
+    """{path in /sys: kind}, each by the first of some signs that fits."""
+    found = {}
+    for kind, folder, names, *inner in signs:
+        folder = os.path.join(root, "sys", folder)
+        for name in read_fact(folder).splitlines():
+            path = os.path.join(folder, name)
+            if re.fullmatch(names, name) and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
+                found.setdefault(path, kind)
+    return found
 
 
-def detect_properties(state_dir, root="/"):
+def detect_properties(state_dir, root="/", hostname=False):
     """What the running system says of itself, in rc.3's property names.
 
-    Values that the device keeps from one poll to the next.
+    Values that the device keeps from one poll to the next.  hostname: whether its name is told, too (draft).
     """
     cpu = {"cores": len(os.sched_getaffinity(0))}
     if os.uname().machine in ARCHITECTURES:
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
+    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)
     return {
-        "vendor": detect_text(root, "sys_vendor", None) or "unknown",
+        **({"hostname": name.group()} if hostname and name else {}),
+        "vendor": detect_text(root, "sys_vendor", "") or "unknown",
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
-        "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown", "cpus": [cpu],
+        "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
+        "cpus": [cpu],
         "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
         "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
         "peripherals": detect_peripherals(root),
-        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
+        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))],
+    }
 
 
 # What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
@@ -3130,16 +3145,13 @@ COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890")
 
 
 def is_placeholder(text):
-    """Whether the firmware's text is none of this one device."""
+    """Whether the firmware's text says nothing of this one device."""
     counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
     return counts or bool(re.fullmatch(PLACEHOLDER, text))
 
 
 def detect_text(root, dmi, tree):
-    """One fact from the firmware: DMI on a PC, the device tree elsewhere.
-
-    Placeholders count as nothing.
-    """
+    """One text of the firmware, "" for a placeholder: from DMI on a PC, from the device tree elsewhere."""
     text = read_fact(root, "sys/class/dmi/id", dmi)
     if not text and tree:
         text = read_fact(root, "proc/device-tree", tree)
@@ -3147,56 +3159,27 @@ def detect_text(root, dmi, tree):
 
 
 def detect_interfaces(root):
-    """The kinds of interface there are.
-
-    What comes and goes with containers is left out, so that the document does not change with them.
-    """
-    kinds = set()
-    for name in list_names(root, "sys/class/net"):
-        folder = os.path.join(root, "sys/class/net", name)
-        if os.path.isdir(os.path.join(folder, "wireless")) or os.path.isdir(os.path.join(folder, "phy80211")):
-            kinds.add("wifi")
-        elif name.startswith("wwan") or "DEVTYPE=wwan" in read_fact(folder, "uevent"):
-            kinds.add("cellular")
-        elif read_fact(folder, "type") == "280":
-            kinds.add("canbus")
-        elif (
-            read_fact(folder, "type") == "1"
-            and not name.startswith(VIRTUAL_INTERFACES)
-            and not os.path.isdir(os.path.join(folder, "bridge"))
-        ):
-            kinds.add("ethernet")
-    for kind, path in (("bluetooth", "sys/class/bluetooth"), ("usb", "sys/bus/usb/devices")):
-        if list_names(root, path):
-            kinds.add(kind)
-    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0")
-           for name in list_names(root, "sys/class/tty")):
-        kinds.add("rs232")
-    return kinds
+    """The kinds of interface there are."""
+    return set(filter(None, read_signs(root, INTERFACE_SIGNS).values()))
 
 
 def detect_peripherals(root):
     """Graphics, displays, cameras and sound as /sys shows them."""
     found = []
-    cards = list_names(root, "sys/class/drm")
-    if any(re.fullmatch(r"card[0-9]+", name) for name in cards):
-        found.append({"type": "gpu"})
-    if any(read_fact(root, "sys/class/drm", name, "status") == "connected" for name in cards):
-        found.append({"type": "display"})
-    cameras = {read_fact(root, "sys/class/video4linux", name, "name")
-               for name in list_names(root, "sys/class/video4linux")}
-    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {}))
-              for model in sorted(cameras)]
-    sound = list_names(root, "sys/class/sound")
-    for kind, end in (("microphone", "c"), ("speaker", "p")):
-        if any(re.fullmatch(rf"pcmC[0-9]+D[0-9]+{end}", name) for name in sound):
-            found.append({"type": kind})
+    for path, kind in read_signs(root, PERIPHERAL_SIGNS).items():
+        item = {"type": kind}
+        model = read_fact(path, "name") if kind == "camera" else ""
+        if model:
+            item["model"] = make_printable(model, 120)
+        if item not in found:
+            found.append(item)
     return found
 
 
 def get_device_id(device, root="/"):
-    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved
-    characters (C-086).
+    """The device's id: configured, or the hardware's serial number, or the machine id.
+
+    Its characters are those that need no escape in a URL (C-086).
     """
     if device.id:
         return device.id
@@ -3211,23 +3194,15 @@ def get_device_id(device, root="/"):
     return name
 
 
-HOSTING_PROPERTIES = (
-    "cpus",
-    "memory",
-    "storage",
-    "peripherals",
-    "interfaces",
-    "otelCollector",
-    "supportedRuntimes",
-    "supportedDeploymentTypes",
-)
+HOSTING_PROPERTIES = ("cpus memory storage peripherals interfaces otelCollector supportedRuntimes"
+                      " supportedDeploymentTypes").split()
 
 
 def make_capabilities(detected, device, device_id, deployment_types):
-    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says
-    (C-085).
+    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5).
 
-    A device on which nothing runs workloads says nothing of hosting (C-084).
+    What the operator says counts more than what was detected (C-085).  A device on which nothing runs
+    workloads says nothing of hosting (C-084).
     """
     properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types),
                       otelCollector=True)
@@ -3246,10 +3221,10 @@ def make_capabilities(detected, device, device_id, deployment_types):
 
 
 def report_devices(documents, source, store, state, always):
-    """PUTs what changed of {device id: capabilities document}, a gateway's own first.
+    """PUTs each of {device id: capabilities document} that changed, a gateway's own first.
 
-    DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and
-    saves state["enrollment"].
+    Those of a device that has gone are DELETEd (C-081, C-082, C-220, C-223).  always: all are sent.  Changes
+    and saves state["enrollment"].
     """
     for device_id in documents:
         report_device(device_id, documents, source, store, state, always)
@@ -3269,7 +3244,7 @@ def report_devices(documents, source, store, state, always):
 def report_device(device_id, documents, source, store, state, always, again=True):
     """PUTs one device's capabilities.
 
-    A WFM that does not know a child's gateway is told of that first (protocol 2.2).
+    A WFM that does not know the gateway of a child is told of the gateway first (protocol 2.2).
     """
     enrolled = state["enrollment"]
     own_id = next(iter(documents))
@@ -5769,7 +5744,7 @@ class Registry:
     def check(self, response, url, limit):
         """The Response, if its status is 200 and it has at most `limit` bytes; else raises ComponentError."""
         where = f"{url}: HTTP {response.status}"
-        if find_verdict(response.status) == "denied":
+        if find_verdict(response.status) is Untrusted:
             raise ComponentError("PULL_UNAUTHORIZED",
                                  f"{where}; set registries.{self.host}.username and password_file")
         if response.status != 200:
@@ -5944,8 +5919,12 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         if "manifests" in value:
             raise ValueError("an index of several images, where one Compose Archive is expected")
         layer = find_layer(value, kind)
-        digest = check_member(layer, "digest", "the layer's ", DIGEST_PATTERN)
-        size = check_member(layer, "size", "the layer's ", checked("a number of bytes", is_size))
+        digest = layer.get("digest")
+        size = layer.get("size")
+        check_shape(digest, DIGEST_PATTERN, "the layer's digest")
+        if not is_size(size):
+            found = make_printable(str(size), 80)
+            raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
         if size > max_artifact:
             raise ValueError(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
     except ValueError as error:
@@ -6189,7 +6168,7 @@ SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS",
 def parse_answer(data, program, read):
     """What `read` makes of the JSON that a program printed; CommandError where that is of another form."""
     try:
-        return read(parse_json(data, program))
+        return read(parse_json(data, program, len(data)))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         words = f"{type(error).__name__}: {error}"
         raise CommandError(f"{program} answered in an unknown form ({words})") from None
@@ -6326,11 +6305,10 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
 
 
 def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
-    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the
-    system's store.
+    """An SSLContext that trusts the anchors (DER), or those of a PEM file, or without both the system's.
 
-    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides
-    (C-006).
+    Python's default loaders are not used: they would let any web certificate through where a trust bundle
+    decides (C-006).
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -6361,7 +6339,6 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     or what check_peer raises.
     """
     import http.client
-    import ssl
     import urllib.error
     import urllib.request
     where = f"{method} {url}"
@@ -6370,17 +6347,16 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     try:
         with make_opener(context, check_peer).open(message, timeout=timeout) as response:
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
-    except urllib.error.URLError as error:
-        raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
-        raise make_network_error(where, error) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise make_network_error(where, reason) from None
 
 
 class Paced(io.RawIOBase):
-    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four
-    time-outs.
+    """What a socket reads, with an end to its patience.
 
-    So neither the words between the pieces may drip, or never end.
+    The head has four time-outs to come, and so has each piece of the body with all that stands before it: a
+    server may be slow, but it may neither drip nor go on for ever.
     """
 
     def __init__(self, connection):
@@ -6451,9 +6427,7 @@ def open_connection(address, timeout, source=None):
 
 
 def make_opener(context, check_peer):
-    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no
-    other schemes.
-    """
+    """The agent's own opener: no redirect is followed, no cookie kept, and every status is an answer."""
     import http.client
     import urllib.request
 
@@ -6519,27 +6493,26 @@ def read_body(response, limit, timeout, where):
 
     Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
     """
-    pieces, size = [], 0
+    body, size = io.BytesIO(), 0
     start = time.monotonic()
     while True:
         response.paced.renew()
         piece = response.read1(65536)
         if not piece:
             break
-        pieces.append(piece)
-        size += len(piece)
+        size += body.write(piece)
         if size > limit:
             raise Refused(f"{where}: the answer is longer than {limit} bytes")
         elapsed = time.monotonic() - start
         if elapsed > 4 * timeout and size < KIB * elapsed:
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
     unframed = response.length is None and not response.chunked
-    if unframed and not pieces and where.startswith("GET") and response.status == 200:
+    if unframed and not size and where.startswith("GET") and response.status == 200:
         # http.client takes a broken head for a whole one
         raise Unreachable(f"{where}: the answer broke off in its head")
     if response.length:
         raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
-    return b"".join(pieces)
+    return body.getvalue()
 
 
 def make_network_error(where, error):
@@ -6581,66 +6554,62 @@ def ask_looseness(key, path):
 
 
 def parse_problem(body):
-    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only
-    explains one).
-    """
+    """A Problem, also of the plain `error` object of older servers; None where the body is neither."""
+    from collections import defaultdict
     try:
         value = parse_json(body, "problem")
+        check_shape(value, dict, "")
     except ValueError:
         return None
-    if not isinstance(value, dict):
-        return None
-
-    def text(key):
-        return make_printable(value[key]) if isinstance(value.get(key), str) else ""
-
-    kind = text("type")
+    texts = defaultdict(str, {key: make_printable(item) for key, item in value.items()
+                              if isinstance(item, str)})
+    kind = texts["type"]
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
     wait = value.get("retryAfterSeconds")
     wait = float(wait) if is_number(wait) and 0 <= wait < 1e15 else None
-    errors = value["errors"] if isinstance(value.get("errors"), list) else []
-    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
-              if isinstance(item, dict)]
-    title = text("title") or text("error")
-    detail = text("detail") or text("message")
-    return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
+    errors = value.get("errors")
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}")
+              for item in (errors if isinstance(errors, list) else ()) if isinstance(item, dict)]
+    title = texts["title"] or texts["error"] or texts["Error"]
+    detail = texts["detail"] or texts["message"]
+    return Problem(kind, title, detail, value.get("retryable"), wait, texts["backoffStrategy"], errors)
 
 
 def find_verdict(status):
-    """What an HTTP status that is no success means: `denied`, `later` (to be asked again) or `refused`."""
+    """The kind of fault that an HTTP status means."""
     if status in (401, 403):
-        return "denied"
-    return "later" if status in (408, 429) or status >= 500 else "refused"
+        return Untrusted
+    return Unreachable if status in (408, 429) or status >= 500 else Refused
 
 
 def check_response(response, where, accepted, now):
-    """Returns the response if its status is one of `accepted`, else raises what it means to a client
-    (protocol 10).
+    """Returns the response if its status is one of `accepted`, else raises what it means (protocol 10).
 
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).
-    Denied: Untrusted.  What says of itself that it can be retried, or is `later`: Unreachable.  Else Refused;
-    its `code` is the type, or `HTTP <status>`.
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  What
+    says of itself whether it can be retried is believed (C-057).  The code of Refused is the type, or
+    `HTTP <status>`.
     """
     if response.status in accepted:
         return response
     problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
-    verdict = find_verdict(response.status)
     known = problem.type in REFUSALS
-    kind = "" if known or problem.type in DENIALS + ("about:blank",) else problem.type
-    words = "; ".join(part for part in [kind, problem.title, problem.detail] + problem.errors[:5] if part)
+    denied = problem.type in DENIALS
+    verdict = find_verdict(response.status)
+    name = "" if known or denied or problem.type == "about:blank" else problem.type
+    words = "; ".join(filter(None, [name, problem.title, problem.detail] + problem.errors[:5]))
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     facts = {"status": response.status, "strategy": problem.strategy,
              "retry_after": limit_wait(problem.retry_after, now) if wait is None else wait}
-    if verdict == "denied" and not known or problem.type in DENIALS:
+    if denied or verdict is Untrusted and not known:
         raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
     retryable = problem.retryable
     if not isinstance(retryable, bool):
-        retryable = verdict == "later" and problem.strategy != "none"
+        retryable = verdict is Unreachable and problem.strategy != "none"
     if retryable:
         raise Unreachable(message, **facts)
-    if 300 <= response.status < 400 and response.status != 304:
+    if response.status in (301, 302, 303, 307, 308):
         message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
                     " to the final one")
     raise Refused(message, problem.type if known else f"HTTP {response.status}", **facts)
@@ -6855,9 +6824,11 @@ def make_state_data(state):
     The outbox is a list there, because its order counts.
     """
     data = make_json(dict(state, outbox=list(state["outbox"].values())))
-    return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
+    return b'%s%s%s"}' % (memoryview(data)[:-1], SUM, sha256_digest(data).encode())
 
 
+SUM = b',"sum":"'                   # what stands before the digest
+MAX_WORDS = 2 * MIB                 # characters that are kept of the messages of all faults together
 OLD_FIELDS = ("left", "failures", "retryAt", "repairs", "repairedAt")      # of records of schema 1
 
 
@@ -6868,10 +6839,10 @@ def parse_state(data, path):
 
     One without a digest was written by an older agent, or by hand.
     """
-    head, mark, digest = data.rpartition(b',"sum":"')
-    if mark and digest != sha256_digest(head + b"}").encode() + b'"}':
+    end = data.rfind(SUM)
+    if end >= 0 and data[end + len(SUM):] != sha256_digest(memoryview(data)[:end], b"}").encode() + b'"}':
         raise ValueError(f"{path} is damaged: its bytes do not have the digest at its end")
-    state = parse_json(data, path)
+    state = parse_json(data, path, len(data))
     blank = make_state()
     if not isinstance(state, dict) or type(state.get("schema")) is not int or state["schema"] < 1:
         raise ValueError(f"{path} is not a state of this agent")
@@ -6904,6 +6875,17 @@ def migrate_record(record):
     if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
     return dict(record, retry={}, repair={})
+
+
+def shorten_errors(state):
+    """Cuts what is told of faults where many deployments have some, so that the state stays small."""
+    holders = [*state["deployments"].values(), *(status["status"] for status in state["outbox"].values())]
+    for item in [*state["deployments"].values(), *state["outbox"].values()]:
+        holders += item["components"]
+    errors = [holder["error"] for holder in holders if holder.get("error")]
+    most = max(100, MAX_WORDS // max(1, len(errors)))
+    for error in errors:
+        error["message"] = error["message"][:most]
 
 
 def make_core(state):
@@ -7010,6 +6992,7 @@ class Store:
         First its copy, where that would otherwise be older in what no damage may bring back.  A full disk
         is given the reserve (P-4).
         """
+        shorten_errors(state)
         data = make_state_data(state)
         core = make_core(state)
         if data == self.saved:
@@ -7308,12 +7291,6 @@ def checked(expected, test):
     return read
 
 
-# Readers of documents, by the kit of the configuration; text is taken for text only where it is written as
-# such.
-read_dict = checked("a mapping", lambda item: isinstance(item, dict))
-read_items = checked("a list", lambda item: isinstance(item, list))
-
-
 def list_of(read_item, expected, least=0):
     """A reader of a list of what another reader takes, at least so many; `expected` is said where it is none.
 
@@ -7594,7 +7571,11 @@ SCHEMA = {
         "pins": (read_pins, [], "digests of public keys by which those servers are known, too"),
         "refresh": (read_duration, "1h", "time between looks at a bundle that names none"),
     },
-    "device": dict(DEVICE_SCHEMA, children=(read_items, [], "devices behind this gateway, see README")),
+    "device": dict(DEVICE_SCHEMA,
+                   children=(checked("a list", lambda value: isinstance(value, list)), [],
+                             "devices behind this gateway, see README"),
+                   hostname=(read_flag, False, "draft: whether capabilities tell the name of the host"),
+                   parameter_values=(read_labels, {}, "draft: values for parameters with `valueFrom`")),
     "poll": {
         "interval": (read_duration, "60s", "time between polls of `run`"),
         "jitter": (read_share, "10%", "by how much each interval may differ, so that fleets spread out"),
@@ -7775,23 +7756,30 @@ def load_config(path, environ=None):
         raise ConfigError(f"configuration {path}: {error.message}") from None
 
 
-def check_member(value, key, where, read):
-    """value[key] as a reader (or text of a pattern) takes it.
+def check_shape(value, shape, where):
+    """Raises ValueError unless a value out of a document has a shape; what does not is named by its place.
 
-    Raises ValueError of what was found and what is expected.
+    shape: a pattern of text, `dict`, `list`, `float` for a number that is not negative, [shape] for a list of
+    such, or {member: shape}, where `?` after a member's name says that it may be missing or null.
     """
-    read = text_of(read) if isinstance(read, str) else read
-    try:
-        return read(value.get(key), "")
-    except ValueError as error:
-        found = make_printable(str(value.get(key)), 80)
-        raise ValueError(f"{where}{key}: found {found!r}, expected {error}") from None
-
-
-def text_of(pattern):
-    """A reader of text of one form."""
-    return checked(f"text of the form {pattern}",
-                   lambda item: isinstance(item, str) and bool(re.fullmatch(pattern, item, re.ASCII)))
+    kind = shape if isinstance(shape, type) else type(shape)
+    expected = {dict: "a mapping", list: "a list", float: "a number"}.get(kind, f"text of the form {shape}")
+    fits = isinstance(value, kind)
+    if kind is float:
+        fits = get_kind(value) == "number" and value >= 0
+    if kind is str:
+        fits = fits and re.fullmatch(shape, value, re.ASCII)
+    if not fits:
+        found = make_printable(str(value), 80)
+        raise ValueError(f"{where or 'the document'}: found {found!r}, expected {expected}")
+    if isinstance(shape, list):
+        for index, item in enumerate(value):
+            check_shape(item, shape[0], f"{where}[{index}]")
+    if isinstance(shape, dict):
+        for name, inner in shape.items():
+            key = name.rstrip("?")
+            if key == name or value.get(key) is not None:
+                check_shape(value.get(key), inner, f"{where}.{key}" if where else key)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7947,7 +7935,6 @@ def make_pem(ders):
 # column is `column` (-1 at the end and at a marker).
 
 MAX_DEPTH = 64                      # levels of collections
-MAX_NODES = 250000                  # nodes, lines, and each 16 characters that an alias repeats
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT_PATTERN = (
@@ -8023,8 +8010,9 @@ class YAMLReader:
     PROPERTY = re.compile(r"(?:&([^\s,\[\]{}]+)|(!<[^\s<>]+>|![^\s,\[\]{}]*))(?:[ \t]+|(?=[\n,\]}]))")
     # what is not itself in a quoted scalar
     QUOTED = {
-        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|[ \t\n]+"),
-        "'": re.compile(r"''|[ \t\n]+"),
+        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
+                        r"|(?:(?<![ \t])|(?<=\\[ \t]))[ \t]*\n[ \t\n]*"),
+        "'": re.compile(r"''|(?<![ \t])[ \t]*\n[ \t\n]*"),
     }
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
@@ -8052,7 +8040,9 @@ class YAMLReader:
         raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
 
     def count(self, nodes=1):
-        """Counts what takes memory, so that no small document becomes huge."""
+        """Counts nodes, lines, and each 16 characters that an alias repeats: no small document becomes huge.
+
+        """
         self.nodes += nodes
         if self.nodes > MAX_NODES:
             self.fail(f"more than {MAX_NODES} nodes and lines")
@@ -8450,10 +8440,7 @@ class YAMLReader:
                 return "'"
             if piece[0] == "\\" and piece[1] != "\n":
                 return self.make_character(piece, place)
-            ends = piece.count("\n")
-            if not ends:
-                return piece
-            after, _, column = self.look(place + (piece[0] == "\\"))
+            after, ends, column = self.look(place + (piece[0] == "\\"))
             if self.is_outside(after, column, parent):
                 self.fail("a quoted value is continued with too little indentation", after)
             return "\n" * (ends - 1) or ("" if piece[0] == "\\" else " ")
@@ -8546,10 +8533,13 @@ def measure_depth(value):
 # 22. Small encodings
 # ----------------------------------------------------------------------------------------------------------
 
-def sha256_digest(data):
+def sha256_digest(*pieces):
     """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
     import hashlib
-    return "sha256:" + hashlib.sha256(data).hexdigest()
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return "sha256:" + found.hexdigest()
 
 
 def make_json(value):
@@ -8560,11 +8550,11 @@ def make_json(value):
     ).encode()
 
 
-def parse_json(data, what):
+def parse_json(data, what, most=MAX_NODES):
     """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character)
     to a value.
 
-    Raises ValueError naming `what`.
+    Raises ValueError naming `what`, also for more than `most` members.
     """
     import json
 
@@ -8587,6 +8577,8 @@ def parse_json(data, what):
     try:
         if data[:2] == b"\x1f\x8b":
             raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
+        if sum(map(data.count, (b",", b"[", b"{"))) > most:
+            raise ValueError(f"it has more than {most} members")
         value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
                            parse_int=read_int,
                            parse_float=read_float)
@@ -8786,18 +8778,36 @@ Signer = define("Signer", "leaf key algorithm label components keyid alg",
 
 # What a public key is, by the object identifiers in it, and what it may sign by, the default first (C-065).
 KEY_ALGORITHMS = {
-    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",
-                                        ), "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
+    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",),
+    "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
     "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"),
-    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"), "2b6570": ("ed25519",)}
+    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"),
+    "2b6570": ("ed25519",),
+}
 # openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
+PSS = "-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:"
 SIGNING = {
-    "ecdsa-p256-sha256": (["-sha256"], 32), "ecdsa-p384-sha384": (["-sha384"],
-                                                                  48), "rsa-v1_5-sha256": (["-sha256"], 0),
-    "rsa-pss-sha256": (["-sha256", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:32"], 0),
-    "rsa-pss-sha512": (["-sha512", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:64"], 0),
-    "ed25519": (None, 0)}
+    "ecdsa-p256-sha256": ("-sha256", 32),
+    "ecdsa-p384-sha384": ("-sha384", 48),
+    "rsa-v1_5-sha256": ("-sha256", 0),
+    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0),
+    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0),
+    "ed25519": ("", 0),
+}
 ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
+
+Speech = define("Speech", "flat silent certificate client_id status",
+    "How servers of one wfm.dialect speak: whether they take capabilities for each device, flat, or one"
+    " document with roles and resources; the members that a status of rc.3 must not have; what onboarding"
+    " calls the certificate and the client id; the path of a deployment's status.")
+SPEECHES = {
+    "a": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "certificate", "clientId",
+                "/deployments/{}/status"),
+    "b": Speech(True, ("adoptedManifestVersion",), "certificate", "clientId", "/deployments/{}/status"),
+    # as the open WFM of December 2025 has a
+    "a-2025": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "public_certificate",
+                     "client_id", "/deployment/{}/status"),
+}
 
 
 def read_components(value, base):
@@ -8812,7 +8822,8 @@ def read_components(value, base):
     return names
 
 
-SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a", "form of capabilities: a has roles, b is flat")
+SCHEMA["wfm"]["dialect"] = (choice(*SPEECHES), "a", "form of capabilities: a has roles, b is flat")
+SCHEMA["wfm"]["reported_id"] = (choice("device", "client"), "device", "id that capabilities carry")
 SCHEMA["identity"]["algorithm"] = (choice(*SIGNING), None, "how requests are signed; unset: by the key")
 SCHEMA["identity"]["signature"] = {
     "label": (read_word, "sig1", "name of the signature in its headers"),
@@ -8888,11 +8899,11 @@ def run_signature(data, signer):
     """
     arguments, size = SIGNING[signer.algorithm]
     try:
-        if arguments is None:                       # Ed25519 takes a file that it can measure
+        if arguments:
+            found = run_openssl(["dgst", *arguments.split(), "-sign", signer.key], data)
+        else:                                       # Ed25519 takes a file that it can measure
             with lend_file(data) as file:
                 found = run_openssl(["pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", file.name])
-        else:
-            found = run_openssl(["dgst"] + arguments + ["-sign", signer.key], data)
         if not found:
             raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
@@ -8904,10 +8915,11 @@ def run_signature(data, signer):
 
 
 def parse_ca(text):
-    """Certificates in base64 of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
+    """Certificates in base64 or base64url of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
     data = text.encode("ascii")
     if b"-----BEGIN" not in data:
-        data = parse_base64(text)
+        plain = "".join(text.split()).replace("-", "+").replace("_", "/")
+        data = parse_base64(plain + "=" * (-len(plain) % 4))
     anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
     for anchor in anchors:
         parse_certificate(anchor)
@@ -8931,8 +8943,9 @@ def fetch_ca(config, path):
     check_response(response, where, (200,), time.time())
     try:
         value = parse_json(response.body, "the answer")
-        anchors = parse_ca(value["certificate"] if isinstance(value, dict) else "")
-    except (ValueError, KeyError, AttributeError) as error:
+        check_shape(value, {"certificate": "(?s).*"}, "")
+        anchors = parse_ca(value["certificate"])
+    except ValueError as error:
         raise Untrusted(f"{where}: no usable certificate ({error})") from None
     pem = make_pem(anchors).encode()
     if read_file(path, MAX_CERTIFICATES) not in (None, pem):
@@ -8958,6 +8971,8 @@ class SignedSource(HttpSource):
         host = urlsplit(self.url).netloc
         self.url = self.url.replace(host, re.sub(":443$", "", host.lower()), 1)             # as it is signed
         self.signer, self.state, self.peer = signer, state, "the one that identity.ca vouches for"
+        self.speech = SPEECHES[config.wfm.dialect]
+        self.status_path = self.speech.status
         self.context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
 
     def adopt(self, client_id):
@@ -8983,8 +8998,7 @@ class SignedSource(HttpSource):
             theirs = parse_date(response.headers.get("Date"))
             offset = "unknown" if theirs is None else f"{time.time() - theirs:+.0f} s"
             log("error", "the WFM does not accept a signature", method=method, target=url,
-                algorithm=signer.algorithm,
-                base=base.decode("latin-1"), clockOffset=offset)
+                algorithm=signer.algorithm, base=base.decode("latin-1"), clockOffset=offset)
         elif response.status == 404 and url.endswith("/deployments"):
             log("error", "the WFM does not know this client any more; `unenroll`, then `enroll`, begin anew",
                 client=self.client_id)
@@ -8996,10 +9010,10 @@ class SignedSource(HttpSource):
         Raises Untrusted, Unreachable (protocol 2.7, C-068).
         """
         document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest",
-                    "certificate": make_base64(self.signer.leaf.der)}
+                    self.speech.certificate: make_base64(self.signer.leaf.der)}
         try:
             answer = self.send("POST", "/onboarding", (200, 201), document=document)
-            client_id = parse_client_id(parse_json(answer.body, "the answer"))
+            client_id = parse_client_id(parse_json(answer.body, "the answer"), self.speech.client_id)
         except (Untrusted, Refused, ValueError) as error:
             reason = getattr(error, "message", error)
             raise Untrusted(f"onboarding refused: {reason};"
@@ -9008,15 +9022,15 @@ class SignedSource(HttpSource):
         return client_id
 
     def put_capabilities(self, device_id, document):
-        """Reports what a device can do: by POST the first time, by PUT afterwards, by the other where the WFM
-        wants that.
+        """Reports what a device can do.
+
+        By POST the first time, by PUT afterwards, by the other one where the WFM wants that.
         """
-        dialect = self.config.wfm.dialect
+        document = load_sent(document, self.config, self.state)
+        path = f"/capabilities/{document['properties']['id']}" if self.speech.flat else "/capabilities"
         methods = ["POST", "PUT"]
-        path = f"/capabilities/{device_id}" if dialect == "b" else "/capabilities"  # a knows no child devices
         if device_id in (self.state["enrollment"] or {}).get("devices", {}):
-            methods = ["PUT", "POST"]
-        document = make_older_capabilities(document, dialect)
+            methods.reverse()
         try:
             self.send(methods[0], path, SUCCESS, document=document)
         except Refused as error:
@@ -9025,65 +9039,68 @@ class SignedSource(HttpSource):
             self.send(methods[1], path, SUCCESS, document=document)
 
     def delete_capabilities(self, device_id):
-        """Deregisters a device; dialect a has nothing of the kind."""
-        if self.config.wfm.dialect == "b":
-            self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+        """Deregisters a device, where the dialect has a way to."""
+        if self.speech.flat:
+            super().delete_capabilities(load_name(device_id, self.config, self.state))
 
     def post_status(self, deployment_id, document):
         """Reports a deployment's status with that generation's fields."""
+        document = dict(document, deviceId=load_name(document["deviceId"], self.config, self.state))
         super().post_status(deployment_id, make_older_status(document, self.config.wfm.dialect))
 
 
-def parse_client_id(value):
-    """The client id in the answer to an onboarding; raises ValueError."""
-    found = value.get("clientId") if isinstance(value, dict) else None
-    good = isinstance(found, str) and re.fullmatch(r"[^/\\]{1,200}", found) and found.isprintable()
-    if not good or found in (".", ".."):
-        raise ValueError(f"clientId {make_printable(str(found), 100)!r} cannot be one segment of a path")
-    return found
+def load_name(device_id, config, state):
+    """What the WFM calls a device: its id, or what wfm.reported_id makes of it by the client id."""
+    if config.wfm.reported_id == "device" or not state["client"]:
+        return device_id
+    return state["client"]["id"] + device_id[len(get_device_id(config.device)):]
+
+
+def load_sent(document, config, state):
+    """Capabilities of rc.3 as they are sent: in the dialect, with the WFM's name for the device."""
+    sent = make_older_capabilities(document, config.wfm.dialect)
+    sent["properties"]["id"] = load_name(sent["properties"]["id"], config, state)
+    return sent
+
+
+def parse_client_id(value, name):
+    """The client id in the answer to an onboarding, one segment of a path; raises ValueError."""
+    check_shape(value, {name: r"(?!\.\.?$)[^/\\]{1,200}"}, "")
+    if not value[name].isprintable():
+        raise ValueError(f"{name}: found {make_printable(value[name])!r}, expected printable text")
+    return value[name]
 
 
 def make_older_capabilities(document, dialect):
-    """Capabilities of rc.3 as the first preview release has them (protocol 3.5).
-
-    Dialect b is flat, a has roles and resources; neither has labels.
-    """
-    properties = dict(document["properties"])
-    hosting = {key: properties.pop(key) for key in HOSTING_PROPERTIES if key in properties}
-    cpus = hosting.pop("cpus", None)
-    types = hosting.get("supportedDeploymentTypes", ())
+    """Capabilities of rc.3 as the first preview release has them, without labels (protocol 3.5)."""
     heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
-    if dialect == "b":
-        extensions = {key: value for key, value in document.items() if key not in ("properties", "labels")}
-        properties.update(hosting)
-        if cpus:
-            properties["cpu"] = cpus
-        return dict(extensions, properties=properties, **heading)
-    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
-    if hosting:
-        names = ("memory", "storage", "peripherals", "interfaces")
-        properties["resources"] = {key: hosting[key] for key in names if key in hosting}
-        if cpus:
-            properties["resources"]["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])  # never summed (C-203)
-    return dict(heading, properties=properties)
+    properties = document["properties"]
+    cpus = properties.get("cpus")
+    if SPEECHES[dialect].flat:
+        sent = {key: value for key, value in document.items() if key != "labels"}
+        properties = {"cpu" if key == "cpus" else key: value for key, value in properties.items()}
+        return dict(sent, properties=properties, **heading)
+    sent = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
+    names = ("memory", "storage", "peripherals", "interfaces")
+    resources = {key: properties[key] for key in names if key in properties}
+    if cpus:
+        resources["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])                  # never summed (C-203)
+    if resources:
+        sent["resources"] = resources
+    types = properties.get("supportedDeploymentTypes", ())
+    sent.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+    return dict(heading, properties=sent)
 
 
 def make_older_status(document, dialect):
-    """A status of rc.3 as the first preview release has it (protocol 3.6): no manifest version.
-
-    Dialect a also has neither deviceId nor the source of an error.
-    """
-    without = ("adoptedManifestVersion", "deviceId",
-               "source") if dialect == "a" else ("adoptedManifestVersion",)
+    """A status of rc.3 as the first preview release has it (protocol 3.6)."""
+    import json
 
     def strip(value):
-        if isinstance(value, list):
-            return [strip(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        return {key: strip(item) for key, item in value.items() if key not in without}
+        return {key: item for key, item in value.items() if key not in SPEECHES[dialect].silent}
 
-    return dict(strip(document), apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
+    stripped = json.loads(make_json(document), object_hook=strip)
+    return dict(stripped, apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
 
 
 class Signed(Profile):
@@ -9093,7 +9110,7 @@ class Signed(Profile):
 
     @staticmethod
     def takes_children(config):
-        return config.wfm.dialect == "b"
+        return SPEECHES[config.wfm.dialect].flat
 
     def connect(self, keep=True):
         """See Profile.  keep: onboards where that is due, and stores the client id before anything else."""
@@ -9126,6 +9143,9 @@ class Signed(Profile):
             raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
         return judge_own(signer.leaf, f"signs by {signer.algorithm}", self.config, now)
 
+    def translate(self, document):
+        return load_sent(document, self.config, self.state)
+
     def identify(self):
         """The own key, at this WFM."""
         return f"{self.config.wfm.url}#{sha256_digest(load_signer(self.config).leaf.spki)}"
@@ -9139,70 +9159,96 @@ PROFILES["signed"] = Signed
 # ----------------------------------------------------------------------------------------------------------
 
 PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
+OLDER = {
+    "kind?": "ApplicationDeployment(Manifest)?",
+    "metadata": {"annotations?": dict},
+    "spec": {"deploymentProfile": dict},
+}
 
 
 def convert_older(value):
     """An ApplicationDeployment of an older generation (protocol 0 and 3.3) in rc.3's form, see DIALECTS.
 
-    Raises ValueError.
-
-    They are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a
-    namespace is `default`; without `metadata.deviceId` it is for the device that was given it.
+    Raises ValueError.  Such documents carry `apiVersion` or `kind`.  Servers put ids in different places, and
+    need not say what application it is: nothing here is done by that.  A name that is not given is the
+    application's or else the id, a namespace is `default`, and without `metadata.deviceId` the document is
+    for the device that was given it.
     """
     if "apiVersion" not in value and "kind" not in value:
         return None
-    check_member(value, "kind", "", checked("ApplicationDeployment",
-                                            lambda item: item == "ApplicationDeployment"))
-    metadata = check_member(value, "metadata", "", read_dict)
-    spec = check_member(value, "spec", "", read_dict)
-    profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
-    notes = metadata.get("annotations")
-    notes = notes if isinstance(notes, dict) else {}
-    own_id = next((holder["id"] for holder in (value, notes, metadata) if "id" in holder), None)
-    key = "applicationId"
-    application = next((holder[key] for holder in (spec, notes, metadata) if key in holder), None)
+    check_shape(value, OLDER, "")
+    metadata = value["metadata"]
+    spec = value["spec"]
+    profile = spec["deploymentProfile"]
+    notes = metadata.get("annotations") or {}
+
+    def find(key, *holders):
+        return next((holder[key] for holder in holders if holder.get(key) is not None), None)
+
+    own_id = find("id", value, notes, metadata)
+    if own_id is None and re.fullmatch(UUID_PATTERN, str(metadata.get("name"))):
+        own_id = metadata["name"]
+    application = find("applicationId", spec, notes, metadata)
     kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
-    metadata = {"name": application, "namespace": "default", **metadata}
-    spec = dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind))
-    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, "ENV.", False)
+    metadata = {"name": application or str(own_id).lower(), "namespace": "default", **metadata}
+    spec = dict(spec, applicationId=application or "none", deploymentProfile=dict(profile, type=kind))
+    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, r"ENV\.", False)
 
 
 def parse_older_package(properties, where, kind):
-    """parse_package of older generations, which name a package by its URL, too, and a chart by that of its
-    repository (6.5).
+    """parse_package of older generations: a package may be named by its URL, and a chart by its repository's.
+
+    See protocol 6.5.
     """
     if "packageLocation" not in properties or "repository" in properties:
         return parse_package(properties, where, kind, "(oci|https)" if kind == "helm" else "oci")
-    url = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN)
-    key = None
-    if properties.get("keyLocation"):
-        key = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
-    return url, "", key
+    shape = {"packageLocation": PACKAGE_URL_PATTERN, "keyLocation?": f"|{PACKAGE_URL_PATTERN}"}
+    check_shape(properties, shape, where)
+    return properties["packageLocation"], "", properties.get("keyLocation") or None
 
 
 def fetch_older(component, config, store, kind):
     """The package of a component of an older generation: (digest, bytes), kept by its digest.
 
-    Raises ComponentError.
-
-    Nothing vouches for its content but TLS, an index's digest and, where the document names a key, a
-    signature.
+    Raises ComponentError.  Nothing vouches for its content but TLS, an index's digest and, where the document
+    names a key, a signature.
     """
     url = component.repository
     if config.wfm.profile == "mtls":
-        raise ComponentError(
-            "INVALID_DEPLOYMENT",
-            f"{make_printable(url)}: this generation takes packages from OCI registries only",
-        )
+        words = f"{make_printable(url)}: this generation takes packages from OCI registries only"
+        raise ComponentError("INVALID_DEPLOYMENT", words)
     if kind == "helm":
         data = fetch_chart(url, component.revision, config)
     else:
         data = fetch_file(url, config)
         if component.key_location:
             run_signature_check(data, url, fetch_file(component.key_location, config), config)
+        if data[:2] != b"\x1f\x8b":
+            data = pack_compose(data, url, config.policy.max_document)
     digest = sha256_digest(data)
     store.save_artifact(digest, data)
     return digest, data
+
+
+def pack_compose(data, url, limit):
+    """A bare compose file as the package that it stands for: a tar+gzip, the same bytes each time.
+
+    Raises ComponentError for what is neither the one nor the other.
+    """
+    import tarfile
+    import zlib
+    try:
+        if len(data) > limit:
+            raise ValueError(f"its {len(data)} bytes are more than policy.max_document")
+        check_shape(load_yaml(data), {"services": dict}, "")
+    except ValueError as error:                     # a YAMLError is one
+        words = f"neither a tar+gzip nor a compose file: {error}"
+        raise ComponentError("ARCHIVE_INVALID", f"{make_printable(url)}: {words}") from None
+    member = tarfile.TarInfo("compose.yaml")
+    member.size = len(data)
+    packer = zlib.compressobj(wbits=31)
+    tar = member.tobuf() + data + bytes(-len(data) % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE)
+    return packer.compress(tar) + packer.flush()
 
 
 def fetch_chart(repository, revision, config):
@@ -9894,7 +9940,8 @@ def parse_files(files):
             if not is_deployment(value):
                 ignored.append(name)
                 continue
-            deployment_id = check_member(parse_document(value)[0], "id", "", UUID_PATTERN)
+            deployment_id = parse_document(value)[0].get("id")
+            check_shape(deployment_id, UUID_PATTERN, "id")
         except ValueError as error:                 # a YAMLError is one
             raise Refused(f"{shown}: {error}") from None
         if deployment_id.lower() in seen:
@@ -11805,7 +11852,8 @@ def command_history(config, options):
 def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
     agent = Agent(config)
-    documents = [agent.make_capabilities(device) for device in agent.devices]
+    profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
+    documents = [profile.translate(agent.make_capabilities(device)) for device in agent.devices]
     print_json(documents if documents[1:] else documents[0])
 
 
