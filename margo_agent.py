@@ -68,6 +68,7 @@ MAX_ANSWER = 256 * KIB              # a problem document, a token, the answer to
 MAX_MESSAGE = 4000                  # characters of what the WFM is told about a fault
 MAX_OUTPUT = 32 * MIB               # what a helper program may print
 MAX_DEPLOYMENTS = 10000             # entries of one state manifest
+DOCUMENTS = 8                       # all documents together: one part in so many of policy.max_unpacked
 MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
@@ -1841,13 +1842,13 @@ class HttpSource:
         path = f"/bundles/{manifest.bundle_digest}"
         response = self.send("GET", path, (200,), limit=policy.max_artifact)
         check_digest(response.body, manifest.bundle_digest, "bundle")
-        documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
+        documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked, policy.max_document)
         return {entry.digest: documents[entry.digest] for entry in missing}
 
     def fetch_one_by_one(self, manifest, missing):
         """{digest: bytes} of the missing documents, each by a request of its own."""
         documents = {}
-        left = self.config.policy.max_unpacked
+        left = self.config.policy.max_unpacked // DOCUMENTS
         for entry in missing:
             path = f"/deployments/{entry.deployment_id}/{entry.digest}"
             response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE},
@@ -1856,8 +1857,8 @@ class HttpSource:
             documents[entry.digest] = response.body
             left -= len(response.body)
             if left < 0:
-                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
-                              " together")
+                raise Refused(f"the documents of the state manifest are more than 1/{DOCUMENTS} of"
+                              " policy.max_unpacked, all together")
         return documents
 
     def put_capabilities(self, device_id, document):
@@ -2294,14 +2295,14 @@ def check_targets(parameters, names):
             )
 
 
-def parse_bundle(data, entries, max_unpacked):
+def parse_bundle(data, entries, max_unpacked, max_document=8 * MIB):
     """A bundle's bytes to {digest: bytes}.
 
     Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).  They are known by
     their digests: names are not specified, and nothing reaches the disk under a name of the bundle's.
     """
     wanted = {entry.digest for entry in entries}
-    documents = {}
+    documents, total = {}, 0
     try:
         plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
         for member in members:
@@ -2310,7 +2311,11 @@ def parse_bundle(data, entries, max_unpacked):
                 continue
             if not member.isfile() or member.issparse():
                 raise ValueError(f"{name} is not a regular file")
-            content = plain[member.offset_data:member.offset_data + member.size]
+            total += member.size
+            if member.size > max_document or total > max_unpacked // DOCUMENTS:
+                raise ValueError(f"{name} is longer than policy.max_document, or all documents together are"
+                                 f" longer than 1/{DOCUMENTS} of policy.max_unpacked")
+            content = b"".join(read_pieces(plain, member.offset_data, member.size))
             digest = sha256_digest(content)
             if digest not in wanted:
                 raise ValueError(f"{name} has digest {digest}, which the manifest does not name")
@@ -5967,7 +5972,7 @@ COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-c
 
 
 def check_archive(data, max_unpacked, relaxed=False):
-    """A Compose Archive's bytes to its tar bytes and [Entry] (C-156 to C-162).
+    """A Compose Archive's bytes to a file of its tar bytes and [Entry] (C-156 to C-162).
 
     Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
     a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
@@ -5982,7 +5987,7 @@ def check_archive(data, max_unpacked, relaxed=False):
                                 for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
-        if plain[end:].strip(b"\0"):
+        if any(piece.strip(b"\0") for piece in read_pieces(plain, end, max_unpacked)):
             raise ValueError(f"it is damaged at byte {end}")
         if not entries and not tops:
             raise ValueError("it is empty")
@@ -5996,7 +6001,8 @@ def check_archive(data, max_unpacked, relaxed=False):
         if compose is None or compose.kind != "file":
             raise ValueError("no compose.yaml in the top-level folder"
                              + (f" ({others[0]} is not taken for it)" if others else ""))
-        return plain, list(entries.values())
+        # in the order in which their bytes come
+        return plain, sorted(entries.values(), key=lambda entry: (entry.kind == "link", entry.offset))
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID",
                              f"Compose Archive refused: {make_printable(str(error))}") from None
@@ -6095,15 +6101,21 @@ def resolve_link(path, entries, hops):
     return "/".join(resolved)
 
 
-def load_sameness(path, entry, plain):
-    """Whether a path on the disk is what an Entry of an archive with these tar bytes says."""
+def load_sameness(path, entry, plain, twin):
+    """Whether a path on the disk is what an Entry of an archive says.
+
+    plain: a file of its tar bytes.  twin: a path that already was found to hold the same bytes, or None.
+    """
     if os.path.islink(path) or entry.kind == "link":
         return os.path.islink(path) and os.readlink(path) == entry.link
     if entry.kind == "folder":
         return os.path.isdir(path)
-    content = plain[entry.offset:entry.offset + entry.size]
-    return (os.path.isfile(path) and os.stat(path).st_mode & 0o777 == entry.mode
-            and os.path.getsize(path) == entry.size and read_file(path, entry.size) == content)
+    if not os.path.isfile(path) or os.path.getsize(path) != entry.size:
+        return False
+    if os.stat(path).st_mode & 0o777 != entry.mode:
+        return False
+    pieces = load_pieces(twin) if twin else read_pieces(plain, entry.offset, entry.size)
+    return digest_pieces(pieces) == digest_pieces(load_pieces(path))
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
@@ -6117,18 +6129,30 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     work = folder + ".tmp"
     try:
         if os.path.isdir(folder):
-            if all(load_sameness(os.path.join(folder, entry.path), entry, plain) for entry in entries):
+            places = {}
+            for entry in entries:
+                path = os.path.join(folder, entry.path)
+                twin = places.get(entry.offset) if entry.kind == "file" else None
+                if not load_sameness(path, entry, plain, twin):
+                    break
+                if entry.kind == "file":
+                    places.setdefault(entry.offset, path)
+            else:
                 return folder
             log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
             remove_folder(folder)
         remove_folder(work)
         create_folder(os.path.join(work, "content"))
-        for entry in sorted(entries, key=lambda item: item.kind == "link"):
+        places = {}
+        for entry in entries:
             path = os.path.join(work, "content", entry.path)
             create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
             if entry.kind == "file":
-                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode,
-                           os.path.join(work, "part"))
+                pieces = read_pieces(plain, entry.offset, entry.size)
+                if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
+                    pieces = load_pieces(places[entry.offset])
+                write_file(path, pieces, entry.mode, os.path.join(work, "part"))
+                places[entry.offset] = path
             elif entry.kind == "link":
                 os.symlink(entry.link, path)
         os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
@@ -6493,7 +6517,8 @@ def read_body(response, limit, timeout, where):
 
     Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
     """
-    body, size = io.BytesIO(), 0
+    body = io.BytesIO()
+    size = 0
     start = time.monotonic()
     while True:
         response.paced.renew()
@@ -6655,10 +6680,10 @@ log = Log()
 
 
 def write_file(path, data, mode=0o600, temporary=None):
-    """The one door for writing: the file holds either its old bytes or all of `data`, whatever happens
-    (D-34).
+    """The one door for writing: the file holds its old bytes or all new ones, whatever happens (D-34).
 
-    Temporary file (by default beside it), fsync, rename, fsync of the folder.  Raises StorageError.
+    data: bytes, or pieces of them one by one.  Temporary file (by default beside it), fsync, rename, fsync of
+    the folder.  Raises StorageError.
     """
     folder = os.path.dirname(path)
     temporary = temporary or f"{path}.tmp"
@@ -6667,9 +6692,10 @@ def write_file(path, data, mode=0o600, temporary=None):
         descriptor = os.open(temporary, flags, mode)
         try:
             os.fchmod(descriptor, mode)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view):]
+            for piece in [data] if isinstance(data, bytes) else data:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(descriptor, view):]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -6727,6 +6753,12 @@ def read_file(path, limit):
     if len(data) > size:
         raise StorageError(f"{path} is longer than {size} bytes")
     return data
+
+
+def load_pieces(path):
+    """The bytes of a file piece by piece; may raise OSError."""
+    with open(path, "rb") as file:
+        yield from read_pieces(file, 0, os.fstat(file.fileno()).st_size)
 
 
 def create_folder(path, mode=0o700):
@@ -6840,7 +6872,7 @@ def parse_state(data, path):
     One without a digest was written by an older agent, or by hand.
     """
     end = data.rfind(SUM)
-    if end >= 0 and data[end + len(SUM):] != sha256_digest(memoryview(data)[:end], b"}").encode() + b'"}':
+    if end >= 0 and data[end + len(SUM):] != digest_pieces([memoryview(data)[:end], b"}"]).encode() + b'"}':
         raise ValueError(f"{path} is damaged: its bytes do not have the digest at its end")
     state = parse_json(data, path, len(data))
     blank = make_state()
@@ -6879,9 +6911,9 @@ def migrate_record(record):
 
 def shorten_errors(state):
     """Cuts what is told of faults where many deployments have some, so that the state stays small."""
-    holders = [*state["deployments"].values(), *(status["status"] for status in state["outbox"].values())]
-    for item in [*state["deployments"].values(), *state["outbox"].values()]:
-        holders += item["components"]
+    holders = list(state["deployments"].values())
+    for item in [*holders, *state["outbox"].values()]:
+        holders += [item.get("status", {}), *item.get("components", ())]
     errors = [holder["error"] for holder in holders if holder.get("error")]
     most = max(100, MAX_WORDS // max(1, len(errors)))
     for error in errors:
@@ -7218,7 +7250,9 @@ def load_part(path):
     """What load_digest takes of one file, folder or link."""
     if os.path.islink(path):
         return os.readlink(path)
-    content = "" if os.path.isdir(path) else sha256_digest(read_file(path, 1024 * MIB) or b"")
+    content = ""
+    if not os.path.isdir(path):
+        content = digest_pieces(load_pieces(path))
     return f"{os.stat(path).st_mode:o} {content}"
 
 
@@ -8533,8 +8567,13 @@ def measure_depth(value):
 # 22. Small encodings
 # ----------------------------------------------------------------------------------------------------------
 
-def sha256_digest(*pieces):
+def sha256_digest(data):
     """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
+    return digest_pieces([data])
+
+
+def digest_pieces(pieces):
+    """The digest, as sha256_digest spells it, of bytes that come piece by piece."""
     import hashlib
     found = hashlib.sha256()
     for piece in pieces:
@@ -8713,51 +8752,62 @@ def parse_retry_after(text, now):
     return None if moment is None else limit_wait(max(0.0, moment - now), now)
 
 
-def unpack_gzip(data, max_unpacked):
-    """The content of one whole gzip stream.
-
-    Raises ValueError over the limit or for a stream that is not just that.
-    """
+def check_gzip(data, max_unpacked):
+    """Raises ValueError unless bytes are one whole gzip stream that unpacks to at most so many bytes."""
     import zlib
     stream = zlib.decompressobj(31)
+    size, place = 0, 0
     try:
-        plain = stream.decompress(data, max_unpacked + 1)
+        while not stream.eof:
+            piece = stream.unconsumed_tail or data[place:place + 16 * KIB]
+            place += 0 if stream.unconsumed_tail else len(piece)
+            plain = stream.decompress(piece, MIB)
+            size += len(plain)
+            if not piece and not plain:
+                break
+            if size > max_unpacked:
+                raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
     except zlib.error as error:
         raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if len(plain) > max_unpacked:
-        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
-    if not stream.eof or stream.unused_data:
+    if not stream.eof or stream.unused_data or place < len(data):
         raise ValueError("it is cut short, or something follows it")
-    return plain
 
 
 def unpack_tar(data, max_unpacked, max_entries):
-    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
+    """(a file of the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
 
-    Raises ValueError for what is none, or is over a limit.
-
-    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to
-    whatever size it claims.
+    The file is unpacked as it is read, because the whole may be larger than the memory (see read_pieces).
+    Raises ValueError for what is none, or is over a limit.  A file's content is what lies at its place in the
+    bytes: tarfile itself would blow up a sparse one to whatever size it claims.
     """
-    import io
+    import gzip
     import itertools
     import tarfile
 
-    class Headers(io.BytesIO):
-        """What tarfile reads: headers, forwards and up to a limit.
+    class Headers:
+        """What tarfile reads: headers, forwards and up to a limit, because it keeps all that they hold.
 
-        A negative size leads it in circles, and it keeps all that they hold.
+        To go back would unpack all anew; a negative size leads it in circles.
         """
 
-        left = 64 * MIB
+        left = 32 * MIB
 
-        def read(self, size=-1):
+        def __init__(self, file):
+            self.file, self.tell = file, file.tell
+
+        def seek(self, offset):
+            if offset < self.tell() - 512:
+                raise ValueError("headers of negative size")
+            return self.file.seek(offset)
+
+        def read(self, size):
             self.left -= size
             if size < 0 or self.left < 0:
                 raise ValueError("headers that are too large, or of negative size")
-            return super().read(size)
+            return self.file.read(size)
 
-    plain = unpack_gzip(data, max_unpacked)
+    check_gzip(data, max_unpacked)
+    plain = gzip.GzipFile(fileobj=io.BytesIO(data))
     try:
         with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
             members = list(itertools.islice(archive, max_entries + 1))
@@ -8766,6 +8816,17 @@ def unpack_tar(data, max_unpacked, max_entries):
     if len(members) > max_entries:
         raise ValueError(f"more than {max_entries} entries")
     return plain, members, archive.offset
+
+
+def read_pieces(file, offset, size):
+    """So many bytes of a file from a place on, piece by piece."""
+    file.seek(offset)
+    while size > 0:
+        piece = file.read(min(size, MIB))
+        if not piece:
+            return
+        size -= len(piece)
+        yield piece
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -9388,17 +9449,6 @@ def check_git_settings(config):
 CHECKS.append(check_git_settings)
 
 
-def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
-
-    Returns what held before.
-    """
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
-    return soft
-
-
 class GitSource:
     """The desired state as a folder of documents on a branch, and a branch of one's own as the sink of
     reports.
@@ -9611,10 +9661,9 @@ class GitSource:
         for name in ignored:
             log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
-        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
+        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked // DOCUMENTS:
             raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than"
-                          f" {MAX_DEPLOYMENTS}"
-                          " or policy.max_unpacked")
+                          f" {MAX_DEPLOYMENTS} or 1/{DOCUMENTS} of policy.max_unpacked")
         found = parse_files(self.read_blobs(blobs))
         suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
         for name, data in self.read_blobs(suspects):
