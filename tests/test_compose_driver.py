@@ -188,7 +188,8 @@ class DriverCase(FileCase):
         self.start_patch(mock.patch.dict(os.environ, self.engine.env))
         if not self.starts_processes:
             self.start_patch(mock.patch.object(margo_agent, "run_command", self.run_here))
-        self.driver = margo_agent.ComposeDriver("podman", self.config, claim=lambda: self.claim)
+        self.driver = margo_agent.ComposeDriver("podman", self.config)
+        self.driver.claim = self.claim
 
     def start_patch(self, patch):
         patch.start()
@@ -700,9 +701,9 @@ class Owners(DriverCase):
 
     def test_what_an_earlier_identity_made_is_still_ours(self):
         self.apply(make_document({}))
-        self.claim = self.claim._replace(owner="another now", owners={OWNER})
+        claim = self.claim._replace(owner="another now", owners={OWNER})
+        self.assertEqual(len(self.driver.observe((), claim)), 1)
         self.check_names(make_document({}))
-        self.assertEqual(len(self.driver.observe()), 1)
 
 
 class Handover(DriverCase):
@@ -845,7 +846,7 @@ class Memory(DriverCase):
                 self.engine.change(unpullable=[] if served else ["registry.example/app:1"])
                 self.engine.change(containers={}, images=["registry.example/app:1"], damaged=["registry.example/app:1"])
                 images = frozenset(["registry.example/app:1"] if mine else [])
-                self.driver.claim = lambda images=images: self.claim._replace(images=images)
+                self.driver.claim = self.claim._replace(images=images)
                 self.engine.forget_calls()
                 if expected:
                     self.apply(document)
@@ -854,7 +855,7 @@ class Memory(DriverCase):
                 self.assertEqual(["image", "rm", "registry.example/app:1"] in self.changes(), expected)
 
     def test_an_image_that_is_well_is_not_pulled_for_an_option_that_is_not(self):
-        self.driver.claim = lambda: self.claim._replace(images=frozenset([IMAGE]))
+        self.driver.claim = self.claim._replace(images=frozenset([IMAGE]))
         self.engine.change(external={f"{PROJECT}-main-1": "e" * 64})
         self.apply(make_document({}))
         self.assertNotIn(["image", "rm", IMAGE], self.changes())
