@@ -74,6 +74,8 @@ MAX_ANSWER = 256 * KIB              # a problem document, a token, the answer to
 MAX_MESSAGE = 4000                  # characters of what the WFM is told about a fault
 MAX_OUTPUT = 32 * MIB               # what a helper program may print
 MAX_DEPLOYMENTS = 10000             # entries of one state manifest
+DOCUMENTS = 8                       # all documents together: one part in so many of policy.max_unpacked
+MAX_NODES = 250000                  # members of a document: each takes some hundred bytes of memory
 MAX_DURATION = 3650 * 86400         # seconds of one setting; clocks and timers take no sum of centuries
 MAX_VERSION = 2 ** 64 - 1           # manifestVersion is an unsigned 64 bit number (protocol 3.1)
 
@@ -1812,13 +1814,13 @@ class HttpSource:
         path = f"/bundles/{manifest.bundle_digest}"
         response = self.send("GET", path, (200,), limit=policy.max_artifact)
         check_digest(response.body, manifest.bundle_digest, "bundle")
-        documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
+        documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked, policy.max_document)
         return {entry.digest: documents[entry.digest] for entry in missing}
 
     def fetch_one_by_one(self, manifest, missing):
         """{digest: bytes} of the missing documents, each by a request of its own."""
         documents = {}
-        left = self.config.policy.max_unpacked
+        left = self.config.policy.max_unpacked // DOCUMENTS
         for entry in missing:
             path = f"/deployments/{entry.deployment_id}/{entry.digest}"
             response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE},
@@ -1827,8 +1829,8 @@ class HttpSource:
             documents[entry.digest] = response.body
             left -= len(response.body)
             if left < 0:
-                raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
-                              " together")
+                raise Refused(f"the documents of the state manifest are more than 1/{DOCUMENTS} of"
+                              " policy.max_unpacked, all together")
         return documents
 
     def put_capabilities(self, device_id, document):
@@ -2295,14 +2297,14 @@ def check_targets(parameters, names):
             )
 
 
-def parse_bundle(data, entries, max_unpacked):
+def parse_bundle(data, entries, max_unpacked, max_document=8 * MIB):
     """A bundle's bytes to {digest: bytes}.
 
     Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).  They are known by
     their digests: names are not specified, and nothing reaches the disk under a name of the bundle's.
     """
     wanted = {entry.digest for entry in entries}
-    documents = {}
+    documents, total = {}, 0
     try:
         plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
         for member in members:
@@ -2311,7 +2313,11 @@ def parse_bundle(data, entries, max_unpacked):
                 continue
             if not member.isfile() or member.issparse():
                 raise ValueError(f"{name} is not a regular file")
-            content = plain[member.offset_data:member.offset_data + member.size]
+            total += member.size
+            if member.size > max_document or total > max_unpacked // DOCUMENTS:
+                raise ValueError(f"{name} is longer than policy.max_document, or all documents together are"
+                                 f" longer than 1/{DOCUMENTS} of policy.max_unpacked")
+            content = b"".join(read_pieces(plain, member.offset_data, member.size))
             digest = sha256_digest(content)
             if digest not in wanted:
                 raise ValueError(f"{name} has digest {digest}, which the manifest does not name")
@@ -5905,7 +5911,7 @@ COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-c
 
 
 def check_archive(data, max_unpacked, relaxed=False):
-    """A Compose Archive's bytes to its tar bytes and [Entry] (C-156 to C-162).
+    """A Compose Archive's bytes to a file of its tar bytes and [Entry] (C-156 to C-162).
 
     Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
     a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
@@ -5920,7 +5926,7 @@ def check_archive(data, max_unpacked, relaxed=False):
                                 for member in members)
         for member in members:
             add_entry(member, entries, tops, "package/" if loose else "")
-        if plain[end:].strip(b"\0"):
+        if any(piece.strip(b"\0") for piece in read_pieces(plain, end, max_unpacked)):
             raise ValueError(f"it is damaged at byte {end}")
         if not entries and not tops:
             raise ValueError("it is empty")
@@ -5934,7 +5940,8 @@ def check_archive(data, max_unpacked, relaxed=False):
         if compose is None or compose.kind != "file":
             raise ValueError("no compose.yaml in the top-level folder"
                              + (f" ({others[0]} is not taken for it)" if others else ""))
-        return plain, list(entries.values())
+        # in the order in which their bytes come
+        return plain, sorted(entries.values(), key=lambda entry: (entry.kind == "link", entry.offset))
     except ValueError as error:
         raise ComponentError("ARCHIVE_INVALID",
                              f"Compose Archive refused: {make_printable(str(error))}") from None
@@ -6033,15 +6040,21 @@ def resolve_link(path, entries, hops):
     return "/".join(resolved)
 
 
-def load_sameness(path, entry, plain):
-    """Whether a path on the disk is what an Entry of an archive with these tar bytes says."""
+def load_sameness(path, entry, plain, twin):
+    """Whether a path on the disk is what an Entry of an archive says.
+
+    plain: a file of its tar bytes.  twin: a path that already was found to hold the same bytes, or None.
+    """
     if os.path.islink(path) or entry.kind == "link":
         return os.path.islink(path) and os.readlink(path) == entry.link
     if entry.kind == "folder":
         return os.path.isdir(path)
-    content = plain[entry.offset:entry.offset + entry.size]
-    return (os.path.isfile(path) and os.stat(path).st_mode & 0o777 == entry.mode
-            and os.path.getsize(path) == entry.size and read_file(path, entry.size) == content)
+    if not os.path.isfile(path) or os.path.getsize(path) != entry.size:
+        return False
+    if os.stat(path).st_mode & 0o777 != entry.mode:
+        return False
+    pieces = load_pieces(twin) if twin else read_pieces(plain, entry.offset, entry.size)
+    return digest_pieces(pieces) == digest_pieces(load_pieces(path))
 
 
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
@@ -6055,18 +6068,30 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     work = folder + ".tmp"
     try:
         if os.path.isdir(folder):
-            if all(load_sameness(os.path.join(folder, entry.path), entry, plain) for entry in entries):
+            places = {}
+            for entry in entries:
+                path = os.path.join(folder, entry.path)
+                twin = places.get(entry.offset) if entry.kind == "file" else None
+                if not load_sameness(path, entry, plain, twin):
+                    break
+                if entry.kind == "file":
+                    places.setdefault(entry.offset, path)
+            else:
                 return folder
             log("warning", "an unpacked package is not what its archive holds: made anew", folder=folder)
             remove_folder(folder)
         remove_folder(work)
         create_folder(os.path.join(work, "content"))
-        for entry in sorted(entries, key=lambda item: item.kind == "link"):
+        places = {}
+        for entry in entries:
             path = os.path.join(work, "content", entry.path)
             create_folder(path if entry.kind == "folder" else os.path.dirname(path), 0o755)
             if entry.kind == "file":
-                write_file(path, plain[entry.offset:entry.offset + entry.size], entry.mode,
-                           os.path.join(work, "part"))
+                pieces = read_pieces(plain, entry.offset, entry.size)
+                if entry.offset in places:          # a hard link: the archive is not unpacked anew for it
+                    pieces = load_pieces(places[entry.offset])
+                write_file(path, pieces, entry.mode, os.path.join(work, "part"))
+                places[entry.offset] = path
             elif entry.kind == "link":
                 os.symlink(entry.link, path)
         os.chmod(os.path.join(work, "content"), 0o755)      # containers of other users read it (C-161)
@@ -6106,7 +6131,7 @@ SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS",
 def parse_answer(data, program, read):
     """What `read` makes of the JSON that a program printed; CommandError where that is of another form."""
     try:
-        return read(parse_json(data, program))
+        return read(parse_json(data, program, len(data)))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         words = f"{type(error).__name__}: {error}"
         raise CommandError(f"{program} answered in an unknown form ({words})") from None
@@ -6138,12 +6163,13 @@ def get_temporary(state_dir, environ):
     return {"TMPDIR": os.path.join(state_dir, "tmp")} if os.geteuid() == 0 or os.path.isdir(runtime) else {}
 
 
-def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
+def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b"", files=()):
     """The one door to other programs: Output(exit code, stdout bytes, the end of stderr as printable text).
 
     argv: list, never a shell.  The program runs in a process group of its own, which is killed whole after
-    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads.  A non-zero exit
-    code is an answer.  Raises CommandMissing, CommandTimeout, CommandError.
+    `timeout` seconds or when it prints more than `limit` bytes; `data` is all that it reads, `files` are
+    descriptors that it gets, too.  A non-zero exit code is an answer.  Raises CommandMissing, CommandTimeout,
+    CommandError.
     """
     import subprocess
     try:
@@ -6151,7 +6177,7 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
                                    stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE,
                                    env=get_command_environment(os.environ if env is None else env), cwd=cwd,
-                                   start_new_session=True)
+                                   start_new_session=True, pass_fds=files)
     except FileNotFoundError:
         needed = NEEDED_BY.get(os.path.basename(argv[0]), "correct the setting that names it")
         raise CommandMissing(f"{argv[0]} is not installed, or not on PATH; {needed}") from None
@@ -6430,27 +6456,27 @@ def read_body(response, limit, timeout, where):
 
     Refused over `limit`, Unreachable when cut short or slower than 1 KiB/s over four time-outs.
     """
-    pieces, size = [], 0
+    body = io.BytesIO()
+    size = 0
     start = time.monotonic()
     while True:
         response.paced.renew()
         piece = response.read1(65536)
         if not piece:
             break
-        pieces.append(piece)
-        size += len(piece)
+        size += body.write(piece)
         if size > limit:
             raise Refused(f"{where}: the answer is longer than {limit} bytes")
         elapsed = time.monotonic() - start
         if elapsed > 4 * timeout and size < KIB * elapsed:
             raise Unreachable(f"{where}: given up at {size} bytes after {elapsed:.0f} s")
     unframed = response.length is None and not response.chunked
-    if unframed and not pieces and where.startswith("GET") and response.status == 200:
+    if unframed and not size and where.startswith("GET") and response.status == 200:
         # http.client takes a broken head for a whole one
         raise Unreachable(f"{where}: the answer broke off in its head")
     if response.length:
         raise Unreachable(f"{where}: the answer was cut short, {response.length} bytes are missing")
-    return b"".join(pieces)
+    return body.getvalue()
 
 
 def make_network_error(where, error):
@@ -6601,10 +6627,10 @@ def log_wait(words):
 
 
 def write_file(path, data, mode=0o600, temporary=None):
-    """The one door for writing: the file holds either its old bytes or all of `data`, whatever happens
-    (D-34).
+    """The one door for writing: the file holds its old bytes or all new ones, whatever happens (D-34).
 
-    Temporary file (by default beside it), fsync, rename, fsync of the folder.  Raises StorageError.
+    data: bytes, or pieces of them one by one.  Temporary file (by default beside it), fsync, rename, fsync of
+    the folder.  Raises StorageError.
     """
     folder = os.path.dirname(path)
     temporary = temporary or f"{path}.tmp"
@@ -6613,9 +6639,10 @@ def write_file(path, data, mode=0o600, temporary=None):
         descriptor = os.open(temporary, flags, mode)
         try:
             os.fchmod(descriptor, mode)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view):]
+            for piece in [data] if isinstance(data, bytes) else data:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(descriptor, view):]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -6673,6 +6700,12 @@ def read_file(path, limit):
     if len(data) > size:
         raise StorageError(f"{path} is longer than {size} bytes")
     return data
+
+
+def load_pieces(path):
+    """The bytes of a file piece by piece; may raise OSError."""
+    with open(path, "rb") as file:
+        yield from read_pieces(file, 0, os.fstat(file.fileno()).st_size)
 
 
 def create_folder(path, mode=0o700):
@@ -6818,9 +6851,11 @@ def make_state_data(state):
     The outbox is a list there, because its order counts.
     """
     data = make_json(dict(state, outbox=list(state["outbox"].values())))
-    return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
+    return b'%s%s%s"}' % (memoryview(data)[:-1], SUM, sha256_digest(data).encode())
 
 
+SUM = b',"sum":"'                   # what stands before the digest
+MAX_WORDS = 2 * MIB                 # characters that are kept of the messages of all faults together
 OLD_FIELDS = ("left", "failures", "retryAt", "repairs", "repairedAt")      # of records of schema 1
 
 
@@ -6831,10 +6866,10 @@ def parse_state(data, path):
 
     One without a digest was written by an older agent, or by hand.
     """
-    head, mark, digest = data.rpartition(b',"sum":"')
-    if mark and digest != sha256_digest(head + b"}").encode() + b'"}':
+    end = data.rfind(SUM)
+    if end >= 0 and data[end + len(SUM):] != digest_pieces([memoryview(data)[:end], b"}"]).encode() + b'"}':
         raise ValueError(f"{path} is damaged: its bytes do not have the digest at its end")
-    state = parse_json(data, path)
+    state = parse_json(data, path, len(data))
     blank = make_state()
     if not isinstance(state, dict) or type(state.get("schema")) is not int or state["schema"] < 1:
         raise ValueError(f"{path} is not a state of this agent")
@@ -6867,6 +6902,17 @@ def migrate_record(record):
     if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
     return dict(record, retry={}, repair={})
+
+
+def shorten_errors(state):
+    """Cuts what is told of faults where many deployments have some, so that the state stays small."""
+    holders = list(state["deployments"].values())
+    for item in [*holders, *state["outbox"].values()]:
+        holders += [item.get("status", {}), *item.get("components", ())]
+    errors = [holder["error"] for holder in holders if holder.get("error")]
+    most = max(100, MAX_WORDS // max(1, len(errors)))
+    for error in errors:
+        error["message"] = error["message"][:most]
 
 
 def make_core(state):
@@ -6974,6 +7020,7 @@ class Store:
         First its copy, where that would otherwise be older in what no damage may bring back.  A full disk
         is given the reserve (P-4).
         """
+        shorten_errors(state)
         data = make_state_data(state)
         core = make_core(state)
         if data == self.saved:
@@ -7015,30 +7062,26 @@ class Store:
         except OSError as error:
             raise StorageError(f"{self.path('artifacts')} cannot be pruned ({error.strerror})") from None
         short = {digest.split(":")[1][:16] for digest in digests}
-        for folder, folders, _ in os.walk(self.path("deployments")):
-            # of a component, which may have such a name itself
-            inside = os.path.dirname(os.path.dirname(folder)) == self.path("deployments")
-            needed = self.load_needed(folder, short) if inside else set()
-            form = r"[0-9a-f]{16}|content-[0-9a-f]{32}(\.new)?"
-            for name in [
-                name for name in folders if name.endswith(".tmp") or inside and re.fullmatch(form, name)
-            ]:
-                folders.remove(name)
-                if name not in short | needed:
-                    remove_folder(os.path.join(folder, name))
+        form = re.compile(r"[0-9a-f]{16}(\.content)?|content-[0-9a-f]{32}(\.new)?")
+        top = self.path("deployments")
+        for folder, folders, files in os.walk(top):
+            # of a component; what is below is the applications'
+            inside = os.path.dirname(os.path.dirname(folder)) == top
+            needed = self.load_needed(folder, files, short) if inside else ()
+            for name in folders + files:
+                if name.endswith(".tmp") or inside and form.fullmatch(name) and name not in needed:
+                    path = os.path.join(folder, name)
+                    if not remove_file(path):
+                        remove_folder(path)
+            folders[:] = [] if inside else [name for name in folders if not name.endswith(".tmp")]
 
-    def load_needed(self, folder, short):
-        """The folders of a component from which containers of these packages mount files (see Folder.keep).
-
-        Other notes go.
+    def load_needed(self, folder, files, short):
+        """The names in a component's folder that stay: these packages, the notes of what their containers
+        mount, and that itself (see Folder.keep).
         """
-        needed = set()
-        for name in [name for name in os.listdir(folder) if re.fullmatch(r"[0-9a-f]{16}\.content", name)]:
-            if name[:16] in short:
-                needed.update((read_file(os.path.join(folder, name), MIB) or b"").decode().split())
-            else:
-                remove_file(os.path.join(folder, name))
-        return needed
+        notes = [name for name in files if name[:16] in short and name[16:] == ".content"]
+        texts = [read_file(os.path.join(folder, name), MIB) or b"" for name in notes]
+        return short.union(notes, b" ".join(texts).decode().split())
 
     def memo_path(self):
         """Where the last contact with the WFM is kept: in memory, so that an unchanged poll writes
@@ -7210,7 +7253,9 @@ def load_part(path):
     """What load_digest takes of one file, folder or link."""
     if os.path.islink(path):
         return os.readlink(path)
-    content = "" if os.path.isdir(path) else sha256_digest(read_file(path, 1024 * MIB) or b"")
+    content = ""
+    if not os.path.isdir(path):
+        content = digest_pieces(load_pieces(path))
     return f"{os.stat(path).st_mode:o} {content}"
 
 
@@ -7500,10 +7545,12 @@ def checked(expected, test):
     return read
 
 
-def list_of(read_item, expected):
-    """A reader of a list of what another reader takes; `expected` is said where it is none."""
+def list_of(read_item, expected, least=0):
+    """A reader of a list of what another reader takes, at least so many; `expected` is said where it is none.
+
+    """
     def read(value, base):
-        if not isinstance(value, list):
+        if not isinstance(value, list) or len(value) < least:
             raise ValueError(expected)
         return [read_item(item, base) for item in value]
     return read
@@ -7512,6 +7559,15 @@ def list_of(read_item, expected):
 def is_number(value):
     """Whether a value is a number that JSON can write; a boolean is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def get_kind(value):
+    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, str):
+        return "text"
+    return "number" if is_number(value) else None
 
 
 def is_mapping(value):
@@ -7525,10 +7581,6 @@ def is_uri(key):
 
 
 HOST_PATTERN = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
-GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
-# A repository's address as git takes it, which is never an option or a helper to git, or holds a password.
-GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
-               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
 PINS = "a list of base64 SHA-256 digests of public keys, 44 characters each"
 DURATION = (
     "a duration greater than zero: seconds, or a number with s, m, h or d, such as 30s, and at most 3650d"
@@ -7542,10 +7594,6 @@ read_word = scalar("printable ASCII without \" and \\", r'[ !#-\[\]-~]*')
 read_url = scalar("an absolute https URL", rf"https://{HOST_PATTERN}([/?][^\s#@]*)?")
 read_root_url = scalar("an absolute https URL without query", rf"https://{HOST_PATTERN}(/[^\s#@?]*)?",
                        lambda text: text.rstrip("/"))
-read_address = scalar(
-    "an absolute https URL without query, or for profile git one of https, ssh or file, or host:path",
-    rf"https://{HOST_PATTERN}(/[^\s#@?]*)?|{GIT_ADDRESS}",
-    lambda text: text.rstrip("/") if text.startswith("https:") else text)
 read_folders = list_of(scalar("a list of absolute paths", r"(?s)/.*"), "a list of absolute paths")
 read_devices = list_of(
     scalar("a list of files below /dev", r"/dev/[\w./:+@*-]+"), "a list of files below /dev"
@@ -7602,44 +7650,34 @@ def read_compose(value, base):
     return choice("auto", "builtin", "off")(value, base)
 
 
-def is_words(value, words):
-    """Whether a value is a list of at least one of some words."""
-    return isinstance(value, list) and bool(value) and all(item in words for item in value)
+def equipment_of(words):
+    """A reader of a list of {type: one of some words, all else: text}."""
+    kinds = words.split()
+    words = f"a list with the types {words}"
+    return list_of(checked(words, lambda item: is_mapping(item) and item.get("type") in kinds
+                           and {"text"}.issuperset(map(get_kind, item.values()))), words)
 
 
-def is_equipment(value, kinds):
-    """Whether a value is a list of {type: one of `kinds`, all else: text}."""
-    return isinstance(value, list) and all(
-        isinstance(item, dict) and item.get("type") in kinds
-        and all(isinstance(text, str) for text in item.values())
-        for item in value)
-
-
-def is_cpus(value):
-    """Whether a value is a list of at least one {cores: number, architecture: text}."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(item, dict) and is_number(item.get("cores")) and item["cores"] > 0
-        and item.get("architecture", "arm") in ("amd64", "arm64", "arm") for item in value)
+def is_cpu(item):
+    """Whether a value is {cores: number, architecture: text}."""
+    return (isinstance(item, dict) and is_number(item.get("cores")) and item["cores"] > 0
+            and item.get("architecture", "arm") in ("amd64", "arm64", "arm"))
 
 
 # Margo's own properties, each with what a WFM may expect of it (protocol 3.5, C-083, C-091).
-PERIPHERALS, INTERFACES = (
-    "gpu display camera microphone speaker",
-    "ethernet wifi cellular bluetooth usb canbus rs232",
-)
+CPUS = "a list of {cores: number, architecture: amd64, arm64 or arm}"
 PROPERTIES = {
     "vendor": read_name, "modelNumber": read_name, "serialNumber": read_name,
     "memory": scalar("a size such as 512Mi", "[0-9]{1,18}[KMG]i"),
     "storage": scalar("a size such as 512Mi", "[0-9]{1,18}[KMGTPE]i"),
-    "cpus": checked("a list of {cores: number, architecture: amd64, arm64 or arm}", is_cpus),
-    "peripherals": checked(f"a list with the types {PERIPHERALS}",
-                           lambda item: is_equipment(item, PERIPHERALS.split())),
-    "interfaces": checked(f"a list with the types {INTERFACES}",
-                          lambda item: is_equipment(item, INTERFACES.split())),
+    "cpus": list_of(checked(CPUS, is_cpu), CPUS, 1),
+    "peripherals": equipment_of("gpu display camera microphone speaker"),
+    "interfaces": equipment_of("ethernet wifi cellular bluetooth usb canbus rs232"),
     "otelCollector": checked("true, as Margo demands it where workloads run", lambda item: item is True),
-    "supportedRuntimes": checked("a list of oci, custom", lambda item: is_words(item, ("oci", "custom"))),
-    "supportedDeploymentTypes": checked("a list of helm, compose, custom",
-                                        lambda item: is_words(item, ("helm", "compose", "custom")))}
+    "supportedRuntimes": list_of(choice("oci", "custom"), "a list of oci, custom", 1),
+    "supportedDeploymentTypes": list_of(choice("helm", "compose", "custom"),
+                                        "a list of helm, compose, custom", 1),
+}
 
 
 def read_properties(value, base):
@@ -7669,18 +7707,11 @@ def read_environment(value, base):
     return {name: read_text(item, base) for name, item in value.items()}
 
 
-def get_kind(value):
-    """`text`, `boolean` or `number`, None for everything else; a boolean is no number."""
-    kinds = ((bool, "boolean"), ((int, float), "number"), (str, "text"))
-    return next((kind for types, kind in kinds if isinstance(value, types)), None)
-
-
 def is_label(value):
     """Whether a value is text, number or boolean, or a list of texts or of numbers (C-087)."""
-    if not isinstance(value, list):
-        return get_kind(value) == "number" and is_number(value) or get_kind(value) in ("text", "boolean")
-    kinds = set(map(get_kind, value))
-    return kinds == {"text"} or kinds == {"number"} and all(map(is_number, value))
+    if isinstance(value, list):
+        return set(map(get_kind, value)) in (set(), {"text"}, {"number"})
+    return get_kind(value) is not None
 
 
 read_labels = checked("a mapping of labels to text, number, boolean, or a list of texts or of numbers",
@@ -7757,7 +7788,7 @@ SCHEMA = {
     "wfm": {
         "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls",
                     "generation of Margo's protocol that the WFM speaks"),
-        "url": (read_address, None, "root URL of the WFM, or address of the repository"),
+        "url": (read_root_url, None, "root URL of the WFM"),
         "timeout": (read_duration, "30s", "limit of connecting, and of each wait for data"),
         "min_tls": (choice("1.2", "1.3"), "1.3", "oldest TLS version that is accepted"),
     },
@@ -8134,7 +8165,6 @@ def make_pem(ders):
 # column is `column` (-1 at the end and at a marker).
 
 MAX_DEPTH = 64                      # levels of collections
-MAX_NODES = 250000                  # nodes, lines, and each 16 characters that an alias repeats
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT_PATTERN = (
@@ -8210,8 +8240,9 @@ class YAMLReader:
     PROPERTY = re.compile(r"(?:&([^\s,\[\]{}]+)|(!<[^\s<>]+>|![^\s,\[\]{}]*))(?:[ \t]+|(?=[\n,\]}]))")
     # what is not itself in a quoted scalar
     QUOTED = {
-        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|[ \t\n]+"),
-        "'": re.compile(r"''|[ \t\n]+"),
+        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
+                        r"|(?:(?<![ \t])|(?<=\\[ \t]))[ \t]*\n[ \t\n]*"),
+        "'": re.compile(r"''|(?<![ \t])[ \t]*\n[ \t\n]*"),
     }
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
@@ -8239,7 +8270,9 @@ class YAMLReader:
         raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
 
     def count(self, nodes=1):
-        """Counts what takes memory, so that no small document becomes huge."""
+        """Counts nodes, lines, and each 16 characters that an alias repeats: no small document becomes huge.
+
+        """
         self.nodes += nodes
         if self.nodes > MAX_NODES:
             self.fail(f"more than {MAX_NODES} nodes and lines")
@@ -8637,10 +8670,7 @@ class YAMLReader:
                 return "'"
             if piece[0] == "\\" and piece[1] != "\n":
                 return self.make_character(piece, place)
-            ends = piece.count("\n")
-            if not ends:
-                return piece
-            after, _, column = self.look(place + (piece[0] == "\\"))
+            after, ends, column = self.look(place + (piece[0] == "\\"))
             if self.is_outside(after, column, parent):
                 self.fail("a quoted value is continued with too little indentation", after)
             return "\n" * (ends - 1) or ("" if piece[0] == "\\" else " ")
@@ -8735,8 +8765,16 @@ def measure_depth(value):
 
 def sha256_digest(data):
     """The digest of bytes in Margo's spelling, `sha256:` and 64 lower-case hex digits (C-108, C-109)."""
+    return digest_pieces([data])
+
+
+def digest_pieces(pieces):
+    """The digest, as sha256_digest spells it, of bytes that come piece by piece."""
     import hashlib
-    return "sha256:" + hashlib.sha256(data).hexdigest()
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return "sha256:" + found.hexdigest()
 
 
 def make_json(value):
@@ -8747,11 +8785,11 @@ def make_json(value):
     ).encode()
 
 
-def parse_json(data, what):
+def parse_json(data, what, most=MAX_NODES):
     """JSON text that leaves no doubt (UTF-8, no duplicate member, no NaN, nothing endless, no half character)
     to a value.
 
-    Raises ValueError naming `what`.
+    Raises ValueError naming `what`, also for more than `most` members.
     """
     import json
 
@@ -8774,6 +8812,8 @@ def parse_json(data, what):
     try:
         if data[:2] == b"\x1f\x8b":
             raise ValueError("it is coded by gzip (Content-Encoding), which was not asked for")
+        if sum(map(data.count, (b",", b"[", b"{"))) > most:
+            raise ValueError(f"it has more than {most} members")
         value = json.loads(data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=refuse,
                            parse_int=read_int,
                            parse_float=read_float)
@@ -8818,51 +8858,62 @@ def parse_date(text):
         return None
 
 
-def unpack_gzip(data, max_unpacked):
-    """The content of one whole gzip stream.
-
-    Raises ValueError over the limit or for a stream that is not just that.
-    """
+def check_gzip(data, max_unpacked):
+    """Raises ValueError unless bytes are one whole gzip stream that unpacks to at most so many bytes."""
     import zlib
     stream = zlib.decompressobj(31)
+    size, place = 0, 0
     try:
-        plain = stream.decompress(data, max_unpacked + 1)
+        while not stream.eof:
+            piece = stream.unconsumed_tail or data[place:place + 16 * KIB]
+            place += 0 if stream.unconsumed_tail else len(piece)
+            plain = stream.decompress(piece, MIB)
+            size += len(plain)
+            if not piece and not plain:
+                break
+            if size > max_unpacked:
+                raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
     except zlib.error as error:
         raise ValueError(f"not a readable tar+gzip ({error})") from None
-    if len(plain) > max_unpacked:
-        raise ValueError(f"it unpacks to more than {max_unpacked} bytes (policy.max_unpacked)")
-    if not stream.eof or stream.unused_data:
+    if not stream.eof or stream.unused_data or place < len(data):
         raise ValueError("it is cut short, or something follows it")
-    return plain
 
 
 def unpack_tar(data, max_unpacked, max_entries):
-    """(the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
+    """(a file of the tar's bytes, [TarInfo], where the archive ends in it) of a tar+gzip.
 
-    Raises ValueError for what is none, or is over a limit.
-
-    A file's content is what lies at its place in the bytes: tarfile itself would blow up a sparse one to
-    whatever size it claims.
+    The file is unpacked as it is read, because the whole may be larger than the memory (see read_pieces).
+    Raises ValueError for what is none, or is over a limit.  A file's content is what lies at its place in the
+    bytes: tarfile itself would blow up a sparse one to whatever size it claims.
     """
-    import io
+    import gzip
     import itertools
     import tarfile
 
-    class Headers(io.BytesIO):
-        """What tarfile reads: headers, forwards and up to a limit.
+    class Headers:
+        """What tarfile reads: headers, forwards and up to a limit, because it keeps all that they hold.
 
-        A negative size leads it in circles, and it keeps all that they hold.
+        To go back would unpack all anew; a negative size leads it in circles.
         """
 
-        left = 64 * MIB
+        left = 32 * MIB
 
-        def read(self, size=-1):
+        def __init__(self, file):
+            self.file, self.tell = file, file.tell
+
+        def seek(self, offset):
+            if offset < self.tell() - 512:
+                raise ValueError("headers of negative size")
+            return self.file.seek(offset)
+
+        def read(self, size):
             self.left -= size
             if size < 0 or self.left < 0:
                 raise ValueError("headers that are too large, or of negative size")
-            return super().read(size)
+            return self.file.read(size)
 
-    plain = unpack_gzip(data, max_unpacked)
+    check_gzip(data, max_unpacked)
+    plain = gzip.GzipFile(fileobj=io.BytesIO(data))
     try:
         with tarfile.open(fileobj=Headers(plain), mode="r:") as archive:
             members = list(itertools.islice(archive, max_entries + 1))
@@ -8871,6 +8922,17 @@ def unpack_tar(data, max_unpacked, max_entries):
     if len(members) > max_entries:
         raise ValueError(f"more than {max_entries} entries")
     return plain, members, archive.offset
+
+
+def read_pieces(file, offset, size):
+    """So many bytes of a file from a place on, piece by piece."""
+    file.seek(offset)
+    while size > 0:
+        piece = file.read(min(size, MIB))
+        if not piece:
+            return
+        size -= len(piece)
+        yield piece
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -9435,6 +9497,18 @@ BRANCH_PATTERN = (r"(?!.*(\.\.|\.(lock)?(/|$)))[A-Za-z0-9_][A-Za-z0-9_.+@-]*"   
                   r"(/[A-Za-z0-9_+@][A-Za-z0-9_.+@-]*)*")
 
 
+GIT_HOST = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)"
+# A repository's address that git never takes for an option or a helper, and that holds no password.
+GIT_ADDRESS = (r"file:///[^\x00-\x1f\x7f]*|" rf"ssh://{GIT_HOST}(:[0-9]{{1,5}})?/[!-~]+|"
+               rf"{GIT_HOST}:(?!//)[A-Za-z0-9_~./][!-~]*")
+read_address = scalar("an absolute https URL, or for profile git also ssh, file, or host:path", GIT_ADDRESS)
+
+
+def read_url_or_address(value, base):
+    """The root URL of a WFM, or a repository's address; which one is needed, the profile says."""
+    return (read_root_url if str(value).startswith("https:") else read_address)(value, base)
+
+
 def parse_folder(text):
     """A folder inside a repository without slashes around it; empty: the whole of it; raises ValueError."""
     parts = text.strip("/").split("/")
@@ -9445,6 +9519,7 @@ def parse_folder(text):
 
 read_branch = scalar("the name of a branch", BRANCH_PATTERN)
 read_folder = scalar("a folder inside the repository", make=parse_folder)
+SCHEMA["wfm"]["url"] = (read_url_or_address, None, "root URL of the WFM, or address of the repository")
 SCHEMA["wfm"]["status_url"] = (read_root_url, None, "root URL of a WFM to report to; without it a branch is")
 SCHEMA["git"] = {
     "branch": (read_branch, "main", "branch of the desired state"),
@@ -9477,17 +9552,6 @@ def check_git_settings(config):
 CHECKS.append(check_git_settings)
 
 
-def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
-
-    Returns what held before.
-    """
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
-    return soft
-
-
 class GitSource:
     """The desired state as a folder of documents on a branch, and a branch of one's own as the sink of
     reports.
@@ -9504,6 +9568,7 @@ class GitSource:
         self.branch = f"refs/heads/{config.git.branch}"
         self.repository = os.path.join(home, "repository")
         self.env = make_git_environment(config, home, os.environ)
+        self.secret = save_secret(header) if header else None
         self.heads, self.reporter = {}, None
 
     def git(self, command, *arguments, timeout=60, codes=(0,), env=None, **options):
@@ -9516,8 +9581,12 @@ class GitSource:
             folder = os.path.join(self.home, "none")                    # what is spoilt stops no poll (P-14)
         before = os.umask(0o077)                    # what git writes is below the state directory
         try:
-            command_line = ["git", f"--git-dir={folder}", command, *arguments]
-            output = run_command(command_line, timeout, env or self.env, self.home, **options)
+            files = [self.secret.fileno()] if self.secret else []
+            command_line = ["git", f"--git-dir={folder}"]
+            for number in files:
+                command_line += ["-c", f"include.path=/proc/self/fd/{number}"]
+            output = run_command([*command_line, command, *arguments], timeout, env or self.env, self.home,
+                                 files=files, **options)
         except CommandMissing as error:
             raise ConfigError(error.message) from None
         finally:
@@ -9695,10 +9764,9 @@ class GitSource:
         for name in ignored:
             log("info", "ignored: not a file", name=name)
         total = sum(size for _, _, size in blobs)
-        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked:
+        if len(blobs) > MAX_DEPLOYMENTS or total > policy.max_unpacked // DOCUMENTS:
             raise Refused(f"commit {head} refused: {len(blobs)} documents of {total} bytes are more than"
-                          f" {MAX_DEPLOYMENTS}"
-                          " or policy.max_unpacked")
+                          f" {MAX_DEPLOYMENTS} or 1/{DOCUMENTS} of policy.max_unpacked")
         found = parse_files(self.read_blobs(blobs))
         suspects = find_suspects(self.list_tree(base), listing, {*found[2]}) if base else []
         for name, data in self.read_blobs(suspects):
@@ -9807,6 +9875,17 @@ class GitSource:
         return made.stdout.decode().strip()
 
 
+def limit_files(size):
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
+
+    Returns what held before.
+    """
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
+    return soft
+
+
 def ask_ssh(address, timeout):
     """Whether an ssh server answers at a repository's address: then it is not the wire that is at fault."""
     import socket
@@ -9870,14 +9949,13 @@ GIT_CONFIG = """\
 """
 
 
-def make_git_config(config, home, header):
-    """The configuration that git finds in its home, as bytes, with the credential, which nobody else sees."""
+def make_git_config(config, home):
+    """The configuration that git finds in its home, as bytes."""
     settings = {
         "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
         "http.sslVersion": f"tlsv{config.wfm.min_tls}",
         "http.sslCAInfo": config.identity.ca,
         "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
-        "http.extraHeader": header and f"Authorization: {header}",
         "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
     }
     text = GIT_CONFIG
@@ -9890,6 +9968,18 @@ def make_git_config(config, home, header):
         for place in (folder, folder + "/.git"):
             text += f"[safe]\n\tdirectory = {quote_for_git(place)}\n"
     return text.encode()
+
+
+def save_secret(header):
+    """A file without a name from which git reads its credential; it goes with this process.
+
+    So the credential is in no folder, environment or command line.
+    """
+    import tempfile
+    file = tempfile.TemporaryFile()
+    file.write(f"[http]\n\textraHeader = {quote_for_git('Authorization: ' + header)}\n".encode())
+    file.flush()
+    return file
 
 
 def quote_for_git(value):
@@ -10082,7 +10172,7 @@ class Git(Profile):
             home = temporary.name
         create_folder(os.path.join(home, "none"))
         path = os.path.join(home, ".gitconfig")
-        content = make_git_config(config, home, header)
+        content = make_git_config(config, home)
         if read_file(path, MAX_ANSWER) != content:
             write_file(path, content)
         wfm = Settings(config, wfm=Settings(config.wfm, url=config.wfm.status_url))
@@ -10116,7 +10206,7 @@ class Git(Profile):
 
 
 PROFILES["git"] = Git
-TRACES.append("git")                # its credential, too
+TRACES.append("git")
 
 
 # ----------------------------------------------------------------------------------------------------------
