@@ -11547,10 +11547,8 @@ def examine_engine(agent):
     if not drivers and agent.devices[1:]:
         return "ok", "nothing here runs workloads; they run on child devices"
     if not drivers:
-        return (
-            "warn",
-            "nothing here runs Compose applications; install podman or docker, or see runtime.compose",
-        )
+        return "warn", ("nothing here runs Compose applications; install podman or docker, or see"
+                        " runtime.compose")
     claim = obtain_claim(agent.get_profile(), agent.device_id)
     words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
@@ -11574,11 +11572,11 @@ def examine_registries(agent):
 
 
 def examine_connection(agent):
-    """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
+    """Whether the WFM answers, is the one it should be, and offers what can be accepted."""
     agent.connect(keep=False)
     desired = agent.fetch_desired()
-    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; " + (
-        f"version {desired.version} is there to be accepted" if desired else "nothing new")
+    news = f"version {desired.version} is there to be accepted" if desired else "nothing new"
+    return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; {news}"
 
 
 COMMANDS["doctor"] = (command_doctor, {}, "")
@@ -11589,7 +11587,7 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 # ----------------------------------------------------------------------------------------------------------
 
 def look_at(config, word):
-    """What there is of a deployment that somebody names: (Store, record, drivers of its device, a look).
+    """(Agent, record, Seen): a deployment that somebody names, and what its device shows of it now.
 
     The look is a function that returns its containers, or raises CommandError.  Raises ConfigError,
     StorageError.
@@ -11597,11 +11595,11 @@ def look_at(config, word):
     agent = Agent(config)
     agent.state = agent.store.load_state()
     record = find_record(agent.state, word)
-    drivers = [device.drivers for device in agent.devices if device.device_id == record["deviceId"]]
-    drivers = drivers[0] if drivers else {}
+    home = record["deviceId"]
+    devices = [device for device in agent.devices if device.device_id == home]
     claim = obtain_claim(agent.get_profile(), agent.device_id)
-    return agent.store, record, drivers, lambda: find_containers(
-        record["deploymentId"], observe_all(drivers, record, claim))
+    seen = observe_devices(devices, [record], claim).get(home, Seen([], {}, {}))
+    return agent, record, seen._replace(containers=find_containers(record["deploymentId"], seen.containers))
 
 
 def command_describe(config, options):
@@ -11613,14 +11611,11 @@ def command_describe(config, options):
     """
     if not options["operands"]:
         return command_status(config, options)
-    store, record, _, look = look_at(config, options["operands"][0])
-    seen = try_look(look)
-    trouble = isinstance(seen, CommandError)
-    containers = [] if trouble else seen
+    agent, record, seen = look_at(config, options["operands"][0])
     adopted = record["adopted"]
     target = Target(record["deploymentId"], adopted["digest"], adopted["version"], None, None)
-    deployment = read_target(target, store.load_artifact, config).deployment
-    report = make_details(record, deployment, containers, get_clock())
+    deployment = read_target(target, agent.store.load_artifact, config).deployment
+    report = make_details(record, deployment, seen.containers, get_clock())
     if "--json" in options:
         return print_json(report)
     print_row(report["state"], f"{report['deploymentId']}  {report['name']}  on {report['deviceId']}")
@@ -11632,8 +11627,8 @@ def command_describe(config, options):
         since = f" since {item['since']}" if item["since"] else ""
         ports = f"  ports {', '.join(item['ports'])}" if item["ports"] else ""
         print_row(item["state"], f"{item['name']}{since}  {item['image']}{ports}")
-    if trouble:
-        print_row("containers", seen.message)
+    for fault in seen.silent.values():
+        print_row("containers", fault.message)
     if report["attempts"]:
         print_row("attempts", f"{report['attempts']} failed; the next one is due"
                   f" {report['nextAttempt'] or 'with the next run'}, `retry {report['name']}` tries at once")
@@ -11677,9 +11672,11 @@ def command_logs(config, options):
     Example: margo_agent.py logs hello --tail 50
     """
     name, *services = options["operands"]
-    _, record, drivers, look = look_at(config, name)
-    found = [container for container in look() if container.service in services or not services]
-    driver = drivers.get(found[0].type) if found else None
+    _, record, seen = look_at(config, name)
+    for fault in seen.silent.values():
+        raise fault
+    found = [item for item in seen.containers if item.service in services or not services]
+    driver = seen.drivers.get(found[0].type) if found else None
     if not hasattr(driver, "engine"):
         where = make_printable(f"service {services[0]} of {name}" if services else name)
         raise ConfigError(f"{where} has no container here; `status {record['name']}` shows what there is")
@@ -11779,12 +11776,14 @@ COMMANDS.update(
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
-    """`run --once`: one cycle; `run`: one after the other, each in a process of its own.
+    """Polls the WFM and makes the device match what it wants, for ever or (`--once`) a single time.
 
-    --spread: the cycle begins at the device's own moment within that time, for fleets that cron starts.
+    `--spread TIME` begins at the device's own moment within that time, for fleets that cron starts.
+
+    Example: margo_agent.py run --once --spread 50s
     """
     try:
-        spread = "--spread" in options and read_duration(options["--spread"], "")
+        spread = read_duration(options["--spread"], "") if "--spread" in options else 0
     except ValueError as error:
         raise ConfigError(f"--spread: found {options['--spread']!r}, expected {error}") from None
     if "--once" not in options:
@@ -11848,11 +11847,11 @@ def start_watch(config, arguments):
         for part in (notify, write_line, start_cycle, read_answer, count_wakes, end_cycle, watch)
     }
     last = "the daemon has ended" if log.level in ("debug", "info") else ""
-    arguments = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
-    program = ("import marshal, os, time\n"
+    words = make_child(arguments), CYCLE_RETRY, HUNG, STOP_LIMIT, last
+    program = (f"import marshal, os, time\nLINE = {LINES[log.form]!r}\n"
                f"for name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               f"    globals()[name] = type(lambda: None)(code, globals())\nLINE = {LINES[log.form]!r}\n"
-               f"raise SystemExit(watch(*{arguments!r}))\n")
+               "    globals()[name] = type(lambda: None)(code, globals())\n"
+               f"raise SystemExit(watch(*{words!r}))\n")
     log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
         wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
     reader, writer = os.pipe()
@@ -11972,14 +11971,13 @@ def end_cycle(pid, limit):
 
 
 def watch(child, fallback, hung, limit, last):
-    """Runs cycles one after the other; returns the daemon's exit code.
+    """Runs cycles one after the other, for ever; returns the daemon's exit code.
 
-    child: the command line of a cycle, which says in a pipe how long to wait after it, else `fallback`, and
-    how it went.  last: how the log ends.  SIGTERM and SIGINT end the daemon after the current step, SIGHUP
-    starts a cycle at once; each reads the configuration anew.
-
-    A cycle that has not woken from a wait for `hung` seconds hangs, because its own waits are shorter: it is
-    killed.  systemd's watchdog is fed while cycles can be started and move; five in a row that cannot end it.
+    child: the command line of a cycle.  It says in a pipe how many seconds to wait after it (else `fallback`)
+    and how it went.  SIGTERM and SIGINT end the daemon after the current step; `last` is how its log ends.
+    SIGHUP starts a cycle at once; each cycle reads the configuration anew.  A cycle that has not woken from
+    a wait for `hung` seconds hangs, because its own waits are shorter: it is killed.  systemd's watchdog is
+    fed while cycles can be started and move.  Five cycles in a row that cannot be started end the daemon.
     """
     import signal
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
@@ -12094,10 +12092,7 @@ def purge(agent):
         agent.connect()
     version = (agent.state["accepted"] or {}).get("version", 0)
     agent.reconcile({"version": version, "deployments": []})
-    try:
-        agent.flush_outbox()                        # also what an earlier purge could not report
-    except Untrusted as error:
-        log("warning", "the WFM does not take the last reports", reason=error.message)
+    agent.flush_outbox()                            # also what an earlier purge could not report
     return any(record["state"] != "removed" for record in agent.state["deployments"].values())
 
 
