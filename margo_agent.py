@@ -2782,6 +2782,7 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     check_sequence(bundle, trust, trust_domain)
     if bundle == held and trust.get("source") == url:
         return held
+    make_tls_context(bundle.anchors)                # OpenSSL can use them; else the one at hand stays
     if keep:
         write_file(store.path("trust-bundle.json"), answer.body)
     trust.update(source=url, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
@@ -6480,6 +6481,8 @@ def kill_group(process):
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
 
 
+# What TLS 1.2 may use, and with any TLS no short keys and no SHA-1; Python's own words from 3.10 on.
+CIPHERS = "@SECLEVEL=2:ECDH+AESGCM:ECDH+CHACHA20:ECDH+AES:DHE+AES:!aNULL:!eNULL:!aDSS:!SHA1:!AESCCM"
 Problem = define("Problem", "type title detail retryable retry_after strategy errors",
     "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
 
@@ -6493,6 +6496,8 @@ def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.hostname_checks_common_name = False     # a name stands in subjectAltName (RFC 9525)
+    context.set_ciphers(CIPHERS)
     try:
         context.minimum_version = ssl.TLSVersion.TLSv1_2 if min_tls == "1.2" else ssl.TLSVersion.TLSv1_3
         if anchors:
