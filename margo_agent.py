@@ -8045,7 +8045,7 @@ def parse_certificate(der):
         if usage is not None:
             usage = {bit for bit in range(8 * (len(usage) - 1)) if usage[1 + bit // 8] & (0x80 >> bit % 8)}
         return Certificate(
-            der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2],
+            der, subject[2], issuer[2], int.from_bytes(serial[1], "big", signed=True), not_before, not_after, spki[2],
             uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY), find_issuer_key(extensions),
             extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
     except (IndexError, ValueError) as error:
@@ -10746,7 +10746,8 @@ def parse_crl(data):
             raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
         listed = fields[5][1] if fields[5][0] == 0x30 else b""
-        serials = {int.from_bytes(parse_der(entry)[0][1], "big") for _, entry, _ in walk_der(listed)}
+        serials = {int.from_bytes(parse_der(entry)[0][1], "big", signed=True)
+                   for _, entry, _ in walk_der(listed)}
         extensions = parse_extensions(fields[5:], 0xA0)
         number = parse_der(extensions[OID_CRL_NUMBER][1])[0][1]
         if len(number) > 21:

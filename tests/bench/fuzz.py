@@ -369,7 +369,7 @@ def judge_certificate(data, own):
         key_id, issuer_key = extensions.get("2.5.29.14"), extensions.get("2.5.29.35")
         pairs = {
             "subject": (own.subject, other.subject.public_bytes()), "issuer": (own.issuer, other.issuer.public_bytes()),
-            "serial": (own.serial, other.serial_number if other.serial_number >= 0 else own.serial),
+            "serial": (own.serial, other.serial_number),
             "not_before": (own.not_before, to_seconds(other, "not_valid_before")),
             "not_after": (own.not_after, to_seconds(other, "not_valid_after")),
             "uris": (own.uris, names.get_values_for_type(x509.UniformResourceIdentifier) if names else []),
