@@ -201,7 +201,7 @@ class History(support.DeviceCase):
     def test_it_is_bounded(self):
         state = margo_agent.make_state()
         for version in range(50):
-            state["history"] = margo_agent.make_history(state, [], version, "")
+            state["history"] = margo_agent.make_history(state, margo_agent.Desired(version, None, "", [], {}), "")
         self.assertEqual([item["version"] for item in state["history"]], list(range(30, 50)))
 
 

@@ -662,7 +662,7 @@ class Refusals(Encoding):
             with self.subTest(name):
                 with self.assertRaises(YAMLError) as caught:
                     load_yaml("\n".join(lines))
-                self.assertIn("more than 1000000 nodes", str(caught.exception))
+                self.assertIn(f"more than {margo_agent.MAX_NODES} nodes", str(caught.exception))
                 self.assertGreater(caught.exception.line, 3)
                 self.assertLess(caught.exception.line, len(lines))
 
@@ -678,7 +678,7 @@ class Refusals(Encoding):
         answers = done.stdout.decode().split("\n")[:-1]
         self.assertEqual(len(answers), len(texts))
         for answer in answers:
-            self.assertRegex(answer, "^line [0-9]+, column [0-9]+: (more than 1000000 nodes|nested deeper than 64|more on this line)")
+            self.assertRegex(answer, f"^line [0-9]+, column [0-9]+: (more than {margo_agent.MAX_NODES} nodes|nested deeper than 64|more on this line)")
 
     def test_aliases_make_nothing_deeper_than_it_could_be_written(self):
         """Each anchor holds the one before: a few kilobytes, and nothing that walks the value would come back."""
