@@ -8053,8 +8053,8 @@ def parse_certificate(der):
             usage = {bit for bit in range(8 * (len(usage) - 1)) if usage[1 + bit // 8] & (0x80 >> bit % 8)}
         return Certificate(
             der, subject[2], issuer[2], int.from_bytes(serial[1], "big", signed=True),
-            not_before, not_after, spki[2], uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY), find_issuer_key(extensions),
-            extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
+            not_before, not_after, spki[2], uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY),
+            find_issuer_key(extensions), extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
     except (IndexError, ValueError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
 

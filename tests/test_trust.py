@@ -241,7 +241,7 @@ class WfmIds(TrustCase):
         config = margo_agent.make_config({"wfm": {"url": f"https://localhost:{peer.port}", "timeout": "5s"}, "identity": {
             "certificate": files[0], "key": files[1], "trust_bundle": "none"}}, self.folder, {})
         identity = margo_agent.load_identity(config)
-        source = margo_agent.MtlsSource(config, identity, margo_agent.TrustBundle([item.der for item in anchors], None, None))
+        source = margo_agent.MtlsSource(config, identity, margo_agent.TrustBundle([item.der for item in anchors], None, None), {})
         return source.ask("GET", config.wfm.url, {}, None, 1000)
 
     def test_only_the_wfm_that_the_own_id_names_is_spoken_to(self):
@@ -547,7 +547,7 @@ class Redirects(Hosts):
         def ask_wfm(config, host):
             config.identity.update(certificate=self.files[0], key=self.files[1])
             bundle = margo_agent.TrustBundle([item.der for item in self.anchors], None, None)
-            source = margo_agent.MtlsSource(config, margo_agent.load_identity(config), bundle)
+            source = margo_agent.MtlsSource(config, margo_agent.load_identity(config), bundle, {})
             source.send("GET", "/deployments", (200,))
 
         def ask_signed(config, host):
