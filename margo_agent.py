@@ -61,7 +61,7 @@ COMMANDS = {}                       # {name: (its function, to an exit code or n
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
                                     # None}
 EXAMINE = {}                        # {what `doctor` checks: function of the Agent to (ok or warn, words)}
-TRACES = []                         # names in the state directory that `unenroll` removes
+TRACES = ["registries"]             # names in the state directory that `unenroll` removes
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -3775,7 +3775,10 @@ class ComposeDriver:
         program, options = self.make_access(host)
         log("info", "an image is pulled", image=service.image)
         command = program + ["pull", "--quiet"] + arguments + options + [service.image]
-        output = run_command(command, timeout, env=environ)
+        try:
+            output = run_command(command, timeout, env=environ)
+        finally:
+            remove_folder(os.path.join(self.config.state_dir, "registries"))
         if output.code:                             # a full disk is told of in the system's own words
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             words = f"{self.engine} pull failed: {output.stderr[-1500:]}"
@@ -3817,12 +3820,12 @@ class ComposeDriver:
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says.
 
-        Credentials lie in a file of mode 0600.
+        Credentials lie in a file of mode 0600, for as long as the pull lasts.
         """
         settings = self.config.registries.get(host)
         if not settings:
             return [self.engine], []
-        folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
+        folder = os.path.join(self.config.state_dir, "registries")
         create_folder(folder)
         program = [self.engine]
         options = []
@@ -8111,7 +8114,7 @@ def parse_pem(text, label="CERTIFICATE"):
     A block begins with a line, or right behind the block before.  Raises ValueError.
     """
     found = []
-    for block in re.split(f"(?m)^-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
+    for block in re.split(f"(?m)^[ \t]*-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
