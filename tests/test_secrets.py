@@ -161,5 +161,43 @@ class Life(Site):
         self.assertEqual(self.find_files("canary-token"), {path: 0o644, self.device.token: 0o600})
 
 
+class RealEngine(support.EngineCase):
+    """The same on a real podman, whose own helpers are looked at, too."""
+
+    def run_traced(self, *arguments):
+        """One command of the agent, and every program that is started below it for as long as it lives: {(arguments, environment)}."""
+        support.require("strace")
+        path = os.path.join(self.device.folder, f"trace-{len(arguments)}-{self.revision}")
+        argv = ["strace", "-D", "-f", "-qq", "-v", "-s", "100000", "-e", "trace=execve", "-o", path] + self.device.command(*arguments)
+        with open(path + ".log", "w+b") as file:        # the tracer outlives the agent, as the container does
+            done = subprocess.run(argv, env=self.device.env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, timeout=120)
+        log = read(path + ".log").decode("utf-8", "replace")
+        self.assertEqual(done.returncode, 0, log)
+        found = re.findall(r'execve\("([^"]*)", \[(.*)\], \[(.*)\]\)', read(path).decode("utf-8", "replace"))
+        self.assertTrue(any(program.endswith("/podman") for program, _, _ in found))
+        return found, log
+
+    def test_parameters_reach_the_container_and_no_command_line(self):
+        """Case 7.1: neither the engine nor what it starts is told a value by its arguments; the environment has it in the container alone."""
+        own = ("sleep", "/bin/sleep")
+        for self.revision, value in enumerate(PARAMETERS, 1):
+            service = {"image": support.IMAGE, "init": False, "command": ["sleep", "100000"], "environment": ["SECRET"]}
+            self.wfm.add_package(support.make_compose({"main": service}), tag=f"{self.revision}.0.0")
+            self.wfm.publish(support.make_deployment(components=[("web", f"{self.revision}.0.0")], registry=self.wfm.registry,
+                                                     parameters={"SECRET": value}))
+            started, log = self.run_traced("-v", "run", "--once")
+            self.assertNotIn("canary", log)
+            self.assertEqual([program for program, words, _ in started if "canary" in words], [])
+            self.assertEqual({program for program, words, environ in started if "canary" in environ and words.split('"')[1] not in own}, set())
+            name, = self.engine.containers()
+            self.assertIn(f"SECRET={value}", self.engine.podman("exec", name, "env"))
+            self.assertNotIn("canary", self.engine.podman("inspect", "--format", "{{.Config.CreateCommand}}", name))
+        self.wfm.withdraw()
+        self.run_traced("run", "--once")
+        left = subprocess.run(["grep", "-rl", "canary-parameter", self.engine.folder, self.device.state_dir], stdout=subprocess.PIPE)
+        left = [path for path in left.stdout.decode().split() if os.stat(path).st_mode & 0o077]
+        self.assertEqual(left, [])                  # podman's own database forgets by reuse alone, the last documents are kept: both 0600
+
+
 if __name__ == "__main__":
     unittest.main()
