@@ -65,7 +65,7 @@ COMMANDS = {}                       # {name: (its function, to an exit code or n
 DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
                                     # None}
 EXAMINE = {}                        # {what `doctor` checks: function of the Agent to (ok or warn, words)}
-TRACES = []                         # names in the state directory that `unenroll` removes
+TRACES = ["registries"]             # names in the state directory that `unenroll` removes
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -2803,6 +2803,7 @@ def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
     check_sequence(bundle, trust, trust_domain)
     if bundle == held and trust.get("source") == url:
         return held
+    make_tls_context(bundle.anchors)                # OpenSSL can use them; else the one at hand stays
     if keep:
         write_file(store.path("trust-bundle.json"), answer.body)
     trust.update(source=url, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
@@ -3775,7 +3776,10 @@ class ComposeDriver:
         program, options = self.make_access(host)
         log("info", "an image is pulled", image=service.image)
         command = program + ["pull", "--quiet"] + arguments + options + [service.image]
-        output = run_command(command, timeout, env=environ)
+        try:
+            output = run_command(command, timeout, env=environ)
+        finally:
+            remove_folder(os.path.join(self.config.state_dir, "registries"))
         if output.code:                             # a full disk is told of in the system's own words
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
             words = f"{self.engine} pull failed: {output.stderr[-1500:]}"
@@ -3817,12 +3821,12 @@ class ComposeDriver:
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says.
 
-        Credentials lie in a file of mode 0600.
+        Credentials lie in a file of mode 0600, for as long as the pull lasts.
         """
         settings = self.config.registries.get(host)
         if not settings:
             return [self.engine], []
-        folder = os.path.join(self.config.state_dir, "registries", sha256_digest(host.encode())[7:23])
+        folder = os.path.join(self.config.state_dir, "registries")
         create_folder(folder)
         program = [self.engine]
         options = []
@@ -6263,6 +6267,8 @@ def kill_group(process):
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
 
 
+# What TLS 1.2 may use, and with any TLS no short keys and no SHA-1; Python's own words from 3.10 on.
+CIPHERS = "@SECLEVEL=2:ECDH+AESGCM:ECDH+CHACHA20:ECDH+AES:DHE+AES:!aNULL:!eNULL:!aDSS:!SHA1:!AESCCM"
 Problem = define("Problem", "type title detail retryable retry_after strategy errors",
     "RFC 9457 as Margo uses it; `type` is cut to its last part for Margo's own types (protocol 3.7).")
 
@@ -6275,6 +6281,8 @@ def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.hostname_checks_common_name = False     # a name stands in subjectAltName (RFC 9525)
+    context.set_ciphers(CIPHERS)
     try:
         context.minimum_version = ssl.TLSVersion.TLSv1_2 if min_tls == "1.2" else ssl.TLSVersion.TLSv1_3
         if anchors:
@@ -8082,9 +8090,9 @@ def parse_certificate(der):
         if usage is not None:
             usage = {bit for bit in range(8 * (len(usage) - 1)) if usage[1 + bit // 8] & (0x80 >> bit % 8)}
         return Certificate(
-            der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2],
-            uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY), find_issuer_key(extensions),
-            extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
+            der, subject[2], issuer[2], int.from_bytes(serial[1], "big", signed=True),
+            not_before, not_after, spki[2], uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY),
+            find_issuer_key(extensions), extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
     except (IndexError, ValueError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
 
@@ -8141,7 +8149,7 @@ def parse_pem(text, label="CERTIFICATE"):
     A block begins with a line, or right behind the block before.  Raises ValueError.
     """
     found = []
-    for block in re.split(f"(?m)^-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
+    for block in re.split(f"(?m)^[ \t]*-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
@@ -10725,7 +10733,8 @@ def parse_crl(data):
             raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
         listed = fields[5][1] if fields[5][0] == 0x30 else b""
-        serials = {int.from_bytes(parse_der(entry)[0][1], "big") for _, entry, _ in walk_der(listed)}
+        serials = {int.from_bytes(parse_der(entry)[0][1], "big", signed=True)
+                   for _, entry, _ in walk_der(listed)}
         extensions = parse_extensions(fields[5:], 0xA0)
         number = parse_der(extensions[OID_CRL_NUMBER][1])[0][1]
         if len(number) > 21:
