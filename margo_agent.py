@@ -4852,6 +4852,11 @@ def to_list(value, where):
     return [to_text(item, where) for item in (value if isinstance(value, list) else [value])]
 
 
+def to_search(value, where):
+    """`dns_search`: a list of texts; an engine takes a dot for no search at all, which is "" in compose."""
+    return [text or "." for text in to_list(value, where)]
+
+
 def to_pairs(value, where):
     """A mapping, or a list of NAME=value, as {NAME: text or None}."""
     if isinstance(value, dict):
@@ -4888,7 +4893,7 @@ def to_words(value, where):
         elif double is not None:                    # a space is what YAML has made of a line end
             words[-1].append(re.sub(r'\\([$`"\\\n ])', lambda found: found.group(1).strip("\n"), double))
         else:
-            words[-1].append((single or plain or escaped or "").strip("\n" if escaped else ""))
+            words[-1] += [single or plain or escaped or ""] if escaped != "\n" else []
     return ["".join(parts) for parts in words if parts]
 
 
@@ -4910,7 +4915,7 @@ def to_hosts(value, where):
 
 def to_restart(value, where):
     """`restart`: the engine's own words."""
-    form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
+    form = to_form("|no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
     return "no" if value is False else form(value, where)
 
 
@@ -4922,7 +4927,7 @@ def to_external(value, where):
 def to_namespace(*words):
     """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
     words += ("service:NAME",)
-    form = to_form("|".join(words).replace("NAME", ".+"), f"supported; known are {', '.join(words)}")
+    form = to_form("|" + "|".join(words).replace("NAME", ".+"), f"supported; known are {', '.join(words)}")
 
     def read_namespace(value, where):
         if re.match("container:|ns:", str(value)):
@@ -5069,16 +5074,18 @@ SERVICE_OPTIONS = dict(
     **make_form(to_size, "mem_limit memswap_limit mem_reservation shm_size"),
     **make_form(to_number, "mem_swappiness oom_score_adj cpus cpu_period cpu_quota cpu_shares pids_limit"),
     **make_form(to_flag, "init read_only privileged tty stdin_open"),
-    **make_form(to_list, "cap_add cap_drop devices security_opt group_add dns dns_opt dns_search"),
+    **make_form(to_list, "cap_add cap_drop devices device_cgroup_rules security_opt group_add dns dns_opt"),
     pid=to_namespace("private", "host"), ipc=to_namespace("private", "shareable", "none", "host"),
-    userns_mode=to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
+    userns_mode=to_form("|host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
                         "host, auto, nomap or keep-id"),
-    stop_grace_period=to_grace, restart=to_restart, extra_hosts=to_hosts, labels=to_labels, sysctls=to_values,
+    dns_search=to_search, stop_grace_period=to_grace, restart=to_restart, extra_hosts=to_hosts,
+    labels=to_labels, sysctls=to_values,
     ulimits={None: (make_form(to_text, "soft hard"), to_limit)})
 # ... and keys whose options have other names.
 RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "memory-swap",
            "mem_reservation": "memory-reservation", "mem_swappiness": "memory-swappiness",
-           "cpuset": "cpuset-cpus", "stdin_open": "interactive", "devices": "device", "dns_opt": "dns-option",
+           "cpuset": "cpuset-cpus", "stdin_open": "interactive", "devices": "device",
+           "device_cgroup_rules": "device-cgroup-rule", "dns_opt": "dns-option",
            "userns_mode": "userns", "stop_grace_period": "stop-timeout", "extra_hosts": "add-host",
            "labels": "label", "sysctls": "sysctl", "ulimits": "ulimit", "enable_ipv6": "ipv6",
            "ipv4_address": "ip", "ipv6_address": "ip6", "test": "health-cmd", "interval": "health-interval",
@@ -5129,7 +5136,7 @@ FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FOR
 ADVICE = {"build": "nothing is built on a device; name what was built by `image`",
           "extends": "write its settings out",
           "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
-          "runtime": "the engine's own is used", "device_cgroup_rules": "name device files by `devices`",
+          "runtime": "the engine's own is used",
           "volumes_from": "name the volumes themselves",
           "external_links": "join a network that is `external`",
           "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
@@ -5315,12 +5322,12 @@ def make_options(settings, keys):
 
 
 def make_arguments(option, value):
-    """What was read as arguments: a flag, one for each of a list, NAME=value for each name, none for None."""
+    """What was read as arguments: a flag, one for each of a list, NAME=value for each name; none for ""."""
     if value is None or isinstance(value, bool):
         return [option] if value else []
     if isinstance(value, dict):
         return [f"{option}={name}={item}" for name, item in sorted(value.items())]
-    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
+    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value]) if item != ""]
 
 
 # What podman takes several of in one argument, as a line of comma-separated values.
@@ -5339,17 +5346,16 @@ def make_single(argument):
 def make_service_options(service, workload):
     """The arguments of a service that options of the engine take as they are.
 
-    A key of its own stands above `deploy`.
+    What `deploy` says stands above the service's own keys.
     """
     limits = service.deploy.resources.limits
-    options = {"cpus": limits.cpus, "mem_limit": limits.memory, "pids_limit": limits.pids,
-               "mem_reservation": service.deploy.resources.reservations.memory,
-               "restart": make_restart(service.deploy.restart_policy)}
-    options.update((key, service[key]) for key in SERVICE_OPTIONS if service[key] is not None)
+    deployed = {"cpus": limits.cpus, "mem_limit": limits.memory, "pids_limit": limits.pids,
+                "mem_reservation": service.deploy.resources.reservations.memory,
+                "restart": make_restart(service.deploy.restart_policy)}
+    options = {key: deployed.get(key) or service[key] for key in SERVICE_OPTIONS}
     options.update(blkio_weight=service.blkio_config.weight, log_driver=service.logging.driver,
-                   log_opt=service.logging.options)
-    for key in ("pid", "ipc"):
-        options[key] = make_namespace(options.get(key), workload)
+                   log_opt=service.logging.options, pid=make_namespace(service.pid, workload),
+                   ipc=make_namespace(service.ipc, workload))
     return make_options(options, sorted(options, key=lambda key: RENAMED.get(key, key)))
 
 
@@ -5380,6 +5386,8 @@ def make_health(check, engine):
         test = f"CMD {test}"                        # a list of one would be for a shell
     elif kind == "CMD":
         test = " ".join(map(shlex.quote, words))
+    elif engine == "podman" and re.match(r"(?i)\[|cmd|none", test or ""):
+        test = f"CMD-SHELL {test}"                  # podman would take it for a list, or for one of its words
     keys = ("test", "interval", "timeout", "retries", "start_period")
     arguments = make_options(dict(check, test=test), keys)
     # An engine takes zero as not said.
@@ -5445,7 +5453,7 @@ def make_attachments(name, service, reading, where):
 
     Where there is only a network mode, that alone.
     """
-    if service.network_mode is not None:
+    if service.network_mode:
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
@@ -5563,7 +5571,8 @@ LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
 HARMLESS = {
     "privileged": "(?!)", "oom_score_adj": "[^-].*", "pid": "private|service:.*",
     "ipc": "private|shareable|none|service:.*", "userns_mode": "(?!host).*", "devices": "(?!)",
-    "group_add": "(?!keep-groups).*", "security_opt": "no-new-privileges([:=]true)?",
+    "device_cgroup_rules": "(?!)", "group_add": "(?!keep-groups).*",
+    "security_opt": "no-new-privileges([:=]true)?",
     "cap_add": "(?i)(CAP_)?(CHOWN|DAC_OVERRIDE|FOWNER|FSETID|KILL|NET_BIND_SERVICE|SETFCAP|SETGID|SETPCAP|"
                "SETUID|SYS_CHROOT)"}
 
@@ -5668,7 +5677,7 @@ def make_project(document, workload, policy, engine, folder=None):
     folder = folder or Folder(workload.folder)
     notes = []
     variables = make_file_variables(workload, folder)
-    document = dict(document, services=find_wanted(services, notes))
+    document = dict(document, services=find_wanted(services, variables, notes))
     document = read_value(document, FILE_FORM, variables=variables)
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
                       make_networks(document, workload), make_contents(document, variables, folder),
@@ -5688,12 +5697,13 @@ def make_file_variables(workload, folder):
     return variables
 
 
-def find_wanted(services, notes):
-    """The services that are started: those of no profile.
+def find_wanted(services, variables, notes):
+    """The services that are started: those of no profile, or of one that COMPOSE_PROFILES in `.env` names.
 
     What an image was built from is left out where it is named, and noted.
     """
     started = {}
+    profiles = set(variables.get("COMPOSE_PROFILES", "").split(","))
     for name, service in make_names(services, "services").items():
         where = f"services.{name}"
         # It becomes part of the name of a file.
@@ -5701,7 +5711,7 @@ def find_wanted(services, notes):
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
         if not isinstance(service, dict):
             raise make_fault(f"{where}: expected a mapping")
-        if service.get("profiles") and to_list(service["profiles"], f"{where}.profiles"):
+        if service.get("profiles") and profiles.isdisjoint(to_list(service["profiles"], f"{where}.profiles")):
             continue
         if "build" in service and service.get("image"):
             service = {key: item for key, item in service.items() if key != "build"}
