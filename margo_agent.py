@@ -3913,6 +3913,11 @@ class ComposeDriver:
             if self.remote and (service.files or any(mount.found for mount in service.mounts)):
                 raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
                                  " a child device does not see")
+            for argument in () if self.remote else service.arguments:
+                option, _, path = argument.split(":")[0].partition("=")
+                # Docker would find that out when the old container is gone.
+                if option == "--device" and path.startswith("/") and not os.path.exists(path):
+                    raise make_fault(f"{where}.devices: this device has no {make_printable(path, 200)}")
             taken = [name for name in find_handed(service.environment) if name in environ]
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
@@ -4229,9 +4234,22 @@ class ComposeDriver:
             name = f"=container:{make_container_name(project, owner)}"
             now = f"=container:{job.current[owner]}"
             options = [option[:-len(name)] + now if option.endswith(name) else option for option in options]
+        if self.engine == "podman" and any(option.endswith(":host-gateway") for option in options):
+            address = self.ask_gateway(first[0])
+            options = [re.sub(":host-gateway\\Z", f":{address}", option) for option in options]
         if first[1] is not None:
             options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
         return options
+
+    def ask_gateway(self, network):
+        """The host's address as a container in this network sees it; from 4.7 on podman knows it itself."""
+        version = self.run(["info", "--format={{.Version.Version}}"], 60, "INSTALL_FAILED").stdout.decode()
+        if [int(number) for number in re.findall("[0-9]+", version)[:2]] >= [4, 7]:
+            return "host-gateway"
+        shown = self.run(["network", "inspect", network], 60)
+        found = self.parse(shown.stdout.strip() or b"[]", lambda items: dict(map(parse_network, items)))
+        gateways = found[network].gateways if network in found else ()
+        return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
     def free_name(self, name):
         """Frees a name that storage alone holds, as podman killed in `create` leaves it; whether it was so.
@@ -4654,9 +4672,9 @@ Project = define("Project", "services networks volumes notes",
 Mount = define("Mount", "kind source target options found",
     "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
     " name), path in the container, engine's options; found: the Source of a bind mount.", None)
-Port = define("Port", "argument address numbers protocol",
+Port = define("Port", "argument address numbers protocol choice",
     "An item of `ports` as the engine takes it, and what it holds of the host: an address or \"\", a range of"
-    " ports, tcp, udp or sctp.")
+    " ports, tcp, udp or sctp; or the range of which the engine chooses one.")
 Health = define("Health", "interval retries start",
     "A health check as the agent waits for it: seconds, misses, seconds of grace.")
 Attachment = define("Attachment", "network aliases options",
@@ -5021,9 +5039,10 @@ def to_port(item, where):
     text = f"[{address}]:" if ":" in address else address and f"{address}:"
     text += f"{published}:{target}" if text or published else target
     protocol = protocol.lower() or "tcp"
-    held = outside if published and len(inside) == len(outside) else ()         # else the engine chooses one
+    chosen = len(inside) < len(outside)
     return Port(text if protocol == "tcp" else f"{text}/{protocol}",
-                "" if re.fullmatch("[0.:]+", address) else address, held, protocol)
+                "" if re.fullmatch("[0.:]+", address) else address,
+                outside if published and not chosen else (), protocol, outside if chosen else ())
 
 
 def to_tmpfs(value, where):
@@ -5070,7 +5089,8 @@ def make_form(reader, names, **forms):
 
 # The keys of a service that are options of the engine ...
 SERVICE_OPTIONS = dict(
-    make_form(to_text, "user hostname working_dir stop_signal cpuset platform mac_address"),
+    make_form(to_text, "user working_dir stop_signal cpuset platform mac_address"),
+    hostname=to_form("(?s).{0,64}", "a host name of at most 64 characters"),
     **make_form(to_size, "mem_limit memswap_limit mem_reservation shm_size"),
     **make_form(to_number, "mem_swappiness oom_score_adj cpus cpu_period cpu_quota cpu_shares pids_limit"),
     **make_form(to_flag, "init read_only privileged tty stdin_open"),
@@ -5366,6 +5386,12 @@ def make_restart(policy):
     return word + attempts if any(item is not None for item in policy.values()) else None
 
 
+def make_ports(ports, engine):
+    """Each of these Ports once.  Of a range for one port podman takes none, so it is the range's first."""
+    return [port._replace(argument=re.sub("-[0-9]+:", ":", port.argument), numbers=port.choice[:1])
+            if engine == "podman" and port.choice else port for port in dict.fromkeys(ports)]
+
+
 def find_ports(ports, variables, where):
     """[[address or "", port, protocol]] of the host that a container with these Ports holds while it runs."""
     for port in ports:
@@ -5424,7 +5450,8 @@ def make_mounts(service, reading, where):
 def make_mount_argument(mount):
     """A Mount as the engine takes it."""
     source = mount.found.path if mount.found else mount.source
-    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
+    options = [option for option in mount.options if option != "consistent"]    # podman does not know it
+    parts = [part for part in (source, mount.target, ",".join(options)) if part]
     return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
 
 
@@ -5463,10 +5490,30 @@ def make_attachments(name, service, reading, where):
         if network not in reading.networks:
             raise make_fault(f"{where}.networks: {make_printable(network, 60)!r} is not among the top-level"
                              " networks")
+        own, arguments = reading.networks[network]
+        for address in filter(None, (value.ipv4_address, value.ipv6_address)):
+            if not may_have_address(arguments, address, reading.engine):
+                raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
+                                 " `subnet` of this network's `ipam`")
         options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
-        joined.append(Attachment(reading.networks[network][0], list(aliases), options))
+        joined.append(Attachment(own, list(aliases), options))
     return joined
+
+
+def may_have_address(arguments, address, engine):
+    """Whether a network with these create arguments can give an address; nobody knows where it is external.
+
+    Docker gives none out of a subnet that it has chosen itself.
+    """
+    import ipaddress
+    subnets = [text[len("--subnet="):] for text in arguments or () if text.startswith("--subnet=")]
+    if arguments is None or not subnets:
+        return arguments is None or engine == "podman"
+    try:
+        return any(ipaddress.ip_address(address) in ipaddress.ip_network(text, False) for text in subnets)
+    except ValueError:
+        return False
 
 
 def make_container_name(project, service):
@@ -5703,6 +5750,8 @@ def find_wanted(services, variables, notes):
     What an image was built from is left out where it is named, and noted.
     """
     started = {}
+    owners = {service.get("container_name"): name for name, service in services.items()
+              if isinstance(service, dict) and isinstance(service.get("container_name"), str)}
     profiles = set(variables.get("COMPOSE_PROFILES", "").split(","))
     for name, service in make_names(services, "services").items():
         where = f"services.{name}"
@@ -5716,6 +5765,9 @@ def find_wanted(services, variables, notes):
         if "build" in service and service.get("image"):
             service = {key: item for key, item in service.items() if key != "build"}
             notes.append(f"{where}.build is not used: the image is pulled")
+        for key in ("network_mode", "pid", "ipc"):  # a container of ours has another name
+            owner = owners.get(str(service.get(key)).partition("container:")[2])
+            service = dict(service, **{key: f"service:{owner}"}) if owner else service
         started[name] = service
     return started
 
@@ -5728,7 +5780,7 @@ def make_service(name, service, reading):
     mounts = make_mounts(service, reading, where)
     check_policy(where, service, reading.policy)
     check_logging(f"{where}.logging", service.logging, reading.engine)
-    ports = list(dict.fromkeys(service.ports))      # one that is listed twice is one
+    ports = make_ports(service.ports, reading.engine)
     held = find_ports(ports, reading.variables, f"{where}.ports")
     arguments = make_service_options(service, reading.workload)
     arguments += make_arguments("--publish", [port.argument for port in ports])

@@ -229,7 +229,8 @@ def read_compose_service(service, answer, project, folder, aliases, variables):
     logging = service.get("logging") or {}
     fields["logging"] = (logging.get("driver", ABSENT), {key: str(item) for key, item in (logging.get("options") or {}).items()})
     fields["healthcheck"] = read_compose_health(service.get("healthcheck") or {})
-    fields["ports"] = sorted((item.get("host_ip", ""), re.sub(r"\A0\Z", "", item.get("published", "")), item["target"], item["protocol"])
+    # Of a range for one port podman gets the first.
+    fields["ports"] = sorted((item.get("host_ip", ""), re.sub(r"\A0\Z|-.*", "", item.get("published", "")), item["target"], item["protocol"])
                              for item in service.get("ports") or ())
     mounts = [read_compose_mount(item, answer, folder) for item in service.get("volumes") or ()]
     fields["tmpfs"] = sorted([text.partition(":")[0].rstrip("/"), *sorted(filter(None, text.partition(":")[2].split(",")))] for text in service.get("tmpfs") or ())

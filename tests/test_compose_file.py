@@ -782,7 +782,7 @@ class Ports(FileCase):
     CASES = [("80", []), ("8080:80", [["", 8080, "tcp"]]), ("127.0.0.1:8080:80/udp", [["127.0.0.1", 8080, "udp"]]),
              ("0.0.0.0:8080:80", [["", 8080, "tcp"]]), ("[::]:8080:80", [["", 8080, "tcp"]]),
              ("[0:0::1]:53:53/udp", [["::1", 53, "udp"]]), ("127.0.0.1::80", []),
-             ("8080-8081:80-81", [["", 8080, "tcp"], ["", 8081, "tcp"]]), ("8080-8090:80", []),
+             ("8080-8081:80-81", [["", 8080, "tcp"], ["", 8081, "tcp"]]), ("8080-8090:80", [["", 8080, "tcp"]]),
              ({"target": 80, "published": 8080, "host_ip": "10.0.0.1", "protocol": "sctp"}, [["10.0.0.1", 8080, "sctp"]]),
              ({"target": 80}, [])]
 
@@ -791,6 +791,14 @@ class Ports(FileCase):
             with self.subTest(item=item):
                 self.assertEqual(self.settle_service({"ports": [item]}).ports, expected)
 
+
+    def test_podman_takes_the_first_of_a_range_for_one_port(self):
+        """Docker chooses one that is free; podman refuses ranges of different lengths."""
+        document = make_document({"ports": ["127.0.0.1:8100-8110:84/udp"]})
+        for engine, argument, held in (("podman", "127.0.0.1:8100:84/udp", [["127.0.0.1", 8100, "udp"]]),
+                                       ("docker", "127.0.0.1:8100-8110:84/udp", [])):
+            service = self.settle(document, engine=engine).services[0]
+            self.assertEqual((service.arguments, service.ports), ([f"--publish={argument}"], held))
 
     def test_a_port_that_is_listed_twice_is_one(self):
         """The engine is asked for a port once: the second time it is in use."""
@@ -1081,6 +1089,28 @@ class Shared(FileCase):
             with self.subTest(value=value):
                 self.assertEqual(self.settle_service({"networks": value}, networks=networks).networks, expected)
 
+    def test_an_address_that_a_network_cannot_give_is_found_before(self):
+        """An engine says so at the start, when the old container has stopped already."""
+        networks = {"n": {"ipam": {"config": [{"subnet": "10.1.0.0/24"}, {"subnet": "fd00::/64"}]}}, "other": {"external": True}, "own": None}
+
+        def settle(network, engine="podman", **addresses):
+            return self.settle(make_document({"networks": {network: addresses}}, networks=networks), engine=engine)
+        settle("n", ipv4_address="10.1.0.7", ipv6_address="fd00::7")
+        settle("other", "docker", ipv4_address="10.9.9.9")
+        settle("own", ipv4_address="10.9.9.9")
+        for network, engine, address in (("n", "podman", "10.1.1.7"), ("n", "docker", "fd01::1"), ("n", "podman", "x"), ("own", "docker", "10.1.0.7")):
+            with self.assertRaises(margo_agent.ComponentError) as caught:
+                settle(network, engine, ipv4_address=address)
+            self.assertIn(f"services.main.networks.{network}: '{address}' lies in no `subnet`", caught.exception.message)
+
+    def test_the_network_of_a_container_of_this_file_is_its_services(self):
+        """Our containers have other names than theirs; one that is not of this file is not shared."""
+        services = {"a": {"image": IMAGE, "container_name": "vpn"},
+                    "b": {"image": IMAGE, "network_mode": "container:vpn", "pid": "container:vpn", "ipc": "container:vpn"}}
+        found = self.settle({"services": services}).services[1]
+        self.assertEqual((found.networks[0].network, found.shares, found.arguments), (f"container:{PROJECT}-a-1", ["a", "a", "a"], [
+            f"--ipc=container:{PROJECT}-a-1", f"--pid=container:{PROJECT}-a-1"]))
+
     def test_network_modes(self):
         self.config = make_config(policy__host_network="allow")
         for mode in ("none", "host", "bridge"):
@@ -1155,6 +1185,9 @@ class Shared(FileCase):
             self.assertRefused(make_document({"logging": logging}), "services.main.logging.options.tag: podman takes it for")
             self.settle(make_document({"logging": logging}), engine="docker")
 
+    def test_a_host_name_has_an_end(self):
+        self.assertRefused(make_document({"hostname": "x" * 65}), "services.main.hostname: ", "at most 64 characters")
+
     def test_mounts_in_both_syntaxes(self):
         cases = [
             ("data:/d", f"--volume={PROJECT}_data:/d"), ("data:/d:ro", f"--volume={PROJECT}_data:/d:ro"),
@@ -1163,7 +1196,7 @@ class Shared(FileCase):
             ({"type": "volume", "source": "data", "target": "/d"}, f"--volume={PROJECT}_data:/d"),
             ({"type": "volume", "target": "/d"}, "--volume=/d"),
             ({"type": "volume", "source": "data", "target": "/d", "read_only": True}, f"--volume={PROJECT}_data:/d:ro"),
-            ({"type": "tmpfs", "target": "/t"}, "--tmpfs=/t"),
+            ({"type": "tmpfs", "target": "/t"}, "--tmpfs=/t"), ("data:/d:consistent", f"--volume={PROJECT}_data:/d"),
             ({"type": "volume", "source": "data", "target": "/d", "volume": {"nocopy": True}}, f"--volume={PROJECT}_data:/d:nocopy"),
             ({"type": "tmpfs", "target": "/t", "tmpfs": {"size": "1m"}}, "--tmpfs=/t:size=1m"),
             ({"type": "tmpfs", "target": "/t", "tmpfs": {"mode": 0o1777}}, "--tmpfs=/t:mode=1777")]
