@@ -19,17 +19,18 @@ else may change.
 How to read it: from top to bottom, as a newspaper: what the agent does, then how, then with what.  To follow
 one poll, read 1 to 6; `Agent.cycle` is where it begins.  A section uses only 1, 2 and sections below it;
 optional ones and the command line, which stand at the end, use all of it, and nobody names what is in them.
-   1 Constants and errors          12 Drivers                       23 Signed (optional)
-   2 Records                       13 Compose driver                24 Older documents (optional)
-   3 Agent                         14 Compose file                  25 Git (optional)
-   4 Plan                          15 Packages                      26 Enrollment (optional)
-   5 Apply                         16 Commands                      27 Revocation (optional)
-   6 Deployment status             17 Transport                     28 Helm (optional)
-   7 Desired-state source          18 Store                         29 Gateway (optional)
-   8 Desired state                 19 Configuration                 30 Hooks (optional)
-   9 Identity and trust            20 X.509                         31 Doctor (optional)
-  10 Eligibility                   21 YAML                          32 Command line
-  11 Capabilities                  22 Small encodings
+   1 Constants and errors         13 Capabilities                   25 Signed (optional)
+   2 Records                      14 Compose driver                 26 Older documents (optional)
+   3 Agent                        15 Compose file                   27 Git (optional)
+   4 Plan                         16 Packages                       28 Enrollment (optional)
+   5 Apply                        17 Commands                       29 Revocation (optional)
+   6 Deployment status            18 Transport                      30 Helm (optional)
+   7 Devices                      19 Store                          31 Gateway (optional)
+   8 Turns                        20 Patience                       32 Hooks (optional)
+   9 Desired-state source         21 Configuration                  33 Doctor (optional)
+  10 Desired state                22 X.509                          34 Command line
+  11 Identity and trust           23 YAML
+  12 Eligibility                  24 Small encodings
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
 (tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps
 out; "F-nn" and "K-nn" are what fleets and compose files met.
@@ -52,13 +53,14 @@ __all__ = ["main", "Agent", "load_config", "load_yaml", "YAMLError", "MargoError
 # ----------------------------------------------------------------------------------------------------------
 
 # What optional rooms add where they are defined; nothing outside names anything in them.
-# See also SCHEMA, CHECKS, STEPS, EXAMINE and COMPANIONS.
+# See also SCHEMA, CHECKS, STEPS, DEVICES, ASSIGN, LISTENERS and COMPANIONS.
 PROFILES = {}                       # {wfm.profile: its Profile class}
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
 COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
                                     # each with what follows it; its operand)}
-DRIVERS = {}                        # {deployment type: function of (config, child, others, claim) to its
-                                    # driver, or to None}
+DRIVERS = {}                        # {deployment type: function of (config, child, others) to its driver or
+                                    # None}
+EXAMINE = {}                        # {what `doctor` checks: function of the Agent to (ok or warn, words)}
 TRACES = []                         # names in the state directory that `unenroll` removes
 
 KIB = 1024
@@ -93,6 +95,8 @@ DEVICE_ID_PATTERN = r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*"
 
 # Most severe first (C-133).
 STATES = ("failed", "removing", "installing", "pending", "removed", "installed")
+GOING = ("removing", "removed")     # those of what is not wanted any more
+CHANGES = ("install", "update")     # verbs of a plan that make a version run
 
 RETRY_FIRST, RETRY_CAP = 30, 3600   # seconds between attempts at a failed deployment
 REPAIRS = 5                         # repairs within RETRY_CAP before pauses between them grow, too
@@ -101,6 +105,7 @@ MAX_NAMED = 100                     # workloads of other owners that `status` na
 BACKOFF_FIRST, BACKOFF_CAP = 1, 900  # seconds between attempts at a WFM that cannot be reached
 STOP_GRACE = 20                     # seconds for the current step once the process is asked to end
 STOP_LIMIT = 90                     # seconds until a cycle that was asked to end is killed by its parent
+MAX_SHIFT = 3 * 3600                # seconds by which a clock may be put forward, at most
 CYCLE_RETRY = 60                    # seconds to the next cycle after one that said nothing
 HUNG = 1800                         # seconds without a move after which a cycle is killed
 MAX_WAIT = 86400.0                  # seconds that anybody can ask this device to wait
@@ -126,6 +131,7 @@ class MargoError(Exception):
 
     exit = 70
     code = "INTERNAL"
+    result = "failed"                   # the word of `lastPoll.result`
     status, retry_after, strategy = 0, None, ""
 
     def __init__(self, message, code=None, **facts):
@@ -135,20 +141,25 @@ class MargoError(Exception):
         vars(self).update(facts)
 
 
-def define_fault(name, exit, code, meaning, base=MargoError):
-    """A kind of MargoError: its exit code, its stable text and its meaning, which is its docstring."""
-    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning})
+def define_fault(name, exit, code, meaning, base=MargoError, result="failed"):
+    """A kind of MargoError: its exit code, stable text, meaning (its docstring) and word for `lastPoll`."""
+    return type(name, (base,), {"exit": exit, "code": code, "__doc__": meaning, "result": result})
 
 
 ConfigError = define_fault("ConfigError", 2, "CONFIGURATION", "The command line or configuration is wrong.")
-Unreachable = define_fault("Unreachable", 3, "UNREACHABLE", "The WFM cannot be reached or asks for patience.")
-Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable)
-Waiting = define_fault("Waiting", 3, "REMOVALS_UNCONFIRMED", "So much is removed only once it is confirmed.")
+Unreachable = define_fault("Unreachable", 3, "UNREACHABLE", "The WFM cannot be reached or asks for patience.",
+                           result="unreachable")
+Silence = define_fault("Silence", 3, "UNREACHABLE", "No request is made now; not a fault.", Unreachable,
+                       "unreachable")
+Waiting = define_fault("Waiting", 3, "REMOVALS_UNCONFIRMED", "So much is removed only once it is confirmed.",
+                       result="refused")
 Interrupted = define_fault("Interrupted", 3, "INTERRUPTED", "The process was asked to end before its time.")
 StorageError = define_fault("StorageError", 3, "STORAGE", "The state directory cannot be read or written.")
 NoMemory = define_fault("NoMemory", 3, "MEMORY", "The device has not enough memory for a step.")
-Refused = define_fault("Refused", 4, "REFUSED", "The desired state is refused as a whole; what runs stays.")
-Untrusted = define_fault("Untrusted", 5, "UNTRUSTED", "Own identity or the peer's cannot be trusted.")
+Refused = define_fault("Refused", 4, "REFUSED", "The desired state is refused as a whole; what runs stays.",
+                       result="refused")
+Untrusted = define_fault("Untrusted", 5, "UNTRUSTED", "Own identity or the peer's cannot be trusted.",
+                         result="untrusted")
 Locked = define_fault("Locked", 6, "LOCKED", "Another instance works on the same state directory.")
 CommandError = define_fault("CommandError", 1, "COMMAND", "A helper program could not be run to its end.")
 CommandMissing = define_fault("CommandMissing", 1, "COMMAND", "The program is missing.", CommandError)
@@ -185,20 +196,27 @@ class Forbidden(ComponentError):
 # ----------------------------------------------------------------------------------------------------------
 
 def define(name, fields, meaning, *defaults):
-    """A record type: a named tuple of `fields`, documented by `meaning`; `defaults`: of the last fields."""
+    """A record type: a named tuple of `fields`, documented by `meaning`; `defaults`: of the last fields.
+
+    One with a deployment's id has a `key`, too: the id in lower case, by which the state knows it.
+    """
     record = namedtuple(name, fields, defaults=defaults)
     record.__doc__ = meaning
+    if "deployment_id" in record._fields:           # ids are told apart without regard to case
+        record.key = property(lambda self: self.deployment_id.lower())
     return record
 
 
 Certificate = define("Certificate",
-    "der subject issuer serial not_before not_after spki uris is_ca key_usage extensions",
-    "An X.509 certificate: bytes, raw names, int, Unix seconds, URI SANs, CA flag, keyUsage bits or None, and"
-    " {OID: (critical, value, raw)}.")
+    "der subject issuer serial not_before not_after spki uris is_ca key_usage key issuer_key alt_names",
+    "An X.509 certificate: bytes, raw names, int, Unix seconds, public key, URI SANs, CA flag, keyUsage bits"
+    " or None, identifiers of its own key and of its issuer's or None, subjectAltName as it stands.",
+    None, None, b"")
 ManifestEntry = define("ManifestEntry", "deployment_id digest size",
     "One line of a state manifest; `size` is advice, never a check (C-110).")
-Manifest = define("Manifest", "version bundle_digest bundle_size entries",
-    "A state manifest that holds to every structural rule of protocol 3.1.")
+Manifest = define("Manifest", "version bundle_digest bundle_size entries foreign",
+    "A state manifest that holds to every structural rule of protocol 3.1; `foreign`: a `url` in it that is"
+    " of another origin than the WFM, or \"\".", "")
 Desired = define("Desired", "version etag digest entries documents",
     "A verified desired state: ETag as sent, digest of the manifest, {digest: bytes} of new documents.")
 Component = define("Component", "name repository revision wait timeout extensions key_location",
@@ -227,7 +245,7 @@ Container = define("Container",
     "", 0, "", "")
 Claim = define("Claim", "owner owners deployments ids images",
     "By what a workload is ours: the owner that this agent is, all that it was, and what its state tells of:"
-    " ids of deployments in lower case and of containers, see is_ours; and the state's `pulled`.", ())
+    " keys of deployments and ids of containers, see is_ours; and the state's `pulled`.", ())
 Action = define("Action", "deployment_id verb reason target device_id culprit",
     "One step of a plan: a word of EXECUTE and why; the Target, where it is wanted; the device it is done on;"
     " culprit: (component, service) that is repaired in vain.", None, "", None)
@@ -237,91 +255,21 @@ Clock = define("Clock", "now boot uptime",
 Device = define("Device", "device_id settings drivers silence",
     "A device on which workloads run: its id, its part of the configuration, {deployment type: driver}; of"
     " another one than this: the ComponentError that the WFM is told where it does not answer.", None)
-Seen = define("Seen", "containers silent",
-    "What a device shows now: [Container], and {deployment type: CommandError} of what does not answer.")
+Seen = define("Seen", "containers drivers silent",
+    "What a device shows now: [Container], {deployment type: driver} of what answers, and {deployment type:"
+    " CommandError} of what does not.")
 Share = define("Share", "device targets records unseen",
-    "What a device has to care for: its Device, [Target] that should run there, {id in lower case: record}"
-    " of what is at home there, {id in lower case: CommandError} of what cannot be seen now.")
+    "What a device has to care for: its Device, [Target] that should run there, {key: record} of what is at"
+    " home there, {key: CommandError} of what cannot be seen now.")
 Outcome = define("Outcome", "code result detail delay",
     "How a cycle went: exit code, the word of `lastPoll.result`, detail for people, seconds to the next one.")
 
-
-def claim_nothing():
-    """The Claim of nobody."""
-    return Claim("", (), (), ())
+NOBODY = Claim("", (), (), ())
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 3. Agent
 # ----------------------------------------------------------------------------------------------------------
-
-def make_clock_fault(now, stored):
-    """What is wrong with a clock that stands before the last write of the state, in words."""
-    return (f"the clock of this device says {make_time(now)}, and its state was written at"
-            f" {make_time(stored)}: set the clock")
-
-
-def load_own_device(config, device_id, claim):
-    """[Device]: this one.  claim: as for make_compose_driver."""
-    others = [f"{device_id}/{child.id}" for child in config.device.children]
-    return [Device(device_id, config.device, make_drivers(config, others=others, claim=claim))]
-
-
-def assign_here(targets, records, devices, silent, offers):
-    """[Share] of the one device there is: what another one is meant for is refused as WRONG_DEVICE (protocol
-    9).
-    """
-    device = devices[0]
-    own_id, found = device.device_id, []
-    for target in targets:
-        error = target.error
-        if target.deployment and not error:
-            wanted = target.deployment.device_id or own_id
-            error = find_reason(target.deployment, device, offers)
-            if wanted != own_id:
-                words = f"metadata.deviceId is {wanted}, this device is {own_id}"
-                error = ComponentError("WRONG_DEVICE", words)
-        found.append(target._replace(error=error, device_id=own_id))
-    return [make_share(device, found, records, silent[own_id])]
-
-
-def find_reason(deployment, device, offers):
-    """The ComponentError for which a deployment cannot run on a device, or None.
-
-    offers: {device id: capabilities document}.
-    """
-    try:
-        if deployment.type not in device.drivers:
-            words = f"nothing on {device.device_id} runs {deployment.type} components"
-            hint = "" if device.silence else f"; see runtime.{deployment.type}"
-            raise ComponentError("UNSUPPORTED_TYPE", words + hint)
-        if deployment.constraints:
-            check_eligibility(deployment.constraints, offers[device.device_id])
-    except ComponentError as error:
-        return error
-    return None
-
-
-# What optional rooms let `doctor` check: {name: function of the Agent to (ok or warn, words)}.
-EXAMINE = {}
-# What makes the devices that the agent serves, this one first: functions of (Settings, own device id,
-# claim).
-DEVICES = [load_own_device]
-# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
-ASSIGN = [assign_here]
-
-
-class Work:
-    """One action under way: its device, its generator, what it takes and holds there, and what has to be
-    cleared before.
-    """
-
-    def __init__(self, action, device, steps, tools):
-        self.action, self.device, self.steps, self.tools = action, device, steps, tools
-        self.takes = self.holds = frozenset()
-        self.before = []
-        self.begun = False
-
 
 class Agent:
     """The client of one WFM.  `Agent(config).cycle()` is all that a supervisor of your own needs to call.
@@ -333,19 +281,13 @@ class Agent:
         self.config, self.stopping = config, stopping
         self.store = Store(config.state_dir)
         self.device_id = get_device_id(config.device)
-        self.owner = None                           # what its workloads are labelled with, once known
-        self.devices = []
-        for load in DEVICES:
-            self.devices += load(config, self.device_id, self.make_claim)
-        self.answering = {}                         # {device id: {type: driver}} that answered the last look
+        self.devices = load_devices(config, self.device_id)
         self.state = None                           # what state.json holds, while a cycle has it
         self.source = None                          # connected when the WFM is first needed
-        self.silent = False                         # whether the WFM is not spoken to any more in this cycle
         self.profile = None                         # how wfm.profile is served, for the state at hand
+        self.answering = {}                         # {device id: {type: driver}} that answered the last look
         self.asked = False                          # whether a person asks for an SVID, by `enroll`
         self.starting = 0                           # seconds until the first contact since the device started
-        self.changed = False                        # whether this cycle had something to do
-        self.faults = []                            # what went wrong in this cycle
 
     def cycle(self):
         """One cycle: every step in turn.  Returns an Outcome.
@@ -372,11 +314,14 @@ class Agent:
         except MargoError:
             self.store.unlock()
             raise
-        self.owner, self.faults, self.answering = None, [], {}
-        self.silent = self.changed = False
+        self.faults = []                            # what went wrong in this cycle
+        self.answering = {}
+        self.silent = False                         # whether the WFM is not spoken to any more in this cycle
+        self.changed = False                        # whether this cycle had something to do
         return self
 
     def __exit__(self, *_):
+        self.store.save_memo()
         self.store.unlock()
         self.source = self.profile = None
 
@@ -392,67 +337,31 @@ class Agent:
             self.profile = PROFILES[self.config.wfm.profile](self.config, self.store, self.state)
         return self.profile
 
-    def make_claim(self):
-        """The Claim by which drivers tell what is this agent's.
-
-        An identity that cannot be read now counts as the one before.
-        """
-        owners = self.state["owners"]
-        if self.owner is None:
-            try:
-                self.owner = make_owner(self.get_profile().identify(), self.device_id)
-                if self.owner != (owners or [""])[-1]:
-                    before = [owner for owner in owners if owner != self.owner]
-                    self.state["owners"] = before[1 - HISTORY:] + [self.owner]
-            except Untrusted:
-                self.owner = (owners or [""])[-1]
-        return make_claim(self.owner, self.state)
-
     def check_patience(self, spread=True):
-        """Raises Silence where the WFM, a back-off or the operator's downtime says not to speak now.
-
-        spread: or where a whole fleet may just be starting.
-        """
+        """Raises Silence where nobody is to be asked now; spread: or where a fleet may just be starting."""
         clock = get_clock()
-        if self.is_downtime():
-            raise Silence("downtime: no request is made", exit=0)               # the operator's own wish
-        left = find_wait(self.state["patience"], clock)
-        why = "the WFM or a back-off asks"
-        if not left and spread and clock.boot and clock.uptime < START_WINDOW:
-            left = self.spread_start(clock)
-            why = "a fleet that has just started does not arrive at once"
-            self.starting = max(0, left)
-        if left > 0:
-            raise Silence(f"waiting until {make_time(clock.now + left)}: {why}", retry_after=left)
-
-    def spread_start(self, clock):
-        """Seconds until the first contact since this boot.
-
-        It is 0 where that cannot be remembered, because each run would wait anew.
-        """
-        memo = self.store.load_memo()
-        if memo.get("boot") != clock.boot:
-            start = make_start(clock.uptime, self.config.poll, self.state["accepted"], get_random())
-            memo = dict(memo, boot=clock.boot, start=start)
-            if not self.store.save_memo(memo):
-                return 0
-        return memo["start"] - clock.uptime
+        self.starting = 0
+        if spread and not find_wait(self.state["patience"], clock):
+            known = self.state["accepted"]
+            self.starting = load_start(self.store, self.config.poll, known, clock, get_random())
+        silence = find_silence(self.state["patience"], self.is_downtime(), self.starting, clock)
+        if silence:
+            raise silence
 
     def is_downtime(self):
         """Whether the operator wants no communication now."""
         return is_within(self.config.poll.downtime, time.localtime())
 
     def note_fault(self, error, began):
-        """Logs what went wrong, keeps the back-off that follows from it, and whether this cycle still speaks
-        to the WFM.
+        """Logs what went wrong, and keeps what follows from it: a back-off, and silence for this cycle.
 
         One time-out a cycle is enough, and without an SVID there is nothing to speak with.
         """
         self.faults.append(error)
-        self.silent = self.silent or isinstance(error, (Unreachable, Untrusted)) or bool(
-            isinstance(error, Refused) and error.retry_after)
+        final = isinstance(error, (Unreachable, Untrusted))
+        self.silent = self.silent or final or isinstance(error, Refused) and bool(error.retry_after)
         if isinstance(error, Silence):
-            log("debug", error.message)
+            log_wait(error.message)
             return
         stored = self.store.find_time()
         if isinstance(error, Untrusted) and time.time() < stored:   # no verdict on certificates is one (P-2)
@@ -460,133 +369,96 @@ class Agent:
             error.message += f"; {make_clock_fault(time.time(), stored)}"
         long = {"retryAfter": f"{error.retry_after:.0f} s"} if (error.retry_after or 0) > 3600 else {}
         log("error", error.message, code=error.code, **long)
-        if isinstance(error, (Unreachable, Refused, Untrusted)):
-            before = self.state["patience"]
-            delay = error.retry_after or 0
-            if isinstance(error, Unreachable):
-                failures = before.get("failures", 0) + 1
-                delay = make_backoff(failures, error.retry_after, error.strategy, get_random())
-            self.state["patience"] = make_wait(before, delay, get_clock()._replace(now=began))
+        if final or isinstance(error, Refused):
+            clock = get_clock()._replace(now=began)
+            self.state["patience"] = make_patience(self.state["patience"], error, clock, get_random())
 
     def exchange(self):
         """Speaks with the WFM: capabilities where they changed, the outbox, the desired state.
 
-        A WFM that answers, and does not take a status, is polled all the same (P-9).
+        A WFM that does not take a report is polled all the same (P-9).
         """
         if self.silent:
             return
         self.check_patience()
-        source = self.connect()
-        fault = desired = None
+        self.connect()
         self.report_capabilities()
-        try:
-            self.flush_outbox()
-        except MargoError as error:
-            if not error.status:
-                raise
-            fault = error
-        if not self.config.poll.window or is_within(self.config.poll.window, time.localtime()):
-            desired = self.fetch_desired(source)
-            self.state["patience"] = self.state["patience"] if fault else {}
+        self.flush_outbox()
+        window = self.config.poll.window
+        if window and not is_within(window, time.localtime()):
+            log_wait("outside poll.window: the WFM is not asked for anything new")
+            return
+        desired = self.fetch_desired()
+        self.state["patience"] = {}
         if desired:
             self.accept(desired)
             self.changed = True
-        if fault:
-            raise fault
 
-    def fetch_desired(self, source):
-        """The Desired that a source has, None where nothing changed.
+    def fetch_desired(self):
+        """The Desired that the source has; None where nothing changed.
 
         An ETag that alone is new is kept in memory: two servers behind one name may differ in it (P-16).
         """
-        accepted = dict(self.state["accepted"] or {})
-        digest, etag = self.store.load_memo().get("etag") or ("", "")
-        if accepted and digest == accepted["digest"]:
-            accepted["etag"] = etag
-        before = accepted.get("etag")
-        desired = source.fetch_desired(accepted or None, self.store.load_artifact)
-        if not desired and accepted.get("etag") != before:
-            memo = dict(self.store.load_memo(), etag=[accepted["digest"], accepted["etag"]])
-            self.store.save_memo(memo)
+        accepted = self.state["accepted"]
+        if not accepted:
+            return self.source.fetch_desired(None, self.store.load_artifact)
+        memo = self.store.load_memo()
+        digest, etag = memo.get("etag") or ("", "")
+        etag = etag if digest == accepted["digest"] else accepted["etag"]
+        needed = [target.digest for target in list_targets(accepted) if self.is_needed(target)]
+        lost = None in map(self.store.load_artifact, needed)        # it is fetched again (D-9)
+        asked = dict(accepted, etag=etag, incomplete=lost)
+        desired = self.source.fetch_desired(asked, self.store.load_artifact)
+        if not desired and asked["etag"] != etag:
+            memo["etag"] = [accepted["digest"], asked["etag"]]
         return desired
 
-    def make_capabilities(self, device):
-        """The capabilities document of a device as it is; a child is what the configuration says of it."""
-        detected = {"peripherals": [], "interfaces": []}
-        if not device.silence:
-            detected = detect_properties(self.config.state_dir)
-        return make_capabilities(detected, device.settings, device.device_id, sorted(device.drivers))
-
     def report_capabilities(self, always=False):
-        """PUTs the capabilities of all devices before anything else, and again where they changed."""
-        documents = {device.device_id: self.make_capabilities(device) for device in self.devices}
-        report_devices(documents, self.source, self.store, self.state, always)
+        """PUTs the capabilities of all devices, before anything else and where they changed."""
+        documents = load_capabilities(self.devices, self.config)
+        report_devices(documents, self.source, self.state, always)
 
     def accept(self, desired):
-        """Makes a verified desired state the accepted one: first its documents, then the state, all durable
-        (C-111).
-        """
+        """Makes a verified desired state the accepted one, durable: first its documents, then it (C-111)."""
         self.check_removals(desired)
         state = self.state
-        at = make_time(time.time())
+        records = state["deployments"]
         for digest, data in desired.documents.items():
             self.store.save_artifact(digest, data)
+        at = make_time(time.time())
         state["waiting"] = None
-        state["history"] = make_history(state, desired.entries, desired.version, at)
-        entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
-        state["accepted"] = {"version": desired.version, "etag": desired.etag, "digest": desired.digest,
-                             "acceptedAt": at, "deployments": entries}
-        for entry in desired.entries:
-            record = state["deployments"].get(entry.deployment_id.lower())
-            same = record and record["adopted"]["digest"] == entry.digest
-            if same and record["state"] not in ("removing", "removed"):
-                record["adopted"]["version"] = desired.version      # the new manifest defines it, too (E-113)
-                enqueue_status(state, record, self.device_id)
-        new = [item for item in entries if item["deploymentId"].lower() not in state["deployments"]]
-        targets = self.make_targets(dict(state["accepted"], deployments=new), self.store.load_artifact)
-        targets = [target for share in self.assign(targets, {}) for target in share.targets]
-        for target in [target for target in targets if not target.error]:
-            # Received, not started (protocol 5.1); what may run anywhere is at home here until it is placed.
-            home = target.device_id if target.deployment.device_id == target.device_id else self.device_id
-            record = begin_record(make_record(target, home), target)
-            state["deployments"][target.deployment_id.lower()] = record
-            enqueue_status(state, record, self.device_id)
+        state["history"] = make_history(state, desired, at)
+        state["accepted"] = make_accepted(desired, at)
+        new = []
+        for target in list_targets(state["accepted"]):
+            record = records.get(target.key)
+            if not record:
+                new.append(read_target(target, self.store.load_artifact, self.config))
+            elif record["adopted"]["digest"] == target.digest and record["state"] not in GOING:
+                record["adopted"]["version"] = target.version       # the new manifest defines it, too (E-113)
+                enqueue_status(state, record)
+        for share in self.assign(new, {}):
+            for target in share.targets:
+                if not target.error:                # received, not started (protocol 5.1)
+                    records[target.key] = make_pending(target, self.device_id)
+                    enqueue_status(state, records[target.key])
         self.store.save_state(state)
         log("info", "desired state accepted", version=desired.version, deployments=len(desired.entries))
 
     def check_removals(self, desired):
-        """Raises Waiting where a manifest removes more than policy.max_removals and no second poll has
-        confirmed it (contract, Guard).
-        """
+        """Raises Waiting where a manifest removes more than is allowed and no second poll confirmed it."""
         limit = self.config.policy.max_removals
-        wanted = {entry.deployment_id.lower() for entry in desired.entries}
-        gone = [key for key in self.state["deployments"] if key not in wanted]
+        gone = self.state["deployments"].keys() - {entry.key for entry in desired.entries}
         if limit is not None and len(gone) > limit and self.state["waiting"] != desired.digest:
             self.state["waiting"] = desired.digest
             raise Waiting(f"version {desired.version} would remove {len(gone)} deployments,"
                           f" policy.max_removals is {limit}; nothing is done until the next poll confirms it")
 
-    def make_targets(self, accepted, load_document):
-        """[Target] of an accepted desired state; documents are read only where deciding takes them."""
-        targets = []
-        known = {device.device_id for device in self.devices}
-        for item in accepted["deployments"]:
-            target = Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
-            record = self.state["deployments"].get(target.deployment_id.lower())
-            needed = needs_document(target, record) or record["deviceId"] not in known
-            targets.append(self.read_target(target, load_document) if needed else target)
-        return targets
-
-    def read_target(self, target, load_document):
-        """The target with its Deployment, or with the ComponentError for which there is none."""
-        data = load_document(target.digest)
-        try:
-            if data is None:
-                words = "its document is missing from the state directory; the next poll brings it anew"
-                raise ComponentError("INTERNAL", words)
-            return target._replace(deployment=parse_deployment(data, target.deployment_id))
-        except ComponentError as error:
-            return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
+    def is_needed(self, target):
+        """Whether deciding on a target takes its document."""
+        record = self.state["deployments"].get(target.key)
+        known = [device.device_id for device in self.devices]
+        return needs_document(target, record) or record["deviceId"] not in known
 
     def assign(self, targets, silent):
         """[Share] of each device.
@@ -595,100 +467,90 @@ class Agent:
         """
         offers = {}
         if any(target.deployment and target.deployment.constraints for target in targets):
-            offers = {device.device_id: self.make_capabilities(device) for device in self.devices}
+            offers = load_capabilities(self.devices, self.config)
         silent = {device.device_id: silent.get(device.device_id, {}) for device in self.devices}
         return ASSIGN[-1](targets, self.state["deployments"], self.devices, silent, offers)
 
     def decide(self, accepted, load_document):
-        """([Action], {device id: Seen}): what has to be done so that what was accepted runs, and what all
-        devices show now.
+        """([Action], {device id: Seen}): what to do so that what was accepted runs, and what is there now.
 
-        Documents of what is not as it should be are read, and decided upon again: its device may have to be
-        another one.
+        The documents of what is not as it should be are read, and it is decided again: another device may
+        have to run it.
         """
-        targets = self.make_targets(accepted, load_document)
+        records = self.state["deployments"]
+        targets = [read_target(target, load_document, self.config) if self.is_needed(target) else target
+                   for target in list_targets(accepted)]
         new = [begin_record(make_record(target, ""), target) for target in targets if target.deployment]
-        seen = observe_devices(self.devices, [*self.state["deployments"].values(), *new])
+        claim = obtain_claim(self.get_profile(), self.device_id)
+        seen = observe_devices(self.devices, [*records.values(), *new], claim)
+        self.answering = {device_id: sight.drivers for device_id, sight in seen.items()}
         silent = {device_id: sight.silent for device_id, sight in seen.items()}
         containers = {device_id: sight.containers for device_id, sight in seen.items()}
-        for device in self.devices:
-            answers = set(device.drivers) - set(silent[device.device_id])
-            self.answering[device.device_id] = {kind: device.drivers[kind] for kind in sorted(answers)}
-        settle = self.config.runtime.settle
         mark = make_mark(self.config.runtime.environment)
         while True:
             shares = self.assign(targets, silent)
-            actions = make_actions(shares, self.state["deployments"], containers, get_clock(), settle, mark)
-            unread = {action.deployment_id for action in actions
-                      if action.verb in ("install", "update") and not action.target.deployment}
+            actions = make_actions(shares, records, containers, get_clock(), self.config.runtime.settle, mark)
+            unread = {action.key for action in actions
+                      if action.verb in CHANGES and not action.target.deployment}
             if not unread:
                 return actions, seen
-            targets = [self.read_target(target, load_document) if target.deployment_id in unread else target
+            targets = [read_target(target, load_document, self.config) if target.key in unread else target
                        for target in targets]
 
-    def reconcile(self):
+    def reconcile(self, accepted=None):
         """Makes what runs match what was accepted.
 
-        What does not answer has not nothing: nothing is done blindfold, and CommandError says so (D-16).
+        An engine that does not answer is not an empty one: what runs there is left alone, and CommandError
+        says so (D-16).
         """
-        accepted = self.state["accepted"]
+        accepted = accepted or self.state["accepted"]
         if not accepted:
             return                                  # what runs is left alone until a WFM says what should
         actions, seen = self.decide(accepted, self.store.load_artifact)
-        refused = [action.target.digest for action in actions if action.verb == "refuse"]
-        if None in map(self.store.load_artifact, refused):
-            accepted["incomplete"] = True           # a document was lost: the next poll asks for it
         if any(action.verb != "keep" for action in actions):
             self.prune()                            # before anything is pulled, too (P-5)
-        troubles = self.carry_out(actions, seen)
+        troubles = self.carry_out(actions, seen, accepted["version"])
         for device in self.devices:
+            sight = seen[device.device_id]
             name = f"child device {device.device_id}: " if device.silence else ""
-            troubles += [name + fault.message for fault in seen[device.device_id].silent.values()]
-            if not self.changed:
-                for driver in self.answering[device.device_id].values():
-                    driver.tend(seen[device.device_id].containers, get_random())
+            troubles += [name + fault.message for fault in sight.silent.values()]
+            for driver in () if self.changed else sight.drivers.values():
+                driver.tend(sight.containers, get_random())
         if self.changed:
             self.prune()
         if troubles:
             raise CommandError(f"{'; '.join(dict.fromkeys(troubles))}; what runs there is left as it is")
 
     def prune(self):
-        """Housekeeping with everything that answers; see the function of this name."""
+        """Housekeeping on everything that answers, where it is wished."""
         if self.config.runtime.prune:
-            drivers = [self.answering[device.device_id].values() for device in self.devices]
-            prune(self.state, self.store, dict(zip(map(make_prefix, self.devices), drivers)))
+            prune(self.state, self.store, self.device_id, self.answering)
 
-    def carry_out(self, actions, seen):
-        """Carries out a plan: group by group, and in a group whatever is ready whose turn it is.
-
-        Returns in words what went wrong and fails no deployment: a leftover that cannot be removed.
-        """
-        troubles, cleared = [], {}
-        for action in actions:
-            if action.verb == "clear":
-                cleared.setdefault(action.deployment_id.lower(), []).append(action)
-        for group in make_groups(actions, self.state["deployments"]):
-            ready, stopped = {}, False
+    def carry_out(self, actions, seen, version):
+        """Carries out a plan, group by group; returns what went wrong and fails no deployment, in words."""
+        records = self.state["deployments"]
+        troubles = []
+        for group in make_groups(actions, records):
+            ready = {}
             for action in group:
                 self.check_stopping()
-                work = self.begin(action, seen)
-                if action.verb in ("install", "update"):
-                    others = cleared.get(action.deployment_id.lower(), ())
-                    work.before = [self.begin(other, seen) for other in others]
-                try:
-                    if self.advance(work):
-                        ready[action.deployment_id.lower()] = work
-                except (CommandError, ComponentError) as error:
-                    troubles.append(error.message)
+                step = self.begin(action, seen, version, troubles)
+                if action.verb in CHANGES:
+                    step.before = [self.begin(other, seen, version, troubles) for other in actions
+                                   if other.verb == "clear" and other.key == action.key]
+                if self.advance(step):
+                    ready[action.key] = step
+            stopped = False
             while ready:
                 if not stopped:                     # what was stopped for another one starts again first
                     self.check_stopping()
-                waiting = {key: (work.takes, work.holds) for key, work in ready.items()}
-                held = {key: find_held_ports(record) for key, record in self.state["deployments"].items()
-                        if key not in ready}
-                key, verb, words = find_turn(waiting, held)
-                stopped = stopped or verb == "stop"
-                if not self.take_turn(ready[key], verb, words, troubles):
+                waiting = {key: (step.takes, step.holds) for key, step in ready.items()}
+                held = {key: find_held_ports(records[key]) for key in records.keys() - ready}
+                key, *turn = find_turn(waiting, held)
+                if turn[0] == "stop":
+                    ready[key].holds = set()
+                    stopped = True
+                if not self.advance(ready[key], turn):
                     ready.pop(key)
         return troubles
 
@@ -697,134 +559,103 @@ class Agent:
         if self.stopping():
             raise Interrupted("ended before everything was done; the next run goes on from here")
 
-    def begin(self, action, seen):
-        """The Work on an action, before its first step."""
-        key = action.deployment_id.lower()
-        device = next(device for device in self.devices if device.device_id == action.device_id)
-        record = self.state["deployments"].get(key)
+    def begin(self, action, seen, version, troubles):
+        """The Step of an action, before anything of it is done."""
+        record = self.state["deployments"].get(action.key)
+        home = record and record["deviceId"]
         holds = find_held_ports(record) if record else set()
-        if record and record["deviceId"] not in seen and action.verb != "keep":
+        if record and home not in seen and action.verb != "keep":
             log("warning", "its device is no longer configured; what runs there is forgotten",
-                deployment=action.deployment_id, device=record["deviceId"])
-        if not record or action.verb != "clear" and action.target and record["deviceId"] != device.device_id:
+                deployment=action.deployment_id, device=home)
+        moves = home != action.device_id and action.target and action.verb != "clear"
+        if not record or moves:
             target = action.target or Target(action.deployment_id, "", 0, None, None)
-            record = make_record(target, device.device_id)      # new here; elsewhere it is cleared
-        device_id = device.device_id
-        containers = seen[device_id].containers
-        tools = Tools(self.config, self.store, self.answering[device_id], containers, device_id,
-                      self.state["accepted"]["version"], [], get_clock, get_random)
+            record = make_record(target, action.device_id)
+        sight = seen[action.device_id]
         verb = action.verb
         if self.is_downtime():
-            verb, record = hold_quiet(action, record, containers, get_clock())
-        work = Work(action, device, EXECUTE[verb](action, record, tools), tools)
-        work.holds = holds
-        return work
+            verb, record = hold_quiet(action, record, sight.containers, get_clock())
+        return Step(verb, action=action, record=record, holds=holds, sight=sight, config=self.config,
+                    store=self.store, version=version, troubles=troubles)
 
-    def take_turn(self, work, verb, words, troubles):
-        """Carries on with a step that is ready, as find_turn says; whether it is still to be done.
-
-        What moves is removed from where it was before it starts.
-        """
-        fault = ComponentError("PORT_IN_USE", words) if verb == "fail" else None
-        moves = bool(work.before)
-        while work.before and not fault:
-            try:
-                self.advance(work.before.pop())
-            except (CommandError, ComponentError) as error:
-                if isinstance(error, Forbidden):
-                    fault = error
-                else:
-                    troubles.append(error.message)
-        if verb == "stop" and not fault:
-            work.holds = set()
-            return moves or self.advance(work, True)
-        return self.advance(work, False, fault)
-
-    def advance(self, work, answer=None, fault=None):
+    def advance(self, step, turn=None):
         """Carries on with a step until it is ready to change something, or done; whether it is ready.
 
-        Every change of a record is durable, and told where the WFM can be told, before the next one.  answer,
-        fault: what its claim is answered by.
+        Every change of a record is durable, and told where the WFM can be told, before the next one.  turn:
+        the verb and the words of find_turn, for a step that was ready.
         """
-        action, item = work.action, None
+        action = step.action
         try:
-            item = work.steps.throw(fault) if fault else work.steps.send(answer)
+            item = step.course.send(turn)
             while not isinstance(item, Ready):
-                if not work.begun:
+                if not step.begun:
                     word = PRINTED.get(action.verb, action.verb)
                     log("error" if word == "refuse" else "info", word, deployment=action.deployment_id,
                         reason=action.reason)
-                work.begun = self.changed = True
+                step.begun = self.changed = True
                 if item:
-                    self.keep(work, item)
-                item = next(work.steps)
+                    self.keep(step, item)
+                item = next(step.course)
         except StopIteration:
-            record = self.state["deployments"].get(action.deployment_id.lower())
-            if work.begun and record and action.verb != "clear":
+            record = self.state["deployments"].get(action.key)
+            if step.begun and record and action.verb != "clear":
                 log("info", record["state"], deployment=action.deployment_id, name=record["name"])
             return False
-        work.takes = item.takes
+        step.takes = item.takes
         return True
 
-    def keep(self, work, record):
+    def keep(self, step, record):
         """Makes a record durable, with what was fetched for it, and tells the WFM."""
-        fetched = work.tools.fetched
-        prefix = make_prefix(work.device)
-        images = [prefix + name for name in fetched if not re.fullmatch(DIGEST_PATTERN, name)]
-        self.state["pulled"] = sorted(set(self.state["pulled"]).union(images))
+        prefix = make_prefix(step.action.device_id, self.device_id)
+        images = {prefix + name for name in step.fetched if not re.fullmatch(DIGEST_PATTERN, name)}
+        self.state["pulled"] = sorted(images.union(self.state["pulled"]))
         if record["state"] not in ("installed", "removed"):     # the next attempt finds it here (P-15)
-            record = dict(record, fetched=sorted(set(record["fetched"]).union(fetched)))
-        self.state["deployments"][record["deploymentId"].lower()] = record
-        enqueue_status(self.state, record, self.device_id)
+            record = dict(record, fetched=sorted({*record["fetched"], *step.fetched}))
+        self.state["deployments"][step.action.key] = record
+        enqueue_status(self.state, record)
         self.store.save_state(self.state)
-        self.flush_outbox(quiet=True)
+        self.silent = not self.flush_outbox() or self.silent    # one time-out is enough
 
-    def flush_outbox(self, quiet=False):
-        """Sends every waiting status, oldest first.
+    def flush_outbox(self):
+        """Sends every waiting status that is due, oldest first; whether the WFM could be reached.
 
-        One that the WFM refuses for good is dropped, and `status` says so.
-
-        One that fails goes to the end, so that it does not hold up the others.  quiet: in the middle of
-        applying; trouble on the wire then only means that it is sent later.
+        One that it does not take waits by a back-off of its own, and holds up nothing else (P-9).
         """
-        for key in list(self.state["outbox"]):
+        state = self.state
+        for key, status in list(state["outbox"].items()):
+            clock = get_clock()
             if self.silent or not self.source:
-                return
-            status = self.state["outbox"][key]
-            refused = None
+                return True
+            if find_wait(state["waits"].get(key, {}), clock):
+                continue
             try:
                 self.source.post_status(status["deploymentId"], status)
+                acknowledge_status(state, key)
             except (Refused, Unreachable, Untrusted) as error:
-                if not isinstance(error, Refused) or error.status < 400:
-                    self.state["outbox"][key] = self.state["outbox"].pop(key)
-                    if not quiet:
-                        raise
-                    self.note_fault(error, time.time())
-                    log("warning", "a status cannot be sent now and waits in the outbox", deployment=key)
-                    return
-                refused = {"state": status["status"]["state"], "at": make_time(time.time()),
-                           "reason": error.message}
-                log("error", "the WFM refuses a status for good; it is dropped", deployment=key,
-                    reason=error.message)
-            acknowledge_status(self.state, key, refused)
+                words = put_off_status(state, key, error, clock, get_random())
+                if key in state["outbox"]:
+                    self.faults.append(error)
+                    log("warning", words, deployment=key, reason=error.message)
+                else:
+                    log("error", f"{words}; it is dropped", deployment=key, reason=error.message)
+                answered = bool(error.status) or isinstance(error, Refused)
+                if error.retry_after or not answered:
+                    return answered                 # the others come next time
+        return True
 
     def conclude(self, began):
-        """The Outcome of a cycle, kept where `status` finds it.
-
-        The disk is written only if something changed.
-        """
+        """The Outcome of a cycle, kept where `status` finds it; writes the disk only if something changed."""
         state = self.state
         fault = max(self.faults, key=lambda fault: fault.exit, default=None)
         failed = any(record["state"] == "failed" for record in state["deployments"].values())
-        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"]))
-        if state["history"] and state["accepted"]:
-            newest = state["history"][-1]
-            newest["outcome"] = make_outcome(state)
-            if isinstance(fault, Refused):
-                newest["refused"] = fault.message
-            elif not fault:
-                newest.pop("refused", None)
-        last = {"at": make_time(began), "result": result, "detail": fault.message if fault else ""}
+        result, code = judge_cycle(fault, self.changed, failed, bool(state["outbox"] or state["waits"]))
+        detail = fault.message if fault else ""
+        note_outcome(state, fault)
+        memo = self.store.load_memo()
+        memo["lastPoll"] = last = {"at": make_time(began), "result": result, "detail": detail}
+        if self.answering:
+            known = None if self.changed else memo.get("others")
+            memo["others"] = ask_others(self.answering, known)[:MAX_NAMED]
         try:
             if make_state_data(state) != self.store.saved:
                 state["lastPoll"] = last
@@ -832,13 +663,7 @@ class Agent:
         except StorageError as error:
             log("error", error.message, code=error.code)
             code = max(code, error.exit)
-        memo = self.store.load_memo()
-        others = memo.get("others")
-        if self.answering:
-            others = ask_others(self.answering, None if self.changed else others)[:MAX_NAMED]
-        self.store.save_memo(dict(memo, lastPoll=last, others=others or []))
-        delay = make_delay(self.config, state, fault, get_clock(), get_random())
-        return Outcome(code, result, last["detail"], delay)
+        return Outcome(code, result, detail, make_delay(self.config, state, fault, get_clock(), get_random()))
 
 
 # What a cycle does, in order: functions of the Agent.  A MargoError ends that step alone.
@@ -846,36 +671,18 @@ STEPS = [Agent.exchange, Agent.reconcile, Agent.flush_outbox]
 
 
 def judge_cycle(fault, changed, failed, waiting):
-    """(word of `lastPoll.result`, exit code) of a cycle.
+    """(word of `lastPoll.result`, exit code) of a cycle; the operator's own silence is no fault.
 
     fault: the worst MargoError, or None.  changed: whether there was something to do.  failed: whether a
-    deployment has failed. waiting: whether a status waits in the outbox.  The operator's own silence is no
-    fault.
+    deployment has failed.  waiting: whether a report waits to be taken.
     """
-    silence = isinstance(fault, Silence) and not fault.exit
-    code = 0 if silence or not fault else fault.exit
-    code = max(code, 1 if failed else 0, 3 if waiting and not silence else 0)
-    words = ((Unreachable, "unreachable"), ((Refused, Waiting), "refused"), (Untrusted, "untrusted"),
-             (MargoError, "failed"))
-    for kind, word in words if not silence else ():
-        if isinstance(fault, kind):
-            return word, code
+    silence = bool(fault) and not fault.exit
+    code = max(fault.exit if fault else 0, 1 if failed else 0, 3 if waiting and not silence else 0)
+    if fault and not silence:
+        return fault.result, code
     if failed:
         return "failed", code
     return "applied" if changed else "unchanged", code
-
-
-def make_prefix(device):
-    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
-    return device.device_id + " " if device.silence else ""
-
-
-def make_others_words(others):
-    """Each workload of another owner, in words."""
-    return [
-        f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}"
-        for item in others
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -886,27 +693,11 @@ def make_others_words(others):
 PRINTED = {"restore": "update", "give_up": "refuse", "clear": "remove"}
 
 
-def needs_document(entry, record):
-    """Whether deciding on a manifest entry takes its document: not for what is installed, or failed, in that
-    revision.
-    """
-    if record is None or record["adopted"]["digest"] != entry.digest or record["refused"]:
+def needs_document(target, record):
+    """Whether deciding on a target takes its document: not where just that is installed, or has failed."""
+    if record is None or record["adopted"]["digest"] != target.digest or record["refused"]:
         return True
     return record["state"] not in ("installed", "failed")
-
-
-def make_share(device, targets, records, silent):
-    """The Share of a device: what should run there (targets), what is at home there (records), what cannot be
-    seen now.
-
-    silent: {deployment type: CommandError} of what does not answer there.
-    """
-    wanted = {target.deployment_id.lower(): target for target in targets}
-    unseen = {}
-    for key in {**records, **wanted}:
-        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
-            unseen[key] = silent[kind]
-    return Share(device, targets, records, unseen)
 
 
 def make_actions(shares, records, containers, clock, settle=0, mark=""):
@@ -915,78 +706,55 @@ def make_actions(shares, records, containers, clock, settle=0, mark=""):
     records: those of all devices.  containers: {device id: [Container]}.  What a deployment has left on a
     device where it is not at home any more is cleared once it runs where it belongs, or when it is about to.
     """
-    homes = {target.deployment_id.lower(): "" if target.error else target.device_id
+    homes = {target.key: "" if target.error else target.device_id
              for share in shares for target in share.targets}
     actions, strays = [], []
     placed = set()              # what runs where it belongs, or is about to
     for share in shares:
-        device_id = share.device.device_id
+        there = containers[share.device.device_id]
         placed.update(key for key, record in share.records.items() if record["state"] == "installed")
-        there = containers[device_id]
         for action in make_plan(share.targets, share.records, there, clock, settle, mark, share.unseen):
-            action = hold_back(action, share)._replace(device_id=device_id)
-            key = action.deployment_id.lower()
-            record = records.get(key)
-            if action.verb == "remove" and (key in homes or record and key not in share.records):
+            action = hold_back(action, share)._replace(device_id=share.device.device_id)
+            record = records.get(action.key)
+            elsewhere = action.key in homes or record and action.key not in share.records
+            if action.verb == "remove" and elsewhere:
                 strays.append(action._replace(verb="clear"))
                 continue
-            if action.verb == "install" and record and record["running"] and record["deviceId"] != device_id:
-                action = action._replace(reason=f"moves here from {record['deviceId']}")
-            if action.verb in ("install", "update"):
-                placed.add(key)
+            if action.verb in CHANGES:
+                placed.add(action.key)
+                if record and record["running"] and record["deviceId"] != action.device_id:
+                    action = action._replace(reason=f"moves here from {record['deviceId']}")
             actions.append(action)
     for stray in strays:
-        key = stray.deployment_id.lower()
-        if key not in homes:
+        home = homes.get(stray.key)
+        if home is None:
             actions.append(stray)
-        elif homes[key] and key in placed:
-            actions.append(stray._replace(reason=f"belongs on {homes[key]}"))
+        elif home and stray.key in placed:
+            actions.append(stray._replace(reason=f"belongs on {home}"))
     return sorted(actions, key=lambda action: action.verb not in ("remove", "clear"))
 
 
-def hold_back(action, share):
-    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
-
-    It waits where this device itself does not answer; what the WFM is told of another one is the device's
-    `silence`.
-    """
-    key = action.deployment_id.lower()
-    silence = share.device.silence
-    fault = share.unseen.get(key)
-    if not fault or action.verb in ("keep", "refuse"):
-        return action
-    if not silence:
-        return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
-    target = action.target
-    if not target:
-        adopted = share.records[key]["adopted"]
-        target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
-    reason = f"{silence.code}: {silence.message}"
-    return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
-
-
 def make_plan(targets, records, containers, clock, settle=0, mark="", unseen=()):
-    """What to do on one device, as [Action]: removals first, to free what they hold, then the manifest's own
-    order.
+    """[Action] for one device: removals first, to free what they hold, then the manifest's own order.
 
     targets: [Target], deployment and error both None where needs_document said so.  records: those of the
     state's `deployments` that are at home here.  containers: [Container] as observed.  clock: a Clock.
-    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: ids in lower case of
-    deployments of which not everything could be observed (then nothing is taken for drift).
+    settle, mark: `runtime.settle` and make_mark of `runtime.environment`.  unseen: keys of deployments of
+    which not everything could be observed (then nothing is taken for drift).
     """
-    wanted = {target.deployment_id.lower() for target in targets}
+    wanted = {target.key for target in targets}
     seen = {}
     for container in containers:
-        seen.setdefault(container.deployment_id.lower(), []).append(container)
-    orphans = {key: items[-1].deployment_id for key, items in seen.items()}
-    orphans.update((key, record["deploymentId"]) for key, record in records.items()
-                   if record["state"] != "removed")
-    plan = [Action(orphans[key], "remove", "not in the desired state") for key in sorted(orphans)
+        seen.setdefault(container.key, []).append(container)
+    unwanted = {key: items[-1].deployment_id for key, items in seen.items()}
+    unwanted.update((key, record["deploymentId"]) for key, record in records.items()
+                    if record["state"] != "removed")
+    plan = [Action(unwanted[key], "remove", "not in the desired state") for key in sorted(unwanted)
             if key not in wanted]
     for target in targets:
-        key = target.deployment_id.lower()
-        there = None if key in unseen else seen.get(key, [])
-        plan.append(make_action(target, records.get(key), there, clock, settle, mark)._replace(target=target))
+        there = None if target.key in unseen else seen.get(target.key, [])
+        action = make_action(target, records.get(target.key), there, clock, settle, mark)
+        plan.append(action._replace(target=target))
     return plan
 
 
@@ -996,9 +764,10 @@ def make_action(target, record, containers, clock, settle, mark):
         return Action(target.deployment_id, verb, reason, culprit=culprit)
 
     same = record and record["adopted"]["digest"] == target.digest
+    state = record and record["state"]
     retry = find_wait(record["retry"], clock) if record else 0
     pause = find_wait(record["repair"], clock) if record else 0
-    if same and record["state"] == "failed" and record["fallback"] and not pause and (target.error or retry):
+    if same and state == "failed" and record["fallback"] and not pause and (target.error or retry):
         words = find_drift(record["running"]["services"], containers, clock.now, settle)[1]
         if words:
             return act("restore", f"drift: {words}; the version before is brought back")
@@ -1011,15 +780,15 @@ def make_action(target, record, containers, clock, settle, mark):
         return act(change, "another revision")
     if record["refused"]:
         return act(change, "was refused before, and can be carried out now")
-    if record["state"] == "failed" and retry:
+    if state == "failed" and retry:
         due = make_time(clock.now + retry)
         return act("keep", f"failed ({record['error']['code']}); next attempt at {due}")
-    if record["state"] == "failed":
+    if state == "failed":
         return act(change, f"failed before, attempt {record['retry'].get('failures', 0) + 1}")
-    if record["state"] in ("pending", "removed") and not record["running"]:
+    if state in ("pending", "removed") and not record["running"]:
         return act("install", "new")
-    if record["state"] != "installed":
-        return act(change, f"was interrupted while {record['state']}")
+    if state != "installed":
+        return act(change, f"was interrupted while {state}")
     services = {item["name"]: item["services"] for item in record["components"]}
     culprit, words = find_drift(services, containers, clock.now, settle)
     if words and pause:
@@ -1032,7 +801,8 @@ def make_action(target, record, containers, clock, settle, mark):
 
 def hold_quiet(action, record, containers, clock):
     """(verb, record) of an action in downtime: nothing is fetched (protocol 10), the version before runs."""
-    if action.verb not in ("install", "update") or is_at_hand(record, action.target):
+    versions = filter(None, (record["running"], record["previous"]))
+    if action.verb not in CHANGES or action.target.digest in [version["digest"] for version in versions]:
         return action.verb, record
     record = begin_record(record, action.target)
     there = find_containers(record["deploymentId"], containers)
@@ -1042,8 +812,7 @@ def hold_quiet(action, record, containers, clock):
 
 
 def find_drift(services, containers, now, settle):
-    """((component, service), words) for what differs between what was installed and its containers, or ("",
-    "") (P-12, D-23).
+    """((component, service), words) for what differs from what was installed, or ("", "") (P-12, D-23).
 
     services: {component: {service: facts}}; containers: those of this deployment, or None.
     """
@@ -1080,108 +849,64 @@ def judge_containers(found, facts, now, settle):
     return "is being restarted over and over" if restarted and 0 <= now - container.started < settle else ""
 
 
-def make_groups(actions, records):
-    """Actions in the order in which they are carried out, as [[Action]].
-
-    Those of one group are made ready before any is done.
-
-    What frees comes before what takes: removals, then repairs, then the updates of what runs, as one group,
-    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
-    the step that it moves by.
-    """
-    moving = {action.deployment_id.lower() for action in actions if action.verb in ("install", "update")}
-    first, updates, new = [], [], []
-    for action in actions:
-        record = records.get(action.deployment_id.lower())
-        if action.verb not in ("install", "update"):
-            first += [] if action.verb == "clear" and action.deployment_id.lower() in moving else [[action]]
-        elif not record or not record["running"]:
-            new.append([action])
-        elif record["running"]["digest"] == action.target.digest and record["deviceId"] == action.device_id:
-            first.append([action])
-        else:
-            updates.append(action)
-    return first + [updates] + new
-
-
-def find_held_ports(record):
-    """{(device id, address or "", port, protocol)} of the host's ports that a deployment's containers hold,
-    as far as known.
-    """
-    services = [item["services"] for item in record["components"]] if record["state"] != "removed" else []
-    if record["fallback"]:
-        services = record["running"]["services"].values()       # the version before runs still
-    facts = [facts for item in services for facts in item.values()]
-    running = [item for item in facts if not item["finished"]]
-    return {(record["deviceId"], *port) for item in running for port in item.get("ports", ())}
-
-
-def find_clash(takes, holds):
-    """A port among those of `takes` that one of `holds` keeps from being taken, or None.
-
-    The address "" is every one.
-    """
-    for port in sorted(takes):
-        for device_id, address, *rest in holds:
-            meets = address == port[1] or "" in (address, port[1])
-            if meets and (device_id, *rest) == (port[0], *port[2:]):
-                return port
-    return None
-
-
-def find_turn(waiting, held):
-    """Which of the deployments that are ready to be changed goes on now, and how: (id, verb, words).
-
-    waiting: {id: (ports it takes, ports it holds)}, in order.  held: {id: ports} of all others.  The verbs:
-    `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
-    ports first, because each waits for another one.
-    """
-    blocking = []
-    for key, (takes, _) in waiting.items():
-        rivals = [(other, ports, ports) for other, ports in held.items()]
-        rivals += [(other, holds, keeps) for other, (keeps, holds) in waiting.items() if other != key]
-        blocked = False
-        for other, holds, keeps in rivals:
-            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
-            if port:
-                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
-                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
-            if find_clash(takes, holds):
-                blocking.append(other)
-                blocked = True
-        if not blocked:
-            return key, "go", ""
-    return blocking[0], "stop", ""
-
-
 # ----------------------------------------------------------------------------------------------------------
 # 5. Apply
 # ----------------------------------------------------------------------------------------------------------
 
-Tools = define("Tools", "config store drivers containers device_id version fetched clock jitter",
-    "What one step takes: Settings, Store, {deployment type: driver} of what answers on the device,"
-    " [Container] there, the device's id, the accepted version, a list"
-    " for what is fetched (digests, images), functions for a Clock and for a number in [0, 1).")
 Change = define("Change", "event name record deployment rollback kind",
     "What listeners are told of: install, update or removal of the component `name`; rollback: on the way"
     " back to the version before; kind: the deployment type of what is removed.", None)
-Revision = define("Revision", "deployment packages services",
-    "A version of a deployment: its Deployment, and what is known of it: {component: package}, {component:"
-    " {service: facts}}.")
 Ready = define("Ready", "takes",
     "What a step says once all that can fail or say no has been done, and nothing is touched: the host's"
-    " ports that it will take, as find_held_ports has them.")
-# Functions (before or after, Change, Tools, error or None) of optional rooms; `before` may raise Forbidden.
+    " ports that it will take, as find_held_ports has them.  It is answered by the verb and the words of"
+    " find_turn.")
+# Functions (before or after, Change, Step, error or None) of optional rooms; `before` may raise Forbidden.
 LISTENERS = []
 
 
-class Notices:
-    """The changes of one step: every listener agrees to all of them before the first is made, and hears what
-    came of each.
+class Step:
+    """One action under way.
+
+    action, record      the Action, and the record that it begins with
+    takes, holds        ports of the host that it will take, and that it holds, see find_held_ports
+    sight               what its device shows: Seen
+    config, store       Settings and Store
+    version             the accepted version
+    troubles            a list for what goes wrong and fails no deployment, in words
+    course              the generator that carries it out, see EXECUTE
+    before              Steps that clear what moves here, where it was
+    fetched             digests of packages and names of images that it has fetched
+    begun               whether it has changed something
     """
 
-    def __init__(self, tools):
-        self.tools, self.agreed = tools, []
+    def __init__(self, verb, **facts):
+        vars(self).update(facts)
+        self.course = EXECUTE[verb](self)
+        self.before, self.fetched = [], []
+        self.takes = set()
+        self.begun = False
+
+    def get_driver(self, kind):
+        """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
+        if kind not in self.sight.drivers:
+            words = f"nothing on this device runs {kind} components; see runtime.{kind}"
+            raise ComponentError("UNSUPPORTED_TYPE", words)
+        return self.sight.drivers[kind]
+
+    def look(self, record):
+        """Looks anew at what there is of a deployment; raises CommandError."""
+        self.sight = self.sight._replace(containers=observe_all(self.sight.drivers, record))
+
+    def fail(self, record, name, error, refused=False):
+        """The record after a ComponentError of the component `name`, or of all (None)."""
+        return fail_record(record, name, error, get_clock(), get_random(), refused)
+
+
+class Notices:
+    """The changes of one step: listeners agree to all before the first is made, and hear of each."""
+
+    def __init__(self, step):
+        self.step, self.agreed = step, []
 
     def __enter__(self):
         return self
@@ -1189,14 +914,21 @@ class Notices:
     def ask(self, change):
         """Raises ComponentError where a listener forbids the change."""
         for listener in LISTENERS:
-            listener("before", change, self.tools, None)
+            listener("before", change, self.step, None)
         self.agreed.append(change)
 
     def tell(self, change, error=None):
         """The change has been made, or nothing comes of it."""
         self.agreed.remove(change)
         for listener in LISTENERS:
-            listener("after", change, self.tools, error)
+            listener("after", change, self.step, error)
+
+    def remove(self, change):
+        """Removes all of one component; raises ComponentError, CommandError."""
+        deadline = time.monotonic() + COMPONENT_TIMEOUT
+        driver = self.step.get_driver(change.kind)
+        driver.remove(change.record["deploymentId"], change.name, self.step.sight.containers, deadline)
+        self.tell(change)
 
     def __exit__(self, kind, error, _):
         for change in self.agreed[:] if isinstance(error, MargoError) else ():
@@ -1204,272 +936,269 @@ class Notices:
 
 
 class Installation:
-    """A deployment on its way to a version: the record so far, the component at work, and whether anything
-    was touched.
-    """
+    """A deployment on its way to a version: its record so far, and whether anything was touched."""
 
-    def __init__(self, record, tools):
-        self.record, self.tools = record, tools
+    def __init__(self, record, step):
+        self.record, self.step = record, step
         self.name, self.touched, self.services = None, False, {}
 
-    def run(self, revision, rollback=False):
+    def run(self, deployment, packages, services, rollback=False):
         """Makes a version run, and nothing else of its deployment.
 
-        Yields the record at each change, for the caller to make durable before the next step, and Ready
-        before anything is touched.
-
-        All that can fail or say no comes before that: everything is fetched and verified, and every listener
-        agrees (D-11, P-20). One that is answered by True has to free its ports first, and is made again.
-        rollback: it is the version before that is brought back, in one go.
+        All that can fail or say no comes first: everything is fetched and verified, and every listener agrees
+        (D-11, P-20).  Then it yields Ready, and after that the record at each change, which the caller makes
+        durable before the next one.  packages, services: what is known of the version, {component: package}
+        and {component: {service: facts}}.  rollback: the version before is brought back, in one go.
         """
-        tools, deployment = self.tools, revision.deployment
-        containers = observe_all(tools.drivers, self.record) if rollback else tools.containers
-        prepared = []
+        step = self.step
+        if rollback:
+            step.look(self.record)
+        prepared, changes = [], []
         for component in deployment.components:
             self.name = component.name
-            driver = get_driver(deployment.type, tools)
-            prepared.append(driver.prepare(deployment, component, revision.packages.get(self.name),
-                                           tools.store, tools.fetched))
-        changes = []
-        for name in [component.name for component in deployment.components]:
-            event = "update" if rollback or revision.packages.get(name) else "install"
-            changes.append(Change(event, name, self.record, deployment, rollback))
-        dropped = find_dropped(self.record, deployment, containers, rollback)
-        with Notices(tools) as notices:
+            driver = step.get_driver(deployment.type)
+            known = packages.get(self.name)
+            prepared.append(driver.prepare(deployment, component, known, step.store, step.fetched))
+            event = "update" if rollback or known else "install"
+            changes.append(Change(event, self.name, self.record, deployment, rollback))
+        dropped = find_dropped(self.record, deployment, step.sight.containers, rollback)
+        with Notices(step) as notices:
             for change in changes + dropped:
                 self.name = None if change.kind else change.name
                 notices.ask(change)
             self.name = None
-            ports = [port for workload, _ in prepared for port in driver.list_ports(workload)]
-            takes = {(tools.device_id, *port) for port in ports}
-            while not rollback and (yield Ready(takes)):
-                self.free_ports()
-                containers = observe_all(tools.drivers, self.record)
+            if not rollback:
+                yield from self.take_turn([port for item, _ in prepared for port in driver.list_ports(item)])
             for component, change, (workload, package) in zip(deployment.components, changes, prepared):
                 self.name = component.name
                 if not rollback:
                     self.record = set_component(self.record, self.name, "installing")
                     yield self.record
                 self.touched = True
-                services = driver.apply(workload, containers, revision.services.get(self.name, {}),
-                                        time.monotonic() + component.timeout)
-                self.services[self.name] = services
+                deadline = time.monotonic() + component.timeout
+                known = services.get(self.name, {})
+                self.services[self.name] = driver.apply(workload, step.sight.containers, known, deadline)
                 notices.tell(change)
-                facts = {"services": services, "package": package}
-                self.record = set_component(self.record, self.name, "installed", **facts)
+                self.record = set_component(self.record, self.name, "installed", package=package,
+                                            services=self.services[self.name])
                 if not rollback and self.record["state"] != "installed":    # said once nothing else is left
                     yield self.record
             self.name = None
             for change in dropped:
-                remove_component(change, containers, notices)
+                notices.remove(change)
 
-    def free_ports(self):
-        """Stops what holds a port of the host, so that another deployment can take it."""
-        self.touched = True
-        running = self.record["running"] or {}
-        services = [item["services"] for item in self.record["components"]]
-        if "services" in running:
-            services = running["services"].values()
-        facts = [facts for item in services for facts in item.values()]
-        ids = [item["id"] for item in facts if item.get("ports")]
-        if ids:
-            get_driver(running["type"], self.tools).stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
+    def take_turn(self, ports):
+        """Waits for its turn, and frees its own ports first where others wait for them.
+
+        What moves is then removed from where it was.
+        """
+        step = self.step
+        verb = "stop"
+        while verb == "stop":
+            verb, words = yield Ready({(step.action.device_id, *port) for port in ports})
+            if verb == "fail":
+                raise ComponentError("PORT_IN_USE", words)
+            while step.before:
+                other = step.before.pop()
+                try:
+                    clear(other)
+                except (CommandError, ComponentError) as error:
+                    if isinstance(error, Forbidden):
+                        raise
+                    step.troubles.append(error.message)
+            ids = [facts["id"] for facts in list_facts(self.record) if facts.get("ports")]
+            if verb == "stop" and ids:
+                self.touched = True
+                driver = step.get_driver(self.record["running"]["type"])
+                driver.stop(ids, time.monotonic() + COMPONENT_TIMEOUT)
+                step.look(self.record)
 
     def fail(self, error, deployment):
-        """The record after a failure, with the version before running again where runtime.on_failure says so
-        (P-8).
-        """
-        tools, name, words = self.tools, self.name, error.message
+        """The record after a failure; as runtime.on_failure says, the version before runs again (P-8)."""
+        name, words = self.name, error.message
         code = error.code if isinstance(error, ComponentError) else "INSTALL_FAILED"
         code = "OUT_OF_MEMORY" if isinstance(error, NoMemory) else code
         log("error", "deployment failed", deployment=deployment.deployment_id, component=name, code=code,
             reason=words)
         begun = self.record["state"] != "pending"               # else it has only freed its ports
-        if self.touched and begun and tools.config.runtime.on_failure != "rollback":
+        if self.touched and begun and self.step.config.runtime.on_failure != "rollback":
             self.record = dict(self.record, fallback=False)     # it is left as it is, for inspection
-        elif self.touched and self.record["fallback"]:
-            words = f"{words}; {self.go_back()}"
-        elif self.touched and not self.record["running"]:
-            words = f"{words}; {self.take_back(deployment)}"
-        error = ComponentError(code, words, retry_after=error.retry_after)
-        return fail_record(self.record, name, error, tools.clock(), tools.jitter())
+        elif self.touched and (self.record["fallback"] or not self.record["running"]):
+            words = f"{words}; {self.undo(deployment)}"
+        return self.step.fail(self.record, name, ComponentError(code, words, retry_after=error.retry_after))
+
+    def undo(self, deployment=None):
+        """Brings the version before back, or else removes what a first installation has begun.
+
+        Returns what came of it, in words.
+        """
+        try:
+            return self.go_back() if self.record["running"] else self.take_back(deployment)
+        except (ComponentError, CommandError, MemoryError) as error:
+            words = f"going back failed too: {to_fault(error).message}"
+            log("error", words, deployment=self.record["deploymentId"])
+            return words
 
     def take_back(self, deployment):
-        """Removes what a first installation has begun, so that nothing crashes on and on.
-
-        What ran before it, of a state that was lost, runs again.  Returns what came of it, in words.
+        """Removes what was begun, so that nothing crashes on and on; what ran before it, of a state that was
+        lost, runs again.
         """
-        before = find_containers(deployment.deployment_id, self.tools.containers)
-        try:
-            if before and self.record.get("found"):
-                driver = get_driver(before[0].type, self.tools)
-                return driver.bring_back(before, time.monotonic() + COMPONENT_TIMEOUT)
-            list(self.run(Revision(deployment._replace(components=[]), {}, {}), rollback=True))
-        except (ComponentError, CommandError, MemoryError) as error:
-            return f"taking it back failed too: {to_fault(error).message}"
-        components = [dict(item, state="pending", services={}) for item in self.record["components"]]
-        self.record = dict(self.record, components=components)
+        before = find_containers(deployment.deployment_id, self.step.sight.containers)
+        if before and self.record.get("found"):
+            driver = self.step.get_driver(before[0].type)
+            return driver.bring_back(before, time.monotonic() + COMPONENT_TIMEOUT)
+        list(self.run(deployment._replace(components=[]), {}, {}, rollback=True))
+        self.record = set_component(self.record, None, "pending", services={})
         return "it is taken back until the next attempt"
 
     def go_back(self):
-        """Brings the version before back after an update that failed; what came of it, in words."""
+        """Makes the version before run."""
         before = self.record["running"]
         self.services = {}
-        try:
-            data = self.tools.store.load_artifact(before["digest"])
-            if data is None:
-                raise ComponentError("INTERNAL", "its document is not in the state directory any more")
-            deployment = parse_deployment(data, self.record["deploymentId"])
-            list(self.run(Revision(deployment, before["packages"], before["services"]), rollback=True))
-        except (ComponentError, CommandError, MemoryError) as error:
-            words = to_fault(error).message
-            log("error", "roll-back failed", deployment=self.record["deploymentId"], reason=words)
-            return f"bringing the version before back failed too: {words}"
+        deployment = load_deployment(self.record["deploymentId"], before["digest"], self.step.store,
+                                     self.step.config)
+        list(self.run(deployment, before["packages"], before["services"], rollback=True))
         log("warning", "rolled back; the version before runs again", deployment=self.record["deploymentId"],
             digest=before["digest"])
         self.record = dict(self.record, running=dict(before, services=self.services))
         return "the version before runs again"
 
 
-def apply_install(action, record, tools):
+def apply_install(step):
     """Makes one deployment as its target says, new or not; a failure ends in a failed record."""
-    target = action.target
-    revision = Revision(target.deployment, {item["name"]: item["package"] for item in record["components"]},
-                        {item["name"]: item["services"] for item in record["components"]})
+    target, record = step.action.target, step.record
+    packages, services = ({item["name"]: item[part] for item in record["components"]}
+                          for part in ("package", "services"))
     running = record["running"]
     if running and running["digest"] == target.digest == record["adopted"]["digest"]:
-        record = count_repair(record, tools.clock())
+        record = count_repair(record, get_clock())
     if record["state"] == "pending" and not running and not record["retry"]:
-        record = dict(record, found=bool(find_containers(target.deployment_id, tools.containers)))
-    job = Installation(begin_record(record, target), tools)
+        record = dict(record, found=bool(find_containers(target.deployment_id, step.sight.containers)))
+    job = Installation(begin_record(record, target), step)
     yield job.record
     try:
-        yield from job.run(revision)
-        yield finish_record(job.record, make_mark(tools.config.runtime.environment))
+        yield from job.run(target.deployment, packages, services)
+        yield finish_record(job.record, make_mark(step.config.runtime.environment))
     except (ComponentError, CommandError, MemoryError) as error:
         yield job.fail(to_fault(error), target.deployment)
 
 
-def apply_restore(action, record, tools):
+def apply_restore(step):
     """Mends the version before while another one waits for its next attempt; its error stays (P-1, P-12)."""
+    record = step.record
     yield record
-    job = Installation(count_repair(record, tools.clock()), tools)
-    job.go_back()
+    job = Installation(count_repair(record, get_clock()), step)
+    job.undo()
     components = [dict(new, state=old["state"], error=old["error"])
                   for new, old in zip(job.record["components"], record["components"])]
     yield dict(job.record, state=record["state"], error=record["error"], components=components)
 
 
-def apply_give_up(action, record, tools):
-    """Fails a deployment that was repaired in vain too often, with the end of the log of what does not last
-    (P-6, P-7).
-    """
-    component, _ = action.culprit
-    there = [container.id for container in find_containers(record["deploymentId"], tools.containers)
-             if (container.component, container.service) == action.culprit]
+def apply_give_up(step):
+    """Fails a deployment that was repaired in vain too often, and says how its log ends (P-6, P-7)."""
+    record, culprit = step.record, step.action.culprit
+    there = [container.id for container in find_containers(record["deploymentId"], step.sight.containers)
+             if (container.component, container.service) == culprit]
     try:                                            # without its document nobody knows what to mask
-        data = tools.store.load_artifact(record["adopted"]["digest"]) or b""
-        deployment = parse_deployment(data, record["deploymentId"])
-        secrets = make_variables(deployment, component).values()
-        words = get_driver(deployment.type, tools).tail_log((there or [""])[-1], secrets)
+        digest = record["adopted"]["digest"]
+        deployment = load_deployment(record["deploymentId"], digest, step.store, step.config)
+        secrets = make_variables(deployment, culprit[0]).values()
+        words = step.get_driver(deployment.type).tail_log((there or [""])[-1], secrets)
     except MargoError:
         words = ""
-    error = ComponentError("UNSTABLE", action.reason + words)
-    failed = fail_record(record, component, error, tools.clock(), 0)
+    failed = step.fail(record, culprit[0], ComponentError("UNSTABLE", step.action.reason + words))
     yield dict(failed, retry=dict(record["repair"], failures=failed["retry"]["failures"]))
 
 
-def apply_refusal(action, record, tools):
+def apply_refusal(step):
     """Fails a deployment that cannot be what is wanted; what was said already is not said again."""
-    target, error = action.target, action.target.error
+    record, target = step.record, step.action.target
     same = record["refused"] and record["adopted"]["digest"] == target.digest
-    if not same or record["error"]["message"] != error.message:
-        record = begin_record(record, target)
-        yield fail_record(record, None, error, tools.clock(), tools.jitter(), refused=True)
+    if not same or record["error"]["message"] != target.error.message:
+        yield step.fail(begin_record(record, target), None, target.error, refused=True)
 
 
-def apply_nothing(action, record, tools):
+def apply_nothing(step):
     """Does nothing."""
     yield from ()
 
 
-def apply_removal(action, record, tools):
-    """Removes all of a deployment, last component first, once every listener agrees.
-
-    Only an empty engine counts as removed (D-21).
-    """
-    adopted = dict(record["adopted"], version=tools.version)
-    there = find_components(record["deploymentId"], tools.containers)
+def apply_removal(step):
+    """Removes all of a deployment, last component first; only an empty engine counts as removed (D-21)."""
+    record = step.record
+    there = find_components(record["deploymentId"], step.sight.containers)
     if there and not record["components"]:          # the state was lost; they are still reported (C-131)
         found = [dict(BLANK, name=name) for name in sorted({name for name, _ in there})]
         record = dict(record, type=there[0][1], components=found)
+    adopted = dict(record["adopted"], version=step.version)
     record = dict(set_component(record, None, "removing"), error=None, adopted=adopted)
     yield record
-    deployment = load_deployment(record, tools.store)
+    try:                                            # listeners are told of it
+        digest = (record["running"] or record["adopted"])["digest"]
+        deployment = load_deployment(record["deploymentId"], digest, step.store, step.config)
+    except ComponentError:
+        deployment = make_nothing(record)
     names = [component["name"] for component in record["components"]]
     known = [(name, record["type"]) for name in names[::-1]]
-    here = record["deviceId"] == tools.device_id                # else its device is forgotten
+    here = record["deviceId"] == step.action.device_id          # else its device is forgotten
     held = {component["name"] for component in record["components"] if here and component["services"]}
-    unknown = [found for found in there if found not in known]
-    changes = [Change("removal", name, record, deployment, False, kind) for name, kind in unknown + known]
+    changes = [Change("removal", name, record, deployment, False, kind)
+               for name, kind in [item for item in there if item not in known] + known
+               if kind in step.sight.drivers or name in held]
     name = None
     try:
-        with Notices(tools) as notices:
+        with Notices(step) as notices:
             for change in changes:
                 name = change.name if change.name in names else None
-                if change.kind in tools.drivers:
-                    notices.ask(change)
-                elif change.name in held:
-                    get_driver(change.kind, tools)              # it may run still
+                step.get_driver(change.kind)        # it may run still
+                notices.ask(change)
             for change in changes:
                 name = change.name if change.name in names else None
-                if change.kind in tools.drivers:
-                    remove_component(change, tools.containers, notices)
-                if (change.name, change.kind) in known:
-                    record = set_component(record, change.name, "removed")
+                notices.remove(change)
+                if name and change.kind == record["type"]:
+                    record = set_component(record, name, "removed")
                     if record["state"] != "removed":            # said below, once nothing is left
                         yield record
     except MargoError as error:
         log("error", "removal failed", deployment=record["deploymentId"], component=name,
             reason=error.message)
         code = error.code if isinstance(error, ComponentError) else "REMOVE_FAILED"
-        yield fail_record(record, name, ComponentError(code, error.message), tools.clock(), tools.jitter())
+        yield step.fail(record, name, ComponentError(code, error.message))
         return
-    remove_folder(tools.store.path("deployments", record["deploymentId"].lower()))
-    yield dict(record, state="removed", running=None, previous=None)
+    remove_folder(step.store.path("deployments", step.action.key))
+    yield dict(set_component(record, None, "removed"), state="removed", running=None, previous=None)
 
 
-def apply_clearing(action, record, tools):
+def clear(step):
     """Removes what a deployment has where it is not at home; raises ComponentError, CommandError."""
-    yield None
-    nothing = Deployment(record["deploymentId"], record["name"], "", "", "", [], [], None)
-    with Notices(tools) as notices:
-        dropped = find_dropped(dict(record, deviceId=tools.device_id), nothing, tools.containers)
+    record = dict(step.record, deviceId=step.action.device_id)
+    with Notices(step) as notices:
+        dropped = find_dropped(record, make_nothing(record), step.sight.containers)
         for change in dropped:
             notices.ask(change)
         for change in dropped:
-            remove_component(change, tools.containers, notices)
+            notices.remove(change)
 
 
-# Each verb of a plan: a generator of (Action, record, Tools) that carries it out.  It yields None or the
-# record at each change, and perhaps Ready; one that yields nothing has nothing to do.
+def apply_clearing(step):
+    """Clears a device of what belongs elsewhere; where that cannot be done, no deployment fails."""
+    yield None
+    try:
+        clear(step)
+    except (CommandError, ComponentError) as error:
+        step.troubles.append(error.message)
+
+
+# Each verb of a plan: a generator of a Step that carries it out.  It yields None or the record at each
+# change, and perhaps Ready; one that yields nothing has nothing to do.
 EXECUTE = {"install": apply_install, "update": apply_install, "restore": apply_restore,
            "give_up": apply_give_up, "remove": apply_removal, "clear": apply_clearing,
            "refuse": apply_refusal, "keep": apply_nothing}
 
 
-def is_at_hand(record, target):
-    """Whether all that a target takes was on the device before."""
-    versions = filter(None, (record["running"], record["previous"]))
-    return target.digest in [version["digest"] for version in versions]
-
-
-def get_driver(kind, tools):
-    """The driver for a deployment type; raises ComponentError UNSUPPORTED_TYPE."""
-    if kind not in tools.drivers:
-        words = f"nothing on this device runs {kind} components; see runtime.{kind}"
-        raise ComponentError("UNSUPPORTED_TYPE", words)
-    return tools.drivers[kind]
+def make_nothing(record):
+    """The Deployment of which nothing but its record is known."""
+    return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
 
 
 def find_components(deployment_id, containers):
@@ -1485,37 +1214,13 @@ def find_dropped(record, deployment, containers, rollback=False):
             if (name, kind) not in wanted]
 
 
-def remove_component(change, containers, notices):
-    """Removes all of one component."""
-    deadline = time.monotonic() + COMPONENT_TIMEOUT
-    driver = notices.tools.drivers[change.kind]
-    driver.remove(change.record["deploymentId"], change.name, containers, deadline)
-    notices.tell(change)
-
-
-def load_deployment(record, store):
-    """The Deployment that a record tells of, as far as the state directory still has its document."""
-    digest = (record["running"] or record["adopted"])["digest"]
-    try:
-        return parse_deployment(digest and store.load_artifact(digest) or b"", record["deploymentId"])
-    except MargoError:
-        return Deployment(record["deploymentId"], record["name"], "", "", record["type"], [], [], None)
-
-
-def prune(state, store, drivers):
-    """Removes what neither the current nor the previous version of any deployment needs: artifacts, unpacked
-    packages, images that the agent pulled; nothing else on the device.
-
-    Changes state["pulled"].  drivers: {prefix of an entry of `pulled`: [driver that answers]}.
-    """
-    digests, images = find_needed(state)
-    store.prune_artifacts(digests)
-    for entry in state["pulled"]:
-        device_id, space, name = entry.rpartition(" ")
-        there = drivers.get(device_id + space, ())
-        if name not in images and any(driver.remove_image(name) for driver in there):
-            log("info", "image pruned", image=entry)
-            state["pulled"] = [other for other in state["pulled"] if other != entry]
+def load_deployment(deployment_id, digest, store, config):
+    """The Deployment of a revision; raises ComponentError where its document is lost, or none."""
+    load = store.load_artifact if digest else {}.get            # there is none of what was never known
+    target = read_target(Target(deployment_id, digest, 0, None, None), load, config)
+    if target.error:
+        raise target.error
+    return target.deployment
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1546,9 +1251,17 @@ def make_record(target, device_id):
 BLANK = {"services": {}, "package": None}           # of a component of which nothing else is known
 
 
+def make_pending(target, own_id):
+    """The record of what was received and is not begun (protocol 5.1).
+
+    What may run on any child is at home on this device, `own_id`, until it is placed.
+    """
+    home = target.device_id if target.deployment.device_id == target.device_id else own_id
+    return begin_record(make_record(target, home), target)
+
+
 def begin_record(record, target):
-    """The record as work on the target's revision begins: all components pending, its version adopted (E-112,
-    E-114).
+    """The record as work on a revision begins: all components pending, its version adopted (E-112, E-114).
 
     What an earlier revision left (services, packages) stays known until the new one has replaced it.
     """
@@ -1568,17 +1281,6 @@ def begin_record(record, target):
                 fallback=bool(running and running["digest"] != target.digest))
 
 
-def count_repair(record, clock):
-    """The record as a repair of what was installed begins: some are free, then the pauses after them grow
-    (P-7).
-    """
-    last = record["repair"]
-    recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
-    repairs = last["failures"] if last and recent else 0
-    pause = grow(RETRY_FIRST, repairs + 2 - REPAIRS, RETRY_CAP) if repairs + 1 >= REPAIRS else 0
-    return dict(record, repair=make_wait({"failures": repairs}, pause, clock))
-
-
 def set_component(record, name, state, error=None, **facts):
     """The record with one component changed (None: all of them), its overall state following (C-133)."""
     components = [dict(item, state=state, error=error, **facts) if name in (None, item["name"]) else item
@@ -1588,13 +1290,10 @@ def set_component(record, name, state, error=None, **facts):
 
 
 def fail_record(record, component, error, clock, jitter, refused=False):
-    """The record after a ComponentError: the component failed, what comes later stays pending, the next
-    attempt is due later with each failure.
+    """The record after a ComponentError: the component failed, and what comes after it stays pending.
 
     component: its name, or None where the deployment failed as a whole.  jitter: a number in [0, 1).
     """
-    asked = min(error.retry_after or 0, 2 * RETRY_CAP)
-    delay = grow(RETRY_FIRST, record["retry"].get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
     source = error.source or component or record["name"]
     told = {"code": error.code, "source": source, "message": error.message}
     if component:
@@ -1604,15 +1303,12 @@ def fail_record(record, component, error, clock, jitter, refused=False):
         components = [dict(item, state="failed", error=dict(told, source=error.source or item["name"]))
                       for item in record["components"]]
         record = dict(record, components=components)
-    retry = make_wait(record["retry"], max(delay, asked), clock)
+    retry = make_retry(record["retry"], error.retry_after, clock, jitter)
     return dict(record, state="failed", error=told, refused=refused, retry=retry)
 
 
 def finish_record(record, mark=""):
-    """The record once all of the revision that was worked on is installed.
-
-    mark: make_mark of its environment.
-    """
+    """The record once all of its revision is installed.  mark: make_mark of its environment."""
     images = {facts["image"] for item in record["components"] for facts in item["services"].values()} - {""}
     packages = {item["name"]: item["package"] for item in record["components"]}
     running = {"digest": record["adopted"]["digest"], "packages": packages, "images": sorted(images),
@@ -1623,33 +1319,304 @@ def finish_record(record, mark=""):
                 found=False)
 
 
-def make_history(state, entries, version, at):
-    """The history with one more accepted desired state: what it adds, changes and removes against the one
-    before.
+def make_overall_state(states):
+    """The most severe of some component states (C-133)."""
+    return min(states, key=STATES.index)
+
+
+def make_status(record):
+    """A DeploymentStatusManifest (protocol 3.6), with `error` only where there is one (C-131 to C-137)."""
+    status = {"state": record["state"]}
+    if record["state"] == "failed" and record["error"]:
+        status["error"] = record["error"]
+    components = []
+    for component in record["components"]:
+        entry = {"name": component["name"], "state": component["state"]}
+        if component["error"]:
+            entry["error"] = component["error"]
+        components.append(entry)
+    return {"deploymentId": record["deploymentId"], "deviceId": record["deviceId"],
+            "adoptedManifestVersion": record["adopted"]["version"], "status": status,
+            "components": components}
+
+
+def enqueue_status(state, record):
+    """Puts a record's status into the outbox, in place of an older one, unless the WFM has it (C-139)."""
+    key = record["deploymentId"].lower()
+    status = make_status(record)
+    state["outbox"].pop(key, None)
+    if state["reported"].get(key) != sha256_digest(make_json(status)):
+        state["outbox"][key] = status
+    else:
+        state["waits"].pop(key, None)
+
+
+def put_off_status(state, key, error, clock, jitter):
+    """What becomes of a status that the WFM has not taken, in words: it waits longer each time.
+
+    One that it refuses for good (400 and above) is dropped; and so is a `removed` that it has answered by
+    faults for a day: it may not know the deployment.
     """
-    before = (state["accepted"] or {}).get("deployments", ())
-    old = {item["deploymentId"].lower(): item["digest"] for item in before}
-    new = {entry.deployment_id.lower(): entry.digest for entry in entries}
-    changed = sorted(key for key in new if key in old and new[key] != old[key])
-    return state["history"][1 - HISTORY:] + [{
-        "version": version, "at": at, "added": sorted(set(new) - set(old)),
-        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
+    wait = make_hold(state["waits"].get(key, {}), error, clock, jitter)
+    removed = state["outbox"][key]["status"]["state"] == "removed"
+    final = isinstance(error, Refused) and error.status >= 400
+    if final or removed and 0 < wait["since"] <= clock.now - MAX_WAIT:
+        acknowledge_status(state, key, error.message, make_time(clock.now))
+        return "the WFM refuses a status for good" if final else "the WFM has not taken a `removed` for a day"
+    state["waits"][key] = wait
+    return "a status cannot be sent now and waits in the outbox"
 
 
-def make_outcome(state):
-    """How the newest accepted desired state stands: applied, pending, or which deployments failed and why."""
-    records = state["deployments"].values()
-    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
-              if record["state"] == "failed"]
-    installed = [record for record in records if record["state"] == "installed"]
-    done = len(installed) == len(records) == len(state["accepted"]["deployments"])
-    return "; ".join(failed) or ("applied" if done else "pending")
+def acknowledge_status(state, key, refused="", at=""):
+    """The WFM has this status, or will never take it: `refused` says why, `at` when it said so.
+
+    A removed deployment is forgotten with its last report.
+    """
+    status = state["outbox"].pop(key)
+    state["waits"].pop(key, None)
+    state["dropped"].pop(key, None)
+    if refused:
+        dropped = {"state": status["status"]["state"], "at": at, "reason": refused}
+        state["dropped"] = dict(list(state["dropped"].items())[1 - HISTORY:], **{key: dropped})
+    state["reported"][key] = sha256_digest(make_json(status))
+    if status["status"]["state"] == "removed":
+        state["reported"].pop(key)
+        if state["deployments"].get(key, {}).get("state") == "removed":
+            state["deployments"].pop(key)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 7. Devices
+# ----------------------------------------------------------------------------------------------------------
+
+def load_own_device(config, own_id):
+    """[Device]: this one."""
+    others = [f"{own_id}/{child.id}" for child in config.device.children]
+    return [Device(own_id, config.device, make_drivers(config, others=others))]
+
+
+def assign_here(targets, records, devices, silent, offers):
+    """[Share] of the one device there is; what is meant for another one is WRONG_DEVICE (protocol 9)."""
+    device = devices[0]
+    own_id, found = device.device_id, []
+    for target in targets:
+        error = target.error
+        if target.deployment and not error:
+            wanted = target.deployment.device_id or own_id
+            error = find_reason(target.deployment, device, offers)
+            if wanted != own_id:
+                words = f"metadata.deviceId is {wanted}, this device is {own_id}"
+                error = ComponentError("WRONG_DEVICE", words)
+        found.append(target._replace(error=error, device_id=own_id))
+    return [make_share(device, found, records, silent[own_id])]
+
+
+# What makes the devices that the agent serves, this one first: functions of (Settings, own device id).
+DEVICES = [load_own_device]
+# What says which deployment belongs on which device: the last one counts.  All are pure; see assign_here.
+ASSIGN = [assign_here]
+
+
+def load_devices(config, own_id):
+    """[Device] that the agent serves, this one first."""
+    return [device for load in DEVICES for device in load(config, own_id)]
+
+
+def find_reason(deployment, device, offers):
+    """The ComponentError for which a deployment cannot run on a device, or None.
+
+    offers: {device id: capabilities document}.
+    """
+    try:
+        if deployment.type not in device.drivers:
+            words = f"nothing on {device.device_id} runs {deployment.type} components"
+            hint = "" if device.silence else f"; see runtime.{deployment.type}"
+            raise ComponentError("UNSUPPORTED_TYPE", words + hint)
+        if deployment.constraints:
+            check_eligibility(deployment.constraints, offers[device.device_id])
+    except ComponentError as error:
+        return error
+    return None
+
+
+def make_share(device, targets, records, silent):
+    """The Share of a device, from what should run there and what is at home there.
+
+    silent: {deployment type: CommandError} of what does not answer there.
+    """
+    wanted = {target.key: target for target in targets}
+    unseen = {}
+    for key in {**records, **wanted}:
+        for kind in sorted(find_kinds(records.get(key), wanted.get(key)) & set(silent)):
+            unseen[key] = silent[kind]
+    return Share(device, targets, records, unseen)
+
+
+def hold_back(action, share):
+    """The action as far as it can be seen what is there: nothing is done blindfold (D-16).
+
+    It waits where this device itself does not answer; of another one the WFM is told the device's `silence`.
+    """
+    silence = share.device.silence
+    fault = share.unseen.get(action.key)
+    if not fault or action.verb in ("keep", "refuse"):
+        return action
+    if not silence:
+        return action._replace(verb="keep", reason=f"waits ({action.reason}): {fault.message}")
+    target = action.target
+    if not target:
+        adopted = share.records[action.key]["adopted"]
+        target = Target(action.deployment_id, adopted["digest"], adopted["version"], None, None)
+    reason = f"{silence.code}: {silence.message}"
+    return action._replace(verb="refuse", reason=reason, target=target._replace(error=silence))
+
+
+def make_drivers(config, child=None, others=()):
+    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
+
+    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image
+    and, where it holds ports of the host, stop; no other section knows what it drives.
+    """
+    drivers = {kind: make(config, child, others) for kind, make in DRIVERS.items()}
+    return {kind: driver for kind, driver in drivers.items() if driver}
+
+
+def obtain_claim(profile, device_id):
+    """The Claim by which drivers tell what is this agent's; notes a new owner in the state.
+
+    An identity that cannot be read now counts as the one before.
+    """
+    owners = profile.state["owners"]
+    try:
+        owner = make_owner(profile.identify(), device_id)
+    except Untrusted:
+        owner = (owners or [""])[-1]
+    if owner not in ("", *owners[-1:]):
+        before = [other for other in owners if other != owner]
+        profile.state["owners"] = before[1 - HISTORY:] + [owner]
+    return make_claim(owner, profile.state)
+
+
+def find_nothing():
+    """The look at a child device that cannot be reached from here."""
+    raise CommandError("the engine's command that its connection needs is not installed here")
+
+
+def list_looks(drivers, records, claim=None):
+    """{deployment type: function that looks} of what has to be asked on one device.
+
+    That is an engine in any case, because there may be leftovers (P-11), and a cluster where a deployment
+    needs one.  claim: by what a workload is ours; None: as it was told last.
+    """
+    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
+    return {kind: lambda kind=kind: drivers[kind].observe(known[kind], claim)
+            for kind in drivers if kind == "compose" or known[kind]}
+
+
+def try_look(function):
+    """What it returns, or the CommandError that it raises."""
+    try:
+        return function()
+    except CommandError as error:
+        return error
+
+
+def observe_devices(devices, records, claim):
+    """{device id: Seen}: all engines are asked at once, and each is waited for up to its own limit.
+
+    records: those of all deployments that are there, or will be.  claim: by what a workload is ours.
+    """
+    looks = []
+    seen = {device.device_id: Seen([], dict(device.drivers), {}) for device in devices}
+    for device in devices:
+        found = list_looks(device.drivers, records, claim)
+        if device.silence and not device.drivers:
+            found = dict.fromkeys(("compose", "helm"), find_nothing)
+        looks += [(device.device_id, kind, function) for kind, function in found.items()]
+    functions = [function for _, _, function in looks]
+    if len(looks) < 2:
+        answers = list(map(try_look, functions))
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(LOOKS) as pool:
+            answers = list(pool.map(try_look, functions))
+    for (device_id, kind, _), answer in zip(looks, answers):
+        if isinstance(answer, CommandError):
+            seen[device_id].silent[kind] = answer
+            seen[device_id].drivers.pop(kind, None)
+        else:
+            seen[device_id].containers.extend(answer)
+    return seen
+
+
+def ask_others(answering, known=None):
+    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look has shown.
+
+    answering: {device id: {type: driver}}.  known: an earlier list; then clusters are not asked again.
+    """
+    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
+    for device_id, drivers in answering.items():
+        for kind, driver in drivers.items():
+            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
+            if isinstance(found, CommandError):
+                log("warning", "workloads of other owners cannot be named", device=device_id,
+                    reason=found.message)
+                continue
+            for item in found:
+                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
+                                   "deploymentId": item.deployment_id}
+    return list(others.values())
+
+
+def observe_all(drivers, record):
+    """Every container of ours on one device, as far as a deployment may have some there.
+
+    Raises CommandError where something does not answer.
+    """
+    return [container for function in list_looks(drivers, [record]).values() for container in function()]
+
+
+def find_kinds(record, target=None):
+    """The deployment types that a deployment is, was when it ran last, and will be: all are asked for it."""
+    kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
+    return kinds | ({target.deployment.type} if target and target.deployment else set())
+
+
+def make_others_words(others):
+    """Each workload of another owner, in words."""
+    return [f"{item['deploymentId']}  {item['name']} of {item['owner'] or 'no owner that is known'}"
+            for item in others]
+
+
+def make_mark(environment):
+    """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
+    return sha256_digest(make_json(environment))[7:23] if environment else ""
+
+
+def make_prefix(device_id, own_id):
+    """What stands before the name of an image that was pulled on a device, in the state's `pulled`."""
+    return "" if device_id == own_id else device_id + " "
+
+
+def prune(state, store, own_id, answering):
+    """Removes what neither the current nor the previous version of any deployment needs.
+
+    That are artifacts, unpacked packages, and images that the agent pulled: nothing else on the device.
+    Changes state["pulled"].  answering: {device id: {type: driver}} of what answers.
+    """
+    digests, images = find_needed(state)
+    store.prune_artifacts(digests)
+    drivers = {make_prefix(device_id, own_id): found.values() for device_id, found in answering.items()}
+    for entry in state["pulled"]:
+        device_id, space, name = entry.rpartition(" ")
+        there = drivers.get(device_id + space, ())
+        if name not in images and any(driver.remove_image(name) for driver in there):
+            log("info", "image pruned", image=entry)
+            state["pulled"] = [other for other in state["pulled"] if other != entry]
 
 
 def find_needed(state):
-    """({artifact digest}, {image}) that the accepted desired state and the last two versions of each
-    deployment need (P-5).
-    """
+    """({artifact digest}, {image}) that the desired state and the last two versions of all need (P-5)."""
     digests = {item["digest"] for item in (state["accepted"] or {}).get("deployments", ())}
     images = set()
     for record in state["deployments"].values():
@@ -1665,63 +1632,83 @@ def find_needed(state):
     return digests, images
 
 
-def make_overall_state(states):
-    """The most severe of some component states (C-133)."""
-    return min(states, key=STATES.index)
+# ----------------------------------------------------------------------------------------------------------
+# 8. Turns
+# ----------------------------------------------------------------------------------------------------------
+
+def list_facts(record):
+    """[facts] of each service of the version that runs, as far as known."""
+    services = [component["services"] for component in record["components"]]
+    if record["fallback"]:
+        services = record["running"]["services"].values()       # the version before runs still
+    return [facts for items in services for facts in items.values()]
 
 
-def make_status(record, device_id):
-    """A DeploymentStatusManifest (protocol 3.6): one entry a component, `error` only where there is one
-    (C-131 to C-137).
+def make_groups(actions, records):
+    """[[Action]] in the order in which they are carried out; a group is made ready before any of it is done.
+
+    What frees comes before what takes: removals and repairs, then the updates of what runs, as one group,
+    because one may take what another gives up; last what is new.  What is cleared because it moves is left to
+    the step by which it moves.
     """
-    status = {"state": record["state"]}
-    if record["state"] == "failed" and record["error"]:
-        status["error"] = record["error"]
-    components = []
-    for component in record["components"]:
-        entry = {"name": component["name"], "state": component["state"]}
-        if component["error"]:
-            entry["error"] = component["error"]
-        components.append(entry)
-    return {"deploymentId": record["deploymentId"], "deviceId": record.get("deviceId") or device_id,
-            "adoptedManifestVersion": record["adopted"]["version"], "status": status,
-            "components": components}
+    moving = {action.key for action in actions if action.verb in CHANGES}
+    first, updates, new = [], [], []
+    for action in actions:
+        record = records.get(action.key)
+        running = record and record["running"]
+        if action.verb in CHANGES and not running:
+            new.append([action])
+        elif action.verb in CHANGES and (running["digest"], record["deviceId"]) != (
+                action.target.digest, action.device_id):
+            updates.append(action)
+        elif action.verb != "clear" or action.key not in moving:
+            first.append([action])
+    return first + [updates] + new
 
 
-def enqueue_status(state, record, device_id):
-    """Puts a record's status into the outbox, in place of an older one, unless the WFM has acknowledged the
-    very same (C-139).
+def find_held_ports(record):
+    """{(device id, address or "", port, protocol)} of the host's ports that a deployment is known to hold."""
+    if record["state"] == "removed":
+        return set()
+    running = [facts for facts in list_facts(record) if not facts["finished"]]
+    return {(record["deviceId"], *port) for facts in running for port in facts.get("ports", ())}
+
+
+def find_clash(takes, holds):
+    """A port of `takes` that is one of `holds`, or None.  The address "" is every one."""
+    for port in sorted(takes):
+        for device_id, address, *rest in holds:
+            meets = address == port[1] or "" in (address, port[1])
+            if meets and (device_id, *rest) == (port[0], *port[2:]):
+                return port
+    return None
+
+
+def find_turn(waiting, held):
+    """Which of the deployments that are ready to be changed goes on now, and how: (key, verb, words).
+
+    waiting: {key: (ports it takes, ports it holds)}, in order.  held: {key: ports} of all others.  The verbs:
+    `go`; `fail`, in words, where somebody keeps a port that it takes; `stop` for one that has to free its
+    ports first, because each waits for another one.
     """
-    key = record["deploymentId"].lower()
-    status = make_status(record, device_id)
-    state["outbox"].pop(key, None)
-    if state["reported"].get(key) != sha256_digest(make_json(status)):
-        state["outbox"][key] = status
-
-
-def acknowledge_status(state, key, refused=None):
-    """The WFM has this status (or will never take it; `refused` says why): out of the outbox.
-
-    A removed deployment is forgotten with its last report.
-    """
-    status = state["outbox"].pop(key)
-    state["dropped"].pop(key, None)
-    if refused:
-        state["dropped"] = dict(list(state["dropped"].items())[1 - HISTORY:], **{key: refused})
-    state["reported"][key] = sha256_digest(make_json(status))
-    if status["status"]["state"] == "removed":
-        state["reported"].pop(key)
-        if state["deployments"].get(key, {}).get("state") == "removed":
-            state["deployments"].pop(key)
-
-
-def make_mark(environment):
-    """A short mark of `runtime.environment`, which a deployment's containers were given (C-185)."""
-    return sha256_digest(make_json(environment))[7:23] if environment else ""
+    rivals = {**{key: (ports, ports) for key, ports in held.items()}, **waiting}
+    blocking = []
+    for key, (takes, _) in waiting.items():
+        found = [other for other in rivals if other != key and find_clash(takes, rivals[other][1])]
+        for other in found:
+            keeps, holds = rivals[other]
+            port = find_clash(takes, {port for port in holds if find_clash({port}, keeps)})
+            if port:
+                where = f"{port[1] or '*'}:{port[2]}/{port[3]}"
+                return key, "fail", f"the host's port {where} is held by deployment {other}, which keeps it"
+        if not found:
+            return key, "go", ""
+        blocking += found
+    return blocking[0], "stop", ""
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 7. Desired-state source
+# 9. Desired-state source
 # ----------------------------------------------------------------------------------------------------------
 
 def check_digest(data, digest, what):
@@ -1747,13 +1734,12 @@ def is_bundle_cheaper(manifest, missing):
 class HttpSource:
     """Base of the sources over HTTP.
 
-    A subclass gives `ask` (how to send a request) and `root` (the path prefix).
-
-    A source has fetch_desired, put_capabilities, delete_capabilities and post_status, takes every document in
-    the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
+    A subclass gives `ask` (how to send a request) and `root` (the path prefix).  A source takes every
+    document in the shape of rc.3, and says who it speaks as (`client_id`) and with (`peer`).
     """
 
     root = "/api/v1"
+    status_path = "/deployments/{}/status"
 
     def __init__(self, config):
         self.config, self.url = config, config.wfm.url
@@ -1768,26 +1754,28 @@ class HttpSource:
             headers["Content-Type"] = JSON_TYPE
         now = time.time()
         response = self.ask(method, self.url + path, headers, body, limit)
+        coding = response.headers.get("Content-Encoding")
+        if coding not in (None, "identity"):
+            log("info", "an answer is coded, which was not asked for; it is taken as it came", coding=coding,
+                request=f"{method} {path}")
         return check_response(response, f"{method} {path}", accepted, now)
 
     def fetch_manifest(self, etag):
         """The answer to a request for the state manifest; 304 where it still has the ETag."""
         headers = {"Accept": MANIFEST_TYPE}
-        accepted = (200,)  # C-100
+        accepted = (200,)                                                           # C-100
         if etag:
-            headers["If-None-Match"] = etag                                             # C-101
+            headers["If-None-Match"] = etag                                         # C-101
             accepted = (200, 304)
         return self.send("GET", "/deployments", accepted, headers, limit=self.config.policy.max_document)
 
     def fetch_desired(self, accepted, load_artifact):
         """None where nothing changed, else a Desired whose every byte is verified.
 
-        Raises what `send` raises, and Refused.
-
         accepted: the state's `accepted`, or None.  load_artifact: digest to bytes or None, of what is at
-        hand.
+        hand.  Raises what `send` raises, and Refused.
         """
-        incomplete = bool(accepted and accepted.get("incomplete"))  # a document was lost here (D-9)
+        incomplete = bool(accepted and accepted.get("incomplete"))                  # one was lost here (D-9)
         response = self.fetch_manifest(accepted.get("etag") if accepted and not incomplete else None)
         if response.status == 304:                                                  # C-102
             return None
@@ -1797,60 +1785,84 @@ class HttpSource:
         if not check_version(manifest, digest, accepted) and not incomplete:
             accepted["etag"] = etag  # the last one (C-101), so that the next poll may be answered by 304
             return None
+        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
+        documents = self.fetch_documents(manifest, known)
         if etag and etag != f'"{digest}"':                                          # C-118
             log("warning", "the ETag is not the digest of the manifest; it is used as it came", etag=etag,
                 digest=digest)
-        known = {entry.digest for entry in manifest.entries if load_artifact(entry.digest) is not None}
-        documents = self.fetch_documents(manifest, known)
+        if manifest.foreign:
+            log("warning", "addresses in the manifest are of another origin than wfm.url; none is used",
+                url=manifest.foreign)
         return Desired(manifest.version, etag, digest, manifest.entries, documents)
 
     def fetch_documents(self, manifest, known):
-        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106)."""
+        """{digest: bytes} of every document that is not `known`; all or nothing (C-105, C-106).
+
+        They come by the cheaper of two roads.  Where that one is refused, or leads to other bytes than the
+        manifest names, they come by the other one; the state is refused where neither leads to them.
+        """
         missing = [entry for entry in manifest.entries if entry.digest not in known]
-        policy = self.config.policy
+        roads = [self.fetch_one_by_one, self.fetch_bundle]
         if is_bundle_cheaper(manifest, missing):
-            try:
-                response = self.send("GET", f"/bundles/{manifest.bundle_digest}", (200,),
-                                     limit=policy.max_artifact)
-            except Refused as error:
-                if error.code not in ("invalid-bundle", "HTTP 404"):
-                    raise
-                log("info", "the bundle cannot be had, documents are fetched one by one",
-                    reason=error.message)
-            else:
-                check_digest(response.body, manifest.bundle_digest, "bundle")
-                documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
-                return {entry.digest: documents[entry.digest] for entry in missing}
-        documents, left = {}, policy.max_unpacked
+            roads.reverse()
+        try:
+            return roads[0](manifest, missing)
+        except Refused as error:
+            first = error.message
+        log("info", "documents are fetched the other way", reason=first)
+        try:
+            return roads[1](manifest, missing)
+        except Refused as error:
+            error.message += f"; and before: {first}"
+            raise
+
+    def fetch_bundle(self, manifest, missing):
+        """{digest: bytes} of the missing documents out of the manifest's bundle."""
+        policy = self.config.policy
+        path = f"/bundles/{manifest.bundle_digest}"
+        response = self.send("GET", path, (200,), limit=policy.max_artifact)
+        check_digest(response.body, manifest.bundle_digest, "bundle")
+        documents = parse_bundle(response.body, manifest.entries, policy.max_unpacked)
+        return {entry.digest: documents[entry.digest] for entry in missing}
+
+    def fetch_one_by_one(self, manifest, missing):
+        """{digest: bytes} of the missing documents, each by a request of its own."""
+        documents = {}
+        left = self.config.policy.max_unpacked
         for entry in missing:
-            documents[entry.digest] = self.fetch_document(entry)
-            left -= len(documents[entry.digest])
+            path = f"/deployments/{entry.deployment_id}/{entry.digest}"
+            response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE},
+                                 limit=self.config.policy.max_document)
+            check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
+            documents[entry.digest] = response.body
+            left -= len(response.body)
             if left < 0:
                 raise Refused("the documents of the state manifest are more than policy.max_unpacked, all"
                               " together")
         return documents
 
-    def fetch_document(self, entry):
-        """One ApplicationDeployment's bytes, verified."""
-        path = f"/deployments/{entry.deployment_id}/{entry.digest}"
-        limit = self.config.policy.max_document
-        response = self.send("GET", path, (200,), {"Accept": DEPLOYMENT_TYPE}, limit=limit)
-        check_digest(response.body, entry.digest, f"deployment {entry.deployment_id}")
-        return response.body
+    def put_capabilities(self, device_id, document):
+        """Reports what a device can do; repeating it is harmless (C-080)."""
+        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
+
+    def delete_capabilities(self, device_id):
+        """Deregisters a device; one that the WFM does not know is deregistered already."""
+        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
 
     def post_status(self, deployment_id, document):
         """Reports a deployment's status."""
-        self.send("POST", f"/deployments/{deployment_id}/status", SUCCESS, document=document)
+        self.send("POST", self.status_path.format(deployment_id), SUCCESS, document=document)
 
 
 class MtlsSource(HttpSource):
     """Management Interface 1.0.0-rc.3: mutual TLS; the SVID is all that says who asks (C-020)."""
 
-    def __init__(self, config, identity, bundle):
+    def __init__(self, config, identity, bundle, memo):
         super().__init__(config)
         self.identity = identity
+        self.memo = memo                            # the Store's, see load_memo
         self.client_id = identity.spiffe_id.text
-        self.peer = identity.wfm_spiffe_id.text
+        self.peer = identity.wfm_id
         self.context = load_wfm_context(identity, bundle.anchors, config.wfm.min_tls)
         self.judges = []  # functions (leaf, now) of companions, which raise Untrusted
         self.chain = []                             # what the WFM presented last (DER), leaf first
@@ -1870,22 +1882,44 @@ class MtlsSource(HttpSource):
 
     def put_capabilities(self, device_id, document):
         """Reports what a device can do; repeating it is harmless (C-080)."""
-        self.send("PUT", f"/capabilities/{device_id}", SUCCESS, document=document)
+        self.send_of("PUT", device_id, document)
 
     def delete_capabilities(self, device_id):
         """Deregisters a device; one that the WFM does not know is deregistered already."""
-        self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+        try:
+            self.send_of("DELETE", device_id)
+        except Refused as error:
+            if error.status != 404:
+                raise
+
+    def send_of(self, method, device_id, document=None):
+        """One request about a device.
+
+        The specification leaves open how a child's id, `gateway/child`, stands in a path.  Where the WFM
+        knows nothing at one form, the other one is tried, and what worked is noted.
+        """
+        forms = [device_id, device_id.replace("/", "%2F")]
+        if self.memo.get("escaped"):
+            forms.reverse()
+        try:
+            self.send(method, f"/capabilities/{forms[0]}", SUCCESS, document=document)
+        except Refused as error:
+            if error.code != "HTTP 404" or forms[0] == forms[1]:
+                raise
+            self.send(method, f"/capabilities/{forms[1]}", SUCCESS, document=document)
+            self.memo["escaped"] = forms[0] == device_id
 
 
 class Profile:
-    """How one word of wfm.profile is served; PROFILES has the class of each.  Beside what is here a class has
+    """How one word of wfm.profile is served; PROFILES has the class of each.
 
-    connect(keep=True): the source of the desired state, and the sink of reports; keep: it
-    stores what it learns.
-    describe(now): what `status` says of the own identity, {id, notAfter, warning}; never raises.
-    check(now): what `doctor` says of it, (ok or warn, words).
-    identify(): who the client is for as long as it serves one WFM, without state or network. All but
-    `describe` raise Untrusted, connect also Unreachable.
+    Beside what is here a class has
+    connect(keep=True): the source of the desired state, and the sink of reports.  keep: it stores what it
+    learns.  Raises Untrusted and Unreachable.
+    describe(now): what `status` says of the own identity, {id, notAfter, warning}.  It never raises.
+    check(now): what `doctor` says of it, (ok or warn, words).  Raises Untrusted.
+    identify(): who the client is for as long as it serves one WFM, without state or network.  Raises
+    Untrusted.
     """
 
     settings = ()                                   # what the configuration has to say for it
@@ -1909,6 +1943,10 @@ class Profile:
     def takes_children(config):
         """Whether the protocol knows the child devices of a gateway."""
         return False
+
+    def translate(self, document):
+        """A capabilities document of rc.3 as this profile sends it."""
+        return document
 
 
 class Mtls(Profile):
@@ -1939,14 +1977,14 @@ class Mtls(Profile):
         identity = self.identity = load_identity(config)
         check_enrollment(state, client_id or identity.spiffe_id.text)
         check_own(identity.leaf, config, now)
-        warn_of_expiry(identity.leaf, store, now)
+        warn_of_own(config, identity.leaf, store, now)
         bundle = obtain_trust_bundle(config, store, state, identity.spiffe_id.trust_domain, now, keep)
-        judge_own_chain(config, identity, bundle, store, state, keep)
+        judge_own_chain(config, identity, bundle, store, state)
         return self.open_source(identity, bundle, keep)
 
     def open_source(self, identity, bundle, keep):
         """The MtlsSource of an Identity, with what companions have to say."""
-        source = MtlsSource(self.config, identity, bundle)
+        source = MtlsSource(self.config, identity, bundle, self.store.load_memo())
         for companion in COMPANIONS.values():
             if companion.judge:
                 source.judges.append(companion.judge(self.config, self.store, self.state, source, keep))
@@ -1974,9 +2012,7 @@ class Mtls(Profile):
 
 
 def make_owner(identity, device_id):
-    """What an agent's workloads are labelled with: its identity as a client, without any login, and the
-    device id.
-    """
+    """What an agent's workloads are labelled with: its identity as a client, no login, and its device id."""
     return re.sub(r"(?<=//)[^/]*@", "", identity) + "#" + device_id
 
 
@@ -1984,7 +2020,7 @@ PROFILES["mtls"] = Mtls
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 8. Desired state
+# 10. Desired state
 # ----------------------------------------------------------------------------------------------------------
 
 NAME_PATTERN = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"              # Kubernetes' object names
@@ -1993,93 +2029,104 @@ REVISION_PATTERN = (r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
                     r"(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
                     r"(_[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?")
 
-def optional(read):
-    """A reader that takes nothing (null, or no such member), too."""
-    return lambda value, base: None if value is None else read(value, base)
+# What the documents have to look like, see check_shape.  Members that are not named here are checked where
+# they are used, or nowhere (C-116).
+ARTIFACT = {"digest": DIGEST_PATTERN, "url": r"(?s).*"}             # no other algorithm (C-107)
+MANIFEST = {"deployments": [dict(ARTIFACT, deploymentId=UUID_PATTERN)], "bundle?": dict}
+BUNDLE = dict(ARTIFACT, mediaType=re.escape(BUNDLE_TYPE))
+CONSTRAINTS = {                                                     # protocol 3.2
+    "capacityRequirements?": {
+        "cpu?": {"cores": float, "architectures?": list},
+        "memory?": "[0-9]{1,40}(Mi|Gi|Ki)",
+        "storage?": "[0-9]{1,40}(Mi|Gi|Ki|Ti|Pi|Ei)",
+    },
+    "eligibilityRules?": list,
+}
+DEPLOYMENT = {
+    "id": UUID_PATTERN,
+    "metadata": {
+        "name": NAME_PATTERN,
+        "namespace": NAME_PATTERN,
+        "deviceId?": DEVICE_ID_PATTERN + r"(/\*)?",
+    },
+    "spec": {
+        "applicationId": "[-a-z0-9]{1,200}",
+        "deploymentProfile": {"components": list, "deviceConstraints?": CONSTRAINTS},
+        "parameters?": dict,
+    },
+}
+COMPONENT = {"name": COMPONENT_PATTERN, "properties": {"timeout?": r"\d{1,6}m\d{1,6}s"}}
+PARAMETER = {"targets": [{"pointer": r"(?s).*", "components": list}]}
 
 
 def parse_manifest(data, base_url):
     """A state manifest's bytes to a Manifest; raises Refused naming the field (protocol 3.1)."""
     try:
         value = parse_json(data, "the state manifest")
-        if not isinstance(value, dict):
-            raise ValueError("the state manifest is not an object")
+        check_shape(value, MANIFEST, "")
         version = parse_version(value.get("manifestVersion"))
-        items = check_member(value, "deployments", "", read_items)
-        if len(items) > MAX_DEPLOYMENTS:
+        bundle = value.get("bundle")
+        if len(value["deployments"]) > MAX_DEPLOYMENTS:
             raise ValueError(f"deployments: expected a list of at most {MAX_DEPLOYMENTS}")
-        entries = []
-        seen = set()
-        for index, item in enumerate(items):
-            where = f"deployments[{index}]."
-            entry = parse_manifest_entry(item, where, base_url)
-            if entry.deployment_id.lower() in seen:
-                raise ValueError(f"{where}deploymentId: {entry.deployment_id} occurs twice")
-            seen.add(entry.deployment_id.lower())
-            entries.append(entry)
-        digest, size = parse_manifest_bundle(value, entries, base_url)
+        if "bundle" not in value:
+            raise ValueError("bundle: missing (it is null where there are no deployments)")
+        if (bundle is None) != (not value["deployments"]):                          # C-114
+            raise ValueError("bundle: is null if and only if there are no deployments")
+        entries = {}
+        foreign = ""
+        for index, item in enumerate(value["deployments"]):
+            name = item["deploymentId"]
+            where = f"deployments[{index}]"
+            path = f"/deployments/{name}/{item['digest']}"
+            foreign = check_url(item["url"], path, base_url, where) or foreign
+            if name.lower() in entries:
+                raise ValueError(f"{where}.deploymentId: {name} occurs twice")
+            entries[name.lower()] = ManifestEntry(name, item["digest"], parse_advice(item))
+        if bundle is not None:
+            check_shape(bundle, BUNDLE, "bundle")
+            path = f"/bundles/{bundle['digest']}"
+            foreign = check_url(bundle["url"], path, base_url, "bundle") or foreign
     except ValueError as error:
         raise Refused(f"state manifest refused: {error}") from None
-    return Manifest(version, digest, size, entries)
+    bundle = bundle or {}
+    return Manifest(version, bundle.get("digest"), parse_advice(bundle), list(entries.values()),
+                    foreign)
 
 
 def parse_version(value):
     """manifestVersion in full precision; raises ValueError (D-5)."""
-    # beyond, a float does not tell which number was written
+    # from 2^53 on a float does not tell which number was written
     if isinstance(value, float) and value.is_integer() and value < 2 ** 53:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
-        raise ValueError(
-            f"manifestVersion: found {make_printable(repr(value), 40)},"
-            " expected a whole number from 1 to 2^64-1"
-        )
+        found = make_printable(repr(value), 40)
+        raise ValueError(f"manifestVersion: found {found}, expected a whole number from 1 to 2^64-1")
     return value
 
 
-def parse_manifest_entry(item, where, base_url):
-    """One element of `deployments`; raises ValueError."""
-    if not isinstance(item, dict):
-        raise ValueError(f"{where[:-1]}: expected an object")
-    deployment_id = check_member(item, "deploymentId", where, UUID_PATTERN)
-    # another algorithm makes the manifest invalid (C-107)
-    digest = check_member(item, "digest", where, DIGEST_PATTERN)
-    check_artifact_url(item, where, base_url, f"/deployments/{deployment_id}/{digest}")
-    return ManifestEntry(deployment_id, digest, parse_advice(item))
-
-
-def parse_manifest_bundle(value, entries, base_url):
-    """(digest, size) of the bundle, (None, None) where nothing should run; raises ValueError (C-114)."""
-    if "bundle" not in value:
-        raise ValueError("bundle: missing (it is null where there are no deployments)")
-    bundle = check_member(value, "bundle", "", optional(read_dict))
-    if (bundle is None) != (not entries):
-        raise ValueError("bundle: is null if and only if there are no deployments")
-    if bundle is None:
-        return None, None
-    check_member(bundle, "mediaType", "bundle.", checked(BUNDLE_TYPE, lambda item: item == BUNDLE_TYPE))
-    digest = check_member(bundle, "digest", "bundle.", DIGEST_PATTERN)
-    check_artifact_url(bundle, "bundle.", base_url, f"/bundles/{digest}")
-    return digest, parse_advice(bundle)
-
-
 def parse_advice(item):
-    """sizeBytes where it is usable; it decides what is cheaper to fetch and nothing else (C-110)."""
+    """sizeBytes where it is usable.  It decides what is cheaper to fetch and nothing else (C-110)."""
     size = item.get("sizeBytes")
     return int(size) if is_number(size) and 0 <= size < 2 ** 53 else None
 
 
-def check_artifact_url(item, where, base_url, path):
-    """The `url` is only held against what id and digest say.
+def check_url(url, path, base_url, where):
+    """Returns a `url` that is of another origin than the WFM, "" for others; nothing is ever fetched from it.
 
-    Nothing is ever fetched from it (C-058, protocol 2.1).
+    Raises ValueError for one of the WFM's own that leads to other content than id and digest name (C-058,
+    protocol 2.1).
     """
     from urllib.parse import unquote, urljoin
-    url = check_member(item, "url", where, r"(?s).*")
-    absolute = urljoin(base_url, url)
-    if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
-        raise ValueError(f"{where}url: {make_printable(url, 120)!r} is of another origin than the WFM")
+    shown = make_printable(url, 200)
+    try:
+        absolute = urljoin(base_url, url)
+        if find_origin(absolute) != find_origin(base_url) or not absolute.startswith("https:"):
+            return shown
+    except ValueError as error:
+        raise ValueError(f"{where}.url: {shown!r}: {error}") from None
     if not unquote(absolute).lower().endswith(path.lower()) or ".." in unquote(url).split("/"):
-        raise ValueError(f"{where}url: {make_printable(url, 200)!r} does not end with {path}")
+        raise ValueError(f"{where}.url: {shown!r} does not end with {path}")
+    return ""
 
 
 def check_version(manifest, digest, accepted):
@@ -2089,9 +2136,9 @@ def check_version(manifest, digest, accepted):
     """
     if accepted is None or manifest.version > accepted["version"]:
         return True
-    if manifest.version == accepted["version"] and digest == accepted["digest"]:
-        return False
     same = manifest.version == accepted["version"]
+    if same and digest == accepted["digest"]:
+        return False
     relation = "the same version with other content" if same else "an older version"
     raise Refused(
         f"security: state manifest refused: version {manifest.version} is {relation}"
@@ -2100,16 +2147,12 @@ def check_version(manifest, digest, accepted):
     )
 
 
-# How documents of one generation differ; other generations add what reads them to DIALECTS. Such a function
-# takes the document (a mapping) and returns None, or (the document in rc.3's form, its Dialect); it may raise
-# ValueError.
-Dialect = define(
-    "Dialect",
-    "parse_package prefix addressed",
-    "What reads the package of a component (see parse_package), what stands before the pointers of a compose"
-    " component's parameters,"
-    " and whether metadata.deviceId has to be there.",
-)
+Dialect = define("Dialect", "parse_package prefix addressed",
+    "How documents of one generation differ: what reads the package of a component (see parse_package), a"
+    " pattern of what stands before the pointers of a compose component's parameters, and whether"
+    " metadata.deviceId has to be there.")
+# What reads other generations: functions of a document (a mapping) to None, or to (the document in rc.3's
+# form, its Dialect).  They may raise ValueError.
 DIALECTS = []
 
 
@@ -2131,106 +2174,74 @@ def parse_package(properties, where, kind, schemes="oci"):
 
     Raises ValueError (C-153).
     """
-    repository = check_member(properties, "repository", where, schemes + r"://[^\s]+")
-    return repository, check_member(properties, "revision", where, REVISION_PATTERN), None
+    check_shape(properties, {"repository": schemes + r"://[^\s]+", "revision": REVISION_PATTERN}, where)
+    return properties["repository"], properties["revision"], None
 
 
-def parse_deployment(data, deployment_id):
+def parse_deployment(data, deployment_id, values={}):
     """An ApplicationDeployment's bytes to a Deployment.
 
-    Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.
-
-    Unknown members and extensions are ignored wherever they stand (C-116); what is used is checked.
+    values: see parse_parameters.  Raises ComponentError INVALID_DEPLOYMENT or UNSUPPORTED_TYPE.  Unknown
+    members and extensions are ignored wherever they stand (C-116); what is used is checked.
     """
     try:
         value, dialect = parse_document(load_yaml(data))
-        own_id = check_member(value, "id", "", UUID_PATTERN)
-        if own_id.lower() != deployment_id.lower():
-            raise ValueError(f"id: found {own_id}, but the manifest names it {deployment_id}")      # C-115
-        metadata = check_member(value, "metadata", "", read_dict)
-        spec = check_member(value, "spec", "", read_dict)
-        check_member(spec, "applicationId", "spec.", r"[-a-z0-9]{1,200}")
-        profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
-        where = "spec.deploymentProfile."
-        constraints = check_member(profile, "deviceConstraints", where, optional(read_dict))
-        check_constraints(constraints or {}, f"{where}deviceConstraints.")
+        check_shape(value, DEPLOYMENT, "")
+        if value["id"].lower() != deployment_id.lower():                            # C-115
+            raise ValueError(f"id: found {value['id']}, but the manifest names it {deployment_id}")
+        metadata = value["metadata"]
+        spec = value["spec"]
+        profile = spec["deploymentProfile"]
+        if dialect.addressed:
+            check_shape(metadata, {"deviceId": ".*"}, "metadata")
+        where = "spec.deploymentProfile"
         kind = profile.get("type")
         if kind not in ("compose", "helm"):
-            raise ComponentError(
-                "UNSUPPORTED_TYPE",
-                f"{where}type: {make_printable(str(kind), 40)!r} is not a type this agent runs",
-            )
-        items = check_member(profile, "components", where, read_items)
-        if not items:
-            raise ValueError(f"{where}components: expected a list of at least one component")
-        components = [parse_component(item, f"{where}components[{index}].", kind, dialect)
-                      for index, item in enumerate(items)]
+            found = make_printable(str(kind), 40)
+            raise ComponentError("UNSUPPORTED_TYPE", f"{where}.type: {found!r} is not a type this agent runs")
+        components = [parse_component(item, f"{where}.components[{index}]", kind, dialect)
+                      for index, item in enumerate(profile["components"])]
         names = {component.name for component in components}
-        if len(names) != len(components):
-            raise ValueError(f"{where}components: a name occurs twice")
-        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "")
+        if not components or len(names) < len(components):
+            raise ValueError(f"{where}.components: {'a name occurs twice' if names else 'none'}")
+        parameters = parse_parameters(spec, dialect.prefix if kind == "compose" else "", values)
         check_targets(parameters, names)
-        device_id = ""
-        if dialect.addressed or "deviceId" in metadata:
-            device_id = check_member(metadata, "deviceId", "metadata.", DEVICE_ID_PATTERN + r"(/\*)?")
-        return Deployment(
-            deployment_id, check_member(metadata, "name", "metadata.", NAME_PATTERN),
-            check_member(metadata, "namespace", "metadata.", NAME_PATTERN), device_id, kind, components,
-            parameters, constraints,
-            {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)})
     except ValueError as error:                     # a YAMLError is one
         raise ComponentError("INVALID_DEPLOYMENT", f"ApplicationDeployment: {error}") from None
+    extensions = {"spec": find_extensions(spec), "deploymentProfile": find_extensions(profile)}
+    return Deployment(deployment_id, metadata["name"], metadata["namespace"], metadata.get("deviceId") or "",
+                      kind, components, parameters, profile.get("deviceConstraints"), extensions)
 
 
 def make_outline(data, deployment_id):
-    """Of a document that is refused, what its status needs: a Deployment that holds the names only.
+    """What the status of a refused document needs: a Deployment that holds the names only.
 
     None where there are none.
     """
     try:
         value = parse_document(load_yaml(data))[0]
         holders = [value["metadata"], *value["spec"]["deploymentProfile"]["components"]]
-        name, *components = [make_printable(check_member(holder, "name", "", ".+")) for holder in holders]
+        name, *components = [make_printable(holder["name"]) for holder in holders if holder["name"]]
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return Deployment(deployment_id, name, "", "", "",
                       [Component(item, "", "", True, 0) for item in components], [], None)
 
 
-def check_constraints(constraints, where):
-    """Raises ValueError for deviceConstraints that cannot be read (protocol 3.2)."""
-    capacity = check_member(constraints, "capacityRequirements", where, optional(read_dict)) or {}
-    check_member(constraints, "eligibilityRules", where, optional(read_items))
-    where += "capacityRequirements."
-    for key, units in (("memory", "Mi|Gi|Ki"), ("storage", "Mi|Gi|Ki|Ti|Pi|Ei")):
-        check_member(capacity, key, where, optional(text_of(f"[0-9]{{1,40}}({units})")))
-    if capacity.get("cpu") is not None:
-        cpu = capacity["cpu"] if isinstance(capacity["cpu"], dict) else {}
-        check_member(
-            cpu,
-            "cores",
-            f"{where}cpu.",
-            checked("a number", lambda item: get_kind(item) == "number" and item >= 0),
-        )
-        check_member(cpu, "architectures", f"{where}cpu.", optional(read_items))
-
-
 def parse_component(item, where, kind, dialect):
     """One element of `components` of a deployment of type `kind`; raises ValueError."""
-    if not isinstance(item, dict):
-        raise ValueError(f"{where[:-1]}: expected a mapping")
-    name = check_member(item, "name", where, COMPONENT_PATTERN)
-    properties = check_member(item, "properties", where, read_dict)
-    where += "properties."
+    check_shape(item, COMPONENT, where)
+    properties = item["properties"]
+    where += ".properties"
     repository, revision, key_location = dialect.parse_package(properties, where, kind)
-    wait = properties.get("wait", True)
-    wait = wait.lower() if isinstance(wait, str) else wait
-    wait = check_member({"wait": wait}, "wait", where, read_flag)
+    wait = str(properties.get("wait", True)).lower()
+    check_shape(wait, "true|false", f"{where}.wait")
     timeout = COMPONENT_TIMEOUT
-    if properties.get("timeout") is not None:
-        minutes, seconds = check_member(properties, "timeout", where, r"\d{1,6}m\d{1,6}s")[:-1].split("m")
+    if properties.get("timeout"):
+        minutes, seconds = properties["timeout"][:-1].split("m")
         timeout = min(60 * int(minutes) + int(seconds), MAX_TIMEOUT)
-    return Component(name, repository, revision, wait, timeout, find_extensions(item), key_location)
+    return Component(item["name"], repository, revision, wait == "true", timeout, find_extensions(item),
+                     key_location)
 
 
 def find_extensions(value):
@@ -2249,32 +2260,33 @@ def find_extensions(value):
     return found
 
 
-def parse_parameters(spec, prefix=""):
-    """spec.parameters to a list of Parameter, without a prefix that older generations put before pointers.
+def find_value(item, values):
+    """The value of a parameter: a draft lets a document name one that the device has, before its own."""
+    try:
+        return values[item["valueFrom"]["device"]["key"]]
+    except (KeyError, TypeError):
+        return item.get("value")
 
-    Raises ValueError.
+
+def parse_parameters(spec, prefix, values):
+    """spec.parameters to a list of Parameter; raises ValueError.
+
+    prefix: a pattern of what older generations put before pointers; it is taken away.  values: what the
+    device has for parameters that ask for it.
     """
     parameters = []
-    for name, item in (check_member(spec, "parameters", "spec.", optional(read_dict)) or {}).items():
+    for name, item in (spec.get("parameters") or {}).items():
         where = f"spec.parameters.{make_printable(str(name), 80)}"
-        item = item if isinstance(item, dict) else {}
-        targets = check_member(item, "targets", f"{where}.", read_items)
-        value = item.get("value")
+        check_shape(item, PARAMETER, where)
+        value = find_value(item, values)
         if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{where}.value: expected a scalar or a list of scalars")
         if value is None and "valueFrom" in item:
-            raise ComponentError(
-                "PARAMETER_INVALID",
-                f"{where}: valueFrom is a draft that this agent does not follow, and there is"
-                " no value to fall back on",
-            )
-        reached = []
-        for target in targets:
-            target = target if isinstance(target, dict) else {}
-            pointer = check_member(target, "pointer", f"{where}.targets: ", r"(?s).*")
-            pointer = pointer[len(prefix):] if pointer.startswith(prefix) else pointer
-            reached.append((pointer, check_member(target, "components", f"{where}.targets: ", read_items)))
-        parameters.append(Parameter(str(name), value, reached))
+            words = "this device has no such value (see device.parameter_values), and there is no other"
+            raise ComponentError("PARAMETER_INVALID", f"{where}.valueFrom: {words}")
+        targets = [(re.sub(f"^{prefix}", "", target["pointer"]), target["components"])
+                   for target in item["targets"]]
+        parameters.append(Parameter(str(name), value, targets))
     return parameters
 
 
@@ -2296,38 +2308,54 @@ def check_targets(parameters, names):
 def parse_bundle(data, entries, max_unpacked):
     """A bundle's bytes to {digest: bytes}.
 
-    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).
-
-    Entries are matched by their digest: names are not specified.  Nothing of it reaches the disk under a name
-    of its own.
+    Raises Refused unless it holds exactly the manifest's documents (protocol 2.5, C-117).  They are known by
+    their digests: names are not specified, and nothing reaches the disk under a name of the bundle's.
     """
     wanted = {entry.digest for entry in entries}
     documents = {}
     try:
         plain, members, _ = unpack_tar(data, max_unpacked, 4 * MAX_DEPLOYMENTS)
+        for member in members:
+            name = make_printable(member.name, 100)
+            if member.isdir() and member.name in (".", "./"):
+                continue
+            if not member.isfile() or member.issparse():
+                raise ValueError(f"{name} is not a regular file")
+            content = plain[member.offset_data:member.offset_data + member.size]
+            digest = sha256_digest(content)
+            if digest not in wanted:
+                raise ValueError(f"{name} has digest {digest}, which the manifest does not name")
+            documents[digest] = content
+        missing = wanted - set(documents)
+        if missing:
+            words = f"documents of the manifest are not in it, such as {min(missing)}"
+            raise ValueError(f"{len(missing)} {words}")
     except ValueError as error:
         raise Refused(f"bundle refused: {error}") from None
-    for member in members:
-        name = make_printable(member.name, 100)
-        if member.isdir() and member.name in (".", "./"):
-            continue
-        if not member.isfile() or member.issparse():
-            raise Refused(f"bundle refused: {name} is not a regular file")
-        content = plain[member.offset_data:member.offset_data + member.size]
-        digest = sha256_digest(content)
-        if digest not in wanted:
-            raise Refused(f"bundle refused: {name} has digest {digest}, which the manifest does not name")
-        documents[digest] = content
-    missing = wanted - set(documents)
-    if missing:
-        raise Refused(
-            f"bundle refused: {len(missing)} documents of the manifest are not in it, such as {min(missing)}"
-        )
     return documents
 
 
+def list_targets(accepted):
+    """[Target] of an accepted desired state; their documents are not read yet."""
+    return [Target(item["deploymentId"], item["digest"], accepted["version"], None, None)
+            for item in accepted["deployments"]]
+
+
+def read_target(target, load_document, config):
+    """The target with its Deployment, or with why there is none.  load_document: digest to bytes or None."""
+    data = load_document(target.digest)
+    try:
+        if data is None:
+            words = "its document is missing from the state directory; the next poll brings it anew"
+            raise ComponentError("INTERNAL", words)
+        return target._replace(deployment=parse_deployment(data, target.deployment_id,
+                                                           config.device.parameter_values))
+    except ComponentError as error:
+        return target._replace(error=error, deployment=data and make_outline(data, target.deployment_id))
+
+
 # ----------------------------------------------------------------------------------------------------------
-# 9. Identity and trust
+# 11. Identity and trust
 # ----------------------------------------------------------------------------------------------------------
 
 EXPIRY_WARNING = 0.2  # share of the own certificate's lifetime that is left when `run` begins to warn
@@ -2341,8 +2369,9 @@ KEY_KINDS = {  # identity.algorithm: what openssl makes a key from; those that a
 
 SpiffeId = define("SpiffeId", "text trust_domain path",
                   "A SPIFFE ID, its trust domain and its path (with leading slash).")
-Identity = define("Identity", "spiffe_id wfm_spiffe_id leaf certificate_file key_file",
-    "The own SVID: SPIFFE ID, the WFM's that follows from it (C-009), the leaf Certificate, the two files.")
+Identity = define("Identity", "spiffe_id wfm_id leaf certificate_file key_file",
+    "The own SVID: its SpiffeId, the text of the WFM's, which follows from it (C-009), the leaf Certificate,"
+    " the two files.")
 TrustBundle = define("TrustBundle", "anchors sequence refresh_hint",
     "Trust anchors (DER), `spiffe_sequence`, `spiffe_refresh_hint` in seconds; each of these may be None.")
 Discovery = define("Discovery", "trust_domain bundle_uri parts faults",
@@ -2369,23 +2398,18 @@ def parse_spiffe_id(text):
 
 
 def check_leaf(certificate):
-    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError naming the field (C-011).
-
-    """
+    """The SPIFFE ID of a leaf that may be used as an X.509-SVID; raises ValueError (C-011)."""
     if len(certificate.uris) != 1:
         raise ValueError(f"subjectAltName holds {len(certificate.uris)} URIs, an X.509-SVID has exactly one")
     if certificate.is_ca:
         raise ValueError("basicConstraints says CA, an X.509-SVID is a leaf")
-    if certificate.key_usage is not None and certificate.key_usage & {KEY_CERT_SIGN, CRL_SIGN}:
+    if {KEY_CERT_SIGN, CRL_SIGN} & (certificate.key_usage or set()):
         raise ValueError("keyUsage allows keyCertSign or cRLSign, an X.509-SVID may not")
     return parse_spiffe_id(certificate.uris[0])
 
 
 def check_validity(certificate, now):
-    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds).
-
-    The clock may be at fault.
-    """
+    """Raises ValueError for a certificate that is not valid at `now` (Unix seconds), or for a wrong clock."""
     clock = f"the clock of this device says {make_time(now)}"
     if now < certificate.not_before:
         raise ValueError(f"not valid before {make_time(certificate.not_before)}, and {clock}; set the clock")
@@ -2393,33 +2417,25 @@ def check_validity(certificate, now):
         raise ValueError(f"expired at {make_time(certificate.not_after)} ({clock}); have it renewed")
 
 
-def parse_identity(chain, certificate_file, key_file):
-    """The own Identity from the DER chain of identity.certificate; raises ValueError."""
-    if not chain:
-        raise ValueError("it holds no certificate in PEM")
-    return make_identity(parse_certificate(chain[0]), certificate_file, key_file)
-
-
-def make_identity(leaf, certificate_file, key_file):
-    """The own Identity from its leaf Certificate; raises ValueError."""
+def make_identity(leaf, certificate_file="", key_file=""):
+    """The own Identity from its leaf Certificate and two paths; raises ValueError."""
     spiffe_id = check_leaf(leaf)
     match = re.fullmatch(r"(/margo/wfm/[^/]+)/client/[^/]+", spiffe_id.path)
     if not match:
         raise ValueError(f"{spiffe_id.text} is not a WFM client's id"
                          " (spiffe://<trust domain>/margo/wfm/<wfm id>/client/<client id>)")
-    wfm = SpiffeId(f"spiffe://{spiffe_id.trust_domain}{match.group(1)}", spiffe_id.trust_domain,
-                   match.group(1))
-    return Identity(spiffe_id, wfm, leaf, certificate_file, key_file)
+    wfm_id = f"spiffe://{spiffe_id.trust_domain}{match.group(1)}"
+    return Identity(spiffe_id, wfm_id, leaf, certificate_file, key_file)
 
 
 def load_identity(config):
     """The own SVID, from its files alone; raises Untrusted."""
     settings = config.identity
-    return load_own(config, lambda chain: parse_identity(chain, settings.certificate, settings.key))
+    return load_own(config, lambda leaf: make_identity(leaf, settings.certificate, settings.key))
 
 
-def load_own(config, parse):
-    """What `parse` makes of the DER chain in identity.certificate.
+def load_own(config, make):
+    """What `make` makes of the leaf Certificate in identity.certificate.
 
     Raises Untrusted: which file, and what is wrong with it.
     """
@@ -2431,10 +2447,11 @@ def load_own(config, parse):
             if config.identity.get("enrollment") == "est":
                 way = "`margo_agent.py enroll` obtains one"
             raise ValueError(f"there is no such file; {way}")
-        return parse(parse_pem(data.decode("ascii")))
-    except StorageError as error:
-        raise Untrusted(f"identity.certificate: {error.message}") from None
-    except ValueError as error:
+        chain = parse_pem(data.decode("ascii"))
+        if not chain:
+            raise ValueError("it holds no certificate in PEM")
+        return make(parse_certificate(chain[0]))
+    except (StorageError, ValueError) as error:
         raise Untrusted(f"identity.certificate {path}: {error}") from None
 
 
@@ -2447,57 +2464,53 @@ def check_own(leaf, config, now):
 
 
 def check_enrollment(state, client_id):
-    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM at a time
-    (C-052).
-    """
+    """Raises Untrusted where this device is enrolled as somebody else: it works for one WFM (C-052)."""
     if state["enrollment"] and state["enrollment"]["id"] != client_id:
         raise Untrusted(f"the own identity is {client_id}, but this device is enrolled as"
-                        f" {state['enrollment']['id']};"
-                        " unenroll first")
+                        f" {state['enrollment']['id']}; unenroll first")
 
 
-def is_expiring(leaf, now, share=EXPIRY_WARNING):
-    """Whether less than a share of a certificate's lifetime is left."""
-    return leaf.not_after - now < share * (leaf.not_after - leaf.not_before)
+def find_expiry(leaf, now, share=EXPIRY_WARNING):
+    """What to say of a certificate's end, "" while more than a share of its lifetime is left."""
+    left = leaf.not_after - now
+    if left < 0:
+        return "expired"
+    if left < share * (leaf.not_after - leaf.not_before):
+        return f"expires in {left // 86400:.0f} days, at {make_time(leaf.not_after)}; have it renewed"
+    return ""
 
 
-def warn_of_expiry(leaf, store, now):
-    """Foresees the end of the own certificate: one line a day."""
+def warn_of_own(config, leaf, store, now):
+    """Warns once a day of an own certificate that ends soon, and of a key that others can read."""
     memo = store.load_memo()
-    if is_expiring(leaf, now) and not 0 <= now - memo.get("warnedAt", 0) < 86400:
-        log("warning", "the own certificate expires soon; have it renewed",
-            notAfter=make_time(leaf.not_after),
-            days=int((leaf.not_after - now) // 86400))
-        store.save_memo(dict(memo, warnedAt=now))
+    expiry = find_expiry(leaf, now)
+    words = [f"the own certificate {expiry}"] if expiry else []
+    words += filter(None, [ask_looseness("identity.key", config.identity.key)])
+    if words and not 0 <= now - memo.get("warnedAt", 0) < 86400:
+        for line in words:
+            log("warning", line)
+        memo["warnedAt"] = now
 
 
 def describe_own(config, load, known_id, now):
     """{id, notAfter, warning} of the own certificate, as `status` shows it; never raises.
 
-    load: load_identity, or what another profile has in its place.  known_id: the id of a client whose
-    certificate has none.
+    load: load_identity, or what another profile has in its place.  known_id: the client's id where its
+    certificate names none.
     """
     try:
         own = load(config)
     except Untrusted as error:
         return {"id": known_id, "notAfter": "", "warning": error.message}
-    days = int((own.leaf.not_after - now) // 86400)
-    warning = ""
-    if days < 0:
-        warning = "expired"
-    elif is_expiring(own.leaf, now):
-        warning = f"expires in {days} days; have it renewed"
     name = own.spiffe_id.text if isinstance(own, Identity) else known_id
-    return {"id": name, "notAfter": make_time(own.leaf.not_after), "warning": warning}
+    return {"id": name, "notAfter": make_time(own.leaf.not_after), "warning": find_expiry(own.leaf, now)}
 
 
 def judge_own(leaf, words, config, now):
     """What `doctor` says of an own certificate that can be used: (ok or warn, words)."""
-    loose = ask_looseness("identity.key", config.identity.key)
-    if loose:
-        return "warn", loose
-    words = f"{words}, {int((leaf.not_after - now) // 86400)} days left"
-    return ("warn", f"{words}; have it renewed") if is_expiring(leaf, now, EXPIRY_ADVICE) else ("ok", words)
+    expiry = find_expiry(leaf, now, EXPIRY_ADVICE)
+    fault = ask_looseness("identity.key", config.identity.key) or expiry and f"{words}, {expiry}"
+    return ("warn", fault) if fault else ("ok", f"{words}, {(leaf.not_after - now) // 86400:.0f} days left")
 
 
 def note_draft(store, state, what):
@@ -2522,29 +2535,22 @@ def check_wfm(der, identity, now):
         check_validity(leaf, now)
     except ValueError as error:
         raise Untrusted(f"the WFM's certificate is no X.509-SVID: {error}") from None
-    ours = identity.wfm_spiffe_id
-    if peer.trust_domain != ours.trust_domain:
-        raise Untrusted(f"the peer is of trust domain {peer.trust_domain},"
-                        f" this client of {ours.trust_domain}")
-    if peer.text != ours.text:
-        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {ours.text}")
+    if peer.text != identity.wfm_id:
+        raise Untrusted(f"the peer is {peer.text}, this client's WFM is {identity.wfm_id}")
     return leaf
 
 
 def load_wfm_context(identity, anchors, min_tls):
-    """The SSLContext towards the WFM: own SVID chain (C-004), the given anchors (DER) and nothing else
-    (C-006).
-    """
+    """The SSLContext towards the WFM: the own chain (C-004), the anchors (DER) and no others (C-006)."""
     context = make_tls_context(anchors, min_tls=min_tls)
     load_key_pair(context, identity.certificate_file, identity.key_file)
     return context
 
 
 def load_key_pair(context, certificate_file, key_file, where="identity"):
-    """Lets an SSLContext present a chain; raises Untrusted.
+    """Lets an SSLContext present a chain.
 
-    An operator replaces two files one after the other (E-010).  Between the two this raises; the next run
-    finds a pair.
+    Raises Untrusted, also while an operator has replaced only one of the two files (E-010).
     """
     asked = []  # nobody can type a password here; to raise in there upsets Python 3.7
     try:
@@ -2588,11 +2594,11 @@ def run_own_handshake(certificate_file, key_file, anchors):
             raise ValueError(getattr(error, "verify_message", None) or make_printable(str(error))) from None
 
 
-def judge_own_chain(config, identity, bundle, store, state, keep):
+def judge_own_chain(config, identity, bundle, store, state):
     """Raises Untrusted for a new own chain that does not lead to the trust bundle (E-012).
 
-    A chain that did once is used on after the bundle has changed, since the WFM decides; `strays` in the
-    state's trust then names it.  The handshake is made once for each pair of chain and bundle.
+    A chain that once did is used on after the bundle has changed, because the WFM decides; `strays` in the
+    state's trust then names its leaf.  The handshake is made once for each pair of leaf and bundle.
     """
     mark = sha256_digest(identity.leaf.der + b"".join(bundle.anchors))
     memo = store.load_memo()
@@ -2602,8 +2608,8 @@ def judge_own_chain(config, identity, bundle, store, state, keep):
     try:
         run_own_handshake(identity.certificate_file, identity.key_file, bundle.anchors)
     except ValueError as error:
-        message = f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
-        message += f" bundle ({error})"
+        message = (f"identity.certificate {identity.certificate_file}: its chain does not lead to the trust"
+                   f" bundle ({error})")
         if state["identity"] != leaf:
             raise Untrusted(message) from None
         log("error", f"{message} any more; have it issued anew")
@@ -2611,17 +2617,13 @@ def judge_own_chain(config, identity, bundle, store, state, keep):
         return
     state["identity"] = leaf
     state["trust"].pop("strays", None)
-    if keep:
-        store.save_memo(dict(memo, checked=mark))
+    memo["checked"] = mark
 
 
 # Trust bundle and discovery.
 
 def parse_trust_bundle(data):
-    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle.
-
-    Raises ValueError (C-034, C-036, C-037).
-    """
+    """A SPIFFE bundle (JWK Set) or PEM certificates to a TrustBundle; raises ValueError (C-034 to C-037)."""
     value = {}
     if b"-----BEGIN CERTIFICATE-----" in data:
         anchors = parse_pem(data.decode("ascii"))
@@ -2630,10 +2632,10 @@ def parse_trust_bundle(data):
         if not isinstance(value, dict) or not isinstance(value.get("keys"), list):
             raise ValueError("a trust bundle is a JWK Set with `keys`, or PEM")
         anchors = parse_jwks(value["keys"])
-    for anchor in anchors:
-        parse_certificate(anchor)
     if not anchors:
         raise ValueError("no X.509 anchor in it (no key with use x509-svid)")
+    for anchor in anchors:
+        parse_certificate(anchor)
     numbers = [value.get(name) for name in ("spiffe_sequence", "spiffe_refresh_hint")]
     good = [item if type(item) is int and 0 <= item <= MAX_VERSION else None for item in numbers]
     return TrustBundle(anchors, *good)
@@ -2654,34 +2656,32 @@ def parse_jwks(keys):
 
 
 def check_sequence(bundle, trust, trust_domain):
-    """Returns a TrustBundle; raises ValueError where its sequence went back (C-043)."""
+    """Raises ValueError where the sequence of a TrustBundle went back (C-043)."""
     known = trust.get("sequence") if trust.get("trustDomain") == trust_domain else None
     if known is not None and bundle.sequence is not None and bundle.sequence < known:
         raise ValueError(f"spiffe_sequence went back from {known} to {bundle.sequence} (a security event, or"
-                         " a rebuilt"
-                         " identity service: then unenroll and enroll again)")
-    return bundle
+                         " a rebuilt identity service: then unenroll and enroll again)")
 
 
 def parse_discovery(data, document_url, trust_domain, public, held=None):
     """A discovery document to a Discovery; raises ValueError (C-033 to C-035).
 
-    trust_domain: of the own SVID, None where there is none yet.  public: whether the document was
-    authenticated by the system's store; the bundle must then have the same origin.  held: the state's
-    `trust`, as it was before.
+    trust_domain: of the own SVID, None where there is none yet.  public: whether the system's store vouched
+    for the document, which may then name no other origin.  held: the state's `trust`.
     """
     value = parse_json(data, "the discovery document")
-    if not isinstance(value, dict) or not isinstance(value.get("trustDomain"), str):
+    domain = value.get("trustDomain") if isinstance(value, dict) else None
+    if not isinstance(domain, str):
         raise ValueError("the discovery document has no trustDomain")
+    if trust_domain not in (None, domain):
+        raise ValueError(f"it is for trust domain {make_printable(domain, 100)}, the own SVID is of"
+                         f" {trust_domain}")
     uri = parse_discovered("trustBundleUri", read_url, value, document_url, public)
-    if trust_domain and value["trustDomain"] != trust_domain:
-        theirs = make_printable(value["trustDomain"], 100)
-        raise ValueError(f"it is for trust domain {theirs}, the own SVID is of {trust_domain}")
     parts, faults = {}, []
     for name, companion in COMPANIONS.items():
         parts[name], passed = companion.parse(value, document_url, public, (held or {}).get(name))
         faults += passed
-    return Discovery(value["trustDomain"], uri, parts, faults)
+    return Discovery(domain, uri, parts, faults)
 
 
 def parse_discovered(name, reader, members, document_url, public):
@@ -2704,15 +2704,13 @@ def find_origin(url):
 
 
 def fetch_discovery(config, trust_domain, now, held=None):
-    """The Discovery of identity.discovery.
+    """The Discovery of identity.discovery; raises Unreachable, Untrusted, Refused.
 
     None where there is no such document and identity.trust_bundle is a URL (C-046).
-
-    Raises Unreachable, Untrusted, Refused.
     """
     settings = config.identity
-    where = f"identity.discovery {config.identity.discovery}"
-    answer = fetch_from_mis(settings.discovery, config, {"Accept": JSON_TYPE})          # C-045
+    where = f"identity.discovery {settings.discovery}"
+    answer = fetch_from_mis(settings.discovery, config)
     if answer.status == 404 and "://" in (settings.trust_bundle or ""):
         return None
     check_response(answer, where, (200,), now)
@@ -2724,21 +2722,6 @@ def fetch_discovery(config, trust_domain, now, held=None):
     for fault in found.faults:
         log("warning", "part of the discovery document is passed over", reason=fault)
     return found
-
-
-def fetch_bundle(config, url, trust, now):
-    """The trust bundle from its URL: (bytes, ETag), None where it is unchanged.
-
-    Raises Unreachable, Untrusted, Refused.
-    """
-    headers = {"Accept": JSON_TYPE}
-    accepted = (200,)  # C-045
-    if trust.get("etag") and trust.get("source") == url:
-        headers["If-None-Match"] = trust["etag"]
-        accepted = (200, 304)
-    answer = fetch_from_mis(url, config, headers)
-    check_response(answer, f"trust bundle {url}", accepted, now)
-    return None if answer.status == 304 else (answer.body, answer.headers.get("ETag"))
 
 
 def is_remote(settings):
@@ -2765,111 +2748,104 @@ def load_trust_bundle(config, store):
         return None
 
 
-def is_bundle_due(config, state, held, asked, now):
-    """Whether the identity service has to be asked again; asked: when it was last (Unix seconds)."""
+def is_bundle_due(config, state, hint, asked, now):
+    """Whether the identity service has to be asked again.
+
+    hint: seconds after which the bundle at hand asks for it.  asked: when it was done last (Unix seconds).
+    """
     trust = state["trust"]
-    known = [name in trust for name,
-             item in COMPANIONS.items() if item.wanted(config) and config.identity.discovery]
-    if not held or "source" not in trust or not all(known):
+    wanted = [name for name, item in COMPANIONS.items() if config.identity.discovery and item.wanted(config)]
+    if not trust.keys() >= {"source", *wanted}:
         return True
-    periods = [held.refresh_hint or config.identity.refresh]
+    periods = [hint or config.identity.refresh]
     for companion in COMPANIONS.values():
         periods += companion.limits(state) if companion.limits else []
     return not asked <= now < asked + min(periods)
 
 
-def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, since=None):
+def obtain_trust_bundle(config, store, state, trust_domain, now, keep=True, anew=False):
     """The current TrustBundle, fetched when due; a new one replaces all anchors at once (C-038 to C-042).
 
-    trust_domain: of the own SVID, None where there is none yet.  keep: store what was fetched.  since: what
-    was fetched before that moment is due.  Where it cannot be fetched or is refused the current one stays;
-    without any: Unreachable or Untrusted.
+    trust_domain: of the own SVID, None where there is none yet.  keep: store what was fetched.  anew: fetch
+    it in any case.  Where it cannot be had or is refused, the one at hand stays in use; where there is none,
+    raises Unreachable or Untrusted.
     """
     held = load_trust_bundle(config, store)
-    trust = state["trust"]
-    remote = is_remote(config.identity)
-    asked = store.load_memo().get("trust") or trust.get("refreshedAt") or 0
-    if remote and asked >= (since or 0) and not is_bundle_due(config, state, held, asked, now):
+    asked = store.load_memo().get("trust") or state["trust"].get("refreshedAt") or 0
+    due = anew or not held or is_bundle_due(config, state, held.refresh_hint, asked, now)
+    if not is_remote(config.identity) or not due:
         return held
     try:
-        if not remote:
-            return check_sequence(held, trust, trust_domain)
         return fetch_trust_bundle(config, store, state, held, trust_domain, now, keep)
     except (ValueError, MargoError) as error:
-        reason = getattr(error, "message", str(error))
-        if held and remote:
+        if held:
             log("warning", "the trust bundle cannot be refreshed; the one at hand stays in use",
-                reason=reason)
+                reason=str(error))
             return held
         if isinstance(error, Unreachable):
             raise
-        raise Untrusted(f"no usable trust bundle: {reason}") from None
+        raise Untrusted(f"no usable trust bundle: {error}") from None
 
 
 def fetch_trust_bundle(config, store, state, held, trust_domain, now, keep):
-    """The TrustBundle as the identity service has it now; raises ValueError, MargoError."""
+    """The TrustBundle as the identity service has it now; raises ValueError, MargoError.
+
+    held: the one at hand, or None; where nothing is new, nothing is written.
+    """
     trust = state["trust"]
     url = config.identity.trust_bundle
-    found = None
-    if config.identity.discovery:
-        found = fetch_discovery(config, trust_domain, now, trust)
+    found = fetch_discovery(config, trust_domain, now, trust) if config.identity.discovery else None
     if found:
         url, trust_domain = found.bundle_uri, found.trust_domain
     for name, companion in COMPANIONS.items():
         if companion.wanted(config) and (found or name not in trust):
             trust[name] = found.parts[name] if found else None
-    answer = fetch_bundle(config, url, trust if held else {}, now)
-    if keep:
-        store.save_memo(dict(store.load_memo(), trust=now))
-    if answer is None:
+    answer = fetch_from_mis(url, config)
+    check_response(answer, f"trust bundle {url}", (200,), now)
+    store.load_memo()["trust"] = now
+    bundle = parse_trust_bundle(answer.body)
+    check_sequence(bundle, trust, trust_domain)
+    if bundle == held and trust.get("source") == url:
         return held
-    data, etag = answer
-    bundle = check_sequence(parse_trust_bundle(data), trust, trust_domain)
     if keep:
-        write_file(store.path("trust-bundle.json"), data)
-    trust.update(source=url, etag=etag, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
+        write_file(store.path("trust-bundle.json"), answer.body)
+    trust.update(source=url, sequence=bundle.sequence, refreshedAt=now, trustDomain=trust_domain)
     log("info", "new trust bundle", source=url, anchors=len(bundle.anchors), sequence=bundle.sequence)
     return bundle
 
 
 # The Margo Identity Service, known by identity.ca, by pins, or by the system's store.
 
-def is_address(host):
-    """Whether a host is an IP address and not a name."""
-    return bool(re.fullmatch(r"[0-9.]+|.*:.*", host))
-
-
 def obtain_mis_context(config, url):
-    """(SSLContext, check_peer) for the identity service at a URL: by identity.ca or the system's store, by
-    pins, or both.
+    """(SSLContext, check_peer) for the identity service at a URL.
 
-    The trust bundle has no say here (C-030, C-044).  A pin says which key is trusted, not where its
-    certificate is.  So over a first connection, on which nothing is said, the service shows its certificates.
-    Those whose key is pinned become the only anchors of the next connection, and OpenSSL judges as ever
-    (E-005).
+    It is known by identity.ca or the system's store, by pins, or by both; the trust bundle has no say here
+    (C-030, C-044).  A pin names a key, and not where its certificate is.  So over a first connection the
+    service shows its certificates, and nothing is said.  Those whose key is pinned become the only anchors
+    of the next connection, and OpenSSL judges as ever (E-005).
     """
     import ssl
     settings, timeout = config.identity, config.wfm.timeout
     context = make_tls_context(ca_file=settings.ca, min_tls=config.wfm.min_tls)
     if not settings.pins:
         return context, None
-    looking = make_tls_context(ca_file=settings.ca, min_tls=config.wfm.min_tls)
-    looking.check_hostname = False
-    looking.verify_mode = ssl.CERT_NONE             # fetch_chain says nothing
-    seen = fetch_chain(url, looking, timeout) + context.get_ca_certs(binary_form=True)
-    pinned = [der for der in seen if make_pin(der) in settings.pins]
+    if not settings.ca:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    shown = fetch_chain(url, context, timeout)
+    if len(shown) == 1 and sys.version_info < (3, 10):
+        shown += ask_chain(url, timeout)
+    pinned = [der for der in shown + context.get_ca_certs(binary_form=True) if make_pin(der) in settings.pins]
     if not pinned:
         raise Untrusted(f"{url}: it presents no certificate whose key is in identity.pins")
     narrow = make_tls_context(pinned, min_tls=config.wfm.min_tls)
-    narrow.check_hostname = not is_address(find_origin(url)[0])  # an address has no name to check (E-016)
-    if not settings.ca:
-        return narrow, None
-    leaf = fetch_chain(url, narrow, timeout)[0]
+    # an address has no name to check (E-016)
+    narrow.check_hostname = not re.fullmatch(r"[0-9.]+|.*:.*", find_origin(url)[0])
 
     def check_peer(chain):
-        if chain[0] != leaf:
+        if settings.ca and chain[0] != shown[0]:
             raise Untrusted(f"{url}: the certificate that identity.ca vouches for is not the pinned one")
-    return context, check_peer
+    return narrow, check_peer
 
 
 def make_pin(der):
@@ -2882,12 +2858,7 @@ def make_pin(der):
 
 
 def fetch_chain(url, context, timeout):
-    """The certificates of the service at a URL (DER), leaf first.
-
-    The connection ends before anything is said.
-
-    Before Python 3.10 it is openssl that shows what lies above the leaf.
-    """
+    """The certificates of the service at a URL (DER, see get_chain); nothing is said on the connection."""
     found = []
 
     def look(chain):
@@ -2898,20 +2869,24 @@ def fetch_chain(url, context, timeout):
         request("GET", url, {}, None, context, timeout, 0, look)
     except Silence:
         pass
-    if len(found) == 1 and sys.version_info < (3, 10):
-        host, port = find_origin(url)
-        name = ["-noservername"] if is_address(host) else ["-servername", host]
-        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        # it shows the chain, and fails afterwards where it is asked for a certificate of its own
-        command = ["s_client", "-showcerts", "-connect", place] + name
-        output = run_openssl(command, timeout=timeout, strict=False)
-        found.extend(parse_pem(output.decode("ascii", "replace")))
     return found
 
 
-def fetch_from_mis(url, config, headers, limit=MAX_CERTIFICATES):
-    """GET from the Margo Identity Service; only revocation lists, which are signed, may come without TLS."""
+def ask_chain(url, timeout):
+    """The same as openssl shows them, for a Python that shows the leaf alone."""
+    host, port = find_origin(url)
+    # it fails where it is asked for a certificate of its own, after it has shown them
+    command = ["s_client", "-showcerts", "-connect", f"[{host}]:{port}"]
+    return parse_pem(run_openssl(command, timeout=timeout, strict=False).decode("ascii", "replace"))
+
+
+def fetch_from_mis(url, config, headers=None, limit=MAX_CERTIFICATES):
+    """GET from the Margo Identity Service, of JSON unless headers say otherwise (C-045).
+
+    Only revocation lists, which are signed, may come without TLS.
+    """
     context, check_peer = obtain_mis_context(config, url) if url.startswith("https:") else (None, None)
+    headers = headers or {"Accept": JSON_TYPE}
     return request("GET", url, headers, None, context, config.wfm.timeout, limit, check_peer)
 
 
@@ -2929,10 +2904,7 @@ def run_openssl(arguments, data=b"", expected=b"", timeout=60, strict=True):
 
 
 def lend_file(data):
-    """A file that holds `data` until it is closed, in memory where that goes.
-
-    Some things of openssl's want a name.
-    """
+    """A file that holds `data` until it is closed, in memory where that goes; openssl and ssl want a name."""
     import tempfile
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     try:
@@ -2946,9 +2918,9 @@ def lend_file(data):
 
 
 def obtain_key(path, algorithm=None):
-    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did.
+    """Makes a key (PKCS#8 PEM, mode 0600) unless there is one; whether it did (C-018, E-030).
 
-    Raises CommandError (C-018, E-030).
+    Raises CommandError.
     """
     if os.path.exists(path) or is_uri(path):        # whoever made the token made its key
         return False
@@ -2959,32 +2931,26 @@ def obtain_key(path, algorithm=None):
 
 
 def load_public_key(path):
-    """The public key (SubjectPublicKeyInfo, DER) of a private one, as it stands in its certificate.
-
-    Raises CommandError.
-    """
+    """The public key of a private one, as it stands in a certificate (DER); raises CommandError."""
     return run_openssl(["pkey", "-in", path, "-pubout", "-outform", "DER"])
 
 
 def run_csr(path, form="PEM"):
-    """A PKCS#10 request for the key in `path`; the issuer decides on the names, so it carries none (E-035).
-
-    """
-    expected = b"CERTIFICATE REQUEST" if form == "PEM" else b""
-    return run_openssl(["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path],
-                       b"", expected)
+    """A PKCS#10 request for a key; it carries no names, because the issuer decides on them (E-035)."""
+    command = ["req", "-new", "-batch", "-sha256", "-subj", "/", "-outform", form, "-key", path]
+    return run_openssl(command, expected=b"CERTIFICATE REQUEST" if form == "PEM" else b"")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 10. Eligibility
+# 12. Eligibility
 # ----------------------------------------------------------------------------------------------------------
 
 def check_eligibility(constraints, capabilities):
-    """Raises ComponentError INSUFFICIENT_CAPACITY or NOT_ELIGIBLE where a device does not meet
-    `deviceConstraints` (protocol 8).
+    """Raises ComponentError where a device does not meet `deviceConstraints` (protocol 8).
 
-    capabilities: the document reported for the device; its totals count, not what is free.  Capacity comes
-    first, rules only if it holds (C-202); one rule that matches is enough, no rules are no condition (C-204).
+    INSUFFICIENT_CAPACITY comes first, NOT_ELIGIBLE only if capacity holds (C-202).  One rule that matches is
+    enough, no rules are no condition (C-204).  capabilities: the document reported for the device; its totals
+    count, not what is free.
     """
     if not constraints:
         return
@@ -2995,10 +2961,8 @@ def check_eligibility(constraints, capabilities):
         raise ComponentError("INSUFFICIENT_CAPACITY", lack)
     reasons = [find_mismatch(rule, properties, labels) for rule in constraints.get("eligibilityRules") or ()]
     if reasons and all(reasons):
-        raise ComponentError(
-            "NOT_ELIGIBLE",
-            "; ".join(f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)),
-        )
+        words = [f"eligibilityRules[{index}]: {reason}" for index, reason in enumerate(reasons)]
+        raise ComponentError("NOT_ELIGIBLE", "; ".join(words))
 
 
 def find_lack(required, properties):
@@ -3006,11 +2970,9 @@ def find_lack(required, properties):
     cpu = required.get("cpu")
     if cpu:
         wanted = cpu.get("architectures")
-        entries = properties.get("cpus") or ()
-        cores = [entry.get("cores", 0) for entry in entries if not wanted
-                 or entry.get("architecture") in wanted]
         # one entry must do: cores are never summed (C-203)
-        most = max(cores, default=0)
+        most = max((entry.get("cores", 0) for entry in properties.get("cpus") or ()
+                    if not wanted or entry.get("architecture") in wanted), default=0)
         if most < cpu["cores"]:
             kinds = " or ".join(map(str, wanted or ["any architecture"]))
             return f"cpu: {cpu['cores']} cores of {kinds} are needed, there are {most}"
@@ -3021,42 +2983,33 @@ def find_lack(required, properties):
 
 
 def find_mismatch(rule, properties, labels):
-    """Why an eligibility rule does not match, in words, or "": all its selectors and all their expressions
-    have to (C-204).
-    """
-    # label keys are exact, property keys are pointers (C-205)
-    def look_up(key):
-        return key in labels, labels.get(key)
+    """Why an eligibility rule does not match, in words, or "".
 
-    rule = rule if isinstance(rule, dict) else {"propertySelector": ""}
-    for name, look in (("propertySelector", lambda key: find_pointer(properties, key)),
-                       ("labelSelector", look_up)):
-        if rule.get(name) is None:
-            continue
-        try:
-            expressions = get_expressions(rule, name)
-        except ValueError as error:
-            return str(error)
-        for expression in expressions:
-            try:
-                reason = "" if is_match(expression, look) else "is false"
-            # an expression that breaks the rules is false (C-212)
-            except ValueError as error:
-                reason = f"is false, because {error}"
-            if reason:
-                expression = expression if isinstance(expression, dict) else {}
-                words = [str(expression[key]) for key in ("key", "operator", "values") if key in expression]
-                return f"{name} {make_printable(' '.join(words), 200)} {reason}"
+    All its selectors have to match, each with all its expressions (C-204).
+    """
+    # property keys are pointers, label keys are exact (C-205)
+    looks = {"propertySelector": lambda key: find_pointer(properties, key),
+             "labelSelector": lambda key: (key in labels, labels.get(key))}
+    words = "is false"
+    try:
+        check_shape(rule, dict, "the rule")
+        for name, look in looks.items():
+            for expression in get_expressions(rule, name) if rule.get(name) is not None else ():
+                shown = make_printable(" ".join(map(str, expression.values())), 200)
+                words = f"{name} {shown} is false"
+                if not is_match(expression, look):
+                    return words
+    except ValueError as error:                     # what breaks the rules is false (C-212)
+        return f"{words}, because {error}"
     return ""
 
 
 def get_expressions(holder, name):
     """The matchExpressions of a selector; raises ValueError where there are none."""
-    selector = holder.get(name)
-    expressions = selector.get("matchExpressions") if isinstance(selector, dict) else None
-    if not isinstance(expressions, list) or not expressions:
-        raise ValueError(f"{name} has no matchExpressions")
-    return expressions
+    check_shape(holder, {name: {"matchExpressions": [{"key": "(?s).*", "operator": "(?s).*"}]}}, "")
+    if not holder[name]["matchExpressions"]:
+        raise ValueError(f"{name}.matchExpressions: none")
+    return holder[name]["matchExpressions"]
 
 
 def find_pointer(value, pointer):
@@ -3064,7 +3017,7 @@ def find_pointer(value, pointer):
 
     Raises ValueError for what is no pointer.
     """
-    if not isinstance(pointer, str) or not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
+    if not re.fullmatch(r"(/([^~/]|~[01])*)+", pointer, re.S):
         raise ValueError("the key is no JSON Pointer")
     for part in pointer[1:].split("/"):
         part = part.replace("~1", "/").replace("~0", "~")
@@ -3082,31 +3035,28 @@ def is_match(expression, look):
 
     Raises ValueError for one that breaks the rules.
     """
-    if not isinstance(expression, dict) or not isinstance(expression.get("key"), str):
-        raise ValueError("it has no key")
-    operator = expression.get("operator")
+    operator = expression["operator"]
     values = expression.get("values")
-    if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):
-        # C-208 to C-211
+    if (operator in ("In", "NotIn", "Gt", "Lt")) == ("values" not in expression):   # C-208 to C-211
         raise ValueError(f"{operator} takes {'no ' if 'values' in expression else ''}values")
     present, value = look(expression["key"])
     if operator in ("Exists", "DoesNotExist"):
         return present == (operator == "Exists")
     if operator in ("ContainsAll", "ContainsAny"):
-        return is_contained(get_expressions(expression, "itemSelector"), value,
-                            all if operator == "ContainsAll" else any)
+        combine = all if operator == "ContainsAll" else any
+        return is_contained(get_expressions(expression, "itemSelector"), value, combine)
     if operator in ("Gt", "Lt"):
         limit = parse_limit(values)
         return get_kind(value) == "number" and (value > limit if operator == "Gt" else value < limit)
     if operator not in ("In", "NotIn"):
-        raise ValueError(f"{make_printable(str(operator), 40)} is no operator")
-    kinds = {get_kind(item) for item in values} if isinstance(values, list) else set()
-    if len(kinds) != 1 or None in kinds or ("boolean" in kinds and len(values) > 1):
+        raise ValueError(f"{make_printable(operator, 40)} is no operator")
+    check_shape(values, list, "values")
+    kinds = set(map(get_kind, values))
+    if kinds not in ({"text"}, {"number"}) and (kinds != {"boolean"} or len(values) > 1):
         raise ValueError("values must be texts, or numbers, or one boolean")
     items = value if isinstance(value, list) else [value]
-    others = (None, "boolean") if isinstance(value, list) else (None,)
     # another type is false for both (C-206)
-    if not present or not items or any(get_kind(item) in others for item in items):
+    if not items or None in map(get_kind, items) or items is value and "boolean" in map(get_kind, items):
         return False
     found = any(get_kind(item) in kinds and item in values for item in items)
     return found == (operator == "In")
@@ -3115,7 +3065,7 @@ def is_match(expression, look):
 def parse_limit(values):
     """The one number that Gt and Lt compare with; raises ValueError (C-210)."""
     limit = values[0] if isinstance(values, list) and len(values) == 1 else None
-    if get_kind(limit) == "text" and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", limit):
+    if isinstance(limit, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?", limit):
         return float(limit)
     if get_kind(limit) != "number":
         raise ValueError("values must be one number")
@@ -3123,8 +3073,9 @@ def parse_limit(values):
 
 
 def is_contained(expressions, value, combine):
-    """Whether one object of an array meets all, or any, of a selector's expressions, their keys relative to
-    it (C-211).
+    """Whether one object of an array meets all, or any, of a selector's expressions.
+
+    Their keys are relative to it (C-211).
     """
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         return False
@@ -3134,48 +3085,81 @@ def is_contained(expressions, value, combine):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 11. Capabilities
+# 13. Capabilities
 # ----------------------------------------------------------------------------------------------------------
 
-VIRTUAL_INTERFACES = ("lo", "veth", "br-", "docker", "podman", "cni", "virbr", "tap", "tun", "wg", "dummy",
-                      "bond", "vlan", "vxlan", "flannel")
+# What shows equipment: its kind, a folder of /sys, a pattern of the names in it; and of some a file or folder
+# below such a name, and a pattern that is found in the file, or among the names in that folder.
+PERIPHERAL_SIGNS = (
+    ("gpu", "class/drm", "card[0-9]+"),
+    ("display", "class/drm", ".*", "status", "^connected"),
+    ("camera", "class/video4linux", ".*"),
+    ("microphone", "class/sound", "pcmC[0-9]+D[0-9]+c"),
+    ("speaker", "class/sound", "pcmC[0-9]+D[0-9]+p"),
+)
+# Of a network interface the first row that fits.  What comes and goes with containers is of no kind, so that
+# the document does not change with them.
+INTERFACE_SIGNS = (
+    ("wifi", "class/net", ".*", "wireless", "."),
+    ("wifi", "class/net", ".*", "phy80211", "."),
+    ("cellular", "class/net", "wwan.*"),
+    ("cellular", "class/net", ".*", "uevent", "DEVTYPE=wwan"),
+    ("canbus", "class/net", ".*", "type", "^280$"),
+    ("", "class/net", "(lo|veth|br-|docker|podman|cni|virbr|tap|tun|wg|dummy|bond|vlan|vxlan|flannel).*"),
+    ("", "class/net", ".*", "bridge", "."),
+    ("ethernet", "class/net", ".*", "type", "^1$"),
+    ("bluetooth", "class/bluetooth", ".*"),
+    ("usb", "bus/usb/devices", ".*"),
+    ("rs232", "class/tty", "ttyS.*", "type", "^(?!0$)."),
+)
 
 
 def read_fact(*path):
-    """The text of a small file of /proc or /sys, "" where there is none."""
+    """The text of a small file of /proc or /sys, the names in a folder, "" where there is neither."""
+    path = os.path.join(*path)
     try:
-        with open(os.path.join(*path), "rb") as file:
+        if os.path.isdir(path):
+            return "\n".join(sorted(os.listdir(path)))
+        with open(path, "rb") as file:
             return file.read(65536).decode("utf-8", "replace").strip("\0 \t\r\n")
     except OSError:
         return ""
 
 
-def list_names(*path):
-    """The names in a folder of /sys, [] where there is none."""
-    try:
-        return sorted(os.listdir(os.path.join(*path)))
-    except OSError:
-        return []
+def read_signs(root, signs):
+    """{path in /sys: kind}, each by the first of some signs that fits."""
+    found = {}
+    for kind, folder, names, *inner in signs:
+        folder = os.path.join(root, "sys", folder)
+        for name in read_fact(folder).splitlines():
+            path = os.path.join(folder, name)
+            if re.fullmatch(names, name) and (not inner or re.search(inner[1], read_fact(path, inner[0]))):
+                found.setdefault(path, kind)
+    return found
 
 
-def detect_properties(state_dir, root="/"):
+def detect_properties(state_dir, root="/", hostname=False):
     """What the running system says of itself, in rc.3's property names.
 
-    Values that the device keeps from one poll to the next.
+    Values that the device keeps from one poll to the next.  hostname: whether its name is told, too (draft).
     """
     cpu = {"cores": len(os.sched_getaffinity(0))}
     if os.uname().machine in ARCHITECTURES:
         cpu["architecture"] = ARCHITECTURES[os.uname().machine]
     memory = re.search(r"^MemTotal:\s+([0-9]+) kB", read_fact(root, "proc/meminfo"), re.M)
     disk = os.statvfs(state_dir if os.path.isdir(state_dir) else "/")
+    name = re.match("[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", os.uname().nodename)
     return {
-        "vendor": detect_text(root, "sys_vendor", None) or "unknown",
+        **({"hostname": name.group()} if hostname and name else {}),
+        "vendor": detect_text(root, "sys_vendor", "") or "unknown",
         "modelNumber": detect_text(root, "product_name", "model") or "unknown",
-        "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown", "cpus": [cpu],
+        "serialNumber": detect_text(root, "product_serial", "serial-number") or "unknown",
+        "cpus": [cpu],
         "memory": f"{int(memory.group(1)) // 1024 if memory else 0}Mi",
         "storage": f"{disk.f_blocks * disk.f_frsize // MIB}Mi",
         "peripherals": detect_peripherals(root),
-        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))]}
+        "interfaces": [{"type": kind} for kind in sorted(detect_interfaces(root))],
+    }
 
 
 # What boards say that have nothing of their own to say: words for nothing, the name of the field itself, one
@@ -3189,16 +3173,13 @@ COUNTING = ("0123456789abcdef", "123456789abcdef", "12345678901234567890")
 
 
 def is_placeholder(text):
-    """Whether the firmware's text is none of this one device."""
+    """Whether the firmware's text says nothing of this one device."""
     counts = len(text) > 4 and any(row.startswith(text.lower()) for row in COUNTING)
     return counts or bool(re.fullmatch(PLACEHOLDER, text))
 
 
 def detect_text(root, dmi, tree):
-    """One fact from the firmware: DMI on a PC, the device tree elsewhere.
-
-    Placeholders count as nothing.
-    """
+    """One text of the firmware, "" for a placeholder: from DMI on a PC, from the device tree elsewhere."""
     text = read_fact(root, "sys/class/dmi/id", dmi)
     if not text and tree:
         text = read_fact(root, "proc/device-tree", tree)
@@ -3206,56 +3187,27 @@ def detect_text(root, dmi, tree):
 
 
 def detect_interfaces(root):
-    """The kinds of interface there are.
-
-    What comes and goes with containers is left out, so that the document does not change with them.
-    """
-    kinds = set()
-    for name in list_names(root, "sys/class/net"):
-        folder = os.path.join(root, "sys/class/net", name)
-        if os.path.isdir(os.path.join(folder, "wireless")) or os.path.isdir(os.path.join(folder, "phy80211")):
-            kinds.add("wifi")
-        elif name.startswith("wwan") or "DEVTYPE=wwan" in read_fact(folder, "uevent"):
-            kinds.add("cellular")
-        elif read_fact(folder, "type") == "280":
-            kinds.add("canbus")
-        elif (
-            read_fact(folder, "type") == "1"
-            and not name.startswith(VIRTUAL_INTERFACES)
-            and not os.path.isdir(os.path.join(folder, "bridge"))
-        ):
-            kinds.add("ethernet")
-    for kind, path in (("bluetooth", "sys/class/bluetooth"), ("usb", "sys/bus/usb/devices")):
-        if list_names(root, path):
-            kinds.add(kind)
-    if any(name.startswith("ttyS") and read_fact(root, "sys/class/tty", name, "type") not in ("", "0")
-           for name in list_names(root, "sys/class/tty")):
-        kinds.add("rs232")
-    return kinds
+    """The kinds of interface there are."""
+    return set(filter(None, read_signs(root, INTERFACE_SIGNS).values()))
 
 
 def detect_peripherals(root):
     """Graphics, displays, cameras and sound as /sys shows them."""
     found = []
-    cards = list_names(root, "sys/class/drm")
-    if any(re.fullmatch(r"card[0-9]+", name) for name in cards):
-        found.append({"type": "gpu"})
-    if any(read_fact(root, "sys/class/drm", name, "status") == "connected" for name in cards):
-        found.append({"type": "display"})
-    cameras = {read_fact(root, "sys/class/video4linux", name, "name")
-               for name in list_names(root, "sys/class/video4linux")}
-    found += [dict({"type": "camera"}, **({"model": make_printable(model, 120)} if model else {}))
-              for model in sorted(cameras)]
-    sound = list_names(root, "sys/class/sound")
-    for kind, end in (("microphone", "c"), ("speaker", "p")):
-        if any(re.fullmatch(rf"pcmC[0-9]+D[0-9]+{end}", name) for name in sound):
-            found.append({"type": kind})
+    for path, kind in read_signs(root, PERIPHERAL_SIGNS).items():
+        item = {"type": kind}
+        model = read_fact(path, "name") if kind == "camera" else ""
+        if model:
+            item["model"] = make_printable(model, 120)
+        if item not in found:
+            found.append(item)
     return found
 
 
 def get_device_id(device, root="/"):
-    """The device's id: configured, else the hardware's serial number, else the machine id, in URL-unreserved
-    characters (C-086).
+    """The device's id: configured, or the hardware's serial number, or the machine id.
+
+    Its characters are those that need no escape in a URL (C-086).
     """
     if device.id:
         return device.id
@@ -3270,23 +3222,15 @@ def get_device_id(device, root="/"):
     return name
 
 
-HOSTING_PROPERTIES = (
-    "cpus",
-    "memory",
-    "storage",
-    "peripherals",
-    "interfaces",
-    "otelCollector",
-    "supportedRuntimes",
-    "supportedDeploymentTypes",
-)
+HOSTING_PROPERTIES = ("cpus memory storage peripherals interfaces otelCollector supportedRuntimes"
+                      " supportedDeploymentTypes").split()
 
 
 def make_capabilities(detected, device, device_id, deployment_types):
-    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5): what was detected, under what the operator says
-    (C-085).
+    """The DeviceCapabilitiesManifest of rc.3 (protocol 3.5).
 
-    A device on which nothing runs workloads says nothing of hosting (C-084).
+    What the operator says counts more than what was detected (C-085).  A device on which nothing runs
+    workloads says nothing of hosting (C-084).
     """
     properties = dict(detected, supportedRuntimes=["oci"], supportedDeploymentTypes=list(deployment_types),
                       otelCollector=True)
@@ -3304,190 +3248,103 @@ def make_capabilities(detected, device, device_id, deployment_types):
     return document
 
 
-def report_devices(documents, source, store, state, always):
+def load_capabilities(devices, config):
+    """{device id: capabilities document} as they are now; a child is what the configuration says of it."""
+    documents = {}
+    for device in devices:
+        nothing = {"peripherals": [], "interfaces": []}
+        own = not device.silence
+        detected = detect_properties(config.state_dir, hostname=config.device.hostname) if own else nothing
+        documents[device.device_id] = make_capabilities(detected, device.settings, device.device_id,
+                                                        sorted(device.drivers))
+    return documents
+
+
+def report_devices(documents, source, state, always):
     """PUTs what changed of {device id: capabilities document}, a gateway's own first.
 
-    DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent.  Changes and
-    saves state["enrollment"].
+    DELETEs that of a device that has gone (C-081, C-082, C-220, C-223).  always: all are sent, and every
+    fault is raised.  Changes state["enrollment"].  What the WFM does not take waits by a back-off
+    of its own, and holds up nothing else.
     """
-    for device_id in documents:
-        report_device(device_id, documents, source, store, state, always)
-    devices = state["enrollment"]["devices"]
-    for device_id in sorted(set(devices) - set(documents), reverse=True):
+    known = (state["enrollment"] or {}).get("devices", {})
+    for device_id in [*documents, *sorted(set(known) - set(documents), reverse=True)]:
+        key = f"capabilities {device_id}"
+        wait = state["waits"].get(key, {})
+        clock = get_clock()
+        if find_wait(wait, clock) and not always:
+            continue
         try:
-            source.delete_capabilities(device_id)
-            log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
-        except Refused as error:
-            log("error", "the WFM refuses to forget a device", device=device_id, reason=error.message)
-            if error.status < 400:
-                continue                            # nobody judged that: it is asked for again
-        devices.pop(device_id)
-        store.save_state(state)
+            report_device(device_id, documents, source, state, always)
+            state["waits"].pop(key, None)
+        except (Refused, Unreachable, Untrusted) as error:
+            answered = error.status or isinstance(error, Refused)
+            if always or not state["enrollment"] or not answered:
+                raise
+            log("error", "the WFM does not take the capabilities", device=device_id, reason=error.message)
+            state["waits"][key] = make_hold(wait, error, clock, get_random())
 
 
-def report_device(device_id, documents, source, store, state, always, again=True):
-    """PUTs one device's capabilities.
+def report_device(device_id, documents, source, state, always, again=True):
+    """PUTs one device's capabilities, or DELETEs those of one that has gone; raises what is no verdict.
 
-    A WFM that does not know a child's gateway is told of that first (protocol 2.2).
+    A WFM that does not know the gateway of a child is told of the gateway first (protocol 2.2).
     """
-    enrolled = state["enrollment"]
     own_id = next(iter(documents))
-    digest = sha256_digest(make_json(documents[device_id]))
-    devices = enrolled["devices"] if enrolled else {}
+    devices = dict((state["enrollment"] or {}).get("devices", {}))
+    digest = device_id in documents and sha256_digest(make_json(documents[device_id]))
     if devices.get(device_id) == digest and not always:
         return
     try:
-        source.put_capabilities(device_id, documents[device_id])
-        log("info", "capabilities reported", device=device_id)
-    except Refused as error:
-        if not enrolled:
-            raise
-        if again and device_id != own_id and error.code in ("gateway-not-found", "HTTP 404"):
-            report_device(own_id, documents, source, store, state, True)
-            report_device(device_id, documents, source, store, state, True, again=False)
-            return
-        log("error", "the WFM refuses the capabilities", device=device_id, reason=error.message)
-        if error.code not in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422"):
-            return                                  # no verdict on the document: it is sent again (C-082)
-    # What was refused is noted, too: it is not sent again unchanged.
-    state["enrollment"] = {"id": source.client_id, "devices": dict(devices, **{device_id: digest})}
-    store.save_state(state)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 12. Drivers
-# ----------------------------------------------------------------------------------------------------------
-
-def make_drivers(config, child=None, others=(), claim=claim_nothing):
-    """{deployment type: driver} of what a device can run; arguments as make_compose_driver takes them.
-
-    A driver has observe, ask_strangers, tail_log, tend, prepare, list_ports, apply, remove, remove_image
-    and, where it holds ports of the host, stop; no other section knows what it drives.
-    """
-    drivers = {kind: make(config, child, others, claim) for kind, make in DRIVERS.items()}
-    return {kind: driver for kind, driver in drivers.items() if driver}
-
-
-def find_nothing():
-    """The look at a child device that cannot be reached from here."""
-    raise CommandError("the engine's command that its connection needs is not installed here")
-
-
-def list_looks(drivers, records):
-    """{deployment type: function that looks} of what has to be asked on one device.
-
-    An engine in any case, because a leftover is looked for there (P-11), a cluster only where a
-    deployment needs one.
-    """
-    known = {kind: [record for record in records if kind in find_kinds(record)] for kind in drivers}
-    return {
-        kind: lambda kind=kind: drivers[kind].observe(known[kind])
-        for kind in drivers
-        if kind == "compose" or known[kind]
-    }
-
-
-def try_look(function):
-    """What it returns, or the CommandError that it raises."""
-    try:
-        return function()
-    except CommandError as error:
-        return error
-
-
-def observe_devices(devices, records):
-    """{device id: Seen}: all engines are asked at once, and each is waited for up to its own limit.
-
-    records: those of all deployments that are there, or will be.
-    """
-    looks = []
-    seen = {device.device_id: Seen([], {}) for device in devices}
-    for device in devices:
-        found = list_looks(device.drivers, records)
-        if device.silence and not device.drivers:
-            found = dict.fromkeys(("compose", "helm"), find_nothing)
-        looks += [(device.device_id, kind, function) for kind, function in found.items()]
-    functions = [function for _, _, function in looks]
-    if len(looks) < 2:
-        answers = list(map(try_look, functions))
-    else:
-        from concurrent.futures import ThreadPoolExecutor
-        with ThreadPoolExecutor(LOOKS) as pool:
-            answers = list(pool.map(try_look, functions))
-    for (device_id, kind, _), answer in zip(looks, answers):
-        if isinstance(answer, CommandError):
-            seen[device_id].silent[kind] = answer
+        if digest:
+            source.put_capabilities(device_id, documents[device_id])
+            log("info", "capabilities reported", device=device_id)
         else:
-            seen[device_id].containers.extend(answer)
-    return seen
-
-
-def ask_others(answering, known=None):
-    """[{owner, deploymentId, name, type}] of workloads of other owners, as the last look at all devices
-    has shown.
-
-    answering: {device id: {type: driver}}.  known: what an earlier list told, so that clusters are not
-    asked again.
-    """
-    others = {item["name"]: item for item in known or () if item["type"] == "helm"}
-    for device_id, drivers in answering.items():
-        for kind, driver in drivers.items():
-            found = try_look(driver.ask_strangers) if kind == "compose" or known is None else []
-            if isinstance(found, CommandError):
-                log(
-                    "warning",
-                    "workloads of other owners cannot be named",
-                    device=device_id,
-                    reason=found.message,
-                )
-                continue
-            for item in found:
-                others[item.id] = {"owner": make_printable(item.owner), "name": item.name, "type": kind,
-                                   "deploymentId": item.deployment_id}
-    return list(others.values())
-
-
-def observe_all(drivers, record):
-    """Every container of ours on one device, as far as a deployment may have some there.
-
-    Raises CommandError where something does not answer.
-    """
-    return [container for function in list_looks(drivers, [record]).values() for container in function()]
-
-
-def find_kinds(record, target=None):
-    """The deployment types that a deployment is, was when it ran last, and will be: all of these have to tell
-    of it.
-    """
-    kinds = {record["type"], (record["running"] or record).get("type", record["type"])} if record else set()
-    return kinds | ({target.deployment.type} if target and target.deployment else set())
+            source.delete_capabilities(device_id)
+            log("info", "a device has gone; its capabilities are withdrawn", device=device_id)
+    except Refused as error:
+        if again and digest and device_id != own_id and error.code in ("gateway-not-found", "HTTP 404"):
+            report_device(own_id, documents, source, state, True)
+            report_device(device_id, documents, source, state, True, again=False)
+            return
+        judged = error.code in ("invalid-request", "semantic-error", "HTTP 400", "HTTP 413", "HTTP 422")
+        if not state["enrollment"] or not judged and (digest or error.status < 400):
+            raise                                   # no verdict on the document: it is sent again (C-082)
+        log("error", "the WFM refuses the capabilities", device=device_id, reason=error.message)
+    # What was refused is noted, too: it is not sent again unchanged.
+    if digest:
+        devices[device_id] = digest
+    else:
+        devices.pop(device_id)
+    state["enrollment"] = {"id": source.client_id, "devices": devices}
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 13. Compose driver
+# 14. Compose driver
 # ----------------------------------------------------------------------------------------------------------
 
-Changes = define("Changes", "kept idle making late leaving",
+Changes = define("Changes", "kept idle making leaving",
     "What becomes of the services of a project: {name: Container} that go on, names of those that need"
-    " no start, [Service] to be made, names of those that can only be made after what leaves has left, and"
-    " [[Container]] that leave, those that stop together in one list, whoever depends on others first.")
+    " no start, [Service] to be made, and [[Container]] that leave, those that stop together in one list,"
+    " whoever depends on others first.")
 Job = define("Job", "workload project folder known deadline current runs volumes",
     "One apply: what runs, in which folder its files are, what an earlier apply returned, until when;"
     " {service: id of its container} as far as it has come, the ids of what ran before, {service: {path:"
     " volume}} as it was.")
-Shown = define("Shown", "state code restarts health volumes",
-    "One container as `inspect` shows it: the engine's words, numbers, and {path: name} of volumes in it.",
-    0, 0, "", {})
-Network = define("Network", "labels internal subnets gateways",
-    "A network as `network inspect` shows it; the last two are sets of texts.")
+Shown = define("Shown", "state code restarts health volumes check",
+    "One container as `inspect` shows it: the engine's word for its state, numbers, the word for its health"
+    " where there is a check, {path: name} of volumes in it, its Check or None.", 0, 0, "", {}, None)
+Check = define("Check", "interval retries start",
+    "A health check, wherever it was said: seconds between two, misses that count, seconds of grace.")
+# How docker shows a container, in podman's form.
+DOCKER_FORM = ('{"Id":{{json .ID}},"Names":[{{json .Names}}],"State":{{json .State}},'
+               '"Status":{{json .Status}},"Labels":{%s}}')
 # An engine's words for what does not run.
 AT_REST = ("exited", "created", "initialized", "stopped", "configured")
 
 
 def make_claim(owner, state):
-    """The Claim of an agent to what runs: by the owner that it is now, "" where that is not known, and by its
-    state.
-    """
+    """The Claim of an agent to what runs: by its state, and by the owner that it is now ("": not known)."""
     records = state["deployments"]
     services = [component["services"] for record in records.values() for component in record["components"]]
     for record in records.values():
@@ -3508,30 +3365,34 @@ def is_ours(claim, deployment_id, owner, container_id=None):
     return known or container_id in claim.ids or owner == claim.owner != ""
 
 
-def judge_startup(services, facts, healthy):
-    """Where a start stands: ((service, failure) or None, {service: what is waited for}, {finished services}).
+def judge_startup(names, facts, complete=False):
+    """Where a start stands: ((service, code, failure) or None, {service: what is waited for}, {finished}).
 
-    facts: {service: Shown} of those that have a container; healthy: services whose health check has passed
-    (C-163 to C-165).
+    names: of services; facts: {service: Shown} of those that have a container; complete: all of them have to
+    end (C-163 to C-165).
     """
     waiting = {}
     finished = set()
-    for service in services:
-        seen = facts.get(service.name)
+    for name in names:
+        seen = facts.get(name)
         if seen is None:
-            words = f"the container of service {service.name} is gone: somebody removed it"
-            return (service.name, words), {}, finished
+            words = f"the container of service {name} is gone: somebody removed it"
+            return (name, "INSTALL_FAILED", words), {}, finished
         ended = seen.state in ("exited", "stopped", "dead")
         if seen.restarts or ended and seen.code != 0:
             code = f" with code {seen.code}" if ended else ""
             again = f" ({seen.restarts} restarts)" if seen.restarts else ""
-            return (service.name, f"service {service.name} exited{code}{again}"), {}, finished
+            return (name, "INSTALL_FAILED", f"service {name} exited{code}{again}"), {}, finished
         if ended:
-            finished.add(service.name)
+            finished.add(name)
         elif seen.state != "running":
-            waiting[service.name] = f"{service.name} is {seen.state}"
-        elif service.health and service.name not in healthy:
-            waiting[service.name] = f"{service.name} is not healthy yet"
+            waiting[name] = f"{name} is {seen.state}"
+        elif seen.health == "unhealthy":
+            return (name, "UNHEALTHY", f"service {name} is unhealthy"), {}, finished
+        elif seen.health not in ("", "healthy"):
+            waiting[name] = f"{name} is not healthy yet"
+        elif complete:
+            waiting[name] = f"{name} has not ended"
     return None, waiting, finished
 
 
@@ -3560,7 +3421,6 @@ def plan_services(services, present, known, networks):
     """
     kept, making = {}, []
     idle = set()
-    late = set()
     for service in services:
         facts = known.get(service.name)
         mine = [item for item in present if item.service == service.name]
@@ -3573,9 +3433,8 @@ def plan_services(services, present, known, networks):
                 idle.add(service.name)
         else:
             making.append(service)
-            late.update([service.name] if joined or late.intersection(service.shares) else [])
     leaving = [item for item in present if item not in kept.values()]
-    return Changes(kept, idle, making, late, order_leaving(services, leaving))
+    return Changes(kept, idle, making, order_leaving(services, leaving))
 
 
 def order_leaving(services, leaving):
@@ -3596,55 +3455,26 @@ def order_leaving(services, leaving):
     return [items for _, items in groups if items]
 
 
-def parse_network(item):
-    """An element of what `network inspect` prints, in either engine's spelling, to (name, Network)."""
-    facts = {key.lower(): value for key, value in item.items()}
-    ranges = facts.get("subnets") or (facts.get("ipam") or {}).get("Config") or ()
-    ranges = [{key.lower(): value for key, value in part.items()} for part in ranges]
-    subnets = {make_range(part["subnet"]) for part in ranges if part.get("subnet")}
-    gateways = {part["gateway"] for part in ranges if part.get("gateway")}
-    return facts["name"], Network(facts.get("labels") or {}, facts.get("internal", False), subnets, gateways)
-
-
-def make_range(text):
-    """A subnet as every engine spells it; what is none stays as it is."""
-    import ipaddress
-    try:
-        return str(ipaddress.ip_network(text, strict=False))
-    except ValueError:
-        return text
-
-
-def is_same_network(network, arguments):
+def is_same_network(labels, internal, arguments):
     """Whether a network that is there is what these create arguments make.
 
-    One from before there was a mark is judged by what it is.
+    One that an agent made before there was such a mark may be, unless it is open and should not be.
     """
-    if LABEL_HASH in network.labels:
-        return f"--label={LABEL_HASH}={network.labels[LABEL_HASH]}" in arguments
-    given = {}
-    for name, _, value in (argument.partition("=") for argument in arguments):
-        given.setdefault(name, set()).add(value)
-    labels = {f"{key}={value}" for key, value in network.labels.items()} ^ given.get("--label", set())
-    subnets = {make_range(text) for text in given.get("--subnet", ())}
-    return (network.internal == ("--internal" in given) and subnets <= network.subnets
-            and given.get("--gateway", set()) <= network.gateways
-            and all(text.startswith("org.margo.") for text in labels))
+    if LABEL_HASH in labels:
+        return f"--label={LABEL_HASH}={labels[LABEL_HASH]}" in arguments
+    return internal == ("--internal" in arguments)
 
 
 def plan_networks(wanted, there, project):
     """What becomes of networks: ({name: create arguments} to be made, [names] to go before, and last).
 
-    wanted: as in a Project; there: {name: Network} of those and of all others of this compose project.  One
-    of somebody else stays as it is.  One that is no longer wanted goes first where a new one may be after its
-    addresses.
+    wanted: as in a Project; there: {name: (labels, whether it is internal)} of those and of all others of
+    this compose project.  One of somebody else stays as it is.  One that is no longer wanted goes first where
+    a new one may be after its addresses.
     """
-    ours = {name for name, network in there.items() if network.labels.get(LABEL_PROJECT) == project}
-    new = {}
-    for name, arguments in wanted.items():
-        changed = name in ours and arguments is not None and not is_same_network(there[name], arguments)
-        if arguments is not None and (changed or name not in there):
-            new[name] = arguments
+    ours = {name for name, (labels, _) in there.items() if labels.get(LABEL_PROJECT) == project}
+    new = {name: arguments for name, arguments in wanted.items() if arguments is not None and (
+        name not in there or name in ours and not is_same_network(*there[name], arguments))}
     changed = sorted(ours.intersection(new))
     dropped = sorted(ours - set(wanted))
     ranged = any(argument.startswith("--subnet=") for arguments in new.values() for argument in arguments)
@@ -3699,11 +3529,11 @@ def make_child_environment(environ, connection):
     return dict({key: item for key, item in environ.items() if key not in CONNECTIONS}, **connection)
 
 
-def make_compose_driver(config, child=None, others=(), claim=claim_nothing, environ=None):
+def make_compose_driver(config, child=None, others=(), environ=None):
     """The ComposeDriver of the configuration, None where nothing on this device runs compose components.
 
     child: (device id, connection) of a child device, whose connection says which engine it has; others: ids
-    of all other devices; claim: a function for the Claim that holds now.
+    of all other devices.
     """
     environ = dict(os.environ if environ is None else environ)
     environ.update(get_temporary(config.state_dir, environ))
@@ -3711,11 +3541,11 @@ def make_compose_driver(config, child=None, others=(), claim=claim_nothing, envi
         kinds = {CONNECTIONS.get(key) for key in child[1]} & {"podman", "docker"}
         environ = make_child_environment(environ, child[1])
         engine = kinds and find_engine(max(kinds), environ)
-        return ComposeDriver(engine, config, environ, child, ["", *others], claim) if engine else None
+        return ComposeDriver(engine, config, environ, child, ["", *others]) if engine else None
     engine = find_engine(config.runtime.engine, environ)
     if config.runtime.compose == "off" or engine is None:
         return None
-    return ComposeDriver(engine, config, environ, others=others, claim=claim)
+    return ComposeDriver(engine, config, environ, others=others)
 
 
 # Where podman looks for its own helpers, beside PATH.
@@ -3723,9 +3553,11 @@ HELPER_FOLDERS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/li
                   "/usr/lib/podman")
 
 
-def find_containers(deployment_id, containers):
-    """The containers of one deployment."""
-    return [container for container in containers if container.deployment_id.lower() == deployment_id.lower()]
+def find_containers(deployment_id, containers, component=None, kind=None):
+    """The containers of one deployment; of one component and one deployment type, where they are given."""
+    wanted = deployment_id.lower(), component, kind
+    return [item for item in containers
+            if wanted == (item.deployment_id.lower(), component and item.component, kind and item.type)]
 
 
 class ComposeDriver:
@@ -3734,9 +3566,10 @@ class ComposeDriver:
     Containers are found by their labels, by one query for all, and judged by what the engine shows of them.
     """
 
-    def __init__(self, engine, config, environ=None, child=("", {}), others=(), claim=claim_nothing):
-        self.engine, self.config, self.environ = engine, config, environ
-        self.claim = claim
+    def __init__(self, engine, config, environ=None, child=("", {}), others=()):
+        self.engine, self.config = engine, config
+        self.environ = os.environ if environ is None else environ
+        self.claim = NOBODY                         # by what a container is ours, as of the last look
         self.strangers = []                         # [Container] not ours that the last look has shown
         self.device_id, self.connection = child
         self.others = frozenset(others)             # devices whose containers are not ours, even here
@@ -3748,32 +3581,30 @@ class ComposeDriver:
 
         With `code` a failure raises ComponentError of that code.
         """
-        environ = self.environ
-        if more:
-            environ = dict(os.environ if environ is None else environ, **more)
+        environ = dict(self.environ, **(more or {}))
         output = run_command([self.engine] + arguments, max(1.0, timeout), env=environ)
         if code and output.code:
             raise ComponentError(code, f"{self.engine} {arguments[0]} failed: {output.stderr[-1500:]}")
         return output
 
-    def observe(self, records=()):
-        """Every container of ours in any state, by one query; CommandError where the engine does not answer.
+    def observe(self, records=(), claim=None):
+        """Every container of ours in any state, by one query.
 
         records: of the deployments that are known to need this driver; a leftover is looked for all the same
-        (P-11).
+        (P-11).  claim: by what one is ours; None: as it was told last.  Raises CommandError where the engine
+        does not answer.
         """
-        labels = (LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER)
-        facts = [".ID", ".Names", *(f'(.Label "{name}")' for name in labels), ".State", ".Status"]
+        self.claim = claim or self.claim
         form = "json"
         if self.engine != "podman":
-            form = "[" + ",".join(f"{{{{json {fact}}}}}" for fact in facts) + "]"
+            form = DOCKER_FORM % ",".join(f'"{name}":{{{{json (.Label "{name}")}}}}' for name in LABELS)
         options = ["--all", "--no-trunc", f"--filter=label={LABEL_DEPLOYMENT}", f"--format={form}"]
         output = self.run(["ps"] + options, 20 if self.remote else 60)
         if output.code:
             words = f"{self.engine} ps: {output.stderr[-500:]}"
             raise CommandError(f"the container engine does not answer ({words})")
         found = parse_containers(output.stdout, self.engine, time.time())
-        ours, self.strangers = part_containers(found, self.claim())
+        ours, self.strangers = part_containers(found, self.claim)
         return [container for container in ours if container.device_id not in self.others]
 
     def ask_strangers(self):
@@ -3781,10 +3612,10 @@ class ComposeDriver:
         return self.strangers
 
     def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies what a component needs, touching nothing that runs: (for `apply`, its facts).
+        """Fetches and verifies what a component needs, and touches nothing that runs.
 
-        fetched: a list to which digests of packages and names of new images are added, also where it then
-        fails.
+        Returns (what `apply` takes, facts of the package).  fetched: a list to which digests of packages and
+        names of new images are added, also where it fails afterwards.
         """
         data, package = obtain_package(component, known, self.config, store, "compose")
         fetched.append(package["digest"])
@@ -3793,7 +3624,7 @@ class ComposeDriver:
                                 self.config.policy.max_unpacked, relaxed=not component.revision)
         workload = Workload(own_id, name, make_project_name(name, own_id), folder,
                             make_variables(deployment, name), self.config.runtime.environment, component.wait,
-                            self.device_id, self.claim().owner)
+                            self.device_id, self.claim.owner)
         again = bool(known) and known["digest"] == package["digest"]
         prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
         self.ask_names(*prepared)
@@ -3806,7 +3637,7 @@ class ComposeDriver:
         items = {"network": project.networks, "volume": project.volumes,
                  "container": dict.fromkeys(containers, [])}
         for kind, wanted in items.items():
-            for name, labels, found_id in self.inspect_names(kind, list(wanted)):
+            for name, labels, facts in self.inspect_names(kind, list(wanted)):
                 owner = labels.get(LABEL_OWNER, "")
                 made_for = labels.get(LABEL_DEPLOYMENT, workload.deployment_id)
                 private = name.startswith(labels.get(LABEL_PROJECT, "/") + "_")
@@ -3815,20 +3646,27 @@ class ComposeDriver:
                                      f" {make_printable(made_for, 60)}; what is shared has a name of its own",
                                      "POLICY_DENIED")
                 if wanted[name] is not None and owner and not is_ours(
-                        self.claim(), workload.deployment_id, owner, found_id):
+                        self.claim, workload.deployment_id, owner, facts.get("id")):
                     words = "remove it there" if kind == "container" else advice
                     raise ComponentError("NAME_TAKEN", f"{kind} {name} belongs to another agent,"
                                          f" {make_printable(owner, 300)}: {words}")
 
-    def inspect_names(self, kind, names):
-        """[(name, labels, id)] of the containers, networks or volumes of these names that there are."""
-        output = self.run([kind, "inspect"] + names, 60).stdout if names else b"[]"
+    def inspect_names(self, kind, names, there=()):
+        """[(name, labels, facts)] of the containers, networks or volumes of these names that there are.
+
+        facts: as the engine shows it, its words in lower case.  there: what has to be shown, because it is
+        there (D-16).
+        """
+        output = self.run([kind, "inspect"] + names, 60) if names else Output(0, b"", "")
         found = []
-        for item in self.parse(output or b"[]", list):
-            name = (item.get("Name") or item.get("name", "")).lstrip("/")
-            labels = item.get("Labels") or item.get("labels") or item.get("Config", {}).get("Labels") or {}
+        for item in parse_answer(output.stdout or b"[]", self.engine, list):
+            facts = {key.lower(): value for key, value in item.items()}
+            name = facts["name"].lstrip("/")
+            labels = facts.get("labels") or facts.get("config", {}).get("Labels") or {}
             if name in names:                       # what is asked for may be the beginning of an id, too
-                found.append((name, labels, item.get("Id")))
+                found.append((name, labels, facts))
+        if not {name for name, _, _ in found}.issuperset(there):
+            raise CommandError(f"{self.engine} {kind} inspect failed: {output.stderr[-500:]}")
         return found
 
     @staticmethod
@@ -3836,17 +3674,16 @@ class ComposeDriver:
         """[[address or "", port, protocol]] of the host that what was prepared will hold."""
         return [port for service in prepared[1].services for port in service.ports]
 
-    def check(self):
+    def check(self, claim):
         """What `doctor` says of this driver; raises CommandError."""
-        return f"{self.engine} answers, {len(self.observe())} containers of ours"
+        return f"{self.engine} answers, {len(self.observe((), claim))} containers of ours"
 
     def ask(self, argv):
         """The mapping that a program prints as JSON; {} where it prints none."""
         try:
-            value = parse_json(run_command(argv, 60, env=self.environ).stdout, argv[0])
-        except (CommandError, ValueError):
+            return parse_answer(run_command(argv, 60, env=self.environ).stdout, argv[0], dict)
+        except CommandError:
             return {}
-        return value if isinstance(value, dict) else {}
 
     def list_lacks(self):
         """What podman's own helpers lack here, in words.
@@ -3856,9 +3693,8 @@ class ComposeDriver:
         if self.engine != "podman" or self.remote or self.ask(
                 ["podman", "info", "--format=json"]).get("host", {}).get("networkBackend") != "netavark":
             return [], []
-        environ = self.environ or os.environ
-        everywhere = {"PATH": os.pathsep.join([*HELPER_FOLDERS, *list_folders(environ)])}
-        wanted = environ.get("NETAVARK_FW")
+        everywhere = {"PATH": os.pathsep.join([*HELPER_FOLDERS, *list_folders(self.environ)])}
+        wanted = self.environ.get("NETAVARK_FW")
         backend = find_program("netavark", everywhere)
         if backend and not wanted:
             wanted = self.ask([backend, "version"]).get("default_fw_driver", "iptables")
@@ -3907,7 +3743,6 @@ class ComposeDriver:
             raise ComponentError(error.code, mask(error.message, workload.parameters.values())) from None
         for note in project.notes:
             log("warning", f"compose.yaml: {note}", component=workload.component)
-        environ = os.environ if self.environ is None else self.environ
         for service in project.services:
             where = f"services.{service.name}"
             if self.remote and (service.files or any(mount.found for mount in service.mounts)):
@@ -3918,7 +3753,7 @@ class ComposeDriver:
                 # Docker would find that out when the old container is gone.
                 if option == "--device" and path.startswith("/") and not os.path.exists(path):
                     raise make_fault(f"{where}.devices: this device has no {make_printable(path, 200)}")
-            taken = [name for name in find_handed(service.environment) if name in environ]
+            taken = [name for name in find_handed(service.environment) if name in self.environ]
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
                                  " its value has one line here, of at most 60000 bytes", "PARAMETER_INVALID")
@@ -3976,13 +3811,12 @@ class ComposeDriver:
         uses its own folder.
         """
         folder = os.path.join(self.config.state_dir, "tmp")
-        environ = self.environ
-        if environ is None or environ.get("TMPDIR") != folder or not os.path.isdir(folder):
-            return environ
+        if self.environ.get("TMPDIR") != folder or not os.path.isdir(folder):
+            return self.environ
         empty_folder(folder)
         if not root or get_space(folder)[0] >= get_space(root)[0]:
-            return environ
-        return {key: value for key, value in environ.items() if key != "TMPDIR"}
+            return self.environ
+        return {key: value for key, value in self.environ.items() if key != "TMPDIR"}
 
     def make_access(self, host):
         """(command, options) with which the engine reaches a registry as `registries` says.
@@ -4042,8 +3876,7 @@ class ComposeDriver:
 
     def look_up(self, workload):
         """[Container] of one component as it is now."""
-        return [container for container in self.observe() if container.component == workload.component
-                and container.deployment_id.lower() == workload.deployment_id.lower()]
+        return find_containers(workload.deployment_id, self.observe(), workload.component)
 
     def carry_out(self, job, arguments, more=None):
         """The Output of a command that has to succeed; its words may hold values of parameters."""
@@ -4058,7 +3891,8 @@ class ComposeDriver:
 
         Returns the finished services.  So what cannot be made touches nothing, and ports, addresses and
         volumes change hands with one outage (P-20).  What was replaced is removed last, because it is the
-        quickest way back.
+        quickest way back.  Where a network has to go first, all that leaves goes with it, and the new is made
+        after that.
         """
         services = job.project.services
         project = job.workload.project
@@ -4066,29 +3900,26 @@ class ComposeDriver:
         changes = plan_services(services, present, job.known, set(new))
         self.ask_external(job.project, changes.making)
         leaving = [container for group in changes.leaving for container in group]
-        first, inside = self.look_inside(first, job.project.networks, leaving)
-        if not first:
-            self.create_shared(job, "network", new)
-        self.create_shared(job, "volume", job.project.volumes)
+        first = self.ask_free(first, job.project.networks, leaving)
         job.current.update({name: container.id for name, container in changes.kept.items()})
         names = {name: container.name for name, container in changes.kept.items()}
-        late = changes.late if first else ()
-        self.create_all(job, [item for item in changes.making if item.name not in late], leaving, names)
+        if not first:
+            self.create_all(job, new, changes.making, leaving, names)
         try:
             self.halt(job, changes.leaving)
             if first:
-                self.remove_containers(inside, job.deadline)
+                self.remove_containers(leaving, job.deadline)
+                leaving = []
                 for name in first:
                     self.carry_out(job, ["network", "rm", name])
-                self.create_shared(job, "network", new)
-                leaving = [container for container in leaving if container not in inside]
-                self.create_all(job, [item for item in changes.making if item.name in late], leaving, names)
+                self.create_all(job, new, changes.making, leaving, names)
             self.hand_names_over(job, leaving, names)
             for service in services:
                 self.await_dependencies(service, job)
                 if service.name not in changes.idle:
                     self.start(service, job, service.name in changes.kept)
-            finished = self.await_startup(services, job) if job.workload.wait else set()
+            names = [service.name for service in services]
+            finished = self.await_startup(names, job) if job.workload.wait else set()
         except MargoError:
             if leaving and self.config.runtime.on_failure != "rollback":    # kept for the way back alone
                 self.run(["rm", "--force"] + [container.id for container in leaving], 60)
@@ -4101,37 +3932,36 @@ class ComposeDriver:
         return finished
 
     def look_at_networks(self, job):
-        """{name: Network} of those that the project names, as far as they are there and were made for it."""
+        """The networks that are there of those that the project names or that were made for it.
+
+        {name: (labels, whether it is internal)}; one of somebody else is shown without labels.
+        """
         mark = f"--filter=label={LABEL_PROJECT}={job.workload.project}"
         names = self.carry_out(job, ["network", "ls", mark, "--format={{.Name}}"]).stdout.decode().split()
-        shown = self.run(["network", "inspect"] + sorted(set(names).union(job.project.networks)), 60)
-        networks = self.parse(shown.stdout.strip() or b"[]", lambda items: dict(map(parse_network, items)))
-        if not networks.keys() >= set(names):       # what is there is never taken for missing (D-16)
-            raise CommandError(f"{self.engine} network inspect failed: {shown.stderr[-500:]}")
-        for name, network in networks.items():
-            if not is_ours(self.claim(), job.workload.deployment_id, network.labels.get(LABEL_OWNER, "")):
-                networks[name] = network._replace(labels={})        # it stays as it is
-        return networks
+        there = {}
+        for name, labels, facts in self.inspect_names(
+                "network", sorted({*names, *job.project.networks}), names):
+            ours = is_ours(self.claim, job.workload.deployment_id, labels.get(LABEL_OWNER, ""))
+            there[name] = labels if ours else {}, facts.get("internal", False)
+        return there
 
-    def look_inside(self, names, wanted, leaving):
-        """(those of these networks that can be removed, [Container] in them).
+    def ask_free(self, names, wanted, leaving):
+        """Those of these networks that nobody uses once these containers have left.
 
-        Raises ComponentError for one that has to be removed, and in which there is another container.
+        Raises ComponentError for a wanted one that somebody else uses.
         """
-        free, inside = [], []
-        ours = {container.id: container for container in leaving}
+        free = []
         for name in names:
             form = ["--all", "--no-trunc", f"--filter=network={name}", "--format={{.ID}}"]
             ids = self.run(["ps"] + form, 60, "INSTALL_FAILED").stdout.decode().split()
-            strange = [container_id for container_id in ids if container_id not in ours]
+            strange = [item for item in ids if item not in {container.id for container in leaving}]
             if strange and name in wanted:
                 words = f"network {name} is defined anew, and container {strange[0][:12]} is in it"
                 raise ComponentError(
                     "INSTALL_FAILED", f"{words}, which is not of this component: disconnect it")
             if not strange:
                 free.append(name)
-                inside += [ours[container_id] for container_id in ids if ours[container_id] not in inside]
-        return free, inside
+        return free
 
     def create_shared(self, job, kind, items):
         """Networks or volumes that are not there yet; items: {name: create arguments, or None}."""
@@ -4161,15 +3991,17 @@ class ComposeDriver:
                 volumes.setdefault(container.service, {}).update(seen[container.id].volumes)
         return volumes
 
-    def create_all(self, job, services, leaving, names):
-        """Makes the containers of services beside those that leave, under another name if one has theirs."""
-        held = {container.name: container for container in leaving}
+    def create_all(self, job, networks, services, leaving, names):
+        """Makes networks, volumes and containers.
+
+        A container whose name one has that leaves gets another name for now.
+        """
+        self.create_shared(job, "network", networks)
+        self.create_shared(job, "volume", job.project.volumes)
+        held = {container.name for container in leaving}
         for service in services:
             name = make_container_name(job.workload.project, service.name)
-            if name in held:
-                name += "-new"
-            if name in held:                        # an update was cut off, and another one follows
-                self.rename(job, held[name].id, f"{name}-old-{held[name].id[:12]}")
+            name += f"-new-{os.urandom(4).hex()}" if name in held else ""
             names[service.name] = name
             job.current[service.name] = self.create(service, job, name)
 
@@ -4218,7 +4050,7 @@ class ComposeDriver:
         project = job.workload.project
         shown = self.run(["image", "inspect", "--format={{json .Config.Volumes}}", service.image], 60)
         text = b"" if shown.code else shown.stdout.strip()
-        declared = self.parse(text or b"null", lambda value: list(value or ()))
+        declared = parse_answer(text or b"null", self.engine, lambda value: list(value or ()))
         volumes = make_volume_names(service, project, declared, job.volumes.get(service.name, {}))
         labels = make_arguments("--label", make_shared_labels(job.workload))
         self.create_shared(job, "volume", {volume: labels for volume in volumes.values()})
@@ -4246,28 +4078,20 @@ class ComposeDriver:
         version = self.run(["info", "--format={{.Version.Version}}"], 60, "INSTALL_FAILED").stdout.decode()
         if [int(number) for number in re.findall("[0-9]+", version)[:2]] >= [4, 7]:
             return "host-gateway"
-        shown = self.run(["network", "inspect", network], 60)
-        found = self.parse(shown.stdout.strip() or b"[]", lambda items: dict(map(parse_network, items)))
-        gateways = found[network].gateways if network in found else ()
+        form = "--format={{range .Subnets}}{{.Gateway}} {{end}}"
+        gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
         return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
     def free_name(self, name):
-        """Frees a name that storage alone holds, as podman killed in `create` leaves it; whether it was so.
-
-        What `ps` shows is a container, and stays.
-        """
-        if self.engine != "podman" or name in self.look_at_names([]):
+        """Frees a name that storage alone holds, as a killed `podman create` leaves it; whether it was so."""
+        if self.engine != "podman":
             return False
-        held = self.look_at_names(["--external"]).get(name)
+        output = self.run(["ps", "--all", "--external", "--format=json"], 60)
+        held = parse_answer(output.stdout.strip() or b"[]", self.engine, lambda items: [
+            item["Id"] for item in items or () if item["State"] == "storage" and name in item["Names"]])
         if held:
             log("warning", "a name is freed that the engine's storage held for no container", container=name)
-        return bool(held) and self.run(["rm", "--force", held], 60).code == 0
-
-    def look_at_names(self, options):
-        """{name: id} of all that podman lists, whoever it belongs to."""
-        text = self.run(["ps", "--all", "--format=json"] + options, 60).stdout.strip()
-        return self.parse(text or b"[]", lambda items: {
-            (item["Names"] or [""])[0]: item["Id"] for item in items or ()})
+        return bool(held) and self.run(["rm", "--force"] + held, 60).code == 0
 
     def renew_image(self, service, marks):
         """Pulls an image of ours anew where not even a bare container can be made of it (P-1).
@@ -4275,7 +4099,7 @@ class ComposeDriver:
         Its registry has to have it.
         """
         platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
-        if f"{self.device_id} {service.image}".strip() not in self.claim().images:
+        if f"{self.device_id} {service.image}".strip() not in self.claim.images:
             return
         probe = self.run(["create"] + marks + platform + ["--network=none", service.image, "true"], 60)
         if not probe.code:
@@ -4302,7 +4126,7 @@ class ComposeDriver:
             again = [item for item in job.project.services if service.name in (item.name, *item.shares)]
             for item in reversed(again):
                 self.carry_out(job, ["rm", "--force", job.current[item.name]])
-            self.create_all(job, again, [], {})
+            self.create_all(job, {}, again, [], {})
             self.carry_out(job, ["start", job.current[service.name]])
 
     def halt(self, job, groups):
@@ -4342,19 +4166,12 @@ class ComposeDriver:
             arguments.append(f"--volume={path}:{target}:ro")
         return arguments
 
-    def parse(self, data, read):
-        """What `read` makes of JSON that the engine printed; CommandError where that is of another form."""
-        try:
-            return read(parse_json(data, self.engine))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            words = f"{type(error).__name__}: {error}"
-            raise CommandError(f"{self.engine} answered in an unknown form ({words})") from None
-
     def inspect(self, ids):
         """{id: Shown} of those containers that can be looked at; CommandError where none answers."""
         ids = list(ids)
         output = self.run(["inspect", "--type=container"] + ids, 60) if ids else Output(0, b"[]", "")
-        seen = self.parse(output.stdout.strip() or b"[]", lambda items: dict(map(parse_seen, items)))
+        seen = parse_answer(output.stdout.strip() or b"[]", self.engine,
+                            lambda items: dict(map(parse_seen, items)))
         if seen or not ids:                         # without those that are gone
             return seen
         if len(ids) < 2:
@@ -4366,76 +4183,66 @@ class ComposeDriver:
 
     def await_dependencies(self, service, job):
         """Waits until what a service depends on is as its condition says."""
-        by_name = {item.name: item for item in job.project.services}
         for condition in ("service_healthy", "service_completed_successfully"):
-            names = [name for name, (wanted, _) in service.depends_on.items() if wanted == condition]
-            others = [by_name[name] for name in names if name in by_name]
-            if others:
-                self.await_startup(others, job, settle=0, complete=condition.endswith("successfully"))
+            names = [name for name, (wanted, _) in service.depends_on.items()
+                     if wanted == condition and name in job.current]
+            if names:
+                self.await_startup(names, job, settle=0, complete=condition.endswith("successfully"))
 
-    def await_startup(self, services, job, settle=None, complete=False):
-        """Waits until all services run, are healthy, and stay so for runtime.settle.
+    def await_startup(self, names, job, settle=None, complete=False):
+        """Waits until all these services run, are healthy, and stay so for runtime.settle.
 
         Returns the set of those that finished with exit code 0.  Raises ComponentError at once for one that
         failed (C-164), or when the time is over.  Earlier restarts of what ran before are forgiven.
         complete: wait for their end instead.
         """
         settle = self.config.runtime.settle if settle is None else settle
-        ids = {service.name: job.current.get(service.name, "") for service in services}
-        healthy = set()
-        misses, calm, before = {}, None, None
-        start = time.monotonic()
+        checks, before, calm = {}, None, None
         secrets = job.workload.parameters.values()
         while True:
-            seen = self.inspect(filter(None, ids.values()))
+            seen = self.inspect([job.current[name] for name in names])
             before = before or {key: seen[key].restarts if key in job.runs else 0 for key in seen}
-            fresh = {key: item._replace(restarts=item.restarts - before.get(key, 0))
-                     for key, item in seen.items()}
-            facts = {name: fresh[key] for name, key in ids.items() if key in fresh}
-            checked = [item for item in services if item.health]
-            running = [item for item in checked if item.name in facts and facts[item.name].state == "running"]
-            self.check_health(running, ids, facts, healthy, misses, start)
-            failure, waiting, finished = judge_startup(services, facts, healthy)
-            unwell = [item.name for item in checked if misses.get(item.name, (0, 0))[0] >= item.health[1]]
-            if failure or unwell:
-                name, words = failure or (unwell[0], f"service {unwell[0]} is unhealthy")
-                code = "INSTALL_FAILED" if failure else "UNHEALTHY"
-                raise ComponentError(code, words + self.tail_log(ids[name], secrets))
-            if complete:
-                left = [item.name for item in services if item.name not in finished]
-                waiting = {name: f"{name} has not ended" for name in left}
+            facts = {}
+            for name in names:
+                key = job.current[name]
+                if key in seen:
+                    restarts = seen[key].restarts - before.get(key, 0)
+                    health = self.ask_health(key, seen[key], checks)
+                    facts[name] = seen[key]._replace(restarts=restarts, health=health)
+            failure, waiting, finished = judge_startup(names, facts, complete)
+            if failure:
+                name, code, words = failure
+                raise ComponentError(code, words + self.tail_log(job.current[name], secrets))
             now = time.monotonic()
             calm = None if waiting else calm or now
-            restless = any(not item.health and item.name not in finished for item in services)
+            restless = any(not facts[name].health for name in names if name not in finished)
             if not waiting and (not restless or now - calm >= settle or now > job.deadline):
                 return finished
             if now > job.deadline:
                 words = f"not up in time: {', '.join(waiting.values())}"
-                log_end = self.tail_log(ids[next(iter(waiting))], secrets)
+                log_end = self.tail_log(job.current[next(iter(waiting))], secrets)
                 raise ComponentError("INSTALL_TIMEOUT", words + log_end)
             time.sleep(min(0.5, max(0.1, settle / 4)))
 
-    def check_health(self, services, ids, facts, healthy, misses, start):
-        """Runs the health checks that podman may have nobody to run.
+    def ask_health(self, container_id, seen, checks):
+        """The health of a container in the engine's word, "" where nobody checks it.
 
-        A miss counts once an interval, after the start period.
+        podman may have nobody to run a check: it is run here.  A miss counts once an interval, after the
+        start period.  checks: {container: (word, misses, when the last one counted)}, which is kept up.
         """
-        for service in services:
-            if self.engine != "podman":
-                passed = facts[service.name].health == "healthy"
-                lost = facts[service.name].health == "unhealthy"
-            else:
-                passed = self.run(["healthcheck", "run", ids[service.name]], 120).code == 0
-                lost = False
-            interval, retries, grace = service.health
-            count, last = misses.get(service.name, (0, start + grace))
-            if passed:
-                healthy.add(service.name)
-                misses.pop(service.name, None)
-            elif lost:
-                misses[service.name] = retries, last
-            elif time.monotonic() - last >= interval:
-                misses[service.name] = count + 1, time.monotonic()
+        if self.engine != "podman" or not seen.check or seen.state != "running":
+            return seen.health
+        now = time.monotonic()
+        word, misses, last = checks.get(container_id, ("starting", 0, now + seen.check.start))
+        if self.run(["healthcheck", "run", container_id], 120).code == 0:
+            word, misses = "healthy", 0
+        elif now - last >= seen.check.interval:
+            misses += 1
+            last = now
+        if misses >= seen.check.retries:
+            word = "unhealthy"
+        checks[container_id] = word, misses, last
+        return word
 
     def tend(self, containers, chance):
         """Runs one health check a cycle, of a container by chance, where podman has no systemd that does.
@@ -4468,10 +4275,9 @@ class ComposeDriver:
         return f"; its log ends: {make_printable(text[-2048:], 2048)}" if text else ""
 
     def stop(self, ids, deadline):
-        """Stops containers within their own grace period, and kills them where there is less time than that.
+        """Stops containers within their own grace period, or kills them once the time is over.
 
-        Returns the deadline.
-        One that is not there any more is passed over.
+        Returns the deadline for what follows.  One that is not there any more is passed over.
         """
         patience = ["--ignore"] if self.engine == "podman" else []
         try:
@@ -4490,16 +4296,13 @@ class ComposeDriver:
         active = [container.id for container in containers if container.state not in AT_REST]
         if active:
             deadline = self.stop(active, deadline)  # what cannot be stopped is removed by force
-        if not ids or self.run(["rm", "--force"] + ids, deadline - time.monotonic()).code == 0:
-            return
-        for _ in ids:                               # one whose network another one shares goes after that one
-            left = [name for name in ids
-                    if self.run(["rm", "--force", name], deadline - time.monotonic()).code]
-            if not left:
+        for _ in containers:                        # one whose network another one shares goes after that one
+            output = self.run(["rm", "--force"] + ids, deadline - time.monotonic())
+            if not output.code:
                 return
-        left = [container.id for container in self.observe() if container.id in left]   # others removed some
-        if left:
-            self.run(["rm", "--force"] + left, deadline - time.monotonic(), "REMOVE_FAILED")
+            ids = [container.id for container in self.observe() if container.id in ids]
+        if ids:
+            raise ComponentError("REMOVE_FAILED", f"{self.engine} rm failed: {output.stderr[-1500:]}")
 
     def bring_back(self, before, deadline):
         """Undoes a start: what has been made since goes, and what ran runs again.
@@ -4520,20 +4323,16 @@ class ComposeDriver:
         Needs no compose file.  Raises ComponentError REMOVE_FAILED unless the engine says that nothing is
         left (P-11, D-21).
         """
-        def ours(items):
-            wanted = deployment_id.lower(), component
-            return [item for item in items if (item.deployment_id.lower(), item.component) == wanted]
-
         project = make_project_name(component, deployment_id)
-        self.remove_containers(ours(containers)[::-1], deadline)
+        there = find_containers(deployment_id, containers, component, "compose")
+        self.remove_containers(there[::-1], deadline)
         arguments = ["network", "ls", f"--filter=label={LABEL_PROJECT}={project}", "--format={{.Name}}"]
         output = self.run(arguments, 60, "REMOVE_FAILED")
         for name, labels, _ in self.inspect_names("network", output.stdout.decode().split()):
-            if is_ours(self.claim(), deployment_id, labels.get(LABEL_OWNER, "")):
+            if is_ours(self.claim, deployment_id, labels.get(LABEL_OWNER, "")):
                 self.run(["network", "rm", name], 60, "REMOVE_FAILED")
-        left = ours(self.observe())
-        if left:
-            raise ComponentError("REMOVE_FAILED", f"container {left[0].name} is still there")
+        for container in find_containers(deployment_id, self.observe(), component):
+            raise ComponentError("REMOVE_FAILED", f"container {container.name} is still there")
 
 
 def part_containers(containers, claim):
@@ -4557,8 +4356,19 @@ def parse_seen(item):
     health = (state.get("Health") or state.get("Healthcheck") or {}).get("Status", "")
     mounts = [mount for mount in item.get("Mounts") or () if mount.get("Type") == "volume"]
     volumes = {make_path(mount["Destination"]): mount["Name"] for mount in mounts}
-    restarts = item.get("RestartCount", 0)
-    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), restarts, health, volumes)
+    return item["Id"], Shown(state["Status"], state.get("ExitCode", 0), item.get("RestartCount", 0), health,
+                             volumes, parse_check(item["Config"].get("Healthcheck") or {}))
+
+
+def parse_check(item):
+    """The health check of a container, or an image, as `inspect` prints it to a Check; None: there is none.
+
+    Its times are nanoseconds; zero is not said.
+    """
+    if (item.get("Test") or ["NONE"])[0] == "NONE":
+        return None
+    interval = item.get("Interval", 0) / 1e9 or 30.0
+    return Check(interval, item.get("Retries") or 3, item.get("StartPeriod", 0) / 1e9)
 
 
 def find_started(status, now):
@@ -4572,39 +4382,30 @@ def parse_containers(data, engine, now=0):
 
     Raises CommandError for what is not of the expected form.
     """
-    containers = []
-    try:
-        if engine == "podman":
-            items = parse_json(data or b"[]", "podman ps")
-            if items is not None and not isinstance(items, list):
-                raise TypeError("no list")
-            for item in items or ():
-                labels = item.get("Labels") or {}
-                get = labels.get
-                state, health = find_health(item["State"].lower(), item.get("Status"))
-                containers.append(Container(
-                    item["Id"], item["Names"][0], labels[LABEL_DEPLOYMENT], get(LABEL_COMPONENT, ""),
-                    get(LABEL_SERVICE, ""), get(LABEL_HASH, ""), state, "compose", get(LABEL_DEVICE, ""),
-                    item.get("StartedAt", 0), health, get(LABEL_OWNER, "")))
-        else:
-            for line in data.splitlines():
-                *marks, device_id, owner, state, status = parse_json(line, "docker ps")
-                state, health = find_health(state, status)
-                started = find_started(status, now)
-                facts = {"device_id": device_id, "started": started, "health": health, "owner": owner}
-                containers.append(Container(*marks, state=state, type="compose", **facts))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CommandError(
-            f"{engine} ps answered in an unknown form ({type(error).__name__}: {error})") from None
-    return [container for container in containers           # other labels are somebody else's
-            if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]
+    def read(items):
+        if not isinstance(items, (list, type(None))):
+            raise TypeError("no list")
+        found = []
+        for item in items or ():
+            labels = item["Labels"]
+            marks = [labels[LABEL_DEPLOYMENT], *(labels.get(name, "") for name in LABELS[1:])]
+            state, health = find_health(item["State"].lower(), item.get("Status"))
+            started = item.get("StartedAt") or find_started(item.get("Status"), now)
+            found.append(Container(item["Id"], item["Names"][0], *marks[:4], state, "compose", marks[4],
+                                   started, health, marks[5]))
+        return found
+
+    if engine != "podman":                          # which prints one a line
+        data = b"[" + b",".join(data.splitlines()) + b"]"
+    return [container for container in parse_answer(data or b"[]", engine + " ps", read)
+            if re.fullmatch(UUID_PATTERN, str(container.deployment_id))]    # others are somebody else's
 
 
 DRIVERS["compose"] = make_compose_driver
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 14. Compose file
+# 15. Compose file
 # ----------------------------------------------------------------------------------------------------------
 
 def find_parameters(deployment, component):
@@ -4659,13 +4460,12 @@ Workload = define("Workload",
     "One compose component to run: project name, folder with compose.yaml, {NAME: text} of parameters and of"
     " runtime.environment, the child device it is for, the owner to label it with.", "", "")
 Service = define(
-    "Service", "name image arguments command environment files networks depends_on health pull hash ports"
+    "Service", "name image arguments command environment files networks depends_on pull hash ports"
                " mounts shares",
     "One service as the engine is told of it.  files: {path in the container: Content}; networks:"
-    " [Attachment]; depends_on: {service: (condition, required)}; health: Health, or None where the file says"
-    " nothing of it; hash: of all that makes its container what it is; ports: [[address or \"\", port,"
-    " protocol]] that it holds of the host; mounts: [Mount]; shares: services whose namespaces it shares.",
-    (), (), ())
+    " [Attachment]; depends_on: {service: (condition, required)}; hash: of all that makes its container what"
+    " it is; ports: [[address or \"\", port, protocol]] that it holds of the host; mounts: [Mount]; shares:"
+    " services whose namespaces it shares.", (), ())
 Project = define("Project", "services networks volumes notes",
     "A compose file ready to run: services in starting order, {engine's name: create arguments} (None for"
     " what is external), and what of the file has no effect, in words.", ())
@@ -4675,8 +4475,6 @@ Mount = define("Mount", "kind source target options found",
 Port = define("Port", "argument address numbers protocol choice",
     "An item of `ports` as the engine takes it, and what it holds of the host: an address or \"\", a range of"
     " ports, tcp, udp or sctp; or the range of which the engine chooses one.")
-Health = define("Health", "interval retries start",
-    "A health check as the agent waits for it: seconds, misses, seconds of grace.")
 Attachment = define("Attachment", "network aliases options",
     "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
     " mode, None, None.", None)
@@ -4690,6 +4488,7 @@ LABEL_DEPLOYMENT, LABEL_COMPONENT = "org.margo.deployment", "org.margo.component
 LABEL_SERVICE = "org.margo.service"
 LABEL_HASH, LABEL_PROJECT, LABEL_DEVICE = "org.margo.hash", "org.margo.project", "org.margo.device"
 LABEL_OWNER = "org.margo.owner"
+LABELS = LABEL_DEPLOYMENT, LABEL_COMPONENT, LABEL_SERVICE, LABEL_HASH, LABEL_DEVICE, LABEL_OWNER
 
 
 def make_fault(text, code="INVALID_DEPLOYMENT"):
@@ -5400,11 +5199,11 @@ def find_ports(ports, variables, where):
 
 
 def make_health(check, engine):
-    """`healthcheck` to (arguments, Health or None)."""
+    """`healthcheck` as arguments."""
     import shlex
     kind, *words = check.test or [None]
     if check.disable or kind == "NONE":
-        return ["--no-healthcheck"], None
+        return ["--no-healthcheck"]
     test = words[0] if words else None
     if kind == "CMD" and engine == "podman" and len(words) > 1:
         test = make_json(words).decode()
@@ -5415,11 +5214,7 @@ def make_health(check, engine):
     elif engine == "podman" and re.match(r"(?i)\[|cmd|none", test or ""):
         test = f"CMD-SHELL {test}"                  # podman would take it for a list, or for one of its words
     keys = ("test", "interval", "timeout", "retries", "start_period")
-    arguments = make_options(dict(check, test=test), keys)
-    # An engine takes zero as not said.
-    health = Health(parse_period(check.interval or "0s") or 30.0, check.retries or 3,
-                    parse_period(check.start_period or "0s"))
-    return arguments, health if arguments else None
+    return make_options(dict(check, test=test), keys)
 
 
 def make_mounts(service, reading, where):
@@ -5790,13 +5585,12 @@ def make_service(name, service, reading):
         command = service.entrypoint[1:] + command
     if reading.engine == "podman":
         arguments = list(map(make_single, arguments))
-    checks, health = make_health(service.healthcheck, reading.engine)
-    arguments += checks + list(map(make_mount_argument, mounts))
+    arguments += make_health(service.healthcheck, reading.engine) + list(map(make_mount_argument, mounts))
     if sum(map(len, arguments + command)) > 64 * 1024:
         raise make_fault(f"{where}: its settings, labels and command together have more than 64 KiB")
     return Service(name, service.image, arguments, command, make_environment(service, reading, where),
                    make_files(service, reading, where), make_attachments(name, service, reading, where),
-                   make_dependencies(service), health, service.pull_policy or "missing", "", held, mounts,
+                   make_dependencies(service), service.pull_policy or "missing", "", held, mounts,
                    find_shared(service))
 
 
@@ -5857,7 +5651,7 @@ def make_labels(workload, service, digest):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 15. Packages
+# 16. Packages
 # ----------------------------------------------------------------------------------------------------------
 
 COMPOSE_ARTIFACT = "application/vnd.org.margo.component.compose+json"
@@ -5923,8 +5717,9 @@ def load_credentials(host, settings):
 
 
 class Registry:
-    """One registry host as configured: where it is, whom it trusts, what it is told (C-169: credentials never
-    leave their host).
+    """One registry host as configured: where it is, whom it trusts, what it is told.
+
+    Credentials never leave their host (C-169).
     """
 
     def __init__(self, host, config):
@@ -5936,11 +5731,9 @@ class Registry:
         self.context = None
 
     def get(self, name, path, accept, limit):
-        """GET below /v2/<name>/, with authentication where asked for and redirects followed.
+        """GET below /v2/<name>/, with a login where one is asked for: a Response with status 200.
 
-        A Response with status 200.
-
-        Raises ComponentError: PULL_UNAUTHORIZED, PULL_FAILED.
+        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
         url = f"{self.scheme}://{self.host}/v2/{name}/{path}"
         for attempt in range(2):
@@ -5953,12 +5746,9 @@ class Registry:
         return self.check(response, url, limit)
 
     def check(self, response, url, limit):
-        """A Response with status 200 and at most `limit` bytes.
-
-        Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
-        """
+        """The Response, if its status is 200 and it has at most `limit` bytes; else raises ComponentError."""
         where = f"{url}: HTTP {response.status}"
-        if find_verdict(response.status) == "denied":
+        if find_verdict(response.status) is Untrusted:
             raise ComponentError("PULL_UNAUTHORIZED",
                                  f"{where}; set registries.{self.host}.username and password_file")
         if response.status != 200:
@@ -6041,12 +5831,10 @@ class Registry:
 
 
 def obtain_package(component, known, config, store, kind):
-    """What a component is made of, `kind` compose or helm: (bytes, {reference, digest}), verified and kept.
+    """The package of a component, verified and kept: (bytes, its facts {reference, digest}).
 
-    Raises ComponentError.
-
-    known: package facts of an earlier time, or None; the same revision again is taken from the disk, network
-    or not (P-1).
+    known: its facts of an earlier time, or None; the same revision again is taken from the disk, network or
+    not (P-1).  kind: compose or helm.  Raises ComponentError.
     """
     reference = f"{component.repository}:{component.revision}" if component.revision else component.repository
     data = store.load_artifact(known["digest"]) if known and known["reference"] == reference else None
@@ -6067,10 +5855,9 @@ FETCHERS = {"oci": fetch_component}
 
 
 def fetch_package(reference, config, store, kind="compose"):
-    """A Compose Archive or a chart from its registry or that registry's mirror: (digest, bytes), verified,
-    kept by its digest.
+    """A Compose Archive or a chart from its registry's mirror, or from the registry: (digest, bytes).
 
-    Raises ComponentError; what is in the store already is not fetched again.
+    It is verified and kept; what is in the store already is not fetched again.  Raises ComponentError.
     """
     mirror = (config.registries.get(reference.host) or {}).get("mirror")
     try:
@@ -6114,9 +5901,7 @@ def fetch_from_registry(reference, registry, config, store, kind):
 
 
 def check_space(folder, need, what):
-    """Raises ComponentError DISK_FULL where so many bytes more would fill a disk, before anything is fetched
-    (P-4).
-    """
+    """Raises ComponentError DISK_FULL where `need` bytes more would fill a disk (P-4)."""
     free, margin = get_space(folder)
     if free < need + margin:
         raise ComponentError(
@@ -6138,8 +5923,12 @@ def parse_package_manifest(data, where, max_artifact, kind="compose"):
         if "manifests" in value:
             raise ValueError("an index of several images, where one Compose Archive is expected")
         layer = find_layer(value, kind)
-        digest = check_member(layer, "digest", "the layer's ", DIGEST_PATTERN)
-        size = check_member(layer, "size", "the layer's ", checked("a number of bytes", is_size))
+        digest = layer.get("digest")
+        size = layer.get("size")
+        check_shape(digest, DIGEST_PATTERN, "the layer's digest")
+        if not is_size(size):
+            found = make_printable(str(size), 80)
+            raise ValueError(f"the layer's size: found {found!r}, expected a number of bytes")
         if size > max_artifact:
             raise ValueError(f"the layer has {size} bytes, policy.max_artifact is {max_artifact}")
     except ValueError as error:
@@ -6182,13 +5971,12 @@ COMPOSE_NAMES = ("compose.yaml", "compose.yml", "docker-compose.yaml", "docker-c
 
 
 def check_archive(data, max_unpacked, relaxed=False):
-    """A Compose Archive's bytes to its tar bytes and [Entry].
-
-    Raises ComponentError ARCHIVE_INVALID (C-156 to C-162).
+    """A Compose Archive's bytes to its tar bytes and [Entry] (C-156 to C-162).
 
     Nothing is unpacked before all of it was found to be harmless.  Links count as what they lead to, so that
     a chain of them cannot leave the top-level folder either.  relaxed: as older generations packed, there
-    need be no top-level folder, and the compose file may have its other names (protocol 6.5).
+    need be no top-level folder, and the compose file may have its other names (protocol 6.5).  Raises
+    ComponentError ARCHIVE_INVALID.
     """
     entries = {}
     tops = set()
@@ -6219,11 +6007,9 @@ def check_archive(data, max_unpacked, relaxed=False):
 
 
 def add_entry(member, entries, tops, top=""):
-    """Checks one tar entry by itself and adds it to `entries` by its path below the top-level folder.
+    """Checks one tar entry by itself and adds it to `entries`, by its path below the top-level folder.
 
-    Raises ValueError.
-
-    top: the folder that an archive without one is taken to lie in.
+    top: the folder that an archive without one is taken to lie in.  Raises ValueError.
     """
     name = member.name[2:] if member.name.startswith("./") else member.name
     if name in ("", ".") and member.isdir():
@@ -6274,9 +6060,7 @@ def is_storable(path):
 
 
 def check_tree(entries):
-    """Raises ValueError where a parent is no folder or a symbolic link leads out, directly or by way of
-    others, and for too many folders.
-    """
+    """Raises ValueError where a parent is no folder, a link leads out, or there are too many folders."""
     folders = set()
     for path, entry in entries.items():
         parent = path.rpartition("/")[0]
@@ -6292,10 +6076,7 @@ def check_tree(entries):
 
 
 def resolve_link(path, entries, hops):
-    """The path in the archive that `path` stands for once links are followed.
-
-    Raises ValueError where that is outside.
-    """
+    """The path that a path of the archive leads to once links are followed; ValueError: to the outside."""
     resolved = []
     todo = path.split("/")[::-1]
     while todo:
@@ -6332,10 +6113,8 @@ def load_sameness(path, entry, plain):
 def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
     """Unpacks a verified archive to `parent`/<digest> and returns that folder.
 
-    One that is there already stays if it still is what the archive holds.
-
-    Made beside and renamed into place, so that half of it is never taken for the whole; other versions stay
-    for who uses them.
+    One that is there already stays if it still is what the archive holds.  It is made beside and renamed, so
+    that half of it is never taken for the whole.  Other versions stay for who uses them.
     """
     folder = os.path.join(parent, digest.split(":")[1][:16])
     plain, entries = check_archive(data, max_unpacked, relaxed)
@@ -6370,7 +6149,7 @@ def unpack_package(data, digest, parent, max_unpacked, relaxed=False):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 16. Commands
+# 17. Commands
 # ----------------------------------------------------------------------------------------------------------
 
 Output = define("Output", "code stdout stderr",
@@ -6390,17 +6169,25 @@ SYSTEMD_NAMES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS",
                  "LISTEN_FDNAMES")
 
 
-def list_folders(environ):
-    """The folders in which helper programs are looked for: those on PATH, and the system's own behind them.
+def parse_answer(data, program, read):
+    """What `read` makes of the JSON that a program printed; CommandError where that is of another form."""
+    try:
+        return read(parse_json(data, program))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        words = f"{type(error).__name__}: {error}"
+        raise CommandError(f"{program} answered in an unknown form ({words})") from None
 
-    """
+
+def list_folders(environ):
+    """The folders in which helper programs are looked for: those on PATH, then the system's own."""
     folders = (environ.get("PATH") or os.defpath).split(os.pathsep)
     return folders + [folder for folder in SYSTEM_FOLDERS if folder not in folders]
 
 
 def get_command_environment(environ):
-    """The environment of a helper program: a whole PATH, no word of systemd's to this process, and no TMPDIR
-    that is no folder.
+    """The environment of a helper program.
+
+    It has a whole PATH, nothing that systemd tells this process alone, and no TMPDIR that is no folder.
     """
     found = {key: value for key, value in environ.items() if key not in SYSTEMD_NAMES}
     if not os.path.isdir(found.get("TMPDIR", "/")):
@@ -6446,24 +6233,11 @@ def run_command(argv, timeout, env=None, cwd=None, limit=MAX_OUTPUT, data=b""):
                   make_printable(stderr[-8192:].decode("utf-8", "replace").strip(), 8192))
 
 
-def limit_files(size):
-    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
-
-    Returns what held before.
-    """
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
-    return soft
-
-
 def serve_pipes(process, data, timeout, limit):
-    """Writes `data` to stdin, reads stdout and stderr until the process has ended.
-
-    Raises subprocess.TimeoutExpired, CommandError.
+    """Writes `data` to stdin and reads until the process has ended: (stdout, stderr).
 
     A helper may leave something behind that keeps the pipes open, so their end is not waited for once the
-    process itself has ended.
+    process itself has ended.  Raises subprocess.TimeoutExpired, CommandError.
     """
     import select
     import subprocess
@@ -6523,7 +6297,7 @@ def kill_group(process):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 17. Transport
+# 18. Transport
 # ----------------------------------------------------------------------------------------------------------
 
 Response = define("Response", "status headers body", "An HTTP answer: int, email.message.Message, bytes.")
@@ -6534,11 +6308,10 @@ Problem = define("Problem", "type title detail retryable retry_after strategy er
 
 
 def make_tls_context(anchors=(), ca_file=None, min_tls="1.3"):
-    """An SSLContext that trusts the given anchors (DER), or those of a PEM file, or (with neither) the
-    system's store.
+    """An SSLContext that trusts the anchors (DER), or those of a PEM file, or without both the system's.
 
-    The default loaders are not used: they would let any web certificate through where a Trust Bundle decides
-    (C-006).
+    Python's default loaders are not used: they would let any web certificate through where a trust bundle
+    decides (C-006).
     """
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -6569,7 +6342,6 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     or what check_peer raises.
     """
     import http.client
-    import ssl
     import urllib.error
     import urllib.request
     where = f"{method} {url}"
@@ -6578,17 +6350,16 @@ def request(method, url, headers, body, context, timeout, limit, check_peer=None
     try:
         with make_opener(context, check_peer).open(message, timeout=timeout) as response:
             return Response(response.status, response.headers, read_body(response, limit, timeout, where))
-    except urllib.error.URLError as error:
-        raise make_network_error(where, error.reason) from None
-    except (OSError, http.client.HTTPException, ssl.SSLError, ValueError) as error:
-        raise make_network_error(where, error) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise make_network_error(where, reason) from None
 
 
 class Paced(io.RawIOBase):
-    """What a socket reads, against drips: all up to the body, and each piece of that, has to come within four
-    time-outs.
+    """What a socket reads, with an end to its patience.
 
-    So neither the words between the pieces may drip, or never end.
+    The head has four time-outs to come, and so has each piece of the body with all that stands before it: a
+    server may be slow, but it may neither drip nor go on for ever.
     """
 
     def __init__(self, connection):
@@ -6659,9 +6430,7 @@ def open_connection(address, timeout, source=None):
 
 
 def make_opener(context, check_peer):
-    """The agent's own opener: no redirects, no error handler (every status is an answer), no cookies, no
-    other schemes.
-    """
+    """The agent's own opener: it follows no redirect, keeps no cookie, and takes any status as an answer."""
     import http.client
     import urllib.request
 
@@ -6789,73 +6558,69 @@ def ask_looseness(key, path):
 
 
 def parse_problem(body):
-    """A problem document, or the ad-hoc `error` object of older servers, or None (never an error: it only
-    explains one).
-    """
+    """A Problem, also of the plain `error` object of older servers; None where the body is neither."""
+    from collections import defaultdict
     try:
         value = parse_json(body, "problem")
+        check_shape(value, dict, "")
     except ValueError:
         return None
-    if not isinstance(value, dict):
-        return None
-
-    def text(key):
-        return make_printable(value[key]) if isinstance(value.get(key), str) else ""
-
-    kind = text("type")
+    texts = defaultdict(str, {key: make_printable(item) for key, item in value.items()
+                              if isinstance(item, str)})
+    kind = texts["type"]
     if kind.startswith(PROBLEM_ROOT):
         kind = re.split("[#/]", kind)[-1]           # the URI is a name, never fetched (C-055)
     wait = value.get("retryAfterSeconds")
     wait = float(wait) if is_number(wait) and 0 <= wait < 1e15 else None
-    errors = value["errors"] if isinstance(value.get("errors"), list) else []
-    errors = [make_printable(f"{item.get('field')}: {item.get('message')}") for item in errors
-              if isinstance(item, dict)]
-    title = text("title") or text("error")
-    detail = text("detail") or text("message")
-    return Problem(kind, title, detail, value.get("retryable"), wait, text("backoffStrategy"), errors)
+    errors = value.get("errors")
+    errors = [make_printable(f"{item.get('field')}: {item.get('message')}")
+              for item in (errors if isinstance(errors, list) else ()) if isinstance(item, dict)]
+    title = texts["title"] or texts["error"] or texts["Error"]
+    detail = texts["detail"] or texts["message"]
+    return Problem(kind, title, detail, value.get("retryable"), wait, texts["backoffStrategy"], errors)
 
 
 def find_verdict(status):
-    """What an HTTP status that is no success means: `denied`, `later` (to be asked again) or `refused`."""
+    """The kind of fault that an HTTP status means."""
     if status in (401, 403):
-        return "denied"
-    return "later" if status in (408, 429) or status >= 500 else "refused"
+        return Untrusted
+    return Unreachable if status in (408, 429) or status >= 500 else Refused
 
 
 def check_response(response, where, accepted, now):
-    """Returns the response if its status is one of `accepted`, else raises what it means to a client
-    (protocol 10).
+    """Returns the response if its status is one of `accepted`, else raises what it means (protocol 10).
 
-    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).
-    Denied: Untrusted.  What says of itself that it can be retried, or is `later`: Unreachable.  Else Refused;
-    its `code` is the type, or `HTTP <status>`.
+    The problem's type decides where it is one of Margo's (C-053), the status where it is not (C-054).  What
+    says of itself whether it can be retried is believed (C-057).  The code of Refused is the type, or
+    `HTTP <status>`.
     """
     if response.status in accepted:
         return response
     problem = parse_problem(response.body) or Problem("", "", "", None, None, "", [])
-    verdict = find_verdict(response.status)
     known = problem.type in REFUSALS
-    kind = "" if known or problem.type in DENIALS + ("about:blank",) else problem.type
-    words = "; ".join(part for part in [kind, problem.title, problem.detail] + problem.errors[:5] if part)
+    denied = problem.type in DENIALS
+    verdict = find_verdict(response.status)
+    name = "" if known or denied or problem.type == "about:blank" else problem.type
+    words = "; ".join(filter(None, [name, problem.title, problem.detail] + problem.errors[:5]))
     message = f"{where}: HTTP {response.status}" + (f" ({words})" if words else "")
     wait = parse_retry_after(response.headers.get("Retry-After"), now)
     facts = {"status": response.status, "strategy": problem.strategy,
              "retry_after": limit_wait(problem.retry_after, now) if wait is None else wait}
-    if verdict == "denied" and not known or problem.type in DENIALS:
+    if denied or verdict is Untrusted and not known:
         raise Untrusted(f"{message}; the WFM does not accept this client", **facts)
     retryable = problem.retryable
     if not isinstance(retryable, bool):
-        retryable = verdict == "later" and problem.strategy != "none"
+        retryable = verdict is Unreachable and problem.strategy != "none"
     if retryable:
         raise Unreachable(message, **facts)
-    if 300 <= response.status < 400 and response.status != 304:
+    if response.status in (301, 302, 303, 307, 308):
         message += ("; redirects are not followed: set wfm.url, or the setting this address came from,"
                     " to the final one")
     raise Refused(message, problem.type if known else f"HTTP {response.status}", **facts)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 18. Store
+# 19. Store
 # ----------------------------------------------------------------------------------------------------------
 
 class Log:
@@ -6891,6 +6656,11 @@ class Log:
 
 
 log = Log()
+
+
+def log_wait(words):
+    """Says why nothing is asked now, to a person at a terminal: a log would have it at each poll."""
+    log("info" if sys.stderr.isatty() else "debug", words)
 
 
 def write_file(path, data, mode=0o600, temporary=None):
@@ -7044,6 +6814,8 @@ def make_state():
                 revocations in crls/
     drafts      the drafts in use, as the log was told
     patience    {failures, at, delay, boot, uptime}: no request before `delay` seconds have passed
+    waits       {id in lower case, or `capabilities` and a device id: back-off}: of reports that the WFM has
+                not taken, see make_hold
     waiting     digest of a manifest that removes more than policy.max_removals and is not confirmed yet
     owners      [text]: what this agent has called itself on the engine, newest last (see make_owner)
     pulled      [image, after a child device's id and a space where it is there]: what it pulled and may prune
@@ -7054,7 +6826,53 @@ def make_state():
     return {
         "schema": 2, "enrollment": None, "client": None, "accepted": None, "deployments": {}, "outbox": {},
         "dropped": {}, "reported": {}, "trust": {}, "identity": None, "est": {}, "crls": {}, "drafts": [],
-        "patience": {}, "waiting": None, "owners": [], "pulled": [], "history": [], "lastPoll": None}
+        "patience": {}, "waits": {}, "waiting": None, "owners": [], "pulled": [], "history": [],
+        "lastPoll": None}
+
+
+def make_accepted(desired, at=""):
+    """What the state keeps of a Desired; at: when it was accepted."""
+    deployments = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
+    return {"version": desired.version, "etag": desired.etag, "digest": desired.digest, "acceptedAt": at,
+            "deployments": deployments}
+
+
+def make_history(state, desired, at):
+    """The history with one more accepted desired state: what it adds, changes and removes against the one
+    before.
+    """
+    before = (state["accepted"] or {}).get("deployments", ())
+    old = {item["deploymentId"].lower(): item["digest"] for item in before}
+    new = {entry.key: entry.digest for entry in desired.entries}
+    changed = sorted(key for key in new if key in old and new[key] != old[key])
+    return state["history"][1 - HISTORY:] + [{
+        "version": desired.version, "at": at, "added": sorted(set(new) - set(old)),
+        "removed": sorted(set(old) - set(new)), "changed": changed, "outcome": "pending"}]
+
+
+def note_outcome(state, fault):
+    """Notes in the history how the newest accepted desired state stands, and the Refused that came after it.
+
+    fault: the worst of the cycle, or None.
+    """
+    if not state["history"] or not state["accepted"]:
+        return
+    newest = state["history"][-1]
+    newest["outcome"] = make_outcome(state)
+    if isinstance(fault, Refused):
+        newest["refused"] = fault.message
+    elif not fault:
+        newest.pop("refused", None)
+
+
+def make_outcome(state):
+    """How the newest accepted desired state stands: applied, pending, or which deployments failed and why."""
+    records = state["deployments"].values()
+    failed = [f"{record['deploymentId']} failed ({record['error']['code']})" for record in records
+              if record["state"] == "failed"]
+    installed = [record for record in records if record["state"] == "installed"]
+    done = len(installed) == len(records) == len(state["accepted"]["deployments"])
+    return "; ".join(failed) or ("applied" if done else "pending")
 
 
 def make_state_data(state):
@@ -7064,6 +6882,9 @@ def make_state_data(state):
     """
     data = make_json(dict(state, outbox=list(state["outbox"].values())))
     return data[:-1] + b',"sum":"' + sha256_digest(data).encode() + b'"}'
+
+
+OLD_FIELDS = ("left", "failures", "retryAt", "repairs", "repairedAt")      # of records of schema 1
 
 
 def parse_state(data, path):
@@ -7100,22 +6921,15 @@ def parse_state(data, path):
 
 
 def migrate_record(record):
-    """A deployment's record as of schema 2, in place of moments of the wall clock that of schema 1 has
-    waits (see make_wait).
+    """A deployment's record as schema 2 has it; that of schema 1 knew moments where that has waits, which are
+    over then (see make_wait).
     """
-    record = {key: value for key, value in record.items() if key != "left"}
-    if record.get("fallback") and "services" not in (record["running"] or ()):
+    if "repairs" not in record:
+        return record
+    record = {key: value for key, value in record.items() if key not in OLD_FIELDS}
+    if "services" not in (record.get("running") or ()):
         record["fallback"] = False                  # what is installed has been said to have a version before
-    if "retryAt" in record:
-        at = record.pop("retryAt") - 2 * RETRY_CAP
-        failures = record.pop("failures", 0)
-        record["retry"] = {"failures": failures, "at": at, "delay": 2 * RETRY_CAP} if failures else {}
-    if "repairs" in record:
-        at = record.pop("repairedAt", 0)
-        failures = record.pop("repairs")
-        pause = grow(RETRY_FIRST, failures + 1 - REPAIRS, RETRY_CAP) if failures >= REPAIRS else 0
-        record["repair"] = {"failures": failures, "at": at, "delay": pause} if failures else {}
-    return record
+    return dict(record, retry={}, repair={})
 
 
 def make_core(state):
@@ -7141,7 +6955,8 @@ class Store:
         # bytes of state.json as they lie on the disk, and of what its copy is kept for
         self.saved = self.core = None
         self.locked = None
-        self.memo = None                            # as load_memo read it; right as long as the lock is held
+        self.memo = None                            # what load_memo has read, and save_memo will write
+        self.noted = b""                            # the bytes of that as they lie there
 
     def path(self, *names):
         """A path below the state directory."""
@@ -7295,30 +7110,34 @@ class Store:
         folder = os.environ.get("RUNTIME_DIRECTORY", "/run/margo-agent").split(":")[0]
         return os.path.join(folder, sha256_digest(os.path.abspath(self.folder).encode())[7:23] + ".json")
 
-    def save_memo(self, memo):
-        """Notes the last contact; whether that could be written."""
-        path = self.memo_path()
-        try:
-            create_folder(os.path.dirname(path), 0o755)
-            with open(path + ".tmp", "wb") as file:
-                os.fchmod(file.fileno(), 0o600)
-                file.write(make_json(memo))
-            os.replace(path + ".tmp", path)
-            self.memo = memo
-            return True
-        except OSError as error:
-            log("debug", "the last contact cannot be noted", path=path, reason=error.strerror)
-            return False
-
     def load_memo(self):
-        """What save_memo noted last, or {}; read once, until the lock is taken again."""
+        """What was noted in memory last, or {}: a dictionary to be changed, see save_memo.
+
+        It is read once, and anew where the lock is taken.
+        """
         if self.memo is None:
             try:
-                memo = parse_json(read_file(self.memo_path(), MAX_ANSWER) or b"{}", self.memo_path())
+                self.noted = read_file(self.memo_path(), MAX_ANSWER) or b"{}"
+                memo = parse_json(self.noted, self.memo_path())
             except (StorageError, ValueError):
                 memo = {}                           # it is a note, not a state
             self.memo = memo if isinstance(memo, dict) else {}
-        return dict(self.memo)
+        return self.memo
+
+    def save_memo(self):
+        """Notes what was changed of it; whether that could be written."""
+        data = make_json(self.load_memo())
+        if data == self.noted:
+            return True
+        path = self.memo_path()
+        try:
+            create_folder(os.path.dirname(path), 0o755)
+            write_file(path, data)
+        except (OSError, StorageError) as error:
+            log("debug", "the last contact cannot be noted", path=path, reason=str(error))
+            return False
+        self.noted = data
+        return True
 
 
 ENGINE_SOCKETS = ("docker.sock", "podman.sock", "containerd.sock", "crio.sock")
@@ -7459,7 +7278,218 @@ def load_part(path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 19. Configuration
+# 20. Patience
+# ----------------------------------------------------------------------------------------------------------
+
+def grow(first, times, cap):
+    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each
+    further one, at most `cap`.
+    """
+    return min(cap, first * 2 ** min(max(times - 1, 0), 30))
+
+
+def make_wait(record, delay, clock):
+    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay,
+    boot, uptime}.
+
+    record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
+    """
+    return {"failures": record.get("failures", 0) + 1, "at": clock.now, "delay": delay,
+            "boot": clock.boot, "uptime": clock.uptime}
+
+
+def find_wait(record, clock):
+    """Seconds still to wait by a record of make_wait, or by {}.
+
+    They are counted by the clock that nobody sets where this is the same boot, else by the wall clock: where
+    that has jumped, no wait gets longer than it was (P-2).
+    """
+    same = bool(clock.boot) and record.get("boot") == clock.boot
+    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
+    delay = record.get("delay", 0)
+    return delay - passed if 0 <= passed < delay else 0
+
+
+def make_retry(record, asked, clock, jitter):
+    """The record of one more failure of a deployment; asked: seconds that somebody wants to be left alone."""
+    delay = grow(RETRY_FIRST, record.get("failures", 0) + 1, RETRY_CAP) * (0.75 + 0.5 * jitter)
+    return make_wait(record, max(delay, min(asked or 0, 2 * RETRY_CAP)), clock)
+
+
+def count_repair(record, clock):
+    """The record as a repair of what was installed begins: some are free, then the pauses after them grow
+    (P-7).
+    """
+    last = record["repair"]
+    recent = 0 <= clock.now - last.get("at", 0) < last.get("delay", 0) + RETRY_CAP
+    repairs = last["failures"] if last and recent else 0
+    pause = grow(RETRY_FIRST, repairs + 2 - REPAIRS, RETRY_CAP) if repairs + 1 >= REPAIRS else 0
+    return dict(record, repair=make_wait({"failures": repairs}, pause, clock))
+
+
+def make_patience(record, error, clock, jitter):
+    """The record of one more fault at the WFM: how long it is left alone."""
+    delay = error.retry_after or 0
+    if isinstance(error, Unreachable):
+        failures = record.get("failures", 0) + 1
+        delay = make_backoff(failures, error.retry_after, error.strategy, jitter)
+    return make_wait(record, delay, clock)
+
+
+def make_hold(record, error, clock, jitter):
+    """The record of one more report that was not taken; since: when the WFM first answered one by a fault."""
+    delay = make_backoff(record.get("failures", 0) + 1, error.retry_after, error.strategy, jitter)
+    return dict(make_wait(record, delay, clock), since=record.get("since") or error.status and clock.now)
+
+
+def make_backoff(failures, asked, strategy, jitter):
+    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
+    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
+    """
+    asked = asked or 0
+    if asked and strategy in ("fixed", "none"):
+        return asked
+    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
+
+
+def make_start(uptime, poll, known, jitter):
+    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
+    arrives spread over one interval (P-19), and two minutes at most, because a device may be switched on for
+    less than its interval (F-27).  One that never had a desired state asks at once.
+    """
+    spread = jitter * min(poll.interval, START_SPREAD)
+    return uptime + spread if known and poll.jitter and uptime < START_WINDOW else 0
+
+
+def load_start(store, poll, known, clock, jitter):
+    """Seconds until the first contact since this boot; 0 where they cannot be noted: each run would wait.
+
+    known: whether there is a desired state.
+    """
+    if not clock.boot or clock.uptime >= START_WINDOW:
+        return 0
+    memo = store.load_memo()
+    if memo.get("boot") != clock.boot:
+        memo.update(boot=clock.boot, start=make_start(clock.uptime, poll, known, jitter))
+        if not store.save_memo():
+            return 0
+    return max(0, memo["start"] - clock.uptime)
+
+
+def find_silence(patience, downtime, starting, clock):
+    """The Silence for which nobody is asked now, or None.
+
+    patience: a record of make_wait.  downtime: whether it is the operator's.  starting: seconds until the
+    first contact since the device started.
+    """
+    if downtime:
+        return Silence("downtime: no request is made", exit=0)
+    left = find_wait(patience, clock)
+    why = "the WFM or a back-off asks" if left else "a fleet that has just started does not arrive at once"
+    left = left or starting
+    words = f"waiting until {make_time(clock.now + left)}: {why}"
+    return Silence(words, retry_after=left) if left else None
+
+
+def make_spread(device_id, spread):
+    """Seconds that a run of this device waits of the `spread` over which a fleet's runs begin.
+
+    They are the same at each run, so that what cron starts at an interval speaks at that interval (P-19).
+    """
+    return int(sha256_digest(device_id.encode())[7:15], 16) / 2 ** 32 * spread
+
+
+def make_delay(config, state, fault, clock, jitter):
+    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
+    an attempt is due.
+    """
+    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
+    patience = state["patience"]
+    if isinstance(fault, (Refused, Untrusted)) and patience:
+        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
+        return max(interval, patience.get("delay", 0), slower)
+    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
+    if left:
+        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
+    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
+                if record["state"] == "failed" and not record["refused"]]
+    attempts += [max(CYCLE_RETRY, find_wait(record, clock)) for record in state["waits"].values()]
+    return max(1.0, min([interval] + attempts))
+
+
+def limit_wait(seconds, now):
+    """What somebody asks to wait, None or seconds from `now` (Unix seconds): a day at most.
+
+    A number as large as the clock's is a moment (Unix seconds, or milliseconds), not a duration.
+    """
+    if seconds is None:
+        return None
+    if seconds >= 1e12:
+        seconds /= 1000
+    if seconds >= 1e9:
+        seconds -= now
+    return max(0.0, min(seconds, MAX_WAIT))
+
+
+def parse_retry_after(text, now):
+    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
+    unreadable (C-056).
+    """
+    text = text or ""
+    if re.fullmatch(r"[0-9]+", text.strip()):
+        return limit_wait(float(text.strip()), now)  # float strips less than strip does
+    moment = parse_date(text)
+    return None if moment is None else limit_wait(max(0.0, moment - now), now)
+
+
+def covers(windows, local):
+    """Whether one of the windows holds a device-local minute (struct_time)."""
+    now = 60 * local.tm_hour + local.tm_min
+    stamp = time.strftime(MINUTE, local)
+    for days, start, end in windows:
+        if days is None:
+            inside = start <= stamp < end
+        elif start < end:
+            inside = local.tm_wday in days and start <= now < end
+        else:
+            inside = local.tm_wday in days and now >= start or (local.tm_wday - 1) % 7 in days and now < end
+        if inside:
+            return True
+    return False
+
+
+def is_within(windows, local):
+    """Whether a device-local moment (struct_time) lies in one of the windows.
+
+    What a clock that is put forward leaves out of a window is made up for right after that (F-25).
+    """
+    if covers(windows, local):
+        return True
+    now = int(time.mktime(local))
+    before = time.localtime(now - MAX_SHIFT).tm_gmtoff
+    if not windows or before >= (local.tm_gmtoff or before):
+        return False
+    change = now - now % 60
+    while time.localtime(change - 60).tm_gmtoff == local.tm_gmtoff:
+        change -= 60
+    skipped = [time.gmtime(change + second) for second in range(before, local.tm_gmtoff, 60)]
+    return sum(covers(windows, minute) for minute in skipped) > (now - change) // 60
+
+
+def is_within_whole(windows, start, end):
+    """Whether all the time between two moments (Unix seconds, by the minute) lies in windows."""
+    moments = range(int(start), int(max(start, end)) + 1, 60)
+    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
+
+
+def make_clock_fault(now, stored):
+    """What is wrong with a clock that stands before the last write of the state, in words."""
+    return (f"the clock of this device says {make_time(now)}, and its state was written at"
+            f" {make_time(stored)}: set the clock")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 21. Configuration
 # ----------------------------------------------------------------------------------------------------------
 
 def parse_duration(text):
@@ -7525,12 +7555,6 @@ def checked(expected, test):
             raise ValueError(expected)
         return value
     return read
-
-
-# Readers of documents, by the kit of the configuration; text is taken for text only where it is written as
-# such.
-read_dict = checked("a mapping", lambda item: isinstance(item, dict))
-read_items = checked("a list", lambda item: isinstance(item, list))
 
 
 def list_of(read_item, expected):
@@ -7757,31 +7781,7 @@ def parse_window(text):
     raise ValueError('a window such as "Mon-Fri 06:00-22:00" or "2026-12-24T00:00/2026-12-27T00:00"')
 
 
-read_window = scalar('a window such as "Mon-Fri 06:00-22:00"', make=parse_window)
-
-
-def is_within(windows, local):
-    """Whether the device-local `local` (struct_time) lies in one of the windows."""
-    now = 60 * local.tm_hour + local.tm_min
-    stamp = time.strftime(MINUTE, local)
-    for days, start, end in windows:
-        if days is None:
-            inside = start <= stamp < end
-        elif start < end:
-            inside = local.tm_wday in days and start <= now < end
-        else:
-            inside = local.tm_wday in days and now >= start or (local.tm_wday - 1) % 7 in days and now < end
-        if inside:
-            return True
-    return False
-
-
-def is_within_whole(windows, start, end):
-    """Whether all the time between two moments (Unix seconds, in steps of a minute) lies in windows of
-    device-local time.
-    """
-    moments = range(int(start), int(max(start, end)) + 1, 60)
-    return bool(windows) and all(is_within(windows, time.localtime(moment)) for moment in moments)
+read_windows = list_of(scalar("a window", make=parse_window), "a list of windows")
 
 
 # What leads a command to an engine or a cluster elsewhere, and which command that is; a child device is
@@ -7792,60 +7792,72 @@ CONNECTIONS = {"CONTAINER_HOST": "podman", "CONTAINER_CONNECTION": "podman",
 # what a child device has to say of itself, because only what is here can be detected
 HOSTING = ("cpus", "memory", "storage")
 
-# Each setting: its reader, or that and the default in the file's own spelling. What only one profile has, its
-# part adds below.
+# Each setting: (its reader, its default as the file would spell it, what it is for).
 DEVICE_SCHEMA = {
-    "id": read_device_id, "vendor": read_text, "modelNumber": read_text, "serialNumber": read_text,
-    "properties": (read_properties, {}), "labels": (read_labels, {})}
-CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}))
+    "id": (read_device_id, None, "name of the device at the WFM; without it serial number or machine id"),
+    "vendor": (read_text, None, "who made the device; without it what the firmware says"),
+    "modelNumber": (read_text, None, "which model it is; without it what the firmware says"),
+    "serialNumber": (read_text, None, "its serial number; without it what the firmware says"),
+    "properties": (read_properties, {}, "capabilities to report in place of those that were detected"),
+    "labels": (read_labels, {}, "what applications can select this device by, beside its properties"),
+}
+CHILD_SCHEMA = dict(DEVICE_SCHEMA, connection=(read_environment, {}, "variables that lead to its engine"))
 REGISTRY_SCHEMA = {
-    "mirror": read_text, "username": read_text, "password_file": read_path, "ca": read_path,
-    "insecure": (read_flag, False)}
-# see make_children
+    "mirror": (read_text, None, "host:port that is asked in place of this registry"),
+    "username": (read_text, None, "who signs in there"),
+    "password_file": (read_path, None, "file of the password, mode 0600"),
+    "ca": (read_path, None, "CA certificates of this registry; without it the system's"),
+    "insecure": (read_flag, False, "true: HTTP without TLS is good enough"),
+}
 SCHEMA = {
-    "state_dir": (read_path, "/var/lib/margo-agent"),
+    "state_dir": (read_path, "/var/lib/margo-agent", "folder of all that the agent keeps"),
     "wfm": {
-        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls"),
-        "url": read_address,
-        "timeout": (read_duration, "30s"),
-        "min_tls": (choice("1.2", "1.3"), "1.3"),
+        "profile": (lambda value, base: choice(*PROFILES)(value, base), "mtls",
+                    "generation of Margo's protocol that the WFM speaks"),
+        "url": (read_address, None, "root URL of the WFM, or address of the repository"),
+        "timeout": (read_duration, "30s", "limit of connecting, and of each wait for data"),
+        "min_tls": (choice("1.2", "1.3"), "1.3", "oldest TLS version that is accepted"),
     },
     "identity": {
-        "certificate": read_path,
-        "key": read_key,
-        "trust_bundle": read_path_or_url,
-        "discovery": read_url,
-        "ca": read_path,
-        "pins": (read_pins, []),
-        "refresh": (read_duration, "1h"),
+        "certificate": (read_path, None, "the device's SVID in PEM, the leaf first, then intermediates"),
+        "key": (read_key, None, "its private key, mode 0600, or a URI such as pkcs11:..."),
+        "trust_bundle": (read_path_or_url, None, "SPIFFE bundle or PEM file to trust the WFM by, or its URL"),
+        "discovery": (read_url, None, "https URL of a discovery document, in place of trust_bundle"),
+        "ca": (read_path, None, "CA certificates for discovery, bundle URLs, and servers without SPIFFE ID"),
+        "pins": (read_pins, [], "digests of public keys by which those servers are known, too"),
+        "refresh": (read_duration, "1h", "time between looks at a bundle that names none"),
     },
-    "device": dict(DEVICE_SCHEMA, children=(checked("a list", lambda value: isinstance(value, list)), [])),
+    "device": dict(DEVICE_SCHEMA,
+                   children=(checked("a list", lambda value: isinstance(value, list)), [],
+                             "devices behind this gateway, see README"),
+                   hostname=(read_flag, False, "draft: whether capabilities tell the name of the host"),
+                   parameter_values=(read_labels, {}, "draft: values for parameters with `valueFrom`")),
     "poll": {
-        "interval": (read_duration, "60s"),
-        "jitter": (read_share, "10%"),
-        "window": (list_of(read_window, "a list of windows"), []),
-        "downtime": (list_of(read_window, "a list of windows"), []),
+        "interval": (read_duration, "60s", "time between polls of `run`"),
+        "jitter": (read_share, "10%", "by how much each interval may differ, so that fleets spread out"),
+        "window": (read_windows, [], "the WFM is asked only then; empty: always"),
+        "downtime": (read_windows, [], "no request is made then"),
     },
     "runtime": {
-        "compose": (read_compose, "auto"),
-        "engine": (choice("auto", "podman", "docker"), "auto"),
-        "on_failure": (choice("rollback", "keep"), "rollback"),
-        "settle": (read_pause, "10s"),
-        "environment": (read_environment, {}),
-        "prune": (read_flag, True),
+        "compose": (read_compose, "auto", "whether compose components are run"),
+        "engine": (choice("auto", "podman", "docker"), "auto", "which engine runs containers"),
+        "on_failure": (choice("rollback", "keep"), "rollback", "what follows on an update that fails"),
+        "settle": (read_pause, "10s", "time without a restart that counts as health where nothing checks it"),
+        "environment": (read_environment, {}, "variables that every container is given"),
+        "prune": (read_flag, True, "whether images and packages that nothing needs any more are removed"),
     },
-    "registries": (read_mapping, {}),
+    "registries": (read_mapping, {}, "credentials, mirror and trust of registries, by host or host:port"),
     "policy": {
-        "max_document": (read_size, "8Mi"),
-        "max_artifact": (read_size, "64Mi"),
-        "max_unpacked": (read_size, "256Mi"),
-        "privileged": (choice("deny", "allow"), "deny"),
-        "host_network": (choice("deny", "allow"), "deny"),
-        "devices": (read_devices, []),
-        "host_paths": (read_folders, []),
-        "max_removals": read_count,
+        "max_document": (read_size, "8Mi", "largest manifest or deployment document"),
+        "max_artifact": (read_size, "64Mi", "largest package or bundle"),
+        "max_unpacked": (read_size, "256Mi", "most that a package or a repository may unpack to"),
+        "privileged": (choice("deny", "allow"), "deny", "whether applications may rule the device"),
+        "host_network": (choice("deny", "allow"), "deny", "whether applications may use the host's network"),
+        "devices": (read_devices, [], "device files that applications may use all the same"),
+        "host_paths": (read_folders, [], "folders of the host that applications may mount"),
+        "max_removals": (read_count, None, "more removals than this wait for a second poll; unset: no limit"),
     },
-    "log": {"level": (choice("debug", "info", "warning", "error"), "info")},
+    "log": {"level": (choice("debug", "info", "warning", "error"), "info", "least level that is logged")},
 }
 CHECKS = []
 
@@ -7882,7 +7894,7 @@ def make_settings(value, schema, base, where, faults):
         if isinstance(entry, dict):
             settings[key] = make_settings(item, entry, base, f"{where}{key}.", faults)
             continue
-        reader, default = entry if isinstance(entry, tuple) else (entry, None)
+        reader, default, _ = entry
         item = default if item is None else item
         settings[key] = None
         try:
@@ -8000,59 +8012,74 @@ def load_config(path, environ=None):
         raise ConfigError(f"configuration {path}: {error.message}") from None
 
 
-def check_member(value, key, where, read):
-    """value[key] as a reader (or text of a pattern) takes it.
+def check_shape(value, shape, where):
+    """Raises ValueError unless a value out of a document has a shape; what does not is named by its place.
 
-    Raises ValueError of what was found and what is expected.
+    shape: a pattern of text, `dict`, `list`, `float` for a number that is not negative, [shape] for a list of
+    such, or {member: shape}, where `?` after a member's name says that it may be missing or null.
     """
-    read = text_of(read) if isinstance(read, str) else read
-    try:
-        return read(value.get(key), "")
-    except ValueError as error:
-        found = make_printable(str(value.get(key)), 80)
-        raise ValueError(f"{where}{key}: found {found!r}, expected {error}") from None
-
-
-def text_of(pattern):
-    """A reader of text of one form."""
-    return checked(f"text of the form {pattern}",
-                   lambda item: isinstance(item, str) and bool(re.fullmatch(pattern, item, re.ASCII)))
+    kind = shape if isinstance(shape, type) else type(shape)
+    expected = {dict: "a mapping", list: "a list", float: "a number"}.get(kind, f"text of the form {shape}")
+    fits = isinstance(value, kind)
+    if kind is float:
+        fits = get_kind(value) == "number" and value >= 0
+    if kind is str:
+        fits = fits and re.fullmatch(shape, value, re.ASCII)
+    if not fits:
+        found = make_printable(str(value), 80)
+        raise ValueError(f"{where or 'the document'}: found {found!r}, expected {expected}")
+    if isinstance(shape, list):
+        for index, item in enumerate(value):
+            check_shape(item, shape[0], f"{where}[{index}]")
+    if isinstance(shape, dict):
+        for name, inner in shape.items():
+            key = name.rstrip("?")
+            if key == name or value.get(key) is not None:
+                check_shape(value.get(key), inner, f"{where}.{key}" if where else key)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 20. X.509
+# 22. X.509
 # ----------------------------------------------------------------------------------------------------------
 
-# DER: only what a certificate needs, bounds checked at each step, nothing of it used before the whole was
-# read.
+# DER: only what a certificate or a revocation list needs.  Bounds are checked at each step, and nothing is
+# used before the whole was read.
 
 OID_BASIC_CONSTRAINTS, OID_KEY_USAGE, OID_SUBJECT_ALT_NAME = b"\x55\x1d\x13", b"\x55\x1d\x0f", b"\x55\x1d\x11"
 OID_SUBJECT_KEY, OID_ISSUER_KEY = b"\x55\x1d\x0e", b"\x55\x1d\x23"
-OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 KEY_CERT_SIGN, CRL_SIGN = 5, 6                      # bits of keyUsage (RFC 5280, 4.2.1.3)
+MAX_ELEMENTS = 1000                 # beside each other; only the entries of a revocation list are more
 
 
-def parse_der(data):
-    """The elements in DER bytes as [(tag, value bytes, whole element bytes)]; raises ValueError."""
-    elements, position = [], 0
+def walk_der(data):
+    """Each element in DER bytes as (tag, value bytes, whole element bytes); raises ValueError."""
+    position = 0
     while position < len(data):
         start = position
         tag = data[position]
-        position += 1
-        if tag & 0x1F == 0x1F or position >= len(data):
+        position += 2
+        if tag & 0x1F == 0x1F or position > len(data):
             raise ValueError("DER: a long tag or a missing length")
-        length = data[position]
-        position += 1
+        length = data[position - 1]
         if length & 0x80:
             size = length & 0x7F
             if not 1 <= size <= 4 or position + size > len(data):
                 raise ValueError("DER: a bad length")
             length = int.from_bytes(data[position:position + size], "big")
             position += size
-        if position + length > len(data):
-            raise ValueError("DER: a value runs past its end")
+        value = data[position:position + length]
         position += length
-        elements.append((tag, data[position - length:position], data[start:position]))
+        if position > len(data):
+            raise ValueError("DER: a value runs past its end")
+        yield tag, value, data[start:position]
+
+
+def parse_der(data):
+    """The elements in DER bytes, as walk_der gives them, in a list; raises ValueError."""
+    from itertools import islice
+    elements = list(islice(walk_der(data), MAX_ELEMENTS + 1))
+    if len(elements) > MAX_ELEMENTS:
+        raise ValueError(f"DER: more than {MAX_ELEMENTS} elements beside each other")
     return elements
 
 
@@ -8066,88 +8093,81 @@ def make_der(tag, *parts):
 def parse_certificate(der):
     """A DER certificate to a Certificate; raises ValueError (RFC 5280, only the fields in use)."""
     try:
-        outer, = parse_der(der)
-        fields = parse_der(parse_der(outer[1])[0][1])
+        (_, content, _), = parse_der(der)
+        fields = parse_der(parse_der(content)[0][1])
         if fields[0][0] == 0xA0:                    # [0] version
             fields = fields[1:]
         serial, _, issuer, validity, subject, spki = fields[:6]
         not_before, not_after = (parse_der_time(*element[:2]) for element in parse_der(validity[1]))
-        extensions = parse_extensions(next((value for tag, value, _ in fields[6:] if tag == 0xA3), b""))
-        uris, is_ca, usage = read_extensions(extensions)
-    except (IndexError, ValueError, UnicodeDecodeError) as error:
+        extensions = parse_extensions(fields[6:], 0xA3)
+        names = parse_der(open_extension(extensions, OID_SUBJECT_ALT_NAME) or b"")
+        constraints = parse_der(open_extension(extensions, OID_BASIC_CONSTRAINTS) or b"")
+        uris = [name.decode("ascii") for tag, name, _ in names if tag == 0x86]
+        is_ca = any(tag == 0x01 and flag != b"\0" for tag, flag, _ in constraints)
+        usage = open_extension(extensions, OID_KEY_USAGE)
+        if usage is not None:
+            usage = {bit for bit in range(8 * (len(usage) - 1)) if usage[1 + bit // 8] & (0x80 >> bit % 8)}
+        return Certificate(
+            der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after, spki[2],
+            uris, is_ca, usage, open_extension(extensions, OID_SUBJECT_KEY), find_issuer_key(extensions),
+            extensions.get(OID_SUBJECT_ALT_NAME, (0, 0, b""))[2])
+    except (IndexError, ValueError) as error:
         raise ValueError(f"not a readable X.509 certificate ({error})") from None
-    return Certificate(der, subject[2], issuer[2], int.from_bytes(serial[1], "big"), not_before, not_after,
-                       spki[2], uris, is_ca, usage,
-                       extensions)
 
 
-def parse_extensions(data):
-    """The extensions of a certificate or revocation list to {OID: (critical, value, raw)}.
+def parse_extensions(fields, wanted):
+    """The extensions of a certificate or revocation list, {OID: (critical, value, raw)}.
 
-    Raises ValueError, IndexError.
+    They are in the field with the tag `wanted`.  Raises ValueError, IndexError.
     """
     found = {}
-    for _, extension, raw in parse_der(parse_der(data)[0][1]) if data else ():
-        parts = parse_der(extension)
-        if parts[0][1] in found:
+    data = next((value for tag, value, _ in fields if tag == wanted), b"\x30\0")
+    for _, extension, raw in parse_der(parse_der(data)[0][1]):
+        (_, oid, _), *flags, (_, value, _) = parse_der(extension)
+        if oid in found:
             raise ValueError("an extension occurs twice")
-        found[parts[0][1]] = (len(parts) == 3 and parts[1][1] != b"\0", parts[-1][1], raw)
+        found[oid] = (any(flag != b"\0" for _, flag, _ in flags), value, raw)
     return found
 
 
-def read_extensions(extensions):
-    """What matters in a certificate: (URI SANs, CA flag, set of keyUsage bits or None).
+def open_extension(extensions, oid):
+    """What the one element in an extension's value holds, None where there is no such extension."""
+    return parse_der(extensions[oid][1])[0][1] if oid in extensions else None
 
-    Raises ValueError, IndexError.
+
+def find_issuer_key(extensions):
+    """The identifier of the key that signed a certificate or revocation list, or None."""
+    parts = parse_der(open_extension(extensions, OID_ISSUER_KEY) or b"")
+    return next((value for tag, value, _ in parts if tag == 0x80), None)
+
+
+def is_issued(item, name, key):
+    """Whether a Certificate or Crl is issued by whoever has this name and key identifier.
+
+    The identifiers count where both say one.
     """
-    names, constraints, bits = (parse_der(extensions[oid][1])[0][1] if oid in extensions else None
-                                for oid in (OID_SUBJECT_ALT_NAME, OID_BASIC_CONSTRAINTS, OID_KEY_USAGE))
-    uris = [name.decode("ascii") for tag, name, _ in parse_der(names or b"") if tag == 0x86]
-    is_ca = any(tag == 0x01 and flag != b"\x00" for tag, flag, _ in parse_der(constraints or b""))
-    usage = None if bits is None else {bit for bit in range(8 * (len(bits) - 1))
-                                       if bits[1 + bit // 8] & (0x80 >> bit % 8)}
-    return uris, is_ca, usage
-
-
-def find_key_id(item, oid):
-    """The identifier of the subject's or the issuer's key in a Certificate or Crl, or None."""
-    try:
-        inner = parse_der(item.extensions[oid][1])[0][1]
-        if oid == OID_SUBJECT_KEY:
-            return inner
-        return next(value for tag, value, _ in parse_der(inner) if tag == 0x80)
-    except (KeyError, IndexError, ValueError, StopIteration):
-        return None
-
-
-def is_issuer(candidate, item):
-    """Whether a Certificate may have issued another one, or a Crl: by name and, where both say one, by key
-    identifier.
-    """
-    ids = find_key_id(candidate, OID_SUBJECT_KEY), find_key_id(item, OID_ISSUER_KEY)
-    return candidate.subject == item.issuer and (None in ids or ids[0] == ids[1])
+    return item.issuer == name and (None in (key, item.issuer_key) or key == item.issuer_key)
 
 
 def parse_der_time(tag, value):
     """UTCTime or GeneralizedTime to Unix seconds; raises ValueError."""
-    # http.client brings it along; what strptime brings takes 8 ms
-    import datetime
+    import datetime                                 # http.client brings it along; strptime takes 8 ms more
     text = value.decode("ascii")
     if tag == 0x17:
         text = ("19" if text[:2] >= "50" else "20") + text
-    if not re.fullmatch(r"[0-9]{14}Z", text):
+    match = re.fullmatch("([0-9]{4})" + 5 * "([0-9]{2})" + "Z", text)
+    if not match:
         raise ValueError("a time in an unknown form")
-    fields = [int(text[:4])] + [int(text[start:start + 2]) for start in range(4, 14, 2)]
-    return int(datetime.datetime(*fields, tzinfo=datetime.timezone.utc).timestamp())
+    return int(datetime.datetime(*map(int, match.groups()), tzinfo=datetime.timezone.utc).timestamp())
 
 
 def parse_pem(text, label="CERTIFICATE"):
     """Every certificate (or block of another label) of a PEM text as DER bytes, in order.
 
-    Raises ValueError.
+    A block begins with a line, or right behind the block before.  Raises ValueError.
     """
     found = []
-    for block in text.split(f"-----BEGIN {label}-----")[1:]:
+    for block in re.split(f"(?m)^-----BEGIN {label}-----", text.replace("-" * 10, "-----\n-----"))[1:]:
         body, end, _ = block.partition(f"-----END {label}-----")
         if not end or not body.strip():
             raise ValueError("a certificate in PEM is empty or not closed")
@@ -8163,14 +8183,15 @@ def make_pem(ders):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 21. YAML
+# 23. YAML
 # ----------------------------------------------------------------------------------------------------------
 
 # YAML 1.2, one document, core schema. Parse functions go from coarse to fine; the position moves from token
-# to token, and block functions leave it at the first character of the next line that holds something, its
-# column in `column` (-1 at the end).
+# to token. Block functions leave it at the first character of the next line that holds something, whose
+# column is `column` (-1 at the end and at a marker).
 
-MAX_DEPTH, MAX_NODES = 64, 1000000
+MAX_DEPTH = 64                      # levels of collections
+MAX_NODES = 250000                  # nodes, lines, and each 16 characters that an alias repeats
 
 INT_PATTERN = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT_PATTERN = (
@@ -8182,6 +8203,7 @@ CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "tru
 ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
            "e": "\x1b", " ": " ",
            '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
+TAGS = ("!", "str", "int", "float", "bool", "null", "map", "seq")
 
 
 class YAMLError(ValueError):
@@ -8204,12 +8226,11 @@ class PlainFloat(float):
 
 
 def load_yaml(text):
-    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None by the
-    core schema.
+    """Reads one YAML 1.2 document (str or UTF-8 bytes) into dict, list, str, int, float, bool, None.
 
-    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser:
-    what it does not support it refuses (duplicate keys, keys that are no scalars, other tags, directives
-    other than %YAML 1.2, a second document).
+    Raises YAMLError with line and column.  It never reads a document differently from a full YAML 1.2 parser
+    with the core schema: what it does not support it refuses (duplicate keys, keys that are no scalars, other
+    tags, directives other than %YAML 1.2, a second document).
     """
     if isinstance(text, (bytes, bytearray)):
         try:
@@ -8234,21 +8255,21 @@ def scalar_text(value):
 class YAMLReader:
     """The reader of one document; see load_yaml."""
 
+    # No pattern repeats a group: that would take some hundred bytes of memory for each time.
     SPACE = re.compile(r"[ \t]*")
-    # empty and comment lines, then indentation
-    NEXT = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)")
-    # nothing more on this line
-    END = re.compile(r"(?:[ \t]+#[^\n]*|[ \t]*)\n")
-    # of plain scalars: block, flow
+    GAP = re.compile(r"[ \t\n]*")
+    # what ends a line of a plain scalar in a block, and in a flow collection
     STOP = (re.compile(r":(?=[ \t\n])|[ \t]#|\n"), re.compile(r":(?=[ \t\n,\[\]{}])|[ \t]#|[\n,\[\]{}]"))
     MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n])")
     NAME = re.compile(r"[^\s,\[\]{}]+")
-    TAG = re.compile(r"!(?:<[^\s<>]+>|[^\s,\[\]{}]*)")
-    # a key; without bound it takes 100 bytes for each
-    QUOTED = re.compile(r"\"(?:[^\"\\\n]|\\[^\n]){0,1024}\"|'(?:[^'\n]|''){0,1024}'")
     # a plain key: quoted, it is text
     MERGE = re.compile(r"(?:\?\s+)?(?:&\S+\s+)?<<")
-    KEY_END = re.compile(r"[ \t]*:(?=[ \t\n])")
+    PROPERTY = re.compile(r"(?:&([^\s,\[\]{}]+)|(!<[^\s<>]+>|![^\s,\[\]{}]*))(?:[ \t]+|(?=[\n,\]}]))")
+    # what is not itself in a quoted scalar
+    QUOTED = {
+        '"': re.compile(r"\\(?:\n[ \t\n]*|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|[ \t\n]+"),
+        "'": re.compile(r"''|[ \t\n]+"),
+    }
     # its opposite takes 3 ms to compile
     FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
     HEADER = re.compile(r"([|>])(?:([-+])([1-9])?|([1-9])([-+])?)?(?:[ \t]+#[^\n]*|[ \t]*)\n")
@@ -8266,6 +8287,7 @@ class YAMLReader:
         bad = self.FORBIDDEN.search(self.text)
         if bad:
             self.fail(f"character {bad.group()!r} is not allowed", bad.start())
+        self.count(self.text.count("\n"))
 
     def fail(self, message, position=None):
         """Raises YAMLError for a position, by default the current one."""
@@ -8273,247 +8295,231 @@ class YAMLReader:
         start = self.text.rfind("\n", 0, position) + 1
         raise YAMLError(message, self.text.count("\n", 0, start) + 1, position - start + 1)
 
+    def count(self, nodes=1):
+        """Counts what takes memory, so that no small document becomes huge."""
+        self.nodes += nodes
+        if self.nodes > MAX_NODES:
+            self.fail(f"more than {MAX_NODES} nodes and lines")
+
     # Documents and lines
 
     def read_document(self):
         """The one document's value."""
-        self.next_line()
-        directive = self.text.startswith("%", self.position) and self.column == 0
+        self.skip()
+        directive = re.compile(r"%YAML[ \t]+1\.2(?=[ \t\n])").match(self.text, self.position)
         if directive:
-            if not re.compile(r"%YAML[ \t]+1\.2[ \t]*(?:[ \t]#[^\n]*)?\n").match(self.text, self.position):
-                self.fail("a directive other than %YAML 1.2 is not supported")
-            self.position = self.text.index("\n", self.position)
-            self.next_line()
+            self.position = directive.end()
+            self.end_line()
         value = None
-        marked = self.text.startswith("---", self.position) and self.at_marker()
-        if directive and not marked:
-            self.fail("--- is missing after the directive")
-        if marked:
+        if self.at_marker("---"):
             self.position += 3
             value = self.read_block(-1, compact=False)
-        elif self.position < len(self.text) and not self.at_marker():
-            value = self.read_block_at(self.column, -1)
-        if self.text.startswith("...", self.position) and self.at_marker():
+        elif directive:
+            self.fail("--- is missing after the directive")
+        elif self.text.startswith("%", self.position):
+            self.fail("a directive other than %YAML 1.2 is not supported")
+        elif self.column >= 0:
+            value = self.read_block(-1)
+        if self.at_marker("..."):
             self.position += 3
             self.end_line()
         if self.position < len(self.text):
-            self.fail("a second document" if self.at_marker()
+            self.fail("a second document" if self.column < 0
                       else "more than one value, or wrong indentation")
         return value
 
-    def at_marker(self):
-        """Whether --- or ... stands here, at the start of a line."""
-        return self.MARKER.match(self.text, self.position) and self.text[
-            self.position - 1 : self.position
-        ] in ("", "\n")
+    def at_marker(self, marker):
+        """Whether --- or ... is what the next line holds."""
+        return self.column < 0 and self.text.startswith(marker, self.position)
 
-    def next_line(self):
-        """Goes to the next line that holds something."""
-        match = self.NEXT.match(self.text, self.position)
-        self.position = match.end()
-        self.column = match.end() - match.start(1)
-        if self.position >= len(self.text):
+    def skip(self, flow=False):
+        """Goes over white space, line ends and comments; whether a line has ended.
+
+        Then `column` is where the next thing stands.  Outside of flow collections no tab may stand before it.
+        """
+        text, start = self.text, self.position
+        end = self.GAP.match(text, start).end()
+        while text.startswith("#", end) and text[end - 1:end] in " \t\n":
+            end = self.GAP.match(text, text.index("\n", end)).end()
+        self.position = end
+        line = text.rfind("\n", start, end) + 1
+        if start and not line:
+            return False
+        indent = text[line:end]
+        self.column = len(indent) - len(indent.lstrip(" "))
+        if end == len(text) or end == line and self.MARKER.match(text, end):
             self.column = -1
-        elif self.text[self.position] == "\t":
-            after = self.SPACE.match(self.text, self.position).end()
-            # only block structure is made by indentation
-            if self.text[after] not in "[{":
-                self.fail("a tab in the indentation")
-            self.position = after
-        elif self.column == 0 and self.text[self.position] in "-." and self.at_marker():
-            self.column = -1
+        elif "\t" in indent and not flow and text[end] not in "[{":
+            self.fail("a tab in the indentation", line + self.column)
+        return True
 
     def end_line(self):
         """Makes sure that nothing more stands on this line and goes to the next one."""
-        match = self.END.match(self.text, self.position)
-        if not match:
+        if not self.skip():
             self.fail("more on this line than belongs to the value")
-        self.position = match.end()
-        self.next_line()
 
-    def count(self, nodes=1):
-        """Counts nodes, so that aliases cannot make a small document huge."""
-        self.nodes += nodes
-        if self.nodes > MAX_NODES:
-            self.fail(f"more than {MAX_NODES} nodes")
+    def look(self, position):
+        """What follows on white space: (where, how many lines end before it, its column)."""
+        end = self.GAP.match(self.text, position).end()
+        line = self.text[self.text.rfind("\n", 0, end) + 1:end]
+        return end, self.text.count("\n", position, end), len(line) - len(line.lstrip(" "))
 
-    def enter(self):
-        """One level deeper."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            self.fail(f"nested deeper than {MAX_DEPTH} levels")
+    def is_outside(self, position, column, parent):
+        """Whether a line cannot go on with a scalar that is indented deeper than `parent`."""
+        return column <= parent or column == 0 and bool(self.MARKER.match(self.text, position))
+
+    def at_indicator(self, characters):
+        """Whether an indicator stands here: one of these characters, then white space."""
+        return self.text[self.position] in characters and self.text[self.position + 1] in " \t\n"
+
+    def at_colon(self):
+        """Whether a colon stands here that ends a key in a flow collection."""
+        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
 
     # Blocks
 
-    def read_block(self, parent, sequence_at_parent=False, compact=True):
-        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones, indented deeper
-        than `parent`.
+    def read_block(self, parent, dash=False, compact=True):
+        """The node after an indicator (`-`, `:`, `?`, `---`), on this line or the next ones.
+
+        It is indented deeper than `parent`; dash: a sequence may also stand in its column.  compact: a
+        collection may start on this line.
         """
-        start = self.position
-        self.position = self.SPACE.match(self.text, start).end()
-        if self.text[self.position] == "\n" or self.text[self.position] == "#" and self.position > start:
-            return self.read_below(parent, sequence_at_parent, None, None)
-        if "\t" in self.text[start:self.position]:
-            compact = False
-        return self.read_block_at(self.position - self.text.rfind("\n", 0, self.position) - 1, parent,
-                                  compact, sequence_at_parent)
-
-    def read_below(self, parent, sequence_at_parent, anchor, tag):
-        """A node that starts on a later line, or an empty one."""
-        self.position = self.text.index("\n", self.position) + 1
-        self.next_line()
-        dash = sequence_at_parent and self.column == parent and self.at_indicator("-")
-        if self.column > parent or dash:
-            return self.read_block_at(self.column, parent, True, sequence_at_parent, anchor, tag)
-        return self.finish(self.make_scalar("", tag, True), anchor)
-
-    def at_indicator(self, character):
-        """Whether an indicator stands here: the character, then white space."""
-        return self.text[self.position] == character and self.text[self.position + 1] in " \t\n"
-
-    def read_block_at(self, column, parent, compact=True, sequence_at_parent=False, anchor=None, tag=None):
-        """The node that starts here; `compact`: a block collection may start on this line."""
-        character = self.text[self.position]
-        if compact and (character == "?" and self.at_indicator("?") or self.is_key()):
-            return self.read_collection(self.read_mapping, column, dict, anchor, tag)
-        if character == "-" and self.at_indicator("-"):
-            if not compact:
-                self.fail("a block sequence cannot start here")
-            return self.read_collection(self.read_sequence, column, list, anchor, tag)
-        if character in "&!":
-            if anchor and character == "&" or tag and character == "!":
-                self.fail("a second anchor or tag for one node")
-            anchor, tag = self.read_properties(anchor, tag)
-            if self.text[self.position] in "#\n":
-                return self.read_below(parent, sequence_at_parent, anchor, tag)
-            return self.read_block_at(column, parent, False, False, anchor, tag)
-        if character in "|>":
-            value = self.make_scalar(self.read_block_scalar(parent), tag, False)
-            return self.finish(value, anchor)
-        value = self.read_flow(parent, 0, anchor, tag)
+        text, start = self.text, self.position
+        above = (None, None)
+        while True:
+            column = None
+            if self.skip():
+                column = self.column
+                if column <= parent and not (dash and column == parent and self.at_indicator("-")):
+                    return self.make_node("", "plain", above)
+            elif compact and "\t" not in text[start:self.position]:
+                column = self.position - text.rfind("\n", 0, self.position) - 1
+            start, compact = self.position, False
+            own = self.read_properties()
+            if own == (None, None) or text[self.position] not in "#\n":
+                break
+            above = self.join(above, own)
+        if text[self.position] in "|>":
+            return self.make_node(self.read_block_scalar(parent), "quoted", self.join(above, own))
+        if self.at_indicator("-?"):
+            if column is None or own != (None, None):
+                self.fail("a block collection cannot start here")
+            if text[self.position] == "-":
+                return self.make_node(self.descend(self.read_sequence, column), "seq", above)
+            return self.make_node(self.descend(self.read_mapping, column), "map", above)
+        content = self.read_content(parent, False)
+        end = self.position
+        self.position = self.SPACE.match(text, end).end()
+        if column is not None and self.at_indicator(":"):
+            self.position = start
+            return self.make_node(self.descend(self.read_mapping, column), "map", above)
+        self.position = end
+        node = self.make_node(*content, self.join(above, own))
         self.end_line()
-        return value
+        return node
 
-    def read_properties(self, anchor, tag):
-        """Anchor and tag in either order, and the white space after them."""
+    def join(self, above, own):
+        """Anchor and tag of a node whose properties stand on several lines."""
+        if above[0] and own[0] or above[1] and own[1]:
+            self.fail("a second anchor or tag for one node")
+        return above[0] or own[0], above[1] or own[1]
+
+    def read_properties(self):
+        """(anchor, tag) that stand here in either order, None for what is not there; white space after them.
+
+        An anchor is (its name, its place, how many nodes were before it), a tag (its name, its place).
+        """
+        anchor = tag = None
         while self.text[self.position] in "&!":
-            if self.text[self.position] == "&":
-                match = self.NAME.match(self.text, self.position + 1)
-                if not match or anchor:
-                    self.fail("an anchor without a name, or a second one")
-                anchor = match.group(), self.position
+            match = self.PROPERTY.match(self.text, self.position)
+            if not match or (anchor if match.group(1) else tag):
+                self.fail("an anchor or tag without name or white space after it, or a second one")
+            if match.group(1):
+                anchor = match.group(1), self.position, self.nodes
                 # open: an alias to it from inside would be endless
                 self.anchors[anchor[0]] = self.position
             else:
-                match = self.TAG.match(self.text, self.position)
-                if tag:
-                    self.fail("a second tag for one node")
-                tag = self.check_tag(match.group())
-            end = self.SPACE.match(self.text, match.end()).end()
-            if end == match.end() and self.text[end] not in "\n,]}":
-                self.fail("white space is missing after an anchor or tag", end)
-            self.position = end
+                name = re.sub(r"\A!<tag:yaml\.org,2002:(.*)>\Z|\A!!(\w+)\Z", r"\1\2", match.group(2))
+                if name not in TAGS:
+                    self.fail(f"tag {match.group(2)} is not supported")
+                tag = name, self.position
+            self.position = match.end()
         return anchor, tag
 
-    def check_tag(self, tag):
-        """The core schema's short name of a tag."""
-        if tag == "!":
-            return "!"
-        for prefix in ("!!", "!<tag:yaml.org,2002:"):
-            name = tag[len(prefix):].rstrip(">")
-            if tag.startswith(prefix) and name in ("str", "int", "float", "bool", "null", "map", "seq"):
-                return name
-        self.fail(f"tag {tag} is not supported")
-
-    def is_key(self):
-        """Whether an implicit key of a block mapping starts here.
-
-        It lies on one line and has at most 1,024 characters.
-        """
-        text, position = self.text, self.position
-        while text[position] in "&!":
-            match = (self.NAME if text[position] == "&" else self.TAG).match(
-                text, position + (text[position] == "&")
-            )
-            end = match.end() if match else position
-            position = self.SPACE.match(text, end).end()
-            if position == end:
-                break
-        character = text[position]
-        if character in "\"'":
-            match = self.QUOTED.match(text, position)
-            return bool(match and match.end() - position <= 1024 and self.KEY_END.match(text, match.end()))
-        if character == "*":
-            match = self.NAME.match(text, position + 1)
-            return bool(match and text[match.end()] in " \t" and self.KEY_END.match(text, match.end()))
-        if character in "[{#|>@`%,]}" or character in "-?" and text[position + 1] in " \t\n":
-            return False
-        stop = self.STOP[0].search(text, position)
-        return text[stop.start()] == ":" and stop.start() - position <= 1024
-
-    def read_collection(self, read, column, kind, anchor, tag):
-        """A block collection with the anchor and tag that stand before it."""
-        if tag not in (None, "!", "map" if kind is dict else "seq"):
-            self.fail(f"tag !!{tag} does not fit a {'mapping' if kind is dict else 'sequence'}")
-        first = self.nodes
-        self.enter()
-        value = read(column)
+    def descend(self, read, *arguments):
+        """What `read` returns, one level deeper."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self.fail(f"nested deeper than {MAX_DEPTH} levels")
+        value = read(*arguments)
         self.depth -= 1
-        return self.finish(value, anchor, first)
+        return value
 
-    def finish(self, value, anchor, first=None):
-        """Counts a node and keeps it under its anchor."""
+    def make_node(self, value, kind, properties=(None, None)):
+        """A node by its kind (plain, quoted, alias, seq or map), anchor and tag; it is counted."""
+        anchor, tag = properties
+        name, place = tag or (None, None)
+        if kind == "alias":
+            if anchor or tag:
+                self.fail("an alias has neither anchor nor tag")
+            return value
+        if kind in ("plain", "quoted"):
+            value = self.make_scalar(value, name, kind == "plain")
+        elif name not in (None, "!", kind):
+            self.fail(f"tag !!{name} does not fit this collection", place)
         self.count()
         # else one that began later has that name now
         if anchor and self.anchors[anchor[0]] == anchor[1]:
-            self.anchors[anchor[0]] = (value, self.nodes - (self.nodes - 1 if first is None else first))
+            self.anchors[anchor[0]] = value, self.nodes - anchor[2] + (self.position - anchor[1]) // 16
         return value
 
     def read_sequence(self, column):
         """A block sequence whose dashes stand in `column`."""
         items = []
-        while self.column in (column, -2) or not items:
-            if not self.at_indicator("-"):
-                break
+        while True:
             self.position += 1
             items.append(self.read_block(column))
             if self.column > column:
                 self.fail("wrong indentation")
-            if self.column != column:
-                break
-        return items
+            if self.column != column or not self.at_indicator("-"):
+                return items
 
     def read_mapping(self, column):
         """A block mapping whose keys stand in `column`."""
         pairs = []
         while True:
-            start = self.position
+            start, value = self.position, None
             if self.at_indicator("?"):
                 self.position += 1
                 key = self.read_block(column, True)
-                value = None
                 if self.column == column and self.at_indicator(":"):
                     self.position += 1
                     value = self.read_block(column, True)
-                else:
-                    self.count()
-            elif self.is_key() or self.at_indicator(":"):
-                key = self.read_key(0)
-                self.position += 1
-                value = self.read_block(column, True, compact=False)
             else:
-                self.fail("a key is missing here, or its colon")
+                key = self.read_key(column)
+                value = self.read_block(column, True, compact=False)
             pairs.append((key, value, start))
             if self.column > column:
                 self.fail("wrong indentation")
             if self.column != column:
                 return self.make_mapping(pairs)
 
-    def read_key(self, flow):
-        """An implicit key up to its colon."""
-        key = None if self.at_indicator(":") else self.read_flow(-1, flow, key=True)
+    def read_key(self, column):
+        """An implicit key and its colon."""
+        start = self.position
+        properties = self.read_properties()
+        key = self.make_node(*self.read_content(column, False), properties)
         self.position = self.SPACE.match(self.text, self.position).end()
+        if not self.at_indicator(":"):
+            self.fail("a key is missing here, or its colon", start)
+        self.check_key(start)
+        self.position += 1
         return key
+
+    def check_key(self, start):
+        """Refuses an implicit key from `start` to here that no reader has to look for."""
+        if self.position - start > 1024 or "\n" in self.text[start:self.position]:
+            self.fail("a key lies on one line and has at most 1,024 characters", start)
 
     def make_mapping(self, pairs):
         """A dictionary from (key, value, position); refuses what is no scalar or occurs twice.
@@ -8545,94 +8551,54 @@ class YAMLReader:
     # Scalars
 
     def read_block_scalar(self, parent):
-        """A literal or folded scalar; the position is at its indicator."""
-        header = self.HEADER.match(self.text, self.position)
+        """The text of a literal or folded scalar; the position is at its indicator."""
+        text = self.text
+        header = self.HEADER.match(text, self.position)
         if not header:
             self.fail("the header of a block scalar is | or >, then at most + or - and a digit")
-        style = header.group(1)
         chomp = header.group(2) or header.group(5)
         digit = header.group(3) or header.group(4)
-        indent = max(parent, 0) + int(digit) if digit else None
-        self.position = header.end()
-        lines, blank = [], 0
-        while self.position < len(self.text):
-            end = self.text.index("\n", self.position)
-            line = self.text[self.position:end]
-            spaces = len(line) - len(line.lstrip(" "))
-            if (
-                line[spaces:spaces + 1] == "\t"
-                and spaces <= (parent if indent is None else indent - 1)
-                and spaces <= max(parent, 0)
-            ):
-                self.fail("a tab in the indentation of a block scalar")
-            if spaces == len(line) and (indent is None or spaces <= indent):
-                blank = max(blank, spaces)
-                lines.append("")
-            elif indent is None and line.strip(" "):
-                indent = spaces
-                if spaces <= parent or parent < 0 and spaces == 0 and self.at_marker():
-                    break
-                if blank > spaces:
-                    self.fail("an empty line is indented deeper than the first line of the block scalar")
-                lines.append(line[spaces:])
-            elif spaces < (indent or 0) or indent == 0 and self.at_marker():
-                break
-            else:
-                lines.append(line[indent:])
-            self.position = end + 1
-        content = "\n".join(lines) + "\n" if lines else ""
-        if self.cut and self.position >= len(self.text):
+        line = end = header.end()
+        first = re.compile(r"[ \n]*").match(text, line).end()
+        if digit:
+            indent = max(parent, 0) + int(digit)
+        else:
+            line = end = max(line, text.rfind("\n", 0, first) + 1)
+            indent = first - line
+        if digit or first < len(text) and not self.is_outside(first, indent, parent):
+            if "\n" + " " * (indent + 1) in text[header.end() - 1:line]:
+                self.fail("an empty line is indented deeper than the first line of the block scalar", line)
+            last = re.compile(rf"\n(?! {{{indent}}}| *(?:\n|\Z))|\n(?=(?:---|\.\.\.)[ \t\n])")
+            match = last.search(text, line - 1)
+            end = match.start() + 1 if match else len(text)
+        content = "\n" * text.count("\n", header.end(), line)
+        content += re.sub(rf"(?m)^ {{0,{indent}}}", "", text[line:end])
+        if self.cut and end == len(text):
             content = content[:-1]
-        self.next_line()
+        if re.compile(" *\t").match(text, end):
+            self.fail("a tab in the indentation of a block scalar", end)
+        self.position = end - 1
+        self.skip()
         body = content.rstrip("\n")
         tail = content[len(body):]
-        if style == ">":
-            body = self.fold_block(body)
-        if not body:
-            return tail if chomp == "+" else ""
-        kept = {"-": "", "+": tail}
-        return body + kept.get(chomp, tail[:1])
-
-    @staticmethod
-    def fold_block(body):
-        """Folds the lines of a > scalar: a single line end becomes a space, but not around lines that are
-        indented further.
-        """
-        lines = body.split("\n")
-        result, previous, empties = [], None, 0
-        for line in lines:
-            if not line:
-                empties += 1
-                continue
-            deeper = line[0] in " \t"
-            if previous is None:
-                result.append("\n" * empties)
-            elif previous or deeper:
-                result.append("\n" * (empties + 1))
-            else:
-                result.append("\n" * empties if empties else " ")
-            result.append(line)
-            previous, empties = deeper, 0
-        return "".join(result)
+        if header.group(1) == ">":              # a line end between two lines that are not indented further
+            body = re.sub(r"(?m)^([^ \t\n].*)\n(\n*)(?=[^ \t\n])",
+                          lambda match: match.group(1) + (match.group(2) or " "), body)
+        if chomp == "+":
+            return body + tail
+        return body if chomp == "-" or not body else body + tail[:1]
 
     def make_scalar(self, text, tag, plain):
         """A scalar's text to its value by tag or, for a plain one, by the core schema."""
-        if tag is None:
-            return self.resolve_plain(text) if plain else text
-        if tag in ("str", "!"):
+        if tag in ("str", "!") or tag is None and not plain:
             return text
         value = self.resolve_plain(text)
+        if tag is None:
+            return value
         if tag == "float" and re.match(r"[-+]?[0-9]+\Z", text):
             value = float(value)
-        kind = {
-            bool: "bool",
-            int: "int",
-            PlainInt: "int",
-            float: "float",
-            PlainFloat: "float",
-            type(None): "null",
-        }.get(type(value))
-        if tag != kind:
+        kinds = {bool: "bool", int: "int", PlainInt: "int", float: "float", PlainFloat: "float"}
+        if tag != ("null" if value is None else kinds.get(type(value))):
             self.fail(f"{text[:60]!r} does not fit its tag !!{tag}")
         return value
 
@@ -8647,52 +8613,28 @@ class YAMLReader:
             if len(text) > 400:
                 self.fail("a number of more than 400 digits")
             base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-            number = int(text[2:] if base != 10 else text, base)
-            kind = PlainInt
+            number = PlainInt(text[2:] if base != 10 else text, base)
         else:
-            kind = PlainFloat
-            number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            number = PlainFloat(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if repr(number) == text:
-            return number
-        number = kind(number)
+            return +number                          # as plain as its spelling
         number.source = text
         return number
 
-    # Flow
-
-    def read_flow(self, parent, flow, anchor=None, tag=None, key=False):
-        """A node of flow style, a quoted or plain scalar, or an alias.
-
-        `flow`: depth of flow collections around it.
-        """
-        if self.text[self.position] in "&!":
-            anchor, tag = self.read_properties(anchor, tag)
-            if flow and not key:
-                self.skip_flow(parent)
-                if self.text[self.position] in ",]}" or self.at_colon():
-                    return self.finish(self.make_scalar("", tag, True), anchor)
+    def read_content(self, parent, flow):
+        """(value, its kind) of a node of flow style, without its properties; of a scalar its text."""
         character = self.text[self.position]
-        first = self.nodes
         if character == "*":
-            if anchor or tag:
-                self.fail("an alias has neither anchor nor tag")
-            return self.read_alias()
+            return self.read_alias(), "alias"
         if character in "[{":
-            if key and not flow:
-                self.fail("a key that is no scalar is not supported")
-            if tag not in (None, "!", "seq" if character == "[" else "map"):
-                self.fail(f"tag !!{tag} does not fit this collection")
-            self.enter()
-            self.position += 1
-            value = self.read_flow_collection(parent, flow + 1, "]" if character == "[" else "}")
-            self.depth -= 1
+            value = self.descend(self.read_flow_collection, parent)
             self.closed = self.position
-            return self.finish(value, anchor, first)
+            return value, "seq" if character == "[" else "map"
         if character in "\"'":
-            text = self.read_quoted(character, parent, key)
+            text = self.read_quoted(character, parent)
             self.closed = self.position
-            return self.finish(self.make_scalar(text, tag, False), anchor)
-        return self.finish(self.make_scalar(self.read_plain(parent, flow, key), tag, True), anchor)
+            return text, "quoted"
+        return self.read_plain(parent, flow), "plain"
 
     def read_alias(self):
         """The value of an anchor that stands before."""
@@ -8706,57 +8648,111 @@ class YAMLReader:
             self.fail(f"nested deeper than {MAX_DEPTH} levels by aliases")
         return known[0]
 
+    def read_plain(self, parent, flow):
+        """A plain scalar's text, folded over its lines; empty where a block's key is."""
+        text, position = self.text, self.position
+        if not flow and self.at_indicator(":"):
+            return ""
+        character = text[position]
+        if character in ",[]{}#&*!|>'\"%@`" or character in "-?:" and text[position + 1] in (
+                " \t\n,[]{}" if flow else " \t\n"):
+            self.fail(f"a value cannot start with {character!r} here")
+        stop = self.STOP[flow].search(text, position)
+        pieces = [text[position:stop.start()].rstrip(" \t")]
+        self.position += len(pieces[0])
+        while text[stop.start()] == "\n":
+            start, ends, column = self.look(stop.start())
+            if start == len(text) or self.is_outside(start, column, parent) or text[start] == "#":
+                break
+            if flow and (text[start] in ",[]{}" or text[start] == ":" and text[start + 1] in " \t\n,[]{}"):
+                break
+            stop = self.STOP[flow].search(text, start)
+            if text[stop.start()] == ":" and not flow:
+                self.fail("a key on a line that continues a value; is the indentation right?", start)
+            pieces += ["\n" * (ends - 1) or " ", text[start:stop.start()].rstrip(" \t")]
+            self.position = start + len(pieces[-1])
+        return "".join(pieces)
+
+    def read_quoted(self, quote, parent):
+        """A quoted scalar's text."""
+        text, start = self.text, self.position
+        special = re.compile(r'["\\]' if quote == '"' else "'")
+        end = start + 1
+        while True:
+            match = special.search(text, end)
+            if not match:
+                self.fail("a quoted value is not closed", start)
+            end = match.end()
+            if match.group() == quote and (quote == '"' or text[end] != quote):
+                break
+            end += 1                                # over what is escaped
+
+        def replace(match):
+            piece = match.group()
+            place = start + 1 + match.start()
+            if piece == "''":
+                return "'"
+            if piece[0] == "\\" and piece[1] != "\n":
+                return self.make_character(piece, place)
+            ends = piece.count("\n")
+            if not ends:
+                return piece
+            after, _, column = self.look(place + (piece[0] == "\\"))
+            if self.is_outside(after, column, parent):
+                self.fail("a quoted value is continued with too little indentation", after)
+            return "\n" * (ends - 1) or ("" if piece[0] == "\\" else " ")
+
+        self.position = end
+        return self.QUOTED[quote].sub(replace, text[start + 1:end - 1])
+
+    def make_character(self, escape, position):
+        """The character of an escape in a double-quoted scalar."""
+        if escape[1:] in ESCAPES:
+            return ESCAPES[escape[1:]]
+        number = int(escape[2:] or "-1", 16) 
+        if not 0 <= number <= 0x10FFFF or 0xD800 <= number <= 0xDFFF:
+            # halves of a surrogate pair too: YAML takes each by itself
+            self.fail(f"{escape} is no character", position)
+        return chr(number)
+
+    # Flow
+
     def skip_flow(self, parent):
         """White space, line ends and comments between the parts of a flow collection."""
-        while True:
-            start = self.position
-            self.position = self.SPACE.match(self.text, start).end()
-            if self.position >= len(self.text):
-                self.fail("a flow collection is not closed")
-            character = self.text[self.position]
-            if character == "#" and (self.position > start or self.text[start - 1] == "\n"):
-                self.position = self.text.index("\n", self.position)
-            elif character == "\n":
-                self.position = self.NEXT.match(self.text, self.position + 1).end()
-                if self.position >= len(self.text):
-                    self.fail("a flow collection is not closed")
-                indent = self.position - self.text.rfind("\n", 0, self.position) - 1
-                closes = indent == parent and self.text[self.position] in "]}"      # as all readers take it
-                if indent <= parent and not closes or indent == 0 and self.at_marker():
-                    self.fail("a flow collection is continued with too little indentation")
-            else:
-                return
+        ended = self.skip(True)
+        if self.position == len(self.text):
+            self.fail("a flow collection is not closed")
+        before, character = self.text[self.position - 1:self.position + 1]
+        closes = self.column == parent and character in "]}" and before in " \n"    # as all readers take it
+        if ended and self.column <= parent and not closes:
+            self.fail("a flow collection is continued with too little indentation")
 
-    def read_flow_collection(self, parent, flow, closing):
-        """[ … ] or { … }; the position is behind its start.
-
-        A single pair in a sequence is a mapping of its own.
-        """
-        text, items = self.text, []                 # of a mapping: (key, value, position)
+    def read_flow_collection(self, parent):
+        """[ … ] or { … }.  A single pair in a sequence is a mapping of its own."""
+        text = self.text
+        closing = "]" if text[self.position] == "[" else "}"
+        items = []                                  # of a mapping: (key, value, position)
         while True:
+            self.position += 1
             self.skip_flow(parent)
             start = self.position
             if text[start] == closing:
-                self.position += 1
-                return items if closing == "]" else self.make_mapping(items)
-            explicit = text[start] == "?" and text[start + 1] in " \t\n"
+                break
+            explicit = self.at_indicator("?")
             if explicit:
                 self.position += 1
                 self.skip_flow(parent)
-            key = self.read_flow_node(parent, flow)
-            value = None
-            end = self.position
+            key = self.read_flow_node(parent)
+            value, end = None, self.position
             self.skip_flow(parent)
             # After a quoted key or a collection the colon may stand close to the value.
             paired = self.at_colon() or self.closed == end and text[self.position] == ":"
             if paired:
-                long = "\n" in text[start:self.position] or self.position - start > 1024
-                if long and closing == "]" and not explicit:
-                    self.fail("a key in a flow sequence lies on one line and has at most 1,024 characters",
-                              start)
+                if closing == "]" and not explicit:
+                    self.check_key(start)
                 self.position += 1
                 self.skip_flow(parent)
-                value = self.read_flow_node(parent, flow)
+                value = self.read_flow_node(parent)
                 self.skip_flow(parent)
             elif end == start:
                 self.fail("a value is missing before the comma")
@@ -8764,127 +8760,21 @@ class YAMLReader:
                 items.append((key, value, start))
             else:
                 items.append(self.make_mapping([(key, value, start)]) if paired or explicit else key)
-            if text[self.position] == ",":
-                self.position += 1
-            elif text[self.position] != closing:
+            if text[self.position] == closing:
+                break
+            if text[self.position] != ",":
                 self.fail(f"a comma or {closing} is missing")
+        self.position += 1
+        return items if closing == "]" else self.make_mapping(items)
 
-    def read_flow_node(self, parent, flow):
-        """A node in a flow collection, None where there is nothing before its end."""
+    def read_flow_node(self, parent):
+        """A node in a flow collection, an empty one where there is nothing before its end."""
+        properties = self.read_properties()
+        if properties != (None, None):
+            self.skip_flow(parent)
         if self.text[self.position] in ",]}" or self.at_colon():
-            self.count()
-            return None
-        return self.read_flow(parent, flow)
-
-    def at_colon(self):
-        """Whether a colon stands here that ends a key in a flow collection."""
-        return self.text[self.position] == ":" and self.text[self.position + 1] in " \t\n,[]{}"
-
-    def read_plain(self, parent, flow, key):
-        """A plain scalar's text, folded over its lines."""
-        text, position = self.text, self.position
-        character = text[position]
-        if (
-            character in "-?:"
-            and text[position + 1] in (" \t\n,[]{}" if flow else " \t\n")
-            or character in ",[]{}#&*!|>'\"%@`"
-        ):
-            if character == ":" and key:
-                return ""
-            self.fail(f"a value cannot start with {character!r} here")
-        stop = self.STOP[bool(flow)].search(text, position)
-        result = text[position:stop.start()].rstrip(" \t")
-        self.position = position + len(result)
-        while not key and text[stop.start()] == "\n" and stop.start() + 1 < len(text):
-            after = re.compile(r"(?:[ \t]*\n)*( *)[ \t]*").match(text, stop.start() + 1)
-            start = after.end()
-            indent = after.end(1) - after.start(1)
-            if (
-                start >= len(text)
-                or indent <= parent
-                or text[start] == "#"
-                or flow
-                and text[start] in ",[]{}"
-            ):
-                break
-            if flow and text[start] == ":" and text[start + 1] in " \t\n,[]{}":
-                break
-            if indent == 0 and self.MARKER.match(text, start) and text[start - 1] == "\n":
-                break
-            stop = self.STOP[bool(flow)].search(text, start)
-            if text[stop.start()] == ":" and not flow:
-                self.fail("a key on a line that continues a value; is the indentation right?", start)
-            piece = text[start:stop.start()].rstrip(" \t")
-            empties = after.group().count("\n")
-            result += ("\n" * empties if empties else " ") + piece
-            self.position = start + len(piece)
-        return result
-
-    def read_quoted(self, quote, parent, key):
-        """A quoted scalar's text."""
-        start = self.position
-        chunk = re.compile(r"[^\"\\\n]+" if quote == '"' else r"[^'\n]+")
-        self.position = start + 1
-        pieces = []
-        while True:
-            match = chunk.match(self.text, self.position)
-            if match:
-                pieces.append(match.group())
-                self.position = match.end()
-            if self.position >= len(self.text):
-                self.fail("a quoted value is not closed", start)
-            character = self.text[self.position]
-            if character == "\n":
-                if key:
-                    self.fail("a key lies on one line", start)
-                if pieces:
-                    pieces[-1] = pieces[-1].rstrip(" \t") if not pieces[-1].startswith("\0") else pieces[-1]
-                pieces.append(self.fold_line(parent, start))
-            elif character == "\\":
-                pieces.append(self.read_escape(parent, start))
-            elif quote == "'" and self.text.startswith("''", self.position):
-                pieces.append("'")
-                self.position += 2
-            else:
-                self.position += 1
-                return "".join(piece[1:] if piece.startswith("\0") else piece for piece in pieces)
-
-    def fold_line(self, parent, start):
-        """A line end in a quoted scalar and the empty lines after it: a space, or as many line ends."""
-        match = re.compile(r"\n((?:[ \t]*\n)*)( *)[ \t]*").match(self.text, self.position)
-        if match.end() >= len(self.text):
-            self.fail("a quoted value is not closed", start)
-        indent = match.end(2) - match.start(2)
-        self.position = match.end()
-        if indent <= parent or indent == 0 and self.at_marker():
-            self.fail("a quoted value is continued with too little indentation")
-        return "\n" * match.group(1).count("\n") or " "
-
-    def read_escape(self, parent, start):
-        """An escape in a double-quoted scalar, behind a NUL (no character of a document) that keeps it from
-        being folded away.
-        """
-        character = self.text[self.position + 1]
-        if character == "\n":
-            self.position += 1
-            folded = self.fold_line(parent, start)
-            return "\0" + (folded if folded != " " else "")
-        size = {"x": 2, "u": 4, "U": 8}.get(character)
-        if size is None:
-            if character not in ESCAPES:
-                self.fail(f"unknown escape \\{character}")
-            self.position += 2
-            return "\0" + ESCAPES[character]
-        digits = self.text[self.position + 2:self.position + 2 + size]
-        if (
-            not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits)
-            or int(digits, 16) > 0x10FFFF
-            or 0xD800 <= int(digits, 16) <= 0xDFFF
-        ):
-            # halves of a surrogate pair too: YAML takes each by itself
-            self.fail(f"\\{character}{digits} is no character")
-        self.position += 2 + size
-        return "\0" + chr(int(digits, 16))
+            return self.make_node("", "plain", properties)
+        return self.make_node(*self.read_content(parent, True), properties)
 
 
 def measure_depth(value):
@@ -8897,7 +8787,7 @@ def measure_depth(value):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 22. Small encodings
+# 24. Small encodings
 # ----------------------------------------------------------------------------------------------------------
 
 def sha256_digest(data):
@@ -8974,71 +8864,6 @@ def parse_base64(text):
     return base64.b64decode("".join(text.split()), validate=True)
 
 
-def grow(first, times, cap):
-    """Exponential back-off: `first` (seconds) after the first of so many failures in a row, doubled by each
-    further one, at most `cap`.
-    """
-    return min(cap, first * 2 ** min(max(times - 1, 0), 30))
-
-
-def make_wait(record, delay, clock):
-    """The record of one more failure in a row, before whose end nothing is tried again: {failures, at, delay,
-    boot, uptime}.
-
-    record: the one of the failures before, or {}.  delay: seconds from now.  clock: a Clock.
-    """
-    return {"failures": record.get("failures", 0) + 1, "at": clock.now, "delay": delay,
-            "boot": clock.boot, "uptime": clock.uptime}
-
-
-def find_wait(record, clock):
-    """Seconds still to wait by a record that make_wait made, or {}: by the clock that nobody sets where this
-    is the same boot.
-
-    Else by the wall clock, which may have jumped: no jump makes the wait longer than it was (P-2).
-    """
-    same = bool(clock.boot) and record.get("boot") == clock.boot
-    passed = clock.uptime - record["uptime"] if same else clock.now - record.get("at", 0)
-    delay = record.get("delay", 0)
-    return delay - passed if 0 <= passed < delay else 0
-
-
-def make_backoff(failures, asked, strategy, jitter):
-    """Seconds to leave a WFM alone after some failures in a row: exponential with full jitter, starting at
-    what it asked for and never less (C-056); exactly that where it says `fixed` or `none` (C-057).
-    """
-    asked = asked or 0
-    if asked and strategy in ("fixed", "none"):
-        return asked
-    return asked + jitter * max(0, grow(asked or 2 * BACKOFF_FIRST, failures, BACKOFF_CAP) - asked)
-
-
-def make_start(uptime, poll, known, jitter):
-    """The uptime before which a device that has just started leaves its WFM alone: a fleet that regains power
-    arrives spread over one interval (P-19), and two minutes at most, because a device may be switched on for
-    less than its interval (F-27).  One that never had a desired state asks at once.
-    """
-    spread = jitter * min(poll.interval, START_SPREAD)
-    return uptime + spread if known and poll.jitter and uptime < START_WINDOW else 0
-
-
-def make_delay(config, state, fault, clock, jitter):
-    """Seconds until a daemon's next cycle: the interval with its jitter, later after refusals, earlier where
-    an attempt is due.
-    """
-    interval = config.poll.interval * (1 + config.poll.jitter * (2 * jitter - 1))
-    patience = state["patience"]
-    if isinstance(fault, (Refused, Untrusted)):
-        slower = grow(interval, patience.get("failures", 1) + 1, BACKOFF_CAP)
-        return max(interval, patience.get("delay", 0), slower)
-    left = fault.retry_after if isinstance(fault, Silence) else patience.get("delay")
-    if left:
-        return max(1.0, min(interval, left))        # workloads are watched while the WFM is waited for
-    attempts = [find_wait(record["retry"], clock) for record in state["deployments"].values()
-                if record["state"] == "failed" and not record["refused"]]
-    return max(1.0, min([interval] + attempts))
-
-
 def parse_date(text):
     """A date of HTTP, in any of its forms, to Unix seconds; None where there is none or it is unreadable."""
     from datetime import timezone
@@ -9048,31 +8873,6 @@ def parse_date(text):
         return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
-
-
-def limit_wait(seconds, now):
-    """What somebody asks to wait, None or seconds from `now` (Unix seconds): a day at most.
-
-    A number as large as the clock's is a moment (Unix seconds, or milliseconds), not a duration.
-    """
-    if seconds is None:
-        return None
-    if seconds >= 1e12:
-        seconds /= 1000
-    if seconds >= 1e9:
-        seconds -= now
-    return max(0.0, min(seconds, MAX_WAIT))
-
-
-def parse_retry_after(text, now):
-    """`Retry-After` in either form to seconds from `now` (Unix seconds), None where there is none or it is
-    unreadable (C-056).
-    """
-    text = text or ""
-    if re.fullmatch(r"[0-9]+", text.strip()):
-        return limit_wait(float(text.strip()), now)  # float strips less than strip does
-    moment = parse_date(text)
-    return None if moment is None else limit_wait(max(0.0, moment - now), now)
 
 
 def unpack_gzip(data, max_unpacked):
@@ -9131,7 +8931,7 @@ def unpack_tar(data, max_unpacked, max_entries):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 23. Signed (optional)
+# 25. Signed (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 Signer = define("Signer", "leaf key algorithm label components keyid alg",
@@ -9140,18 +8940,36 @@ Signer = define("Signer", "leaf key algorithm label components keyid alg",
 
 # What a public key is, by the object identifiers in it, and what it may sign by, the default first (C-065).
 KEY_ALGORITHMS = {
-    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",
-                                        ), "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
+    "2a8648ce3d0201 2a8648ce3d030107": ("ecdsa-p256-sha256",),
+    "2a8648ce3d0201 2b81040022": ("ecdsa-p384-sha384",),
     "2a864886f70d010101": ("rsa-pss-sha512", "rsa-v1_5-sha256", "rsa-pss-sha256"),
-    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"), "2b6570": ("ed25519",)}
+    "2a864886f70d01010a": ("rsa-pss-sha512", "rsa-pss-sha256"),
+    "2b6570": ("ed25519",),
+}
 # openssl's arguments of each algorithm, and the bytes of r and of s where it is ECDSA.
+PSS = "-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:"
 SIGNING = {
-    "ecdsa-p256-sha256": (["-sha256"], 32), "ecdsa-p384-sha384": (["-sha384"],
-                                                                  48), "rsa-v1_5-sha256": (["-sha256"], 0),
-    "rsa-pss-sha256": (["-sha256", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:32"], 0),
-    "rsa-pss-sha512": (["-sha512", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:64"], 0),
-    "ed25519": (None, 0)}
+    "ecdsa-p256-sha256": ("-sha256", 32),
+    "ecdsa-p384-sha384": ("-sha384", 48),
+    "rsa-v1_5-sha256": ("-sha256", 0),
+    "rsa-pss-sha256": (f"-sha256 {PSS}32", 0),
+    "rsa-pss-sha512": (f"-sha512 {PSS}64", 0),
+    "ed25519": ("", 0),
+}
 ROLES = (("helm", "Standalone Cluster"), ("compose", "Standalone Device"))
+
+Speech = define("Speech", "flat silent certificate client_id status",
+    "How servers of one wfm.dialect speak: whether they take capabilities for each device, flat, or one"
+    " document with roles and resources; the members that a status of rc.3 must not have; what onboarding"
+    " calls the certificate and the client id; the path of a deployment's status.")
+SPEECHES = {
+    "a": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "certificate", "clientId",
+                "/deployments/{}/status"),
+    "b": Speech(True, ("adoptedManifestVersion",), "certificate", "clientId", "/deployments/{}/status"),
+    # as the open WFM of December 2025 has a
+    "a-2025": Speech(False, ("adoptedManifestVersion", "deviceId", "source"), "public_certificate",
+                     "client_id", "/deployment/{}/status"),
+}
 
 
 def read_components(value, base):
@@ -9166,12 +8984,16 @@ def read_components(value, base):
     return names
 
 
-SCHEMA["wfm"]["dialect"] = (choice("a", "b"), "a")
-SCHEMA["identity"]["algorithm"] = choice(*SIGNING)
+SCHEMA["wfm"]["dialect"] = (choice(*SPEECHES), "a", "form of capabilities: a has roles, b is flat")
+SCHEMA["wfm"]["reported_id"] = (choice("device", "client"), "device", "id that capabilities carry")
+SCHEMA["identity"]["algorithm"] = (choice(*SIGNING), None, "how requests are signed; unset: by the key")
 SCHEMA["identity"]["signature"] = {
-    "label": (read_word, "sig1"), "components": (read_components,
-                                                 ["@method", "@target-uri", "@authority", "content-digest"]),
-    "keyid": read_word, "alg": read_word}
+    "label": (read_word, "sig1", "name of the signature in its headers"),
+    "components": (read_components, ["@method", "@target-uri", "@authority", "content-digest"],
+                   "what of a request is signed"),
+    "keyid": (read_word, None, "name by which the WFM knows the key; without it the key's digest"),
+    "alg": (read_word, None, "name of the algorithm that is sent; empty: none"),
+}
 
 
 def choose_algorithm(spki, wanted):
@@ -9188,11 +9010,8 @@ def choose_algorithm(spki, wanted):
     return wanted or known[0]
 
 
-def make_signer(chain, config):
-    """The Signer of a DER chain and the configuration; raises ValueError."""
-    if not chain:
-        raise ValueError("it holds no certificate in PEM")
-    leaf = parse_certificate(chain[0])
+def make_signer(leaf, config):
+    """The Signer of the own leaf Certificate and the configuration; raises ValueError."""
     wish = config.identity.signature
     algorithm = choose_algorithm(leaf.spki, config.identity.algorithm)
     alg = wish.alg
@@ -9204,7 +9023,7 @@ def make_signer(chain, config):
 
 def load_signer(config):
     """What signs requests for the own certificate; raises Untrusted."""
-    return load_own(config, lambda chain: make_signer(chain, config))
+    return load_own(config, lambda leaf: make_signer(leaf, config))
 
 
 def make_signature_base(method, url, headers, signer, created):
@@ -9242,11 +9061,11 @@ def run_signature(data, signer):
     """
     arguments, size = SIGNING[signer.algorithm]
     try:
-        if arguments is None:                       # Ed25519 takes a file that it can measure
+        if arguments:
+            found = run_openssl(["dgst", *arguments.split(), "-sign", signer.key], data)
+        else:                                       # Ed25519 takes a file that it can measure
             with lend_file(data) as file:
                 found = run_openssl(["pkeyutl", "-sign", "-inkey", signer.key, "-rawin", "-in", file.name])
-        else:
-            found = run_openssl(["dgst"] + arguments + ["-sign", signer.key], data)
         if not found:
             raise ValueError("it printed no signature")
         return parse_ecdsa(found, size) if size else found
@@ -9258,10 +9077,11 @@ def run_signature(data, signer):
 
 
 def parse_ca(text):
-    """Certificates in base64 of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
+    """Certificates in base64 or base64url of DER or of PEM, or plain PEM, to DER bytes; raises ValueError."""
     data = text.encode("ascii")
     if b"-----BEGIN" not in data:
-        data = parse_base64(text)
+        plain = "".join(text.split()).replace("-", "+").replace("_", "/")
+        data = parse_base64(plain + "=" * (-len(plain) % 4))
     anchors = parse_pem(data.decode("ascii")) if b"-----BEGIN" in data else [data]
     for anchor in anchors:
         parse_certificate(anchor)
@@ -9285,8 +9105,9 @@ def fetch_ca(config, path):
     check_response(response, where, (200,), time.time())
     try:
         value = parse_json(response.body, "the answer")
-        anchors = parse_ca(value["certificate"] if isinstance(value, dict) else "")
-    except (ValueError, KeyError, AttributeError) as error:
+        check_shape(value, {"certificate": "(?s).*"}, "")
+        anchors = parse_ca(value["certificate"])
+    except ValueError as error:
         raise Untrusted(f"{where}: no usable certificate ({error})") from None
     pem = make_pem(anchors).encode()
     if read_file(path, MAX_CERTIFICATES) not in (None, pem):
@@ -9312,6 +9133,8 @@ class SignedSource(HttpSource):
         host = urlsplit(self.url).netloc
         self.url = self.url.replace(host, re.sub(":443$", "", host.lower()), 1)             # as it is signed
         self.signer, self.state, self.peer = signer, state, "the one that identity.ca vouches for"
+        self.speech = SPEECHES[config.wfm.dialect]
+        self.status_path = self.speech.status
         self.context = make_tls_context(ca_file=config.identity.ca, min_tls=config.wfm.min_tls)
 
     def adopt(self, client_id):
@@ -9337,8 +9160,7 @@ class SignedSource(HttpSource):
             theirs = parse_date(response.headers.get("Date"))
             offset = "unknown" if theirs is None else f"{time.time() - theirs:+.0f} s"
             log("error", "the WFM does not accept a signature", method=method, target=url,
-                algorithm=signer.algorithm,
-                base=base.decode("latin-1"), clockOffset=offset)
+                algorithm=signer.algorithm, base=base.decode("latin-1"), clockOffset=offset)
         elif response.status == 404 and url.endswith("/deployments"):
             log("error", "the WFM does not know this client any more; `unenroll`, then `enroll`, begin anew",
                 client=self.client_id)
@@ -9350,10 +9172,10 @@ class SignedSource(HttpSource):
         Raises Untrusted, Unreachable (protocol 2.7, C-068).
         """
         document = {"apiVersion": "onboarding.margo.org/v1alpha1", "kind": "OnboardingRequest",
-                    "certificate": make_base64(self.signer.leaf.der)}
+                    self.speech.certificate: make_base64(self.signer.leaf.der)}
         try:
             answer = self.send("POST", "/onboarding", (200, 201), document=document)
-            client_id = parse_client_id(parse_json(answer.body, "the answer"))
+            client_id = parse_client_id(parse_json(answer.body, "the answer"), self.speech.client_id)
         except (Untrusted, Refused, ValueError) as error:
             reason = getattr(error, "message", error)
             raise Untrusted(f"onboarding refused: {reason};"
@@ -9362,15 +9184,15 @@ class SignedSource(HttpSource):
         return client_id
 
     def put_capabilities(self, device_id, document):
-        """Reports what a device can do: by POST the first time, by PUT afterwards, by the other where the WFM
-        wants that.
+        """Reports what a device can do.
+
+        By POST the first time, by PUT afterwards, by the other one where the WFM wants that.
         """
-        dialect = self.config.wfm.dialect
+        document = load_sent(document, self.config, self.state)
+        path = f"/capabilities/{document['properties']['id']}" if self.speech.flat else "/capabilities"
         methods = ["POST", "PUT"]
-        path = f"/capabilities/{device_id}" if dialect == "b" else "/capabilities"  # a knows no child devices
         if device_id in (self.state["enrollment"] or {}).get("devices", {}):
-            methods = ["PUT", "POST"]
-        document = make_older_capabilities(document, dialect)
+            methods.reverse()
         try:
             self.send(methods[0], path, SUCCESS, document=document)
         except Refused as error:
@@ -9379,65 +9201,68 @@ class SignedSource(HttpSource):
             self.send(methods[1], path, SUCCESS, document=document)
 
     def delete_capabilities(self, device_id):
-        """Deregisters a device; dialect a has nothing of the kind."""
-        if self.config.wfm.dialect == "b":
-            self.send("DELETE", f"/capabilities/{device_id}", (*SUCCESS, 404))
+        """Deregisters a device, where the dialect has a way to."""
+        if self.speech.flat:
+            super().delete_capabilities(load_name(device_id, self.config, self.state))
 
     def post_status(self, deployment_id, document):
         """Reports a deployment's status with that generation's fields."""
+        document = dict(document, deviceId=load_name(document["deviceId"], self.config, self.state))
         super().post_status(deployment_id, make_older_status(document, self.config.wfm.dialect))
 
 
-def parse_client_id(value):
-    """The client id in the answer to an onboarding; raises ValueError."""
-    found = value.get("clientId") if isinstance(value, dict) else None
-    good = isinstance(found, str) and re.fullmatch(r"[^/\\]{1,200}", found) and found.isprintable()
-    if not good or found in (".", ".."):
-        raise ValueError(f"clientId {make_printable(str(found), 100)!r} cannot be one segment of a path")
-    return found
+def load_name(device_id, config, state):
+    """What the WFM calls a device: its id, or what wfm.reported_id makes of it by the client id."""
+    if config.wfm.reported_id == "device" or not state["client"]:
+        return device_id
+    return state["client"]["id"] + device_id[len(get_device_id(config.device)):]
+
+
+def load_sent(document, config, state):
+    """Capabilities of rc.3 as they are sent: in the dialect, with the WFM's name for the device."""
+    sent = make_older_capabilities(document, config.wfm.dialect)
+    sent["properties"]["id"] = load_name(sent["properties"]["id"], config, state)
+    return sent
+
+
+def parse_client_id(value, name):
+    """The client id in the answer to an onboarding, one segment of a path; raises ValueError."""
+    check_shape(value, {name: r"(?!\.\.?$)[^/\\]{1,200}"}, "")
+    if not value[name].isprintable():
+        raise ValueError(f"{name}: found {make_printable(value[name])!r}, expected printable text")
+    return value[name]
 
 
 def make_older_capabilities(document, dialect):
-    """Capabilities of rc.3 as the first preview release has them (protocol 3.5).
-
-    Dialect b is flat, a has roles and resources; neither has labels.
-    """
-    properties = dict(document["properties"])
-    hosting = {key: properties.pop(key) for key in HOSTING_PROPERTIES if key in properties}
-    cpus = hosting.pop("cpus", None)
-    types = hosting.get("supportedDeploymentTypes", ())
+    """Capabilities of rc.3 as the first preview release has them, without labels (protocol 3.5)."""
     heading = {"apiVersion": "device.margo.org/v1alpha1", "kind": "DeviceCapabilitiesManifest"}
-    if dialect == "b":
-        extensions = {key: value for key, value in document.items() if key not in ("properties", "labels")}
-        properties.update(hosting)
-        if cpus:
-            properties["cpu"] = cpus
-        return dict(extensions, properties=properties, **heading)
-    properties.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
-    if hosting:
-        names = ("memory", "storage", "peripherals", "interfaces")
-        properties["resources"] = {key: hosting[key] for key in names if key in hosting}
-        if cpus:
-            properties["resources"]["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])  # never summed (C-203)
-    return dict(heading, properties=properties)
+    properties = document["properties"]
+    cpus = properties.get("cpus")
+    if SPEECHES[dialect].flat:
+        sent = {key: value for key, value in document.items() if key != "labels"}
+        properties = {"cpu" if key == "cpus" else key: value for key, value in properties.items()}
+        return dict(sent, properties=properties, **heading)
+    sent = {key: value for key, value in properties.items() if key not in HOSTING_PROPERTIES}
+    names = ("memory", "storage", "peripherals", "interfaces")
+    resources = {key: properties[key] for key in names if key in properties}
+    if cpus:
+        resources["cpu"] = max(cpus, key=lambda cpu: cpu["cores"])                  # never summed (C-203)
+    if resources:
+        sent["resources"] = resources
+    types = properties.get("supportedDeploymentTypes", ())
+    sent.setdefault("roles", [role for kind, role in ROLES if kind in types] or ["Gateway"])
+    return dict(heading, properties=sent)
 
 
 def make_older_status(document, dialect):
-    """A status of rc.3 as the first preview release has it (protocol 3.6): no manifest version.
-
-    Dialect a also has neither deviceId nor the source of an error.
-    """
-    without = ("adoptedManifestVersion", "deviceId",
-               "source") if dialect == "a" else ("adoptedManifestVersion",)
+    """A status of rc.3 as the first preview release has it (protocol 3.6)."""
+    import json
 
     def strip(value):
-        if isinstance(value, list):
-            return [strip(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        return {key: strip(item) for key, item in value.items() if key not in without}
+        return {key: item for key, item in value.items() if key not in SPEECHES[dialect].silent}
 
-    return dict(strip(document), apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
+    stripped = json.loads(make_json(document), object_hook=strip)
+    return dict(stripped, apiVersion="deployment.margo.org/v1alpha1", kind="DeploymentStatusManifest")
 
 
 class Signed(Profile):
@@ -9447,7 +9272,7 @@ class Signed(Profile):
 
     @staticmethod
     def takes_children(config):
-        return config.wfm.dialect == "b"
+        return SPEECHES[config.wfm.dialect].flat
 
     def connect(self, keep=True):
         """See Profile.  keep: onboards where that is due, and stores the client id before anything else."""
@@ -9456,7 +9281,7 @@ class Signed(Profile):
         now = time.time()
         signer = load_signer(config)
         check_own(signer.leaf, config, now)
-        warn_of_expiry(signer.leaf, self.store, now)
+        warn_of_own(config, signer.leaf, self.store, now)
         source = SignedSource(config, signer, state)
         key = sha256_digest(signer.leaf.spki)
         if not state["client"] or state["client"]["key"] != key:
@@ -9480,6 +9305,9 @@ class Signed(Profile):
             raise Untrusted(f"identity.key {signer.key} is not the key of identity.certificate")
         return judge_own(signer.leaf, f"signs by {signer.algorithm}", self.config, now)
 
+    def translate(self, document):
+        return load_sent(document, self.config, self.state)
+
     def identify(self):
         """The own key, at this WFM."""
         return f"{self.config.wfm.url}#{sha256_digest(load_signer(self.config).leaf.spki)}"
@@ -9489,74 +9317,100 @@ PROFILES["signed"] = Signed
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 24. Older documents (optional)
+# 26. Older documents (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 PACKAGE_URL_PATTERN = r"https://[^\s/?#@]+/[^\s#@]+"
+OLDER = {
+    "kind?": "ApplicationDeployment(Manifest)?",
+    "metadata": {"annotations?": dict},
+    "spec": {"deploymentProfile": dict},
+}
 
 
 def convert_older(value):
     """An ApplicationDeployment of an older generation (protocol 0 and 3.3) in rc.3's form, see DIALECTS.
 
-    Raises ValueError.
-
-    They are known by `apiVersion` and `kind`.  A name that one does not have is the application's, a
-    namespace is `default`; without `metadata.deviceId` it is for the device that was given it.
+    Raises ValueError.  Such documents carry `apiVersion` or `kind`.  Servers put ids in different places, and
+    need not say what application it is: nothing here is done by that.  A name that is not given is the
+    application's or else the id, a namespace is `default`, and without `metadata.deviceId` the document is
+    for the device that was given it.
     """
     if "apiVersion" not in value and "kind" not in value:
         return None
-    check_member(value, "kind", "", checked("ApplicationDeployment",
-                                            lambda item: item == "ApplicationDeployment"))
-    metadata = check_member(value, "metadata", "", read_dict)
-    spec = check_member(value, "spec", "", read_dict)
-    profile = check_member(spec, "deploymentProfile", "spec.", read_dict)
-    notes = metadata.get("annotations")
-    notes = notes if isinstance(notes, dict) else {}
-    own_id = next((holder["id"] for holder in (value, notes, metadata) if "id" in holder), None)
-    key = "applicationId"
-    application = next((holder[key] for holder in (spec, notes, metadata) if key in holder), None)
+    check_shape(value, OLDER, "")
+    metadata = value["metadata"]
+    spec = value["spec"]
+    profile = spec["deploymentProfile"]
+    notes = metadata.get("annotations") or {}
+
+    def find(key, *holders):
+        return next((holder[key] for holder in holders if holder.get(key) is not None), None)
+
+    own_id = find("id", value, notes, metadata)
+    if own_id is None and re.fullmatch(UUID_PATTERN, str(metadata.get("name"))):
+        own_id = metadata["name"]
+    application = find("applicationId", spec, notes, metadata)
     kind = {"helm.v3": "helm", "docker-compose": "compose"}.get(str(profile.get("type")), profile.get("type"))
-    metadata = {"name": application, "namespace": "default", **metadata}
-    spec = dict(spec, applicationId=application, deploymentProfile=dict(profile, type=kind))
-    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, "ENV.", False)
+    metadata = {"name": application or str(own_id).lower(), "namespace": "default", **metadata}
+    spec = dict(spec, applicationId=application or "none", deploymentProfile=dict(profile, type=kind))
+    return dict(value, id=own_id, metadata=metadata, spec=spec), Dialect(parse_older_package, r"ENV\.", False)
 
 
 def parse_older_package(properties, where, kind):
-    """parse_package of older generations, which name a package by its URL, too, and a chart by that of its
-    repository (6.5).
+    """parse_package of older generations: a package may be named by its URL, and a chart by its repository's.
+
+    See protocol 6.5.
     """
     if "packageLocation" not in properties or "repository" in properties:
         return parse_package(properties, where, kind, "(oci|https)" if kind == "helm" else "oci")
-    url = check_member(properties, "packageLocation", where, PACKAGE_URL_PATTERN)
-    key = None
-    if properties.get("keyLocation"):
-        key = check_member(properties, "keyLocation", where, PACKAGE_URL_PATTERN)
-    return url, "", key
+    shape = {"packageLocation": PACKAGE_URL_PATTERN, "keyLocation?": f"|{PACKAGE_URL_PATTERN}"}
+    check_shape(properties, shape, where)
+    return properties["packageLocation"], "", properties.get("keyLocation") or None
 
 
 def fetch_older(component, config, store, kind):
     """The package of a component of an older generation: (digest, bytes), kept by its digest.
 
-    Raises ComponentError.
-
-    Nothing vouches for its content but TLS, an index's digest and, where the document names a key, a
-    signature.
+    Raises ComponentError.  Nothing vouches for its content but TLS, an index's digest and, where the document
+    names a key, a signature.
     """
     url = component.repository
     if config.wfm.profile == "mtls":
-        raise ComponentError(
-            "INVALID_DEPLOYMENT",
-            f"{make_printable(url)}: this generation takes packages from OCI registries only",
-        )
+        words = f"{make_printable(url)}: this generation takes packages from OCI registries only"
+        raise ComponentError("INVALID_DEPLOYMENT", words)
     if kind == "helm":
         data = fetch_chart(url, component.revision, config)
     else:
         data = fetch_file(url, config)
         if component.key_location:
             run_signature_check(data, url, fetch_file(component.key_location, config), config)
+        if data[:2] != b"\x1f\x8b":
+            data = pack_compose(data, url, config.policy.max_document)
     digest = sha256_digest(data)
     store.save_artifact(digest, data)
     return digest, data
+
+
+def pack_compose(data, url, limit):
+    """A bare compose file as the package that it stands for: a tar+gzip, the same bytes each time.
+
+    Raises ComponentError for what is neither the one nor the other.
+    """
+    import tarfile
+    import zlib
+    try:
+        if len(data) > limit:
+            raise ValueError(f"its {len(data)} bytes are more than policy.max_document")
+        check_shape(load_yaml(data), {"services": dict}, "")
+    except ValueError as error:                     # a YAMLError is one
+        words = f"neither a tar+gzip nor a compose file: {error}"
+        raise ComponentError("ARCHIVE_INVALID", f"{make_printable(url)}: {words}") from None
+    member = tarfile.TarInfo("compose.yaml")
+    member.size = len(data)
+    packer = zlib.compressobj(wbits=31)
+    tar = member.tobuf() + data + bytes(-len(data) % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE)
+    return packer.compress(tar) + packer.flush()
 
 
 def fetch_chart(repository, revision, config):
@@ -9631,7 +9485,7 @@ FETCHERS["https"] = fetch_older
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 25. Git (optional)
+# 27. Git (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 PUSH_ATTEMPTS = 5                   # how often a status is put on top of what others pushed meanwhile
@@ -9651,11 +9505,18 @@ def parse_folder(text):
 
 read_branch = scalar("the name of a branch", BRANCH_PATTERN)
 read_folder = scalar("a folder inside the repository", make=parse_folder)
-SCHEMA["wfm"]["status_url"] = read_root_url
+SCHEMA["wfm"]["status_url"] = (read_root_url, None, "root URL of a WFM to report to; without it a branch is")
 SCHEMA["git"] = {
-    "branch": (read_branch, "main"), "path": (read_folder, ""), "verify_signatures": (read_flag, False),
-    "allowed_signers": read_path, "allow_rewrite": (read_flag, False), "token_file": read_path,
-    "username": read_text, "ssh_key": read_path, "known_hosts": read_path}
+    "branch": (read_branch, "main", "branch of the desired state"),
+    "path": (read_folder, "", "its folder of deployments; empty: the whole of it"),
+    "verify_signatures": (read_flag, False, "whether each head has to be signed"),
+    "allowed_signers": (read_path, None, "who may sign: a file as ssh-keygen has it, or exported gpg keys"),
+    "allow_rewrite": (read_flag, False, "whether signers may rewrite history"),
+    "token_file": (read_path, None, "file of the token for https, mode 0600"),
+    "username": (read_text, None, "who the token belongs to; without it the token is a bearer's"),
+    "ssh_key": (read_path, None, "private key for ssh, mode 0600"),
+    "known_hosts": (read_path, None, "file of the host keys that ssh accepts"),
+}
 
 
 def check_git_settings(config):
@@ -9674,6 +9535,17 @@ def check_git_settings(config):
 
 
 CHECKS.append(check_git_settings)
+
+
+def limit_files(size):
+    """How large a file may become that this process or one that it starts writes, -1: as large as it likes.
+
+    Returns what held before.
+    """
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard < 0 or 0 <= size < hard else hard, hard))
+    return soft
 
 
 class GitSource:
@@ -10028,39 +9900,61 @@ def make_git_environment(config, home, environ):
                                          "/dev/null"] + [quote(f"-o{option}") for option in options])}
 
 
+# All that git may do: its configuration, whatever the machine's is (C-250).
+GIT_CONFIG = """\
+[protocol]
+	allow = never
+[protocol "https"]
+	allow = always
+[protocol "ssh"]
+	allow = always
+[protocol "file"]
+	allow = always
+[core]
+	hooksPath = /dev/null
+	attributesFile = /dev/null
+	bigFileThreshold = 8m
+[gc]
+	auto = 0
+[maintenance]
+	auto = false
+[credential]
+	helper = ""
+[transfer]
+	bundleURI = false
+[fetch]
+	unpackLimit = 1
+[http]
+	followRedirects = false
+	lowSpeedLimit = 1024
+"""
+
+
 def make_git_config(config, home, header):
-    """The configuration that git finds in its home, as bytes: all that it may do, and the credential, which
-    nobody else sees.
-    """
-    seconds = int(4 * config.wfm.timeout) or 1
-    url = config.wfm.url
-    settings = [
-        ("protocol", "allow", "never"), ('protocol "https"', "allow", "always"), ('protocol "ssh"', "allow",
-                                                                                  "always"),
-        ('protocol "file"', "allow", "always"), ("core", "hooksPath", "/dev/null"), ("core", "attributesFile",
-                                                                                     "/dev/null"),
-        ("core", "bigFileThreshold", "8m"), ("gc", "auto", "0"), ("maintenance", "auto",
-                                                                  "false"), ("credential", "helper", ""),
-        ("transfer", "bundleURI", "false"), ("fetch", "unpackLimit",
-                                                                                   "1"),
-        ("http", "followRedirects", "false"), ("http", "lowSpeedLimit", "1024"), ("http", "lowSpeedTime",
-                                                                                  str(seconds)),
-        ("http", "sslVersion", f"tlsv{config.wfm.min_tls}")]
-    if config.identity.ca:
-        settings += [("http", "sslCAInfo", config.identity.ca),
-                     ("http", "sslCAPath", os.path.join(home, "none"))]
-    if header:
-        settings.append(("http", "extraHeader", f"Authorization: {header}"))
-    if url.startswith("file://"):                   # whoever owns it: the operator named it
-        folder = url[len("file://"):].rstrip("/")
-        settings += [("safe", "directory", folder), ("safe", "directory", folder + "/.git")]
-    if config.git.allowed_signers:
-        settings.append(('gpg "ssh"', "allowedSignersFile", config.git.allowed_signers))
-    lines = []
-    for section, key, value in settings:
-        value = value.replace("\\", "\\\\").replace('"', '\\"')
-        lines.append(f'[{section}]\n\t{key} = "{value}"\n')
-    return "".join(lines).encode()
+    """The configuration that git finds in its home, as bytes, with the credential, which nobody else sees."""
+    settings = {
+        "http.lowSpeedTime": int(4 * config.wfm.timeout) or 1,
+        "http.sslVersion": f"tlsv{config.wfm.min_tls}",
+        "http.sslCAInfo": config.identity.ca,
+        "http.sslCAPath": config.identity.ca and os.path.join(home, "none"),
+        "http.extraHeader": header and f"Authorization: {header}",
+        "gpg \"ssh\".allowedSignersFile": config.git.allowed_signers,
+    }
+    text = GIT_CONFIG
+    for name, value in settings.items():
+        section, _, key = name.rpartition(".")
+        if value:
+            text += f"[{section}]\n\t{key} = {quote_for_git(value)}\n"
+    if config.wfm.url.startswith("file://"):        # whoever owns it: the operator named it
+        folder = config.wfm.url[len("file://"):].rstrip("/")
+        for place in (folder, folder + "/.git"):
+            text += f"[safe]\n\tdirectory = {quote_for_git(place)}\n"
+    return text.encode()
+
+
+def quote_for_git(value):
+    """A value as git's configuration has it."""
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def load_git_header(git):
@@ -10168,7 +10062,8 @@ def parse_files(files):
             if not is_deployment(value):
                 ignored.append(name)
                 continue
-            deployment_id = check_member(parse_document(value)[0], "id", "", UUID_PATTERN)
+            deployment_id = parse_document(value)[0].get("id")
+            check_shape(deployment_id, UUID_PATTERN, "id")
         except ValueError as error:                 # a YAMLError is one
             raise Refused(f"{shown}: {error}") from None
         if deployment_id.lower() in seen:
@@ -10285,7 +10180,7 @@ TRACES.append("git")                # its credential, too
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 26. Enrollment (optional)
+# 28. Enrollment (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 # Enrollment and renewal over EST (RFC 7030), by the draft "MIAF Enrollment, Renewal, and Revocation Profile".
@@ -10303,28 +10198,33 @@ NotRenewed = define_fault("NotRenewed", 3, "NOT_RENEWED", "The own SVID, still g
 def read_rekey(value, base):
     """A setting that has gone; says what to do instead."""
     raise ValueError("no such setting any more, because a renewal keeps the key; for another key remove"
-                     " identity.key,"
-                     " put a fresh token into identity.est.token_file and run `enroll`")
+                     " identity.key, put a fresh token into identity.est.token_file and run `enroll`")
 
 
 SCHEMA["identity"].update({
-    "enrollment": (choice("off", "est"), "off"), "rekey": read_rekey,
-    "est": {"url": read_root_url, "token_file": read_path, "certificate": read_path, "key": read_path}})
+    "enrollment": (choice("off", "est"), "off", "est: SVIDs are obtained and renewed over EST (draft)"),
+    "rekey": (read_rekey, None, ""),
+    "est": {
+        "url": (read_root_url, None, "EST server; without it the one that the discovery document names"),
+        "token_file": (read_path, None, "file of the token for the first SVID, mode 0600"),
+        "certificate": (read_path, None, "certificate for the first SVID, in place of a token"),
+        "key": (read_path, None, "private key of that certificate, mode 0600"),
+    },
+})
 
 
 def check_est_settings(config):
     """What only enrollment by EST has: [(whether it is wrong, key, words)]."""
     settings, est = config.identity, config.identity.est
-    pair = {bool(est.certificate), bool(est.key)}
-    files = [settings.key, settings.certificate]
     if settings.enrollment != "est":
         return []
+    files = [settings.key, settings.certificate]
     return [
         (config.wfm.profile != "mtls", "identity.enrollment",
          "est gives an SVID, which only wfm.profile mtls uses"),
         (not est.url and not settings.discovery,
          "identity.est.url", "not set, and no identity.discovery either; one of them says where to enroll"),
-        (pair != {not est.token_file},
+        ({bool(est.certificate), bool(est.key)} != {not est.token_file},
          "identity.est", "either token_file, or certificate and key; found both, neither or a half"),
         (all(files) and len(set(map(os.path.normpath, files))) == 1,
          "identity.key", "found the file of identity.certificate, expected one of its own, because a renewal"
@@ -10351,54 +10251,59 @@ COMPANIONS["est"] = Companion(lambda config: config.identity.enrollment == "est"
 def make_renewal_time(leaf):
     """When a certificate is due for renewal, Unix seconds (E-061, E-065).
 
-    Drawn by its own digest, so once and for all, whatever restarts.
+    It is drawn by the certificate's digest, so once and for all, whatever restarts.
     """
     first, last = RENEWAL_WINDOW
     share = first + (last - first) * int(sha256_digest(leaf.der)[7:15], 16) / 16 ** 8
     return leaf.not_before + share * (leaf.not_after - leaf.not_before)
 
 
-def find_est_step(est, leaf, fault, token, clock, asked=False, strays=False):
-    """What is to be done about the own SVID now: "" nothing, "wait", "renew" or "enroll".
+def find_est_step(est, leaf, fault, token, clock, silent=False, asked=False, strays=False):
+    """What is to be done about the own SVID now: "" nothing, "renew" or "enroll".
 
-    est: the state's record.  leaf: the own Certificate, None where there is none.  fault: why it cannot be
-    used, "" where it can.  token: digest of the token that is at hand, "" for the form by certificate, None
-    where there is neither.
-    asked: `enroll` asks for it, which uses a fresh token although the SVID is good (F-35).  strays: the SVID
-    does not lead to the trust bundle any more.  Raises Untrusted where only an operator can help.
+    est: the state's record.  leaf: the own Certificate, or None.  fault: why it cannot be used, "" where it
+    can.  token: digest of the token at hand, "" for the form by certificate, None where there is neither.
+    silent: downtime wants no request.  asked: `enroll` asks, which uses a fresh token although the SVID is
+    good (F-35).  strays: the SVID does not lead to the trust bundle any more.  Raises Untrusted where only an
+    operator can help, Silence where there is no SVID and none is asked for yet.
     """
     now = clock.now
-    stage = est.get("stage")
+    wait = find_wait(est, clock)
     fresh = token if token != est.get("used") else None
-    issued = stage in ("issued", "proving")
+    issued = "answer" in est
+    begun = est.get("token") and not est.get("refused") and (issued or fresh == est["token"])
+    enrolling = fault or begun or asked and fresh
+    if not enrolling and not issued and not strays and now < make_renewal_time(leaf):
+        return ""
     if fault and leaf and now < leaf.not_before:
         raise Untrusted(fault)                      # the clock: a new SVID would not help
     if fault and fresh is None and not issued:
         raise Untrusted(f"{fault}; a fresh enrollment token in identity.est.token_file is needed, or a chain"
-                        " for the request"
-                        " of `margo_agent.py csr`")
-    begun = stage and est.get("token") and not est.get("refused") and (issued or fresh == est["token"])
-    if fault or begun or asked and fresh:
-        return "wait" if find_wait(est, clock) and fresh in (None, est.get("token")) else "enroll"
-    if now < make_renewal_time(leaf) and not strays:
+                        " for the request of `margo_agent.py csr`")
+    if enrolling and fresh not in (None, est.get("token")):
+        wait = 0
+    if fault and wait and est.get("refused"):
+        raise Untrusted(f"{est['refused']}; asked again within an hour, or at once with another token")
+    if fault and (wait or silent):
+        raise Silence("waiting for as long as the identity service, a back-off or downtime asks",
+                      retry_after=wait, exit=3 if wait else 0)
+    if wait or silent:
         return ""
-    return "wait" if find_wait(est, clock) else "renew"
+    return "enroll" if enrolling else "renew"
 
 
 class Enrollment:
     """The own SVID, obtained and renewed over EST.
 
-    What is under way stands in the state's record `est`, which is durable before each next step: with `stage`
-    "asking" the digests of token and key; "issued" the answer as it came; "proving" the chain that was
-    checked.  One rename activates the chain.  So wherever a run ends, the next one goes on from there, with
-    the same key, and never without the old SVID.
+    What is under way stands in the state's record `est`: the digests of `token` and `key` before they are
+    used, then the `answer` as it came.  One rename activates the chain made from it.  So wherever a run ends,
+    the next one goes on from there, with the same key, and never without the old SVID.
     """
 
     def __init__(self, config, store, state, asked):
         self.config, self.store, self.state, self.asked = config, store, state, asked
         self.settings = config.identity
         self.clock = get_clock()
-        self.take_over()
         if asked and self.est.get("failures"):
             self.est["delay"] = 0  # somebody asks for it now; what the service asked for is still waited for
 
@@ -10412,55 +10317,31 @@ class Enrollment:
         self.est.update(members)
         self.store.save_state(self.state)
 
-    def drop(self):
-        """Forgets what was issued, so that the next attempt asks anew."""
-        for name in ("stage", "answer", "chain"):
-            self.est.pop(name, None)
-        if "token" in self.est:
-            self.est["stage"] = "asking"
-
-    def take_over(self):
-        """Goes on from what an older agent left: files beside the state, and a record without stage."""
-        est = self.est
-        paths = [self.store.path(name) for name in ISSUED_FILES]
-        if "key" in est and "stage" not in est:
-            est["stage"] = "asking"
-            if est["key"] == "none yet":
-                del est["key"]
-        answer, chain = (read_file(path, MAX_CERTIFICATES) or b"" for path in paths[:2])
-        if answer:
-            self.keep(stage="issued", answer=make_base64(answer))
-        if b"-----END CERTIFICATE-----" in chain:   # a key may stand beside it, which goes nowhere
-            self.keep(stage="proving", chain=make_pem(parse_pem(chain.decode("ascii", "replace"))))
-        for path in paths:
-            if os.path.exists(path):
-                remove_file(path)
-
     def tend(self):
         """Enrolls or renews where that is due.
 
         Raises Unreachable or Untrusted where there is no SVID to work with, else NotRenewed.
         """
-        chain = self.est.get("chain")
-        if chain and chain.encode() == read_file(self.settings.certificate, MAX_CERTIFICATES):
-            self.finish()                           # a run ended between activation and here
-        if self.est.get("stage") and not os.path.exists(self.settings.key):
-            self.drop()                             # the key that it is for is lost
+        if not os.path.exists(self.settings.key):
+            self.est.pop("answer", None)            # the key that it is for is lost
         leaf, fault = self.load_leaf()
         mark = self.load_mark() if fault or self.asked or "token" in self.est else None
         strays = bool(leaf) and self.state["trust"].get("strays") == sha256_digest(leaf.der)
-        step = find_est_step(self.est, leaf, fault, mark, self.clock, self.asked, strays)
-        if not step or self.has_to_wait(step, leaf, fault):
+        now, downtime = self.clock.now, self.config.poll.downtime
+        # an SVID that would end in downtime is renewed all the same
+        lapses = not fault and is_within_whole(downtime, now, leaf.not_after)
+        silent = is_within_whole(downtime, now, now) and not lapses
+        step = find_est_step(self.est, leaf, fault, mark, self.clock, silent, self.asked, strays)
+        if not step:
             return
         note_draft(self.store, self.state, "enrollment over EST")
         try:
-            self.obtain(leaf, step == "renew", mark)
+            self.obtain(leaf, leaf if step == "renew" else None, mark)
         except (Unreachable, Untrusted, Refused, CommandError) as error:
             self.note_fault(error, None if fault else leaf.not_after)
             if fault:
                 raise
-            words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet:"
-            words += f" {error.message}"
+            words = f"the own SVID, good until {make_time(leaf.not_after)}, is not renewed yet: {error}"
             if not self.asked:
                 raise NotRenewed(words) from None
             log("warning", words)
@@ -10468,35 +10349,11 @@ class Enrollment:
         self.state["patience"] = {}                 # what the WFM thought of the old SVID no longer counts
         self.finish()
 
-    def has_to_wait(self, step, leaf, fault):
-        """Whether a step waits although the SVID is good.
-
-        Raises Silence or Untrusted where it waits and there is none.
-
-        A renewal waits for the end of the operator's downtime unless the SVID would expire first.
-        """
-        now, downtime = self.clock.now, self.config.poll.downtime
-        if step == "wait" and fault and self.est.get("refused"):
-            raise Untrusted(f"{self.est['refused']}; asked again within an hour, or at once with another"
-                            " token")
-        silent = is_within_whole(downtime, now, now)
-        if not fault:
-            return step == "wait" or silent and not is_within_whole(downtime, now, leaf.not_after)
-        if step == "wait" or silent:
-            raise Silence("waiting for as long as the identity service, a back-off or downtime asks",
-                          retry_after=find_wait(self.est, self.clock), exit=3 if step == "wait" else 0)
-        return False
-
     def load_leaf(self):
-        """(the own leaf or None, why it cannot be used or ""): lost or strange key, validity, and what
-        companions know.
-        """
-        settings = self.settings
+        """(the own leaf or None, why it cannot be used or "")."""
+        settings, leaf = self.settings, None
         try:
             leaf = load_identity(self.config).leaf
-        except Untrusted as error:
-            return None, error.message
-        try:
             check_own(leaf, self.config, self.clock.now)
             if not os.path.exists(settings.key):
                 raise Untrusted(f"identity.key {settings.key}: the key is lost")
@@ -10522,7 +10379,7 @@ class Enrollment:
     def load_authorization(self):
         """The token as HTTP Basic (E-033); raises ConfigError for what cannot be one."""
         path = self.settings.est.token_file
-        loose = ask_looseness("identity.est.token_file", self.settings.est.token_file)
+        loose = ask_looseness("identity.est.token_file", path)
         user, _, secret = (self.load_token() or b"").partition(b":")
         if not secret or b"\n" in user + secret:
             raise ConfigError(f"identity.est.token_file {path}: expected one line, user:secret")
@@ -10533,27 +10390,27 @@ class Enrollment:
     def note_fault(self, error, end):
         """Keeps the back-off that follows from a fault (E-045, E-062).
 
-        end: expiry of the SVID in use; the delay is capped so that several attempts fit before it.
+        end: when the SVID in use expires, or None; another attempt has to fit before that, whatever the
+        service asks (case 4.14).
         """
-        est = self.est
+        record = self.est
         refused = isinstance(error, Untrusted)
-        delay = EST_CAP if refused else grow(EST_FIRST, est.get("failures", 0) + 1, EST_CAP)
+        asked = error.retry_after or 0
+        delay = EST_CAP if refused else grow(EST_FIRST, record.get("failures", 0) + 1, EST_CAP)
         delay *= 1 - get_random() / 2
-        if end is not None:
-            delay = min(delay, (end - self.clock.now) / 4)
         if isinstance(error, Pending):
             log("info", error.message)
-            delay = EST_FIRST if error.retry_after is None else 0
-        est.update(make_wait(est, max(error.retry_after or 0, delay), self.clock))
-        if isinstance(error, Pending):
-            est["failures"] = 0
-        self.keep(refused=error.message if refused else None)
+            record = {"failures": -1}               # it is none
+            delay = 0 if asked else EST_FIRST
+        if end is not None:
+            left = end - self.clock.now
+            delay = min(delay, left / 4)
+            asked = min(asked, left / 2)
+        wait = make_wait(record, max(asked, delay), self.clock)
+        self.keep(refused=error.message if refused else None, **wait)
 
     def finish(self):
-        """Clears up after an activation, as often as it takes.
-
-        The token is erased, and never sent again (E-044).
-        """
+        """Clears up after an activation: the token is erased, and never sent again (E-044)."""
         used = self.est.get("token") or self.est.get("used")
         token = self.load_token()
         if token and sha256_digest(token) == used and not remove_file(self.settings.est.token_file):
@@ -10562,61 +10419,42 @@ class Enrollment:
         self.state["est"] = {"used": used}
         self.store.save_state(self.state)
 
-    def obtain_bundle(self, leaf, since=None):
-        """The current TrustBundle; discovery says with it where to enroll."""
-        domain = make_identity(leaf, "", "").spiffe_id.trust_domain if leaf else None
-        return obtain_trust_bundle(self.config, self.store, self.state, domain, self.clock.now, since=since)
+    def obtain(self, old, renewed, mark):
+        """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, activation.
 
-    def obtain(self, leaf, renewing, mark):
-        """Goes from wherever an enrollment or renewal stands to its end: request, answer, chain, proof,
-        activation.
+        old: the own leaf, whatever its state, or None.  renewed: the same where it is renewed, else None.
         """
-        renewed = leaf if renewing else None
-        bundle = self.obtain_bundle(leaf)
-        if not self.load_chain(renewed):
-            if self.est.get("stage") != "issued":
-                self.post_request(renewed, mark)
-            bundle = self.obtain_bundle(leaf, self.clock.now)           # a rotation may be under way
-            self.keep(stage="proving", chain=self.obtain_chain(renewed, bundle))
-        chain = self.est["chain"]
-        own = parse_identity(parse_pem(chain), "", self.settings.key)
+        domain = make_identity(old).spiffe_id.trust_domain if old else None
+        # a rotation may be under way, and discovery says where to enroll
+        bundle = obtain_trust_bundle(self.config, self.store, self.state, domain, self.clock.now, anew=True)
+        if "answer" not in self.est:
+            self.post_request(renewed, mark)
+        leaf, issued = self.load_answer(renewed)
+        if old and old.der == leaf.der:
+            return                                  # an earlier run ended just after it had activated it
+        chain = self.obtain_chain(leaf, issued, bundle)
+        own = make_identity(leaf, "", self.settings.key)
         if renewed:
             self.prove(chain, own, bundle)
         write_file(self.settings.certificate, chain.encode(), 0o644)
-        log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(own.leaf.not_after),
-            renewal=make_time(make_renewal_time(own.leaf)))
+        log("info", "new SVID", id=own.spiffe_id.text, notAfter=make_time(leaf.not_after),
+            renewal=make_time(make_renewal_time(leaf)))
 
-    def load_chain(self, renewed):
-        """Whether a chain waits for its proof; one that no longer fits what is here by now is given up."""
-        if self.est.get("stage") != "proving":
-            return False
-        try:
-            found = [parse_certificate(der) for der in parse_pem(self.est["chain"])]
-            leaf = find_issued(found, load_public_key(self.settings.key), renewed, None)
-            if self.clock.now <= leaf.not_after:
-                return True
-            reason = "it has expired"
-        except ValueError as error:
-            reason = str(error)
-        log("warning", "an SVID that was issued and waited for its proof is given up", reason=reason)
-        self.drop()
-        return False
-
-    def find_url(self):
-        """Where to enroll; raises Untrusted where nobody says it."""
+    def find_url(self, operation):
+        """The URL of an EST operation; raises Untrusted where nobody says where to enroll."""
         url = self.settings.est.url or self.state["trust"].get("est")
         if not url:
             raise Untrusted(f"identity.discovery {self.settings.discovery} names no {EST_FIELD}, and"
                             " identity.est.url is not set")
-        return url
+        return f"{url}/{operation}"
 
     def post_request(self, renewed, mark):
         """Asks for an SVID, and makes the answer durable before anything else (E-042, E-043)."""
         import base64
         settings = self.settings
         headers = {"Content-Type": CSR_TYPE, "Accept": CERTS_TYPE}
-        url = f"{self.find_url()}/{'simplereenroll' if renewed else 'simpleenroll'}"
-        # a fresh one: no certificate in the other form (E-034)
+        url = self.find_url("simplereenroll" if renewed else "simpleenroll")
+        # a fresh context: with the token no certificate is presented (E-034)
         context, check_peer = obtain_mis_context(self.config, url)
         if renewed:
             load_key_pair(context, settings.certificate, settings.key)
@@ -10630,45 +10468,46 @@ class Enrollment:
         log("info", "asking for an SVID", url=url)
         response = request("POST", url, headers, base64.encodebytes(body), context, self.config.wfm.timeout,
                            MAX_CERTIFICATES, check_peer)
-        answer = parse_certs_only(judge_est_response(response, url, time.time()))
-        self.keep(stage="issued", answer=make_base64(answer))
+        self.keep(answer=make_base64(judge_est_response(response, url, time.time())))
 
     def begin(self, mark):
-        """The first request (DER); what is asked with which key is durable then.
+        """The first request (DER); the token and the key that go together are durable then.
 
         Raises Untrusted for a token that went with another key before.
         """
         path = self.settings.key
-        if not self.est.get("stage") or self.est.get("token") != mark:
-            self.state["est"] = {"stage": "asking", "token": mark, "used": self.est.get("used")}
+        if self.est.get("token") != mark:
+            self.state["est"] = {"token": mark, "used": self.est.get("used")}
             # first: a new key beside an old certificate is then no broken pair
             self.store.save_state(self.state)
         obtain_key(path)
         key = sha256_digest(load_public_key(path))
-        if self.est.get("key", key) != key:
+        if self.est.get("key", key) not in (key, "none yet"):       # this word is of an older agent
             raise Untrusted("the enrollment token was used with a key that is lost; a fresh token is needed")
         self.keep(key=key)
         return run_csr(path, "DER")
 
-    def obtain_chain(self, renewed, bundle):
-        """The chain (PEM) from the answer, checked whole; raises Untrusted, Unreachable.
+    def load_answer(self, renewed):
+        """(the own leaf, [every Certificate]) of what was issued; raises Untrusted.
 
-        An answer that will never do is dropped, so that the next attempt asks anew; one that only time or a
-        newer bundle can mend is kept.
+        An answer that will never do is dropped, so that the next attempt asks anew.
         """
-        key_file = self.settings.key
-        trust_domain = self.state["trust"].get("trustDomain")
         try:
             issued = load_certificates(parse_base64(self.est["answer"]))
-            leaf = find_issued(issued, load_public_key(key_file), renewed, trust_domain)
+            spki = load_public_key(self.settings.key)
+            leaf = find_issued(issued, spki, renewed, self.state["trust"].get("trustDomain"))
             if time.time() > leaf.not_after:
                 check_validity(leaf, time.time())
+            return leaf, issued
         except ValueError as error:
-            self.drop()
+            del self.est["answer"]
             raise Untrusted(f"the certificate that EST issued is refused: {error}") from None
-        response = fetch_from_mis(f"{self.find_url()}/cacerts", self.config, {"Accept": CERTS_TYPE})  # E-039
+
+    def obtain_chain(self, leaf, issued, bundle):
+        """The chain (PEM) from an issued leaf to the trust bundle; raises Untrusted, Unreachable."""
+        response = fetch_from_mis(self.find_url("cacerts"), self.config, {"Accept": CERTS_TYPE})     # E-039
         try:
-            found = load_certificates(parse_certs_only(judge_est_response(response, "cacerts", time.time())))
+            found = load_certificates(judge_est_response(response, "cacerts", time.time()))
         except ValueError as error:
             raise Untrusted(f"cacerts: {error}") from None
         ahead = leaf.not_before - time.time()
@@ -10677,14 +10516,12 @@ class Enrollment:
                           " of ours", retry_after=ahead + 1)
         try:
             check_validity(leaf, time.time())
-            return run_paths(leaf, found + issued, key_file, bundle.anchors)
+            return run_paths(leaf, found + issued, self.settings.key, bundle.anchors)
         except ValueError as error:
             raise Untrusted(f"the SVID issued does not lead to the trust bundle: {error}") from None
 
     def prove(self, chain, own, bundle):
-        """Tries the renewed SVID on a conditional GET; only if the WFM answers does it replace the old one.
-
-        """
+        """Tries the renewed SVID on a conditional GET; it replaces the old one only if the WFM answers."""
         with lend_file(chain.encode()) as file:
             own = own._replace(certificate_file=file.name)
             source = Mtls(self.config, self.store, self.state).open_source(own, bundle, keep=False)
@@ -10692,101 +10529,77 @@ class Enrollment:
 
 
 def run_renewal_csr(leaf, key_file):
-    """A PKCS#10 request (DER) with subject and subjectAltName as they stand in the SVID, byte for byte
-    (E-063).
+    """A PKCS#10 request (DER) that repeats subject and subjectAltName of the SVID byte for byte (E-063).
 
     `openssl req` would encode them again.
     """
     spki = load_public_key(key_file)
-    names = leaf.extensions[OID_SUBJECT_ALT_NAME][2]
     algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\xce\x3d\x04\x03\x02"))  # ecdsa-with-SHA256
     if b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01" in spki[:40]:  # an RSA key
         algorithm = make_der(0x30, make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"), b"\x05\0")
     extension_request = make_der(0x06, b"\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
-    attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, names)))
+    attribute = make_der(0x30, extension_request, make_der(0x31, make_der(0x30, leaf.alt_names)))
     content = make_der(0x30, b"\x02\x01\x00", leaf.subject, spki, make_der(0xA0, attribute))
     signature = run_openssl(["dgst", "-sha256", "-sign", key_file], content)
     return make_der(0x30, content, algorithm, make_der(0x03, b"\0", signature))
 
 
 def judge_est_response(response, operation, now):
-    """The body of a 200 (protocol of the draft, 3.3).
+    """The body of a 200 (the draft's 3.3).
 
-    Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.  A clock that is wrong is
-    told in the log.
+    Raises Pending for 202, Unreachable for what passes, Untrusted for a refusal.
     """
-    theirs = parse_date(response.headers.get("Date"))
-    if theirs is not None and abs(theirs - now) > CLOCK_SKEW:
-        log("error", f"the clock of this device says {make_time(now)}, that of the identity service"
-            f" {make_time(theirs)};"
-            " set the one that is wrong", code="CLOCK")
-    wait = parse_retry_after(response.headers.get("Retry-After"), now)
-    if response.status == 200:
-        return response.body
     if response.status == 202:                      # E-037
         raise Pending("the identity service has accepted the request and has not decided yet",
-                      retry_after=wait)
-    problem = parse_problem(response.body)
-    words = make_printable(response.body[:500].decode("utf-8", "replace"))
-    if problem:
-        words = problem.detail or problem.title
-        wait = limit_wait(problem.retry_after, now) if wait is None else wait
-    message = f"{operation}: HTTP {response.status}" + (f" ({words})" if words else "")
-    if find_verdict(response.status) == "later":
-        raise Unreachable(message, retry_after=wait)
-    raise Untrusted(message if operation == "cacerts" else f"enrollment authorization refused: {message}")
-
-
-def parse_certs_only(body):
-    """The DER of a certs-only answer: base64 with any white space, or DER or PEM as it came (E-038).
-
-    Raises Untrusted.
-    """
-    if body[:1] == b"\x30":
-        return body
+                      retry_after=parse_retry_after(response.headers.get("Retry-After"), now))
     try:
-        data = parse_base64(re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace")))
+        return check_response(response, operation, (200,), now).body
+    except (Refused, Untrusted) as error:
+        words = make_printable(response.body[:500].decode("utf-8", "replace"))
+        refusal = "" if operation == "cacerts" else "enrollment authorization refused: "
+        raise Untrusted(f"{refusal}{operation}: HTTP {response.status} ({words})",
+                        retry_after=error.retry_after) from None
+
+
+def load_certificates(body):
+    """The Certificates of a certs-only answer: base64 with any white space, DER, or PEM (E-038).
+
+    openssl takes it apart, because some servers write BER.  Raises ValueError.
+    """
+    text = re.sub("-----(BEGIN|END) PKCS7-----", "", body.decode("ascii", "replace"))
+    try:
+        data = body if body[:1] == b"\x30" else parse_base64(text)
     except ValueError:
         data = b""
     if data[:1] != b"\x30":
-        words = make_printable(body[:100].decode("utf-8", "replace"))
-        raise Untrusted(f"EST answered 200 with something else than certificates: {words!r}")
-    return data
-
-
-def load_certificates(data):
-    """The Certificates in CMS SignedData; openssl reads it, because some servers write BER.
-
-    Raises ValueError.
-    """
+        raise ValueError("EST answered 200 with something else than certificates:"
+                         f" {make_printable(text, 100)!r}")
     try:
-        found = parse_pem(run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii",
-                                                                                                "replace"))
+        pem = run_openssl(["pkcs7", "-inform", "DER", "-print_certs"], data).decode("ascii", "replace")
     except CommandError:
-        found = None
-    if found is None or len(found) > MAX_ISSUED:
-        raise ValueError(f"openssl finds no certs-only message of at most {MAX_ISSUED} certificates in it")
+        raise ValueError("openssl finds no certs-only message in it") from None
+    found = parse_pem(pem)
+    if len(found) > MAX_ISSUED:
+        raise ValueError(f"it holds more than {MAX_ISSUED} certificates")
     return [parse_certificate(der) for der in found]
 
 
 def find_issued(certificates, spki, renewed, trust_domain):
     """The leaf among issued Certificates.
 
-    Raises ValueError unless it is for the own key, of a client, and no other than before.
-
-    spki: the own public key.  renewed: the leaf that it renews, or None.  trust_domain: as the discovery
-    document says, or None.
+    Raises ValueError unless it is for the own public key, of a client, and no other than before.
+    renewed: the leaf that it renews, or None.  trust_domain: as discovery says, or None.
     """
     leaf = next((item for item in certificates if item.spki == spki), None)
     if leaf is None:
         raise ValueError(f"none of the {len(certificates)} certificates issued is for the own key")
-    own = make_identity(leaf, "", "").spiffe_id
-    if trust_domain and own.trust_domain != trust_domain:
+    own = make_identity(leaf).spiffe_id
+    if trust_domain not in (None, own.trust_domain):
         raise ValueError(f"the SVID issued is of trust domain {own.trust_domain}, the discovery document says"
                          f" {trust_domain}")
     if renewed and own.text != renewed.uris[0]:                                                     # E-067
         raise ValueError(f"the SVID issued is {own.text}, the one to be renewed is {renewed.uris[0]}")
-    if renewed and leaf.not_after <= renewed.not_after:
+    if renewed and leaf.der != renewed.der and leaf.not_after <= renewed.not_after:
         raise ValueError("the SVID issued ends no later than the one that it renews")
     return leaf
 
@@ -10795,8 +10608,8 @@ def find_paths(chain, candidates):
     """Every way [Certificate] from a chain upwards, one after the other (E-039); roots are left out."""
     above = []
     if len(chain) < 10:
-        above = [item for item in candidates
-                 if is_issuer(item, chain[-1]) and item.subject != item.issuer and item not in chain]
+        above = [item for item in candidates if is_issued(chain[-1], item.subject, item.key)
+                 and item.subject != item.issuer and item not in chain]
     for item in above:
         yield from find_paths(chain + [item], candidates)
     if not above:
@@ -10844,152 +10657,118 @@ def examine_renewal(agent):
     return "ok", words
 
 
-ISSUED_FILES = ("issued.p7", "issued.pem", "issued.key")        # of an older agent
-TRACES.extend(ISSUED_FILES)
+TRACES.extend(("issued.p7", "issued.pem", "issued.key"))        # of an older agent
 STEPS.insert(0, tend_identity)
 EXAMINE["renewal"] = examine_renewal
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 27. Revocation (optional)
+# 29. Revocation (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 # Revocation lists, by the draft "MIAF Enrollment, Renewal, and Revocation Profile": signed by the issuer
 # of the SVIDs that they list, named by the discovery document alone.
 CRL_FIELD = "crlUris"
+OID_CRL_NUMBER, OID_CRL_SCOPE = b"\x55\x1d\x14", b"\x55\x1d\x1c"
 MAX_LISTS = 32                      # that a discovery document may name
 CRL_PERIOD = 43200                  # seconds after which a list is asked for again, up to twice that (E-082)
 CRL_FIRST, CRL_CAP = 60, 3600       # seconds between attempts at a list that cannot be had
 
-Crl = define("Crl", "issuer this_update next_update entries number extensions",
-    "What is used of a revocation list: raw name, Unix seconds, raw entries, CRL number, extensions as of a"
-    " Certificate.")
+Crl = define("Crl", "issuer issuer_key this_update next_update serials number",
+    "What is used of a revocation list: raw name, identifier of its issuer's key or None, Unix seconds, the"
+    " serial numbers that it lists, its own number.")
 
-SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft")
+SCHEMA["identity"]["revocation"] = (choice("off", "soft", "require"), "soft",
+                                    "whether lists of revoked certificates are asked for, or needed (draft)")
 
 
 def parse_crl(data):
     """A revocation list (DER or PEM) to (DER, Crl).
 
-    Raises ValueError, also for one whose meaning is not understood (E-085).
+    Raises ValueError, also for one of a kind that is not understood (E-085).
     """
     try:
         der = parse_pem(data.decode("ascii"), "X509 CRL")[0] if data[:1] == b"-" else data
-        fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
+        (_, content, _), = parse_der(der)
+        fields = parse_der(parse_der(content)[0][1])
         if fields[0][:2] != (0x02, b"\1"):
             raise ValueError("it is not of version 2")
         times = [parse_der_time(*field[:2]) for field in fields[3:5]]
-        extensions = parse_extensions(next(value for tag, value, _ in fields[5:] if tag == 0xA0))
-        scope = []
-        if OID_CRL_SCOPE in extensions:
-            scope = parse_der(parse_der(extensions[OID_CRL_SCOPE][1])[0][1])
-        number = int.from_bytes(parse_der(extensions[OID_CRL_NUMBER][1])[0][1], "big")
-        if number >= 2 ** 160:
+        listed = fields[5][1] if fields[5][0] == 0x30 else b""
+        serials = {int.from_bytes(parse_der(entry)[0][1], "big") for _, entry, _ in walk_der(listed)}
+        extensions = parse_extensions(fields[5:], 0xA0)
+        number = parse_der(extensions[OID_CRL_NUMBER][1])[0][1]
+        if len(number) > 21:
             raise ValueError("its number has more than 20 octets")
-    except (IndexError, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
+        kinds = {tag for tag, _, _ in parse_der(open_extension(extensions, OID_CRL_SCOPE) or b"")}
+        crl = Crl(fields[2][2], find_issuer_key(extensions), *times, serials, int.from_bytes(number, "big"))
+    except (IndexError, ValueError, KeyError) as error:
         raise ValueError(f"no revocation list with a CRL number ({type(error).__name__}: {error})") from None
     known = (OID_ISSUER_KEY, OID_CRL_NUMBER, OID_CRL_SCOPE)
     strange = [oid.hex() for oid, (critical, _, _) in extensions.items() if critical and oid not in known]
     # a name, and only user certificates, concern every leaf
-    if strange or {tag for tag, _, _ in scope} - {0xA0, 0x81}:
-        words = ", ".join(strange) or "scope"
-        raise ValueError(f"a list of a kind that is not understood (critical {words})")
-    entries = fields[5][1] if fields[5][0] == 0x30 else b""
-    return der, Crl(fields[2][2], times[0], times[1], entries, number, extensions)
+    if strange or kinds - {0xA0, 0x81}:
+        raise ValueError(f"a list of a kind that is not understood (critical {strange or 'scope'})")
+    return der, crl
 
 
-def is_listed(crl, serial):
-    """Whether a Crl lists a serial number.
-
-    The walk is made only where its bytes occur at all, since lists can be long.
-    """
-    wanted = make_der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1, "big"))
-    return wanted in crl.entries and any(parse_der(entry)[0][2] == wanted for _, entry,
-                                         _ in parse_der(crl.entries))
-
-
-def is_same_issuer(crl, leaf):
-    """Whether list and leaf have one issuer: by name and, where both say one, by key identifier."""
-    ids = find_key_id(crl, OID_ISSUER_KEY), find_key_id(leaf, OID_ISSUER_KEY)
-    return crl.issuer == leaf.issuer and (None in ids or ids[0] == ids[1])
+def find_lists(leaf, crls):
+    """Those of some Crls that are by the issuer of a leaf."""
+    return [crl for crl in crls if is_issued(leaf, crl.issuer, crl.issuer_key)]
 
 
 def is_revoked(leaf, crls):
     """Whether one of the lists by the leaf's issuer lists it, whatever the list's age (E-083)."""
-    return any(is_listed(crl, leaf.serial) for crl in crls if is_same_issuer(crl, leaf))
+    return any(leaf.serial in crl.serials for crl in find_lists(leaf, crls))
 
 
 def find_status_fault(leaf, crls, listed, now):
-    """Why the revocation status of a peer's leaf is not known, "" where it is.
-
-    Raises Untrusted if it is revoked (E-083).
-    """
-    if is_revoked(leaf, crls):
-        raise Untrusted("the peer's certificate is revoked")
+    """Why the revocation status of a peer's leaf is not known, "" where it is (E-088)."""
+    end = max((crl.next_update for crl in find_lists(leaf, crls)), default=None)
     if not listed and not crls:
         return "the trust domain names no revocation list"
-    ends = [crl.next_update for crl in crls if is_same_issuer(crl, leaf)]
-    if not ends and len(crls) < len(listed):
+    if end is None and len(crls) < len(listed):
         return "a revocation list could not be had yet"
-    if not ends:
+    if end is None:
         return "no revocation list at hand is by its issuer"
-    return "" if now <= max(ends) else f"the revocation list ended at {make_time(max(ends))}"
+    return "" if now <= end else f"the revocation list ended at {make_time(end)}"
 
 
 def find_list_fault(state, now):
     """Which of the revocation lists that discovery named says nothing of today, "" where all do (E-088)."""
     for url, record in state["crls"].items():
-        end = record["thisUpdate"] + record["validity"] if record.get("digest") else 0
+        if not record.get("digest"):
+            return f"the revocation list {url} could not be had yet"
+        end = record["thisUpdate"] + record["validity"]
         if now > end:
-            return f"the revocation list {url} " + (f"ended at {make_time(end)}" if end else "could not be"
-                                                    " had yet")
+            return f"the revocation list {url} ended at {make_time(end)}"
     return ""
 
 
-def judge_status(leaf, crls, listed, mode, now):
-    """Holds a peer's leaf against the lists (E-087, E-088).
-
-    Raises Untrusted where it is revoked or, by `require`, where that is not known.
-    """
-    fault = find_status_fault(leaf, crls, listed, now)
-    if fault and mode == "require":
-        raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
-                        f" {fault}")
-    if fault:
-        log("warning", "the WFM's revocation status is not known", reason=fault)
-
-
-def load_crl(store, record):
-    """The bytes of one list at hand; None where there is none, or the disk spoilt it."""
-    if not record.get("digest"):
-        return None
-    data = read_file(store.path("crls", record["digest"][7:]), 1024 * MIB)
-    return data if data is not None and sha256_digest(data) == record["digest"] else None
-
-
 def load_crls(store, state):
-    """[Crl] of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
-    found = []
+    """{URL: Crl} of the verified lists at hand; one that the disk spoilt is a loss that the log tells of."""
+    found = {}
     for url, record in state["crls"].items():
-        data = load_crl(store, record)
-        if data is not None:
-            found.append(parse_crl(data)[1])
-        elif record.get("digest"):
+        digest = record.get("digest")
+        data = read_file(store.path("crls", digest[7:]), 1024 * MIB) if digest else None
+        if data is not None and sha256_digest(data) == digest:
+            found[url] = parse_crl(data)[1]
+        elif digest:
             log("error", "security: a revocation list at hand is lost; an older one could now pass for the"
                 " newest", url=url)
     return found
 
 
-def refresh_crls(config, store, state, issuers, seek):
-    """Fetches each revocation list that is due (E-081, E-082); no fault of it is more than a line in the log.
+def refresh_revocation(config, store, state, source=None):
+    """Fetches the revocation lists that are due (E-081, E-082); a fault of one is a line in the log.
 
-    issuers: the Certificates that may have signed one; seek: a function that gets more of them.
+    source: the MtlsSource, whose chain may hold the issuer of a list, or None.
     """
-    listed = state["trust"].get("crls") or []
     records = state["crls"]
-    before = make_json(records)
     clock = get_clock()
-    jitter = get_random()
+    listed = state["trust"].get("crls") or []
+    if config.identity.revocation == "off" or not (listed or records):
+        return
     create_folder(store.path("crls"))
     for url in listed:
         note_draft(store, state, "revocation lists")
@@ -10997,64 +10776,82 @@ def refresh_crls(config, store, state, issuers, seek):
         if find_wait(record, clock):
             continue
         try:
-            fetch_crl(config, store, url, records, issuers, seek, clock.now)
+            fetch_crl(config, store, state, url, source, clock.now)
             left = record["validity"] - (clock.now - record["thisUpdate"])
-            record.update(make_wait({}, max(1, min(CRL_PERIOD * (1 + jitter), left / 2)), clock), failures=0)
+            delay = max(1, min(CRL_PERIOD * (1 + get_random()), left / 2))
+            record.update(make_wait({"failures": -1}, delay, clock))
         except (MargoError, ValueError) as error:
-            delay = (1 - jitter) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
+            delay = (1 - get_random()) * grow(CRL_FIRST, record.get("failures", 0) + 1, CRL_CAP)
             record.update(make_wait(record, max(getattr(error, "retry_after", None) or 0, delay), clock))
-            reason = getattr(error, "message", str(error))
-            log("warning", "a revocation list cannot be had; what is at hand stays", url=url, reason=reason)
+            log("warning", "a revocation list cannot be had; what is at hand stays", url=url,
+                reason=str(error))
     for url in set(records) - set(listed):
         if clock.now > records[url].get("thisUpdate", 0) + records[url].get("validity", 0):
             del records[url]
-    if make_json(records) != before:
-        store.save_state(state)                     # first what counts, then the old files go
-        keep = {record.get("digest", "")[7:] for record in records.values()}
-        for name in set(os.listdir(store.path("crls"))) - keep:
-            remove_file(store.path("crls", name))
+    store.save_state(state)                         # first what counts, then the old files go
+    keep = {record.get("digest", "")[7:] for record in records.values()}
+    for name in set(os.listdir(store.path("crls"))) - keep:
+        remove_file(store.path("crls", name))
 
 
-def fetch_crl(config, store, url, records, issuers, seek, now):
-    """One list from its URL to the disk, once it is verified (E-084 to E-086); raises ValueError, MargoError.
+def fetch_crl(config, store, state, url, source, now):
+    """One list from its URL to the disk, once it is verified (E-084 to E-086).
 
+    Raises ValueError, MargoError.
     """
+    records = state["crls"]
     record = records[url]
-    headers = {}
-    if load_crl(store, record) is not None:
-        pairs = ("If-None-Match", "etag"), ("If-Modified-Since", "modified")
-        headers = {name: record[key] for name, key in pairs if record.get(key)}
+    held = url in load_crls(store, state)
+    headers = {"Accept": "*/*"}
+    if held and record.get("etag"):
+        headers["If-None-Match"] = record["etag"]
     response = fetch_from_mis(url, config, headers, config.policy.max_document)
-    if check_response(response, url, (200, 304) if headers else (200,), now).status == 304:
+    if response.status == 304 and held:
         return
+    check_response(response, url, (200,), now)
     der, crl = parse_crl(response.body)
     if crl.this_update > now + CLOCK_SKEW:
         raise ValueError(f"it begins at {make_time(crl.this_update)}; is the clock of this device right?")
-    signer = ask_signer(der, crl, issuers) or ask_signer(der, crl, seek())
-    if signer is None:
-        raise ValueError("no issuer that is known, and may sign lists, has signed it")
-    key = sha256_digest(signer.spki)
+    key = sha256_digest(ask_signer(der, crl, load_issuers(config, store, source)).spki)
     # of that issuer, wherever it came from
-    numbers = [item["number"] for item in records.values() if item.get("key") == key]
-    if crl.number < max(numbers, default=0):
-        raise ValueError(f"security: its number went back from {max(numbers)} to {crl.number}")
+    newest = max((item["number"] for item in records.values() if item.get("key") == key), default=0)
+    if crl.number < newest:
+        raise ValueError(f"security: its number went back from {newest} to {crl.number}")
     # a list of another issuer takes nothing from what is held of this one
     if record.get("key") not in (None, key):
         records[f"{url}#{record['key'][7:23]}"] = dict(record)
-    digest = sha256_digest(der)
-    write_file(store.path("crls", digest[7:]), der)             # it counts once the state names it
-    if record.get("key") != key or crl.number > record["number"]:
+    if not held or record["key"] != key or crl.number > record["number"]:
+        digest = sha256_digest(der)
+        write_file(store.path("crls", digest[7:]), der)         # it counts once the state names it
         record.update(digest=digest, number=crl.number, key=key, thisUpdate=crl.this_update,
                       validity=crl.next_update - crl.this_update)
-    record.update(etag=response.headers.get("ETag"), modified=response.headers.get("Last-Modified"))
+    record["etag"] = response.headers.get("ETag")
+
+
+def load_issuers(config, store, source):
+    """The Certificates that may have signed a list: anchors, the own chain and the WFM's (E-084).
+
+    Where the WFM's was not seen yet, it is looked at; before Python 3.10 it shows no issuer.
+    """
+    held = load_trust_bundle(config, store)
+    own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
+    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
+    if source:
+        ders += source.chain or fetch_chain(source.url, source.context, config.wfm.timeout)
+    return [parse_certificate(der) for der in ders]
 
 
 def ask_signer(der, crl, issuers):
-    """The one among issuers that may sign lists and has signed this one, or None; openssl says it."""
+    """The one among issuers that may sign lists and has signed this one; openssl says it.
+
+    Raises ValueError where there is none.
+    """
     with lend_file(der) as file:
         command = ["crl", "-inform", "DER", "-noout", "-verify", "-in", file.name, "-CAfile", "/dev/stdin"]
         for item in issuers:
-            if not is_issuer(item, crl) or item.key_usage is not None and CRL_SIGN not in item.key_usage:
+            if not is_issued(crl, item.subject, item.key):
+                continue
+            if item.key_usage is not None and CRL_SIGN not in item.key_usage:
                 continue
             try:
                 # its exit code says it in no old version
@@ -11064,104 +10861,72 @@ def ask_signer(der, crl, issuers):
                 raise
             except CommandError:
                 pass                                # it is by another one
-    return None
-
-
-def fetch_issuers(source):
-    """The Certificates above the WFM's, seen over a connection on which nothing is said."""
-    chain = fetch_chain(source.url, source.context, source.config.wfm.timeout)
-    if sys.version_info < (3, 10):  # which shows what was presented, and not what was verified
-        chain = chain[:1] + [der for der in chain[1:] if ask_issuer(chain[0], der)]
-    return [parse_certificate(der) for der in chain[1:]]
-
-
-def ask_issuer(der, issuer):
-    """Whether a certificate is signed by the key of another one; openssl says it."""
-    with lend_file(make_pem([der]).encode()) as file:
-        try:
-            run_openssl(["verify", "-partial_chain", "-trusted", "/dev/stdin", file.name],
-                        make_pem([issuer]).encode())
-        except CommandError:
-            return False
-    return True
-
-
-def refresh_revocation(config, store, state, source=None):
-    """Fetches the revocation lists that are due.
-
-    An issuer is sought among anchors, own chain and the WFM's chain (E-084).
-    """
-    if config.identity.revocation == "off" or not (state["trust"].get("crls") or state["crls"]):
-        return
-    held = load_trust_bundle(config, store)
-    own = read_file(config.identity.certificate, MAX_CERTIFICATES) or b""
-    ders = (held.anchors if held else []) + parse_pem(own.decode("ascii", "replace"))
-    chain = source.chain if isinstance(source, MtlsSource) else None
-    issuers = [parse_certificate(der) for der in ders + (chain or [])]
-    blind = chain is not None and len(chain) < 2
-    refresh_crls(config, store, state, issuers, lambda: fetch_issuers(source) if blind else [])
+    raise ValueError("no issuer that is known, and may sign lists, has signed it")
 
 
 def load_judge(config, store, state, source, keep):
-    """A function that holds the WFM's leaf against the lists at hand.
+    """A function (leaf, now) that raises Untrusted for a WFM's leaf by the lists at hand (E-083, E-087).
 
     By `require` they are fetched before anything is said.
     """
-    mode = config.identity.revocation
+    mode, crls, listed = config.identity.revocation, [], ()
     if mode == "require" and keep:
         refresh_revocation(config, store, state, source)
-    crls = load_crls(store, state)
-    listed = state["trust"].get("crls") or ()
+    if mode != "off":
+        crls = list(load_crls(store, state).values())
+        listed = state["trust"].get("crls") or ()
     if is_revoked(source.identity.leaf, crls):
         log("error", "the own SVID is revoked; the WFM will refuse it, have a new one issued",
             id=source.client_id)
 
     def judge(leaf, now):
-        if mode == "require" or mode == "soft" and (listed or crls):
-            judge_status(leaf, crls, listed, mode, now)
+        if is_revoked(leaf, crls):
+            raise Untrusted("the peer's certificate is revoked")
+        fault = find_status_fault(leaf, crls, listed, now)
+        if fault and mode == "require":
+            raise Untrusted("the WFM's revocation status is not known, and identity.revocation is require:"
+                            f" {fault}")
+        if fault and (listed or crls):
+            log("warning", "the WFM's revocation status is not known", reason=fault)
     return judge
 
 
 def parse_crl_uris(members, document_url, public, held):
-    """([URL of a list], [words about what was passed over]) from the members of a discovery document (E-080,
-    E-091).
-    """
+    """([URL of a list], [words about what was passed over]) from a discovery document (E-080, E-091)."""
     listed = members.get(CRL_FIELD, [])
-    faults = []
     if not isinstance(listed, list):
-        listed = []
-        faults = [f"{CRL_FIELD} is no list"]
-    good = []
-    for uri in listed:
+        return [], [f"{CRL_FIELD} is no list"]
+    good, faults = [], []
+    for uri in listed[:MAX_LISTS]:
         if isinstance(uri, str) and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s#]*)?", uri):
             good.append(uri)
         else:
             faults.append(f"{CRL_FIELD} holds {make_printable(str(uri), 100)}, which is no http or https URL")
     if held and not good:
         faults.append("it names no revocation lists any more; those at hand count until they end")
-    return good[:MAX_LISTS], faults
+    return good, faults
 
 
 def load_own_flaw(store, state, leaf):
-    """Why the own leaf is of no use to the WFM."""
-    return "the own SVID is revoked; have a new one issued" if is_revoked(leaf,
-                                                                          load_crls(store, state)) else ""
+    """Why the own leaf is of no use to the WFM, "" where it is."""
+    revoked = is_revoked(leaf, load_crls(store, state).values())
+    return "the own SVID is revoked; have a new one issued" if revoked else ""
 
 
 def examine_lists(agent):
     """Whether the revocation lists say something of today."""
     fault = find_list_fault(agent.state, time.time())
-    count = len(agent.state["crls"])
     if fault:
         return "warn", fault
+    count = len(agent.state["crls"])
     return "ok", f"{count} revocation lists (draft)" if count else ""
 
 
 def refresh_after_poll(agent):
     """Fetches revocation lists where there are some and it is time."""
     if not agent.is_downtime():
-        source = None if agent.silent else agent.source
-        refresh_revocation(agent.config, agent.store, agent.state, source)
+        heard = isinstance(agent.source, MtlsSource) and not agent.silent
+        refresh_revocation(agent.config, agent.store, agent.state, agent.source if heard else None)
 
 
 COMPANIONS["crls"] = Companion(
@@ -11174,7 +10939,7 @@ EXAMINE["lists"] = examine_lists
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 28. Helm (optional)
+# 30. Helm (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def read_helm(value, base):
@@ -11195,28 +10960,27 @@ def make_owner_value(owner):
 
 
 def parse_releases(data, records, owner=""):
-    """The list of releases to [Container], one a release; its revision is the mark by which drift is seen.
+    """The list of releases to [Container]; a release's revision is the hash by which drift is seen.
 
     Raises CommandError.
     """
     names = {make_release_name(component["name"], record["deploymentId"]):
              (record["deploymentId"], component["name"])
              for record in records for component in record["components"]}
-    containers = []
-    try:
-        for item in parse_json(data, "helm list") or ():
+    def read(items):
+        found = []
+        for item in items or ():
             match = re.fullmatch(rf"(.+)-({UUID_PATTERN})", item["name"])
             if not match and item["name"] not in names:
                 continue                            # somebody else's, whatever its labels say
             deployment_id, component = names.get(item["name"]) or (match.group(2), match.group(1))
             state = "running" if item["status"] == "deployed" else item["status"]
-            containers.append(Container(
+            found.append(Container(
                 f"{item['namespace']}/{item['name']}", item["name"], deployment_id, component, "release",
                 str(item["revision"]), state, "helm", owner=owner))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(
-            f"helm list answered in an unknown form ({type(error).__name__}: {error})") from None
-    return containers
+        return found
+
+    return parse_answer(data, "helm list", read)
 
 
 def list_texts(value):
@@ -11227,13 +10991,11 @@ def list_texts(value):
     return [] if value is None or isinstance(value, bool) else [scalar_text(value)]
 
 
-def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None):
-    """The HelmDriver of the configuration, None where there is no helm or no cluster to use it with.
+def make_helm_driver(config, child=None, _=(), environ=None):
+    """The HelmDriver of the configuration; None where there is no helm, or no cluster to use it with.
 
-    Told without starting anything.
-
-    child: (device id, connection) of a child device, whose connection may name its cluster; claim: as for
-    make_compose_driver.
+    Nothing is started to tell.  child: (device id, connection) of a child device, whose connection may name
+    its cluster.
     """
     environ = os.environ if environ is None else environ
     setting = config.runtime.helm
@@ -11251,15 +11013,13 @@ def make_helm_driver(config, child=None, _=(), claim=claim_nothing, environ=None
     # they would steer it behind our back
     environ = {key: item for key, item in environ.items() if not key.startswith("HELM_")}
     environ.update(get_temporary(config.state_dir, environ), **({"KUBECONFIG": path} if path else {}))
-    return HelmDriver("helm" if setting == "auto" else setting, config, environ, claim)
+    return HelmDriver("helm" if setting == "auto" else setting, config, environ)
 
 
 def make_values(deployment, component):
     """The parameters of one Helm component as a values file holds them, types kept (C-181 to C-183).
 
-    Raises ComponentError PARAMETER_INVALID.
-
-    A later parameter for the same place wins.
+    A later parameter for the same place wins.  Raises ComponentError PARAMETER_INVALID.
     """
     values = {}
     for parameter, pointer in find_parameters(deployment, component):
@@ -11275,8 +11035,9 @@ def make_values(deployment, component):
 
 
 def parse_value_path(pointer):
-    """A dotted pointer as `helm --set` reads it to names and indices: `a.b[0].c` and `a\\.b`; raises
-    ValueError.
+    """A dotted pointer to names and indices, as `helm --set` reads it: `a.b[0].c` and `a\\.b`.
+
+    Raises ValueError.
     """
     path, position = [], 0
     token = re.compile(r"((?:[^.\[\]\\]|\\.)+)((?:\[[0-9]{1,3}\])*)(\.|\Z)", re.S)
@@ -11295,10 +11056,7 @@ def parse_value_path(pointer):
 
 
 def set_value(values, path, value):
-    """Puts a value at a path of names and indices into nested mappings and lists.
-
-    Raises ValueError where another stands in the way.
-    """
+    """Puts a value at a path of names and indices; raises ValueError where another one is in the way."""
     place = values
     for step, following in zip(path, path[1:] + [None]):
         if isinstance(step, int):
@@ -11318,12 +11076,10 @@ def set_value(values, path, value):
 
 
 def make_release_name(component, deployment_id):
-    """`<component>-<deploymentId>` as Helm takes names, at most 53 characters.
+    """`<component>-<deploymentId>` as Helm takes names: at most 53 characters.
 
-    A long component is cut, with a hash of the whole.
-
-    The id always stands at the end, because a list of releases shows nothing else by which one could tell
-    whose it is.
+    A long component is cut, with a hash of the whole.  The id always stands at the end, because a list of
+    releases shows nothing else by which one could tell whose it is.
     """
     whole = f"{component}-{deployment_id}".lower()
     if len(whole) <= 53:
@@ -11339,20 +11095,26 @@ class HelmDriver:
     Archives, so helm needs no access to registries.
     """
 
-    def __init__(self, helm, config, environ, claim=claim_nothing):
-        self.helm, self.config, self.environ, self.claim = helm, config, environ, claim
+    def __init__(self, helm, config, environ):
+        self.helm, self.config, self.environ = helm, config, environ
+        self.claim = NOBODY                         # by what a release is ours, as of the last look
 
     def run(self, arguments, timeout):
         """The Output of one helm command."""
         return run_command([self.helm] + arguments, timeout, env=self.environ)
 
-    def observe(self, records=()):
-        """Every release of ours in any state; [] without asking where no deployment is known to need Helm.
+    def carry_out(self, arguments, deadline):
+        """The Output of one helm command that is to be done by then."""
+        seconds = max(1, int(deadline - time.monotonic()))
+        return self.run(arguments + [f"--timeout={seconds}s"], seconds + 30)
 
-        Raises CommandError.
+    def observe(self, records=(), claim=None):
+        """Every release of ours in any state; raises CommandError.
+
+        Where no deployment is known to need Helm, nothing is asked.  claim: as for the ComposeDriver.
         """
         found = []
-        claim = self.claim()
+        claim = self.claim = claim or self.claim
         wanted = {make_release_name(component["name"], record["deploymentId"])
                   for record in records for component in record["components"]}
         for owner in dict.fromkeys([claim.owner, *sorted(claim.owners), ""]) if records else ():
@@ -11375,7 +11137,7 @@ class HelmDriver:
 
     def make_foreign(self):
         """The selector of releases that carry no owner of this agent's, or none at all."""
-        claim = self.claim()
+        claim = self.claim
         owners = sorted(map(make_owner_value, {claim.owner, *claim.owners}))
         return f"{LABEL_OWNER} notin ({','.join(owners)})"
 
@@ -11399,8 +11161,9 @@ class HelmDriver:
         return f"helm {make_printable(version, 60)} answers, {len(self.observe([record]))} releases of ours"
 
     def prepare(self, deployment, component, known, store, fetched):
-        """Fetches and verifies the chart and makes the values, touching nothing that runs: (a Release,
-        package facts).
+        """Fetches and verifies the chart and makes the values, and touches nothing that runs.
+
+        Returns (a Release, facts of the package).
         """
         values = make_values(deployment, component.name)
         _, package = obtain_package(component, known, self.config, store, "helm")
@@ -11425,69 +11188,52 @@ class HelmDriver:
     def apply(self, release, containers, known, deadline):
         """Makes the release as prepared; {"release": facts} once it is deployed, or ComponentError.
 
-        Safe to repeat.
-
-        `upgrade --install` asks the cluster itself what is there, so that trouble on the way is never
-        taken for "not installed" (D-16).
+        Safe to repeat.  `upgrade --install` asks the cluster itself what is there, so that trouble on the way
+        is never taken for "not installed" (D-16).
         """
-        present = self.find(release.deployment_id, release.component, containers)
+        present = find_containers(release.deployment_id, containers, release.component, "helm")
         facts = known.get("release")
         if (facts and facts.get("content") == release.content
                 and [(c.hash, c.state) for c in present] == [(facts["hash"], "running")]):
             return {"release": facts}
         for container in present:
             self.repair(container, release.namespace, facts, deadline)
-        seconds = max(1, int(deadline - time.monotonic()))
-        owner = self.claim().owner
+        owner = self.claim.owner
         labels = f"{LABEL_DEPLOYMENT}={release.deployment_id}"
         if owner:
             labels += f",{LABEL_OWNER}={make_owner_value(owner)}"
         arguments = [
             "upgrade", "--install", release.name, release.chart, f"--namespace={release.namespace}",
             "--create-namespace", f"--values={release.values_file}", f"--labels={labels}", "--reset-values",
-            "--history-max=5", f"--timeout={seconds}s", "--output=json"]
-        output = self.run(arguments + ["--wait"] * bool(release.wait), seconds + 30)
+            "--history-max=5", "--output=json"]
+        output = self.carry_out(arguments + ["--wait"] * bool(release.wait), deadline)
         if output.code:
             code = "INSTALL_TIMEOUT" if time.monotonic() >= deadline - 0.5 else "INSTALL_FAILED"
             words = mask(output.stderr, list_texts(release.values))
             raise ComponentError(code, f"helm upgrade failed: {words[-1500:]}")
-        try:
-            revision = str(parse_json(output.stdout, "helm upgrade")["version"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ComponentError(
-                "INSTALL_FAILED", f"helm upgrade answered in an unknown form ({error})") from None
-        return {"release": {"hash": revision, "finished": False, "image": "", "content": release.content}}
-
-    @staticmethod
-    def find(deployment_id, component, containers):
-        """The releases of a component."""
-        wanted = deployment_id.lower(), component, "helm"
-        return [item for item in containers
-                if (item.deployment_id.lower(), item.component, item.type) == wanted]
+        revision = parse_answer(output.stdout, "helm upgrade", lambda answer: answer["version"])
+        return {"release": {"hash": str(revision), "finished": False, "image": "",
+                            "content": release.content}}
 
     def repair(self, container, namespace, facts, deadline):
-        """Takes away what would stop an upgrade, or what it would not see: a release in another
-        namespace, one that a power cut left half done, and what a failed upgrade left in the cluster
-        (helm compares with the version that was deployed, not with that one).
+        """Takes away what would stop an upgrade, or what it would not see.
 
-        facts: of the revision that was made here last; to that one it goes back, for the one before the
-        newest may be what has failed.
+        That is a release in another namespace, one that a power cut left half done, and what a failed upgrade
+        left in the cluster: helm compares with the version that was deployed, not with that one.  facts: of
+        the revision that was made here last; to that one it goes back, for the one before the newest may be
+        what has failed.
         """
         there = container.id.partition("/")[0]
-        seconds = max(1, int(deadline - time.monotonic()))
         if there != namespace or container.state in ("pending-install", "uninstalling"):
             self.uninstall(container, deadline)
         elif container.state != "running":
             revision = [facts["hash"]] if facts else []
-            arguments = ["rollback", container.name] + revision
-            self.run(arguments + [f"--namespace={there}", f"--timeout={seconds}s"], seconds + 30)
+            self.carry_out(["rollback", container.name, *revision, f"--namespace={there}"], deadline)
 
     def uninstall(self, container, deadline):
         """Uninstalls a release; whether it worked is told by the list alone."""
-        seconds = max(1, int(deadline - time.monotonic()))
         namespace = container.id.partition("/")[0]
-        return self.run(["uninstall", container.name, f"--namespace={namespace}", "--wait",
-                         f"--timeout={seconds}s"], seconds + 30)
+        return self.carry_out(["uninstall", container.name, f"--namespace={namespace}", "--wait"], deadline)
 
     def bring_back(self, before, deadline):
         """Leaves the releases as they are: the cluster keeps the pods of the revision before."""
@@ -11498,10 +11244,10 @@ class HelmDriver:
 
         Raises ComponentError REMOVE_FAILED unless the cluster says that nothing is left (D-21).
         """
-        ours = self.find(deployment_id, component, containers)
+        ours = find_containers(deployment_id, containers, component, "helm")
         words = [self.uninstall(container, deadline).stderr for container in ours]
         record = {"deploymentId": deployment_id, "components": [{"name": component}]}
-        if ours and self.find(deployment_id, component, self.observe([record])):
+        if ours and find_containers(deployment_id, self.observe([record]), component):
             raise ComponentError(
                 "REMOVE_FAILED", f"release {ours[0].name} is still there: {words[0][-1000:]}")
 
@@ -11523,21 +11269,22 @@ class HelmDriver:
 
 
 DRIVERS["helm"] = make_helm_driver
-SCHEMA["runtime"].update(helm=(read_helm, "auto"), kubeconfig=read_path)
+SCHEMA["runtime"].update(helm=(read_helm, "auto", "path of helm; auto: by PATH, off: no helm components"),
+                         kubeconfig=(read_path, None, "file that leads helm to its cluster"))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 29. Gateway (optional)
+# 31. Gateway (optional)
 # ----------------------------------------------------------------------------------------------------------
 
-def load_child_devices(config, own_id, claim):
-    """[Device] of each child of a see-thru gateway (protocol 9).  claim: as for make_compose_driver."""
+def load_child_devices(config, own_id):
+    """[Device] of each child of a see-thru gateway (protocol 9)."""
     devices = []
     ids = [f"{own_id}/{child.id}" for child in config.device.children]
     for device_id, child in zip(ids, config.device.children):
         others = [other for other in ids if other != device_id]
         silence = ComponentError("102", f"child device {device_id} does not answer", source=own_id)
-        drivers = make_drivers(config, (device_id, child.connection), others, claim)
+        drivers = make_drivers(config, (device_id, child.connection), others)
         devices.append(Device(device_id, child, drivers, silence))
     return devices
 
@@ -11545,7 +11292,7 @@ def load_child_devices(config, own_id, claim):
 def assign(targets, records, devices, silent, offers):
     """[Share] of each device: which deployment belongs where, or why on none; see assign_here and find_place.
 
-    targets: [Target].  records: {id in lower case: record}.  devices: [Device], the gateway first.  silent:
+    targets: [Target].  records: {key: record}.  devices: [Device], the gateway first.  silent:
     {device id: {deployment type: CommandError}} of what does not answer.  offers: {device id: capabilities
     document}, where a rule asks for one.
     """
@@ -11556,7 +11303,7 @@ def assign(targets, records, devices, silent, offers):
     homes = dict(before)
     found = []
     for target in targets:
-        key = target.deployment_id.lower()
+        key = target.key
         error = target.error
         if target.deployment and not error:
             others = [home for other, home in homes.items() if other != key]
@@ -11616,7 +11363,7 @@ def find_place(deployment, held, own_id, children, find_reason, loads):
 def examine_children(agent):
     """Whether every child device answers."""
     children = agent.devices[1:]
-    seen = observe_devices(children, [])
+    seen = observe_devices(children, [], obtain_claim(agent.get_profile(), agent.device_id))
     words = [f"{device_id} does not answer ({fault.message}); see its connection in device.children"
              for device_id, sight in seen.items() for fault in list(sight.silent.values())[:1]]
     if words:
@@ -11630,10 +11377,10 @@ ASSIGN.append(assign)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 30. Hooks (optional)
+# 32. Hooks (optional)
 # ----------------------------------------------------------------------------------------------------------
 
-def run_hooks(moment, change, tools, error):
+def run_hooks(moment, change, step, error):
     """Runs the operator's hooks `before` or `after` a change of one component: the event as argument, the
     facts as JSON on stdin.
 
@@ -11643,11 +11390,11 @@ def run_hooks(moment, change, tools, error):
     """
     facts = {}
     event = f"{moment}-{change.event}"
-    for path in tools.config.hooks.run:
+    for path in step.config.hooks.run:
         facts = facts or make_facts(change, event, error)
         environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
         try:
-            output = run_command([path, event], tools.config.hooks.timeout, env=environ,
+            output = run_command([path, event], step.config.hooks.timeout, env=environ,
                                  data=make_json(facts))
             words = f"ended with {output.code}: {output.stderr[-1500:]}" if output.code else ""
         except CommandError as fault:
@@ -11688,14 +11435,16 @@ def examine_hooks(agent):
     return "ok", f"{len(hooks)} to be run around changes" if hooks else ""
 
 
-SCHEMA.update(hooks={"run": (list_of(read_path, "a list of file names"), []),
-                     "timeout": (read_duration, "60s")})
+SCHEMA.update(hooks={
+    "run": (list_of(read_path, "a list of file names"), [], "programs that are run around each change"),
+    "timeout": (read_duration, "60s", "limit of one such program"),
+})
 LISTENERS.append(run_hooks)
 EXAMINE.update(hooks=examine_hooks)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 31. Doctor (optional)
+# 33. Doctor (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
@@ -11776,7 +11525,8 @@ def examine_engine(agent):
             "warn",
             "nothing here runs Compose applications; install podman or docker, or see runtime.compose",
         )
-    words = [driver.check() for driver in drivers.values()]
+    claim = obtain_claim(agent.get_profile(), agent.device_id)
+    words = [driver.check(claim) for driver in drivers.values()]
     lacks, notes = drivers["compose"].list_lacks() if "compose" in drivers else ([], [])
     return "warn" if lacks else "ok", "; ".join(words + lacks + notes)
 
@@ -11805,7 +11555,8 @@ def examine_registries(agent):
 
 def examine_connection(agent):
     """Whether the WFM answers, is the one it should be, and what it says can be accepted."""
-    desired = agent.connect(keep=False).fetch_desired(agent.state["accepted"], agent.store.load_artifact)
+    agent.connect(keep=False)
+    desired = agent.fetch_desired()
     return "ok", f"{agent.config.wfm.url} is {agent.source.peer}; " + (
         f"version {desired.version} is there to be accepted" if desired else "nothing new")
 
@@ -11814,13 +11565,22 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 32. Command line
+# 34. Command line
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):
-    """`run --once`: one cycle; `run`: one after the other, each in a process of its own."""
+    """`run --once`: one cycle; `run`: one after the other, each in a process of its own.
+
+    --spread: the cycle begins at the device's own moment within that time, for fleets that cron starts.
+    """
+    try:
+        spread = read_duration(options.get("--spread", "1"), "") if "--spread" in options else 0
+    except ValueError as error:
+        raise ConfigError(f"--spread: found {options['--spread']!r}, expected {error}") from None
     if "--once" not in options:
-        return start_watch(options)
+        if spread:
+            raise ConfigError("--spread: belongs to run --once; a daemon has poll.jitter")
+        return start_watch(config, options)
     import signal
     asked = []
 
@@ -11835,19 +11595,36 @@ def command_run(config, options):
         signal.signal(number, stop)
     descriptor = os.environ.pop("MARGO_DELAY_FD", None)
     agent = Agent(config, lambda: bool(asked))
-    outcome = agent.cycle()
-    end = time.monotonic() + agent.starting
-    if agent.starting and not descriptor:           # workloads are up; nobody else waits for this run's turn
+
+    def wait(seconds):
+        end = time.monotonic() + seconds
         while time.monotonic() < end and not asked:
             time.sleep(0.2)
+
+    if spread:
+        seconds = make_spread(agent.device_id, spread)
+        log_wait(f"waiting {seconds:.0f} s: --spread has a fleet's runs begin one after the other")
+        wait(seconds)
+    outcome = agent.cycle()
+    if agent.starting and not descriptor:           # workloads are up; nobody else waits for this run's turn
+        wait(agent.starting)
         outcome = agent.cycle()
     log("debug", "cycle done", result=outcome.result, code=outcome.code)
     if descriptor:
-        os.write(int(descriptor), f"{outcome.delay:.3f}".encode())
+        words = make_life_sign(agent.state, outcome)
+        os.write(int(descriptor), f"{outcome.delay:.3f} {words}".encode("utf-8", "replace"))
     return outcome.code
 
 
-def start_watch(options):
+def make_life_sign(state, outcome):
+    """How a cycle went, for `systemctl status`."""
+    states = [record["state"] for record in state["deployments"].values()]
+    words = f"{outcome.result}, {states.count('installed')} of {len(states)} deployments installed"
+    detail = outcome.detail and f"; {make_printable(outcome.detail, 200)}"
+    return f"{words}{detail}; next cycle in {outcome.delay:.0f} s"
+
+
+def start_watch(config, options):
     """Turns this process into the parent of the daemon: a bare interpreter that holds `watch` and nothing
     else of this file.
 
@@ -11857,11 +11634,15 @@ def start_watch(options):
     import marshal
     parts = {
         part.__name__: part.__code__
-        for part in (notify, complain, start_cycle, read_answer, count_wakes, end_cycle, watch)
+        for part in (notify, write_line, start_cycle, read_answer, count_wakes, end_cycle, watch)
     }
+    last = "the daemon has ended" if log.level in ("debug", "info") else ""
+    arguments = make_child(options), CYCLE_RETRY, HUNG, STOP_LIMIT, last
     program = (f"import marshal\nfor name, code in marshal.loads({marshal.dumps(parts)!r}).items():\n"
-               "    globals()[name] = type(lambda: None)(code, globals())\n"
-               f"raise SystemExit(watch({make_child(options)!r}, {CYCLE_RETRY}, {HUNG}, {STOP_LIMIT}))\n")
+               f"    globals()[name] = type(lambda: None)(code, globals())\nLINE = {LINES[log.form]!r}\n"
+               f"raise SystemExit(watch(*{arguments!r}))\n")
+    log("info", "the daemon has started", version=__version__, profile=config.wfm.profile,
+        wfm=config.wfm.url, interval=f"{config.poll.interval:.0f} s")
     reader, writer = os.pipe()
     os.write(writer, program.encode())              # a pipe holds 64 KiB, this is far smaller
     os.close(writer)
@@ -11884,8 +11665,13 @@ def make_child(options):
     return start + options["arguments"] + ["--once"]
 
 
-# The daemon's parent: these functions run in an interpreter that has nothing else of this file, so they
-# import what they need.
+# The daemon's parent: these functions run in an interpreter that has nothing else of this file but LINE, so
+# they import what they need.
+
+# How a line of the log is written, by its form.
+LINES = {"text": "%s %-7s %s\n", "json": '{"time":"%s","level":"%s","message":"%s"}\n'}
+LINE = LINES["text"]
+
 
 def notify(address, text):
     """Tells systemd something, where it listens."""
@@ -11902,12 +11688,13 @@ def notify(address, text):
         pass                                        # nobody listens any more: no reason to end
 
 
-def complain(text):
+def write_line(level, text):
     """Writes one line as the log does."""
     import os
     import time
+    line = LINE % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), level, text)
     try:
-        os.write(2, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} error   {text}\n".encode())
+        os.write(2, line.encode() if text else b"")
     except OSError:
         pass                                        # nobody listens any more
 
@@ -11926,7 +11713,8 @@ def start_cycle(child, signals):
             os.set_inheritable(writer, True)
             os.execve(child[0], child, dict(os.environ, MARGO_DELAY_FD=str(writer)))
         except OSError as error:
-            complain(f"{child[0]} cannot be started ({error.strerror}); is Python still where it was?")
+            words = f"{child[0]} cannot be started ({error.strerror}); is Python still where it was?"
+            write_line("error", words)
         finally:
             os._exit(127)
     os.close(writer)
@@ -11937,7 +11725,7 @@ def read_answer(reader):
     """What a cycle that has ended said by its pipe; closes it."""
     import os
     try:
-        return os.read(reader, 64)
+        return os.read(reader, 1024)
     except BlockingIOError:
         return b""
     finally:
@@ -11968,21 +11756,20 @@ def end_cycle(pid, limit):
     os.kill(pid, signal.SIGTERM)
     while not os.waitpid(pid, os.WNOHANG)[0]:
         if time.monotonic() > end:
-            complain(f"the cycle did not end within {limit} s, and is killed")
+            write_line("error", f"the cycle did not end within {limit} s, and is killed")
             os.kill(pid, signal.SIGKILL)
             return 1
         signal.sigtimedwait({signal.SIGCHLD}, 0.5)
     return 0
 
 
-def watch(child, fallback, hung, limit):
-    """Runs `child` (an argument list) over and over; returns the exit code.
+def watch(child, fallback, hung, limit, last):
+    """Runs `child` (an argument list) over and over; returns the exit code.  last: how its log ends.
 
-    A child says by a pipe how long to wait, else `fallback` seconds count.  SIGTERM and SIGINT end it
-    after the current step, SIGHUP starts a cycle at once (each reads the configuration anew).  systemd's
-    watchdog is fed while cycles can be started and move: one that the kernel has not seen wake for `hung`
-    seconds waits for what will never come, because each of its own waits is shorter, and is killed.  Five
-    in a row that cannot be started end the daemon.
+    A child says by a pipe how long to wait, else `fallback` seconds count, and how it went.  SIGTERM and
+    SIGINT end it after the current step, SIGHUP starts a cycle at once.  systemd's watchdog is fed while
+    cycles can be started and move: one that the kernel has not seen wake for `hung` seconds, longer than it
+    ever waits itself, is killed.  Five in a row that cannot be started end the daemon.
     """
     import os
     import signal
@@ -12000,7 +11787,7 @@ def watch(child, fallback, hung, limit):
                 pid, reader = start_cycle(child, signals)
                 due, moved = None, now
             except OSError as error:
-                complain(f"no cycle can be started ({error.strerror})")
+                write_line("error", f"no cycle can be started ({error.strerror})")
                 failures += 1
                 due = now + fallback
         wait = hung / 4 if pid else max(0.0, due - now)
@@ -12008,12 +11795,16 @@ def watch(child, fallback, hung, limit):
         now = time.monotonic()
         if number in (signal.SIGTERM, signal.SIGINT):
             notify(address, "STOPPING=1")
-            return end_cycle(pid, limit) if pid else 0
+            code = end_cycle(pid, limit) if pid else 0
+            write_line("info", last)
+            return code
         if number == signal.SIGHUP:
             due = 0.0
         ended, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
         if ended:
-            answer = read_answer(reader)
+            answer, _, words = read_answer(reader).partition(b" ")
+            if words:
+                notify(address, "STATUS=" + words.decode("utf-8", "replace"))
             if status == 2 << 8 and not proven:     # a configuration that never worked
                 return 2
             # Python itself failed, or is not there
@@ -12021,14 +11812,14 @@ def watch(child, fallback, hung, limit):
             pid, proven = 0, True
             due = now + float(answer or fallback) if due is None else due
         if failures >= 5:
-            complain("five cycles in a row could not be started; this process ends, so that its supervisor"
-                     " learns of it")
+            write_line("error", "five cycles in a row could not be started; this process ends, so that its"
+                       " supervisor learns of it")
             return 1
         before = seen
         seen = count_wakes(pid) if pid else None
         moved = moved if pid and seen == before else now
         if now - moved > hung:
-            complain(f"the cycle has not moved for {hung} s, and is killed")
+            write_line("error", f"the cycle has not moved for {hung} s, and is killed")
             os.kill(pid, signal.SIGKILL)
         elif not failures:
             notify(address, "WATCHDOG=1")
@@ -12044,7 +11835,7 @@ def command_enroll(config, options):
     exchange = STEPS.index(Agent.exchange)
     reconcile = STEPS.index(Agent.reconcile)
     with Agent(config) as agent:
-        agent.store.save_memo({})                   # the trust bundle is asked for whatever its age
+        agent.store.load_memo().clear()             # the trust bundle is asked for whatever its age
         agent.state["trust"].pop("refreshedAt", None)
         agent.asked = True
         try:
@@ -12086,7 +11877,7 @@ def command_unenroll(config, options):
         agent.store.save_state(agent.state)
         for name in TRACES:
             remove_folder(agent.store.path(name))
-        agent.store.save_memo({})
+        agent.store.load_memo().clear()
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
 
 
@@ -12094,13 +11885,9 @@ def purge(agent):
     """Removes every workload and reports it; True where something could not be removed."""
     if agent.state["enrollment"]:
         agent.connect()
-    accepted = agent.state["accepted"] or {"etag": None, "digest": "", "version": 0}
-    agent.state["accepted"] = dict(accepted, deployments=[], incomplete=True)
-    agent.reconcile()
-    try:
-        agent.flush_outbox()                        # also what a purge that was cut off has left to be told
-    except Untrusted as error:
-        log("warning", "the WFM does not take the last reports", reason=error.message)
+    version = (agent.state["accepted"] or {}).get("version", 0)
+    agent.reconcile({"version": version, "deployments": []})
+    agent.flush_outbox()                            # also what a purge that was cut off has left to be told
     return any(record["state"] != "removed" for record in agent.state["deployments"].values())
 
 
@@ -12114,10 +11901,10 @@ def command_plan(config, options):
         log("warning", "downtime: the WFM is not asked; this follows from what was accepted before")
     else:
         agent.check_patience(spread=False)
-        desired = agent.connect(keep=False).fetch_desired(accepted, agent.store.load_artifact)
+        agent.connect(keep=False)
+        desired = agent.fetch_desired()
     if desired:
-        entries = [{"deploymentId": entry.deployment_id, "digest": entry.digest} for entry in desired.entries]
-        accepted = {"version": desired.version, "deployments": entries}
+        accepted = make_accepted(desired)
         documents = desired.documents
         try:
             agent.check_removals(desired)
@@ -12226,7 +12013,8 @@ def command_history(config, options):
 def command_capabilities(config, options):
     """Prints the capabilities document that would be reported."""
     agent = Agent(config)
-    documents = [agent.make_capabilities(device) for device in agent.devices]
+    profile = PROFILES[config.wfm.profile](config, agent.store, agent.store.load_state())
+    documents = list(map(profile.translate, load_capabilities(agent.devices, config).values()))
     print_json(documents if documents[1:] else documents[0])
 
 
@@ -12263,7 +12051,7 @@ def command_retry(config, options):
         for record in records:
             record.update(retry={}, repair={})
         if not wanted:
-            agent.state["patience"] = {}
+            agent.state.update(patience={}, waits={})
             agent.state["est"].update(delay=0)
         agent.store.save_state(agent.state)
         if wanted and not records:
@@ -12285,7 +12073,7 @@ def print_json(value):
 
 COMMANDS.update({
     "enroll": (command_enroll, {name: word for name, (word, _) in OPTIONS["enroll"].items()}, ""),
-    "run": (command_run, {"--once": ""}, ""),
+    "run": (command_run, {"--once": "", "--spread": "TIME"}, ""),
     "plan": (command_plan, {"--json": ""}, ""),
     "status": (command_status, {"--json": ""}, ""),
     "history": (command_history, {"--json": ""}, ""),

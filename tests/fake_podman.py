@@ -1,7 +1,7 @@
 """An engine of files that answers as podman does, for tests that need no real containers; see support.FakeEngine.
 
 held.json: containers {name: {id, image, labels, state, code, restarts, argv, env}}, networks {name: labels}, volumes {name: labels}, images [name],
-           external {name: id}: what storage alone holds, declared {image: [path]}: its volumes, unstartable [id],
+           external {name: id}: what storage alone holds, declared {image: [path]}: its volumes, checked {image: its health check}, unstartable [id],
            exits {service: code}: such a service has ended with this code as soon as it is started,
            unhealthy [service], restless [service] (restarted between any two looks), unpullable [image], deaf (true: every command
            fails), logless (true: no log can be had), stubborn (true: nothing can be removed), uncreatable (true: no container can be made), lethal (a command, at which
@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -52,7 +53,8 @@ class Engine:
     def __init__(self, held):
         self.held, self.lines = held, []
         for key, value in (("containers", {}), ("networks", {}), ("volumes", {}), ("images", []), ("exits", {}), ("unhealthy", []),
-                           ("unpullable", []), ("restless", []), ("external", {}), ("declared", {}), ("unstartable", []), ("damaged", []), ("count", 0)):
+                           ("unpullable", []), ("restless", []), ("external", {}), ("declared", {}), ("unstartable", []), ("damaged", []), ("checked", {}),
+                           ("count", 0)):
             held.setdefault(key, value)
 
     def say(self, text):
@@ -80,7 +82,7 @@ class Engine:
         options, _ = split(arguments)
         found = list(self.select(options))
         if ("--external", "") in options:               # what storage alone holds
-            found += [(key, {"id": item, "labels": {}, "state": "external", "code": 0}) for key, item in self.held["external"].items()]
+            found += [(key, {"id": item, "labels": {}, "state": "storage", "code": 0}) for key, item in self.held["external"].items()]
         if ("--format", "{{.ID}}") in options:
             self.say("\n".join(container["id"] for _, container in found))
         else:
@@ -214,12 +216,25 @@ class Engine:
             container["restarts"] += container["labels"]["org.margo.service"] in self.held["restless"]
         names = split(arguments)[1]
         found = [c for name in names for key, c in self.held["containers"].items() if name in (key, c["id"])]
-        self.say(json.dumps([{"Id": c["id"], "Config": {"Labels": c["labels"]}, "RestartCount": c["restarts"],
-                           "State": {"Status": c["state"], "ExitCode": c["code"]},
+        checks = {c["id"]: self.find_check(c) for c in found}
+        self.say(json.dumps([{"Id": c["id"], "Config": {"Labels": c["labels"], "Healthcheck": checks[c["id"]]}, "RestartCount": c["restarts"],
+                           "State": {"Status": c["state"], "ExitCode": c["code"], "Health": {"Status": "starting" if checks[c["id"]] else ""}},
                            "Mounts": [{"Type": "volume", "Name": name, "Destination": path} for path, name in c.get("mounts", {}).items()]}
                           for c in found]))
         if len(found) < len(names):
             fail("no such container")
+
+    def find_check(self, container):
+        """The health check of a container: its own, else its image's."""
+        options = dict(split(container["argv"])[0])
+        if "--health-cmd" not in options:
+            return self.held["checked"].get(container["image"]) if "--no-healthcheck" not in options else None
+        seconds = {"ms": 10 ** 6, "s": 10 ** 9, "m": 60 * 10 ** 9, "h": 3600 * 10 ** 9}
+        found = {"Test": ["CMD-SHELL", options["--health-cmd"]], "Retries": int(options.get("--health-retries", 3))}
+        for key, option in (("Interval", "--health-interval"), ("StartPeriod", "--health-start-period")):
+            number, unit = re.fullmatch("([0-9]+)([a-z]+)", options.get(option, "0s")).groups()
+            found[key] = int(number) * seconds[unit]
+        return found
 
     def healthcheck(self, arguments):
         _, container = self.find(arguments[1])

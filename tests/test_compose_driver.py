@@ -17,59 +17,59 @@ from tests.test_compose_file import IMAGE, MARKS, OWNER, PROJECT, FileCase, make
 # Judging a start
 
 class JudgeStartup(unittest.TestCase):
-    def make(self, name, health=None):
-        return margo_agent.Service(name, IMAGE, [], [], {}, {}, [], {}, health, "missing", "h")
-
     def test_where_a_start_stands(self):
         """C-163, C-164, C-165, P-6, P-17: decided from what the engine shows, once-only services included.
 
         E17: a code is told only of what has ended.
         """
-        checked, unwell = (30, 3, 0), {"one": "one is not healthy yet"}
+        unwell = {"one": "one is not healthy yet"}
         cases = [
-            # what is seen of `one`, its health check, healthy, failure, what is waited for, finished
-            (("running",), None, (), None, {}, set()),
-            (("running",), checked, (), None, unwell, set()),
-            (("running",), checked, ("one",), None, {}, set()),
-            (("running",), checked, ("other",), None, unwell, set()),
-            (("exited",), None, (), None, {}, {"one"}),
-            (("exited",), checked, (), None, {}, {"one"}),
-            (("stopped",), None, (), None, {}, {"one"}),
-            (("exited", 3), None, (), "service one exited with code 3", {}, set()),
-            (("exited", 137), checked, ("one",), "service one exited with code 137", {}, set()),
-            (("stopped", 1), None, (), "service one exited with code 1", {}, set()),
-            (("dead", 1), None, (), "service one exited with code 1", {}, set()),
-            (("running", 0, 2), None, (), "service one exited (2 restarts)", {}, set()),
-            (("running", 0, 1), checked, ("one",), "service one exited (1 restarts)", {}, set()),
-            (("restarting", 1, 1), None, (), "service one exited (1 restarts)", {}, set()),
-            (("exited", 3, 1), None, (), "service one exited with code 3 (1 restarts)", {}, set()),
-            (("created",), None, (), None, {"one": "one is created"}, set()),
-            (("initialized",), None, (), None, {"one": "one is initialized"}, set()),
-            (("configured",), None, (), None, {"one": "one is configured"}, set()),
-            (("paused",), None, (), None, {"one": "one is paused"}, set()),
-            (None, None, (), "the container of service one is gone: somebody removed it", {}, set())]
-        for facts, health, healthy, words, waiting, finished in cases:
-            with self.subTest(facts=facts, health=health, healthy=healthy):
-                found = margo_agent.judge_startup([self.make("one", health)], {"one": margo_agent.Shown(*facts)} if facts else {},
-                    set(healthy))
-                self.assertEqual(found, (("one", words) if words else None, waiting, finished))
+            # what is seen of `one`, its health, failure, what is waited for, finished
+            (("running",), "", None, {}, set()),
+            (("running",), "starting", None, unwell, set()),
+            (("running",), "healthy", None, {}, set()),
+            (("running",), "unhealthy", "service one is unhealthy", {}, set()),
+            (("exited",), "", None, {}, {"one"}),
+            (("exited",), "unhealthy", None, {}, {"one"}),
+            (("stopped",), "", None, {}, {"one"}),
+            (("exited", 3), "", "service one exited with code 3", {}, set()),
+            (("exited", 137), "healthy", "service one exited with code 137", {}, set()),
+            (("stopped", 1), "", "service one exited with code 1", {}, set()),
+            (("dead", 1), "", "service one exited with code 1", {}, set()),
+            (("running", 0, 2), "", "service one exited (2 restarts)", {}, set()),
+            (("running", 0, 1), "unhealthy", "service one exited (1 restarts)", {}, set()),
+            (("restarting", 1, 1), "", "service one exited (1 restarts)", {}, set()),
+            (("exited", 3, 1), "", "service one exited with code 3 (1 restarts)", {}, set()),
+            (("created",), "starting", None, {"one": "one is created"}, set()),
+            (("initialized",), "", None, {"one": "one is initialized"}, set()),
+            (("configured",), "", None, {"one": "one is configured"}, set()),
+            (("paused",), "", None, {"one": "one is paused"}, set()),
+            (None, "", "the container of service one is gone: somebody removed it", {}, set())]
+        for facts, health, words, waiting, finished in cases:
+            with self.subTest(facts=facts, health=health):
+                failure, *found = margo_agent.judge_startup(
+                    ["one"], {"one": margo_agent.Shown(*facts)._replace(health=health)} if facts else {})
+                self.assertEqual(found, [waiting, finished])
+                code = "UNHEALTHY" if words and words.endswith("unhealthy") else "INSTALL_FAILED"
+                self.assertEqual(failure, ("one", code, words) if words else None)
 
-    def judge(self, services, **states):
-        """judge_startup where nothing is healthy yet."""
-        return margo_agent.judge_startup(services, {name: margo_agent.Shown(*facts) for name, facts in states.items()}, set())
+    def judge(self, names, **states):
+        return margo_agent.judge_startup(names, {name: margo_agent.Shown(*facts) for name, facts in states.items()})
 
     def test_one_failure_is_enough(self):
-        services = [self.make("a"), self.make("b"), self.make("c")]
-        failure, _, _ = self.judge(services, a=("running",), b=("created",), c=("exited", 5))
-        self.assertEqual(failure, ("c", "service c exited with code 5"))
+        failure, _, _ = self.judge("abc", a=("running",), b=("created",), c=("exited", 5))
+        self.assertEqual(failure, ("c", "INSTALL_FAILED", "service c exited with code 5"))
 
     def test_every_service_is_waited_for(self):
-        services = [self.make("a"), self.make("b", (1, 1, 0)), self.make("c")]
-        found = self.judge(services, a=("created",), b=("running",), c=("exited", 0))
+        found = self.judge("abc", a=("created",), b=("running", 0, 0, "starting"), c=("exited", 0))
         self.assertEqual(found, (None, {"a": "a is created", "b": "b is not healthy yet"}, {"c"}))
 
+    def test_what_has_to_end_is_waited_for_though_it_runs(self):
+        facts = {"a": margo_agent.Shown("running"), "b": margo_agent.Shown("exited")}
+        self.assertEqual(margo_agent.judge_startup("ab", facts, complete=True), (None, {"a": "a has not ended"}, {"b"}))
+
     def test_containers_of_others_do_not_count(self):
-        self.assertEqual(self.judge([self.make("a")], a=("running",), b=("exited", 1)), (None, {}, set()))
+        self.assertEqual(self.judge("a", a=("running",), b=("exited", 1)), (None, {}, set()))
 
 
 class Masking(unittest.TestCase):
@@ -131,7 +131,8 @@ class ParseContainers(unittest.TestCase):
                          [margo_agent.Container("abc", "web-1", support.HELLO, "", "", "", "running", "compose")])
 
     def test_what_docker_shows(self):
-        line = json.dumps(["abc", "web-1", support.HELLO, "c", "s", "h", "gw/a", "us", "exited", "Exited (1) 3 seconds ago"])
+        line = json.dumps(dict(self.GOOD, State="exited", Status="Exited (1) 3 seconds ago", Labels=dict(
+            self.GOOD["Labels"], **{"org.margo.device": "gw/a", "org.margo.owner": "us"})))
         expected = margo_agent.Container("abc", "web-1", support.HELLO, "c", "s", "h", "exited", "compose", "gw/a", owner="us")
         self.assertEqual(margo_agent.parse_containers(f"{line}\n{line}\n".encode(), "docker"), [expected, expected])
         self.assertEqual(margo_agent.parse_containers(b"", "docker"), [])
@@ -141,7 +142,7 @@ class ParseContainers(unittest.TestCase):
         for name in ("/etc", "../../..", "", "d", support.HELLO + "\n", support.HELLO + "/.."):
             item = dict(self.GOOD, Labels=dict(self.GOOD["Labels"], **{"org.margo.deployment": name}))
             self.assertEqual(margo_agent.parse_containers(json.dumps([item]).encode(), "podman"), [])
-            self.assertEqual(margo_agent.parse_containers(json.dumps(["a", "b", name, "", "", "", "", "", "exited", ""]).encode(), "docker"), [])
+            self.assertEqual(margo_agent.parse_containers(json.dumps(item).encode(), "docker"), [])
 
     def test_the_state_of_health_is_in_the_words_of_the_status(self):
         """Drift of a service that runs and is not well is seen without a further command."""
@@ -152,8 +153,7 @@ class ParseContainers(unittest.TestCase):
             item = dict(self.GOOD, State=state, Status=status, StartedAt=17)
             (container,) = margo_agent.parse_containers(json.dumps([item]).encode(), "podman")
             self.assertEqual((container.state, container.health, container.started), expected + (17,))
-            (container,) = margo_agent.parse_containers(json.dumps(
-                ["i", "n", support.HELLO, "c", "s", "h", "", "", state, str(status)]).encode(), "docker")
+            (container,) = margo_agent.parse_containers(json.dumps(item).encode(), "docker")
             self.assertEqual((container.state, container.health), expected)
 
     def test_an_answer_of_another_form_is_not_taken_for_no_containers(self):
@@ -170,7 +170,7 @@ class ParseContainers(unittest.TestCase):
                 with self.assertRaises(margo_agent.CommandError) as caught:
                     margo_agent.parse_containers(data, "podman")
                 self.assertIn("podman ps answered in an unknown form", caught.exception.message)
-        for data in (b"abc\n", b'["a"]\n', b'["a","b","c","d","e","f","g","h","i","j","k"]\n', b"\n", b"Error: no\n"):
+        for data in (b"abc\n", b'["a"]\n', b'["a","b","c","d","e","f","g","h","i","j","k"]\n', b"Error: no\n"):
             with self.subTest(data=data):
                 with self.assertRaises(margo_agent.CommandError) as caught:
                     margo_agent.parse_containers(data, "docker")
@@ -189,7 +189,8 @@ class DriverCase(FileCase):
         self.start_patch(mock.patch.dict(os.environ, self.engine.env))
         if not self.starts_processes:
             self.start_patch(mock.patch.object(margo_agent, "run_command", self.run_here))
-        self.driver = margo_agent.ComposeDriver("podman", self.config, claim=lambda: self.claim)
+        self.driver = margo_agent.ComposeDriver("podman", self.config)
+        self.driver.claim = self.claim
 
     def start_patch(self, patch):
         patch.start()
@@ -701,9 +702,9 @@ class Owners(DriverCase):
 
     def test_what_an_earlier_identity_made_is_still_ours(self):
         self.apply(make_document({}))
-        self.claim = self.claim._replace(owner="another now", owners={OWNER})
+        claim = self.claim._replace(owner="another now", owners={OWNER})
+        self.assertEqual(len(self.driver.observe((), claim)), 1)
         self.check_names(make_document({}))
-        self.assertEqual(len(self.driver.observe()), 1)
 
 
 class Handover(DriverCase):
@@ -818,10 +819,10 @@ class Memory(DriverCase):
     def test_a_name_that_storage_alone_holds_is_freed(self):
         """F-01: left by a create that was killed; also where an update needs it."""
         name = f"{PROJECT}-main-1"
-        for held in (name, f"{name}-new"):
-            with self.subTest(held=held):
-                self.engine.change(external={held: "e" * 64})
-                self.apply(make_document({"command": [held]}))
+        for value in "12":
+            with self.subTest(value=value):
+                self.engine.change(external={name: "e" * 64})
+                self.apply(make_document({"command": [value]}))
                 self.assertEqual(set(self.engine.containers()), {name})
 
     def test_a_container_that_cannot_be_started_is_made_anew_with_those_in_its_network(self):
@@ -846,7 +847,7 @@ class Memory(DriverCase):
                 self.engine.change(unpullable=[] if served else ["registry.example/app:1"])
                 self.engine.change(containers={}, images=["registry.example/app:1"], damaged=["registry.example/app:1"])
                 images = frozenset(["registry.example/app:1"] if mine else [])
-                self.driver.claim = lambda images=images: self.claim._replace(images=images)
+                self.driver.claim = self.claim._replace(images=images)
                 self.engine.forget_calls()
                 if expected:
                     self.apply(document)
@@ -855,7 +856,7 @@ class Memory(DriverCase):
                 self.assertEqual(["image", "rm", "registry.example/app:1"] in self.changes(), expected)
 
     def test_an_image_that_is_well_is_not_pulled_for_an_option_that_is_not(self):
-        self.driver.claim = lambda: self.claim._replace(images=frozenset([IMAGE]))
+        self.driver.claim = self.claim._replace(images=frozenset([IMAGE]))
         self.engine.change(external={f"{PROJECT}-main-1": "e" * 64})
         self.apply(make_document({}))
         self.assertNotIn(["image", "rm", IMAGE], self.changes())
@@ -1000,6 +1001,20 @@ class Startup(DriverCase):
 
     def test_a_health_check_of_no_retries_can_still_pass(self):
         self.assertIn("main", self.apply(make_document({"healthcheck": {"test": "true", "retries": 0}}), wait=True))
+
+    def test_a_health_check_of_the_image_counts_unless_the_file_turns_it_off(self):
+        """K5: wherever it was said."""
+        self.engine.change(checked={IMAGE: {"Test": ["CMD", "/x"], "Interval": 1000000, "Retries": 2}}, unhealthy=["main"])
+        self.assertFails("UNHEALTHY", lambda: self.apply(make_document({}), wait=True), "service main is unhealthy")
+        self.assertIn("main", self.apply(make_document({"healthcheck": {"disable": True}}), wait=True))
+        self.engine.change(unhealthy=[])
+        self.assertIn("main", self.apply(make_document({}), wait=True))
+
+    def test_times_of_a_health_check_are_what_the_engine_shows(self):
+        for item, expected in (({"Test": ["CMD", "a"]}, (30, 3, 0)), ({"Test": ["NONE"]}, None), ({}, None), ({"Test": []}, None),
+                ({"Test": ["CMD-SHELL", "a"], "Interval": 60 * 10 ** 9, "Retries": 7, "StartPeriod": 5 * 10 ** 8}, (60, 7, 0.5)),
+                ({"Test": ["CMD", "a"], "Interval": 0, "Retries": 0}, (30, 3, 0))):
+            self.assertEqual(margo_agent.parse_check(item), expected)
 
     def test_a_start_that_takes_too_long_says_what_is_waited_for(self):
         """C-152: and the log's end."""

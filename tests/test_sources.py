@@ -74,6 +74,33 @@ class Poll(SourceCase):
         self.assertEqual(log, "")
         self.assertEqual(self.snapshot(), before)
 
+    def test_an_etag_that_never_brings_a_304_costs_no_writes_and_no_words(self):
+        """F-14, P-16: a weak one that a proxy makes anew, or none at all: all of the manifest comes each time, and nothing else happens."""
+        self.publish()
+        self.device.cycle()
+        before = self.snapshot()
+        for number in range(3):
+            for etag in (f'W/"{number}"', ""):
+                self.wfm.fault({"method": "GET", "path": MANIFEST[1], "status": 200, "headers": {"ETag": etag} if etag else {}, "body": self.manifest()})
+                self.assertEqual(self.device.cycle(0), "")
+        self.assertEqual(self.snapshot(), before)
+
+    def manifest(self):
+        """The manifest as the WFM gives it out."""
+        config = margo_agent.load_config(self.device.config_file)
+        source = margo_agent.MtlsSource(config, margo_agent.load_identity(config), margo_agent.load_trust_bundle(config, margo_agent.Store(config.state_dir)))
+        return source.fetch_manifest(None).body.decode()
+
+    def test_a_coding_that_nobody_asked_for_is_named(self):
+        """F-10: a proxy that packs what it hands on is told of by name; what runs stays."""
+        self.publish()
+        self.device.cycle()
+        self.publish(parameters={"GREETING": "x"})
+        for coding in ("gzip", "br", "deflate"):
+            self.wfm.fault({"method": "GET", "path": MANIFEST[1], "headers": {"Content-Encoding": coding}, "corrupt": True})
+            self.assertIn(f"coding={coding}", self.device.cycle(4))
+        self.assertEqual([container["env"] for container in self.engine.containers().values()], [[]])
+
     def snapshot(self):
         """{path: (inode, size, mtime)} of the state directory."""
         found = {}
@@ -175,18 +202,32 @@ class Refusal(SourceCase):
         (container,) = self.engine.containers().values()
         self.assertEqual(container["env"], ["GREETING=new"])
 
+    NO_BUNDLE = {"path": "/api/v1/bundles/*", "status": 404}
+
     def test_a_flipped_bit_in_a_document(self):
         """C-105, C-106, C-108, D-1: never half an update, and never lost for good."""
-        self.check(4, ["digest mismatch", IDS[0]], {"method": "GET", "path": f"/api/v1/deployments/{IDS[0]}/*", "corrupt": True})
+        fault = {"method": "GET", "path": f"/api/v1/deployments/{IDS[0]}/*", "corrupt": True}
+        self.check(4, ["digest mismatch", IDS[0], "HTTP 404"], fault, self.NO_BUNDLE)
 
     def test_a_document_that_is_not_there(self):
         """C-112, D-1"""
-        self.check(4, ["HTTP 404", IDS[0]], {"method": "GET", "path": f"/api/v1/deployments/{IDS[0]}/*", "status": 404})
+        fault = {"method": "GET", "path": f"/api/v1/deployments/{IDS[0]}/*", "status": 404}
+        self.check(4, ["HTTP 404", IDS[0], "bundle: digest mismatch"], fault, dict(self.NO_BUNDLE, status=200, corrupt=True))
+
+    def test_documents_that_cannot_be_had_one_by_one_come_as_a_bundle(self):
+        """C-105: a WFM whose single documents are missing, or other bytes than the manifest names, is no dead end."""
+        for number, fault in enumerate(({"status": 404}, {"corrupt": True})):
+            self.publish(parameters={"GREETING": f"new {number}"})
+            self.wfm.fault(dict(fault, method="GET", path=f"/api/v1/deployments/{IDS[0]}/*"))
+            self.device.cycle(0)
+            (container,) = self.engine.containers().values()
+            self.assertEqual(container["env"], [f"GREETING=new {number}"])
 
     def test_a_flipped_bit_in_a_bundle(self):
         for index in range(1, 9):
             self.wfm.publish(support.make_deployment(IDS[index], f"app-{index}", registry=self.wfm.registry), IDS[index])
-        self.wfm.fault({"path": "/api/v1/bundles/*", "corrupt": True})
+        single = {"method": "GET", "path": f"/api/v1/deployments/{IDS[3]}/*", "status": 404}
+        self.wfm.fault({"path": "/api/v1/bundles/*", "corrupt": True}, single)
         self.assertIn("bundle: digest mismatch", self.device.cycle(4))
         self.assertEqual(len(self.engine.containers()), 1)
         self.wfm.fault()
@@ -384,9 +425,10 @@ class Sinks(SourceCase):
         for status, memory in ((302, "1Gi"), (404, "2Gi"), (405, "3Gi")):
             self.device.set("device.properties", {"memory": memory})
             self.wfm.fault({"method": "PUT", "status": status})
-            self.assertIn("refuses the capabilities", self.device.cycle())
+            self.assertIn("does not take the capabilities", self.device.cycle(3))
             self.assertEqual(self.wfm.requests()[-1][:2], MANIFEST)
             self.wfm.fault()
+            self.device.run("retry")
             self.device.cycle()
             self.assertEqual([item[0] for item in self.wfm.requests()[-2:]], ["PUT", "GET"])
             self.device.cycle()
@@ -400,8 +442,7 @@ class Sinks(SourceCase):
         self.assertEqual(self.device.status()["outbox"], 1)
         self.assertEqual(self.wfm.statuses(IDS[0]), [])
         self.wfm.fault()
-        state = self.device.state()
-        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(state, patience={})))
+        self.device.run("retry")
         self.device.cycle(0)
         self.assertEqual(self.wfm.statuses(IDS[0]), ["installed"])
         self.assertEqual(self.device.status()["outbox"], 0)
@@ -435,6 +476,7 @@ class Sinks(SourceCase):
         self.device.cycle(4)
         self.assertEqual(self.device.status()["outbox"], 1)
         self.wfm.fault()
+        self.device.run("retry")
         self.device.cycle(0)
         self.assertEqual(self.wfm.statuses(IDS[0])[-1], "installed")
 
@@ -445,11 +487,11 @@ class Sinks(SourceCase):
         for count in (1, 2, 3, 3, 3):
             self.publish(count)
             self.device.cycle(3)
-            state = self.device.state()
-            support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(state, patience={})))
+            self.device.run("retry")
         self.assertEqual(len(self.engine.containers()), 3)
         self.assertIn("installed", self.wfm.statuses(IDS[1]))
         self.wfm.fault()
+        self.device.run("retry")
         self.device.cycle(0)
         self.assertEqual([self.wfm.statuses(item)[-1] for item in IDS[:3]], ["installed"] * 3)
 
@@ -464,8 +506,7 @@ class Sinks(SourceCase):
         self.device.cycle(3)
         self.assertEqual([call[0] for call in self.engine.calls()], ["ps"])
         self.wfm.fault()
-        state = self.device.state()
-        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(state, patience={})))
+        self.device.run("retry")
         self.device.cycle(0)
         self.assertEqual((self.wfm.statuses(IDS[0])[-1], self.device.state()["deployments"]), ("removed", {}))
 
@@ -474,8 +515,7 @@ class Sinks(SourceCase):
         self.publish()
         self.wfm.fault({"method": "POST", "late": True, "close": True, "times": 1})
         self.device.cycle(3)
-        state = self.device.state()
-        support.write(os.path.join(self.device.state_dir, "state.json"), json.dumps(dict(state, patience={})))
+        self.device.run("retry")
         self.device.cycle(0)
         self.assertEqual(self.wfm.statuses(IDS[0])[-1], "installed")
 
@@ -555,11 +595,12 @@ class Adoption(SourceCase):
         self.enter()
         with margo_agent.Agent(margo_agent.load_config(self.device.config_file)) as agent:
             agent.state["patience"] = {}
-            agent.flush_outbox = lambda quiet=False: None
+            agent.flush_outbox = lambda: True
             agent.exchange()
             self.assertTrue(agent.changed)
             waiting = [(item["status"]["state"], item["adoptedManifestVersion"]) for item in agent.state["outbox"].values()]
         self.assertEqual(waiting, [("removed", 2)])
+        self.device.run("retry")
         self.device.cycle()
         self.assertEqual(self.reported()[-1], ("installed", 3))
 

@@ -42,7 +42,9 @@ for name in null zero full random urandom tty; do
     touch "dev/$name"
     mount --bind "/dev/$name" "dev/$name"
 done
-mkdir dev/pts dev/shm
+mkdir dev/pts dev/shm dev/net
+mknod -m 666 dev/net/tun c 10 200
+mknod -m 666 dev/fuse c 10 229
 mount -t devpts -o newinstance,ptmxmode=0666 devpts dev/pts
 ln -s pts/ptmx dev/ptmx
 ln -s /proc/self/fd dev/fd
@@ -57,5 +59,6 @@ ip link set lo up
 mkdir -p oldroot
 pivot_root . oldroot
 umount -l oldroot
+mount --make-rshared /
 exec env -i container=margo PATH=/usr/sbin:/usr/bin:/sbin:/bin /sbin/init
 ' sh "$1" "$2" "$3" "$hierarchies"
