@@ -613,33 +613,27 @@ class ServiceKeys(FileCase):
                 except margo_agent.ComponentError as error:
                     self.assertIn("1", error.message)
 
-    def test_random_values_are_settled_or_refused(self):
+    def test_a_number_that_is_none_is_a_wrong_value(self):
+        """`.nan` was once an error of the agent, with exit code 70."""
+        for key in sorted(margo_agent.SERVICE_FORM):
+            for text in (".nan", "-.inf", "[.nan]", "{.nan: .nan}"):
+                with self.subTest(key=key, text=text):
+                    try:
+                        self.settle("services: {main: {%s%s: %s}}" % ("" if key == "image" else f"image: {IMAGE}, ", key, text))
+                    except margo_agent.ComponentError as error:
+                        self.assertTrue(error.message.startswith("compose.yaml: services.main"), error.message)
+
+    def test_random_files_are_settled_or_refused(self):
         """Whatever stands in a file: a Project or a ComponentError, and never a bug of the agent."""
         support.require("hypothesis")
         from hypothesis import HealthCheck, given, settings, strategies
-        words = ("driver options test retries interval disable source target type bind volume tmpfs file content name"
-                 " external labels ipam config subnet limits resources replicas condition required soft hard published"
-                 " host_ip protocol path").split()
-        texts = ["", "CMD", "a:/b", "./x:/y", "${A:-b}", "5s", "x=1", "service:main", "~/a:/b"]
-        scalars = strategies.one_of(
-            strategies.none(), strategies.booleans(), strategies.integers(-5, 70000), strategies.floats(),
-            strategies.sampled_from(words + texts), strategies.text(max_size=6))
-        keys = strategies.sampled_from(words) | strategies.integers(0, 3) | strategies.text(max_size=3)
-        values = strategies.recursive(scalars, lambda inner: strategies.one_of(
-            strategies.lists(inner, max_size=3), strategies.dictionaries(keys, inner, max_size=3)), max_leaves=6)
-        sections = strategies.dictionaries(strategies.sampled_from(sorted(margo_agent.FILE_FORM)), values,
-                                           max_size=2)
-        services = strategies.dictionaries(strategies.sampled_from(sorted(margo_agent.SERVICE_FORM)), values,
-                                           max_size=2)
         failures = {}
 
-        @settings(max_examples=120, deadline=None, database=None, derandomize=True,
-                  suppress_health_check=list(HealthCheck))
-        @given(services, sections)
-        def check(service, section):
-            document = dict({"services": {"main": dict({"image": IMAGE}, **service)}}, **section)
+        @settings(max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @given(make_documents(strategies), strategies.sampled_from(["podman", "docker"]))
+        def check(document, engine):
             try:
-                project = margo_agent.make_project(document, self.make_workload(), self.config.policy, "podman")
+                project = margo_agent.make_project(document, self.make_workload({"P": "1"}), self.config.policy, engine)
                 self.assertIsInstance(project, margo_agent.Project)
             except margo_agent.ComponentError as error:
                 self.assertTrue(error.message.startswith("compose.yaml: "), error.message)
@@ -647,6 +641,36 @@ class ServiceKeys(FileCase):
                 failures.setdefault(f"{type(error).__name__}: {error}"[:80], document)
         check()
         self.assertEqual(failures, {})
+
+
+def make_documents(strategies):
+    """A strategy of compose files: mostly of the right form with wrong values here and there, sometimes of no form at all."""
+    texts = ("", "CMD", "a:/b", "./x:/y", "/a:/b:ro", "${A:-b}", "$P", "${P:?}", "${", "5s", "1m", "x=1", "service:main", "service:s", "container:c", "~/a:/b",
+             "bind", "volume", "tmpfs", "host", "none", "80", "8080:80", "1-3:80", "[::1]:1:2/udp", "data", "front", "10.0.0.1", "fd00::/64", "true", "0644",
+             "on-failure:3", "json-file", "service_healthy", "64m", "NONE", "/t:size=1m", "h:host-gateway", "a\0b", "x" * 300)
+    scalars = strategies.one_of(strategies.none(), strategies.booleans(), strategies.integers(-5, 70000), strategies.floats(),
+                                strategies.sampled_from(texts), strategies.text(max_size=6))
+    keys = strategies.sampled_from(["main", "s", "data", "front", "x-y", "labels", 1, None, True]) | strategies.text(max_size=3)
+    anything = strategies.recursive(scalars, lambda inner: strategies.one_of(
+        strategies.lists(inner, max_size=3), strategies.dictionaries(keys, inner, max_size=3)), max_leaves=6)
+
+    def make_values(form):
+        """Values for a form of margo_agent."""
+        if isinstance(form, tuple):
+            return strategies.one_of(make_values(form[0]), scalars)
+        if isinstance(form, list):
+            return strategies.lists(make_values(form[0]), max_size=3) | scalars
+        if not isinstance(form, dict):
+            return scalars | strategies.lists(scalars, max_size=2) | anything
+        if None in form or list in form:
+            return strategies.dictionaries(keys, make_values(form.get(None) or form[list]), max_size=3) | strategies.lists(scalars, max_size=2)
+        members = {key: strategies.deferred(lambda part=part: make_values(part)) for key, part in form.items()}
+        return strategies.lists(strategies.sampled_from(sorted(members)), max_size=4, unique=True).flatmap(
+            lambda chosen: strategies.fixed_dictionaries({key: members[key] for key in chosen})) | anything
+    service = make_values(margo_agent.SERVICE_FORM).map(lambda item: dict({"image": IMAGE}, **item) if isinstance(item, dict) and all(
+        isinstance(key, str) for key in item) else item)
+    parts = {key: make_values(form) for key, form in margo_agent.FILE_FORM.items() if key != "services"}
+    return strategies.fixed_dictionaries({"services": strategies.dictionaries(keys, service, min_size=1, max_size=3)}, optional=parts) | anything
 
 
 class Readers(unittest.TestCase):
