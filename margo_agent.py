@@ -3750,6 +3750,11 @@ class ComposeDriver:
             if self.remote and (service.files or any(mount.found for mount in service.mounts)):
                 raise make_fault(f"{where}: configs, secrets and bind mounts are files of the gateway, which"
                                  " a child device does not see")
+            for argument in () if self.remote else service.arguments:
+                option, _, path = argument.split(":")[0].partition("=")
+                # Docker would find that out when the old container is gone.
+                if option == "--device" and path.startswith("/") and not os.path.exists(path):
+                    raise make_fault(f"{where}.devices: this device has no {make_printable(path, 200)}")
             taken = [name for name in find_handed(service.environment) if name in self.environ]
             if taken:
                 raise make_fault(f"{where}.environment.{taken[0]}: the agent has a variable of this name, so"
@@ -4066,9 +4071,21 @@ class ComposeDriver:
             name = f"=container:{make_container_name(project, owner)}"
             now = f"=container:{job.current[owner]}"
             options = [option[:-len(name)] + now if option.endswith(name) else option for option in options]
+        if self.engine == "podman" and any(option.endswith(":host-gateway") for option in options):
+            address = self.ask_gateway(first[0])
+            options = [re.sub(":host-gateway\\Z", f":{address}", option) for option in options]
         if first[1] is not None:
             options += [f"--network-alias={alias}" for alias in [service.name] + first[1]] + first[2]
         return options
+
+    def ask_gateway(self, network):
+        """The host's address as a container in this network sees it; from 4.7 on podman knows it itself."""
+        version = self.run(["info", "--format={{.Version.Version}}"], 60, "INSTALL_FAILED").stdout.decode()
+        if [int(number) for number in re.findall("[0-9]+", version)[:2]] >= [4, 7]:
+            return "host-gateway"
+        form = "--format={{range .Subnets}}{{.Gateway}} {{end}}"
+        gateways = self.run(["network", "inspect", form, network], 60).stdout.decode().split()
+        return min(gateways, key=lambda item: ":" in item, default="127.0.0.1")
 
     def free_name(self, name):
         """Frees a name that storage alone holds, as a killed `podman create` leaves it; whether it was so."""
@@ -4460,9 +4477,9 @@ Project = define("Project", "services networks volumes notes",
 Mount = define("Mount", "kind source target options found",
     "An item of `volumes` or `tmpfs`: bind, volume or tmpfs; host path or volume (\"\" for one without"
     " name), path in the container, engine's options; found: the Source of a bind mount.", None)
-Port = define("Port", "argument address numbers protocol",
+Port = define("Port", "argument address numbers protocol choice",
     "An item of `ports` as the engine takes it, and what it holds of the host: an address or \"\", a range of"
-    " ports, tcp, udp or sctp.")
+    " ports, tcp, udp or sctp; or the range of which the engine chooses one.")
 Attachment = define("Attachment", "network aliases options",
     "What a container joins: the engine's name of a network, further names in it, arguments; or a network"
     " mode, None, None.", None)
@@ -4657,6 +4674,11 @@ def to_list(value, where):
     return [to_text(item, where) for item in (value if isinstance(value, list) else [value])]
 
 
+def to_search(value, where):
+    """`dns_search`: a list of texts; an engine takes a dot for no search at all, which is "" in compose."""
+    return [text or "." for text in to_list(value, where)]
+
+
 def to_pairs(value, where):
     """A mapping, or a list of NAME=value, as {NAME: text or None}."""
     if isinstance(value, dict):
@@ -4693,7 +4715,7 @@ def to_words(value, where):
         elif double is not None:                    # a space is what YAML has made of a line end
             words[-1].append(re.sub(r'\\([$`"\\\n ])', lambda found: found.group(1).strip("\n"), double))
         else:
-            words[-1].append((single or plain or escaped or "").strip("\n" if escaped else ""))
+            words[-1] += [single or plain or escaped or ""] if escaped != "\n" else []
     return ["".join(parts) for parts in words if parts]
 
 
@@ -4715,7 +4737,7 @@ def to_hosts(value, where):
 
 def to_restart(value, where):
     """`restart`: the engine's own words."""
-    form = to_form("no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
+    form = to_form("|no|always|unless-stopped|on-failure(:[0-9]+)?", "a restart policy")
     return "no" if value is False else form(value, where)
 
 
@@ -4727,7 +4749,7 @@ def to_external(value, where):
 def to_namespace(*words):
     """A reader of `pid`, `ipc` and their like: the words that are known, or service:NAME."""
     words += ("service:NAME",)
-    form = to_form("|".join(words).replace("NAME", ".+"), f"supported; known are {', '.join(words)}")
+    form = to_form("|" + "|".join(words).replace("NAME", ".+"), f"supported; known are {', '.join(words)}")
 
     def read_namespace(value, where):
         if re.match("container:|ns:", str(value)):
@@ -4821,9 +4843,10 @@ def to_port(item, where):
     text = f"[{address}]:" if ":" in address else address and f"{address}:"
     text += f"{published}:{target}" if text or published else target
     protocol = protocol.lower() or "tcp"
-    held = outside if published and len(inside) == len(outside) else ()         # else the engine chooses one
+    chosen = len(inside) < len(outside)
     return Port(text if protocol == "tcp" else f"{text}/{protocol}",
-                "" if re.fullmatch("[0.:]+", address) else address, held, protocol)
+                "" if re.fullmatch("[0.:]+", address) else address,
+                outside if published and not chosen else (), protocol, outside if chosen else ())
 
 
 def to_tmpfs(value, where):
@@ -4870,20 +4893,23 @@ def make_form(reader, names, **forms):
 
 # The keys of a service that are options of the engine ...
 SERVICE_OPTIONS = dict(
-    make_form(to_text, "user hostname working_dir stop_signal cpuset platform mac_address"),
+    make_form(to_text, "user working_dir stop_signal cpuset platform mac_address"),
+    hostname=to_form("(?s).{0,64}", "a host name of at most 64 characters"),
     **make_form(to_size, "mem_limit memswap_limit mem_reservation shm_size"),
     **make_form(to_number, "mem_swappiness oom_score_adj cpus cpu_period cpu_quota cpu_shares pids_limit"),
     **make_form(to_flag, "init read_only privileged tty stdin_open"),
-    **make_form(to_list, "cap_add cap_drop devices security_opt group_add dns dns_opt dns_search"),
+    **make_form(to_list, "cap_add cap_drop devices device_cgroup_rules security_opt group_add dns dns_opt"),
     pid=to_namespace("private", "host"), ipc=to_namespace("private", "shareable", "none", "host"),
-    userns_mode=to_form("host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
+    userns_mode=to_form("|host|auto|nomap|keep-id(:[a-z]+=[0-9]+(,[a-z]+=[0-9]+)*)?",
                         "host, auto, nomap or keep-id"),
-    stop_grace_period=to_grace, restart=to_restart, extra_hosts=to_hosts, labels=to_labels, sysctls=to_values,
+    dns_search=to_search, stop_grace_period=to_grace, restart=to_restart, extra_hosts=to_hosts,
+    labels=to_labels, sysctls=to_values,
     ulimits={None: (make_form(to_text, "soft hard"), to_limit)})
 # ... and keys whose options have other names.
 RENAMED = {"working_dir": "workdir", "mem_limit": "memory", "memswap_limit": "memory-swap",
            "mem_reservation": "memory-reservation", "mem_swappiness": "memory-swappiness",
-           "cpuset": "cpuset-cpus", "stdin_open": "interactive", "devices": "device", "dns_opt": "dns-option",
+           "cpuset": "cpuset-cpus", "stdin_open": "interactive", "devices": "device",
+           "device_cgroup_rules": "device-cgroup-rule", "dns_opt": "dns-option",
            "userns_mode": "userns", "stop_grace_period": "stop-timeout", "extra_hosts": "add-host",
            "labels": "label", "sysctls": "sysctl", "ulimits": "ulimit", "enable_ipv6": "ipv6",
            "ipv4_address": "ip", "ipv6_address": "ip6", "test": "health-cmd", "interval": "health-interval",
@@ -4934,7 +4960,7 @@ FILE_FORM = {"name": to_text, "version": to_text, "services": {None: SERVICE_FOR
 ADVICE = {"build": "nothing is built on a device; name what was built by `image`",
           "extends": "write its settings out",
           "include": "put everything into compose.yaml", "gpus": "name device files by `devices`",
-          "runtime": "the engine's own is used", "device_cgroup_rules": "name device files by `devices`",
+          "runtime": "the engine's own is used",
           "volumes_from": "name the volumes themselves",
           "external_links": "join a network that is `external`",
           "domainname": "put it into `hostname`", "label_file": "write them as `labels`",
@@ -5120,12 +5146,12 @@ def make_options(settings, keys):
 
 
 def make_arguments(option, value):
-    """What was read as arguments: a flag, one for each of a list, NAME=value for each name, none for None."""
+    """What was read as arguments: a flag, one for each of a list, NAME=value for each name; none for ""."""
     if value is None or isinstance(value, bool):
         return [option] if value else []
     if isinstance(value, dict):
         return [f"{option}={name}={item}" for name, item in sorted(value.items())]
-    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
+    return [f"{option}={item}" for item in (value if isinstance(value, list) else [value]) if item != ""]
 
 
 # What podman takes several of in one argument, as a line of comma-separated values.
@@ -5144,17 +5170,16 @@ def make_single(argument):
 def make_service_options(service, workload):
     """The arguments of a service that options of the engine take as they are.
 
-    A key of its own stands above `deploy`.
+    What `deploy` says stands above the service's own keys.
     """
     limits = service.deploy.resources.limits
-    options = {"cpus": limits.cpus, "mem_limit": limits.memory, "pids_limit": limits.pids,
-               "mem_reservation": service.deploy.resources.reservations.memory,
-               "restart": make_restart(service.deploy.restart_policy)}
-    options.update((key, service[key]) for key in SERVICE_OPTIONS if service[key] is not None)
+    deployed = {"cpus": limits.cpus, "mem_limit": limits.memory, "pids_limit": limits.pids,
+                "mem_reservation": service.deploy.resources.reservations.memory,
+                "restart": make_restart(service.deploy.restart_policy)}
+    options = {key: deployed.get(key) or service[key] for key in SERVICE_OPTIONS}
     options.update(blkio_weight=service.blkio_config.weight, log_driver=service.logging.driver,
-                   log_opt=service.logging.options)
-    for key in ("pid", "ipc"):
-        options[key] = make_namespace(options.get(key), workload)
+                   log_opt=service.logging.options, pid=make_namespace(service.pid, workload),
+                   ipc=make_namespace(service.ipc, workload))
     return make_options(options, sorted(options, key=lambda key: RENAMED.get(key, key)))
 
 
@@ -5163,6 +5188,12 @@ def make_restart(policy):
     word = {"none": "no", "on-failure": "on-failure"}.get(policy.condition, "always")
     attempts = f":{policy.max_attempts}" if word == "on-failure" and policy.max_attempts else ""
     return word + attempts if any(item is not None for item in policy.values()) else None
+
+
+def make_ports(ports, engine):
+    """Each of these Ports once.  Of a range for one port podman takes none, so it is the range's first."""
+    return [port._replace(argument=re.sub("-[0-9]+:", ":", port.argument), numbers=port.choice[:1])
+            if engine == "podman" and port.choice else port for port in dict.fromkeys(ports)]
 
 
 def find_ports(ports, variables, where):
@@ -5185,6 +5216,8 @@ def make_health(check, engine):
         test = f"CMD {test}"                        # a list of one would be for a shell
     elif kind == "CMD":
         test = " ".join(map(shlex.quote, words))
+    elif engine == "podman" and re.match(r"(?i)\[|cmd|none", test or ""):
+        test = f"CMD-SHELL {test}"                  # podman would take it for a list, or for one of its words
     keys = ("test", "interval", "timeout", "retries", "start_period")
     return make_options(dict(check, test=test), keys)
 
@@ -5217,7 +5250,8 @@ def make_mounts(service, reading, where):
 def make_mount_argument(mount):
     """A Mount as the engine takes it."""
     source = mount.found.path if mount.found else mount.source
-    parts = [part for part in (source, mount.target, ",".join(mount.options)) if part]
+    options = [option for option in mount.options if option != "consistent"]    # podman does not know it
+    parts = [part for part in (source, mount.target, ",".join(options)) if part]
     return ("--tmpfs=" if mount.kind == "tmpfs" else "--volume=") + ":".join(parts)
 
 
@@ -5246,7 +5280,7 @@ def make_attachments(name, service, reading, where):
 
     Where there is only a network mode, that alone.
     """
-    if service.network_mode is not None:
+    if service.network_mode:
         if service.networks:
             raise make_fault(f"{where}.network_mode: cannot stand beside networks")
         return [Attachment(make_namespace(service.network_mode, reading.workload), None)]
@@ -5256,10 +5290,30 @@ def make_attachments(name, service, reading, where):
         if network not in reading.networks:
             raise make_fault(f"{where}.networks: {make_printable(network, 60)!r} is not among the top-level"
                              " networks")
+        own, arguments = reading.networks[network]
+        for address in filter(None, (value.ipv4_address, value.ipv6_address)):
+            if not may_have_address(arguments, address, reading.engine):
+                raise make_fault(f"{where}.networks.{network}: {make_printable(address, 60)!r} lies in no"
+                                 " `subnet` of this network's `ipam`")
         options = make_options(value, ("ipv4_address", "ipv6_address", "mac_address"))
         aliases = dict.fromkeys((value.aliases or []) + reading.aliases.get(name, []))
-        joined.append(Attachment(reading.networks[network][0], list(aliases), options))
+        joined.append(Attachment(own, list(aliases), options))
     return joined
+
+
+def may_have_address(arguments, address, engine):
+    """Whether a network with these create arguments can give an address; nobody knows where it is external.
+
+    Docker gives none out of a subnet that it has chosen itself.
+    """
+    import ipaddress
+    subnets = [text[len("--subnet="):] for text in arguments or () if text.startswith("--subnet=")]
+    if arguments is None or not subnets:
+        return arguments is None or engine == "podman"
+    try:
+        return any(ipaddress.ip_address(address) in ipaddress.ip_network(text, False) for text in subnets)
+    except ValueError:
+        return False
 
 
 def make_container_name(project, service):
@@ -5364,7 +5418,8 @@ LOG_DRIVERS = {"podman": ("json-file", "k8s-file", "journald", "none"),
 HARMLESS = {
     "privileged": "(?!)", "oom_score_adj": "[^-].*", "pid": "private|service:.*",
     "ipc": "private|shareable|none|service:.*", "userns_mode": "(?!host).*", "devices": "(?!)",
-    "group_add": "(?!keep-groups).*", "security_opt": "no-new-privileges([:=]true)?",
+    "device_cgroup_rules": "(?!)", "group_add": "(?!keep-groups).*",
+    "security_opt": "no-new-privileges([:=]true)?",
     "cap_add": "(?i)(CAP_)?(CHOWN|DAC_OVERRIDE|FOWNER|FSETID|KILL|NET_BIND_SERVICE|SETFCAP|SETGID|SETPCAP|"
                "SETUID|SYS_CHROOT)"}
 
@@ -5469,7 +5524,7 @@ def make_project(document, workload, policy, engine, folder=None):
     folder = folder or Folder(workload.folder)
     notes = []
     variables = make_file_variables(workload, folder)
-    document = dict(document, services=find_wanted(services, notes))
+    document = dict(document, services=find_wanted(services, variables, notes))
     document = read_value(document, FILE_FORM, variables=variables)
     reading = Reading(workload, policy, engine, folder, variables, make_volumes(document, workload),
                       make_networks(document, workload), make_contents(document, variables, folder),
@@ -5489,12 +5544,15 @@ def make_file_variables(workload, folder):
     return variables
 
 
-def find_wanted(services, notes):
-    """The services that are started: those of no profile.
+def find_wanted(services, variables, notes):
+    """The services that are started: those of no profile, or of one that COMPOSE_PROFILES in `.env` names.
 
     What an image was built from is left out where it is named, and noted.
     """
     started = {}
+    owners = {service.get("container_name"): name for name, service in services.items()
+              if isinstance(service, dict) and isinstance(service.get("container_name"), str)}
+    profiles = set(variables.get("COMPOSE_PROFILES", "").split(","))
     for name, service in make_names(services, "services").items():
         where = f"services.{name}"
         # It becomes part of the name of a file.
@@ -5502,11 +5560,14 @@ def find_wanted(services, notes):
             raise make_fault(f"services: {make_printable(name, 60)!r} is not a service name")
         if not isinstance(service, dict):
             raise make_fault(f"{where}: expected a mapping")
-        if service.get("profiles") and to_list(service["profiles"], f"{where}.profiles"):
+        if service.get("profiles") and profiles.isdisjoint(to_list(service["profiles"], f"{where}.profiles")):
             continue
         if "build" in service and service.get("image"):
             service = {key: item for key, item in service.items() if key != "build"}
             notes.append(f"{where}.build is not used: the image is pulled")
+        for key in ("network_mode", "pid", "ipc"):  # a container of ours has another name
+            owner = owners.get(str(service.get(key)).partition("container:")[2])
+            service = dict(service, **{key: f"service:{owner}"}) if owner else service
         started[name] = service
     return started
 
@@ -5519,7 +5580,7 @@ def make_service(name, service, reading):
     mounts = make_mounts(service, reading, where)
     check_policy(where, service, reading.policy)
     check_logging(f"{where}.logging", service.logging, reading.engine)
-    ports = list(dict.fromkeys(service.ports))      # one that is listed twice is one
+    ports = make_ports(service.ports, reading.engine)
     held = find_ports(ports, reading.variables, f"{where}.ports")
     arguments = make_service_options(service, reading.workload)
     arguments += make_arguments("--publish", [port.argument for port in ports])
