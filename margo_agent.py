@@ -6748,6 +6748,10 @@ class Log:
         else:
             facts = "".join(f" {key}={make_fact(str(value))}" for key, value in fields.items())
             line = f"{make_time(time.time())} {level:7} {make_printable(message, 4000)}{facts}"
+        self.write(line)
+
+    def write(self, line):
+        """Writes a line to stderr, as far as somebody takes it."""
         try:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
@@ -12370,6 +12374,7 @@ def command_unenroll(config, options):
             remove_folder(agent.store.path(name))
         agent.store.load_memo().clear()
         print("unenrolled" + (f"; {len(kept)} deployments were left running" if kept else ""))
+        log("warning", "the next run enrolls again: stop cron or the service where that is not wanted")
 
 
 def purge(agent):
@@ -12404,8 +12409,6 @@ def command_plan(config, options):
         print_json({"version": version, "actions": items, "others": others})
     else:
         print(f"desired state: version {version or 'none'}")
-        if not items and accepted:
-            print(f"nothing to do: {len(accepted['deployments'])} deployments are as desired")
         for item in items:
             where = f"on {item['deviceId']}: " if len(agent.devices) > 1 else ""
             what = ": " + ", ".join(item["changes"]) if item["changes"] else ""
@@ -12468,6 +12471,7 @@ def command_status(config, options):
     until = f", valid until {identity['notAfter']}" if identity["notAfter"] else ""
     warning = identity["warning"] and f"  ! {identity['warning']}"
     print_row("profile", f"{document['profile']}, {'' if document['enrolled'] else 'not '}enrolled")
+    print_row("device", f"{document['deviceId']}, with {config.wfm.url}")
     print_row("identity", (identity["id"] or "none yet") + until + warning)
     version = f"version {desired['version']}, accepted {desired['acceptedAt']}"
     print_row("desired", version if desired["version"] else "none accepted yet")
@@ -12523,6 +12527,7 @@ def make_status_report(config, state, memo, clock):
         "version": __version__,
         "profile": config.wfm.profile,
         "enrolled": bool(state["enrollment"]),
+        "deviceId": get_device_id(config.device),
         "identity": PROFILES[config.wfm.profile](config, Store(config.state_dir), state).describe(clock.now),
         "desiredState": {key: accepted.get(key) for key in ("version", "etag", "acceptedAt")},
         "lastPoll": memo.get("lastPoll") or state["lastPoll"] or {"at": None, "result": None, "detail": ""},
@@ -12644,6 +12649,9 @@ SPELLINGS = {"--config": "-c", "--verbose": "-v", "--quiet": "-q", "-h": "--help
              "--version": "version"}
 
 
+Misuse = define_fault("Misuse", 2, "CONFIGURATION", "The command line is wrong.", ConfigError)
+
+
 def parse_arguments(arguments):
     """The command line as a dictionary: `command`, `operands`, `arguments` as given, and each option.
 
@@ -12661,7 +12669,7 @@ def parse_arguments(arguments):
         else:
             options["command"] = check_word(word, "command", COMMANDS)
     if options.get("--log-format", "text") not in ("text", "json"):
-        raise ConfigError("--log-format: text or json")
+        raise Misuse("--log-format: text or json")
     return options
 
 
@@ -12675,12 +12683,12 @@ def parse_option(word, rest, options):
     name = check_word(SPELLINGS.get(name, name), "option", known)
     if known[name]:
         if not value and not rest:
-            raise ConfigError(f"{name}: needs a value, {known[name]}")
+            raise Misuse(f"{name}: needs a value, {known[name]}")
         options[name] = value or rest.pop(0)
         return
     options[name] = True
     if value and word.startswith("--"):
-        raise ConfigError(f"{make_printable(word)}: takes no value")
+        raise Misuse(f"{make_printable(word)}: takes no value")
     rest[:0] = [f"-{value}"] * bool(value)
 
 
@@ -12691,7 +12699,7 @@ def check_word(word, kind, known):
     import difflib
     near = difflib.get_close_matches(word, list(known), 1)
     hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-    raise ConfigError(f"{make_printable(word)}: unknown {kind}; {hint}")
+    raise Misuse(f"{make_printable(word)}: unknown {kind}; {hint}")
 
 
 def print_help(command=None):
@@ -12718,14 +12726,14 @@ def run_main(arguments):
         print_help(command)
         return 0 if arguments else 2
     if not command:
-        raise ConfigError("no command; one of " + ", ".join(COMMANDS))
+        raise Misuse("no command; one of " + ", ".join(COMMANDS))
     function, _, operands = COMMANDS[command]
     operands = operands.split()
     given = options["operands"]
     for extra in given[len(operands):]:
-        raise ConfigError(f"{make_printable(extra)}: {command} takes no such operand")
+        raise Misuse(f"{make_printable(extra)}: {command} takes no such operand")
     if not given and operands and operands[0].isalpha():
-        raise ConfigError(f"{command}: needs {operands[0]}")
+        raise Misuse(f"{command}: needs {operands[0]}")
     if function is command_version or "--example" in options:
         return function(None, options) or 0
     options["-c"] = options.get("-c") or os.environ.get("MARGO_CONFIG") or "/etc/margo/agent.yaml"
@@ -12783,6 +12791,9 @@ def tell_fault(error):
     elif getattr(error, "errno", 0) == errno.ENOSPC:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         error = StorageError(f"the output cannot be written ({error.strerror})")
+    if isinstance(error, Misuse) and log.form == "text":
+        log.write(f"margo-agent: {error.message}")                  # for who typed it, not for a log
+        return error.exit
     if isinstance(error, MargoError):
         log("error", error.message, code=error.code)
         return error.exit
