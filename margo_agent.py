@@ -27,9 +27,9 @@ optional ones and the command line, which stand at the end, use all of it, and n
    6 Deployment status             17 Transport                     28 Helm (optional)
    7 Desired-state source          18 Store                         29 Gateway (optional)
    8 Desired state                 19 Configuration                 30 Hooks (optional)
-   9 Identity and trust            20 X.509                         31 Doctor (optional)
-  10 Eligibility                   21 YAML                          32 Command line
-  11 Capabilities                  22 Small encodings
+   9 Identity and trust            20 X.509                         31 Image policy (optional)
+  10 Eligibility                   21 YAML                          32 Doctor (optional)
+  11 Capabilities                  22 Small encodings               33 Command line
 "C-nnn" and "E-nnn" in comments and docstrings are rules of Margo's protocol and of its drafts
 (tests/data/rules.txt), "P-nn" and "D-nn" are mistakes of other agents, which a test of the same mark keeps
 out; "F-nn" and "K-nn" are what fleets and compose files met.
@@ -57,6 +57,8 @@ PROFILES = {}                       # {wfm.profile: its Profile class}
 OPTIONS = {"enroll": {}}            # {command: {option: (name of its value, function of config and value)}}
 COMMANDS = {}                       # {name: (its function, to an exit code or nothing for 0; its options,
                                     # each with what follows it; its operand)}
+JUDGES = []                         # functions of (image, config) to the name by which it is pulled, once
+                                    # nothing speaks against it; else ComponentError
 DRIVERS = {}                        # {deployment type: function of (config, child, others, claim) to its
                                     # driver, or to None}
 TRACES = []                         # names in the state directory that `unenroll` removes
@@ -3767,9 +3769,10 @@ class ComposeDriver:
                             make_variables(deployment, name), self.config.runtime.environment, component.wait,
                             self.device_id, self.claim().owner)
         again = bool(known) and known["digest"] == package["digest"]
-        prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched)
+        images = dict(known.get("images", {})) if again else {}
+        prepared = self.resolve(workload, PULL_TIMEOUT, again, fetched, images)
         self.ask_names(*prepared)
-        return prepared, package
+        return prepared, dict(package, images=images) if images else package
 
     def ask_names(self, workload, project):
         """Raises ComponentError where a name that a component needs is another owner's; touches nothing."""
@@ -3847,27 +3850,43 @@ class ComposeDriver:
         init = find_program("catatonit", everywhere)
         return lacks, [] if init else ["catatonit is not installed: `init: true` fails"]
 
-    def resolve(self, workload, timeout, again=False, fetched=None):
+    def resolve(self, workload, timeout, again=False, fetched=None, images=None):
         """The compose file read, checked and resolved, the images pulled.
 
         That is all that can fail without touching what runs (C-154, D-11).  again: this package ran here
         before; then an image that is here will do where its registry does not answer (P-1).  fetched: as in
-        prepare.
+        prepare.  images: {image of the file: the name by which it was found good}, kept up.
         """
         project = self.load_project(workload)
-        for service in project.services:
+        fetched = [] if fetched is None else fetched
+        images = {} if images is None else images
+        services = []
+        for service in project.services:            # all are judged before one is pulled
+            name = service.image
             try:
-                new = self.pull(service, timeout)
-                if fetched is not None:
-                    fetched += new
+                for judge in JUDGES:
+                    name = judge(name, self.config)
             except (ComponentError, CommandError) as error:
-                if not again or self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code:
-                    if isinstance(error, ComponentError):
-                        raise
-                    raise ComponentError("PULL_FAILED", f"image {service.image}: {error.message}") from None
-                log("warning", "the image that is here is used, as it cannot be pulled now",
-                    image=service.image, reason=error.message)
-        return workload, project
+                name = images.get(name, name)
+                self.excuse(error, name, again)
+            services.append(service._replace(image=name))
+            images.update({service.image: name} if name != service.image else {})
+        for service in services:
+            try:
+                fetched.extend(self.pull(service, timeout))
+            except (ComponentError, CommandError) as error:
+                self.excuse(error, service.image, again)
+        return workload, project._replace(services=services)
+
+    def excuse(self, error, image, again):
+        """Raises the error for which an image cannot be had, unless one that is here will do (P-1)."""
+        denied = error.code == "POLICY_DENIED"
+        if not again or denied or self.run(["image", "inspect", "--format={{.Id}}", image], 60).code:
+            code = error.code if isinstance(error, ComponentError) else "PULL_FAILED"
+            words = error.message if image in error.message else f"image {image}: {error.message}"
+            raise ComponentError(code, words, retry_after=error.retry_after)
+        log("warning", "the image that is here is used, as it cannot be pulled now", image=image,
+            reason=error.message)
 
     def load_project(self, workload):
         """The Project of a workload's compose file, its own files laid where they are mounted from.
@@ -3902,28 +3921,38 @@ class ComposeDriver:
 
         One that is there is not asked for again unless pull_policy says so (P-1).
         """
-        import errno
         present = self.run(["image", "inspect", "--format={{.Id}}", service.image], 60).code == 0
         if present and service.pull != "always":
             return []
         if service.pull == "never":
             raise ComponentError(
                 "PULL_FAILED", f"image {service.image} is not on the device, and pull_policy is never")
-        arguments = [argument for argument in service.arguments if argument.startswith("--platform=")]
         environ = self.clear_temporary(self.check_space(service.image))
-        host = find_registry(service.image)
-        program, options = self.make_access(host)
         log("info", "an image is pulled", image=service.image)
-        command = program + ["pull", "--quiet"] + arguments + options + [service.image]
+        ask_registries(find_registry(service.image), self.config,
+                       lambda registry: self.pull_from(registry.host, service, timeout, environ))
+        return [] if present else [service.image]
+
+    def pull_from(self, host, service, timeout, environ):
+        """Pulls a service's image from its registry, or from a mirror, whose name it then does not keep."""
+        import errno
+        own = find_registry(service.image)
+        name = host + service.image[len(own):]
+        platform = [argument for argument in service.arguments if argument.startswith("--platform=")]
+        program, options = self.make_access(host)
+        if host != own and self.engine != "podman" and "@" in name:
+            raise ComponentError("PULL_FAILED", "docker knows an image by its digest under its registry's own"
+                                 " name alone; give the daemon this mirror instead")
+        command = program + ["pull", "--quiet"] + platform + options + [name]
         output = run_command(command, timeout, env=environ)
         if output.code:                             # a full disk is told of in the system's own words
             full = os.strerror(errno.ENOSPC).lower() in output.stderr.lower()
-            words = f"{self.engine} pull failed: {output.stderr[-1500:]}"
-            if (self.config.registries.get(host) or {}).get("mirror"):
-                words += (f"; registries.{host}.mirror serves packages only: give the engine a mirror of its"
-                          " own")
-            raise ComponentError("DISK_FULL" if full else "PULL_FAILED", words)
-        return [] if present else [service.image]
+            raise ComponentError("DISK_FULL" if full else "PULL_FAILED",
+                                 f"{self.engine} pull failed: {output.stderr[-1500:]}")
+        if host != own:                             # a digest becomes a tag here, and podman knows it by both
+            kept = re.sub("(:[^:/@]*)?@(sha256):", r":\2-", service.image)
+            self.run(["tag", name, kept], 60, "PULL_FAILED")
+            self.remove_image(name)
 
     def check_space(self, image):
         """The folder in which the engine keeps its images, "" where that is elsewhere.
@@ -4833,7 +4862,8 @@ def to_labels(value, where):
     labels = to_values(value, where)
     if any(name.startswith(("org.margo.", "com.docker.compose.")) for name in labels):
         raise make_fault(f"{where}: org.margo.… and com.docker.compose.… are the agent's own")
-    return labels
+    return {name: text for name, text in labels.items()         # by these podman updates it behind our back
+            if not name.startswith(("io.containers.autoupdate", "PODMAN_SYSTEMD_UNIT"))}
 
 
 def to_words(value, where):
@@ -5875,6 +5905,7 @@ class Registry:
 
     def __init__(self, host, config):
         self.host, self.timeout = host, config.wfm.timeout
+        self.address = "registry-1.docker.io" if host == "docker.io" else host
         self.settings = config.registries.get(host) or make_settings({}, REGISTRY_SCHEMA, "", "", [])
         self.scheme = "http" if self.settings.insecure else "https"
         self.authorization = None
@@ -5886,7 +5917,7 @@ class Registry:
 
         Raises ComponentError PULL_UNAUTHORIZED, PULL_FAILED.
         """
-        url = f"{self.scheme}://{self.host}/v2/{name}/{path}"
+        url = f"{self.scheme}://{self.address}/v2/{name}/{path}"
         for attempt in range(2):
             response = self.fetch(url, accept, limit)
             if response.status != 401 or attempt:
@@ -5906,7 +5937,7 @@ class Registry:
             absent = response.status == 404
             hint = "there is no such package" if absent else "it cannot be served now, tried again later"
             wait = parse_retry_after(response.headers.get("Retry-After"), time.time())
-            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait)
+            raise ComponentError("PULL_FAILED", f"{where}; {hint}", retry_after=wait, status=response.status)
         if len(response.body) > limit:
             raise ComponentError("PULL_FAILED",
                                  f"{url}: the answer is longer than {limit} bytes, all that policy allows")
@@ -6010,16 +6041,20 @@ def fetch_package(reference, config, store, kind="compose"):
 
     It is verified and kept; what is in the store already is not fetched again.  Raises ComponentError.
     """
-    mirror = (config.registries.get(reference.host) or {}).get("mirror")
+    return ask_registries(reference.host, config, lambda registry: fetch_from_registry(
+        reference, registry, config, store, kind))
+
+
+def ask_registries(host, config, ask):
+    """What `ask` has from the mirror of a registry, or from the Registry itself; raises ComponentError."""
+    mirror = (config.registries.get(host) or {}).get("mirror")
     try:
         if mirror:
-            return fetch_from_registry(
-                reference, Registry(re.sub("^https?://", "", mirror).rstrip("/"), config), config, store, kind
-            )
+            return ask(Registry(re.sub("^https?://", "", mirror).rstrip("/"), config))
     except ComponentError as error:
         log("warning", "the mirror does not serve it; the registry itself is asked", mirror=mirror,
             reason=error.message)
-    return fetch_from_registry(reference, Registry(reference.host, config), config, store, kind)
+    return ask(Registry(host, config))
 
 
 def fetch_from_registry(reference, registry, config, store, kind):
@@ -6303,7 +6338,7 @@ Output = define("Output", "code stdout stderr",
                 "How a program ended: exit code, stdout bytes, the end of stderr as printable text.")
 
 # Which setting needs a program; a missing one is named with it (contract, Shape).
-NEEDED_BY = {"openssl": "`csr`, wfm.profile signed and identity.enrollment est need it",
+NEEDED_BY = {"openssl": "`csr`, wfm.profile signed, identity.enrollment est and policy.images need it",
              "git": "wfm.profile git needs it",
              "gpg": "the keyLocation of a package, or git.allowed_signers, needs it",
              "podman": "see runtime.engine", "docker": "see runtime.engine", "helm": "see runtime.helm"}
@@ -11607,7 +11642,109 @@ EXAMINE.update(hooks=examine_hooks)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 31. Doctor (optional)
+# 31. Image policy (optional)
+# ----------------------------------------------------------------------------------------------------------
+
+IMAGE_TYPES = ", ".join((OCI_INDEX, OCI_MANIFEST, "application/vnd.docker.distribution.manifest.list.v2+json",
+                         "application/vnd.docker.distribution.manifest.v2+json"))
+SIGNATURE = "dev.cosignproject.cosign/signature"
+MAX_SIGNATURES = 20                 # of one image that are looked at
+
+
+def judge_image(image, config):
+    """The name by which an image may be pulled, as policy.images says: a signed one by its digest.
+
+    Raises ComponentError: POLICY_DENIED, or why its registry cannot be asked.
+    """
+    policy = config.policy.images
+    host, path, tag, digest = re.fullmatch("([^/]+)/([^:@]+)(?::([^@]+))?(?:@(.+))?", image).groups()
+    allowed = [f"{host}/{path}/".startswith(entry.rstrip("/") + "/") for entry in policy.registries]
+    if allowed and not any(allowed):
+        raise ComponentError("POLICY_DENIED", "it is not from one of policy.images.registries")
+    if policy.pinned and not digest:
+        raise ComponentError("POLICY_DENIED", "it is not named by its digest (policy.images.pinned)")
+    if not policy.cosign_key:
+        return image
+    return ask_registries(host, config, lambda registry: f"{host}/{path}@" + ask_signature(
+        registry, path, tag or "latest", digest, config))
+
+
+def ask_signature(registry, path, tag, digest, config):
+    """The digest of an image, once a signature of it by policy.images.cosign_key was found in its registry.
+
+    The signature object is cosign's: an image manifest under the tag sha256-DIGEST.sig, each layer a payload
+    that names the digest, with an annotation that signs the payload.  Raises ComponentError, CommandError.
+    """
+    limit = config.policy.max_document
+    if digest is None:
+        digest = sha256_digest(registry.get(path, f"manifests/{tag}", IMAGE_TYPES, limit).body)
+    try:
+        answer = registry.get(path, f"manifests/{digest.replace(':', '-')}.sig", IMAGE_TYPES, limit)
+        for signature, layer in parse_signatures(answer.body)[:MAX_SIGNATURES]:
+            payload = registry.get(path, f"blobs/{layer}", "*/*", MAX_ANSWER).body
+            if (run_verification(config.policy.images.cosign_key, payload, signature)
+                    and parse_payload(payload) == digest):
+                return digest
+    except ComponentError as error:
+        if error.status != 404:
+            raise
+    raise ComponentError("POLICY_DENIED", f"{digest} is not signed by policy.images.cosign_key")
+
+
+def parse_signatures(data):
+    """A signature object to [(signature in base64, digest of its payload)]; [] for one of another form."""
+    try:
+        return [(str(layer["annotations"][SIGNATURE]), check_member(layer, "digest", "", DIGEST_PATTERN))
+                for layer in parse_json(data, "the signature object")["layers"]]
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def parse_payload(data):
+    """The digest of the image that a signed payload is about; "" for one of another form."""
+    try:
+        critical = parse_json(data, "the payload")["critical"]
+        known = critical["type"] == "cosign container image signature"
+        return critical["image"]["docker-manifest-digest"] if known else ""
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def run_verification(key, payload, signature):
+    """Whether openssl finds that a payload is signed by a public key; CommandMissing where there is none."""
+    try:
+        with lend_file(parse_base64(signature)) as file:
+            run_openssl(["dgst", "-sha256", "-verify", key, "-signature", file.name], payload, b"Verified OK")
+    except CommandMissing:
+        raise
+    except (ValueError, CommandError):
+        return False
+    return True
+
+
+def examine_images(agent):
+    """Whether the key by which images have to be signed can be used."""
+    key = agent.config.policy.images.cosign_key
+    if not key:
+        return "ok", ""
+    try:
+        run_openssl(["pkey", "-pubin", "-in", key, "-noout"])
+    except CommandMissing:
+        raise
+    except CommandError as error:
+        raise ConfigError(f"policy.images.cosign_key: {key} is no public key ({error.message})") from None
+    return "ok", f"images have to be signed by {key}"
+
+
+SCHEMA["policy"].update(images={
+    "pinned": (read_flag, False), "registries": (list_of(read_text, "a list of registries"), []),
+    "cosign_key": read_path})
+JUDGES.append(judge_image)
+EXAMINE.update(images=examine_images)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 32. Doctor (optional)
 # ----------------------------------------------------------------------------------------------------------
 
 def command_doctor(config, options):
@@ -11726,7 +11863,7 @@ COMMANDS["doctor"] = (command_doctor, {}, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 32. Command line
+# 33. Command line
 # ----------------------------------------------------------------------------------------------------------
 
 def command_run(config, options):

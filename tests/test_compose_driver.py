@@ -272,6 +272,13 @@ class CommandLines(DriverCase):
         words = self.assertFails("INSTALL_FAILED", lambda: self.apply(make_document({}), parameters={"PASS": "localhost"}), "create failed")
         self.assertNotIn("localhost", words)
 
+    def test_labels_by_which_podman_updates_by_itself_are_not_handed_on(self):
+        """What runs is what was verified: `podman auto-update` would pull another image behind the agent's back."""
+        self.apply(make_document({"labels": {"io.containers.autoupdate": "registry", "io.containers.autoupdate.authfile": "/x",
+                                             "PODMAN_SYSTEMD_UNIT": "sshd.service", "io.containers": "kept"}}))
+        labels = self.engine.containers()[f"{PROJECT}-main-1"]["labels"]
+        self.assertEqual([name for name in labels if name.startswith(("io.", "PODMAN"))], ["io.containers"])
+
     def test_a_network_mode_has_no_alias(self):
         self.apply(make_document({"network_mode": "none"}))
         create = next(call for call in self.changes() if call[0] == "create")

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import unittest
+import urllib.request
 import uuid
 
 import margo_agent
@@ -371,6 +372,77 @@ class PrivateImages(EngineCase):
         self.device.cycle(0)
         self.assertEqual(len(self.engine.containers()), 1)
         self.engine.podman("rmi", "--force", f"{host}/app:1", check=False)
+
+
+class Mirrored:
+    """F-31: a plant without a way out; what a registry's mirror has runs under the name that the file gives it."""
+
+    def setUp(self):
+        super().setUp()
+        support.require("docker-registry")
+        self.folder, port = support.make_folder(self), support.free_port()
+        self.mirror = f"127.0.0.1:{port}"
+        support.write(os.path.join(self.folder, "config.yml"), json.dumps({
+            "version": 0.1, "storage": {"filesystem": {"rootdirectory": self.folder}}, "http": {"addr": self.mirror}}))
+        self.registry = support.Service(self, ["docker-registry", "serve", os.path.join(self.folder, "config.yml")])
+        support.wait_for(lambda: "listening on" in self.registry.read_output(), what="the registry")
+        for name in ("plant/app:1", "library/tool:2"):
+            self.engine.make_image(f"{self.mirror}/{name}")         # made anew, it has an id of its own
+            self.engine.podman("push", *(["--tls-verify=false"] if self.engine.kind == "podman" else []), f"{self.mirror}/{name}")
+            self.engine.podman("rmi", f"{self.mirror}/{name}")
+        self.device.settings["registries"].update({self.mirror: {"insecure": True}, "127.0.0.1:9": {"mirror": self.mirror, "insecure": True},
+                                                   "docker.io": {"mirror": f"http://{self.mirror}/"}})
+        self.device.save()
+
+    def find_names(self):
+        """The names by which the engine knows images, but that of the tests' own."""
+        return {line for line in self.engine.podman("images", "--format={{.Repository}}:{{.Tag}}").split() if "margo-test" not in line}
+
+    def test_images_come_from_the_mirror_under_their_own_names(self):
+        self.publish({"main": service(image="127.0.0.1:9/plant/app:1"), "tool": service(image="tool:2")})
+        self.device.cycle(0)
+        hub = "docker.io/library/tool:2" if self.engine.kind == "podman" else "tool:2"
+        self.assertEqual(self.find_names(), {"127.0.0.1:9/plant/app:1", hub})
+        self.registry.stop()
+        self.engine.podman("rm", "--force", self.name(), self.name("tool"))
+        self.device.cycle(0)
+        self.assertEqual({state for _, state in self.engine.containers().values()}, {"running"})
+        self.wfm.withdraw(self.deployment_id)
+        self.device.cycle(0)
+        self.assertEqual(self.find_names(), set(), "what the agent pulled is pruned")
+
+    def test_an_image_that_the_mirror_lacks_is_asked_of_its_registry(self):
+        self.publish({"main": service(image="127.0.0.1:9/plant/other:1")})
+        words = self.device.cycle(1)
+        self.assertIn("the mirror does not serve it; the registry itself is asked", words)
+        self.assertIn("PULL_FAILED", words)
+
+    def test_by_digest(self):
+        address = f"http://{self.mirror}/v2/plant/app/manifests/1"
+        kinds = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
+        with urllib.request.urlopen(urllib.request.Request(address, headers={"Accept": ", ".join(kinds)})) as answer:
+            digest = answer.headers["Docker-Content-Digest"]
+        image = f"127.0.0.1:9/plant/app@{digest}"
+        self.publish({"main": service(image=image)})
+        if self.engine.kind == "docker":
+            self.assertIn("give the daemon this mirror instead", self.device.cycle(1))
+            return
+        self.device.cycle(0)
+        self.assertEqual(self.engine.facts(self.name(), "{{.ImageName}}"), image)
+        self.registry.stop()
+        self.engine.podman("rm", "--force", self.name())
+        self.device.cycle(0)
+        self.wfm.withdraw(self.deployment_id)
+        self.device.cycle(0)
+        self.assertEqual(self.find_names(), set(), "what the agent pulled is pruned")
+
+
+class MirroredPodman(Mirrored, EngineCase):
+    pass
+
+
+class MirroredDocker(Mirrored, EngineCase):
+    engine_class = support.Docker
 
 
 class FullDisk(EngineCase):
